@@ -1,0 +1,56 @@
+"""Every error that vilu raises on purpose, each with the exit code of the command line.
+
+A message says what was found, what was expected, and how to mend it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ViLUError(Exception):
+    """Base of all errors that are the user's to mend; never a bug."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(ViLUError, ValueError):
+    """An argument or a hyper-parameter that cannot be."""
+
+    exit_code = 2
+
+
+class NotFittedError(ViLUError, ValueError, AttributeError):
+    """A predictor was asked for scores before ``fit``."""
+
+    exit_code = 2
+
+
+class DataError(ViLUError, ValueError):
+    """Data that cannot be used: empty, malformed, degenerate, or beyond the error budget."""
+
+    exit_code = 3
+
+
+class MissingModelError(ViLUError):
+    """Model weights or an optional dependency are not on this machine."""
+
+    exit_code = 5
+
+
+class ProvenanceError(ViLUError, ValueError):
+    """Two artefacts do not belong together: other backbone, width, preprocessing, or schema."""
+
+    exit_code = 6
+
+
+class StorageError(ViLUError, OSError):
+    """The file system refused: disk full, read-only, or a damaged file."""
+
+    exit_code = 7
+
+
+class BusyError(ViLUError):
+    """Another process holds the lock; trying again later can succeed."""
+
+    exit_code = 75

@@ -1,0 +1,85 @@
+"""The embedding space: what two sets of embeddings must share to be compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+
+from vilu.errors import ProvenanceError, UsageError
+
+PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
+
+
+def digest(value: object) -> str:
+    """Short stable hash (blake2b, 16 bytes, hex) of anything that JSON can write."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class EmbeddingSpace:
+    """Identity of a dual encoder's joint space, and the affine map from cosine to logit.
+
+    The zero-shot logit of image v and text t is ``logit_scale * cos(v, t) + logit_bias``.
+
+    Attributes:
+        embed_dim: Width D of the joint space.
+        logit_scale: Multiplier of the cosine (100 for OpenAI's CLIP; the exponential of the learned parameter).
+        logit_bias: Added to every logit (SigLIP); cancels in a softmax, kept because it is part of the model.
+        backbone: Name, as given to ``--backbone``; None for bare arrays.
+        weights: SHA-256 of the weights.
+        preprocess: Description of the image preprocessing.
+        tokenizer: Description of the tokenizer.
+        precision: Arithmetic of the encoders ("fp32", "bf16", ...).
+    """
+
+    embed_dim: int
+    logit_scale: float
+    logit_bias: float = 0.0
+    backbone: str | None = None
+    weights: str | None = None
+    preprocess: str | None = None
+    tokenizer: str | None = None
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.embed_dim < 1:
+            raise UsageError(f"embed_dim must be at least 1. Got {self.embed_dim} instead.")
+        if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
+            raise UsageError(f"logit_scale must be a positive finite number. Got {self.logit_scale} instead.")
+        if not math.isfinite(self.logit_bias):
+            raise UsageError(f"logit_bias must be finite. Got {self.logit_bias} instead.")
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether nothing is known about the model that made the embeddings."""
+        return self.backbone is None and self.weights is None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash over every attribute."""
+        return digest(asdict(self))
+
+    def require_match(self, other: EmbeddingSpace, *, mine: str, theirs: str) -> None:
+        """Refuse another space, naming both sides of every difference.
+
+        Bare arrays carry no provenance: against them only width, scale and bias are compared.
+
+        Raises:
+            ProvenanceError: If the spaces differ.
+        """
+        fields = ["embed_dim", "logit_scale", "logit_bias"]
+        if not (self.anonymous or other.anonymous):
+            fields += PROVENANCE
+        differences = [
+            f"{field}: {getattr(self, field)!r} ({mine}) against {getattr(other, field)!r} ({theirs})"
+            for field in fields
+            if getattr(self, field) != getattr(other, field)
+        ]
+        if differences:
+            raise ProvenanceError(
+                f"{mine} and {theirs} come from different embedding spaces: {'; '.join(differences)}. "
+                "Embed both with the same backbone, weights and preprocessing."
+            )

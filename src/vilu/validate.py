@@ -1,0 +1,134 @@
+"""Checks on arrays that come from outside, each with a message that names what was found."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from vilu.errors import DataError
+
+VALID, NONFINITE, ZERO_NORM = 0, 1, 2
+STATUS = ("valid", "nonfinite", "zero_norm")
+"""Meaning of the status codes of embedding rows."""
+
+NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
+MIN_NORM = 1e-12
+
+
+def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
+    """(N, D) float32 copy-free where possible.
+
+    Raises:
+        DataError: If it is not a two-dimensional array of real numbers with at least one column.
+    """
+    tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
+    if tensor.ndim != 2 or tensor.shape[1] == 0:
+        raise DataError(f"{name} must be a matrix (rows, width). Got shape {tuple(tensor.shape)} instead.")
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise DataError(f"{name} must hold real numbers. Got dtype {tensor.dtype} instead.")
+    return tensor.detach().to(dtype=torch.float32, device="cpu")
+
+
+def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
+    """Status code (N,) of every row of an (N, D) float32 matrix, and its Euclidean norms (N,)."""
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    status = np.full(len(rows), VALID, dtype=np.uint8)
+    status[(norms < MIN_NORM).numpy()] = ZERO_NORM
+    status[~torch.isfinite(norms).numpy()] = NONFINITE
+    return status, norms
+
+
+def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
+    """Rows (N, D) float32 of unit norm and their status; rows already of unit norm are left bit for bit."""
+    rows = as_matrix(values, name)
+    status, norms = row_status(rows)
+    usable = torch.from_numpy(status == VALID)
+    off = usable & ((norms - 1).abs() > NORM_TOLERANCE)
+    if bool(off.any()):
+        low, high = norms[usable].min().item(), norms[usable].max().item()
+        warnings.warn(
+            f"{int(off.sum())} of {len(rows)} {name} rows are not of unit norm "
+            f"(norms {low:.3g} to {high:.3g}); they were normalised.",
+            stacklevel=3,
+        )
+        rows = torch.where(off[:, None], rows / norms[:, None], rows)
+    return rows, status
+
+
+def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
+    """Rows of unit norm, none of them unusable.
+
+    Raises:
+        DataError: If there is no row, or one is not finite or of zero norm.
+    """
+    rows, status = unit_rows(values, name)
+    if not len(rows):
+        raise DataError(f"{name} must have at least one row. Got none.")
+    if status.any():
+        first = int(np.flatnonzero(status)[0])
+        raise DataError(
+            f"every {name} row must be finite and of non-zero norm. "
+            f"Got {np.count_nonzero(status)} bad rows of {len(rows)}, first row {first} ({STATUS[status[first]]})."
+        )
+    return rows
+
+
+def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int) -> Tensor:
+    """(N,) int64 targets; None means that none is known.
+
+    Raises:
+        DataError: If the length is not N, the values are not whole numbers, or one is not in -1 ... K-1.
+    """
+    if values is None:
+        return torch.full((n_rows,), -1, dtype=torch.int64)
+    array = np.asarray(values)
+    if array.shape != (n_rows,):
+        raise DataError(f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead.")
+    if array.size and array.dtype.kind not in "iu":
+        raise DataError(f"target must hold whole numbers (rows of text). Got dtype {array.dtype} instead.")
+    if array.size and (array.min() < -1 or array.max() >= n_candidates):
+        raise DataError(
+            f"target must be a row of text, 0 to {n_candidates - 1}, or -1 where unknown. "
+            f"Got values from {array.min()} to {array.max()} instead."
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
+    """The K names as a tuple.
+
+    Raises:
+        DataError: If there are not K of them, one is blank, or one repeats (two equal prompts tie, and a tie is then
+            counted as a failure).
+    """
+    if names is None:
+        return None
+    names = tuple(str(name) for name in names)
+    if len(names) != n_candidates:
+        raise DataError(f"class_names must have one name per text row ({n_candidates}). Got {len(names)} instead.")
+    blank = [i for i, name in enumerate(names) if not name.strip()]
+    if blank:
+        raise DataError(f"class names must not be blank. Name {blank[0]} is.")
+    repeated = ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise DataError(f"class names must be distinct. Repeated: {repeated:.200}. Merge them first.")
+    return names
+
+
+def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
+    """N row identifiers, by default the row numbers.
+
+    Raises:
+        DataError: If there are not N of them.
+    """
+    if ids is None:
+        return [str(i) for i in range(n_rows)]
+    if len(ids) != n_rows:
+        raise DataError(f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead.")
+    return ids
