@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from vilu.errors import DataError, StorageError
+from vilu.files import atomic_write, write_json
+
+
+def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
+    target = tmp_path / "scores.bin"
+    with atomic_write(target) as handle:
+        handle.write(b"half")
+        assert not target.exists()
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.name.startswith(f".scores.bin.{os.getpid()}.")
+        assert temporary.name.endswith(".tmp")
+        handle.write(b" and half")
+    assert target.read_bytes() == b"half and half"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    with pytest.raises(TypeError), atomic_write(target) as handle:
+        handle.writelines([b"new", "not bytes"])
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(target):
+        raise KeyboardInterrupt
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    with atomic_write(target) as first, atomic_write(target) as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert target.read_bytes() == b"first"  # closed last
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    target = tmp_path / "nowhere" / "a"
+    refused = pytest.raises(StorageError, match=r"cannot write .*nowhere.*No such file or directory")
+    with refused as caught, atomic_write(target):
+        pass
+    assert caught.value.exit_code == 7
+
+
+def test_a_folder_in_the_way_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "a"
+    target.mkdir()
+    with pytest.raises(StorageError, match="cannot write"), atomic_write(target) as handle:
+        handle.write(b"x")
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=os.strerror(errno.ENOSPC)), atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_storage_error_inside_passes_unchanged(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"^inner$"), atomic_write(tmp_path / "a"):
+        raise StorageError("inner")
+
+
+@pytest.mark.parametrize(("code", "raised"), [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_folder_that_cannot_be_synced_is_no_failure_but_an_io_error_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, raised: bool
+) -> None:
+    sync = os.fsync
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) == 2:  # the folder, after the file
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if raised:
+        with pytest.raises(StorageError, match=os.strerror(code)):
+            write_json(tmp_path / "a.json", 1)
+    else:
+        write_json(tmp_path / "a.json", 1)
+    assert len(synced) == 2
+
+
+def test_json_round_trip_is_readable(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None], "a": "naïve 猫"}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == value
+    assert "猫" in text
+    assert text.endswith("}\n")
+    assert text.index('"b"') < text.index('"a"')
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"a": float("inf")}, object(), "\udcff", {(1, 2): 3}])
+def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path, value: object) -> None:
+    with pytest.raises(DataError, match=r"a\.json: its content must be plain JSON"):
+        write_json(tmp_path / "a.json", value)
+    assert not list(tmp_path.iterdir())
