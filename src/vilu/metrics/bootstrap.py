@@ -1,0 +1,191 @@
+"""Bootstrap intervals, and paired comparison of two uncertainties on the same rows.
+
+Resampling is stratified: every resample has as many wrong and as many correct answers as the sample, so no metric
+becomes undefined. The intervals are conditional on the accuracy of the frozen model, which is not what is compared.
+The rows are sorted once; a resample is a vector of counts over the sorted scores, and a metric takes a block of them
+at a time. Time is of order rows · resamples, memory is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vilu.errors import UsageError
+from vilu.metrics.catalog import Kernel, get_metric
+from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
+
+CELLS = 2**18
+"""Counts held at a time: two megabytes per temporary array, about what a cache holds."""
+
+
+class Interval(NamedTuple):
+    """A metric and its percentile interval."""
+
+    value: float
+    ci_low: float
+    ci_high: float
+
+
+class Difference(NamedTuple):
+    """Metric of a less metric of b, its percentile interval, and the two-sided p-value of no difference."""
+
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+
+
+class SortedScores:
+    """Scores sorted once, from which any choice of rows is counted."""
+
+    def __init__(self, uncertainty: Floats, failure: NDArray[np.bool_]) -> None:
+        self.value, self.group = np.unique(uncertainty, return_inverse=True)
+        self.correct_rows, self.wrong_rows = np.flatnonzero(~failure), np.flatnonzero(failure)
+
+    def counts(self, correct_rows: Ints, wrong_rows: Ints) -> TieCounts:
+        """Counts (B, G) of rows (B, ·) chosen with repetition."""
+        return TieCounts(self.value, correct=self._tally(correct_rows), wrong=self._tally(wrong_rows))
+
+    def observed(self) -> TieCounts:
+        """Counts (1, G) of every row once."""
+        return self.counts(self.correct_rows[None], self.wrong_rows[None])
+
+    def _tally(self, rows: Ints) -> Ints:
+        n_resamples, n_scores = len(rows), len(self.value)
+        cells = self.group[rows] + n_scores * np.arange(n_resamples)[:, None]
+        return np.bincount(cells.ravel(), minlength=n_resamples * n_scores).reshape(n_resamples, n_scores)
+
+
+def resampled_rows(scores: SortedScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
+    """Blocks of resamples: rows (B, N_correct) and rows (B, N_wrong), drawn with repetition within each class."""
+    rng = np.random.default_rng(seed)
+    block = max(1, CELLS // len(scores.group))
+    for start in range(0, n_resamples, block):
+        size = min(block, n_resamples - start)
+        yield _draw(rng, scores.correct_rows, size), _draw(rng, scores.wrong_rows, size)
+
+
+def _draw(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
+    return rows[rng.integers(max(1, len(rows)), size=(n_resamples, len(rows)))]
+
+
+def bootstrap_intervals(
+    kernels: Mapping[str, Kernel],
+    uncertainty: ArrayLike,
+    failure: ArrayLike,
+    *,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
+    _check_settings(n_resamples, confidence)
+    scores = SortedScores(*check_pair(uncertainty, failure))
+    observed = scores.observed()
+    values: dict[str, list[Floats]] = {name: [] for name in kernels}
+    for rows in resampled_rows(scores, n_resamples, seed):
+        counts = scores.counts(*rows)
+        for name, kernel in kernels.items():
+            values[name].append(kernel(counts))
+    return {
+        name: Interval(float(kernel(observed)[0]), *_percentiles(np.concatenate(values[name]), confidence))
+        for name, kernel in kernels.items()
+    }
+
+
+def bootstrap_interval(
+    metric: str | Kernel,
+    uncertainty: ArrayLike,
+    failure: ArrayLike,
+    *,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A metric with its stratified percentile bootstrap interval.
+
+    Args:
+        metric: A name of ``METRICS``, or a kernel that maps ``TieCounts`` (B, G) to values (B,).
+        uncertainty: (N,) scores, higher = more likely wrong.
+        failure: (N,) 1 where the answer is wrong, else 0.
+        n_resamples: Number of resamples.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the resampling.
+
+    Returns:
+        Value, lower and upper end; all NaN where the metric is undefined.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+        UsageError: If the metric is unknown or a setting cannot be.
+    """
+    kernels = {"metric": _kernel(metric)}
+    return bootstrap_intervals(
+        kernels, uncertainty, failure, n_resamples=n_resamples, confidence=confidence, seed=seed
+    )["metric"]
+
+
+def paired_bootstrap(
+    metric: str | Kernel,
+    uncertainty_a: ArrayLike,
+    uncertainty_b: ArrayLike,
+    failure: ArrayLike,
+    *,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Difference:
+    """Difference of a metric between two uncertainties of the same answers, both computed on the same resampled rows.
+
+    The p-value is twice the smaller share of resamples whose difference is not above, or not below, zero, with one
+    added to count and total, so that it is never 0.
+
+    Args:
+        metric: A name of ``METRICS``, or a kernel that maps ``TieCounts`` (B, G) to values (B,).
+        uncertainty_a: (N,) scores of one method.
+        uncertainty_b: (N,) scores of the other, same rows.
+        failure: (N,) 1 where the answer is wrong, else 0.
+        n_resamples: Number of resamples.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the resampling.
+
+    Returns:
+        Metric of a less metric of b, lower and upper end, p-value; all NaN where the metric is undefined.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+        UsageError: If the metric is unknown or a setting cannot be.
+    """
+    _check_settings(n_resamples, confidence)
+    kernel = _kernel(metric)
+    a = SortedScores(*check_pair(uncertainty_a, failure))
+    b = SortedScores(*check_pair(uncertainty_b, failure))
+    observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
+    if np.isnan(observed):
+        return Difference(observed, observed, observed, observed)
+    blocks = resampled_rows(a, n_resamples, seed)
+    differences = np.concatenate([kernel(a.counts(*rows)) - kernel(b.counts(*rows)) for rows in blocks])
+    fewer = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
+    p_value = min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
+    return Difference(observed, *_percentiles(differences, confidence), p_value)
+
+
+def _percentiles(values: Floats, confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def _kernel(metric: str | Kernel) -> Kernel:
+    return get_metric(metric).kernel if isinstance(metric, str) else metric
+
+
+def _check_settings(n_resamples: int, confidence: float) -> None:
+    if n_resamples < 1:
+        raise UsageError(f"n_resamples must be at least 1. Got {n_resamples} instead.")
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence must be in (0, 1). Got {confidence} instead.")

@@ -1,0 +1,145 @@
+"""Checked input of every metric, brought to the form in which all of them are computed: counts per tied score."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vilu.errors import DataError
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Positive = Literal["correct", "failure"]
+
+
+@dataclass(frozen=True, eq=False)
+class TieCounts:
+    """How many correct and wrong answers share each score, from the most to the least trusted score.
+
+    Rows of equal uncertainty are one operating point, so nothing here depends on the order of the rows. Leading axes
+    are bootstrap resamples; a score that no resampled row has counts zero and moves no metric.
+
+    Attributes:
+        value: (G,) distinct uncertainties, ascending.
+        correct: (..., G) number of correct answers at each.
+        wrong: (..., G) number of wrong answers at each.
+    """
+
+    value: Floats
+    correct: Ints
+    wrong: Ints
+
+    @cached_property
+    def size(self) -> Ints:
+        """(..., G) number of answers at each score."""
+        return self.correct + self.wrong
+
+    @cached_property
+    def accepted_correct(self) -> Ints:
+        """(..., G) correct answers whose uncertainty is at most this score."""
+        return self.correct.cumsum(-1)
+
+    @cached_property
+    def accepted_wrong(self) -> Ints:
+        """(..., G) wrong answers whose uncertainty is at most this score."""
+        return self.wrong.cumsum(-1)
+
+    @cached_property
+    def accepted(self) -> Ints:
+        """(..., G) answers whose uncertainty is at most this score."""
+        return self.accepted_correct + self.accepted_wrong
+
+    @property
+    def n_correct(self) -> Ints:
+        """(...) number of correct answers."""
+        return self.accepted_correct[..., -1]
+
+    @property
+    def n_wrong(self) -> Ints:
+        """(...) number of wrong answers."""
+        return self.accepted_wrong[..., -1]
+
+    @property
+    def n(self) -> Ints:
+        """(...) number of answers."""
+        return self.accepted[..., -1]
+
+    @cached_property
+    def flipped(self) -> TieCounts:
+        """The same problem seen from the other side: least trusted first, wrong answers in the role of correct ones."""
+        return TieCounts(-self.value[::-1], correct=self.wrong[..., ::-1], wrong=self.correct[..., ::-1])
+
+    def towards(self, positive: Positive) -> TieCounts:
+        """Counts whose ``correct`` are the class ``positive``, its most typical score first."""
+        return self if positive == "correct" else self.flipped
+
+
+def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
+    """Uncertainty (N,) as float64 and failure (N,) as bool.
+
+    Raises:
+        DataError: If they are not two vectors of one length of at least one, an uncertainty is not finite, or a
+            failure is not 0 or 1.
+    """
+    scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
+    if len(scores) != len(failures):
+        raise DataError(
+            f"uncertainty and failure must have one entry per row each. Got {len(scores)} and {len(failures)} instead."
+        )
+    if not len(scores):
+        raise DataError("a metric needs at least one row. Got none.")
+    finite = np.isfinite(scores)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        raise DataError(
+            f"uncertainty must be finite. Got {np.count_nonzero(~finite)} bad values of {len(scores)}, the first in "
+            f"row {row} ({scores[row]}). Leave those rows out."
+        )
+    binary = (failures == 0) | (failures == 1)
+    if not binary.all():
+        raise DataError(
+            "failure must be 0 (the answer is right) or 1 (it is wrong). "
+            f"Got {failures[np.argmin(binary)]:g} in row {np.argmin(binary)} instead."
+        )
+    return scores, failures == 1
+
+
+def real_vector(values: ArrayLike, name: str) -> Floats:
+    """A vector of real numbers as float64.
+
+    Raises:
+        DataError: If it is anything else.
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a device or with gradients
+        raise DataError(f"{name} must be a vector of numbers on the CPU: {error}") from error
+    if array.ndim != 1:
+        raise DataError(f"{name} must be a vector (rows,). Got shape {array.shape} instead.")
+    if array.size and array.dtype.kind not in "biuf":
+        raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
+    return array.astype(np.float64)
+
+
+def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
+    """Counts (G,) per distinct uncertainty.
+
+    Raises:
+        DataError: As ``check_pair``.
+    """
+    scores, failures = check_pair(uncertainty, failure)
+    value, group = np.unique(scores, return_inverse=True)
+    wrong = np.bincount(group[failures], minlength=len(value))
+    return TieCounts(value, np.bincount(group, minlength=len(value)) - wrong, wrong)
+
+
+def ratio(numerator: NDArray[np.generic], denominator: NDArray[np.generic], empty: float = np.nan) -> Floats:
+    """Quotient in float64, ``empty`` where the denominator is zero."""
+    shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
+    quotient: Floats = np.full(shape, empty)
+    np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) != 0)
+    return quotient

@@ -1,0 +1,157 @@
+"""How well the uncertainty separates wrong answers from correct ones: AUROC, FPR at a TPR, average precision.
+
+Every metric is a kernel over ``TieCounts`` (one value per resample) and a function of ``(uncertainty, failure)``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vilu.errors import UsageError
+from vilu.metrics.counts import Floats, Ints, Positive, TieCounts, ratio, tie_counts
+
+Rule = Literal["interpolate", "first", "nearest"]
+
+
+def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
+    """Probability that a wrong answer is more uncertain than a correct one: P(u⁻ > u⁺) + P(u⁻ = u⁺) / 2.
+
+    The same whichever class is called positive. NaN if there is only one class.
+
+    Args:
+        uncertainty: (N,) scores, higher = more likely wrong.
+        failure: (N,) 1 where the answer is wrong, else 0.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+
+    Example:
+        >>> auroc([0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1])
+        0.875
+    """
+    return float(auroc_kernel(tie_counts(uncertainty, failure)))
+
+
+def fpr_at_tpr(
+    uncertainty: ArrayLike,
+    failure: ArrayLike,
+    level: float = 0.95,
+    positive: Positive = "correct",
+    rule: Rule = "interpolate",
+) -> float:
+    """False positive rate where the true positive rate reaches ``level`` (FPR95). NaN if there is only one class.
+
+    With ``positive="correct"`` it is the share of wrong answers still accepted when ``level`` of the correct ones are;
+    with ``"failure"`` the share of correct answers rejected when ``level`` of the wrong ones are. These differ.
+
+    Args:
+        uncertainty: (N,) scores, higher = more likely wrong.
+        failure: (N,) 1 where the answer is wrong, else 0.
+        level: True positive rate, in (0, 1].
+        positive: The positive class.
+        rule: "interpolate": the ROC curve as straight lines between operating points, as in the ViLU paper; where it
+            runs level at exactly ``level``, its far end (what ``numpy.interp`` and so the paper's code returns).
+            "first": the first operating point whose rate is at least ``level`` (fd-shifts, Rel-U, ICPE). "nearest":
+            the operating point nearest to ``level`` (TrustVLM). scikit-learn's default drops operating points on
+            straight stretches of the curve; that changes nothing for "interpolate", while "first" and "nearest" are
+            exact only on all points, which are used here.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+        UsageError: If ``level``, ``positive`` or ``rule`` is none of the above.
+    """
+    return float(fpr_at_tpr_kernel(tie_counts(uncertainty, failure), level, positive, rule))
+
+
+def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
+    """Average precision of finding wrong answers, the most uncertain first: Σ_g (recall_g - recall_{g-1}) precision_g.
+
+    NaN if no answer is wrong. Its chance level is the failure rate.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+    """
+    return float(aupr_kernel(tie_counts(uncertainty, failure), "failure"))
+
+
+def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
+    """Average precision of finding correct answers, the least uncertain first.
+
+    NaN if no answer is correct. Its chance level is the accuracy. TrustVLM's
+    code integrates by trapezoids instead, which is optimistic.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+    """
+    return float(aupr_kernel(tie_counts(uncertainty, failure), "correct"))
+
+
+def roc_curve_points(
+    uncertainty: ArrayLike, failure: ArrayLike, positive: Positive = "correct"
+) -> tuple[Floats, Floats]:
+    """False and true positive rates (G+1,) from (0, 0) to (1, 1), one point per distinct uncertainty.
+
+    NaN throughout if there is only one class.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+        UsageError: If ``positive`` is neither "correct" nor "failure".
+    """
+    _check_choice("positive", positive, get_args(Positive))
+    return _roc(tie_counts(uncertainty, failure).towards(positive))
+
+
+def auroc_kernel(counts: TieCounts) -> Floats:
+    """AUROC (...) in integers up to the last division: each pair counts 2, a tied pair 1."""
+    twice_pairs = (counts.wrong * (2 * counts.accepted_correct - counts.correct)).sum(-1)
+    return ratio(twice_pairs, 2 * counts.n_correct * counts.n_wrong)
+
+
+def fpr_at_tpr_kernel(
+    counts: TieCounts, level: float = 0.95, positive: Positive = "correct", rule: Rule = "interpolate"
+) -> Floats:
+    """False positive rate (...); see ``fpr_at_tpr``."""
+    if not 0 < level <= 1:
+        raise UsageError(f"level must be a true positive rate in (0, 1]. Got {level} instead.")
+    _check_choice("positive", positive, get_args(Positive))
+    _check_choice("rule", rule, get_args(Rule))
+    fpr, tpr = _roc(counts.towards(positive))
+    if rule == "first":
+        return _pick(fpr, (tpr < level).sum(-1))
+    if rule == "nearest":
+        return _pick(fpr, np.abs(tpr - level).argmin(-1))
+    below = (tpr <= level).sum(-1) - 1
+    above = np.minimum(below + 1, tpr.shape[-1] - 1)
+    share = ratio(level - _pick(tpr, below), _pick(tpr, above) - _pick(tpr, below), empty=0.0)
+    return _pick(fpr, below) + share * (_pick(fpr, above) - _pick(fpr, below))
+
+
+def aupr_kernel(counts: TieCounts, positive: Positive) -> Floats:
+    """Average precision (...) of the class ``positive``."""
+    side = counts.towards(positive)
+    precision = ratio(side.accepted_correct, side.accepted, empty=0.0)
+    return ratio((side.correct * precision).sum(-1), side.n_correct)
+
+
+def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
+    """False and true positive rates (..., G+1), ``counts.correct`` being the positive class; NaN if one is empty."""
+    origin = np.zeros_like(counts.accepted[..., :1])
+    one_class = (counts.n_correct * counts.n_wrong == 0)[..., None]
+
+    def rate(accepted: Ints, total: Ints) -> Floats:
+        return ratio(np.concatenate([origin, accepted], axis=-1), np.where(one_class, 0, total[..., None]))
+
+    return rate(counts.accepted_wrong, counts.n_wrong), rate(counts.accepted_correct, counts.n_correct)
+
+
+def _pick(values: Floats, index: NDArray[np.intp]) -> Floats:
+    """Entry (...) of ``values`` (..., M) at ``index`` (...)."""
+    return np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)[..., 0]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(map(repr, choices))}. Got {value!r} instead.")

@@ -1,0 +1,190 @@
+"""Selective prediction: what is wrong among the answers kept when the most uncertain ones are left out.
+
+The coverage is the share of answers kept, the selective risk the share of wrong ones among them. Inside a block of
+equal uncertainties the order is unknown, so the number of wrong answers grows there at its expected, even pace.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vilu.errors import UsageError
+from vilu.metrics.counts import Floats, TieCounts, ratio, tie_counts
+
+Convention = Literal["mean", "trapezoid"]
+
+
+def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
+    """Area under the risk-coverage curve, in [0, 1]; lower is better.
+
+    With R_i the selective risk of the i most trusted answers, "mean" is (1/N) Σ_i R_i (Geifman et al. 2019), taken in
+    expectation over the order of tied rows. Reference implementations sort ties as they come, so that their value
+    depends on the order of the input. "trapezoid" integrates over distinct uncertainties, level down to coverage 0
+    (fd-shifts, there times 1000).
+
+    Args:
+        uncertainty: (N,) scores, higher = more likely wrong.
+        failure: (N,) 1 where the answer is wrong, else 0.
+        convention: "mean" or "trapezoid".
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+        UsageError: If ``convention`` is neither.
+
+    Example:
+        >>> aurc([1, 2, 3, 4], [0, 0, 0, 1])
+        0.0625
+    """
+    return float(aurc_kernel(tie_counts(uncertainty, failure), convention))
+
+
+def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
+    """AURC less that of the best order, (1/N) Σ_i max(0, i - N_correct) / i; 0 is perfect.
+
+    The finite sum is used; the usual r + (1 - r) ln(1 - r) is its limit and off by .001 at N = 100.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+    """
+    return float(excess_aurc_kernel(tie_counts(uncertainty, failure)))
+
+
+def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
+    """Excess AURC over that of a random order, whose AURC is the failure rate: 0 perfect, 1 random.
+
+    NaN if there is only one class.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+    """
+    return float(naurc_kernel(tie_counts(uncertainty, failure)))
+
+
+def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
+    """Area under the generalised risk-coverage curve (Traub et al. 2024), in [0, 1/2]; lower is better.
+
+    The generalised risk is the share of all N answers that are kept and wrong. With accuracy a it is
+    (1 - AUROC) a (1 - a) + (1 - a)² / 2; random order (1 - a) / 2, best order (1 - a)² / 2.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+    """
+    return float(augrc_kernel(tie_counts(uncertainty, failure)))
+
+
+def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float = 0.8) -> float:
+    """Selective risk of the ⌈N · coverage⌉ most trusted answers, in expectation over the order of tied rows.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+        UsageError: If ``coverage`` is not in (0, 1].
+    """
+    return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
+
+
+def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
+    """Largest coverage that a threshold reaches with selective risk at most ``risk``; 0 if none does.
+
+    A threshold keeps a tied block or leaves it out. This describes the sample at hand; it is not a guarantee for new
+    data (see ``vilu.calibrate``).
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+        UsageError: If ``risk`` is not in [0, 1].
+    """
+    return float(coverage_at_risk_kernel(tie_counts(uncertainty, failure), risk))
+
+
+def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Floats]:
+    """Coverage (G,) and selective risk (G,) of every threshold, one per distinct uncertainty, ascending.
+
+    Raises:
+        DataError: If the vectors are empty, differ in length, or hold anything else.
+    """
+    counts = tie_counts(uncertainty, failure)
+    return counts.accepted / counts.n, counts.accepted_wrong / counts.accepted
+
+
+def aurc_kernel(counts: TieCounts, convention: Convention = "mean") -> Floats:
+    """AURC (...); see ``aurc``."""
+    if convention == "mean":
+        return _mean_risk(counts)
+    if convention == "trapezoid":
+        return _trapezoid_risk(counts)
+    raise UsageError(f"convention must be 'mean' or 'trapezoid'. Got {convention!r} instead.")
+
+
+def excess_aurc_kernel(counts: TieCounts) -> Floats:
+    """Excess AURC (...); see ``excess_aurc``."""
+    return np.maximum(_mean_risk(counts) - _oracle(counts), 0.0)  # below zero only by rounding
+
+
+def naurc_kernel(counts: TieCounts) -> Floats:
+    """Normalised AURC (...); see ``naurc``."""
+    # exactly zero if there is only one class
+    return ratio(excess_aurc_kernel(counts), ratio(counts.n_wrong, counts.n) - _oracle(counts))
+
+
+def augrc_kernel(counts: TieCounts) -> Floats:
+    """AUGRC (...), by trapezoids in integers up to the last division."""
+    twice_area = (counts.size * (2 * counts.accepted_wrong - counts.wrong)).sum(-1)
+    return ratio(twice_area, 2 * counts.n**2)
+
+
+def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
+    """Selective risk (...) at one coverage; see ``risk_at_coverage``."""
+    if not 0 < coverage <= 1:
+        raise UsageError(f"coverage must be in (0, 1]. Got {coverage} instead.")
+    # rounding first: 0.07 · 100 is a little more than 7
+    kept = np.ceil(np.round(counts.n * coverage, 9))[..., None]
+    inside = np.clip(kept - (counts.accepted - counts.size), 0, counts.size)
+    return ratio((inside * ratio(counts.wrong, counts.size, empty=0.0)).sum(-1), kept[..., 0])
+
+
+def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
+    """Coverage (...) at one risk; see ``coverage_at_risk``."""
+    if not 0 <= risk <= 1:
+        raise UsageError(f"risk must be in [0, 1]. Got {risk} instead.")
+    meets = ratio(counts.accepted_wrong, counts.accepted) <= risk
+    return ratio(np.where(meets, counts.accepted, 0).max(-1), counts.n)
+
+
+@lru_cache(maxsize=4)
+def _harmonic(n: int) -> Floats:
+    """Harmonic numbers H_0 ... H_n."""
+    numbers: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, n + 1))])
+    numbers.setflags(write=False)
+    return numbers
+
+
+def _mean_risk(counts: TieCounts) -> Floats:
+    """(1/N) Σ_i R_i with R_i = (W + w (i - s) / m) / i inside a block of m rows after s, whose sum has a closed form.
+
+    Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s), with w of the block's rows wrong and W before it.
+    """
+    harmonic = _harmonic(int(counts.n.max()))
+    before = counts.accepted - counts.size
+    wrong_before = counts.accepted_wrong - counts.wrong
+    pace = ratio(counts.wrong, counts.size, empty=0.0)
+    steps = harmonic[counts.accepted] - harmonic[before]
+    np.divide(1.0, counts.accepted, out=steps, where=counts.size == 1)  # the same, without cancellation
+    blocks = counts.wrong + (wrong_before - pace * before) * steps
+    return ratio(blocks.sum(-1), counts.n)
+
+
+def _trapezoid_risk(counts: TieCounts) -> Floats:
+    risk = ratio(counts.accepted_wrong, counts.accepted, empty=0.0)
+    before = counts.accepted - counts.size
+    left = np.where(before > 0, np.roll(risk, 1, axis=-1), risk)
+    return ratio((counts.size * (left + risk)).sum(-1), 2 * counts.n)
+
+
+def _oracle(counts: TieCounts) -> Floats:
+    """AURC (...) of the best order: all correct answers first."""
+    harmonic = _harmonic(int(counts.n.max()))
+    area = counts.n_wrong - counts.n_correct * (harmonic[counts.n] - harmonic[counts.n_correct])
+    return ratio(area, counts.n)

@@ -1,0 +1,243 @@
+"""What a predictor said about the answers of a frozen model, and whether those answers were wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vilu.errors import DataError
+from vilu.metrics.counts import real_vector
+from vilu.tables import plain_json, read_column, read_table, write_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+UNKNOWN = -1
+"""A failure, prediction or target that is not known."""
+
+TEXT_COLUMNS = ("key", "pred_name", "label_name", "reason", "score_name")
+KINDS = {
+    "method": str | None,
+    "dataset": str | None,
+    "split": str | None,
+    "seed": int | None,
+    "provenance": Mapping,
+    "is_probability": bool,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Uncertainty and failure of N answers; these two are enough by themselves.
+
+    Attributes:
+        uncertainty: (N,) float64, higher = more likely wrong; NaN only where ``reason`` says why.
+        failure: (N,) int64, 1 where the answer is wrong, 0 where it is right, -1 where that is unknown.
+        prediction: (N,) int64 answers of the frozen model, -1 where there is none.
+        target: (N,) int64 right answers, -1 where unknown.
+        ids: N row identifiers.
+        class_names: Names of the candidates, which predictions and targets count.
+        method: Name of the predictor.
+        dataset: Name of the data set.
+        split: Name of its part.
+        seed: Seed of the predictor.
+        reason: Per row why it has no uncertainty ("nonfinite", "zero_norm", "k<2"), or None.
+        provenance: Plain JSON on what made the scores (fingerprints, number of candidates, pool size, ...).
+        is_probability: Whether the uncertainty is a probability of failure.
+
+    Raises:
+        DataError: If lengths disagree or a value cannot be.
+
+    Example:
+        >>> outcomes = Outcomes([0.1, 0.9, 0.4], [0, 1, -1])
+        >>> outcomes.evaluable.tolist()
+        [True, True, False]
+    """
+
+    uncertainty: NDArray[np.float64] = field(repr=False)
+    failure: NDArray[np.int64] = field(repr=False)
+    prediction: NDArray[np.int64] | None = field(default=None, repr=False)
+    target: NDArray[np.int64] | None = field(default=None, repr=False)
+    ids: Sequence[str] | None = field(default=None, repr=False)
+    class_names: Sequence[str] | None = field(default=None, repr=False)
+    method: str | None = None
+    dataset: str | None = None
+    split: str | None = None
+    seed: int | None = None
+    reason: Sequence[str | None] | None = field(default=None, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    is_probability: bool = False
+
+    def __post_init__(self) -> None:
+        uncertainty = real_vector(self.uncertainty, "uncertainty")
+        names = _texts(self.class_names, "class_names")
+        last = None if names is None else len(names) - 1
+        checked = {
+            "uncertainty": uncertainty,
+            "failure": _codes(self.failure, "failure", 1),
+            "prediction": None if self.prediction is None else _codes(self.prediction, "prediction", last),
+            "target": None if self.target is None else _codes(self.target, "target", last),
+            "ids": _texts(self.ids, "ids"),
+            "reason": _texts(self.reason, "reason", optional=True),
+        }
+        for name, column in checked.items():
+            if column is not None and len(column) != len(uncertainty):
+                raise DataError(
+                    f"{name} must have one entry per uncertainty ({len(uncertainty)}). Got {len(column)} instead."
+                )
+            object.__setattr__(self, name, column)
+        object.__setattr__(self, "class_names", names)
+        self._check_uncertainty()
+        self._check_labels()
+
+    def _check_uncertainty(self) -> None:
+        missing = np.isnan(self.uncertainty)
+        explained = np.array([bool(text) for text in self.reason or ()] or [False] * len(missing), dtype=bool)
+        unexplained = np.flatnonzero(missing & ~explained)
+        if len(unexplained):
+            raise DataError(
+                "uncertainty must be a number unless 'reason' says why there is none. "
+                f"Got {len(unexplained)} rows with neither, the first is row {unexplained[0]}."
+            )
+        values = self.uncertainty[~missing]
+        if np.isinf(values).any():
+            raise DataError(f"uncertainty must be finite. Got {np.count_nonzero(np.isinf(values))} infinite values.")
+        if self.is_probability and len(values) and (values.min() < 0 or values.max() > 1):
+            raise DataError(f"a probability must be in [0, 1]. Got {values.min():.6g} to {values.max():.6g} instead.")
+
+    def _check_labels(self) -> None:
+        for name, kind in KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise DataError(f"{name} must be {kind}. Got {getattr(self, name)!r:.100} instead.")
+        plain_json(dict(self.provenance))
+
+    def __len__(self) -> int:
+        return len(self.failure)
+
+    @property
+    def evaluable(self) -> NDArray[np.bool_]:
+        """(N,) whether a row has both an uncertainty and a known failure."""
+        evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
+        return evaluable
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically.
+
+        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name; null where
+        unknown. In a CSV, text that a spreadsheet would run as a formula gets an apostrophe in front.
+
+        Raises:
+            UsageError: If the suffix is another.
+            DataError: If a text is not valid Unicode.
+            StorageError: If the file system refuses.
+        """
+        import pyarrow as pa
+
+        n = len(self)
+        names = None if self.class_names is None else pa.array(self.class_names, pa.string())
+        pred, label = _nullable(self.prediction, n), _nullable(self.target, n)
+        try:
+            columns = {
+                "row_id": pa.array(np.arange(n)),
+                "key": pa.nulls(n, pa.string()) if self.ids is None else pa.array(self.ids, pa.string()),
+                "pred": pred,
+                "pred_name": pa.nulls(n, pa.string()) if names is None else names.take(pred),
+                "label": label,
+                "label_name": pa.nulls(n, pa.string()) if names is None else names.take(label),
+                "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
+                "failure": _nullable(self.failure, n).cast(pa.int8()),
+                "reason": pa.nulls(n, pa.string()) if self.reason is None else pa.array(self.reason, pa.string()),
+                "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
+            }
+        except UnicodeError as error:
+            raise DataError(f"ids, class_names and reason must be valid Unicode: {error}") from error
+        present = [name for name in ("prediction", "target", "ids", "reason") if getattr(self, name) is not None]
+        metadata = {name: getattr(self, name) for name in ("class_names", *KINDS)}
+        write_table(path, columns, {"kind": "outcomes", "present": present, **metadata})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote, or any table with the columns ``uncertainty`` and ``failure``.
+
+        Parquet gives back exactly what was saved; a CSV only what its columns hold.
+
+        Raises:
+            UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
+            StorageError: If the file cannot be opened.
+            DataError: If it is not such a table.
+            ProvenanceError: If a newer version of vilu wrote it.
+        """
+        table, metadata = read_table(path, TEXT_COLUMNS)
+        missing = [name for name in ("uncertainty", "failure") if name not in table.column_names]
+        if missing:
+            raise DataError(
+                f"{path} must have the columns uncertainty and failure. Missing: {', '.join(missing)}; "
+                f"it has {', '.join(table.column_names):.200}."
+            )
+
+        def read(name: str, kind: str) -> pa.ChunkedArray:
+            return read_column(path, table, name, kind)
+
+        columns = {
+            "prediction": read("pred", "int64"),
+            "target": read("label", "int64"),
+            "ids": read("key", "string"),
+            "reason": read("reason", "string"),
+        }
+        filled = [name for name, column in columns.items() if column.null_count < len(table)]
+        present = metadata.get("present")
+        present = present if isinstance(present, list) else filled
+        methods = read("score_name", "string").unique().to_pylist()
+        known: dict[str, Any] = {"method": methods[0] if len(methods) == 1 else None, **metadata}
+        return cls(
+            uncertainty=read("uncertainty", "float64").fill_null(np.nan).to_numpy(),
+            failure=_filled(read("failure", "int64")),
+            prediction=_filled(columns["prediction"]) if "prediction" in present else None,
+            target=_filled(columns["target"]) if "target" in present else None,
+            ids=columns["ids"].to_pylist() if "ids" in present else None,
+            reason=columns["reason"].to_pylist() if "reason" in present else None,
+            **{name: known[name] for name in ("class_names", *KINDS) if name in known},
+        )
+
+
+def _codes(values: ArrayLike, name: str, last: int | None) -> NDArray[np.int64]:
+    """Whole numbers (N,) from -1 to ``last`` (None: no upper bound)."""
+    numbers = real_vector(values, name)
+    top = np.inf if last is None else last
+    bad = np.flatnonzero(~((numbers >= UNKNOWN) & (numbers <= top) & (numbers == np.rint(numbers))))
+    if len(bad):
+        raise DataError(
+            f"{name} must hold whole numbers from {UNKNOWN} (unknown) to {top:g}. "
+            f"Got {numbers[bad[0]]:g} in row {bad[0]} instead."
+        )
+    return numbers.astype(np.int64)
+
+
+def _texts(values: Sequence[str | None] | None, name: str, *, optional: bool = False) -> tuple[str | None, ...] | None:
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
+    texts = tuple(values)
+    for row, text in enumerate(texts):
+        if not (isinstance(text, str) or (optional and text is None)):
+            raise DataError(f"{name} must hold texts. Got {text!r} in row {row} instead.")
+    return texts
+
+
+def _nullable(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
+    """Arrow int32 column, null where unknown."""
+    import pyarrow as pa
+
+    if codes is None:
+        return pa.nulls(n, pa.int32())
+    return pa.array(codes, pa.int32(), mask=codes == UNKNOWN)
+
+
+def _filled(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    return np.asarray(column.fill_null(UNKNOWN).to_numpy(), dtype=np.int64)
