@@ -9,13 +9,45 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vilu import metrics
+    from vilu.backbones.catalog import load_backbone
+    from vilu.datasets.catalog import open_dataset
+    from vilu.evaluation import compare, evaluate
+    from vilu.outcomes import Outcomes
+    from vilu.predictors import LVU, MCM, PREDICTORS, Doctor, Entropy, FailurePredictor, Margin, MaxLogit, ViLU
+    from vilu.predictors.convert import convert_official
+    from vilu.predictors.storage import load
+    from vilu.results import ResultTable
+    from vilu.scoring import score
     from vilu.space import EmbeddingSpace
+    from vilu.store.embed import embed
+    from vilu.store.reader import EmbeddingStore
     from vilu.types import Batch, Embeddings, EmbeddingSource, PairEmbeddings
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "load_backbone": "vilu.backbones.catalog",
+    "open_dataset": "vilu.datasets.catalog",
+    "compare": "vilu.evaluation",
+    "evaluate": "vilu.evaluation",
+    "Outcomes": "vilu.outcomes",
+    "Doctor": "vilu.predictors",
+    "Entropy": "vilu.predictors",
+    "FailurePredictor": "vilu.predictors",
+    "LVU": "vilu.predictors",
+    "MCM": "vilu.predictors",
+    "Margin": "vilu.predictors",
+    "MaxLogit": "vilu.predictors",
+    "PREDICTORS": "vilu.predictors",
+    "ViLU": "vilu.predictors",
+    "convert_official": "vilu.predictors.convert",
+    "load": "vilu.predictors.storage",
+    "ResultTable": "vilu.results",
+    "score": "vilu.scoring",
     "EmbeddingSpace": "vilu.space",
+    "embed": "vilu.store.embed",
+    "EmbeddingStore": "vilu.store.reader",
     "Batch": "vilu.types",
     "EmbeddingSource": "vilu.types",
     "Embeddings": "vilu.types",
@@ -23,16 +55,39 @@ _HOME = {
 }
 
 __all__ = [
+    "LVU",
+    "MCM",
+    "PREDICTORS",
     "Batch",
+    "Doctor",
     "EmbeddingSource",
     "EmbeddingSpace",
+    "EmbeddingStore",
     "Embeddings",
+    "Entropy",
+    "FailurePredictor",
+    "Margin",
+    "MaxLogit",
+    "Outcomes",
     "PairEmbeddings",
+    "ResultTable",
+    "ViLU",
     "__version__",
+    "compare",
+    "convert_official",
+    "embed",
+    "evaluate",
+    "load",
+    "load_backbone",
+    "metrics",
+    "open_dataset",
+    "score",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name == "metrics":
+        return importlib.import_module("vilu.metrics")
     if name not in _HOME:
         raise AttributeError(f"module 'vilu' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

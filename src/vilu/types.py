@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vilu.errors import DataError, UsageError
 from vilu.space import EmbeddingSpace
-from vilu.validate import VALID, check_class_names, check_ids, check_targets, require_usable, unit_rows
+from vilu.validate import VALID, RowNumbers, check_class_names, check_ids, check_targets, require_usable, unit_rows
 
 UNKNOWN = -1
 """Target of a row whose label is not known, and its failure."""
@@ -188,6 +188,14 @@ class Embeddings(EmbeddingSource):
     def candidates(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The same (K, D) texts for every batch, and the targets of the rows."""
         return self.text, self.target[index]
+
+    @classmethod
+    def from_rows(cls, source: EmbeddingSource, rows: Tensor) -> Embeddings:
+        """A copy in memory of some rows of a source with shared candidates."""
+        text, target = source.candidates(rows)
+        ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
+        names = source.class_names
+        return cls(source.image_rows(rows), text, target, class_names=names, ids=ids, space=source.space)
 
     @staticmethod
     def pairs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
 import torch
@@ -121,6 +122,24 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
     return names
 
 
+class RowNumbers(Sequence[str]):
+    """Identifiers of rows that came without any: "0", "1", ...; they identify nothing outside their own array."""
+
+    def __init__(self, n_rows: int) -> None:
+        self._numbers = range(n_rows)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        found = self._numbers[index]
+        return str(found) if isinstance(found, int) else [str(i) for i in found]
+
+
 def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
     """N row identifiers, by default the row numbers.
 
@@ -128,7 +147,7 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
         DataError: If there are not N of them.
     """
     if ids is None:
-        return [str(i) for i in range(n_rows)]
+        return RowNumbers(n_rows)
     if len(ids) != n_rows:
         raise DataError(f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead.")
     return ids

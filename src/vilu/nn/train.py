@@ -1,0 +1,177 @@
+"""The one training loop for heads: SGD, warm-up and cosine, a true freeze, selection by early stopping."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilu.errors import DataError
+from vilu.metrics import auroc
+from vilu.nn.heads import FailureHead
+from vilu.progress import Task, track
+from vilu.types import Batch, EmbeddingSource
+
+Loss = Callable[[Batch, Tensor], Tensor]
+"""(batch, failure logits (B,)) -> scalar."""
+
+DEFAULT_STEPS = 6_000
+FREEZE_STEPS = 1_000
+SCORING_BATCH = 4_096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a source."""
+
+    source: EmbeddingSource
+    index: Tensor
+
+    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of the rows, in order or, with a generator, shuffled."""
+        order = self.index if generator is None else self.index[torch.randperm(len(self.index), generator=generator)]
+        return self.source.batches(size, rows=order)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a head is trained.
+
+    Attributes:
+        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
+        batch_size: Rows per step (with in-batch candidates, the pool size instead).
+        learning_rate: Peak of the schedule.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        warmup_epochs: Length of the linear warm-up, at most a tenth of the run; then a cosine to zero.
+        freeze_epochs: Epochs during which the attention gets no gradient, no decay and no momentum; None: one epoch
+            (the paper), or as many as make 1,000 steps where that is longer (the released code).
+        patience: Stop after so many epochs without a better validation AUROC; None: never.
+        precision: "fp32", or "bf16" for the MLP's products (similarities, softmax and losses stay in float32).
+        seed: Of the shuffling.
+        device: Where to train.
+    """
+
+    epochs: int | None
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    freeze_epochs: int | None
+    patience: int | None
+    precision: str
+    seed: int
+    device: torch.device
+
+
+@dataclass
+class History:
+    """What happened, one entry an epoch; ``best_epoch`` is the one whose weights were kept (0-based)."""
+
+    loss: list[float] = field(default_factory=list)
+    validation_auroc: list[float] = field(default_factory=list)
+    best_epoch: int = -1
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Multiplier of the learning rate: linear from 0.1 to 1 over ``warmup`` steps, then a cosine to 0."""
+    if step < warmup:
+        return 0.1 + 0.9 * step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+class HeadTrainer:
+    """Trains one head in place."""
+
+    def __init__(self, head: FailureHead, loss: Loss, config: TrainConfig) -> None:
+        self.head, self.loss, self.config = head.to(config.device), loss, config
+        self.attention = [] if head.attention is None else list(head.attention.parameters())
+        self.optimizer = torch.optim.SGD(
+            [*head.first.parameters(), *head.rest.parameters()],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def run(self, train: Rows, validation: Rows | None) -> History:
+        """Train, and leave the head with the weights of the best epoch by validation AUROC (of the last, without one).
+
+        Raises:
+            DataError: If the training rows do not fill one batch of in-batch candidates, or the loss is not finite.
+        """
+        config, history = self.config, History()
+        size = train.source.pool_size or config.batch_size
+        steps = len(train.index) // size if train.source.pool_size else math.ceil(len(train.index) / size)
+        if not steps:
+            raise DataError(f"training needs at least one pool of {size} rows. Got {len(train.index)} rows.")
+        epochs = config.epochs or min(max(math.ceil(DEFAULT_STEPS / steps), 10), 300)
+        warmup = min(config.warmup_epochs, epochs / 10) * steps
+        frozen_epochs = math.ceil(FREEZE_STEPS / steps) if config.freeze_epochs is None else config.freeze_epochs
+        generator = torch.Generator().manual_seed(config.seed)
+        best: dict[str, Tensor] = {}
+        self._freeze(frozen=frozen_epochs > 0)
+        with track("train", epochs * steps, "steps") as task:
+            for epoch in range(epochs):
+                if epoch == frozen_epochs:
+                    self._freeze(frozen=False)
+                rates = [schedule(epoch * steps + i, epochs * steps, warmup) for i in range(steps)]
+                history.loss.append(self._epoch(train.batches(config.batch_size, generator), rates, task))
+                if validation is not None:
+                    history.validation_auroc.append(self._auroc(validation))
+                if validation is None or history.validation_auroc[-1] > max(history.validation_auroc[:-1], default=-1):
+                    history.best_epoch, best = epoch, copy.deepcopy(self.head.state_dict())
+                if config.patience is not None and epoch - history.best_epoch >= config.patience:
+                    break
+        self.head.load_state_dict(best)
+        return history
+
+    def _freeze(self, *, frozen: bool) -> None:
+        """A frozen attention is unknown to the optimiser: no gradient, no decay, no momentum."""
+        for parameter in self.attention:
+            parameter.requires_grad_(not frozen)
+        if self.attention and not frozen:
+            self.optimizer.add_param_group({"params": self.attention})
+
+    def _epoch(self, batches: Iterator[Batch], rates: list[float], task: Task) -> float:
+        """One pass; returns the mean loss over its steps."""
+        total = torch.zeros((), device=self.config.device)
+        for batch, rate in zip(batches, rates, strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * rate
+            moved = batch.to(self.config.device)
+            with torch.autocast(self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                logit = self.head(moved)
+            loss = self.loss(moved, logit)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += loss.detach()
+            task.advance(1)
+        mean = float(total) / len(rates)
+        if not math.isfinite(mean):
+            raise DataError(
+                f"training diverged: the mean loss of an epoch is {mean}. "
+                f"Lower learning_rate (now {self.config.learning_rate}) or check the embeddings."
+            )
+        return mean
+
+    def _auroc(self, rows: Rows) -> float:
+        """Validation AUROC of the failure logit."""
+        scored = [(logit, batch.failure) for batch, logit in failure_logits(self.head, rows, self.config.device)]
+        logit, failure = (np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*scored, strict=True))
+        return float(auroc(logit.astype(np.float64), failure))
+
+
+@torch.no_grad()
+def failure_logits(head: FailureHead, rows: Rows, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+    """(batch, failure logits (B,)) of every batch, in float32."""
+    for batch in rows.batches(SCORING_BATCH):
+        moved = batch.to(device)
+        yield moved, head(moved)

@@ -1,0 +1,143 @@
+"""The contract of every failure predictor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.device import resolve_device
+from vilu.errors import DataError, NotFittedError
+from vilu.nn.train import SCORING_BATCH
+from vilu.predictors.sketch import RowSketch
+from vilu.space import EmbeddingSpace
+from vilu.types import Batch, EmbeddingSource
+
+SIMILARITY_ROWS = 100
+
+
+@dataclasses.dataclass
+class FailurePredictor(ABC):
+    """Says per image how likely the zero-shot answer is wrong, from embeddings alone.
+
+    A subclass is a dataclass of hyper-parameters. What ``fit`` finds ends in an underscore. Higher uncertainty means
+    more likely wrong.
+
+    Attributes:
+        name: Key in ``vilu.PREDICTORS``.
+        summary: One line for ``vilu list predictors``.
+        needs_fit: Whether scores need labels first.
+        is_probability: Whether the uncertainty estimates P(failure).
+        space_: Embedding space of the training data; None when never fitted.
+        seen_: Sketch of the identifiers of the rows used by ``fit``; None when they had none.
+        similarity_: Mean and standard deviation of the largest cosine of training rows; None when never fitted.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs_fit: ClassVar[bool] = False
+    is_probability: ClassVar[bool] = False
+
+    space_: EmbeddingSpace | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    seen_: RowSketch | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    similarity_: tuple[float, float] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    notes_: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:  # noqa: ARG002
+        """Learn from labelled embeddings; a score that needs no labels only remembers the space.
+
+        Args:
+            train: Rows to learn from.
+            validation: Rows to select on; a learned predictor without them holds out a part of ``train``.
+        """
+        self.space_ = train.space
+        return self
+
+    @property
+    def device_(self) -> torch.device:
+        """Where scores are computed."""
+        return resolve_device(getattr(self, "device", "cpu"))
+
+    def predict_uncertainty(self, data: EmbeddingSource) -> NDArray[np.float64]:
+        """Uncertainty (N,) float64 of every row, higher = more likely wrong.
+
+        NaN where the embedding is not usable (``data.status``), and everywhere when there is only one candidate,
+        since no other answer was possible.
+
+        Raises:
+            NotFittedError: If the predictor needs ``fit`` first.
+            ProvenanceError: If the data come from another embedding space than the training data.
+        """
+        self._check_ready(data)
+        uncertainty = np.full(len(data), np.nan)
+        if data.n_candidates < 2:
+            return uncertainty
+        device = self.device_
+        with torch.no_grad():
+            for batch in data.batches(SCORING_BATCH):
+                score = self._uncertainty(batch.to(device))
+                uncertainty[batch.index.numpy()] = score.double().cpu().numpy()
+        broken = int(np.count_nonzero(~np.isfinite(uncertainty[data.usable_rows.numpy()])))
+        if broken:
+            raise DataError(f"{self.name} gave {broken} scores that are not finite: its weights are damaged. Refit it.")
+        return uncertainty
+
+    def require_fitted(self) -> None:
+        """Refuse to go on without ``fit``, where it is needed."""
+        if self.needs_fit and self.space_ is None:
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one.")
+
+    def _check_ready(self, data: EmbeddingSource) -> None:
+        self.require_fitted()
+        if self.space_ is None:
+            return
+        self.space_.require_match(data.space, mine=f"the fitted {self.name}", theirs="the data to score")
+        if self.similarity_ and (self.space_.anonymous or data.space.anonymous):
+            self._check_similarity(data)
+
+    def _check_similarity(self, data: EmbeddingSource) -> None:
+        """Without provenance, the largest cosines are all that can tell a foreign space of the same width."""
+        if data.n_candidates < 2 or not len(data.usable_rows) or self.similarity_ is None:
+            return
+        found, _ = similarity_range(data)
+        mean, deviation = self.similarity_
+        if abs(found - mean) > 4 * deviation:
+            warnings.warn(
+                f"the largest cosine of a row is {found:.3f} on average here and was {mean:.3f} ± {deviation:.3f} in "
+                "training: are these embeddings from another model? They carry no provenance to check.",
+                stacklevel=4,
+            )
+
+    @abstractmethod
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        """(B,) uncertainty of a batch, float32 or better, on the batch's device."""
+
+    def save(self, folder: str | Path) -> str:
+        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``)."""
+        from vilu.predictors import storage
+
+        return storage.save(self, folder)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that ``fit`` learned, as tensors."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state``; must refuse tensors of the wrong names or shapes."""
+        if state:
+            raise DataError(f"{self.name} has no weights, but the file holds {', '.join(sorted(state)[:5])}.")
+
+
+def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
+    """Mean and standard deviation, over the first 100 usable rows, of the largest cosine with a candidate."""
+    rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
+    best = torch.cat([(b.image @ b.text.T).amax(1) for b in data.batches(SIMILARITY_ROWS, rows=rows)])
+    return float(best.mean()), max(float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best)))

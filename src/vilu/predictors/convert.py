@@ -1,0 +1,101 @@
+"""Checkpoints of the reference implementation to predictors, without executing anything in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilu.errors import DataError
+from vilu.predictors.head import HeadPredictor
+from vilu.predictors.lvu import LVU
+from vilu.predictors.vilu import ViLU
+from vilu.space import EmbeddingSpace
+
+
+def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None) -> HeadPredictor:
+    """A ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
+
+    The reference head gives a confidence logit; ours, its negative, is the failure logit, so the last layer changes
+    sign. Projections that never left a multiple of the identity were frozen in training, where the reference passes
+    embeddings through unprojected (while weight decay shrinks the unused matrix): they become the identity.
+
+    The file is a pickle. It is read with torch's restricted unpickler, which besides tensors may build numpy scalars
+    (allowed here by name, since the released files hold some) and nothing else.
+
+    Args:
+        path: A checkpoint with the key ``state_dict``, or a bare state dict.
+        logit_scale: Logit scale of the VLM; the checkpoints do not hold it (100 for OpenAI's CLIP).
+        embed_dim: Embedding width D; needed only for a head of image and predicted caption without attention.
+
+    Raises:
+        DataError: If the file asks for anything else to be built, or its weights are not those of a known head.
+    """
+    weights = read_checkpoint(Path(path))
+    layers = [name.removesuffix(".weight") for name in weights if re.fullmatch(r"mlp\.\d+\.weight", name)]
+    if not layers or any(f"{layer}.bias" not in weights for layer in layers):
+        raise DataError(f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... Found: {', '.join(weights)[:200]}.")
+    projection = weights.get("in_proj_t.weight")
+    width = weights["mlp.0.weight"].shape[1]
+    dim = embed_dim or (width if projection is None else len(projection))
+    parts = width // dim - (projection is not None)
+    if width % dim or parts not in (1, 2):
+        raise DataError(f"{path} has a head of input width {width}, which is no concatenation of embeddings of {dim}.")
+    hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
+    predictor = (
+        LVU(hidden=hidden, loss="bce")
+        if parts == 1 and projection is None
+        else ViLU(hidden=hidden, attention=None if projection is None else "official", predicted_caption=parts == 2)
+    )
+    predictor.space_ = EmbeddingSpace(dim, float(logit_scale))
+    predictor.restore(renamed(weights, layers))
+    predictor.notes_ = {"converted_from": "a checkpoint of the reference implementation"}
+    return predictor
+
+
+def renamed(weights: dict[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
+    """Our names, with the sign of the last layer turned."""
+    state: dict[str, Tensor] = {}
+    for i, layer in enumerate(layers):
+        sign = -1 if i == len(layers) - 1 else 1
+        ours = "first" if i == 0 else f"rest.{2 * i - 1}"
+        state |= {f"{ours}.{kind}": sign * weights[f"{layer}.{kind}"].float() for kind in ("weight", "bias")}
+    for theirs, ours in (("in_proj_v.weight", "attention.image"), ("in_proj_t.weight", "attention.text")):
+        if theirs in weights:
+            state[ours] = thawed(weights[theirs].float())
+    return state
+
+
+def thawed(projection: Tensor) -> Tensor:
+    """The identity for a multiple of it (a projection that was frozen), else the projection itself."""
+    identity = torch.eye(len(projection))
+    return identity if torch.equal(projection, identity * projection[0, 0]) else projection
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's state dict, by name."""
+    # numpy scalars are written under the module's old or new name, depending on the numpy that wrote them.
+    scalar = cast("Callable[..., Any]", np.float64(0).__reduce__()[0])
+    allowed: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8")),
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist.") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise DataError(f"{path} is refused, nothing in it was executed: {str(error).splitlines()[0]}") from error
+    weights = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise DataError(f"{path} holds no state dict, but a {type(content).__name__}.")
+    return {str(name): value for name, value in weights.items() if isinstance(value, Tensor)}

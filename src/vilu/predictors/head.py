@@ -1,0 +1,122 @@
+"""What predictors that train a ``FailureHead`` share."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.device import resolve_device
+from vilu.errors import DataError
+from vilu.nn.heads import HIDDEN, FailureHead
+from vilu.nn.losses import FailureWeight, weighted_bce
+from vilu.nn.train import HeadTrainer, History, Loss, Rows, TrainConfig
+from vilu.predictors.learned import LearnedPredictor
+from vilu.types import Batch
+
+Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclasses.dataclass
+class HeadPredictor(LearnedPredictor):
+    """A predictor whose uncertainty is sigmoid(g), g the output of a trained ``FailureHead``.
+
+    Args:
+        hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
+        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
+        batch_size: Rows per step.
+        learning_rate: Peak; linear warm-up, then a cosine to zero.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        warmup_epochs: Length of the warm-up, at most a tenth of the run.
+        freeze_epochs: Epochs before the attention starts to learn; None: one (the paper), or as many as make 1,000
+            steps where that is longer (the released code).
+        patience: Stop after so many epochs without a better validation AUROC; None: never.
+        weighting: Weight of failures in the loss (see ``vilu.nn.losses.FailureWeight``).
+        static_weight: The weight of mode "static".
+        precision: Arithmetic of the MLP's products in training.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
+    """
+
+    is_probability: ClassVar[bool] = True
+
+    hidden: tuple[Count, ...] = HIDDEN
+    epochs: Count | None = None
+    batch_size: Count = 128
+    learning_rate: Positive = 0.1
+    momentum: NonNegative = 0.9
+    weight_decay: NonNegative = 5e-4
+    warmup_epochs: NonNegative = 1.0
+    freeze_epochs: Annotated[int, Field(ge=0)] | None = None
+    patience: Count | None = None
+    weighting: Weighting = "batch"
+    static_weight: Positive = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "auto"
+
+    head_: FailureHead | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    history_: History | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+    @abstractmethod
+    def _build_head(self, dim: int) -> FailureHead:
+        """A new head for embeddings of width ``dim``."""
+
+    @abstractmethod
+    def _loss(self, weight: FailureWeight) -> Loss:
+        """The training loss."""
+
+    def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
+        config = TrainConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            warmup_epochs=self.warmup_epochs,
+            freeze_epochs=self.freeze_epochs,
+            patience=self.patience,
+            precision=self.precision,
+            seed=self.seed,
+            device=resolve_device(self.device),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            head = self._build_head(train.source.space.embed_dim)
+        loss = self._loss(FailureWeight(self.weighting, error_rate, self.static_weight))
+        self.history_ = HeadTrainer(head, loss, config).run(train, validation)
+        self.head_ = head.eval()
+
+    def _learned_uncertainty(self, batch: Batch) -> Tensor:
+        if self.head_ is None:
+            raise DataError(f"this {self.name} holds neither a head nor a constant; its file is damaged.")
+        return torch.sigmoid(self.head_.to(batch.image.device)(batch).double())
+
+    def _notes(self) -> dict[str, object]:
+        return {"history": dataclasses.asdict(self.history_)} if self.history_ and self.constant_ is None else {}
+
+    def _learned_state(self) -> dict[str, Tensor]:
+        return {} if self.head_ is None else {name: t.cpu() for name, t in self.head_.state_dict().items()}
+
+    def _restore_learned(self, state: dict[str, Tensor]) -> None:
+        if self.space_ is None:
+            raise DataError("the saved predictor has weights but no embedding space.")
+        head = self._build_head(self.space_.embed_dim)
+        expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if found != expected:
+            differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
+            raise DataError(f"the weights do not fit a {self.name} with these parameters; they differ in {differing}.")
+        head.load_state_dict(state)
+        self.head_ = head.eval()
+
+
+def bce_loss(weight: FailureWeight) -> Loss:
+    """Weighted BCE on the failure of the zero-shot answer."""
+    return lambda batch, logit: weighted_bce(logit, batch.failure, weight(batch.failure))

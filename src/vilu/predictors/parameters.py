@@ -1,0 +1,76 @@
+"""Hyper-parameters from outside: checked against the annotations of a predictor's dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
+
+from vilu.errors import UsageError
+
+if TYPE_CHECKING:
+    from vilu.predictors.base import FailurePredictor
+
+
+def parameters(predictor: FailurePredictor | type[FailurePredictor]) -> dict[str, dataclasses.Field[Any]]:
+    """The constructor's parameters by name."""
+    return {field.name: field for field in dataclasses.fields(predictor) if field.init}
+
+
+def check_parameters(predictor: FailurePredictor) -> None:
+    """Refuse values outside the annotated types and ranges.
+
+    Raises:
+        UsageError: Naming the parameter, what it must be and what it is.
+    """
+    for name in parameters(predictor):
+        convert(type(predictor), name, getattr(predictor, name), strict=True)
+
+
+def build(cls: type[FailurePredictor], values: Mapping[str, object]) -> FailurePredictor:
+    """A predictor from parameters that may be strings (``--set key=value``).
+
+    Raises:
+        UsageError: If a name is unknown (the nearest one is named) or a value does not fit.
+    """
+    known = parameters(cls)
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(known) or 'none'}."
+            raise UsageError(f"{cls.name} has no parameter {name!r}.{hint}")
+    return cls(**{name: convert(cls, name, value, strict=False) for name, value in values.items()})
+
+
+def convert(cls: type[FailurePredictor], name: str, value: object, *, strict: bool) -> object:
+    """The value as its annotated type; strict: no conversion from strings."""
+    from pydantic import TypeAdapter, ValidationError
+
+    hint = get_type_hints(cls, include_extras=True)[name]
+    if not strict and value in ("none", "None", "null"):
+        value = None
+    if not strict and isinstance(value, str) and "tuple" in str(hint):
+        value = [part for part in value.strip("()[]").split(",") if part.strip()]
+    try:
+        return cast("object", TypeAdapter(hint).validate_python(value, strict=False))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].replace("Input should be", "must be")
+        raise UsageError(f"the {name!r} parameter of {cls.name} {reason}. Got {value!r} instead.") from error
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    """``["epochs=50"]`` to ``{"epochs": "50"}``.
+
+    Raises:
+        UsageError: If an entry is not KEY=VALUE, or a key repeats.
+    """
+    values: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set takes KEY=VALUE, as in --set epochs=50. Got {setting!r} instead.")
+        if key.strip() in values:
+            raise UsageError(f"--set gives {key.strip()!r} twice.")
+        values[key.strip()] = value.strip()
+    return values

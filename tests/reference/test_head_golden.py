@@ -1,0 +1,101 @@
+"""The head, its losses and gradients against numbers of the reference implementation (float32).
+
+The reference's output is a confidence logit; ours is its negative, so the sign of the last layer turns.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vilu.nn.heads import FailureHead
+from vilu.nn.losses import FailureWeight, weighted_bce, weighted_mse
+from vilu.types import Batch, Embeddings
+
+DATA = Path(__file__).parents[1] / "data"
+CASES = [(file, a, c) for file in ("d24", "k100") for a in (0, 1) for c in (0, 1)]
+RTOL = 1e-5  # what the project promises; float32 itself gives about 1e-6 here
+
+
+class Case:
+    """One golden head and the batch it was run on."""
+
+    def __init__(self, file: str, attention: int, caption: int) -> None:
+        self.arrays = np.load(DATA / f"vilu_head_{file}.npz")
+        self.prefix = f"attention{attention}_caption{caption}/"
+        z = self.arrays
+        data = Embeddings(z["image"], z["text"], z["label"], float(z["logit_scale"]))
+        self.batch: Batch = next(data.batches(1000))
+        parameters = {key.removeprefix("param/"): self(key) for key in self.keys("param/")}
+        hidden = tuple(len(parameters[f"mlp.{i}.bias"]) for i in (0, 2))
+        self.head = FailureHead(
+            z["image"].shape[1], hidden, attention="official" if attention else None, predicted_caption=bool(caption)
+        )
+        self.names = {"first": "mlp.0", "rest.1": "mlp.2", "rest.3": "mlp.4"}
+        self.names = {f"{a}.{kind}": f"{b}.{kind}" for a, b in self.names.items() for kind in ("weight", "bias")}
+        if attention:
+            self.names |= {"attention.image": "in_proj_v.weight", "attention.text": "in_proj_t.weight"}
+        self.head.load_state_dict(
+            {ours: self.sign(ours) * torch.tensor(parameters[theirs]) for ours, theirs in self.names.items()}
+        )
+
+    def keys(self, start: str) -> list[str]:
+        return [k.removeprefix(self.prefix) for k in self.arrays if k.startswith(self.prefix + start)]
+
+    def __call__(self, key: str) -> np.ndarray:
+        return self.arrays[self.prefix + key]
+
+    @staticmethod
+    def sign(ours: str) -> int:
+        return -1 if ours.startswith("rest.3") else 1
+
+
+@pytest.fixture(params=CASES, ids=lambda c: f"{c[0]}-attention{c[1]}-caption{c[2]}")
+def case(request: pytest.FixtureRequest) -> Case:
+    return Case(*request.param)
+
+
+def close(ours: torch.Tensor, theirs: np.ndarray) -> None:
+    """Equal to 1e-5 of the largest entry (sums in another order make small entries relatively worse)."""
+    scale = float(np.abs(theirs).max())
+    np.testing.assert_allclose(ours.detach().numpy(), theirs, rtol=RTOL, atol=RTOL * scale)
+
+
+def test_logits(case: Case) -> None:
+    close(-case.head(case.batch), case("confidence_logit"))
+
+
+def test_logits_while_the_projections_are_frozen(case: Case) -> None:
+    """The reference passes embeddings through while it freezes; our frozen projections are still the identity."""
+    if case.head.attention is not None:
+        dim = case.batch.image.shape[1]
+        case.head.attention.load_state_dict({"image": torch.eye(dim), "text": torch.eye(dim)})
+    close(-case.head(case.batch), case("confidence_logit_frozen_projections"))
+
+
+@pytest.mark.parametrize(("mode", "key"), [("batch", "bce_adaptative"), ("static", "bce_static")])
+def test_bce(case: Case, mode: str, key: str) -> None:
+    failure = case.batch.failure
+    weight = FailureWeight(mode, 0.5)(failure)
+    close(weighted_bce(case.head(case.batch), failure, weight), case(key))
+
+
+def test_mse_on_the_true_class_probability(case: Case) -> None:
+    batch = case.batch
+    wrong = 1 - batch.logits.softmax(1).gather(1, batch.target[:, None]).squeeze(1)
+    weight = FailureWeight("batch", 0.5)(batch.failure)
+    close(weighted_mse(case.head(batch), wrong, batch.failure, weight), case("mse_adaptative"))
+
+
+def test_gradients_of_the_weighted_bce(case: Case) -> None:
+    failure = case.batch.failure
+    weighted_bce(case.head(case.batch), failure, FailureWeight("batch", 0.5)(failure)).backward()
+    gradients = dict(case.head.named_parameters())
+    assert {f"grad/{theirs}" for theirs in case.names.values()} == set(case.keys("grad/"))
+    for ours, theirs in case.names.items():
+        gradient = gradients[ours].grad
+        assert gradient is not None
+        close(case.sign(ours) * gradient, case(f"grad/{theirs}"))

@@ -1,0 +1,228 @@
+"""Attention, losses and the training loop on their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from tests.conftest import toy_embeddings, toy_pairs
+from vilu.errors import DataError, UsageError
+from vilu.nn.attention import ATTENTION
+from vilu.nn.heads import FailureHead
+from vilu.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
+from vilu.nn.train import HeadTrainer, Rows, TrainConfig, schedule
+from vilu.predictors.head import bce_loss
+from vilu.types import Batch
+
+CONFIG = TrainConfig(
+    epochs=3,
+    batch_size=50,
+    learning_rate=0.1,
+    momentum=0.9,
+    weight_decay=5e-4,
+    warmup_epochs=1.0,
+    freeze_epochs=1,
+    patience=None,
+    precision="fp32",
+    seed=0,
+    device=torch.device("cpu"),
+)
+
+
+def first_batch(size: int = 64, **kwargs: object) -> Batch:
+    return next(toy_embeddings(**kwargs).batches(size))
+
+
+def make_head(seed: int = 0, **kwargs: object) -> FailureHead:
+    torch.manual_seed(seed)
+    return FailureHead(16, (12, 8), **kwargs)
+
+
+@pytest.mark.parametrize("form", list(ATTENTION))
+@pytest.mark.parametrize("k", [3, 200])
+def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
+    """Against torch's own kernel, with fewer and with more candidates than rows."""
+    torch.manual_seed(0)
+    module = ATTENTION[form](16)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    batch = first_batch(k=k)
+    if form == "official":
+        query, key, value, scale = module.image, module.text, module.text, 20.0
+    else:
+        query, key, value, scale = module.query, module.key, module.value_projection, 1 / math.sqrt(16)
+    text = batch.text
+    expected = functional.scaled_dot_product_attention(batch.image @ query.T, text @ key.T, text @ value.T, scale=scale)
+    alpha = module.weights(batch.image, text, batch.logit_scale)
+    assert torch.allclose(alpha.sum(1), torch.ones(len(alpha)), atol=1e-6)
+    # float32 sums of 16 products of order one, in another order.
+    assert torch.allclose(alpha @ text @ module.value.T, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("k", [3, 200])
+@pytest.mark.parametrize("attention", ["official", "paper", None])
+@pytest.mark.parametrize("caption", [True, False])
+@pytest.mark.parametrize("mcm", [True, False])
+def test_head_is_the_mlp_of_the_concatenation(k: int, attention: str | None, caption: bool, mcm: bool) -> None:
+    """The reordered products give what the textbook form gives: concatenate, then Linear and ReLU."""
+    head, batch = make_head(attention=attention, predicted_caption=caption, mcm=mcm), first_batch(k=k)
+    parts = [batch.image]
+    if head.attention is not None:
+        parts.append(head.attention.weights(batch.image, batch.text, 20.0) @ batch.text @ head.attention.value.T)
+    if caption:
+        parts.append(batch.text[batch.prediction])
+    if mcm:
+        parts.append(batch.logits.softmax(1).amax(1, keepdim=True))
+    expected = head.rest(head.first(torch.cat(parts, dim=1))).squeeze(1)
+    assert torch.allclose(head(batch), expected, atol=1e-5)
+
+
+def test_official_attention_starts_as_the_zero_shot_posterior() -> None:
+    batch = first_batch()
+    alpha = ATTENTION["official"](16).weights(batch.image, batch.text, batch.logit_scale)
+    assert torch.allclose(alpha, batch.logits.softmax(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_depth_is_configurable(depth: int) -> None:
+    head = FailureHead(16, (8,) * depth)
+    assert sum(isinstance(m, torch.nn.Linear) for m in head.modules()) == depth + 1
+    assert head(first_batch()).shape == (64,)
+
+
+def test_published_size() -> None:
+    """951,297 parameters in the MLP at D = 512, and 2 D^2 in the projections (counted in the released code)."""
+    head = FailureHead(512)
+    attention = sum(p.numel() for p in head.attention.parameters())
+    assert attention == 2 * 512**2
+    assert sum(p.numel() for p in head.parameters()) - attention == 951_297
+
+
+@given(st.floats(0, 1))
+def test_adaptive_weight_is_finite_and_matches_the_formula_inside(rate: float) -> None:
+    weight = float(adaptive_weight(torch.tensor(rate)))
+    assert weight + 1e-7 >= 0.05
+    assert math.isfinite(weight)
+    if 1e-5 < rate < 0.95:
+        # log(1 + N_s / N_f) with N_s = 1 - e, N_f = e; float32 logarithm.
+        assert weight == pytest.approx(math.log(1 + (1 - rate) / rate), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", FailureWeight.MODES)
+@pytest.mark.parametrize("failures", [0, 1, 7, 8])
+@pytest.mark.parametrize("rate", [0.0, 0.3, 1.0])
+def test_losses_and_gradients_are_finite_at_every_error_rate(mode: str, failures: int, rate: float) -> None:
+    failure = (torch.arange(8) < failures).long()
+    logit = torch.linspace(-30, 30, 8).requires_grad_()
+    weight = FailureWeight(mode, rate)(failure)
+    loss = weighted_bce(logit, failure, weight) + weighted_mse(logit, torch.rand(8), failure, weight)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(logit.grad).all()
+    assert float(weight) > 0
+    assert logit.grad.abs().sum() > 0  # also where the batch holds failures only
+
+
+def test_weight_modes_by_hand() -> None:
+    failure = torch.tensor([1, 0, 0, 0])
+    assert float(FailureWeight("batch", 0.5)(failure)) == pytest.approx(math.log(4))
+    assert float(FailureWeight("dataset", 0.5)(failure)) == pytest.approx(math.log(2))
+    assert float(FailureWeight("static", 0.5, 2.5)(failure)) == 2.5
+    assert float(FailureWeight("balanced", 0.2)(failure)) == pytest.approx(4)
+    ema = FailureWeight("ema", 0.5)
+    assert float(ema(failure)) == pytest.approx(-math.log(0.99 * 0.5 + 0.01 * 0.25))
+    assert float(ema(failure)) == pytest.approx(-math.log(0.99 * (0.99 * 0.5 + 0.0025) + 0.0025))
+    with pytest.raises(UsageError, match="weighting must be one of"):
+        FailureWeight("heavy", 0.5)
+    with pytest.raises(UsageError, match="static_weight must be positive"):
+        FailureWeight("static", 0.5, 0.0)
+
+
+def test_weighted_bce_by_hand() -> None:
+    logit, failure = torch.tensor([0.3, -1.2]), torch.tensor([1, 0])
+    p = torch.sigmoid(logit)
+    expected = -(2.0 * torch.log(p[0]) + torch.log(1 - p[1])) / 2
+    assert float(weighted_bce(logit, failure, torch.tensor(2.0))) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    values = [schedule(step, 100, 10) for step in range(101)]
+    assert values[0] == pytest.approx(0.1)
+    assert values[10] == max(values) == 1
+    assert values[100] == pytest.approx(0, abs=1e-12)
+    assert np.all(np.diff(values[:11]) > 0)
+    assert np.all(np.diff(values[10:]) < 0)
+
+
+def trained(config: TrainConfig, head: FailureHead, data=None) -> FailureHead:
+    data = data or toy_embeddings()
+    HeadTrainer(head, bce_loss(FailureWeight("batch", 0.3)), config).run(Rows(data, torch.arange(len(data))), None)
+    return head
+
+
+def test_a_frozen_attention_does_not_move_at_all() -> None:
+    """No gradient, no decay, no momentum: the same bits after three epochs."""
+    head = trained(dataclasses.replace(CONFIG, freeze_epochs=3), make_head())
+    assert torch.equal(head.attention.image, torch.eye(16))
+    assert torch.equal(head.attention.text, torch.eye(16))
+    assert head.attention.image.grad is None
+
+
+def test_the_attention_learns_after_the_freeze() -> None:
+    head = trained(CONFIG, make_head())
+    assert not torch.equal(head.attention.image, torch.eye(16))
+
+
+def test_default_freeze_is_one_epoch_or_a_thousand_steps() -> None:
+    short = trained(dataclasses.replace(CONFIG, freeze_epochs=None, epochs=83), make_head())  # 12 steps an epoch
+    assert torch.equal(short.attention.image, torch.eye(16))
+    long = trained(dataclasses.replace(CONFIG, freeze_epochs=None, epochs=85), make_head())
+    assert not torch.equal(long.attention.image, torch.eye(16))
+
+
+def test_training_is_deterministic_and_seeded() -> None:
+    first, again = trained(CONFIG, make_head()), trained(CONFIG, make_head())
+    other = trained(dataclasses.replace(CONFIG, seed=1), make_head())
+    assert torch.equal(first.first.weight, again.first.weight)
+    assert not torch.equal(first.first.weight, other.first.weight)
+
+
+def test_selection_keeps_the_best_epoch_and_patience_stops() -> None:
+    data, validation = toy_embeddings(), toy_embeddings(seed=5, n=200)
+    config = dataclasses.replace(CONFIG, epochs=40, patience=3)
+    trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), config)
+    history = trainer.run(Rows(data, torch.arange(600)), Rows(validation, torch.arange(200)))
+    aurocs = history.validation_auroc
+    assert history.best_epoch == int(np.argmax(aurocs))
+    assert len(aurocs) <= history.best_epoch + 4
+    assert trainer._auroc(Rows(validation, torch.arange(200))) == max(aurocs)
+
+
+def test_bf16_trains_to_about_the_same_scores() -> None:
+    full, half = trained(CONFIG, make_head()), trained(dataclasses.replace(CONFIG, precision="bf16"), make_head())
+    batch = first_batch(200, seed=3)
+    a, b = full(batch).detach(), half(batch).detach()
+    assert a.dtype == b.dtype == torch.float32
+    assert not torch.equal(a, b)
+    # bfloat16 keeps 8 bits; after 36 steps the logits (of order one) agree to a few per cent.
+    assert (a - b).abs().max() < 0.1
+
+
+def test_divergence_is_an_error() -> None:
+    with pytest.raises(DataError, match="training diverged"):
+        trained(dataclasses.replace(CONFIG, learning_rate=1e6), make_head())
+
+
+def test_too_few_rows_for_a_pool() -> None:
+    pairs = toy_pairs()
+    trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), CONFIG)
+    with pytest.raises(DataError, match=r"at least one pool of 32 rows\. Got 31"):
+        trainer.run(Rows(pairs, torch.arange(31)), None)
