@@ -1,0 +1,155 @@
+"""Models of OpenCLIP: by name and pretraining tag, from the hub, or from a local folder."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vilu.backbones.dual import DualEncoder
+from vilu.backbones.loading import (
+    import_extra,
+    load_cached_first,
+    load_local,
+    require_hub_id,
+    tensors_sha256,
+    tokenizer_identity,
+)
+from vilu.errors import MissingModelError, UsageError
+from vilu.space import EmbeddingSpace
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = (".safetensors", ".bin", ".pth")
+
+Transform = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is.
+
+    Attributes:
+        name: Of the backbone, free of local paths.
+        model: What open_clip calls it, with a schema where there is one.
+        tag: Pretraining tag of a model without schema.
+        repository: On the hub; None for a local folder.
+        fetch: Makes sure that the weights are on this machine; raises OSError where they are not.
+        quick_gelu: Whether the tag's weights want QuickGELU; open_clip only warns when the model has it not.
+    """
+
+    name: str
+    model: str
+    repository: str | None
+    fetch: Callable[[], object]
+    tag: str | None = None
+    quick_gelu: bool = False
+
+
+def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
+    """A model of OpenCLIP with its own preprocessing, tokenizer, logit scale and logit bias.
+
+    Args:
+        argument: NAME/TAG, "hf-hub:ORG/NAME", or a folder (also as "local-dir:FOLDER") with ``open_clip_config.json``
+            and weights.
+        device: Where to put it.
+        precision: "fp32" or "bf16" (image tower under autocast).
+
+    Raises:
+        UsageError: If the name, the tag or the hub id cannot be.
+        MissingModelError: If the weights or the extra ``clip`` are not on this machine.
+        ProvenanceError: If the weights do not fit the model.
+    """
+    open_clip = import_extra("open_clip", "clip")
+    source = find_source(open_clip, argument)
+
+    def read() -> tuple[Any, Transform, Tokenizer, str]:
+        source.fetch()
+        network, transform = open_clip.create_model_from_pretrained(
+            source.model, pretrained=source.tag, force_quick_gelu=source.quick_gelu
+        )
+        tokenizer = open_clip.get_tokenizer(source.model)
+        return network, transform, tokenizer, tokenizer_identity(tokenizer, tokenizer)
+
+    if source.repository is None:
+        network, transform, tokenizer, identity = load_local(read, source.name)
+    else:
+        network, transform, tokenizer, identity = load_cached_first(read, source.name, source.repository)
+    network = network.eval().requires_grad_(requires_grad=False)
+    weights = tensors_sha256(network.state_dict())
+    network = network.to(device)
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        rows: Tensor = network.encode_text(tokenizer(texts).to(device))
+        return rows
+
+    space = EmbeddingSpace(
+        embed_dim=encode_texts(["a photo"]).shape[1],
+        logit_scale=network.logit_scale.exp().item(),
+        logit_bias=0.0 if network.logit_bias is None else network.logit_bias.item(),
+        backbone=source.name,
+        weights=weights,
+        preprocess=json.dumps(open_clip.get_model_preprocess_cfg(network), sort_keys=True),
+        tokenizer=identity,
+        precision=precision,
+    )
+    return DualEncoder(space, device, transform=transform, image_tower=network.encode_image, text_tower=encode_texts)
+
+
+def find_source(open_clip: ModuleType, argument: str) -> Source:
+    """Where the model that ``argument`` names is.
+
+    Raises:
+        UsageError: If the name, the tag or the hub id cannot be.
+    """
+    hub = open_clip.pretrained
+    if argument.startswith("hf-hub:"):
+        repository = require_hub_id(argument.removeprefix("hf-hub:"))
+
+        def fetch() -> None:
+            hub.download_pretrained_from_hf(repository, filename=CONFIG)
+            hub.download_pretrained_from_hf(repository)
+
+        return Source(f"open_clip:{argument}", argument, repository, fetch)
+    folder = Path(argument.removeprefix("local-dir:")).expanduser()
+    if argument.startswith("local-dir:") or (argument and folder.is_dir()):
+        name = f"open_clip:{folder.resolve().name}"
+        return Source(name, f"local-dir:{folder}", None, lambda: _require_weights(folder))
+    model, _, tag = argument.partition("/")
+    if model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+        raise UsageError(
+            f"open_clip has no model {model!r}, and there is no such folder. "
+            f"Expected NAME/TAG, hf-hub:ORG/NAME or a folder. Near names: {', '.join(near) or 'none'}."
+        )
+    pretrained = open_clip.get_pretrained_cfg(model, tag)
+    if not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
+        raise UsageError(f"{model} of open_clip has no pretraining tag {tag!r}. Its tags: {tags}.")
+    repository = "/".join(pretrained["hf_hub"].split("/")[:2])
+    return Source(
+        f"open_clip:{argument}",
+        model,
+        repository,
+        lambda: hub.download_pretrained(pretrained),
+        tag,
+        bool(pretrained.get("quick_gelu")),
+    )
+
+
+def _require_weights(folder: Path) -> None:
+    """Refuse a folder without weights, for which open_clip would build a random model first."""
+    if not (folder / CONFIG).is_file():
+        raise MissingModelError(f"the folder {folder} has no {CONFIG}; open_clip's `push_to_hf_hub` writes one.")
+    if not any(file.suffix in WEIGHTS for file in folder.iterdir()):
+        raise MissingModelError(
+            f"the folder {folder} has no weights; expected a file such as open_clip_model.safetensors."
+        )

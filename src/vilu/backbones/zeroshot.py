@@ -1,0 +1,87 @@
+"""Class names to candidate embeddings."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vilu.backbones.base import Backbone
+from vilu.errors import DataError, UsageError
+from vilu.validate import check_class_names
+
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "default": (DEFAULT_TEMPLATE,),
+    "ensemble": (
+        DEFAULT_TEMPLATE,
+        "a picture showing a {}.",
+        "there is a {} in this image.",
+        "somebody took a snapshot of this {}.",
+        "this is what a {} looks like.",
+        "a {}, seen in everyday life.",
+        "an image whose subject is a {}.",
+    ),
+}
+"""Named sets of prompt templates."""
+
+NEAR_DUPLICATE = 0.999
+"""Cosine of two candidates above which the image hardly decides between them."""
+
+BLOCK = 1024
+
+
+def class_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]) -> Tensor:
+    """(K, D) float32 unit-norm embeddings of K classes: the normalised mean over templates of unit-norm embeddings.
+
+    Prompt ensembling in embedding space (Radford et al., ICML 2021). Warns of pairs of classes whose embeddings nearly
+    coincide.
+
+    Args:
+        backbone: Encodes the prompts.
+        names: K distinct class names.
+        templates: Each with one ``{}`` for the name.
+
+    Raises:
+        DataError: If there is no name, one is blank, or names repeat.
+        UsageError: If there is no template, or one has not exactly one ``{}``.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if not names:
+        raise DataError("at least one class name is needed. Got none.")
+    check_class_names(names, len(names))
+    _check_templates(templates)
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    rows = backbone.encode_texts(prompts).view(len(names), len(templates), -1)
+    text = functional.normalize(rows.mean(dim=1), dim=-1)
+    _warn_of_near_duplicates(text, names)
+    return text
+
+
+def _check_templates(templates: Sequence[str]) -> None:
+    if isinstance(templates, str):
+        raise UsageError(f"templates must be a list of templates. Got the text {templates!r} instead.")
+    if not templates:
+        raise UsageError("at least one template is needed, such as 'a photo of a {}.'. Got none.")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UsageError(f"a template must have exactly one {{}} for the class name. Got {template!r} instead.")
+
+
+def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
+    pairs = []
+    for start in range(0, len(text), BLOCK):
+        rows = text[start : start + BLOCK]
+        near = (rows @ text[start:].T).triu(diagonal=1) > NEAR_DUPLICATE
+        pairs += [(start + i, start + j) for i, j in torch.nonzero(near).tolist()]
+    if pairs:
+        first, second = (names[i] for i in pairs[0])
+        warnings.warn(
+            f"{len(pairs)} pairs of classes have nearly the same text embedding (cosine above {NEAR_DUPLICATE}), "
+            f"the first is {first!r} and {second!r}: the model can hardly tell them apart. Reword or merge them.",
+            stacklevel=3,
+        )

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import warnings
+from collections.abc import Callable
+
+import huggingface_hub.constants as hub
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from vilu.backbones import loading
+from vilu.backbones.loading import (
+    hub_reachable,
+    import_extra,
+    load_cached_first,
+    load_local,
+    quiet,
+    tensors_sha256,
+    tokenizer_identity,
+)
+from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
+
+
+def test_missing_extra_says_what_to_install() -> None:
+    with pytest.raises(MissingModelError, match=r"pip install 'vilu\[clip\]'") as caught:
+        import_extra("no_such_module_here", "clip")
+    assert caught.value.exit_code == 5
+
+
+def test_hash_of_tensors() -> None:
+    tensors = {"b": torch.tensor(2.5), "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)}
+    by_hand = hashlib.sha256()
+    by_hand.update(b"a torch.bfloat16 (2, 3)\n")
+    by_hand.update(bytes.fromhex("0000 803f 0040 4040 8040 a040"))  # 0 1 2 3 4 5 in bfloat16
+    by_hand.update(b"b torch.float32 ()\n")
+    by_hand.update(bytes.fromhex("00002040"))  # 2.5 in float32, little endian
+    assert tensors_sha256(tensors) == by_hand.hexdigest()
+    transposed = {**tensors, "a": tensors["a"].T.contiguous().T}
+    assert tensors_sha256(transposed) == by_hand.hexdigest()
+    assert tensors_sha256({**tensors, "a": tensors["a"].T}) != by_hand.hexdigest()
+
+
+def test_tokenizers_are_told_apart() -> None:
+    def identity(shift: int) -> str:
+        return tokenizer_identity(
+            object(), lambda texts: torch.tensor([[ord(t) + shift for t in x[:9]] for x in texts])
+        )
+
+    assert identity(0) == identity(0)
+    assert identity(0) != identity(1)
+    assert identity(0).startswith("object ")
+
+
+def test_tokenizer_without_vocabulary() -> None:
+    start, end, padding, unknown = 0, 1, 2, 3
+    ids = torch.tensor([[start, *[unknown] * 6, end, *[padding] * 9]] * 2)
+    with pytest.raises(ProvenanceError, match="vocabulary is missing"):
+        tokenizer_identity(object(), lambda texts: ids)
+
+
+def test_quiet_restores_everything() -> None:
+    from transformers.utils import logging as bars
+
+    root = logging.getLogger()
+    before = list(root.handlers), list(warnings.filters), logging.root.manager.disable, bars.is_progress_bar_enabled()
+
+    def interrupted() -> None:
+        with quiet():
+            warnings.warn("not heard", stacklevel=1)  # an error under the filters of the tests
+            assert not bars.is_progress_bar_enabled()
+            assert not logging.getLogger("x").isEnabledFor(logging.WARNING)
+            assert logging.getLogger("x").isEnabledFor(logging.ERROR)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    after = list(root.handlers), list(warnings.filters), logging.root.manager.disable, bars.is_progress_bar_enabled()
+    assert after == before
+
+
+def test_quiet_leaves_no_handler_on_a_bare_root() -> None:
+    # pytest's own handlers would hide it: logging.info() calls basicConfig() on a root without handlers
+    code = """if True:
+        import logging
+        from vilu.backbones.loading import quiet
+        with quiet():
+            logging.info("x"); logging.warning("y")
+        raise SystemExit(len(logging.getLogger().handlers))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def failing(error: Exception) -> Callable[[], None]:
+    def load() -> None:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (FileNotFoundError("no config.json"), MissingModelError),
+        (ImportError("needs sentencepiece"), MissingModelError),
+        (SafetensorError("header too large"), StorageError),
+        (pickle.UnpicklingError("weights only"), StorageError),
+        (RuntimeError("size mismatch for head.weight"), ProvenanceError),
+        (KeyError("vision_cfg"), ProvenanceError),
+        (UsageError("ours"), UsageError),
+    ],
+)
+def test_failures_are_named(error: Exception, becomes: type[Exception]) -> None:
+    with pytest.raises(becomes, match=str(error.args[0])) as caught:
+        load_local(failing(error), "hf:tiny")
+    assert type(caught.value) is becomes
+
+
+def test_bugs_are_not_dressed_up() -> None:
+    with pytest.raises(ZeroDivisionError):
+        load_local(failing(ZeroDivisionError()), "hf:tiny")
+
+
+def test_cached_model_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "hub_reachable", failing(AssertionError("asked")))
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    seen: list[bool] = []
+
+    def load() -> str:
+        seen.append(hub.HF_HUB_OFFLINE)
+        return "model"
+
+    assert load_cached_first(load, "hf:a/b", "a/b") == "model"
+    assert seen == [True]
+    assert hub.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("not cached"), ValueError("tokenizer and weights differ")])
+def test_uncached_model_is_downloaded(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "hub_reachable", lambda: True)
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+
+    def load() -> str:
+        if hub.HF_HUB_OFFLINE:
+            raise error
+        return "model"
+
+    with caplog.at_level(logging.INFO):
+        assert load_cached_first(load, "hf:a/b", "a/b") == "model"
+    assert "downloading a/b" in caplog.text
+
+
+def test_files_that_do_not_go_together_stay_so_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    with pytest.raises(ProvenanceError, match="size mismatch"):
+        load_cached_first(failing(RuntimeError("size mismatch")), "hf:a/b", "a/b")
+
+
+@pytest.mark.parametrize(("reachable", "reason"), [(False, "cannot be reached"), (True, "download failed: no such")])
+def test_absent_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, reachable: bool, reason: str) -> None:
+    monkeypatch.setattr(loading, "hub_reachable", lambda: reachable)
+    with pytest.raises(MissingModelError, match=f"{reason}.*hf download a/b.*HF_HUB_OFFLINE=1"):
+        load_cached_first(failing(FileNotFoundError("no such repository")), "hf:a/b", "a/b")
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a proxy nor HF_HUB_OFFLINE, whatever the environment says."""
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("direct")
+def test_reachability(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{port}")
+        assert hub_reachable()
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+        assert not hub_reachable()
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    start = time.monotonic()
+    assert not hub_reachable()
+    assert time.monotonic() - start < loading.REACH_TIMEOUT + 1
+    for proxies, reachable in [({"no": "localhost"}, False), ({"http": "http://proxy:3128"}, True)]:
+        monkeypatch.setattr(urllib.request, "getproxies", lambda proxies=proxies: proxies)
+        assert hub_reachable() is reachable

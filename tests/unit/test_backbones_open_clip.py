@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants as hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vilu.backbones import loading
+from vilu.backbones.catalog import load_backbone
+from vilu.backbones.loading import quiet, tensors_sha256
+from vilu.backbones.open_clip import CONFIG
+from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
+
+open_clip = pytest.importorskip("open_clip")
+safetensors = pytest.importorskip("safetensors.torch")
+
+TEXTS = ["a photo of a dog.", "two cats", "a very long sentence about a red house by the sea, seen at noon"]
+CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+SIGLIP = {
+    **CLIP,
+    "custom_text": True,
+    "init_logit_bias": -10.0,
+    "text_cfg": {**CLIP["text_cfg"], "context_length": 32, "no_causal_mask": True, "pool_type": "last"},
+}
+CLIP_PIXELS = {"mean": [0.48, 0.45, 0.4], "std": [0.26, 0.26, 0.27], "interpolation": "bicubic"}
+SIGLIP_PIXELS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+
+
+def write(folder: Path, config: dict[str, Any], pixels: dict[str, Any], *, weights: str) -> Any:
+    """A model with random weights on the disk, as open_clip's ``push_to_hf_hub`` lays it out."""
+    torch.manual_seed(len(weights))
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    with quiet():
+        model = kind(**{key: value for key, value in config.items() if key != "custom_text"}).eval()
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(33.0))
+        if model.logit_bias is not None:
+            model.logit_bias.fill_(-7.5)
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
+    if weights.endswith(".bin"):
+        torch.save(model.state_dict(), folder / weights)
+    else:
+        safetensors.save_file(model.state_dict(), folder / weights)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("models") / "tiny-clip"
+    return folder, write(folder, CLIP, CLIP_PIXELS, weights="open_clip_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("models") / "tiny-siglip"
+    return folder, write(folder, SIGLIP, SIGLIP_PIXELS, weights="open_clip_pytorch_model.bin")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_embeddings_are_those_of_the_model(kind: str, prefix: str, request: pytest.FixtureRequest) -> None:
+    folder, model = request.getfixturevalue(kind)
+    backbone = load_backbone(f"open_clip:{prefix}{folder}", device="cpu")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    tokens = open_clip.SimpleTokenizer(context_length=model.text.context_length if kind == "siglip" else 77)(TEXTS)
+    with torch.no_grad():
+        image, text = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+    # the same arithmetic in the same library: only the batching of the texts differs
+    torch.testing.assert_close(backbone.encode_images(pixels), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
+
+
+def test_space_of_clip(clip: tuple[Path, Any]) -> None:
+    folder, model = clip
+    space = load_backbone(f"open_clip:{folder}", device="cpu").space
+    assert space.embed_dim == 16
+    assert space.logit_scale == pytest.approx(33.0, rel=1e-6)
+    assert space.logit_bias == 0.0
+    assert space.backbone == "open_clip:tiny-clip"
+    assert space.weights == tensors_sha256(model.state_dict())
+    assert json.loads(space.preprocess or "") == {
+        **CLIP_PIXELS,
+        "size": [32, 32],
+        "resize_mode": "shortest",
+        "mode": "RGB",
+        "fill_color": 0,
+    }
+    assert str(folder.parent) not in repr(space)
+
+
+def test_space_of_siglip(siglip: tuple[Path, Any], clip: tuple[Path, Any]) -> None:
+    space = load_backbone(f"open_clip:{siglip[0]}", device="cpu", precision="bf16").space
+    assert space.logit_scale == pytest.approx(33.0, rel=1e-6)
+    assert space.logit_bias == -7.5
+    assert space.precision == "bf16"
+    assert space.tokenizer != load_backbone(f"open_clip:{clip[0]}", device="cpu").space.tokenizer  # 32 tokens, not 77
+
+
+def test_pixels_follow_the_configuration(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8))
+    shortest = np.asarray(picture.resize((32, 48), Image.Resampling.BICUBIC))[8:40] / 255
+    expected = (shortest - CLIP_PIXELS["mean"]) / CLIP_PIXELS["std"]
+    pixels = load_backbone(f"open_clip:{clip[0]}", device="cpu").preprocess(picture)
+    # float32 of numbers up to 2, after three operations
+    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+    squash = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)) / 255
+    pixels = load_backbone(f"open_clip:{siglip[0]}", device="cpu").preprocess(picture)
+    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), squash * 2 - 1, atol=1e-6)
+
+
+def test_folder_without_weights_is_not_a_random_model(clip: tuple[Path, Any], tmp_path: Path) -> None:
+    shutil.copy(clip[0] / CONFIG, tmp_path)
+    with pytest.raises(MissingModelError, match="no weights"):
+        load_backbone(f"open_clip:{tmp_path}", device="cpu")
+    (tmp_path / CONFIG).unlink()
+    for spec in (str(tmp_path), f"local-dir:{tmp_path / 'absent'}"):
+        with pytest.raises(MissingModelError, match=f"no {CONFIG}"):
+            load_backbone(f"open_clip:{spec}", device="cpu")
+
+
+def test_weights_that_do_not_fit(clip: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(clip[0], tmp_path / "other")
+    config = json.loads((folder / CONFIG).read_text())
+    config["model_cfg"]["embed_dim"] = 8
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ProvenanceError, match=r"open_clip:other do not make a model together.*size mismatch"):
+        load_backbone(f"open_clip:{folder}", device="cpu")
+    (folder / CONFIG).write_text("{")
+    with pytest.raises(ProvenanceError, match="valid config"):
+        load_backbone(f"open_clip:{folder}", device="cpu")
+
+
+def test_damaged_weights(clip: tuple[Path, Any], tmp_path: Path) -> None:
+    folder = shutil.copytree(clip[0], tmp_path / "cut")
+    file = folder / "open_clip_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(StorageError, match="damaged"):
+        load_backbone(f"open_clip:{folder}", device="cpu")
+
+
+class Trap:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("sprung"),)
+
+
+def test_weights_are_not_executed(siglip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(siglip[0], tmp_path / "trap")
+    torch.save({"logit_scale": Trap()}, folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(StorageError, match="more than plain tensors"):
+        load_backbone(f"open_clip:{folder}", device="cpu")
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.fixture
+def cache(clip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub that holds the tiny model as org/tiny, and no network."""
+    revision = "0" * 40
+    repository = tmp_path / "models--org--tiny"
+    shutil.copytree(clip[0], repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
+    return repository
+
+
+def test_hub_model_comes_from_the_cache(cache: Path, clip: tuple[Path, Any]) -> None:
+    space = load_backbone("open_clip:hf-hub:org/tiny", device="cpu").space
+    assert space.backbone == "open_clip:hf-hub:org/tiny"
+    assert space.weights == tensors_sha256(clip[1].state_dict())
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_tag_brings_preprocessing_and_activation(
+    cache: Path, clip: tuple[Path, Any], quick_gelu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip itself only warns where the weights of a tag want QuickGELU, and computes other embeddings."""
+    tag = {"hf_hub": "org/tiny/", "quick_gelu": quick_gelu, **SIGLIP_PIXELS}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"made_here": tag})
+    backbone = load_backbone("open_clip:tiny/made_here", device="cpu")
+    with quiet():
+        model = open_clip.CLIP(**CLIP, quick_gelu=quick_gelu).eval()
+    model.load_state_dict(clip[1].state_dict())
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.encode_image(pixels, normalize=True)
+        other = clip[1].encode_image(pixels, normalize=True)
+    torch.testing.assert_close(backbone.encode_images(pixels), expected, atol=1e-6, rtol=0)
+    assert bool(torch.allclose(expected, other, atol=1e-5)) is not quick_gelu
+    assert json.loads(backbone.space.preprocess or "")["mean"] == SIGLIP_PIXELS["mean"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "repository"),
+    [
+        ("ViT-B-32/laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
+        ("hf-hub:org/absent", "org/absent"),
+    ],
+)
+def test_absent_offline(spec: str, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
+    with pytest.raises(MissingModelError, match=f"open_clip:{spec} is not in the local cache.*download {repository}`"):
+        load_backbone(f"open_clip:{spec}", device="cpu")
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(UsageError, match=r"no model 'ViT-B-23'.*ViT-B-32"):
+        load_backbone("open_clip:ViT-B-23/openai")
+    with pytest.raises(UsageError, match=r"no pretraining tag 'laion'.*laion2b_s34b_b79k"):
+        load_backbone("open_clip:ViT-B-32/laion")
+    for spec in ("open_clip", "open_clip:"):
+        with pytest.raises(UsageError, match="Expected NAME/TAG"):
+            load_backbone(spec)
+    with pytest.raises(UsageError, match="ORG/NAME"):
+        load_backbone("open_clip:hf-hub:")
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(MissingModelError, match=r"pip install 'vilu\[clip\]'"):
+        load_backbone("open_clip:ViT-B-32/openai")

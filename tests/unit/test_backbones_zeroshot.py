@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vilu.backbones import zeroshot
+from vilu.backbones.zeroshot import TEMPLATES, class_texts
+from vilu.errors import DataError, UsageError
+from vilu.space import EmbeddingSpace
+
+WIDTH = 6
+
+
+class Hashing:
+    """A backbone whose text embedding is a random vector that depends on the text only."""
+
+    space = EmbeddingSpace(WIDTH, 1.0)
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        raise NotImplementedError
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        self.seen += texts
+        return torch.stack([vector(text) for text in texts])
+
+
+def vector(text: str) -> Tensor:
+    seed = int.from_bytes(text.encode()[-7:], "big")
+    row = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+    return row / row.norm()
+
+
+def test_default_template() -> None:
+    backbone = Hashing()
+    text = class_texts(backbone, ["dog", "cat"])
+    assert backbone.seen == ["a photo of a dog.", "a photo of a cat."]
+    torch.testing.assert_close(text, torch.stack([vector("a photo of a dog."), vector("a photo of a cat.")]))
+
+
+def test_ensemble_is_the_normalised_mean_of_each_class() -> None:
+    templates = ["one {}", "{} two", "a {} b"]
+    text = class_texts(Hashing(), ["x", "y"], templates)
+    for row, name in zip(text, ["x", "y"], strict=True):
+        mean = sum(vector(t.replace("{}", name)).double() for t in templates) / 3
+        # three roundings of 6e-8 per entry, magnified by the norm of the mean (above 0.2 here)
+        torch.testing.assert_close(row.double(), mean / mean.norm(), atol=1e-6, rtol=0)
+
+
+def test_names_may_hold_braces() -> None:
+    backbone = Hashing()
+    class_texts(backbone, ["{x}", "a {} b"])
+    assert backbone.seen == ["a photo of a {x}.", "a photo of a a {} b."]
+
+
+@pytest.mark.parametrize("templates", [[], ["a photo"], [""], ["{} and {}"], ["a {name}"], "a photo of a {}."])
+def test_bad_templates(templates: list[str] | str) -> None:
+    with pytest.raises(UsageError, match="template"):
+        class_texts(Hashing(), ["dog"], templates)
+
+
+def test_bad_names() -> None:
+    with pytest.raises(DataError, match="at least one"):
+        class_texts(Hashing(), [])
+    with pytest.raises(DataError, match="blank"):
+        class_texts(Hashing(), ["dog", " "])
+    with pytest.raises(DataError, match="'cat', 'dog'"):
+        class_texts(Hashing(), ["cat", "dog", "dog", "cat", "cow"])
+
+
+def test_one_name_is_not_a_list_of_letters() -> None:
+    assert len(class_texts(Hashing(), "dog")) == 1
+
+
+class Sticky(Hashing):
+    """Orthogonal classes, but for the third, whose cosine with the first is 0.9995."""
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        rows = torch.eye(len(texts), WIDTH + len(texts))
+        cosine = 0.9995
+        rows[2] = cosine * rows[0] + (1 - cosine**2) ** 0.5 * rows[2]
+        return rows
+
+
+@pytest.mark.parametrize("block", [1, 2, 1024])
+def test_near_duplicates_are_named(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr(zeroshot, "BLOCK", block)
+    with pytest.warns(UserWarning, match=r"^1 pairs .* 'couch' and 'sofa'") as caught:
+        class_texts(Sticky(), ["couch", "table", "sofa", "lamp"])
+    assert caught[0].filename == __file__
+
+
+def test_classes_apart_are_not_named() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        class_texts(Hashing(), ["couch", "table", "lamp"])
+
+
+def test_named_templates_are_valid() -> None:
+    for templates in TEMPLATES.values():
+        assert len(set(templates)) == len(templates)
+        class_texts(Hashing(), ["dog"], templates)
+    assert len(TEMPLATES["ensemble"]) == 7
