@@ -70,6 +70,8 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
     suffix = table_suffix(path)
     try:
         source = pa.OSFile(str(path))
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} does not exist.") from error
     except OSError as error:
         raise StorageError(f"cannot open {path}: {error}") from error
     with source:

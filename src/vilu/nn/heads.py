@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,21 @@ class FailureHead(nn.Module):
         self.first = nn.Linear(sum(self.parts), widths[0])
         layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.ReLU(), nn.Linear(*pair))]
         self.rest = nn.Sequential(*layers)
+        self._initialise(dim)
+
+    @torch.no_grad()
+    def _initialise(self, dim: int) -> None:
+        """He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D, not of one.
+
+        torch's default start makes the first activations so small that the published learning rates spend most of a run
+        on growing them.
+        """
+        self.first.weight.normal_(std=math.sqrt(2 * dim / self.first.in_features))
+        for layer in self.rest:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.first.bias)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
