@@ -51,7 +51,7 @@ class TrainConfig:
         warmup_epochs: Length of the linear warm-up, at most a tenth of the run; then a cosine to zero.
         freeze_epochs: Epochs during which the attention gets no gradient, no decay and no momentum; None: one epoch
             (the paper), or as many as make 1,000 steps where that is longer (the released code).
-        patience: Stop after so many epochs without a better validation AUROC; None: never.
+        patience: Stop after so many epochs that were not kept; None: never.
         precision: "fp32", or "bf16" for the MLP's products (similarities, softmax and losses stay in float32).
         seed: Of the shuffling.
         device: Where to train.
@@ -72,11 +72,11 @@ class TrainConfig:
 
 @dataclass
 class History:
-    """What happened, one entry an epoch; ``best_epoch`` is the one whose weights were kept (0-based)."""
+    """What happened, one entry an epoch; ``kept_epoch`` is the one whose weights were kept (0-based)."""
 
     loss: list[float] = field(default_factory=list)
     validation_auroc: list[float] = field(default_factory=list)
-    best_epoch: int = -1
+    kept_epoch: int = -1
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
@@ -84,6 +84,16 @@ def schedule(step: int, total: int, warmup: float) -> float:
     if step < warmup:
         return 0.1 + 0.9 * step / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
+    """Standard error of an AUROC.
+
+    Source: Hanley and McNeil, Radiology 1982.
+    """
+    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    spread = (n_failures - 1) * (q1 - value**2) + (n_successes - 1) * (q2 - value**2)
+    return math.sqrt(max(value * (1 - value) + spread, 0.0) / (n_failures * n_successes))
 
 
 class HeadTrainer:
@@ -101,7 +111,10 @@ class HeadTrainer:
         )
 
     def run(self, train: Rows, validation: Rows | None) -> History:
-        """Train, and leave the head with the weights of the best epoch by validation AUROC (of the last, without one).
+        """Train, and leave the head with the weights of the epoch that validation chooses (the last, without one).
+
+        Kept is the latest epoch whose validation AUROC is within one standard error of the best so far: a few hundred
+        validation rows cannot tell such epochs apart, and the cosine schedule makes later ones better.
 
         Raises:
             DataError: If the training rows do not fill one batch of in-batch candidates, or the loss is not finite.
@@ -115,28 +128,27 @@ class HeadTrainer:
         warmup = min(config.warmup_epochs, epochs / 10) * steps
         frozen_epochs = math.ceil(FREEZE_STEPS / steps) if config.freeze_epochs is None else config.freeze_epochs
         generator = torch.Generator().manual_seed(config.seed)
-        best: dict[str, Tensor] = {}
-        self._freeze(frozen=frozen_epochs > 0)
+        kept: dict[str, Tensor] = {}
+        for parameter in self.attention:
+            parameter.requires_grad_(False)
         with track("train", epochs * steps, "steps") as task:
             for epoch in range(epochs):
                 if epoch == frozen_epochs:
-                    self._freeze(frozen=False)
+                    self.thaw()
                 rates = [schedule(epoch * steps + i, epochs * steps, warmup) for i in range(steps)]
                 history.loss.append(self._epoch(train.batches(config.batch_size, generator), rates, task))
-                if validation is not None:
-                    history.validation_auroc.append(self._auroc(validation))
-                if validation is None or history.validation_auroc[-1] > max(history.validation_auroc[:-1], default=-1):
-                    history.best_epoch, best = epoch, copy.deepcopy(self.head.state_dict())
-                if config.patience is not None and epoch - history.best_epoch >= config.patience:
+                if self._is_kept(validation, history):
+                    history.kept_epoch, kept = epoch, copy.deepcopy(self.head.state_dict())
+                if config.patience is not None and epoch - history.kept_epoch >= config.patience:
                     break
-        self.head.load_state_dict(best)
+        self.head.load_state_dict(kept)
         return history
 
-    def _freeze(self, *, frozen: bool) -> None:
-        """A frozen attention is unknown to the optimiser: no gradient, no decay, no momentum."""
+    def thaw(self) -> None:
+        """Let the attention learn; until then the optimiser does not know it: no gradient, no decay, no momentum."""
         for parameter in self.attention:
-            parameter.requires_grad_(not frozen)
-        if self.attention and not frozen:
+            parameter.requires_grad_(True)
+        if self.attention:
             self.optimizer.add_param_group({"params": self.attention})
 
     def _epoch(self, batches: Iterator[Batch], rates: list[float], task: Task) -> float:
@@ -162,11 +174,15 @@ class HeadTrainer:
             )
         return mean
 
-    def _auroc(self, rows: Rows) -> float:
-        """Validation AUROC of the failure logit."""
-        scored = [(logit, batch.failure) for batch, logit in failure_logits(self.head, rows, self.config.device)]
+    def _is_kept(self, validation: Rows | None, history: History) -> bool:
+        """Whether this epoch takes the place of the one kept so far; its validation AUROC goes into the history."""
+        if validation is None:
+            return True
+        scored = [(logit, batch.failure) for batch, logit in failure_logits(self.head, validation, self.config.device)]
         logit, failure = (np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*scored, strict=True))
-        return float(auroc(logit.astype(np.float64), failure))
+        history.validation_auroc.append(float(auroc(logit.astype(np.float64), failure)))
+        best, n_failures = max(history.validation_auroc), int(failure.sum())
+        return history.validation_auroc[-1] >= best - auroc_standard_error(best, n_failures, len(failure) - n_failures)
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ class HeadPredictor(LearnedPredictor):
         warmup_epochs: Length of the warm-up, at most a tenth of the run.
         freeze_epochs: Epochs before the attention starts to learn; None: one (the paper), or as many as make 1,000
             steps where that is longer (the released code).
-        patience: Stop after so many epochs without a better validation AUROC; None: never.
+        patience: Stop after so many epochs clearly below the best validation AUROC; None: never.
         weighting: Weight of failures in the loss (see ``vilu.nn.losses.FailureWeight``).
         static_weight: The weight of mode "static".
         precision: Arithmetic of the MLP's products in training.
@@ -50,7 +50,7 @@ class HeadPredictor(LearnedPredictor):
     hidden: tuple[Count, ...] = HIDDEN
     epochs: Count | None = None
     batch_size: Count = 128
-    learning_rate: Positive = 0.1
+    learning_rate: Positive = 0.03
     momentum: NonNegative = 0.9
     weight_decay: NonNegative = 5e-4
     warmup_epochs: NonNegative = 1.0
