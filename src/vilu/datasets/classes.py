@@ -1,0 +1,147 @@
+"""The class table of a data set: the names that its files or labels use, and the names that prompts use."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vilu.datasets.files import portable_name, read_file
+from vilu.errors import DataError, UsageError
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """K classes in label order.
+
+    Attributes:
+        folders: Raw names: class folders, label strings, or names in the file's own table.
+        names: Names for prompts.
+        cleaned: Whether ``names`` were derived from ``folders`` by turning underscores into spaces.
+
+    Raises:
+        DataError: If there is none, or a name is blank, repeated or not text.
+    """
+
+    folders: tuple[str, ...]
+    names: tuple[str, ...]
+    cleaned: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.folders or len(self.folders) != len(self.names):
+            raise DataError(
+                f"a class table needs one prompt name per class. Got {len(self.folders)} classes, "
+                f"{len(self.names)} names."
+            )
+        for what, names in (("class", self.folders), ("prompt", self.names)):
+            blank = [i for i, name in enumerate(names) if not name.strip()]
+            if blank:
+                raise DataError(f"{what} names must not be blank. Class {blank[0]} (counting from 0) is.")
+            not_text = [portable_name(name) for name in names if not _is_text(name)]
+            if not_text:
+                raise DataError(f"{what} names must be UTF-8 text. Rename: {_listed(not_text)}.")
+            repeated = [name for name, count in Counter(names).items() if count > 1]
+            if repeated:
+                raise DataError(f"{what} names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them.")
+
+
+def class_table(raw: Sequence[str] | None, file: Path | None, *, by_position: bool = False) -> ClassTable | None:
+    """The class table of a data set, from what the data says and what the user says.
+
+    Args:
+        raw: Names in the data, in label order; None where it has none.
+        file: A classes file: one name per line, or ``folder<TAB>name``; None for the default prompt names.
+        by_position: Whether a file of one name per line is in label order (whole-number labels); else its lines are
+            matched with ``raw``. Tabbed lines are always matched, except where there is no ``raw``.
+
+    Raises:
+        DataError: If the file is malformed or does not fit ``raw``.
+        UsageError: If the file cannot be read.
+    """
+    if file is None:
+        return None if raw is None else _default(raw)
+    keys, names = read_classes(file)
+    if raw is None:
+        return ClassTable(keys or names, names)
+    if keys is None and by_position:
+        _require_same_order(raw, names, file)
+        return ClassTable(tuple(raw), names)
+    if keys is None:
+        _match(raw, {**{_clean(name): name for name in raw}, **{name: name for name in raw}}, names, file)
+        return _default(raw)
+    given = dict(zip(keys, names, strict=True))
+    if len(given) < len(keys):
+        ClassTable(keys, keys)  # names the repeated ones
+    _match(raw, {name: name for name in raw}, keys, file)
+    return ClassTable(tuple(raw), tuple(given[name] for name in raw))
+
+
+def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Left and right columns of a classes file; no left column (None) where it has one name per line.
+
+    A byte order mark, CRLF and blank lines at the end are tolerated.
+
+    Raises:
+        DataError: If it is empty, not UTF-8, or has a blank, mixed or malformed line.
+        UsageError: If it cannot be read.
+    """
+    try:
+        text = read_file(file).decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"cannot read the classes file: {error}. Check --classes.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} must be UTF-8 text: {error}. Save it as UTF-8.") from error
+    rows = [line.removesuffix("\r").split("\t") for line in text.rstrip().split("\n")]
+    for number, row in enumerate(rows, start=1):
+        if not all(cell.strip() for cell in row):
+            raise DataError(f"{file} line {number}: blank name. Every line is a name, or folder<TAB>name.")
+        if len(row) > 2 or len(row) != len(rows[0]):
+            raise DataError(f"{file} line {number}: {len(row)} columns. All lines are a name, or all folder<TAB>name.")
+    columns = [tuple(cell.strip() for cell in column) for column in zip(*rows, strict=True)]
+    return (columns[0] if len(columns) == 2 else None), columns[-1]
+
+
+def _default(raw: Sequence[str]) -> ClassTable:
+    return ClassTable(tuple(raw), tuple(_clean(name) for name in raw), cleaned=True)
+
+
+def _clean(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _match(raw: Sequence[str], known: dict[str, str], given: Sequence[str], file: Path) -> None:
+    """Refuse a file whose names are not exactly those of the data, each written once."""
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f" Did you mean {nearest[0]!r} for {unknown[0]!r}?" if nearest else ""
+        raise DataError(f"{file} names classes that the data does not have: {_listed(unknown)}.{hint}")
+    counts = Counter(known[name] for name in given)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise DataError(f"{file} names classes more than once: {_listed(repeated)}.")
+    missing = [name for name in raw if name not in counts]
+    if missing:
+        raise DataError(f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each.")
+
+
+def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) -> None:
+    if len(raw) != len(names):
+        raise DataError(f"{file} must have one name per class of the data ({len(raw)}). Got {len(names)} instead.")
+    if list(raw) != list(names) and sorted(raw) == sorted(names):
+        first = next(i for i, (mine, theirs) in enumerate(zip(raw, names, strict=True)) if mine != theirs)
+        raise DataError(
+            f"{file} has the data's class names in another order (class {first} is {raw[first]!r} in the data). "
+            "Names for whole-number labels go in label order."
+        )
+
+
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,143 @@
+"""Files of images: listing folders of any size, reading with a cap, hashing a listing as it goes by."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path, PureWindowsPath
+from typing import Final
+
+from vilu.datasets.formats import SUFFIXES
+from vilu.errors import StorageError
+
+MAX_FILE_BYTES: Final = 64 * 2**20
+"""Larger files are not read at all."""
+
+MISSING: Final = -1
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        OSError: If it cannot be read, is no regular file (a pipe would block), or is larger than ``MAX_FILE_BYTES``.
+    """
+    found = os.stat(path)  # noqa: PTH116  a million calls: os.stat takes the string as it is
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if found.st_size > MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"{found.st_size} bytes; at most {MAX_FILE_BYTES} are read", str(path))
+    with open(path, "rb") as file:  # noqa: PTH123  as above
+        return file.read(MAX_FILE_BYTES)
+
+
+def read_below(folder: Path, path: str) -> bytes:
+    """The bytes of a file below a folder.
+
+    Raises:
+        OSError: If the path is absolute or climbs out of the folder, or the file cannot be read.
+    """
+    return read_file(resolve_below(folder, path))
+
+
+def resolve_below(folder: Path, path: str) -> str:
+    """The path of a file below a folder.
+
+    Raises:
+        OSError: If the path is absolute or climbs out of the folder.
+    """
+    parsed = PureWindowsPath(path)  # knows both separators, drives and shares
+    if not path or "\0" in path or parsed.anchor or ".." in parsed.parts:
+        raise OSError(errno.EACCES, "the path must be relative and stay below its folder", path)
+    return os.path.join(folder, path)  # noqa: PTH118  called once per row
+
+
+def portable_name(path: str) -> str:
+    """The path as text that UTF-8 can hold: other bytes become a backslash, x and two hexadecimal digits."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def subfolders(folder: str | Path) -> list[str]:
+    """Names of the real (not linked), visible folders in a folder, sorted by bytes.
+
+    Raises:
+        StorageError: If the folder cannot be listed.
+    """
+    return [entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False) and not _hidden(entry)]
+
+
+def walk_images(folder: str | Path, ignored: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """Path below ``folder`` and status of every image file, in the byte order of the paths; one stat per file.
+
+    Links to files are followed, links to folders never: no loop, and no image listed twice. What is passed over is
+    counted in ``ignored`` under "hidden", "linked_folder", "not_image" (by its suffix) or "not_a_file".
+
+    Raises:
+        StorageError: If a folder cannot be listed.
+    """
+    skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
+    pending = _entries(folder)[::-1]
+    while pending:
+        entry = pending.pop()
+        reason = _reason_to_ignore(entry)
+        if reason:
+            ignored[reason] += 1
+        elif entry.is_dir():
+            pending.extend(_entries(entry.path)[::-1])
+        else:
+            yield entry.path[skip:].replace(os.sep, "/"), entry.stat()
+
+
+def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
+    if _hidden(entry):
+        return "hidden"
+    if entry.is_dir():
+        return "linked_folder" if entry.is_symlink() else None
+    if not entry.name.lower().endswith(SUFFIXES):
+        return "not_image"
+    return None if entry.is_file() else "not_a_file"
+
+
+def _hidden(entry: os.DirEntry[str]) -> bool:
+    return entry.name.startswith(".")
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Entries of a folder; a folder's name sorts with its slash, so that a walk is in byte order of whole paths."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entries, key=lambda e: os.fsencode(e.name) + (b"/" if e.is_dir(follow_symlinks=False) else b"")
+            )
+    except OSError as error:
+        raise StorageError(
+            f"cannot list the folder {folder}: {error}. Mend its permissions or leave it out."
+        ) from error
+
+
+class ListingHash:
+    """Hash over keys, labels, sizes and times of modification, fed one file at a time.
+
+    Args:
+        context: What else decides the meaning of the listing (class folders, split).
+    """
+
+    def __init__(self, *context: str) -> None:
+        self._hash = hashlib.blake2b(digest_size=16)
+        for text in context:
+            self.add(text, MISSING, None)
+
+    def add(self, key: str, label: int, status: os.stat_result | None) -> None:
+        """One file; ``status`` is None where it is missing."""
+        name = key.encode("utf-8", "surrogateescape")
+        size, time = (status.st_size, status.st_mtime_ns) if status else (MISSING, MISSING)
+        self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits."""
+        return self._hash.hexdigest()
