@@ -1,0 +1,69 @@
+"""JSON documents of a store, read as what they are: input from outside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vilu.errors import ProvenanceError, StorageError
+
+SCHEMA_VERSION: Final = 1
+MAX_DOCUMENT_BYTES = 64 * 2**20
+"""No document of ours comes near; a larger one is not read."""
+
+
+class Model(BaseModel):
+    """Immutable, refuses unknown fields, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Document(Model):
+    """A file of the store."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+
+D = TypeVar("D", bound=Document)
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def read_document(path: Path, kind: type[D]) -> D:
+    """A document of the store, checked.
+
+    Raises:
+        StorageError: If the file is missing, too large, or not what it should be.
+        ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path} is missing. Run `vilu embed` again to complete the store.")
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(MAX_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+    if len(content) > MAX_DOCUMENT_BYTES:
+        raise StorageError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, so it is no file of vilu.")
+    try:
+        version = _Version.model_validate_json(content).schema_version
+        if version != SCHEMA_VERSION:
+            raise ProvenanceError(
+                f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
+                "Embed again, or use the vilu that wrote it."
+            )
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise StorageError(f"{path} is damaged: {explain(error)}. Run `vilu embed` again to repair it.") from error
+
+
+def explain(error: ValidationError) -> str:
+    """First finding of pydantic, on one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(step) for step in first["loc"])
+    return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"

@@ -1,0 +1,114 @@
+"""The folder of a store while it is being written: one driver at a time, leftovers, room on the disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from vilu.errors import BusyError, StorageError, UsageError
+from vilu.store.manifest import CLASSES, MANIFEST, RUN
+
+FOLDERS = ("img_emb", "text_emb", "metadata", "errors", "receipts")
+LOCK = ".lock"
+TEMPORARY = re.compile(
+    r"\.(run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json)\.\d+\.[0-9a-f]{8}\.tmp"
+)
+"""Names that ``vilu.files.atomic_write`` gives to our files in the making."""
+
+OVERHEAD = 1.05
+"""Of metadata and receipts over the vectors."""
+
+
+@contextmanager
+def claim(root: Path) -> Iterator[None]:
+    """Make the folder and hold its lock; the system lets go of it when the process dies.
+
+    Raises:
+        UsageError: If the folder holds something else than a store.
+        BusyError: If another process embeds into it.
+        StorageError: If it cannot be made or written to.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        foreign = [path.name for path in root.iterdir() if path.name != LOCK and not TEMPORARY.fullmatch(path.name)]
+        if foreign and not (root / RUN).is_file():
+            raise UsageError(
+                f"{root} is not empty ({min(foreign)!r}, ...) and holds no {RUN}, so it is no embedding store. "
+                "Give a new or an empty folder."
+            )
+        lock = FileLock(root / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise BusyError(f"another process is embedding into {root}. Wait for it, or give another folder.") from error
+    except OSError as error:
+        raise StorageError(f"cannot write to {root}: {error.strerror or error}.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def prepare(root: Path) -> None:
+    """Make the sub-folders, and remove what a killed process left half-written (we hold the lock: no other writes).
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    try:
+        for name in FOLDERS:
+            (root / name).mkdir(exist_ok=True)
+        for folder in (root, *(root / name for name in FOLDERS)):
+            for path in folder.iterdir():
+                if TEMPORARY.fullmatch(path.name):
+                    path.unlink()
+    except OSError as error:
+        raise StorageError(f"cannot prepare {root}: {error.strerror or error}.") from error
+
+
+def unseal(root: Path) -> None:
+    """Mark a store as not complete.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    try:
+        (root / MANIFEST).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot change {root}: {error.strerror or error}.") from error
+
+
+def clear(root: Path) -> None:
+    """Remove a store, and nothing else that may lie in its folder; ``run.json`` last, so that a kill leaves a store.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    unseal(root)
+    try:
+        for name in ("receipts", *FOLDERS):
+            if (root / name).is_dir():
+                shutil.rmtree(root / name)
+        for name in (CLASSES, RUN):
+            (root / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot remove the old store in {root}: {error.strerror or error}.") from error
+
+
+def require_room(root: Path, n_rows: int, row_bytes: int) -> None:
+    """Refuse to begin what cannot fit.
+
+    Raises:
+        StorageError: If the disk has less free space than the vectors need, with 5 % for the rest.
+    """
+    needed = int(n_rows * row_bytes * OVERHEAD)
+    free = shutil.disk_usage(root).free
+    if needed > free:
+        raise StorageError(
+            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {root}, where {free / 2**20:.1f} MiB are free. "
+            "Make room, or store float16."
+        )

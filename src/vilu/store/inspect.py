@@ -1,0 +1,154 @@
+"""What is in a store, and whether it is sound."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vilu.errors import DataError, ViLUError
+from vilu.store.content import ERRORS, METADATA, file_hash, map_rows, read_classes, read_columns
+from vilu.store.document import read_document
+from vilu.store.manifest import MANIFEST, RUN, Receipt, Run
+from vilu.store.parts import Part, plan, read_receipt
+from vilu.store.reader import EmbeddingStore
+from vilu.validate import NORM_TOLERANCE
+
+CHUNK = 8192
+"""Rows looked at together."""
+
+
+@dataclass
+class StoreReport:
+    """Findings of ``inspect``.
+
+    Attributes:
+        store: Name of the folder.
+        sealed: Whether it is complete and within its error budget, so that it can be read.
+        run: What it was made from.
+        parts: Parts in all.
+        parts_done: Parts that are there.
+        n_in: Images in the parts that are there.
+        n_ok: Rows.
+        n_error: Images that failed.
+        errors: The same by kind.
+        bytes: Size of the parts on disk.
+        deep: Whether every byte was looked at.
+        problems: What is wrong, one sentence each; empty if nothing is.
+    """
+
+    store: str
+    sealed: bool
+    run: Run
+    parts: int
+    deep: bool
+    parts_done: int = 0
+    n_in: int = 0
+    n_ok: int = 0
+    n_error: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    bytes: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, receipt: Receipt) -> None:
+        """Count a part."""
+        self.parts_done += 1
+        self.n_in += receipt.n_in
+        self.n_ok += receipt.n_ok
+        self.n_error += receipt.n_error
+        self.errors.update(receipt.errors)
+        self.bytes += sum(info.bytes for info in receipt.files.values())
+
+    def __str__(self) -> str:
+        run, space = self.run, self.run.space
+        kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
+        unfound = "none" if self.deep else "none; --deep reads every byte"
+        facts = {
+            "store": f"{self.store}, {'complete' if self.sealed else 'not complete: run `vilu embed` again'}",
+            "images": f"{self.n_in} of {run.n_in} in {self.parts_done} of {self.parts} parts",
+            "rows": f"{self.n_ok} x {space.embed_dim} {run.dtype}, {self.bytes / 2**20:.1f} MiB",
+            "errors": f"{self.n_error}" + (f" ({kinds})" if kinds else ""),
+            "data": f"{run.dataset}, split {run.split or 'not named'}",
+            "model": f"{space.backbone}, {space.precision}, logit scale {space.logit_scale:g}",
+            "classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}",
+            "fingerprint": run.fingerprint,
+            "problems": "".join(f"\n  - {problem}" for problem in self.problems) or unfound,
+        }
+        return "\n".join(f"{name:<12} {fact}" for name, fact in facts.items())
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON."""
+        return {**asdict(self), "run": self.run.model_dump(mode="json"), "errors": dict(self.errors)}
+
+
+def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
+    """Describe a store, complete or not; what is wrong with it is reported, not raised.
+
+    Args:
+        path: The folder.
+        deep: Also read every byte: hashes, norms, labels, keys, and that every image is a row or an error.
+
+    Raises:
+        DataError: If the folder is no store.
+        StorageError: If ``run.json`` cannot be read.
+        ProvenanceError: If another schema wrote it.
+    """
+    root = Path(path)
+    if not (root / RUN).is_file():
+        raise DataError(f"{root} is no embedding store (it has no {RUN}). Make one with `vilu embed`.")
+    run = read_document(root / RUN, Run)
+    parts = plan(run)
+    report = StoreReport(root.resolve().name, (root / MANIFEST).exists(), run, len(parts), deep)
+    for part in parts:
+        if not report.sealed and not (root / part.receipt).exists():
+            continue
+        try:
+            receipt = read_receipt(root, run, part)
+            report.add(receipt)
+            if deep:
+                report.problems += _part_problems(root, run, part, receipt)
+        except ViLUError as error:
+            report.problems.append(str(error))
+    try:
+        read_classes(root, run)
+        if report.sealed and not report.problems:
+            EmbeddingStore(root)
+    except ViLUError as error:
+        report.problems.append(str(error))
+    return report
+
+
+def _part_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
+    for name, info in receipt.files.items():
+        if file_hash(root / name) != info.sha256:
+            yield f"{root / name} was changed after it was written: its SHA-256 is not that of its receipt."
+    yield from _vector_problems(root / part.image, (receipt.n_ok, run.space.embed_dim), run.dtype)
+    good = read_columns(root / part.metadata, METADATA, ["position", "key", "label"], receipt.n_ok)
+    bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
+    where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
+    positions = good["position"].to_numpy()
+    if not np.array_equal(np.union1d(positions, bad["position"].to_numpy()), np.arange(part.start, part.stop)):
+        yield f"{where} does not hold every image from {part.start} to {part.stop - 1} once."
+    elif np.any(np.diff(positions) <= 0):
+        yield f"{where} is not in the order of the images."
+    if Counter(bad["kind"].to_pylist()) != Counter(receipt.errors):
+        yield f"{where} has other kinds of errors than its receipt."
+    labels = good["label"].drop_null().to_numpy()
+    if labels.size and not (labels.min() >= 0 and labels.max() < len(run.names)):
+        yield f"{where} has labels from {labels.min()} to {labels.max()} for {len(run.names)} classes."
+    if len(good["key"].unique()) != len(good):
+        yield f"{where} has keys more than once."
+
+
+def _vector_problems(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[str]:
+    rows = map_rows(path, shape, dtype)
+    for start in range(0, len(rows), CHUNK):
+        norms = torch.linalg.vector_norm(torch.from_numpy(rows[start : start + CHUNK].astype(np.float32)), dim=1)
+        bad = int((~((norms - 1).abs() <= NORM_TOLERANCE)).sum())
+        if bad:
+            yield f"{path} has {bad} rows from {start} to {start + len(norms) - 1} that are not of unit norm."

@@ -1,0 +1,212 @@
+"""What a store says of itself: the run, its parts, its classes, and the seal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from vilu.errors import ProvenanceError
+from vilu.space import EmbeddingSpace, digest
+from vilu.store.document import Document, Model
+
+RUN, CLASSES, MANIFEST = "run.json", "classes.json", "manifest.json"
+TEXT: Final = "text_emb/classes.npy"
+MAX_PARTS = 1_000_000
+"""More files than a file system likes; also keeps a forged document from asking for endless work."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Inputs(Document):
+    """Everything that decides what a store holds; its hash is the fingerprint of the run.
+
+    Batch size, device and number of threads are not among them: they move a value by rounding only, and a run that
+    ran out of memory must be able to go on with smaller batches.
+
+    Attributes:
+        dataset_fingerprint: Hash of the listing of the images.
+        n_in: Number of images, readable or not.
+        split: Name of the split, if any.
+        space: The embedding space, with all that is known about the model.
+        names: The K class names as they stand in the prompts.
+        folders: The K class names as the data set has them; None when it is unlabelled.
+        templates: Prompt templates.
+        limits: What an image may be (``ImageLimits``).
+        part_size: Images per part.
+        dtype: Number format of the stored image embeddings.
+    """
+
+    dataset_fingerprint: str
+    n_in: Count
+    split: str | None
+    space: EmbeddingSpace
+    names: tuple[str, ...]
+    folders: tuple[str, ...] | None
+    templates: tuple[str, ...]
+    limits: dict[str, float]
+    part_size: Annotated[int, Field(ge=1)]
+    dtype: Literal["float16", "float32"]
+
+    @model_validator(mode="after")
+    def _check_number_of_parts(self) -> Self:
+        if self.n_in > self.part_size * MAX_PARTS:
+            raise ValueError(f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.n_in} images")
+        return self
+
+    def identity(self) -> dict[str, object]:
+        """The fields that are hashed, one level deep (``space.weights``)."""
+        fields = self.model_dump(mode="json", include=set(Inputs.model_fields))
+        flat: dict[str, object] = {}
+        for name, value in fields.items():
+            nested = value if isinstance(value, dict) else None
+            flat |= {name: value} if nested is None else {f"{name}.{key}": item for key, item in nested.items()}
+        return flat
+
+    def require_match(self, other: Inputs, store: Path) -> None:
+        """Refuse to mix the rows of two different runs.
+
+        Raises:
+            ProvenanceError: If anything differs, naming both sides of every difference.
+        """
+        mine, theirs = self.identity(), other.identity()
+        differences = [
+            f"{name} was {mine.get(name)!r:.120} and is now {theirs.get(name)!r:.120}"
+            for name in mine | theirs
+            if mine.get(name) != theirs.get(name)
+        ]
+        if differences:
+            raise ProvenanceError(
+                f"{store} was embedded from other inputs: {'; '.join(differences)}. "
+                "Nothing was changed. Give another output folder, or --overwrite to replace this one."
+            )
+
+
+class Run(Inputs):
+    """``run.json``, written first.
+
+    Attributes:
+        fingerprint: Hash of the inputs.
+        dataset: Where the images came from, for people (base name only).
+        vilu: Version that began the run.
+    """
+
+    fingerprint: str
+    dataset: str
+    vilu: str
+
+    @model_validator(mode="after")
+    def _check_fingerprint(self) -> Self:
+        if self.fingerprint != digest(self.identity()):
+            raise ValueError("the fingerprint is not that of the inputs beside it")
+        return self
+
+
+class Counted(Document):
+    """Every image that went in came out as a row or as an error.
+
+    Attributes:
+        n_in: Images.
+        n_ok: Rows.
+        n_error: Errors.
+        errors: Errors by kind.
+    """
+
+    n_in: Count
+    n_ok: Count
+    n_error: Count
+    errors: dict[str, Count]
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if self.n_in != self.n_ok + self.n_error or self.n_error != sum(self.errors.values()):
+            raise ValueError(f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} ({self.errors})")
+        return self
+
+
+class FileInfo(Model):
+    """Size and SHA-256 of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class Receipt(Counted):
+    """``receipts/00000.json``, written last of a part: the part exists if and only if this does and the sizes agree.
+
+    Attributes:
+        fingerprint: Fingerprint of the run.
+        part: Number of the part.
+        start: Position of its first image.
+        stop: Position after its last image.
+        files: Its files by name.
+        batch_size: Images per forward pass.
+        seconds: Wall time.
+    """
+
+    fingerprint: str
+    part: Count
+    start: Count
+    stop: Count
+    files: dict[str, FileInfo]
+    batch_size: Annotated[int, Field(ge=1)]
+    seconds: float
+
+
+class ClassTable(Document):
+    """``classes.json``: the K candidates and how their texts were made.
+
+    Attributes:
+        names: Class names as they stand in the prompts.
+        folders: Class names as the data set has them.
+        templates: Prompt templates; the K texts are their mean, normalised.
+        tokenizer: Description of the tokenizer.
+        text_emb: File of the (K, D) float32 text embeddings.
+        text_file: Its size and hash.
+    """
+
+    names: tuple[str, ...]
+    folders: tuple[str, ...] | None
+    templates: tuple[str, ...]
+    tokenizer: str | None
+    text_emb: Literal["text_emb/classes.npy"] = TEXT
+    text_file: FileInfo
+    hash: str
+
+    @model_validator(mode="after")
+    def _check_hash(self) -> Self:
+        if self.hash != self.digest():
+            raise ValueError("the hash is not that of the classes beside it")
+        return self
+
+    @classmethod
+    def of(cls, run: Run, text_file: FileInfo) -> Self:
+        """The table of a run whose text embeddings are in a file."""
+        draft = cls.model_construct(
+            names=run.names,
+            folders=run.folders,
+            templates=run.templates,
+            tokenizer=run.space.tokenizer,
+            text_file=text_file,
+        )
+        return draft.model_copy(update={"hash": draft.digest()})
+
+    def digest(self) -> str:
+        """Hash of all other fields."""
+        return digest(self.model_dump(mode="json", exclude={"hash"}))
+
+
+class Manifest(Counted, Run):
+    """``manifest.json``, written at the end: the store is complete and within its error budget.
+
+    Attributes:
+        parts: Number of parts.
+        classes: Hash of the class table.
+        content: Hash over the SHA-256 of every file of every part.
+    """
+
+    parts: Count
+    classes: str
+    content: str

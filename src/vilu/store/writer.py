@@ -1,0 +1,135 @@
+"""Writing a part: vectors, metadata, errors, and last the receipt that makes it exist."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.files import atomic_write, write_json
+from vilu.store.content import ERRORS, METADATA
+from vilu.store.manifest import CLASSES, TEXT, ClassTable, FileInfo, Receipt, Run
+from vilu.store.parts import Part
+
+MESSAGE_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Row:
+    """Metadata of an image with an embedding; fields as in ``METADATA``."""
+
+    position: int
+    key: str
+    label: int | None
+    width: int
+    height: int
+    n_frames: int
+    exif_orientation: int | None
+    flags: int
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """An image without an embedding; fields as in ``ERRORS``."""
+
+    key: str
+    position: int
+    stage: str
+    kind: str
+    exception: str | None
+    message: str
+    bytes: int | None
+
+
+@dataclass
+class PartRows:
+    """What becomes of the images of a part, before it is written.
+
+    Attributes:
+        image: Embeddings of the good images, (n, D) float32 blocks in order.
+        rows: Their metadata.
+        errors: The other images.
+        started: Clock reading when the part was begun.
+    """
+
+    image: list[Tensor] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    errors: list[ErrorRow] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+
+def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: int) -> Receipt:
+    """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    vectors = np.zeros((len(content.rows), run.space.embed_dim), dtype=np.dtype(run.dtype).newbyteorder("<"))
+    if content.image:
+        np.concatenate([block.numpy() for block in content.image], out=vectors, casting="same_kind")
+    payloads = {
+        part.image: _npy(vectors),
+        part.metadata: _parquet(content.rows, METADATA),
+        part.errors: _parquet(content.errors, ERRORS),
+    }
+    files = {name: write_hashed(root / name, payload) for name, payload in payloads.items()}
+    receipt = Receipt(
+        fingerprint=run.fingerprint,
+        part=part.number,
+        start=part.start,
+        stop=part.stop,
+        n_in=len(part),
+        n_ok=len(content.rows),
+        n_error=len(content.errors),
+        errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
+        files=files,
+        batch_size=batch_size,
+        seconds=round(time.monotonic() - content.started, 3),
+    )
+    write_json(root / part.receipt, receipt.model_dump(mode="json"))
+    return receipt
+
+
+def write_classes(root: Path, run: Run, text: Tensor) -> None:
+    """Write the (K, D) float32 text embeddings, then the class table that vouches for them.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    info = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
+    write_json(root / CLASSES, ClassTable.of(run, info).model_dump(mode="json"))
+
+
+def write_hashed(path: Path, payload: memoryview) -> FileInfo:
+    """Write a file atomically; its size and hash are of what was meant to be written."""
+    with atomic_write(path) as handle:
+        handle.write(payload)
+    return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+
+
+def _npy(array: NDArray[np.floating]) -> memoryview:
+    buffer = BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getbuffer()
+
+
+def _parquet(rows: Sequence[Row | ErrorRow], schema: pa.Schema) -> memoryview:
+    columns = {name: [_storable(getattr(row, name)) for row in rows] for name in schema.names}
+    buffer = BytesIO()
+    pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
+    return buffer.getbuffer()
+
+
+def _storable(value: int | str | None) -> int | str | None:
+    """Strings as UTF-8 can hold them: file names that are no text keep their odd bytes as escapes."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

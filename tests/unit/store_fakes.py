@@ -1,0 +1,111 @@
+"""A tiny deterministic model, tiny pictures and an in-memory data set for the tests of the store."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vilu.datasets.base import Record
+from vilu.space import EmbeddingSpace, digest
+
+NAMES = ("cat", "dog", "car")
+DIM = 16
+
+
+def picture(seed: int, size: tuple[int, int] = (20, 24), image_format: str = "PNG") -> bytes:
+    """Encoded noise of (width, height)."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, image_format)
+    return buffer.getvalue()
+
+
+class FakeBackbone:
+    """A random projection of 8 x 8 pixels; counts what it is asked for."""
+
+    def __init__(self, *, dim: int = DIM, preprocess: str = "8x8", weights: str = "w0") -> None:
+        generator = torch.Generator().manual_seed(7)
+        self.projection = torch.randn(3 * 64, dim, generator=generator)
+        self.space = EmbeddingSpace(
+            dim, 10.0, backbone="fake", weights=weights, preprocess=preprocess, tokenizer="sha", precision="fp32"
+        )
+        self.batches: list[int] = []
+        self.n_texts = 0
+
+    @property
+    def n_images(self) -> int:
+        return sum(self.batches)
+
+    def preprocess(self, image: Image.Image) -> torch.Tensor:
+        small = np.asarray(image.resize((8, 8)), dtype=np.float32)
+        return torch.from_numpy(small / 255 - 0.5).permute(2, 0, 1)
+
+    def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.batches.append(len(pixels))
+        return torch.nn.functional.normalize(pixels.flatten(1) @ self.projection, dim=1)
+
+    def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        self.n_texts += len(texts)
+        seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts]
+        rows = [torch.randn(self.projection.shape[1], generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.nn.functional.normalize(torch.stack(rows), dim=1)
+
+
+@dataclass
+class FakeDataset:
+    """Encoded images in memory."""
+
+    blobs: list[bytes]
+    labels: list[int | None]
+    keys: list[str] = field(default_factory=list)
+    source: str = "/home/someone/secret/pets"
+    class_names: tuple[str, ...] | None = ("n01", "n02", "n03")
+    slow: float = 0.0
+    unreadable: int | None = None
+
+    def __post_init__(self) -> None:
+        self.keys = self.keys or [f"img/{i:04d}.png" for i in range(len(self.blobs))]
+
+    @property
+    def fingerprint(self) -> str:
+        return digest([ascii(self.keys), self.labels, [hashlib.sha256(blob).hexdigest() for blob in self.blobs]])
+
+    def __len__(self) -> int:
+        return len(self.blobs)
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        for i in range(start, stop):
+            yield Record(self.keys[i], self.labels[i], lambda i=i: self._read(i))
+
+    def _read(self, i: int) -> bytes:
+        time.sleep(self.slow * ((i * 7) % 5))  # later images are often ready first
+        if i == self.unreadable:
+            raise PermissionError(errno.EACCES, "Permission denied", self.keys[i])
+        return self.blobs[i]
+
+
+def dataset(n: int, *, bad: dict[int, bytes] | None = None, unlabelled: Sequence[int] = ()) -> FakeDataset:
+    """n pictures of different sizes; some replaced by other bytes, some without label."""
+    blobs = [(bad or {}).get(i, picture(i, (16 + i % 5, 18))) for i in range(n)]
+    return FakeDataset(blobs, [None if i in unlabelled else i % 3 for i in range(n)])
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Hash of every file of a store; receipts without their wall time."""
+    files = {}
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            content = path.read_bytes()
+            if path.parent.name == "receipts":
+                content = b"\n".join(line for line in content.splitlines() if b'"seconds"' not in line)
+            files[path.relative_to(root).as_posix()] = hashlib.sha256(content).hexdigest()
+    return files

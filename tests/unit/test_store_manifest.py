@@ -1,0 +1,183 @@
+"""The documents of a store: what the fingerprint covers, and reading them as untrusted input."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vilu.errors import ProvenanceError, StorageError, ViLUError
+from vilu.space import EmbeddingSpace, digest
+from vilu.store.document import read_document
+from vilu.store.manifest import MAX_PARTS, ClassTable, FileInfo, Inputs, Manifest, Receipt, Run
+from vilu.store.parts import plan
+
+SPACE = EmbeddingSpace(8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32")
+FIELDS = {
+    "dataset_fingerprint": "d",
+    "n_in": 25,
+    "split": None,
+    "space": SPACE,
+    "names": ("a", "b"),
+    "folders": None,
+    "templates": ("{}",),
+    "limits": {"min_side": 8, "max_aspect": 20.0},
+    "part_size": 10,
+    "dtype": "float16",
+}
+
+
+def make_run(**changes):
+    inputs = Inputs(**FIELDS | changes)
+    return Run(**dict(inputs), fingerprint=digest(inputs.identity()), dataset="pets", vilu="1")
+
+
+CHANGES = [
+    {"dataset_fingerprint": "e"},
+    {"n_in": 26},
+    {"split": "test"},
+    {"names": ("b", "a")},
+    {"folders": ("x", "y")},
+    {"templates": ("{}.",)},
+    {"limits": {"min_side": 9, "max_aspect": 20.0}},
+    {"part_size": 11},
+    {"dtype": "float32"},
+    *({"space": replace(SPACE, **{name: value})} for name, value in [
+        ("embed_dim", 9), ("logit_scale", 99.0), ("logit_bias", 1.0), ("backbone", "x"), ("weights", "x"),
+        ("preprocess", "x"), ("tokenizer", "x"), ("precision", "bf16"),
+    ]),
+]  # fmt: skip
+
+
+def test_every_input_changes_the_fingerprint_and_nothing_else_does():
+    fingerprints = {make_run(**change).fingerprint for change in [{}, *CHANGES]}
+    assert len(fingerprints) == 1 + len(CHANGES)
+    changed = {name for change in CHANGES for name in change}
+    assert changed == set(Inputs.model_fields) - {"schema_version"}
+    run = make_run()
+    assert run.model_copy(update={"vilu": "2", "dataset": "moved"}).identity() == run.identity()
+
+
+def test_documents_survive_json(tmp_path):
+    run = make_run()
+    (tmp_path / "run.json").write_text(run.model_dump_json())
+    assert read_document(tmp_path / "run.json", Run) == run
+    info = FileInfo(bytes=1, sha256="0" * 64)
+    table = ClassTable.of(run, info)
+    (tmp_path / "classes.json").write_text(table.model_dump_json())
+    assert read_document(tmp_path / "classes.json", ClassTable) == table
+    assert ClassTable.of(make_run(names=("a", "c")), info).hash != table.hash
+
+
+def test_whole_numbers_and_floats_are_one():
+    ten, ten_float = replace(SPACE, logit_scale=10), replace(SPACE, logit_scale=10.0)
+    runs = [json.loads(make_run(space=space).model_dump_json()) for space in (ten, ten_float)]
+    assert Run(**runs[0]).fingerprint == Run(**runs[1]).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged"),
+        (b"{", "damaged"),
+        (b"[]", "damaged"),
+        (b"\xff\xfe", "damaged"),
+        (b"[" * 100_000, "damaged"),
+        (b'{"schema_version": 1}', "dataset_fingerprint"),
+        (b'{"schema_version": "one"}', "schema_version"),
+    ],
+)
+def test_damaged_documents(tmp_path, content, message):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(StorageError, match=rf"run.json is damaged: .*{message}|run.json is {message}"):
+        read_document(tmp_path / "run.json", Run)
+
+
+def altered(**changes):
+    return json.dumps(json.loads(make_run().model_dump_json()) | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_in": 24}, "fingerprint is not that"),
+        ({"n_in": -1}, "n_in"),
+        ({"n_in": 10 * MAX_PARTS + 1}, "more than 1000000 parts"),
+        ({"space": {"embed_dim": 0, "logit_scale": 1}}, "embed_dim must be at least 1"),
+        ({"extra": 1}, "extra"),
+        ({"dtype": "float64"}, "dtype"),
+    ],
+)
+def test_documents_with_impossible_values(tmp_path, changes, message):
+    (tmp_path / "run.json").write_text(altered(**changes))
+    with pytest.raises(StorageError, match=rf"run.json is damaged: .*{message}"):
+        read_document(tmp_path / "run.json", Run)
+
+
+def test_nan_in_a_document(tmp_path):
+    (tmp_path / "run.json").write_text(altered().replace("100.0", "NaN"))
+    with pytest.raises(StorageError, match="damaged"):
+        read_document(tmp_path / "run.json", Run)
+
+
+def test_another_schema_is_named(tmp_path):
+    (tmp_path / "run.json").write_text(altered(schema_version=2, something_new=1))
+    with pytest.raises(ProvenanceError, match="schema version 2, this vilu reads 1"):
+        read_document(tmp_path / "run.json", Run)
+
+
+def test_a_huge_document_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("vilu.store.document.MAX_DOCUMENT_BYTES", 100)
+    (tmp_path / "run.json").write_text(altered())
+    with pytest.raises(StorageError, match="larger than 100 bytes"):
+        read_document(tmp_path / "run.json", Run)
+
+
+def test_a_folder_or_nothing_in_place_of_a_document(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    for name in ("run.json", "nothing.json"):
+        with pytest.raises(StorageError, match=f"{name} is missing"):
+            read_document(tmp_path / name, Run)
+
+
+@pytest.mark.parametrize("kind", [Receipt, Manifest])
+def test_counts_must_add_up(tmp_path, kind):
+    counts = {"n_in": 25, "n_ok": 20, "n_error": 5, "errors": {"truncated": 4}}
+    own = {"part": 0, "start": 0, "stop": 25, "files": {}, "batch_size": 1, "seconds": 0.0}
+    own |= {"schema_version": 1, "fingerprint": "f"}
+    if kind is Manifest:
+        own = json.loads(make_run().model_dump_json()) | {"parts": 3, "classes": "c", "content": "c"}
+    path = tmp_path / "document.json"
+    path.write_text(json.dumps(own | counts))
+    with pytest.raises(StorageError, match="n_in=25 is not n_ok=20 plus n_error=5"):
+        read_document(path, kind)
+    path.write_text(json.dumps(own | counts | {"errors": {"truncated": 4, "empty": 1}}))
+    assert read_document(path, kind).n_ok == 20
+
+
+def test_differences_name_both_sides(tmp_path):
+    other = make_run(templates=("x" * 500,), space=replace(SPACE, weights="v"))
+    with pytest.raises(
+        ProvenanceError, match=r"space.weights was 'w' and is now 'v'; templates was \['{}'\]"
+    ) as caught:
+        make_run().require_match(other, tmp_path)
+    assert len(str(caught.value)) < 1000 + len(str(tmp_path))
+
+
+@given(n=st.integers(0, 300), size=st.integers(1, 50))
+def test_parts_cover_every_image_once(n, size):
+    parts = plan(make_run(n_in=n, part_size=size))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(n))
+    assert all(len(part) == size for part in parts[:-1])
+    assert [part.number for part in parts] == list(range(len(parts)))
+
+
+@given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
+def test_no_content_ends_in_anything_but_an_error_of_ours(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzz.json"
+    path.write_bytes(content)
+    with pytest.raises(ViLUError, match=r"fuzz\.json"):
+        read_document(path, Run)
