@@ -1,0 +1,5 @@
+"""``python -m vilu.cli``."""
+
+from vilu.cli import main
+
+main()

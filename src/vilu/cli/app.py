@@ -1,0 +1,59 @@
+"""The commands and what they have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import vilu
+from vilu.cli.catalogues import inspect, list_catalogue
+from vilu.cli.console import make_reporter, set_verbosity
+from vilu.cli.embedding import embed
+from vilu.cli.prediction import convert, evaluate, fit, score
+from vilu.cli.showing import demo
+from vilu.progress import reporting
+
+app = typer.Typer(
+    name="vilu",
+    help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
+    epilog="New here: `vilu demo`. The flow: embed, fit, score, evaluate; every command has its own --help.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(value: bool) -> None:
+    """Print the version and leave."""
+    if value:
+        typer.echo(vilu.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log debugging messages.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log but warnings.")] = False,
+    version: Annotated[  # noqa: ARG001 - its callback does the work
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?"""
+    set_verbosity(verbose=verbose, quiet=quiet)
+    reporter = make_reporter(quiet=quiet)
+    if reporter is not None:
+        context.with_resource(reporting(reporter))
+
+
+app.command()(demo)
+app.command()(embed)
+app.command()(inspect)
+app.command()(fit)
+app.command()(score)
+app.command()(evaluate)
+app.command("list")(list_catalogue)
+app.command()(convert)

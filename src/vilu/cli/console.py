@@ -1,0 +1,163 @@
+"""What people see while a command runs: progress with rates, warnings and the log, all on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from vilu.progress import Reporter, Task
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+def complain(level: str, message: str) -> None:
+    """One line on stderr; control characters of hostile names are escaped."""
+    safe = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in message)
+    sys.stderr.write(f"vilu: {level}: {safe}\n")
+
+
+@contextmanager
+def show_warnings() -> Iterator[None]:
+    """Python warnings as one readable line each, without a source line."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,  # noqa: ARG001 - the signature that the warnings module calls
+        lineno: int,  # noqa: ARG001
+        file: TextIO | None = None,  # noqa: ARG001
+        line: str | None = None,  # noqa: ARG001
+    ) -> None:
+        if issubclass(category, UserWarning):
+            complain("warning", str(message))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def set_verbosity(*, verbose: bool, quiet: bool) -> None:
+    """-v shows debugging messages of vilu, -q only warnings."""
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("vilu: %(message)s"))
+    logger = logging.getLogger("vilu")
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+
+
+def make_reporter(*, quiet: bool) -> Reporter | None:
+    """A bar on a terminal, a line every ten seconds elsewhere, nothing with -q."""
+    if quiet:
+        return None
+    return Bars() if sys.stderr.isatty() else Lines()
+
+
+class Bar:
+    """A task on a rich bar."""
+
+    def __init__(self, progress: Progress, description: str, total: float | None, unit: str) -> None:
+        self.progress = progress
+        self.id = progress.add_task(description, total=total, unit=unit, note="")
+
+    def advance(self, steps: float, note: str = "") -> None:
+        """Move the bar."""
+        self.progress.update(self.id, advance=steps, note=note)
+
+
+class Bars:
+    """Rich bars with count, rate and time left; the screen belongs to them only while a task is under way."""
+
+    def start(self, description: str, total: float | None, unit: str) -> Bar:
+        """Show a new bar."""
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Task as RichTask
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task: RichTask) -> Text:
+                return Text(f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s")
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        progress = Progress(*columns, console=Console(stderr=True))
+        progress.start()
+        return Bar(progress, description, total, unit)
+
+    def finish(self, task: Task) -> None:
+        """Leave the bar as it stands."""
+        if isinstance(task, Bar):
+            task.progress.stop()
+
+
+class Line:
+    """A task that is logged now and then."""
+
+    def __init__(self, description: str, total: float | None, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self.told_done, self.note = 0.0, 0.0, ""
+        self.started = self.told = time.monotonic()
+
+    def advance(self, steps: float, note: str = "") -> None:
+        """Count, and log when ten seconds have passed."""
+        self.done, self.note = self.done + steps, note
+        if time.monotonic() - self.told >= LOG_EVERY:
+            self.tell()
+
+    def tell(self) -> None:
+        """Log the count and the rate."""
+        self.told, self.told_done = time.monotonic(), self.done
+        seconds = max(self.told - self.started, 1e-9)
+        total = "" if self.total is None else f"/{self.total:,.0f}"
+        note = f", {self.note}" if self.note else ""
+        rate = f"{self.done / seconds:,.0f} {self.unit}/s"
+        logging.getLogger("vilu").info(
+            "%s %s%s %s, %s%s", self.description, f"{self.done:,.0f}", total, self.unit, rate, note
+        )
+
+
+class Lines:
+    """For pipes and logs."""
+
+    def start(self, description: str, total: float | None, unit: str) -> Line:
+        """Begin to count."""
+        return Line(description, total, unit)
+
+    def finish(self, task: Task) -> None:
+        """Log how it ended, if it took two seconds and the last line did not say it."""
+        if isinstance(task, Line) and task.done != task.told_done and time.monotonic() - task.started > 2:
+            task.tell()
+
+
+def next_step(message: str) -> None:
+    """The closing line of a command."""
+    logging.getLogger("vilu").info("%s", message)
+
+
+def columns(rows: list[dict[str, str]]) -> str:
+    """Rows of one shape as aligned text."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

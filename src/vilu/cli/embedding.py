@@ -1,0 +1,74 @@
+"""``vilu embed``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vilu.cli.console import next_step
+
+
+def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    source: Annotated[
+        Path,
+        typer.Argument(help="Folder of class sub-folders, CSV or Parquet, or CIFAR folder; see `vilu list datasets`."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
+    backbone: Annotated[
+        str, typer.Option(help="compact[:SIZE], open_clip:NAME/TAG, hf:ID, or kind:FOLDER.")
+    ] = "compact",
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, one a line, or folder<TAB>name; needed where data have none.")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Only this split, or several joined by +.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the fixed order.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    workers: Annotated[int | None, typer.Option(min=1, help="Decoding threads. [one per core]")] = None,
+    part_size: Annotated[int, typer.Option(min=1, help="Images per part: the most that a kill can cost.")] = 4096,
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Numbers in the store.")] = "float16",
+    max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
+    on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store instead of resuming it.")] = False,
+) -> None:
+    """Embed images once with a frozen model; resumes where an earlier run stopped.
+
+    Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and counted; they end
+    the command with exit code 3 when they are more than --max-error-rate.
+    """
+    from vilu.backbones.catalog import load_backbone
+    from vilu.backbones.zeroshot import TEMPLATES
+    from vilu.datasets.catalog import open_dataset
+    from vilu.errors import UsageError
+    from vilu.store.embed import embed as embed_images
+
+    dataset = open_dataset(source, split=split, limit=limit, classes=classes)
+    if dataset.class_names is None:
+        raise UsageError(
+            f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
+        )
+    store = embed_images(
+        dataset,
+        load_backbone(backbone, device=device, precision=precision),
+        output,
+        names=dataset.class_names,
+        templates=[prompt for given in template or ["default"] for prompt in TEMPLATES.get(given, (given,))],
+        batch_size=batch_size,
+        workers=workers,
+        part_size=part_size,
+        dtype=dtype,
+        max_error_rate=max_error_rate,
+        on_error=on_error,
+        split=split,
+        overwrite=overwrite,
+    )
+    errors = store.manifest.n_error
+    typer.echo(output)
+    next_step(f"{len(store):,} embeddings, {errors:,} bad images; next: vilu fit {output} -o predictor")

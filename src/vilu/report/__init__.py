@@ -1,0 +1,1 @@
+"""Results for people; the only package that draws."""

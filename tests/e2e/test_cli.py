@@ -1,0 +1,191 @@
+"""The real command line on real photos (those that ship with the package), from images to numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import vilu
+
+PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
+NAMES = """dress\tdress
+hat\that
+longsleeve\tsweater
+outwear\tcoat
+pants\tjeans
+shirt\tshirt
+shoes\tshoe
+shorts\tshorts
+skirt\tskirt
+t-shirt\tt-shirt
+"""
+
+
+def run(*args: object, code: int = 0, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vilu.cli", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores of 240 training and 160 test photos, and a quickly fitted ViLU."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "names.txt").write_text(NAMES)
+    for split, limit in (("train", 240), ("test", 160)):
+        done = run(
+            "embed", PHOTOS, "-o", folder / split, "--backbone", "compact:64", "--classes", folder / "names.txt",
+            "--split", split, "--limit", limit,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(folder / split)
+    done = run("fit", folder / "train", "-o", folder / "vilu", "--set", "epochs=10", "--set", "hidden=32,16")
+    assert done.stdout.strip() == str(folder / "vilu")
+    return folder
+
+
+def test_help_names_every_command() -> None:
+    text = run("--help").stdout
+    for command in ("demo", "embed", "inspect", "fit", "score", "evaluate", "list", "convert"):
+        assert command in text
+        assert "Usage" in run(command, "--help").stdout
+    assert run("--version").stdout.strip() == vilu.__version__
+
+
+def test_score_and_evaluate_agree_with_scikit_learn(work: Path) -> None:
+    for name in ("scores.parquet", "scores.csv"):
+        assert run("score", work / "vilu", work / "test", "-o", work / name).stdout.strip() == str(work / name)
+        rows = json.loads(run("evaluate", work / name, "--json", "--resamples", 50).stdout)
+        found = {row["metric"]: row for row in rows}
+        table = pq.read_table(work / "scores.parquet")
+        expected = roc_auc_score(table["failure"].to_numpy(), table["uncertainty"].to_numpy())
+        assert found["auroc"]["value"] == pytest.approx(expected, abs=1e-12)
+        assert found["auroc"]["n"] == 160
+        assert found["auroc"]["n_failures"] == int(np.sum(table["failure"].to_numpy()))
+        assert found["auroc"]["ci_low"] < expected < found["auroc"]["ci_high"]
+    assert set(table.column_names) >= {"row_id", "key", "pred", "pred_name", "label_name", "uncertainty", "failure"}
+    assert "vilu" in run("evaluate", work / "scores.parquet", "--resamples", 50).stdout
+
+
+def test_the_command_line_does_what_the_library_does(work: Path) -> None:
+    train, test = vilu.EmbeddingStore(work / "train"), vilu.EmbeddingStore(work / "test")
+    predictor = vilu.ViLU(epochs=10, hidden=(32, 16)).fit(train)
+    run("score", work / "vilu", work / "test", "-o", work / "again.parquet")
+    scored = vilu.Outcomes.load(work / "again.parquet").uncertainty
+    assert np.array_equal(scored, predictor.predict_uncertainty(test))
+
+
+def test_validation_store_and_zero_shot_methods(work: Path) -> None:
+    run(
+        "fit", work / "train", "-o", work / "lvu", "--method", "lvu", "--validation", work / "test", "--set", "epochs=2"
+    )
+    run("fit", work / "train", "-o", work / "mcm", "--method", "mcm")
+    run("score", work / "mcm", work / "test", "-o", work / "mcm.csv")
+    assert "mcm" in run("evaluate", work / "mcm.csv", "--resamples", 20).stdout
+
+
+def test_scoring_training_rows_warns(work: Path) -> None:
+    done = run("score", work / "vilu", work / "train", "-o", work / "seen.csv")
+    assert "240 of 240 rows were used to fit" in done.stderr
+
+
+def test_inspect_shows_and_verifies(work: Path) -> None:
+    assert "160" in run("inspect", work / "test", "--deep").stdout
+    report = json.loads(run("inspect", work / "test", "--deep", "--json").stdout)
+    assert (report["n_in"], report["n_ok"], report["n_error"]) == (160, 160, 0)
+    assert report["problems"] == []
+
+
+def test_lists() -> None:
+    for what, name in (("predictors", "vilu"), ("backbones", "open_clip"), ("datasets", "cifar10")):
+        assert name in run("list", what).stdout
+        assert any(row["name"] == name for row in json.loads(run("list", what, "--json").stdout))
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["fti"], 2, "No such command"),
+        (["fit", "{work}/train"], 2, "Missing option"),
+        (["fit", "{work}/train", "-o", "{work}/x", "--method", "vilo"], 2, "Did you mean 'vilu'"),
+        (["fit", "{work}/train", "-o", "{work}/x", "--set", "epoch=3"], 2, "Did you mean 'epochs'"),
+        (["fit", "{work}/train", "-o", "{work}/x", "--set", "epochs"], 2, "KEY=VALUE"),
+        (["fit", "{work}/train", "-o", "{work}/x", "--validation", "{work}/train"], 3, "240 rows are in both"),
+        (["fit", "{work}/nowhere", "-o", "{work}/x"], 3, "nowhere"),
+        (["score", "{work}/nowhere", "{work}/test", "-o", "{work}/x.csv"], 3, "no predictor here"),
+        (["score", "{work}/vilu", "{work}/test", "-o", "{work}/x.txt"], 2, "parquet"),
+        (["score", "{work}/vilu", "{work}/test", "-o", "{work}/no/where.csv"], 7, "cannot write"),
+        (["evaluate", "{work}/nowhere.csv"], 7, "nowhere.csv does not exist"),
+        (["embed", "{work}/nowhere", "-o", "{work}/x"], 2, "does not exist"),
+        (["embed", "{photos}", "-o", "{work}/x", "--backbone", "compakt"], 2, "Did you mean 'compact'"),
+        (["embed", "{photos}", "-o", "{work}/x", "--split", "dev"], 2, "dev"),
+        (["embed", "{photos}", "-o", "{work}/x", "--backbone", "open_clip:ViT-B-32/laion2b_s34b_b79k"], 5, "ViT-B-32"),
+        (["embed", "{photos}", "-o", "{work}/test", "--backbone", "compact:96"], 6, "compact:64"),
+        (["convert", "{work}/nowhere.ckpt", "-o", "{work}/x"], 3, "does not exist"),
+    ],
+)
+def test_errors_say_what_and_how(work: Path, args: list[str], code: int, message: str) -> None:
+    done = run(*(arg.format(work=work, photos=PHOTOS) for arg in args), code=code)
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert not (work / "x").exists() or not any((work / "x").glob("manifest.json"))
+
+
+def test_embeddings_of_another_backbone_are_refused(work: Path) -> None:
+    run("embed", PHOTOS, "-o", work / "other", "--backbone", "compact:96", "--split", "test", "--limit", 8)
+    done = run("score", work / "vilu", work / "other", "-o", work / "x.csv", code=6)
+    assert "compact:64" in done.stderr
+    assert "compact:96" in done.stderr
+
+
+def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
+    """A folder as users have it: a good photo, a truncated one, a web page and an empty file."""
+    photos = pq.read_table(PHOTOS, columns=["image"])["image"]
+    folder = work / "folder"
+    for name in ("dress", "hat"):
+        (folder / name).mkdir(parents=True)
+    for i in range(6):
+        (folder / ("dress", "hat")[i % 2] / f"{i}.webp").write_bytes(photos[i].as_py())
+    (folder / "hat" / "cut.webp").write_bytes(photos[7].as_py()[:900])
+    (folder / "hat" / "page.jpg").write_text("<html>not found</html>")
+    (folder / "dress" / "empty.png").touch()
+    done = run("embed", folder, "-o", work / "bad", "--backbone", "compact:64", code=3)
+    assert "--max-error-rate" in done.stderr
+    done = run("embed", folder, "-o", work / "bad", "--backbone", "compact:64", "--max-error-rate", 0.5)
+    report = json.loads(run("inspect", work / "bad", "--json").stdout)
+    assert (report["n_in"], report["n_ok"], report["n_error"]) == (9, 6, 3)
+    errors = pq.read_table(work / "bad" / "errors" / "errors_00000.parquet").to_pylist()
+    assert {Path(row["key"]).name for row in errors} == {"cut.webp", "page.jpg", "empty.png"}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed(work: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Ctrl-C or SIGTERM in the middle: a clean exit code, and the second run ends with the bytes of the first store."""
+    args = ["embed", PHOTOS, "-o", tmp_path / "s", "--backbone", "compact:64", "--classes", work / "names.txt"]
+    args += ["--split", "test", "--limit", 160, "--part-size", 32]
+    command = [sys.executable, "-m", "vilu.cli", *map(str, args)]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "s").glob("receipts/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(started.pid, number)
+    _, stderr = started.communicate(timeout=60)
+    if started.returncode != 0:  # else it was done before the signal came
+        assert started.returncode == code, stderr
+        assert "Traceback" not in stderr
+    run(*args)
+    undisturbed, resumed = vilu.EmbeddingStore(work / "test"), vilu.EmbeddingStore(tmp_path / "s")
+    assert list(resumed.ids) == list(undisturbed.ids)
+    assert json.loads(run("inspect", tmp_path / "s", "--deep", "--json").stdout)["problems"] == []

@@ -1,0 +1,54 @@
+"""Progress, warnings and errors as people see them."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+
+from vilu.cli import console
+from vilu.progress import reporting, track
+
+
+def test_a_task_is_silent_without_a_reporter(capsys: pytest.CaptureFixture[str]) -> None:
+    with track("work", 3, "steps") as task:
+        task.advance(3, "note")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_lines_show_count_total_rate_and_note(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    clock = iter([0.0, 5.0, 20.0, 20.0, 25.0, 27.0, 30.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    caplog.set_level(logging.INFO, "vilu")
+    with reporting(console.Lines()), track("embed", 100, "images") as task:
+        task.advance(10)
+        task.advance(30, "2 errors")
+        task.advance(20)
+    assert caplog.messages == ["embed 40/100 images, 2 images/s, 2 errors", "embed 60/100 images, 2 images/s"]
+
+
+def test_bars_draw_to_stderr_and_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    with reporting(console.Bars()), track("embed", 4, "images") as task:
+        task.advance(4)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "4/4" in err
+    assert "images/s" in err
+
+
+def test_warnings_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.show_warnings():
+        warnings.simplefilter("always")
+        warnings.warn("look here", stacklevel=1)
+        warnings.warn("not for users", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "vilu: warning: look here\n"
+
+
+def test_hostile_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.complain("error", "file \x1b[2Jgone.jpg")
+    assert capsys.readouterr().err == "vilu: error: file \\x1b[2Jgone.jpg\n"
+
+
+def test_columns_are_aligned() -> None:
+    assert console.columns([{"a": "1", "name": "x"}, {"a": "22", "name": "y"}]) == "a   name\n1   x\n22  y"

@@ -1,0 +1,149 @@
+"""Embeddings in memory: shapes, norms, targets, pools, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import toy_embeddings
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.space import EmbeddingSpace
+from vilu.types import Embeddings, PairEmbeddings
+
+EYE = np.eye(3)
+
+
+def test_logits_are_scaled_and_shifted_cosines() -> None:
+    data = Embeddings(EYE, EYE, [0, 1, 2], logit_scale=10.0, logit_bias=-4.0)
+    batch = next(data.batches(3))
+    assert torch.equal(batch.logits, 10 * torch.eye(3) - 4)
+    assert batch.logits.dtype == torch.float32
+    assert batch.failure.tolist() == [0, 0, 0]
+
+
+def test_a_tie_goes_to_the_lowest_index() -> None:
+    text = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    batch = next(Embeddings([[1.0, 0.0]] * 2, text, [0, 1]).batches(2))
+    assert batch.prediction.tolist() == [0, 0]
+    assert batch.failure.tolist() == [0, 1]
+
+
+def test_unknown_targets_have_unknown_failures() -> None:
+    assert next(Embeddings(EYE, EYE).batches(3)).failure.tolist() == [-1, -1, -1]
+    assert next(Embeddings(EYE, EYE, [0, -1, 0]).batches(3)).failure.tolist() == [0, -1, 1]
+
+
+def test_rows_are_brought_to_unit_norm_and_said_so() -> None:
+    with pytest.warns(UserWarning, match=r"2 of 3 image rows are not of unit norm \(norms 1 to 5\)"):
+        data = Embeddings(EYE * [[1], [2], [5]], EYE)
+    assert torch.equal(data.image, torch.eye(3))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_any_float_and_byte_order(dtype: object) -> None:
+    assert torch.equal(Embeddings(EYE.astype(dtype).astype(np.dtype(dtype).newbyteorder("=")), EYE).image, torch.eye(3))
+
+
+def test_bfloat16_and_gradients_come_in_as_plain_float32() -> None:
+    image = torch.eye(3, dtype=torch.bfloat16, requires_grad=True)
+    data = Embeddings(image, EYE)
+    assert data.image.dtype == torch.float32
+    assert not data.image.requires_grad
+
+
+def test_status_marks_unusable_rows_and_batches_leave_them_out() -> None:
+    image = np.eye(4, 3)
+    image[1, 0] = np.nan
+    data = Embeddings(image, EYE, [0, 1, 2, 0])
+    assert data.status.tolist() == [0, 1, 0, 2]
+    assert next(data.batches(10)).index.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"image": np.ones(3)}, "image must be a matrix"),
+        ({"image": np.eye(3, 4)}, "share one width. Got 4, but text has 3"),
+        ({"text": np.zeros((2, 3))}, r"bad rows of 2, first row 0 \(zero_norm\)"),
+        ({"text": np.full((2, 3), np.inf)}, "nonfinite"),
+        ({"text": np.empty((0, 3))}, "at least one row"),
+        ({"image": np.eye(3, dtype=complex)}, "real numbers"),
+        ({"target": [0, 1]}, r"one entry per image row \(3\)"),
+        ({"target": [0.0, 1.0, 2.0]}, "whole numbers"),
+        ({"target": [0, 1, 3]}, "0 to 2, or -1 where unknown. Got values from 0 to 3"),
+        ({"target": [0, 1, -2]}, "Got values from -2 to 1"),
+        ({"class_names": ["a", "b"]}, r"one name per text row \(3\)"),
+        ({"class_names": ["a", "b", "a"]}, "Repeated: 'a'"),
+        ({"class_names": ["a", " ", "b"]}, "Name 1 is"),
+        ({"ids": ["a"]}, "ids must have one entry per image row"),
+    ],
+)
+def test_what_cannot_be_is_refused(kwargs: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Embeddings(**{"image": EYE, "text": EYE, "target": [0, 1, 2], **kwargs})
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_logit_scale_must_be_positive(scale: float) -> None:
+    with pytest.raises(UsageError, match="logit_scale must be a positive finite number"):
+        Embeddings(EYE, EYE, None, scale)
+
+
+def test_float16_overflow_is_not_hidden() -> None:
+    with np.errstate(over="ignore"):
+        image = (np.eye(3) * 1e6).astype(np.float16)
+    assert Embeddings(image, EYE).status.tolist() == [1, 1, 1]
+
+
+def test_an_empty_set_is_a_set() -> None:
+    data = Embeddings(np.empty((0, 3)), EYE)
+    assert len(data) == 0
+    assert list(data.batches(4)) == []
+
+
+@given(st.integers(1, 30), st.integers(1, 40))
+def test_batches_cover_every_row_once_in_order(n: int, size: int) -> None:
+    data = toy_embeddings(n=n)
+    index = torch.cat([batch.index for batch in data.batches(size)])
+    assert index.tolist() == list(range(n))
+
+
+def test_pools_are_whole_and_identical_captions_are_one_target() -> None:
+    text = np.eye(6)[[0, 1, 0, 3, 4, 5]]
+    data = Embeddings.pairs(text, text, pool_size=3)
+    first, second = data.batches(1000)
+    assert first.target.tolist() == [0, 1, 0]
+    assert first.failure.tolist() == [0, 0, 0]
+    assert second.index.tolist() == [3, 4, 5]
+    assert data.n_candidates == 3
+    assert len(list(data.batches(1, rows=torch.tensor([5, 0, 1, 2])))) == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((np.eye(5), np.eye(5), 3), DataError, "multiple of pool_size=3.*leave out 2"),
+        ((np.eye(4), np.eye(4)[:3], 1), DataError, "pairs of one shape"),
+        ((np.eye(4), np.zeros((4, 4)), 2), DataError, "zero_norm"),
+        ((np.eye(4), np.eye(4), 0), UsageError, "pool_size must be at least 1"),
+    ],
+)
+def test_pairs_that_cannot_be(args: tuple, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        PairEmbeddings(*args)
+
+
+def test_spaces_are_compared_by_all_that_is_known() -> None:
+    known = EmbeddingSpace(8, 100.0, backbone="a", weights="w", preprocess="p")
+    bare = EmbeddingSpace(8, 100.0)
+    known.require_match(bare, mine="x", theirs="y")
+    assert known.fingerprint != bare.fingerprint
+    with pytest.raises(ProvenanceError, match=r"preprocess: 'p' \(x\) against 'q' \(y\)"):
+        known.require_match(EmbeddingSpace(8, 100.0, backbone="a", weights="w", preprocess="q"), mine="x", theirs="y")
+    with pytest.raises(ProvenanceError, match="logit_bias"):
+        bare.require_match(EmbeddingSpace(8, 100.0, -10.0), mine="x", theirs="y")
+    with pytest.raises(UsageError, match="embed_dim"):
+        EmbeddingSpace(0, 1.0)
