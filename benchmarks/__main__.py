@@ -1,0 +1,24 @@
+"""``python -m benchmarks [NAME ...]``: all measurements, or those named."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+
+NAMES = ("startup", "memory", "head_training", "bf16_quality", "embed_throughput")
+
+
+def main() -> None:
+    """Run, and end with one line of JSON."""
+    chosen = sys.argv[1:] or NAMES
+    unknown = sorted(set(chosen) - set(NAMES))
+    if unknown:
+        sys.exit(f"no benchmark called {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    figures: dict[str, object] = {}
+    for name in chosen:
+        figures |= importlib.import_module(f"benchmarks.{name}").main()
+    print(json.dumps(figures))
+
+
+main()
