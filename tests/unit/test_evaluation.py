@@ -228,7 +228,7 @@ def test_compare_of_one_class_is_undefined_with_a_reason() -> None:
 
 def test_evaluation_needs_neither_torch_nor_pandas() -> None:
     code = (
-        "import sys, vilu.evaluate as e, vilu.outcomes as o\n"
+        "import sys, vilu.evaluation as e, vilu.outcomes as o\n"
         "str(e.evaluate(o.Outcomes([0.1, 0.2] * 30, [0, 1] * 30), n_resamples=5))\n"
         "print([m for m in ('torch', 'pandas', 'sklearn', 'pyarrow', 'rich') if m in sys.modules])"
     )

@@ -52,7 +52,7 @@ class HeadPredictor(LearnedPredictor):
     batch_size: Count = 128
     learning_rate: Positive = 0.03
     momentum: NonNegative = 0.9
-    weight_decay: NonNegative = 5e-4
+    weight_decay: NonNegative = 2e-3
     warmup_epochs: NonNegative = 1.0
     freeze_epochs: Annotated[int, Field(ge=0)] | None = None
     patience: Count | None = None

@@ -1,0 +1,49 @@
+"""What the documents promise is there: links, commands, options, names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vilu
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"^vilu (\w+)", README, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_the_readme_shows_commands() -> None:
+    assert {"embed", "fit", "score", "evaluate"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_in_the_readme_exist(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vilu.cli", command, "--help"], capture_output=True, text=True, check=True
+    )
+    for line in re.findall(rf"^vilu {command} .*", README, re.MULTILINE):
+        for option in re.findall(r"\s(--?[a-z][a-z-]*)", line):
+            assert re.search(rf"(^|\s|,){option}\b", done.stdout), f"{option} is not an option of vilu {command}"
+
+
+def test_names_in_the_readme_exist() -> None:
+    for name in set(re.findall(r"\bvilu\.([A-Za-z_]+)\(", README)):
+        assert hasattr(vilu, name), name
+
+
+def test_python_in_the_readme_parses() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
