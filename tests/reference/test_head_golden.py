@@ -34,13 +34,15 @@ class Case:
         self.head = FailureHead(
             z["image"].shape[1], hidden, attention="official" if attention else None, predicted_caption=bool(caption)
         )
-        self.names = {"first": "mlp.0", "rest.1": "mlp.2", "rest.3": "mlp.4"}
-        self.names = {f"{a}.{kind}": f"{b}.{kind}" for a, b in self.names.items() for kind in ("weight", "bias")}
+        parts = ["image", *["attended"] * attention, *["caption"] * caption]
+        self.names = {f"rest.{i}.{kind}": f"mlp.{j}.{kind}" for i, j in ((1, 2), (3, 4)) for kind in ("weight", "bias")}
+        self.names |= {"first_bias": "mlp.0.bias"}
         if attention:
             self.names |= {"attention.image": "in_proj_v.weight", "attention.text": "in_proj_t.weight"}
-        self.head.load_state_dict(
-            {ours: self.sign(ours) * torch.tensor(parameters[theirs]) for ours, theirs in self.names.items()}
-        )
+        self.parts = [f"first.{part}" for part in parts]
+        state = {ours: self.sign(ours) * torch.tensor(parameters[theirs]) for ours, theirs in self.names.items()}
+        blocks = torch.tensor(parameters["mlp.0.weight"]).chunk(len(parts), dim=1)
+        self.head.load_state_dict(state | dict(zip(self.parts, blocks, strict=True)))
 
     def keys(self, start: str) -> list[str]:
         return [k.removeprefix(self.prefix) for k in self.arrays if k.startswith(self.prefix + start)]
@@ -94,7 +96,8 @@ def test_gradients_of_the_weighted_bce(case: Case) -> None:
     failure = case.batch.failure
     weighted_bce(case.head(case.batch), failure, FailureWeight("batch", 0.5)(failure)).backward()
     gradients = dict(case.head.named_parameters())
-    assert {f"grad/{theirs}" for theirs in case.names.values()} == set(case.keys("grad/"))
+    assert {f"grad/{theirs}" for theirs in case.names.values()} | {"grad/mlp.0.weight"} == set(case.keys("grad/"))
+    close(torch.cat([gradients[part].grad for part in case.parts], dim=1), case("grad/mlp.0.weight"))
     for ours, theirs in case.names.items():
         gradient = gradients[ours].grad
         assert gradient is not None

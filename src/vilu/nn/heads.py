@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vilu.nn.attention import ATTENTION, CrossAttention
 from vilu.types import Batch
@@ -45,48 +46,51 @@ class FailureHead(nn.Module):
         mcm: bool = False,
     ) -> None:
         super().__init__()
-        self.parts = [dim, dim * (attention is not None), dim * predicted_caption, int(mcm)]
+        widths = {
+            "image": dim,
+            "attended": dim * (attention is not None),
+            "caption": dim * predicted_caption,
+            "mcm": +mcm,
+        }
+        used = {part: width for part, width in widths.items() if width}
+        outputs = [*hidden, 1]
+        # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D, not of one: torch's
+        # default start makes the first activations so small that a run spends most of its steps on growing them.
+        std = math.sqrt(2 * dim / sum(used.values()))
+        self.first = nn.ParameterDict({part: torch.randn(outputs[0], width) * std for part, width in used.items()})
+        self.first_bias = nn.Parameter(torch.zeros(outputs[0]))
+        linears = [nn.Linear(*pair) for pair in itertools.pairwise(outputs)]
+        for linear in linears:
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+        self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(), linear)))
         self.attention: CrossAttention | None = ATTENTION[attention](dim) if attention else None
-        widths = [*hidden, 1]
-        self.first = nn.Linear(sum(self.parts), widths[0])
-        layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.ReLU(), nn.Linear(*pair))]
-        self.rest = nn.Sequential(*layers)
-        self._initialise(dim)
-
-    @torch.no_grad()
-    def _initialise(self, dim: int) -> None:
-        """He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D, not of one.
-
-        torch's default start makes the first activations so small that the published learning rates spend most of a run
-        on growing them.
-        """
-        self.first.weight.normal_(std=math.sqrt(2 * dim / self.first.in_features))
-        for layer in self.rest:
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-                nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.first.bias)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
-        for_image, for_attended, for_caption, for_mcm = self.first.weight.split(self.parts, dim=1)
-        hidden = torch.addmm(self.first.bias, batch.image, for_image.T)
-        # The first layer is a sum over the parts of z. Texts are projected before they are gathered or averaged over:
-        # K rows instead of B.
+        # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are projected before they
+        # are averaged over or picked: K rows instead of B.
+        hidden = torch.addmm(self.first_bias, batch.image, self.first["image"].T)
         if self.attention is not None:
             alpha = self.attention.weights(batch.image, batch.text, batch.logit_scale)
-            hidden = hidden + torch.linalg.multi_dot([alpha, batch.text, self.attention.value.T, for_attended.T])
-        if self.parts[2]:
-            hidden = hidden + project_rows(batch.text, batch.prediction, for_caption)
-        if self.parts[3]:
-            hidden = hidden + max_probability(batch)[:, None] * for_mcm.T
+            chain = [alpha, batch.text, self.attention.value.T, self.first["attended"].T]
+            hidden = hidden + torch.linalg.multi_dot(chain)
+        if "caption" in self.first:
+            hidden = hidden + project_rows(batch.text, batch.prediction, self.first["caption"])
+        if "mcm" in self.first:
+            hidden = hidden + max_probability(batch)[:, None] * self.first["mcm"].T
         logit: Tensor = self.rest(hidden)
         return logit.squeeze(-1).float()
 
 
 def project_rows(text: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """(B, H): ``text[rows] @ weight.T``, projecting each of K texts once when they are fewer than the rows."""
-    return (text @ weight.T)[rows] if len(text) <= len(rows) else text[rows] @ weight.T
+    """(B, H): ``text[rows] @ weight.T``, projecting each of K texts once when they are fewer than the rows.
+
+    They are picked by a product with one-hot rows, since the gradient of an indexing is many times slower.
+    """
+    if len(text) > len(rows):
+        return text[rows] @ weight.T
+    return functional.one_hot(rows, len(text)).to(text.dtype) @ (text @ weight.T)
 
 
 def max_probability(batch: Batch) -> Tensor:

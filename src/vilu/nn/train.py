@@ -103,7 +103,7 @@ class HeadTrainer:
         self.head, self.loss, self.config = head.to(config.device), loss, config
         self.attention = [] if head.attention is None else list(head.attention.parameters())
         self.optimizer = torch.optim.SGD(
-            [*head.first.parameters(), *head.rest.parameters()],
+            [*head.first.values(), head.first_bias, *head.rest.parameters()],
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,

@@ -44,28 +44,35 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
     projection = weights.get("in_proj_t.weight")
     width = weights["mlp.0.weight"].shape[1]
     dim = embed_dim or (width if projection is None else len(projection))
-    parts = width // dim - (projection is not None)
-    if width % dim or parts not in (1, 2):
+    possible = ["image", "caption"] if projection is None else ["image", "attended", "caption"]
+    parts = possible[: width // dim]
+    if width != dim * len(parts) or (projection is not None and len(parts) == 1):
         raise DataError(f"{path} has a head of input width {width}, which is no concatenation of embeddings of {dim}.")
     hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
     predictor = (
         LVU(hidden=hidden, loss="bce")
-        if parts == 1 and projection is None
-        else ViLU(hidden=hidden, attention=None if projection is None else "official", predicted_caption=parts == 2)
+        if parts == ["image"]
+        else ViLU(
+            hidden=hidden,
+            attention=None if projection is None else "official",
+            predicted_caption="caption" in parts,
+        )
     )
     predictor.space_ = EmbeddingSpace(dim, float(logit_scale))
-    predictor.restore(renamed(weights, layers))
+    predictor.restore(renamed(weights, layers, parts))
     predictor.notes_ = {"converted_from": "a checkpoint of the reference implementation"}
     return predictor
 
 
-def renamed(weights: dict[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
-    """Our names, with the sign of the last layer turned."""
-    state: dict[str, Tensor] = {}
-    for i, layer in enumerate(layers):
-        sign = -1 if i == len(layers) - 1 else 1
-        ours = "first" if i == 0 else f"rest.{2 * i - 1}"
-        state |= {f"{ours}.{kind}": sign * weights[f"{layer}.{kind}"].float() for kind in ("weight", "bias")}
+def renamed(weights: dict[str, Tensor], layers: list[str], parts: list[str]) -> dict[str, Tensor]:
+    """Our names: a matrix per part of the first layer's input, and the sign of the last layer turned."""
+    signs = [1] * (len(layers) - 1) + [-1]
+    blocks = weights[f"{layers[0]}.weight"].float().chunk(len(parts), dim=1)
+    state = {f"first.{part}": signs[0] * block for part, block in zip(parts, blocks, strict=True)}
+    state["first_bias"] = signs[0] * weights[f"{layers[0]}.bias"].float()
+    for i, layer in enumerate(layers[1:], start=1):
+        for kind in ("weight", "bias"):
+            state[f"rest.{2 * i - 1}.{kind}"] = signs[i] * weights[f"{layer}.{kind}"].float()
     for theirs, ours in (("in_proj_v.weight", "attention.image"), ("in_proj_t.weight", "attention.text")):
         if theirs in weights:
             state[ours] = thawed(weights[theirs].float())
