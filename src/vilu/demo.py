@@ -39,7 +39,7 @@ TRAINING: dict[str, object] = {"epochs": 100, "learning_rate": 0.1, "weight_deca
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu": ("vilu", TRAINING),
-    "lvu": ("lvu", {"loss": "mse", **TRAINING}),
+    "lvu": ("lvu", {"loss": "mse"}),  # the regression does better with the defaults
     "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
     "mcm": ("mcm", {}),
     "entropy": ("entropy", {}),
@@ -113,7 +113,7 @@ def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
 def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed: int) -> Outcomes:
     """Scores of the test photos by a predictor fitted on train and selected on validation, or taken from the cache."""
     name, parameters = METHODS[label]
-    cls, folder = PREDICTORS[name], cache / "predictors" / label
+    cls, folder = PREDICTORS[name], cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
     if (folder / "predictor.json").exists():
         predictor = load(folder)
     else:

@@ -23,17 +23,22 @@ MIN_NORM = 1e-12
 
 
 def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """(N, D) float32 copy-free where possible.
+    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout.
 
     Raises:
         DataError: If it is not a two-dimensional array of real numbers with at least one column.
     """
-    tensor = values if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))
-    if tensor.ndim != 2 or tensor.shape[1] == 0:
-        raise DataError(f"{name} must be a matrix (rows, width). Got shape {tuple(tensor.shape)} instead.")
-    if tensor.is_complex() or tensor.dtype == torch.bool:
-        raise DataError(f"{name} must hold real numbers. Got dtype {tensor.dtype} instead.")
-    return tensor.detach().to(dtype=torch.float32, device="cpu")
+    if isinstance(values, Tensor):
+        array = values.detach().float().cpu().numpy() if not values.is_complex() else values.detach().cpu().numpy()
+    else:
+        array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
+    with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and its row unusable
+        array = array.astype(np.float32, copy=not array.flags.writeable)
+    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:

@@ -42,9 +42,16 @@ def test_rows_are_brought_to_unit_norm_and_said_so() -> None:
     assert torch.equal(data.image, torch.eye(3))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
-def test_any_float_and_byte_order(dtype: object) -> None:
-    assert torch.equal(Embeddings(EYE.astype(dtype).astype(np.dtype(dtype).newbyteorder("=")), EYE).image, torch.eye(3))
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4", ">f8", np.int8])
+def test_any_number_type_and_byte_order(dtype: object) -> None:
+    assert torch.equal(Embeddings(EYE.astype(dtype), EYE).image, torch.eye(3))
+
+
+def test_read_only_and_reversed_arrays_are_copied() -> None:
+    frozen = EYE.astype(np.float32)
+    frozen.flags.writeable = False
+    assert torch.equal(Embeddings(frozen, EYE).image, torch.eye(3))
+    assert torch.equal(Embeddings(EYE[::-1, ::-1], EYE).image, torch.eye(3))
 
 
 def test_bfloat16_and_gradients_come_in_as_plain_float32() -> None:
@@ -71,6 +78,9 @@ def test_status_marks_unusable_rows_and_batches_leave_them_out() -> None:
         ({"text": np.full((2, 3), np.inf)}, "nonfinite"),
         ({"text": np.empty((0, 3))}, "at least one row"),
         ({"image": np.eye(3, dtype=complex)}, "real numbers"),
+        ({"image": torch.eye(3, dtype=torch.complex64)}, "real numbers"),
+        ({"image": np.eye(3, dtype=object)}, "real numbers. Got dtype object"),
+        ({"image": np.eye(3) > 0}, "Got dtype bool"),
         ({"target": [0, 1]}, r"one entry per image row \(3\)"),
         ({"target": [0.0, 1.0, 2.0]}, "whole numbers"),
         ({"target": [0, 1, 3]}, "0 to 2, or -1 where unknown. Got values from 0 to 3"),
