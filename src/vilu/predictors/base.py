@@ -84,7 +84,7 @@ class FailurePredictor(ABC):
         with torch.no_grad():
             for batch in data.batches(SCORING_BATCH):
                 score = self._uncertainty(batch.to(device))
-                uncertainty[batch.index.numpy()] = score.double().cpu().numpy()
+                uncertainty[batch.index.numpy()] = score.cpu().double().numpy()
         broken = int(np.count_nonzero(~np.isfinite(uncertainty[data.usable_rows.numpy()])))
         if broken:
             raise DataError(f"{self.name} gave {broken} scores that are not finite: its weights are damaged. Refit it.")
@@ -118,7 +118,7 @@ class FailurePredictor(ABC):
 
     @abstractmethod
     def _uncertainty(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty of a batch, float32 or better, on the batch's device."""
+        """(B,) uncertainty of a batch, float32 or better, on any device."""
 
     def save(self, folder: str | Path) -> str:
         """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``)."""

@@ -96,7 +96,8 @@ class HeadPredictor(LearnedPredictor):
     def _learned_uncertainty(self, batch: Batch) -> Tensor:
         if self.head_ is None:
             raise DataError(f"this {self.name} holds neither a head nor a constant; its file is damaged.")
-        return torch.sigmoid(self.head_.to(batch.image.device)(batch).double())
+        logit: Tensor = self.head_.to(batch.image.device)(batch)
+        return torch.sigmoid(logit.cpu().double())  # some devices have no float64
 
     def _notes(self) -> dict[str, object]:
         return {"history": dataclasses.asdict(self.history_)} if self.history_ and self.constant_ is None else {}
