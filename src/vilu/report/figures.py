@@ -5,6 +5,7 @@ Colours are from the Okabe-Ito palette, which colour-blind people can tell apart
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Share of correct answers kept against share of wrong ones kept, at every threshold (positive = correct)."""
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
-    for one, colour in zip(outcomes, LINES, strict=False):
+    for one, colour in zip(outcomes, itertools.cycle(LINES), strict=False):
         keep = one.evaluable
         uncertainty, failure = one.uncertainty[keep], one.failure[keep]
         fpr, tpr = roc_curve_points(uncertainty, failure)
@@ -98,7 +99,7 @@ def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Error rate among the most trusted answers against the share that is trusted."""
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
-    for one, colour in zip(outcomes, LINES, strict=False):
+    for one, colour in zip(outcomes, itertools.cycle(LINES), strict=False):
         keep = one.evaluable
         coverage, risk = risk_coverage_curve(one.uncertainty[keep], one.failure[keep])
         label = f"{one.method}  (AURC {aurc(one.uncertainty[keep], one.failure[keep]):.3f})"
