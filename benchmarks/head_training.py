@@ -15,12 +15,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from vilu.embeddings import Embeddings
 from vilu.nn.heads import HIDDEN, FailureHead
 from vilu.nn.losses import FailureWeight
 from vilu.nn.train import HeadTrainer, Rows, TrainConfig
-from vilu.predictors.head import bce_loss
+from vilu.predictors.heads.head import bce_loss
 from vilu.progress import Silence
-from vilu.types import Embeddings
 
 D, K, REPEATS = 512, 10, 7
 Shape = tuple[int, int, int]

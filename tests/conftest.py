@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from vilu.types import Embeddings
+from vilu.embeddings import Embeddings, PairEmbeddings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -26,8 +27,33 @@ def toy_embeddings(
     noise[:, -1] = np.where(blurred, 1.0, -1.0)
     ids = None if ids_from is None else [f"row-{i}" for i in range(ids_from, ids_from + n)]
     image = text[target] + noise
-    image /= np.linalg.norm(image, axis=1, keepdims=True)
-    return Embeddings(image, text, target, scale, class_names=[f"class {i}" for i in range(k)], ids=ids)
+    norm = np.linalg.norm(image, axis=1, keepdims=True)
+    columns = toy_columns(image, text, rng)
+    names = [f"class {i}" for i in range(k)]
+    return Embeddings(image / norm, text, target, scale, class_names=names, ids=ids, columns=columns)
+
+
+def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Every column there is: features whose projection is the embedding, noisy views, prompts around each text."""
+    d = image.shape[1]
+    projection = np.random.default_rng(98).normal(size=(d, d)) / np.sqrt(d) + np.eye(d)
+    views = image[:, None] + rng.normal(size=(len(image), 4, d)) * 0.1
+    prompts = text[:, None] + np.random.default_rng(97).normal(size=(len(text), 3, d)) * 0.05
+    return {
+        "features": np.linalg.solve(projection, image.T).T,
+        "text_features": np.linalg.solve(projection, text.T).T,
+        "image_projection": projection,
+        "text_projection": projection,
+        "views": views / np.linalg.norm(views, axis=2, keepdims=True),
+        "prompts": prompts / np.linalg.norm(prompts, axis=2, keepdims=True),
+    }
+
+
+def variant(source: Embeddings, **changes: object) -> Embeddings:
+    """The same rows and columns with other arguments of ``Embeddings``."""
+    columns = {name: source.column(name, torch.arange(len(source))) for name in source.columns}
+    same = {"image": source.image, "text": source.text, "target": source.target, "space": source.space}
+    return Embeddings(**{**same, "ids": source.ids, "columns": columns, **changes})
 
 
 def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):
@@ -40,8 +66,8 @@ def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):
     noise = rng.normal(size=(n, d)) * np.where(blurred, 0.6, 0.02)[:, None]
     noise[:, -1] = np.where(blurred, 1.0, -1.0)
     image = text + noise
-    image /= np.linalg.norm(image, axis=1, keepdims=True)
-    return Embeddings.pairs(image, text, pool_size=pool, logit_scale=20.0)
+    norm = np.linalg.norm(image, axis=1, keepdims=True)
+    return PairEmbeddings(image / norm, text, pool, 20.0, columns=toy_columns(image, text, rng))
 
 
 @pytest.fixture(scope="session")

@@ -12,15 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
-BASE = {"errors", "space", "validate", "files", "progress", "device"}
+BASE = {"errors", "space", "validate", "files", "progress", "device", "columns"}
 TABLES = {"tables", "layout", "outcomes", "results", "evaluation", "metrics"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "types": BASE,
+    "embeddings": BASE | {"types"},
     "metrics": {"errors"},
     **dict.fromkeys(TABLES - {"metrics"}, BASE | TABLES),
     "nn": BASE | {"types", "metrics"},
-    "predictors": BASE | {"types", "nn"},
+    "predictors": BASE | {"types", "embeddings", "metrics", "nn"},
     "scoring": BASE | {"types", "predictors", "outcomes", "nn"},
     "backbones": BASE | {"types"},
     "datasets": BASE | {"types"},

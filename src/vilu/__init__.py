@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vilu import metrics
     from vilu.backbones.catalog import load_backbone
     from vilu.datasets.catalog import open_dataset
+    from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
     from vilu.outcomes import Outcomes
     from vilu.predictors import LVU, MCM, PREDICTORS, Doctor, Entropy, FailurePredictor, Margin, MaxLogit, ViLU
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vilu.space import EmbeddingSpace
     from vilu.store.embed import embed
     from vilu.store.reader import EmbeddingStore
-    from vilu.types import Batch, Embeddings, EmbeddingSource, PairEmbeddings
+    from vilu.types import Batch, EmbeddingSource
 
 __version__ = "0.1.0"
 
@@ -50,8 +51,8 @@ _HOME = {
     "EmbeddingStore": "vilu.store.reader",
     "Batch": "vilu.types",
     "EmbeddingSource": "vilu.types",
-    "Embeddings": "vilu.types",
-    "PairEmbeddings": "vilu.types",
+    "Embeddings": "vilu.embeddings",
+    "PairEmbeddings": "vilu.embeddings",
 }
 
 __all__ = [

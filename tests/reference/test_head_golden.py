@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from vilu.embeddings import Embeddings
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight, weighted_bce, weighted_mse
-from vilu.types import Batch, Embeddings
+from vilu.types import Batch
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = [(file, a, c) for file in ("d24", "k100") for a in (0, 1) for c in (0, 1)]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import vilu
+from vilu.embeddings import Embeddings
 from vilu.errors import DataError
-from vilu.types import Embeddings
 
 DATA = Path(__file__).parents[1] / "data"
 

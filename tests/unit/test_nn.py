@@ -19,7 +19,7 @@ from vilu.nn.attention import ATTENTION
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
 from vilu.nn.train import HeadTrainer, Rows, TrainConfig, auroc_standard_error, schedule
-from vilu.predictors.head import bce_loss
+from vilu.predictors.heads.head import bce_loss
 from vilu.types import Batch
 
 CONFIG = TrainConfig(

@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
+from vilu.embeddings import Embeddings
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
-from vilu.types import Embeddings
 
 N = 23
 SHARED_FOLDER = [HealthCheck.function_scoped_fixture]

@@ -27,15 +27,16 @@ SCORING_BATCH = 4_096
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a source."""
+    """Some rows of a source, and the columns that their batches bring along."""
 
     source: EmbeddingSource
     index: Tensor
+    columns: tuple[str, ...] = ()
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
         """Batches of the rows, in order or, with a generator, shuffled."""
         order = self.index if generator is None else self.index[torch.randperm(len(self.index), generator=generator)]
-        return self.source.batches(size, rows=order)
+        return self.source.batches(size, rows=order, columns=self.columns)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import difflib
 
 from vilu.errors import UsageError
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.doctor import Doctor
-from vilu.predictors.entropy import Entropy
-from vilu.predictors.lvu import LVU
-from vilu.predictors.margin import Margin
-from vilu.predictors.max_logit import MaxLogit
-from vilu.predictors.mcm import MCM
-from vilu.predictors.vilu import ViLU
+from vilu.predictors.free.doctor import Doctor
+from vilu.predictors.free.entropy import Entropy
+from vilu.predictors.free.margin import Margin
+from vilu.predictors.free.max_logit import MaxLogit
+from vilu.predictors.free.mcm import MCM
+from vilu.predictors.heads.lvu import LVU
+from vilu.predictors.heads.vilu import ViLU
 
 PREDICTORS: dict[str, type[FailurePredictor]] = {
     "vilu": ViLU,

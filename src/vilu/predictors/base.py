@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.columns import HOW
 from vilu.device import resolve_device
-from vilu.errors import DataError, NotFittedError
+from vilu.errors import DataError, NotFittedError, UsageError
 from vilu.nn.train import SCORING_BATCH
 from vilu.predictors.sketch import RowSketch
 from vilu.space import EmbeddingSpace
@@ -34,7 +35,12 @@ class FailurePredictor(ABC):
     Attributes:
         name: Key in ``vilu.PREDICTORS``.
         summary: One line for ``vilu list predictors``.
+        reference: Where the method comes from, in a few words.
+        cost: What fitting and scoring cost, in a few words.
         needs_fit: Whether scores need labels first.
+        columns: What the data must carry beside the embeddings (``vilu.columns``).
+        no_captions: Why it cannot work on image-caption pairs; None where it can.
+        closed_set: Whether it scores the classes that it was fitted on and no others.
         is_probability: Whether the uncertainty estimates P(failure).
         space_: Embedding space of the training data; None when never fitted.
         seen_: Sketch of the identifiers of the rows used by ``fit``; None when they had none.
@@ -43,7 +49,12 @@ class FailurePredictor(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    reference: ClassVar[str]
+    cost: ClassVar[str] = "none"
     needs_fit: ClassVar[bool] = False
+    columns: ClassVar[tuple[str, ...]] = ()
+    no_captions: ClassVar[str | None] = None
+    closed_set: ClassVar[bool] = False
     is_probability: ClassVar[bool] = False
 
     space_: EmbeddingSpace | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -57,7 +68,12 @@ class FailurePredictor(ABC):
         Args:
             train: Rows to learn from.
             validation: Rows to select on; a learned predictor without them holds out a part of ``train``.
+
+        Raises:
+            UsageError: If the data are image-caption pairs and the method does not work on them.
+            DataError: If the data lack a column that the method needs.
         """
+        self._check_source(train)
         self.space_ = train.space
         return self
 
@@ -75,6 +91,8 @@ class FailurePredictor(ABC):
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
             ProvenanceError: If the data come from another embedding space than the training data.
+            UsageError: If the data are image-caption pairs and the method does not work on them.
+            DataError: If the data lack a column that the method needs.
         """
         self._check_ready(data)
         uncertainty = np.full(len(data), np.nan)
@@ -82,7 +100,7 @@ class FailurePredictor(ABC):
             return uncertainty
         device = self.device_
         with torch.no_grad():
-            for batch in data.batches(SCORING_BATCH):
+            for batch in data.batches(SCORING_BATCH, columns=self.columns):
                 score = self._uncertainty(batch.to(device))
                 uncertainty[batch.index.numpy()] = score.cpu().double().numpy()
         broken = int(np.count_nonzero(~np.isfinite(uncertainty[data.usable_rows.numpy()])))
@@ -90,13 +108,31 @@ class FailurePredictor(ABC):
             raise DataError(f"{self.name} gave {broken} scores that are not finite: its weights are damaged. Refit it.")
         return uncertainty
 
+    def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
+        """P(failure) (N,) float64 of every row, where the method estimates one; else as ``predict_uncertainty``.
+
+        Raises:
+            UsageError: If the uncertainty of this method is a score without a scale.
+        """
+        if not self.is_probability:
+            raise UsageError(f"{self.name} gives a score, not a probability of failure. Take vilu_plus for one.")
+        return self.predict_uncertainty(data)
+
     def require_fitted(self) -> None:
         """Refuse to go on without ``fit``, where it is needed."""
         if self.needs_fit and self.space_ is None:
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one.")
 
+    def _check_source(self, data: EmbeddingSource) -> None:
+        if self.no_captions is not None and data.pool_size is not None:
+            raise UsageError(f"{self.name} does not work on image-caption pairs: {self.no_captions}.")
+        for column in self.columns:
+            if column not in data.columns:
+                raise DataError(f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`.")
+
     def _check_ready(self, data: EmbeddingSource) -> None:
         self.require_fitted()
+        self._check_source(data)
         if self.space_ is None:
             return
         self.space_.require_match(data.space, mine=f"the fitted {self.name}", theirs="the data to score")

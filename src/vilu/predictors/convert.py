@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from vilu.errors import DataError
-from vilu.predictors.head import HeadPredictor
-from vilu.predictors.lvu import LVU
-from vilu.predictors.vilu import ViLU
+from vilu.predictors.heads.head import HeadPredictor
+from vilu.predictors.heads.lvu import LVU
+from vilu.predictors.heads.vilu import ViLU
 from vilu.space import EmbeddingSpace
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.posterior import log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.types import Batch
 
 
@@ -24,6 +24,7 @@ class Entropy(FailurePredictor):
 
     name: ClassVar[str] = "entropy"
     summary: ClassVar[str] = "Shannon entropy of the zero-shot posterior over log K"
+    reference: ClassVar[str] = "Shannon, 1948"
 
     def _uncertainty(self, batch: Batch) -> Tensor:
         log_p = log_posterior(batch)

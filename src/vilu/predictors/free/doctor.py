@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.posterior import log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.types import Batch
 
 
@@ -24,6 +24,7 @@ class Doctor(FailurePredictor):
 
     name: ClassVar[str] = "doctor"
     summary: ClassVar[str] = "DOCTOR alpha: odds of the Gini impurity (Granese et al. 2021)"
+    reference: ClassVar[str] = "Granese et al., NeurIPS 2021"
 
     def _uncertainty(self, batch: Batch) -> Tensor:
         log_p = log_posterior(batch)

@@ -20,6 +20,7 @@ class MaxLogit(FailurePredictor):
 
     name: ClassVar[str] = "max_logit"
     summary: ClassVar[str] = "negative largest zero-shot logit (Hendrycks et al. 2022)"
+    reference: ClassVar[str] = "Hendrycks et al., ICML 2022"
 
     def _uncertainty(self, batch: Batch) -> Tensor:
         return -batch.logits.amax(dim=-1)

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight
 from vilu.nn.train import Loss
-from vilu.predictors.head import HeadPredictor, bce_loss
+from vilu.predictors.heads.head import HeadPredictor, bce_loss
 
 
 @dataclasses.dataclass
@@ -31,6 +31,8 @@ class ViLU(HeadPredictor):
 
     name: ClassVar[str] = "vilu"
     summary: ClassVar[str] = "cross-attention over all texts + predicted caption + image (ViLU, ICCV 2025)"
+    reference: ClassVar[str] = "Lafon et al., ICCV 2025"
+    cost: ClassVar[str] = "fit: 6,000 steps of an MLP; score: 1 MFLOP a row"
 
     attention: Literal["official", "paper"] | None = "official"
     predicted_caption: bool = True

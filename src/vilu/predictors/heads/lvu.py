@@ -10,7 +10,7 @@ from torch import Tensor
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight, weighted_mse
 from vilu.nn.train import Loss
-from vilu.predictors.head import HeadPredictor, bce_loss
+from vilu.predictors.heads.head import HeadPredictor, bce_loss
 from vilu.types import Batch
 
 
@@ -26,6 +26,8 @@ class LVU(HeadPredictor):
 
     name: ClassVar[str] = "lvu"
     summary: ClassVar[str] = "image-only head: regression of the true-class probability (mse), or BCE"
+    reference: ClassVar[str] = "Corbière et al., NeurIPS 2019"
+    cost: ClassVar[str] = "fit: 6,000 steps of an MLP; score: 1 MFLOP a row"
 
     loss: Literal["mse", "bce"] = "mse"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.posterior import log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.types import Batch
 
 
@@ -22,6 +22,7 @@ class MCM(FailurePredictor):
 
     name: ClassVar[str] = "mcm"
     summary: ClassVar[str] = "one minus the largest zero-shot probability (Ming et al. 2022)"
+    reference: ClassVar[str] = "Ming et al., NeurIPS 2022"
     is_probability: ClassVar[bool] = True
 
     def _uncertainty(self, batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ class Margin(FailurePredictor):
 
     name: ClassVar[str] = "margin"
     summary: ClassVar[str] = "negative gap between the two largest zero-shot logits"
+    reference: ClassVar[str] = '"Know When to Abstain", ICLR 2026'
 
     def _uncertainty(self, batch: Batch) -> Tensor:
         first, second = batch.logits.topk(2, dim=-1).values.unbind(dim=-1)

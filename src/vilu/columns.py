@@ -1,0 +1,65 @@
+"""What a source of embeddings may carry beside its embeddings, for the methods that need more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from vilu.errors import DataError, UsageError
+
+IMAGE_COLUMNS = {
+    "features": (2, "(N, F) output of an image encoder: the VLM's own before its projection, or a second encoder's"),
+    "views": (3, "(N, V, D) unit-norm embeddings of V augmented views of each image"),
+}
+"""One entry per image: number of dimensions and meaning."""
+
+TEXT_COLUMNS = {
+    "text_features": (2, "(K, F) output of the VLM's text encoder before its projection"),
+    "prompts": (3, "(K, P, D) unit-norm embeddings of each candidate in P prompts"),
+}
+"""One entry per candidate."""
+
+MODEL_COLUMNS = {
+    "image_projection": (2, "(D, F) last linear map of the VLM's image encoder"),
+    "text_projection": (2, "(D, F) last linear map of the VLM's text encoder"),
+}
+"""Of the model as a whole."""
+
+COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
+
+HOW = {
+    "features": "vilu embed --features",
+    "views": "vilu embed --views 8",
+    "prompts": "vilu embed --prompts ensemble",
+    **dict.fromkeys(("text_features", "image_projection", "text_projection"), "vilu embed --features"),
+}
+"""The command that makes a column."""
+
+
+def check_columns(given: Mapping[str, ArrayLike | Tensor] | None, n_rows: int, n_texts: int) -> dict[str, Tensor]:
+    """Columns as float32 tensors.
+
+    Raises:
+        UsageError: If a name is unknown.
+        DataError: If a column has the wrong shape, or numbers that are not finite.
+    """
+    checked = {}
+    for name, values in (given or {}).items():
+        if name not in COLUMNS:
+            raise UsageError(f"there is no column {name!r}. Known: {', '.join(COLUMNS)}.")
+        tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
+        tensor = tensor.float()
+        n_dims, meaning = COLUMNS[name]
+        expected = n_rows if name in IMAGE_COLUMNS else n_texts if name in TEXT_COLUMNS else len(tensor)
+        if tensor.ndim != n_dims or len(tensor) != expected:
+            raise DataError(
+                f"column {name!r} must be {meaning}, with {expected} entries. Got shape {tuple(tensor.shape)} instead."
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"column {name!r} has numbers that are not finite.")
+        checked[name] = tensor
+    return checked

@@ -1,0 +1,1 @@
+"""Predictors that compare an image with labelled training images."""

@@ -1,0 +1,1 @@
+"""Predictors that put a distribution on the embeddings."""

@@ -1,0 +1,1 @@
+"""Scores of the zero-shot logits alone: nothing is learned."""
