@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "store": BASE | {"types", "backbones", "datasets"},
     "report": BASE | TABLES,
     "demo": None,
+    "benchmark": None,
     "cli": None,
 }
 HEAVY = {"torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "pandas", "sklearn", "pyarrow"}

@@ -52,7 +52,7 @@ def score(
         target=target,
         ids=data.ids,
         class_names=data.class_names,
-        method=predictor.name,
+        method=predictor.label,
         dataset=dataset,
         split=split,
         seed=getattr(predictor, "seed", None),

@@ -196,12 +196,14 @@ def test_one_candidate_has_no_uncertainty(name: str, fitted: dict, test: Embeddi
 def test_number_of_candidates(name: str, fitted: dict, k: int) -> None:
     """Other candidates than in training are scored, or refused by name; fitted on them, every method scores them."""
     data = toy_embeddings(n=50, k=k)
-    if not PREDICTORS[name].closed_set:
+    if PREDICTORS[name].closed_set and k > 5:  # the two candidates are among the five of training
+        with pytest.raises(ProvenanceError, match=r"scores the 5 classes that it was fitted on"):
+            fitted[name].predict_uncertainty(data)
+    else:
         assert np.isfinite(fitted[name].predict_uncertainty(data)).all()
-        return
-    with pytest.raises(ProvenanceError, match=r"scores the 5 classes that it was fitted on"):
-        fitted[name].predict_uncertainty(data)
-    known = make(name).fit(toy_embeddings(n=300, k=k, seed=1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"only \d+ failures")  # of two candidates, one is seldom wrong
+        known = make(name).fit(toy_embeddings(n=300, k=k, seed=1))
     assert np.isfinite(known.predict_uncertainty(data)).all()
 
 

@@ -1,5 +1,7 @@
 """Run by ``test_embed_kill``: embeds once per point of death, each time in a child that kills itself there.
 
+A point that ends in "+columns" is one of a run that keeps columns beside the embeddings.
+
 One process imports torch and forks, since importing it once per point would take the time of the whole test. It never
 computes anything itself, so no thread is lost in a fork.
 """
@@ -60,11 +62,13 @@ def main(folder: Path, points: list[str]) -> None:
             if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
                 sys.exit(f"{point}: ended with status {status} instead of being killed")
             continue
-        stage, n = point.split("-")
+        stage, n = point.removesuffix("+columns").split("-")
         if stage == "sync":
             die_in_sync(int(n))
         bad = {4: b"", 17: b"<html>"}
         settings = {"names": NAMES, "batch_size": 4, "part_size": 10, "max_error_rate": 0.5}
+        if point.endswith("+columns"):
+            settings |= {"features": True, "views": 2, "prompts": ("the {}.",)}
         embed(dataset(35, bad=bad), Mortal(stage, int(n)), folder / point, **settings)
         os._exit(0)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import vilu
@@ -106,6 +107,51 @@ def test_inspect_shows_and_verifies(work: Path) -> None:
     report = json.loads(run("inspect", work / "test", "--deep", "--json").stdout)
     assert (report["n_in"], report["n_ok"], report["n_error"]) == (160, 160, 0)
     assert report["problems"] == []
+
+
+def test_columns_for_the_methods_that_need_them(work: Path) -> None:
+    """A store with everything that the compact model can give, and the methods that look more than once."""
+    embed = ["embed", PHOTOS, "--backbone", "compact:64", "--classes", work / "names.txt", "--limit", 24]
+    extra = ["--features", "--views", 2, "--seed", 3, "--prompts", "ensemble", "--prompts", "{}"]
+    for split in ("train", "test"):
+        run(*embed, "--split", split, "-o", work / f"{split}-columns", *extra)
+    store, plain = vilu.EmbeddingStore(work / "test-columns"), vilu.EmbeddingStore(work / "test")
+    assert store.columns == {"features", "views", "prompts"}  # its last map is not linear
+    rows = torch.arange(24)
+    assert torch.equal(store.image_rows(rows), plain.image_rows(rows))
+    shapes = {name: tuple(store.column(name, rows).shape) for name in store.columns}
+    assert shapes == {"features": (24, 1280), "views": (24, 2, 768), "prompts": (10, 8, 768)}
+    assert torch.allclose(store.column("prompts", rows)[:, 0], store.text, atol=1e-6)  # the default template is first
+    views, images = store.column("views", rows), store.image_rows(rows)
+    own, other = ((views * photo[:, None]).sum(dim=2) for photo in (images, images.roll(1, dims=0)))
+    assert own.mean() > other.mean() + 0.2  # a view is nearer to its photo than to the next ...
+    assert own.max() < 1 - 1e-4  # ... and none of them is the photo itself
+    for method in ("tta", "prompt_disagreement"):
+        run("fit", work / "train-columns", "-o", work / method, "--method", method, "--set", "statistic=vote")
+        run("score", work / method, work / "test-columns", "-o", work / f"{method}.csv")
+        votes = vilu.Outcomes.load(work / f"{method}.csv").uncertainty
+        looks = 3 if method == "tta" else 9
+        assert set(np.round(votes * looks, 9)) <= set(range(looks))
+    assert "features 1280, views 2, prompts 8" in run("inspect", work / "test-columns", "--deep").stdout
+    done = run("fit", work / "train", "-o", work / "x", "--method", "tta", code=3)
+    assert "tta needs the column 'views'. Make it with `vilu embed --views 8`" in done.stderr
+    done = run(*embed, "--split", "test", "-o", work / "test-columns", code=6)
+    assert "views.n was 2 and is now None" in done.stderr
+
+
+def test_predictors_fit_on_a_screen_and_in_json() -> None:
+    table = run("list", "predictors").stdout
+    assert max(map(len, table.splitlines())) <= 120
+    rows = {row["name"]: row for row in json.loads(run("list", "predictors", "--json").stdout)}
+    assert list(rows) == list(vilu.PREDICTORS)
+    for name, row in rows.items():
+        assert f"\n{name} " in table
+        assert row["what it is"] in table
+        assert (row["captions"] == "no") == bool(row["why no captions"])
+    assert rows["tta"]["needs columns"] == ["views"]
+    assert rows["vilu"]["classes"] == "any"
+    line = next(line for line in table.splitlines() if line.startswith("tta "))
+    assert line.split()[:6] == ["tta", "no", "yes", "any", "--views", "8"]
 
 
 def test_lists() -> None:

@@ -38,6 +38,8 @@ class FakeBackbone:
         self.space = EmbeddingSpace(
             dim, 10.0, backbone="fake", weights=weights, preprocess=preprocess, tokenizer="sha", precision="fp32"
         )
+        self.feature_dim = 3 * 64
+        self.projections = (self.projection.T, 2 * torch.eye(dim))
         self.batches: list[int] = []
         self.n_texts = 0
 
@@ -53,11 +55,17 @@ class FakeBackbone:
         self.batches.append(len(pixels))
         return torch.nn.functional.normalize(pixels.flatten(1) @ self.projection, dim=1)
 
+    def encode_images_and_features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.encode_images(pixels), pixels.flatten(1)
+
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.nn.functional.normalize(self.encode_text_features(texts), dim=1)
+
+    def encode_text_features(self, texts: Sequence[str]) -> torch.Tensor:
         self.n_texts += len(texts)
         seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts]
         rows = [torch.randn(self.projection.shape[1], generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.nn.functional.normalize(torch.stack(rows), dim=1)
+        return torch.stack(rows)
 
 
 @dataclass

@@ -180,6 +180,17 @@ def test_images_have_unit_norm_and_do_not_depend_on_their_company(model: DualEnc
     torch.testing.assert_close(rows, alone, atol=2e-5, rtol=0)
 
 
+def test_features_are_what_the_head_maps(model: DualEncoder, pixels: torch.Tensor) -> None:
+    image, features = model.encode_images_and_features(pixels)
+    assert torch.equal(image, model.encode_images(pixels))
+    assert features.shape == (5, model.feature_dim) == (5, 1280)
+    assert features.min() >= 0  # the mean over places of ReLU6
+    assert features.max() <= 6
+    head = compact._assemble(compact._find_files(), torch.device("cpu")).head
+    torch.testing.assert_close(torch.nn.functional.normalize(head(features), dim=1), image, atol=1e-6, rtol=0)
+    assert model.projections is None
+
+
 def test_halves_are_unit_vectors_of_equal_weight(model: DualEncoder, pixels: torch.Tensor) -> None:
     image, text = model.encode_images(pixels), model.encode_texts(["a photo of a dog.", "a photo of a truck."])
     for rows in (image, text):

@@ -79,6 +79,33 @@ def test_embeddings_can_be_trained_on() -> None:
     assert parameter.grad.abs().sum() > 0
 
 
+def test_projections_are_the_last_maps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    image_map, text_map = torch.randn(3, 12, generator=generator), torch.randn(3, WIDTH, generator=generator)
+    linear = DualEncoder(
+        EmbeddingSpace(3, 10.0),
+        CPU,
+        transform=lambda image: torch.zeros(3, 2, 2),
+        image_tower=lambda pixels: pixels.flatten(1),
+        text_tower=lengths,
+        image_projection=image_map,
+        text_projection=text_map,
+    )
+    pixels = torch.rand(5, 3, 2, 2, generator=generator)
+    rows, features = linear.encode_images_and_features(pixels)
+    assert torch.equal(features, pixels.flatten(1))
+    assert torch.equal(rows, linear.encode_images(pixels))
+    torch.testing.assert_close(rows, torch.nn.functional.normalize(features @ image_map.T, dim=1))
+    texts = ["a", "bb", "ccc"]
+    assert torch.equal(linear.encode_text_features(texts), lengths(texts))
+    torch.testing.assert_close(
+        linear.encode_texts(texts), torch.nn.functional.normalize(lengths(texts) @ text_map.T, dim=1)
+    )
+    assert linear.feature_dim == 12
+    assert linear.projections is not None
+    (features.sum() + torch.ones(1, requires_grad=True)).backward()  # refused for tensors made in inference mode
+
+
 def test_no_text_is_an_empty_matrix() -> None:
     assert encoder().encode_texts([]).shape == (0, WIDTH)
 

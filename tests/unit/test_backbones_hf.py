@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
 
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
@@ -106,6 +107,39 @@ def test_embeddings_are_those_of_the_model(kind: str, request: pytest.FixtureReq
         backbone.encode_images(pixels), image / image.norm(dim=1, keepdim=True), atol=1e-6, rtol=0
     )
     torch.testing.assert_close(backbone.encode_texts(TEXTS), text / text.norm(dim=1, keepdim=True), atol=1e-6, rtol=0)
+
+
+def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path, Any]) -> None:
+    folder, model = clip
+    backbone = load_backbone(f"hf:{folder}", device="cpu")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        pooled = model.vision_model(pixel_values=pixels).pooler_output
+        embedding = model.visual_projection(pooled)
+    image, features = backbone.encode_images_and_features(pixels)
+    torch.testing.assert_close(features, pooled, atol=1e-6, rtol=0)
+    torch.testing.assert_close(image, normalize(embedding, dim=1), atol=1e-6, rtol=0)
+    maps = backbone.projections
+    assert maps is not None
+    assert torch.equal(maps[0], model.visual_projection.weight)
+    assert torch.equal(maps[1], model.text_projection.weight)
+    assert backbone.feature_dim == 16
+    torch.testing.assert_close(normalize(features @ maps[0].T, dim=1), image, atol=1e-6, rtol=0)
+    text = normalize(backbone.encode_text_features(TEXTS) @ maps[1].T, dim=1)
+    torch.testing.assert_close(text, backbone.encode_texts(TEXTS), atol=1e-6, rtol=0)
+
+
+def test_features_of_siglip_are_its_embeddings_before_normalisation(siglip: tuple[Path, Any]) -> None:
+    folder, model = siglip
+    backbone = load_backbone(f"hf:{folder}", device="cpu")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    image, features = backbone.encode_images_and_features(pixels)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            features, model.get_image_features(pixel_values=pixels).pooler_output, atol=1e-6, rtol=0
+        )
+    torch.testing.assert_close(normalize(features, dim=1), image, atol=1e-6, rtol=0)
+    assert (backbone.projections, backbone.feature_dim) == (None, 16)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

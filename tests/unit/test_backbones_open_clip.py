@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
@@ -80,6 +81,47 @@ def test_embeddings_are_those_of_the_model(kind: str, prefix: str, request: pyte
         image, text = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
     # the same arithmetic in the same library: only the batching of the texts differs
     torch.testing.assert_close(backbone.encode_images(pixels), image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
+
+
+def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path, Any]) -> None:
+    folder, model = clip
+    backbone = load_backbone(f"open_clip:{folder}", device="cpu")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    tokens = open_clip.SimpleTokenizer(context_length=77)(TEXTS)
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), model.visual.ln_post.register_forward_hook(lambda *call: seen.append(call[2])):
+        embedding = model.encode_image(pixels, normalize=True)
+    image, features = backbone.encode_images_and_features(pixels)
+    assert torch.equal(image, backbone.encode_images(pixels))
+    torch.testing.assert_close(features, seen[0][:, 0], atol=1e-5, rtol=0)  # the class token, after its layer norm
+    maps = backbone.projections
+    assert maps is not None
+    assert (backbone.feature_dim, maps[0].shape, maps[1].shape) == (32, (16, 32), (16, 32))
+    torch.testing.assert_close(normalize(features @ maps[0].T, dim=1), embedding, atol=1e-6, rtol=0)
+    text = normalize(backbone.encode_text_features(TEXTS) @ maps[1].T, dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(text, model.encode_text(tokens, normalize=True), atol=1e-6, rtol=0)
+
+
+def test_a_text_tower_of_its_own_has_a_map_too(tmp_path: Path) -> None:
+    model = write(tmp_path / "own", {**CLIP, "custom_text": True}, CLIP_PIXELS, weights="open_clip_model.safetensors")
+    backbone = load_backbone(f"open_clip:{tmp_path / 'own'}", device="cpu")
+    assert backbone.projections is not None
+    assert torch.equal(backbone.projections[1], model.text.text_projection.T)
+    text = normalize(backbone.encode_text_features(TEXTS) @ backbone.projections[1].T, dim=1)
+    torch.testing.assert_close(text, backbone.encode_texts(TEXTS), atol=1e-6, rtol=0)
+
+
+def test_a_map_with_a_bias_is_not_linear(tmp_path: Path) -> None:
+    """As SigLIP's text tower has one: then the maps are left in the towers, and the features are what comes out."""
+    config = {**SIGLIP, "text_cfg": {**SIGLIP["text_cfg"], "proj_bias": True}}
+    model = write(tmp_path / "bias", config, SIGLIP_PIXELS, weights="open_clip_model.safetensors")
+    backbone = load_backbone(f"open_clip:{tmp_path / 'bias'}", device="cpu")
+    assert backbone.projections is None
+    tokens = open_clip.SimpleTokenizer(context_length=32)(TEXTS)
+    with torch.no_grad():
+        text = model.encode_text(tokens, normalize=True)
     torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
 
 

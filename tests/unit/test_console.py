@@ -50,5 +50,11 @@ def test_hostile_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == "vilu: error: file \\x1b[2Jgone.jpg\n"
 
 
+def test_columns_with_lines_below_their_rows() -> None:
+    rows = [{"a": "1", "text": "long", "b": "x", "more": ""}, {"a": "22", "text": "longer", "b": "y", "more": "z"}]
+    expected = "a   b\n1   x\n    long\n22  y\n    longer\n    z"
+    assert console.columns(rows, below=("text", "more")) == expected
+
+
 def test_columns_are_aligned() -> None:
     assert console.columns([{"a": "1", "name": "x"}, {"a": "22", "name": "y"}]) == "a   name\n1   x\n22  y"

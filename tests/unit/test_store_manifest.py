@@ -49,6 +49,9 @@ CHANGES = [
         ("embed_dim", 9), ("logit_scale", 99.0), ("logit_bias", 1.0), ("backbone", "x"), ("weights", "x"),
         ("preprocess", "x"), ("tokenizer", "x"), ("precision", "bf16"),
     ]),
+    {"features": 12}, {"features": 13},
+    {"views": {"n": 2}}, {"views": {"n": 3}}, {"views": {"n": 2, "seed": 1}},
+    {"prompts": ("a {}.",)}, {"prompts": ("a {}.", "the {}.")},
 ]  # fmt: skip
 
 
@@ -59,6 +62,14 @@ def test_every_input_changes_the_fingerprint_and_nothing_else_does():
     assert changed == set(Inputs.model_fields) - {"schema_version"}
     run = make_run()
     assert run.model_copy(update={"vilu": "2", "dataset": "moved"}).identity() == run.identity()
+
+
+def test_documents_without_columns_are_those_of_before_there_were_any():
+    """The hashes are of the version that had no columns."""
+    run, table = make_run(), ClassTable.of(make_run(), FileInfo(bytes=1, sha256="0" * 64))
+    assert (run.fingerprint, table.hash) == ("bb0d096e5abdeeb9005c943fe522ee0d", "106f8419614043ca13395bb1ad29a702")
+    for document in (run, table):
+        assert not {"features", "views", "prompts", "columns"} & json.loads(document.model_dump_json()).keys()
 
 
 def test_documents_survive_json(tmp_path):

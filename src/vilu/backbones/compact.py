@@ -28,6 +28,7 @@ from vilu.errors import ProvenanceError, UsageError
 from vilu.space import EmbeddingSpace
 
 EMBED_DIM = 768
+FEATURE_DIM = 1280
 RIDGE = 10.0
 LOGIT_SCALE = 20.0  # near the optimum of the likelihood on held-out ImageNet photos
 PROMPT = "a photo of a {}."
@@ -139,6 +140,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_tower=image_tower,
         image_head=lambda features: _assemble(files, device).head(features),
         text_tower=lambda texts: _assemble(files, device).text(texts),
+        feature_dim=FEATURE_DIM,
     )
 
 

@@ -29,12 +29,15 @@ class DualEncoder:
         space: Identity of the joint space; its ``precision`` "bf16" runs the image tower under autocast.
         device: Where the towers are.
         transform: Image to (3, H, W) pixels; thread-safe.
-        image_tower: (B, 3, H, W) pixels to features.
-        text_tower: M texts to (M, D) embeddings of any norm, always in float32.
-        image_head: Features in float32 to (B, D) embeddings of any norm; None where the tower ends in them.
+        image_tower: (B, 3, H, W) pixels to (B, F) features.
+        text_tower: M texts to (M, F_t) features, always in float32.
+        image_head: Image features in float32 to (B, D) embeddings of any norm; None where the tower ends in them.
+        image_projection: The same as a matrix (D, F), where it is one.
+        text_projection: (D, F_t) from text features to embeddings of any norm; None where the tower ends in them.
+        feature_dim: F; not needed where there is no ``image_head``.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one argument per part
         self,
         space: EmbeddingSpace,
         device: torch.device,
@@ -43,13 +46,21 @@ class DualEncoder:
         image_tower: Callable[[Tensor], Tensor],
         text_tower: Callable[[list[str]], Tensor],
         image_head: Callable[[Tensor], Tensor] | None = None,
+        image_projection: Tensor | None = None,
+        text_projection: Tensor | None = None,
+        feature_dim: int | None = None,
     ) -> None:
         self.space = space
         self.device = device
+        self.projections: tuple[Tensor, Tensor] | None = None
+        if image_projection is not None and text_projection is not None:
+            self.projections = (image_projection.float().cpu(), text_projection.float().cpu())
+        self.feature_dim = feature_dim or (space.embed_dim if image_projection is None else image_projection.shape[1])
         self._transform = transform
         self._image_tower = image_tower
-        self._image_head = image_head
+        self._image_head = image_head or _linear(image_projection)
         self._text_tower = text_tower
+        self._text_head = _linear(text_projection)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """(3, H, W) float32 pixels on the CPU."""
@@ -57,22 +68,39 @@ class DualEncoder:
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels."""
+        return _unit(self._run_image_tower(pixels)[0])
+
+    def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the features (B, F) float32 behind them on the CPU."""
+        rows, features = self._run_image_tower(pixels)
+        return _unit(rows), features.clone().cpu()
+
+    def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         bf16 = self.space.precision == "bf16"
         with torch.inference_mode():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                rows = self._image_tower(pixels.to(self.device)).float()
-            if self._image_head is not None:
-                with torch.autocast(self.device.type, enabled=False):
-                    rows = self._image_head(rows)
-        return _unit(rows)
+                features = self._image_tower(pixels.to(self.device)).float()
+            with torch.autocast(self.device.type, enabled=False):
+                return self._image_head(features), features
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(M, D) float32 unit-norm embeddings on the CPU."""
         if not texts:
             return torch.empty(0, self.space.embed_dim)
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
-            rows = encode_in_batches(self._text_tower, texts)
+            rows = encode_in_batches(lambda batch: self._text_head(self._text_tower(batch)), texts)
         return _unit(rows)
+
+    def encode_text_features(self, texts: Sequence[str]) -> Tensor:
+        """(M, F_t) float32 features on the CPU of at least one text."""
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            rows = encode_in_batches(self._text_tower, texts)
+        return rows.float().clone().cpu()
+
+
+def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The map of a matrix (D, F); without one, the identity."""
+    return (lambda rows: rows) if projection is None else (lambda rows: rows @ projection.T)
 
 
 def _unit(rows: Tensor) -> Tensor:

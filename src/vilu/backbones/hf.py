@@ -21,6 +21,7 @@ from vilu.backbones.loading import (
     tensors_sha256,
     tokenizer_identity,
 )
+from vilu.backbones.projection import detach_projection
 from vilu.errors import ProvenanceError, UsageError
 from vilu.space import EmbeddingSpace
 
@@ -130,6 +131,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     model = towers.model.eval().requires_grad_(requires_grad=False)
     weights = tensors_sha256(model.state_dict())
     model.to(device)
+    probe = towers.pixels(Image.new("RGB", (64, 64)))[None].to(device)
     space = EmbeddingSpace(
         embed_dim=towers.encode_texts(["a photo"]).shape[1],
         logit_scale=model.logit_scale.exp().item(),
@@ -146,4 +148,6 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         transform=towers.pixels,
         image_tower=towers.encode_images,
         text_tower=towers.encode_texts,
+        image_projection=detach_projection(model, ["visual_projection"], lambda: towers.encode_images(probe)),
+        text_projection=detach_projection(model, ["text_projection"], lambda: towers.encode_texts(["a photo"])),
     )

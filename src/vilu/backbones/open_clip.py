@@ -23,11 +23,16 @@ from vilu.backbones.loading import (
     tensors_sha256,
     tokenizer_identity,
 )
+from vilu.backbones.projection import detach_projection
 from vilu.errors import MissingModelError, UsageError
 from vilu.space import EmbeddingSpace
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pth")
+
+IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
+TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
+"""Where the towers of open_clip keep their last map."""
 
 Transform = Callable[[Image.Image], Tensor]
 Tokenizer = Callable[[list[str]], Tensor]
@@ -91,6 +96,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         rows: Tensor = network.encode_text(tokenizer(texts).to(device))
         return rows
 
+    probe = transform(Image.new("RGB", (64, 64)))[None].to(device)
     space = EmbeddingSpace(
         embed_dim=encode_texts(["a photo"]).shape[1],
         logit_scale=network.logit_scale.exp().item(),
@@ -101,7 +107,15 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         tokenizer=identity,
         precision=precision,
     )
-    return DualEncoder(space, device, transform=transform, image_tower=network.encode_image, text_tower=encode_texts)
+    return DualEncoder(
+        space,
+        device,
+        transform=transform,
+        image_tower=network.encode_image,
+        text_tower=encode_texts,
+        image_projection=detach_projection(network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)),
+        text_projection=detach_projection(network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])),
+    )
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:

@@ -51,15 +51,28 @@ def class_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[st
         UsageError: If there is no template, or one has not exactly one ``{}``.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
+    text = functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)
+    _warn_of_near_duplicates(text, names)
+    return text
+
+
+def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """(K, P, D) float32 unit-norm embeddings of K classes in P prompts; arguments and errors as ``class_texts``."""
     if not names:
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, len(names))
     _check_templates(templates)
-    prompts = [template.replace("{}", name) for name in names for template in templates]
-    rows = backbone.encode_texts(prompts).view(len(names), len(templates), -1)
-    text = functional.normalize(rows.mean(dim=1), dim=-1)
-    _warn_of_near_duplicates(text, names)
-    return text
+    return backbone.encode_texts(fill_templates(names, templates)).view(len(names), len(templates), -1)
+
+
+def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every name in every template, name by name."""
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def named_templates(given: Sequence[str]) -> tuple[str, ...]:
+    """Templates, where the names of sets stand for the templates in them."""
+    return tuple(template for name in given for template in TEMPLATES.get(name, (name,)))
 
 
 def _check_templates(templates: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import vilu
+from vilu.cli.benchmarking import benchmark
 from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.embedding import embed
@@ -55,5 +56,6 @@ app.command()(inspect)
 app.command()(fit)
 app.command()(score)
 app.command()(evaluate)
+app.command()(benchmark)
 app.command("list")(list_catalogue)
 app.command()(convert)

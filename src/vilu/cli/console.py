@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -156,8 +156,13 @@ def next_step(message: str) -> None:
     logging.getLogger("vilu").info("%s", message)
 
 
-def columns(rows: list[dict[str, str]]) -> str:
-    """Rows of one shape as aligned text."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
+    """Rows of one shape as aligned text; what ``below`` names gets a line of its own under its row, if any."""
+    shown = [key for key in rows[0] if key not in below]
+    lines = [shown, *([row[key] for key in shown] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    heading, *aligned = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    text = [heading]
+    for line, row in zip(aligned, rows, strict=True):
+        text += [line, *(f"    {row[key]}" for key in below if row[key])]
+    return "\n".join(text)

@@ -26,6 +26,15 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[str] | None,
         typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
     ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
+    ] = None,
+    views: Annotated[int, typer.Option(min=0, help="Also keep so many augmented views of each image.")] = 0,
+    features: Annotated[
+        bool, typer.Option("--features", help="Also keep what goes into the model's last map.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what is random in the views.")] = 0,
     split: Annotated[str | None, typer.Option(help="Only this split, or several joined by +.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the fixed order.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
@@ -41,10 +50,11 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
     Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and counted; they end
-    the command with exit code 3 when they are more than --max-error-rate.
+    the command with exit code 3 when they are more than --max-error-rate. --features, --views and --prompts keep what
+    some methods need beside the embeddings (see `vilu list predictors`).
     """
     from vilu.backbones.catalog import load_backbone
-    from vilu.backbones.zeroshot import TEMPLATES
+    from vilu.backbones.zeroshot import named_templates
     from vilu.datasets.catalog import open_dataset
     from vilu.errors import UsageError
     from vilu.store.embed import embed as embed_images
@@ -59,7 +69,11 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         load_backbone(backbone, device=device, precision=precision),
         output,
         names=dataset.class_names,
-        templates=[prompt for given in template or ["default"] for prompt in TEMPLATES.get(given, (given,))],
+        templates=named_templates(template or ["default"]),
+        prompts=named_templates(prompts or []),
+        views=views,
+        features=features,
+        seed=seed,
         batch_size=batch_size,
         workers=workers,
         part_size=part_size,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.nn.attention import ATTENTION, CrossAttention
+from vilu.nn.dropout import Dropout
 from vilu.types import Batch
 
 HIDDEN = (512, 256, 128)
@@ -29,6 +30,7 @@ class FailureHead(nn.Module):
         attention: "official", "paper", or None to leave the attended text out.
         predicted_caption: Whether z_t̂, the embedding of the zero-shot answer, is an input.
         mcm: Whether max_j p_j of the zero-shot posterior is an input (supplement, B.2).
+        dropout: Applied to every hidden activation; None for none, as published.
 
     The order of the parts is that of the released code, not of the paper, so that its weights fit. Its output is a
     confidence; ours is its negative.
@@ -44,6 +46,7 @@ class FailureHead(nn.Module):
         attention: str | None = "official",
         predicted_caption: bool = True,
         mcm: bool = False,
+        dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
         widths = {
@@ -63,11 +66,17 @@ class FailureHead(nn.Module):
         for linear in linears:
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
-        self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(), linear)))
+        between = [] if dropout is None else [dropout]
+        self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(), *between, linear)))
         self.attention: CrossAttention | None = ATTENTION[attention](dim) if attention else None
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
+        logit: Tensor = self.rest(self.first_layer(batch))
+        return logit.squeeze(-1).float()
+
+    def first_layer(self, batch: Batch) -> Tensor:
+        """(B, H) first hidden layer before its activation: all of the head that sees more than the MLP's input."""
         # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are projected before they
         # are averaged over or picked: K rows instead of B.
         hidden = torch.addmm(self.first_bias, batch.image, self.first["image"].T)
@@ -79,8 +88,7 @@ class FailureHead(nn.Module):
             hidden = hidden + project_rows(batch.text, batch.prediction, self.first["caption"])
         if "mcm" in self.first:
             hidden = hidden + max_probability(batch)[:, None] * self.first["mcm"].T
-        logit: Tensor = self.rest(hidden)
-        return logit.squeeze(-1).float()
+        return hidden
 
 
 def project_rows(text: Tensor, rows: Tensor, weight: Tensor) -> Tensor:

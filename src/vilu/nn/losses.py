@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -76,14 +78,21 @@ def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
     return functional.binary_cross_entropy_with_logits(logit.float(), failure.float(), pos_weight=weight)
 
 
-def weighted_mse(logit: Tensor, target: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the batch of w_i (sigmoid(g_i) - target_i)^2, with w_i = w on failures and 1 elsewhere.
+def weighted_mse(
+    logit: Tensor,
+    target: Tensor,
+    failure: Tensor,
+    weight: Tensor,
+    link: Callable[[Tensor], Tensor] = torch.sigmoid,
+) -> Tensor:
+    """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w on failures and 1 elsewhere.
 
     Args:
         logit: (B,) failure logits g.
-        target: (B,) values in [0, 1], for LVU one minus the true-class probability.
+        target: (B,) values in the range of ``link``, for LVU one minus the true-class probability.
         failure: (B,) labels, 1 = the VLM is wrong.
         weight: Scalar w.
+        link: Increasing, from failure logits to the range of the target.
     """
-    squared = (torch.sigmoid(logit.float()) - target).square()
+    squared = (link(logit.float()) - target).square()
     return (torch.where(failure == 1, weight, 1.0) * squared).mean()

@@ -87,6 +87,38 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
 
+def steps_per_epoch(rows: Rows, batch_size: int) -> int:
+    """How many batches the rows make.
+
+    Raises:
+        DataError: If they do not fill one batch of in-batch candidates.
+    """
+    size = rows.source.pool_size or batch_size
+    steps = len(rows.index) // size if rows.source.pool_size else math.ceil(len(rows.index) / size)
+    if not steps:
+        raise DataError(f"training needs at least one pool of {size} rows. Got {len(rows.index)} rows.")
+    return steps
+
+
+def default_epochs(steps: int) -> int:
+    """As many epochs of ``steps`` steps as make about 6,000 steps, between 10 and 300."""
+    return min(max(math.ceil(DEFAULT_STEPS / steps), 10), 300)
+
+
+def finite_mean(mean: float, learning_rate: float) -> float:
+    """The mean loss of an epoch.
+
+    Raises:
+        DataError: If it is not finite.
+    """
+    if not math.isfinite(mean):
+        raise DataError(
+            f"training diverged: the mean loss of an epoch is {mean}. "
+            f"Lower learning_rate (now {learning_rate}) or check the embeddings."
+        )
+    return mean
+
+
 def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
     """Standard error of an AUROC.
 
@@ -121,11 +153,8 @@ class HeadTrainer:
             DataError: If the training rows do not fill one batch of in-batch candidates, or the loss is not finite.
         """
         config, history = self.config, History()
-        size = train.source.pool_size or config.batch_size
-        steps = len(train.index) // size if train.source.pool_size else math.ceil(len(train.index) / size)
-        if not steps:
-            raise DataError(f"training needs at least one pool of {size} rows. Got {len(train.index)} rows.")
-        epochs = config.epochs or min(max(math.ceil(DEFAULT_STEPS / steps), 10), 300)
+        steps = steps_per_epoch(train, config.batch_size)
+        epochs = config.epochs or default_epochs(steps)
         warmup = min(config.warmup_epochs, epochs / 10) * steps
         frozen_epochs = math.ceil(FREEZE_STEPS / steps) if config.freeze_epochs is None else config.freeze_epochs
         generator = torch.Generator().manual_seed(config.seed)
@@ -154,6 +183,7 @@ class HeadTrainer:
 
     def _epoch(self, batches: Iterator[Batch], rates: list[float], task: Task) -> float:
         """One pass; returns the mean loss over its steps."""
+        self.head.train()
         total = torch.zeros((), device=self.config.device)
         for batch, rate in zip(batches, rates, strict=True):
             for group in self.optimizer.param_groups:
@@ -167,13 +197,7 @@ class HeadTrainer:
             self.optimizer.step()
             total += loss.detach()
             task.advance(1)
-        mean = float(total) / len(rates)
-        if not math.isfinite(mean):
-            raise DataError(
-                f"training diverged: the mean loss of an epoch is {mean}. "
-                f"Lower learning_rate (now {self.config.learning_rate}) or check the embeddings."
-            )
-        return mean
+        return finite_mean(float(total) / len(rates), self.config.learning_rate)
 
     def _is_kept(self, validation: Rows | None, history: History) -> bool:
         """Whether this epoch takes the place of the one kept so far; its validation AUROC goes into the history."""
@@ -189,6 +213,7 @@ class HeadTrainer:
 @torch.no_grad()
 def failure_logits(head: FailureHead, rows: Rows, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
     """(batch, failure logits (B,)) of every batch, in float32."""
+    head.eval()
     for batch in rows.batches(SCORING_BATCH):
         moved = batch.to(device)
         yield moved, head(moved)

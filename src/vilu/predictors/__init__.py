@@ -5,16 +5,43 @@ from __future__ import annotations
 import difflib
 
 from vilu.errors import UsageError
+from vilu.predictors.bank.delta_knn import DeltaKNN, DeltaKNNMargin
+from vilu.predictors.bank.delta_mds import DeltaMDS, DeltaMDSMargin
+from vilu.predictors.bank.icpe import ICPE
+from vilu.predictors.bank.knn_distance import KNNDistance
+from vilu.predictors.bank.knn_vote import KNNVote
+from vilu.predictors.bank.linear_probe import LinearProbe
+from vilu.predictors.bank.mahalanobis import Mahalanobis, RelativeMahalanobis
+from vilu.predictors.bank.trine import TRINE
+from vilu.predictors.bank.trust_score import TrustScore
+from vilu.predictors.bank.trustvlm import TrustVLM
 from vilu.predictors.base import FailurePredictor
+from vilu.predictors.bayes.bayesvlm import BayesVLM
+from vilu.predictors.bayes.probvlm import ProbVLM
+from vilu.predictors.fitted.mcm_ts import MCMTS
+from vilu.predictors.fitted.rel_u import RelU
+from vilu.predictors.fitted.sirc import SIRC
 from vilu.predictors.free.doctor import Doctor
+from vilu.predictors.free.energy import Energy
 from vilu.predictors.free.entropy import Entropy
+from vilu.predictors.free.gen import GEN
+from vilu.predictors.free.kl_uniform import KLUniform
 from vilu.predictors.free.margin import Margin
 from vilu.predictors.free.max_logit import MaxLogit
 from vilu.predictors.free.mcm import MCM
+from vilu.predictors.free.prob_margin import ProbMargin
+from vilu.predictors.heads.deep_ensemble import DeepEnsemble
+from vilu.predictors.heads.lmn import LMN
 from vilu.predictors.heads.lvu import LVU
+from vilu.predictors.heads.mc_dropout import MCDropout
+from vilu.predictors.heads.pvu import PVU
 from vilu.predictors.heads.vilu import ViLU
+from vilu.predictors.heads.vilu_plus import ViLUPlus
+from vilu.predictors.views.prompt_disagreement import PromptDisagreement
+from vilu.predictors.views.tta import TTA
 
 PREDICTORS: dict[str, type[FailurePredictor]] = {
+    "vilu_plus": ViLUPlus,
     "vilu": ViLU,
     "lvu": LVU,
     "mcm": MCM,
@@ -22,6 +49,34 @@ PREDICTORS: dict[str, type[FailurePredictor]] = {
     "doctor": Doctor,
     "max_logit": MaxLogit,
     "margin": Margin,
+    "prob_margin": ProbMargin,
+    "energy": Energy,
+    "gen": GEN,
+    "kl_uniform": KLUniform,
+    "mcm_ts": MCMTS,
+    "rel_u": RelU,
+    "sirc": SIRC,
+    "pvu": PVU,
+    "lmn": LMN,
+    "mc_dropout": MCDropout,
+    "deep_ensemble": DeepEnsemble,
+    "tta": TTA,
+    "prompt_disagreement": PromptDisagreement,
+    "knn_distance": KNNDistance,
+    "knn_vote": KNNVote,
+    "trine": TRINE,
+    "trust_score": TrustScore,
+    "mahalanobis": Mahalanobis,
+    "relative_mahalanobis": RelativeMahalanobis,
+    "icpe": ICPE,
+    "trustvlm": TrustVLM,
+    "delta_knn": DeltaKNN,
+    "delta_knn_margin": DeltaKNNMargin,
+    "delta_mds": DeltaMDS,
+    "delta_mds_margin": DeltaMDSMargin,
+    "linear_probe": LinearProbe,
+    "probvlm": ProbVLM,
+    "bayesvlm": BayesVLM,
 }
 """Every method by its name."""
 
@@ -40,14 +95,43 @@ def find_method(name: str) -> type[FailurePredictor]:
 
 
 __all__ = [
+    "GEN",
+    "ICPE",
+    "LMN",
     "LVU",
     "MCM",
+    "MCMTS",
     "PREDICTORS",
+    "PVU",
+    "SIRC",
+    "TRINE",
+    "TTA",
+    "BayesVLM",
+    "DeepEnsemble",
+    "DeltaKNN",
+    "DeltaKNNMargin",
+    "DeltaMDS",
+    "DeltaMDSMargin",
     "Doctor",
+    "Energy",
     "Entropy",
     "FailurePredictor",
+    "KLUniform",
+    "KNNDistance",
+    "KNNVote",
+    "LinearProbe",
+    "MCDropout",
+    "Mahalanobis",
     "Margin",
     "MaxLogit",
+    "ProbMargin",
+    "ProbVLM",
+    "PromptDisagreement",
+    "RelU",
+    "RelativeMahalanobis",
+    "TrustScore",
+    "TrustVLM",
     "ViLU",
+    "ViLUPlus",
     "find_method",
 ]

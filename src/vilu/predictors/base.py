@@ -6,6 +6,7 @@ import dataclasses
 import math
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -39,6 +40,7 @@ class FailurePredictor(ABC):
         cost: What fitting and scoring cost, in a few words.
         needs_fit: Whether scores need labels first.
         columns: What the data must carry beside the embeddings (``vilu.columns``).
+        optional_columns: What it makes use of where the data carry all of it.
         no_captions: Why it cannot work on image-caption pairs; None where it can.
         closed_set: Whether it scores the classes that it was fitted on and no others.
         is_probability: Whether the uncertainty estimates P(failure).
@@ -53,6 +55,7 @@ class FailurePredictor(ABC):
     cost: ClassVar[str] = "none"
     needs_fit: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
+    optional_columns: ClassVar[tuple[str, ...]] = ()
     no_captions: ClassVar[str | None] = None
     closed_set: ClassVar[bool] = False
     is_probability: ClassVar[bool] = False
@@ -73,9 +76,23 @@ class FailurePredictor(ABC):
             UsageError: If the data are image-caption pairs and the method does not work on them.
             DataError: If the data lack a column that the method needs.
         """
-        self._check_source(train)
+        self._check_source(train, self.columns_to_fit(train))
         self.space_ = train.space
         return self
+
+    @property
+    def label(self) -> str:
+        """What its scores and results are called: the name, and the kind of fit where a method has several."""
+        return self.name
+
+    def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002 - some look at what there is
+        """What these data must carry for a fit."""
+        return self.columns
+
+    @property
+    def columns_to_score(self) -> tuple[str, ...]:
+        """What data must carry to be scored."""
+        return self.columns
 
     @property
     def device_(self) -> torch.device:
@@ -100,7 +117,7 @@ class FailurePredictor(ABC):
             return uncertainty
         device = self.device_
         with torch.no_grad():
-            for batch in data.batches(SCORING_BATCH, columns=self.columns):
+            for batch in data.batches(SCORING_BATCH, columns=self.columns_to_score):
                 score = self._uncertainty(batch.to(device))
                 uncertainty[batch.index.numpy()] = score.cpu().double().numpy()
         broken = int(np.count_nonzero(~np.isfinite(uncertainty[data.usable_rows.numpy()])))
@@ -123,16 +140,16 @@ class FailurePredictor(ABC):
         if self.needs_fit and self.space_ is None:
             raise NotFittedError(f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one.")
 
-    def _check_source(self, data: EmbeddingSource) -> None:
+    def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         if self.no_captions is not None and data.pool_size is not None:
             raise UsageError(f"{self.name} does not work on image-caption pairs: {self.no_captions}.")
-        for column in self.columns:
+        for column in columns:
             if column not in data.columns:
                 raise DataError(f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`.")
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         self.require_fitted()
-        self._check_source(data)
+        self._check_source(data, self.columns_to_score)
         if self.space_ is None:
             return
         self.space_.require_match(data.space, mine=f"the fitted {self.name}", theirs="the data to score")

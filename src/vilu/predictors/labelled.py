@@ -51,10 +51,11 @@ class LabelledPredictor(FailurePredictor):
             ProvenanceError: If the two sets come from different embedding spaces.
         """
         check_parameters(self)
-        self._check_source(train)
+        columns = self.columns_to_fit(train)
+        self._check_source(train, columns)
         refuse_overlap(train, validation)
         rows, failure = trainable_rows(train, "training")
-        self._learn(Rows(train, rows, self.columns), failure, validation)
+        self._learn(Rows(train, rows, columns), failure, validation)
         self.space_ = train.space
         self.seen_ = None if isinstance(train.ids, RowNumbers) else RowSketch.of(train.ids)
         self.similarity_ = similarity_range(train)

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.columns import COLUMNS
 from vilu.errors import ProvenanceError, StorageError
 from vilu.store.document import read_document
-from vilu.store.manifest import CLASSES, RUN, TEXT, ClassTable, Run
+from vilu.store.manifest import CLASSES, RUN, TEXT, ArrayInfo, ClassColumn, ClassTable, Run
 from vilu.validate import require_usable
 
 METADATA = pa.schema(
@@ -47,6 +48,9 @@ ERRORS = pa.schema(
 )
 """Of each image without a row; ``bytes`` is its encoded size where it could be read."""
 
+SHARED = ("names", "folders", "templates", "features", "prompts")
+"""What the class table repeats of the run."""
+
 UNREADABLE_NPY = (OSError, ValueError, OverflowError, SyntaxError, TokenError, RecursionError, MemoryError)
 """What numpy raises on a damaged or hostile file (the last four from parsing its header as a Python literal)."""
 
@@ -54,7 +58,7 @@ UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on one (ValueError also for names that are no text)."""
 
 
-def map_rows(path: Path, shape: tuple[int, int], dtype: str) -> NDArray[np.floating]:
+def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
     """The rows of a ``.npy`` file, memory-mapped: nothing but the header is read.
 
     Raises:
@@ -109,13 +113,30 @@ def read_classes(root: Path, run: Run) -> tuple[ClassTable, Tensor]:
         ProvenanceError: If they belong to another run.
     """
     table = read_document(root / CLASSES, ClassTable)
-    mine, theirs = (run.names, run.folders, run.templates), (table.names, table.folders, table.templates)
-    if mine != theirs:
-        raise ProvenanceError(f"{root / CLASSES} holds other classes or templates than {root / RUN}.")
+    if any(getattr(run, name) != getattr(table, name) for name in SHARED):
+        raise ProvenanceError(f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}.")
     rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
-    if file_hash(root / TEXT) != table.text_file.sha256:
-        raise StorageError(f"{root / TEXT} is not the file that {CLASSES} vouches for. Run `vilu embed` again.")
+    files = {root / TEXT: table.text_file.sha256}
+    for name, info in table.columns.items():
+        _check_shape(root, run, name, info)
+        files[column_path(root, name)] = info.sha256
+    for path, sha256 in files.items():
+        if file_hash(path) != sha256:
+            raise StorageError(f"{path} is not the file that {CLASSES} vouches for. Run `vilu embed` again.")
     return table, require_usable(torch.from_numpy(np.array(rows)), "class text")
+
+
+def column_path(root: Path, name: ClassColumn) -> Path:
+    """File of a column of the classes or of the model."""
+    return root / "columns" / f"{name}.npy"
+
+
+def _check_shape(root: Path, run: Run, name: ClassColumn, info: ArrayInfo) -> None:
+    n_classes, dim = len(run.names), run.space.embed_dim
+    fixed = {"prompts": (n_classes, len(run.prompts), dim), "text_features": (n_classes,)}.get(name, (dim,))
+    if info.shape[: len(fixed)] != fixed or len(info.shape) != COLUMNS[name][0]:
+        raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
+    map_rows(column_path(root, name), info.shape, "float32")
 
 
 def file_hash(path: Path) -> str:

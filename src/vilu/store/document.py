@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, ClassVar, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from vilu.errors import ProvenanceError, StorageError
 
@@ -22,9 +22,21 @@ class Model(BaseModel):
 
 
 class Document(Model):
-    """A file of the store."""
+    """A file of the store.
+
+    Attributes:
+        later: Fields that came after the first stores. Unused they are not written, so that documents, and the hashes
+            over them, are what they were before.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset()
 
     schema_version: Literal[1] = SCHEMA_VERSION
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value or name not in self.later}
 
 
 D = TypeVar("D", bound=Document)

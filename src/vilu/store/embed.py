@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -40,6 +41,10 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     part_size: int = 4096,
     dtype: Literal["float16", "float32"] = "float16",
     limits: ImageLimits = DEFAULT_LIMITS,
+    features: bool = False,
+    views: int = 0,
+    seed: int = 0,
+    prompts: Sequence[str] = (),
     max_error_rate: float = 0.01,
     on_error: Literal["skip", "raise"] = "skip",
     split: str | None = None,
@@ -48,8 +53,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     """Embed all images of a data set, or what is still missing of an earlier run with the same inputs.
 
     Kill it at any moment: finished parts stay, and the next run gives the bytes that an undisturbed one would have
-    given. Memory is bounded by ``batch_size`` images and ``part_size`` embeddings, whatever the size of the data.
-    Progress is shown through ``vilu.progress``.
+    given. Memory is bounded by ``batch_size`` images and ``part_size`` embeddings, whatever the size of the data (each
+    times one more than ``views``). Progress is shown through ``vilu.progress``.
 
     Args:
         dataset: The images.
@@ -60,7 +65,13 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
         part_size: Images per part, which is what a kill can cost.
-        dtype: Number format of the stored embeddings.
+        dtype: Number format of what is stored of the images; what is stored of classes and model is float32.
+        features: Also store the image tower's output before its last map, and where the last maps of both towers are
+            linear, the maps and (with a single template) what the text's maps: the columns ``features``,
+            ``image_projection``, ``text_projection`` and ``text_features``.
+        views: Also store the embeddings of so many augmented views of each image, as the column ``views``.
+        seed: Of the views.
+        prompts: Also store the embeddings of every class in these templates, as the column ``prompts``.
         limits: What an image may be.
         max_error_rate: Largest share of images that may fail; above it the store is not sealed, and nothing is lost.
         on_error: "skip" sets bad images aside and counts them, "raise" stops at the first.
@@ -85,6 +96,9 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         part_size=part_size,
         dtype=dtype,
         split=split,
+        features=backbone.feature_dim if features else None,
+        views={"n": views, "seed": seed} if views else None,
+        prompts=prompts,
     )
     root = Path(output)
     with claim(root):
@@ -93,11 +107,11 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         run = begin(root, run, backbone)
         missing = missing_parts(root, run)
         n_missing = sum(map(len, missing))
-        require_room(root, n_missing, run.space.embed_dim * np.dtype(run.dtype).itemsize)
+        require_room(root, n_missing, sum(map(math.prod, run.arrays.values())) * np.dtype(run.dtype).itemsize)
         with track("embed", run.n_in, "images") as task:
             task.advance(run.n_in - n_missing)
-            encoder = Encoder(backbone, batch_size, on_error == "raise", task)
-            decoder = Decoder(backbone.preprocess, limits, len(names))
+            encoder = Encoder(backbone, batch_size, on_error == "raise", task, run.arrays)
+            decoder = Decoder(backbone.preprocess, limits, len(names), run.views)
             embed_parts(root, run, missing, dataset, decoder, encoder, workers or default_workers())
         seal(root, run, 0.0 if on_error == "raise" else max_error_rate)
     return EmbeddingStore(root)

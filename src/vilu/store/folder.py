@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from vilu.errors import BusyError, StorageError, UsageError
 from vilu.store.manifest import CLASSES, MANIFEST, RUN
 
 FOLDERS = ("img_emb", "text_emb", "metadata", "errors", "receipts")
+COLUMNS = ("features", "views", "columns")
+"""Folders that a store has if it holds more than embeddings."""
+
 LOCK = ".lock"
 TEMPORARY = re.compile(
     r"\.(run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json)\.\d+\.[0-9a-f]{8}\.tmp"
@@ -53,17 +56,21 @@ def claim(root: Path) -> Iterator[None]:
         lock.release()
 
 
-def prepare(root: Path) -> None:
+def prepare(root: Path, arrays: Iterable[str]) -> None:
     """Make the sub-folders, and remove what a killed process left half-written (we hold the lock: no other writes).
+
+    Args:
+        root: The store.
+        arrays: What is kept of each image, each in a folder of its name.
 
     Raises:
         StorageError: If the file system refuses.
     """
     try:
-        for name in FOLDERS:
+        for name in {*FOLDERS, *arrays}:
             (root / name).mkdir(exist_ok=True)
-        for folder in (root, *(root / name for name in FOLDERS)):
-            for path in folder.iterdir():
+        for folder in (root, *(root / name for name in (*FOLDERS, *COLUMNS))):
+            for path in folder.iterdir() if folder.is_dir() else ():
                 if TEMPORARY.fullmatch(path.name):
                     path.unlink()
     except OSError as error:
@@ -90,7 +97,7 @@ def clear(root: Path) -> None:
     """
     unseal(root)
     try:
-        for name in ("receipts", *FOLDERS):
+        for name in ("receipts", *FOLDERS, *COLUMNS):
             if (root / name).is_dir():
                 shutil.rmtree(root / name)
         for name in (CLASSES, RUN):

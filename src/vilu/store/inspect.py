@@ -68,6 +68,12 @@ class StoreReport:
         run, space = self.run, self.run.space
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
         unfound = "none" if self.deep else "none; --deep reads every byte"
+        kept = {
+            "features": run.features,
+            "views": run.views and run.views.n,
+            "prompts": len(run.prompts),
+        }
+        columns = ", ".join(f"{name} {size}" for name, size in kept.items() if size)
         facts = {
             "store": f"{self.store}, {'complete' if self.sealed else 'not complete: run `vilu embed` again'}",
             "images": f"{self.n_in} of {run.n_in} in {self.parts_done} of {self.parts} parts",
@@ -76,6 +82,7 @@ class StoreReport:
             "data": f"{run.dataset}, split {run.split or 'not named'}",
             "model": f"{space.backbone}, {space.precision}, logit scale {space.logit_scale:g}",
             "classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}",
+            **({"columns": columns} if columns else {}),
             "fingerprint": run.fingerprint,
             "problems": "".join(f"\n  - {problem}" for problem in self.problems) or unfound,
         }
@@ -111,7 +118,10 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
             receipt = read_receipt(root, run, part)
             report.add(receipt)
             if deep:
-                report.problems += _part_problems(root, run, part, receipt)
+                report.problems += [
+                    *_file_problems(root, run, part, receipt),
+                    *_table_problems(root, run, part, receipt),
+                ]
         except ViLUError as error:
             report.problems.append(str(error))
     try:
@@ -123,11 +133,15 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     return report
 
 
-def _part_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
+def _file_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
     for name, info in receipt.files.items():
         if file_hash(root / name) != info.sha256:
             yield f"{root / name} was changed after it was written: its SHA-256 is not that of its receipt."
-    yield from _vector_problems(root / part.image, (receipt.n_ok, run.space.embed_dim), run.dtype)
+    for name, shape in run.arrays.items():
+        yield from _array_problems(root / part.array(name), name, (receipt.n_ok, *shape), run.dtype)
+
+
+def _table_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
     good = read_columns(root / part.metadata, METADATA, ["position", "key", "label"], receipt.n_ok)
     bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
     where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
@@ -145,10 +159,14 @@ def _part_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterat
         yield f"{where} has keys more than once."
 
 
-def _vector_problems(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[str]:
+def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:
     rows = map_rows(path, shape, dtype)
     for start in range(0, len(rows), CHUNK):
-        norms = torch.linalg.vector_norm(torch.from_numpy(rows[start : start + CHUNK].astype(np.float32)), dim=1)
-        bad = int((~((norms - 1).abs() <= NORM_TOLERANCE)).sum())
+        block = torch.from_numpy(rows[start : start + CHUNK].astype(np.float32))
+        if name == "features":
+            good, virtue = torch.isfinite(block), "finite"
+        else:
+            good, virtue = (torch.linalg.vector_norm(block, dim=-1) - 1).abs() <= NORM_TOLERANCE, "of unit norm"
+        bad = int((~good.reshape(len(block), -1).all(dim=1)).sum())
         if bad:
-            yield f"{path} has {bad} rows from {start} to {start + len(norms) - 1} that are not of unit norm."
+            yield f"{path} has {bad} rows from {start} to {start + len(block) - 1} that are not {virtue}."

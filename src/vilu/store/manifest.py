@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from vilu.errors import ProvenanceError
 from vilu.space import EmbeddingSpace, digest
 from vilu.store.document import Document, Model
+from vilu.store.views import Views
 
 RUN, CLASSES, MANIFEST = "run.json", "classes.json", "manifest.json"
 TEXT: Final = "text_emb/classes.npy"
+IMAGE: Final = "img_emb"
+"""The array of the image embeddings; the others have the names of their columns (``vilu.columns``)."""
+
 MAX_PARTS = 1_000_000
 """More files than a file system likes; also keeps a forged document from asking for endless work."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
+ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection"]
 
 
 class Inputs(Document):
@@ -36,8 +42,13 @@ class Inputs(Document):
         templates: Prompt templates.
         limits: What an image may be (``ImageLimits``).
         part_size: Images per part.
-        dtype: Number format of the stored image embeddings.
+        dtype: Number format of what is stored of the images.
+        features: Width F of the features that are kept of each image; None where they are not.
+        views: Augmented views whose embeddings are kept of each image, if any.
+        prompts: Templates in which the embedding of every class is kept.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"features", "views", "prompts"})
 
     dataset_fingerprint: str
     n_in: Count
@@ -49,12 +60,26 @@ class Inputs(Document):
     limits: dict[str, float]
     part_size: Annotated[int, Field(ge=1)]
     dtype: Literal["float16", "float32"]
+    features: Annotated[int, Field(ge=1)] | None = None
+    views: Views | None = None
+    prompts: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
         if self.n_in > self.part_size * MAX_PARTS:
             raise ValueError(f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.n_in} images")
         return self
+
+    @property
+    def arrays(self) -> dict[str, tuple[int, ...]]:
+        """What is kept of an image, by name and shape; the embedding first."""
+        dim = self.space.embed_dim
+        arrays: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
+        if self.features is not None:
+            arrays["features"] = (self.features,)
+        if self.views is not None:
+            arrays["views"] = (self.views.n, dim)
+        return arrays
 
     def identity(self) -> dict[str, object]:
         """The fields that are hashed, one level deep (``space.weights``)."""
@@ -133,6 +158,12 @@ class FileInfo(Model):
     sha256: Sha256
 
 
+class ArrayInfo(FileInfo):
+    """The same of a float32 array, and its shape."""
+
+    shape: tuple[Count, ...]
+
+
 class Receipt(Counted):
     """``receipts/00000.json``, written last of a part: the part exists if and only if this does and the sizes agree.
 
@@ -165,7 +196,12 @@ class ClassTable(Document):
         tokenizer: Description of the tokenizer.
         text_emb: File of the (K, D) float32 text embeddings.
         text_file: Its size and hash.
+        features: Width of the image features, as in the run.
+        prompts: Templates of the column ``prompts``.
+        columns: What else is kept of the classes and the model, each in ``columns/NAME.npy``.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"features", "prompts", "columns"})
 
     names: tuple[str, ...]
     folders: tuple[str, ...] | None
@@ -173,6 +209,9 @@ class ClassTable(Document):
     tokenizer: str | None
     text_emb: Literal["text_emb/classes.npy"] = TEXT
     text_file: FileInfo
+    features: int | None = None
+    prompts: tuple[str, ...] = ()
+    columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
     hash: str
 
     @model_validator(mode="after")
@@ -182,14 +221,17 @@ class ClassTable(Document):
         return self
 
     @classmethod
-    def of(cls, run: Run, text_file: FileInfo) -> Self:
-        """The table of a run whose text embeddings are in a file."""
+    def of(cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None) -> Self:
+        """The table of a run whose text embeddings are in a file, and its columns in others."""
         draft = cls.model_construct(
             names=run.names,
             folders=run.folders,
             templates=run.templates,
             tokenizer=run.space.tokenizer,
             text_file=text_file,
+            features=run.features,
+            prompts=run.prompts,
+            columns=dict(columns or {}),
         )
         return draft.model_copy(update={"hash": draft.digest()})
 

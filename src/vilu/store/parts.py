@@ -9,7 +9,7 @@ from pathlib import Path
 from vilu.errors import ProvenanceError, StorageError
 from vilu.space import digest
 from vilu.store.document import read_document
-from vilu.store.manifest import Inputs, Receipt, Run
+from vilu.store.manifest import IMAGE, Inputs, Receipt, Run
 
 
 @dataclass(frozen=True)
@@ -17,16 +17,22 @@ class Part:
     """Images ``start`` ... ``stop - 1`` of the data set, and the names of what is kept of them.
 
     File names follow LAION's layout, so its tools read the vectors and the metadata as they are.
+
+    Attributes:
+        number: Of the part.
+        start: Position of its first image.
+        stop: Position after its last image.
+        arrays: What is kept of each image, by name (``Inputs.arrays``).
     """
 
     number: int
     start: int
     stop: int
+    arrays: tuple[str, ...] = (IMAGE,)
 
-    @property
-    def image(self) -> str:
-        """(n_ok, D) unit-norm embeddings."""
-        return f"img_emb/img_emb_{self.number:05d}.npy"
+    def array(self, name: str) -> str:
+        """(n_ok, ...) rows of an array."""
+        return f"{name}/{name}_{self.number:05d}.npy"
 
     @property
     def metadata(self) -> str:
@@ -44,9 +50,10 @@ class Part:
         return f"receipts/{self.number:05d}.json"
 
     @property
-    def files(self) -> tuple[str, str, str]:
+    def files(self) -> tuple[str, ...]:
         """What the receipt vouches for, in the order in which it is written."""
-        return self.image, self.metadata, self.errors
+        image, *others = map(self.array, self.arrays)
+        return image, self.metadata, self.errors, *others
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -55,7 +62,8 @@ class Part:
 def plan(run: Inputs) -> list[Part]:
     """All parts of a run; they depend on nothing but the number of images and the part size."""
     starts = range(0, run.n_in, run.part_size)
-    return [Part(i, start, min(start + run.part_size, run.n_in)) for i, start in enumerate(starts)]
+    arrays = tuple(run.arrays)
+    return [Part(i, start, min(start + run.part_size, run.n_in), arrays) for i, start in enumerate(starts)]
 
 
 def read_receipt(root: Path, run: Run, part: Part) -> Receipt:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -21,8 +23,10 @@ from vilu.datasets.base import Record
 from vilu.datasets.images import BadImage, ImageLimits, read_image
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import Task
+from vilu.store.manifest import IMAGE
+from vilu.store.views import Views
 from vilu.store.writer import MESSAGE_LENGTH, ErrorRow, PartRows, Row
-from vilu.validate import STATUS, VALID, unit_rows
+from vilu.validate import NONFINITE, STATUS, VALID, unit_rows
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -36,11 +40,13 @@ class Decoded:
         row: Its metadata.
         pixels: (3, H, W) float32.
         bytes: Its encoded size.
+        views: Pixels of its augmented views.
     """
 
     row: Row
     pixels: Tensor
     bytes: int
+    views: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Decoder:
     preprocess: Callable[[Image.Image], Tensor]
     limits: ImageLimits
     n_classes: int
+    views: Views | None = None
 
     def __call__(self, item: tuple[int, Record]) -> Decoded | ErrorRow:
         """The outcome for the image at a position.
@@ -89,7 +96,9 @@ class Decoder:
             exif_orientation=image.exif_orientation,
             flags=int(image.flags),
         )
-        return Decoded(row, self.preprocess(image.image), sizes[0])
+        views = [] if self.views is None else self.views.of(image.image, record.key)
+        pixels, *others = map(self.preprocess, [image.image, *views])
+        return Decoded(row, pixels, sizes[0], tuple(others))
 
 
 @dataclass
@@ -102,6 +111,7 @@ class Encoder:
             leaves its place empty, so that a part redone alone meets the same batches and gives the same bytes.
         strict: Raise on the first bad image.
         task: Told of every batch.
+        arrays: What to keep of an image, by name and shape (``Inputs.arrays``).
         n_errors: Bad images so far.
     """
 
@@ -109,6 +119,7 @@ class Encoder:
     batch_size: int
     strict: bool
     task: Task
+    arrays: Mapping[str, tuple[int, ...]]
     n_errors: int = 0
 
     def part(self, outcomes: Iterator[Decoded | ErrorRow], size: int) -> PartRows:
@@ -130,14 +141,9 @@ class Encoder:
         bad = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
         good = [outcome for outcome in batch if isinstance(outcome, Decoded)]
         if good:
-            image = self.backbone.encode_images(torch.stack([outcome.pixels for outcome in good]))
-            rows, status = unit_rows(image, "image")
-            if rows.shape != (len(good), self.backbone.space.embed_dim):
-                raise ProvenanceError(
-                    f"the backbone gave embeddings of shape {tuple(rows.shape)} for {len(good)} images, "
-                    f"its space says width {self.backbone.space.embed_dim}."
-                )
-            content.image.append(rows[torch.from_numpy(status == VALID)])
+            arrays, status = self._run_model(good)
+            for name, rows in arrays.items():
+                content.arrays.setdefault(name, []).append(rows[torch.from_numpy(status == VALID)])
             content.rows += [outcome.row for outcome, code in zip(good, status, strict=True) if code == VALID]
             bad += [_unusable(outcome, STATUS[code]) for outcome, code in zip(good, status, strict=True) if code]
         if bad and self.strict:
@@ -148,6 +154,31 @@ class Encoder:
             )
         content.errors += sorted(bad, key=lambda error: error.position)
         self.n_errors += len(bad)
+
+    def _run_model(self, batch: list[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
+        """What to keep of some images, by name, and the worst status (``validate.STATUS``) of each."""
+        arrays: dict[str, Tensor] = {}
+        pixels = torch.stack([image.pixels for image in batch])
+        if "features" in self.arrays:
+            image, arrays["features"] = self.backbone.encode_images_and_features(pixels)
+        else:
+            image = self.backbone.encode_images(pixels)
+        arrays[IMAGE], status = unit_rows(image, "image")
+        # one view of every image at a time: no forward pass is larger than that of the images
+        views = [self.backbone.encode_images(torch.stack(view)) for view in zip(*(i.views for i in batch), strict=True)]
+        if views:
+            usable = [unit_rows(rows, "view") for rows in views]
+            arrays["views"] = torch.stack([rows for rows, _ in usable], dim=1)
+            status = np.maximum.reduce([status, *(code for _, code in usable)])
+        for name, shape in self.arrays.items():
+            rows = arrays[name]
+            if rows.shape != (len(batch), *shape):
+                raise ProvenanceError(
+                    f"the backbone gave {name} of shape {tuple(rows.shape)} for {len(batch)} images, where it says "
+                    f"width {shape[-1]}."
+                )
+            status[~torch.isfinite(rows).flatten(1).all(dim=1).numpy()] = NONFINITE
+        return arrays, status
 
 
 def _unusable(image: Decoded, kind: str) -> ErrorRow:

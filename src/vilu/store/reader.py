@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import overload
 
@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.columns import check_columns
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.content import METADATA, map_rows, read_classes, read_columns
+from vilu.store.content import METADATA, column_path, map_rows, read_classes, read_columns
 from vilu.store.document import read_document
-from vilu.store.manifest import MANIFEST, RUN, Manifest
+from vilu.store.manifest import IMAGE, MANIFEST, RUN, ClassColumn, ClassTable, Manifest
 from vilu.store.parts import Part, content_hash, plan, read_receipt
 from vilu.types import UNKNOWN, EmbeddingSource
 from vilu.validate import VALID
@@ -51,15 +52,17 @@ class EmbeddingStore(EmbeddingSource):
         self.manifest = _read_sealed(self.path)
         self.space = self.manifest.space
         self.class_names = self.manifest.names
-        table, self.text = read_classes(self.path, self.manifest)
+        self._classes, self.text = read_classes(self.path, self.manifest)
         self._parts = plan(self.manifest)
         receipts = [read_receipt(self.path, self.manifest, part) for part in self._parts]
-        if (table.hash, content_hash(receipts)) != (self.manifest.classes, self.manifest.content):
+        if (self._classes.hash, content_hash(receipts)) != (self.manifest.classes, self.manifest.content):
             raise ProvenanceError(
                 f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Run `vilu embed` again."
             )
         self._starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)])
         self._rows = lru_cache(OPEN_PARTS)(partial(_map_part, self.path, self.manifest, self._parts, self._starts))
+        self._class_column = cache(partial(_read_class_column, self.path, self._classes))
+        self.columns = frozenset(self.manifest.arrays) - {IMAGE} | frozenset(self._classes.columns)
         self.target = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *map(self._open_part, self._parts)]))
         self.status = np.full(len(self.target), VALID, dtype=np.uint8)  # the writer keeps unusable rows out
         self.ids = StoreIds(self.path, self._parts, self._starts)
@@ -75,15 +78,24 @@ class EmbeddingStore(EmbeddingSource):
         Raises:
             IndexError: If an index is not in 0 ... N-1.
         """
+        return self._gather(IMAGE, index)
+
+    def column(self, name: str, index: Tensor) -> Tensor:
+        """Column ``name``: rows of it, gathered from the parts, where it is of the images."""
+        if name not in self.columns:
+            return super().column(name, index)
+        return self._gather(name, index) if name in self.manifest.arrays else self._class_column(name)
+
+    def _gather(self, name: str, index: Tensor) -> Tensor:
         wanted = index.numpy()
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {wanted.min()} to {wanted.max()}.")
-        rows = np.empty((len(wanted), self.space.embed_dim), dtype=np.float32)
+        rows = np.empty((len(wanted), *self.manifest.arrays[name]), dtype=np.float32)
         order = np.argsort(wanted, kind="stable")
         bounds = np.searchsorted(wanted, self._starts, sorter=order)
         for number in np.flatnonzero(np.diff(bounds)):
             places = order[bounds[number] : bounds[number + 1]]
-            rows[places] = self._rows(int(number))[wanted[places] - self._starts[number]]
+            rows[places] = self._rows(name, int(number))[wanted[places] - self._starts[number]]
         return torch.from_numpy(rows)
 
     def candidates(self, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,8 +103,8 @@ class EmbeddingStore(EmbeddingSource):
         return self.text, self.target[index]
 
     def _open_part(self, part: Part) -> NDArray[np.int64]:
-        """Targets of a part, with its vectors checked for shape."""
-        n_ok = len(self._rows(part.number))
+        """Targets of a part, with its arrays checked for shape."""
+        n_ok = min(len(self._rows(name, part.number)) for name in part.arrays)
         labels = read_columns(self.path / part.metadata, METADATA, ["label"], n_ok)["label"]
         target = np.asarray(labels.fill_null(UNKNOWN), dtype=np.int64)
         if n_ok and not (target.min() >= UNKNOWN and target.max() < self.n_candidates):
@@ -130,10 +142,15 @@ class StoreIds(Sequence[str]):
 
 
 def _map_part(
-    root: Path, manifest: Manifest, parts: Sequence[Part], starts: NDArray[np.int64], number: int
+    root: Path, manifest: Manifest, parts: Sequence[Part], starts: NDArray[np.int64], name: str, number: int
 ) -> NDArray[np.floating]:
-    shape = (int(starts[number + 1] - starts[number]), manifest.space.embed_dim)
-    return map_rows(root / parts[number].image, shape, manifest.dtype)
+    shape = (int(starts[number + 1] - starts[number]), *manifest.arrays[name])
+    return map_rows(root / parts[number].array(name), shape, manifest.dtype)
+
+
+def _read_class_column(root: Path, classes: ClassTable, name: ClassColumn) -> Tensor:
+    values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
+    return check_columns({name: values}, 0, len(classes.names))[name]
 
 
 def _read_keys(root: Path, parts: Sequence[Part], starts: NDArray[np.int64], number: int) -> list[str]:

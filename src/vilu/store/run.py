@@ -18,6 +18,7 @@ from vilu.datasets.base import ImageDataset
 from vilu.errors import DataError, UsageError, ViLUError
 from vilu.files import write_json
 from vilu.space import EmbeddingSpace, digest
+from vilu.store.classes import class_columns
 from vilu.store.content import read_classes
 from vilu.store.document import explain, read_document
 from vilu.store.folder import prepare, unseal
@@ -67,14 +68,15 @@ def begin(root: Path, run: Run, backbone: Backbone) -> Run:
         earlier = read_document(root / RUN, Run)
         earlier.require_match(run, root)
         run = earlier
-    text = None
+    classes = None
     if not _has_classes(root, run):
         text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
+        classes = text, class_columns(backbone, run)
     if not resumed:
         write_json(root / RUN, run.model_dump(mode="json"))
-    prepare(root)
-    if text is not None:
-        write_classes(root, run, text)
+    prepare(root, run.arrays)
+    if classes is not None:
+        write_classes(root, run, *classes)
     return run
 
 

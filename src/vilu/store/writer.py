@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.files import atomic_write, write_json
-from vilu.store.content import ERRORS, METADATA
-from vilu.store.manifest import CLASSES, TEXT, ClassTable, FileInfo, Receipt, Run
+from vilu.errors import DataError
+from vilu.files import atomic_write, make_folder, write_json
+from vilu.store.content import ERRORS, METADATA, column_path
+from vilu.store.manifest import CLASSES, TEXT, ArrayInfo, ClassColumn, ClassTable, FileInfo, Receipt, Run
 from vilu.store.parts import Part
 
 MESSAGE_LENGTH = 300
@@ -56,13 +57,13 @@ class PartRows:
     """What becomes of the images of a part, before it is written.
 
     Attributes:
-        image: Embeddings of the good images, (n, D) float32 blocks in order.
+        arrays: What is kept of the good images, by name: (n, ...) float32 blocks in order.
         rows: Their metadata.
         errors: The other images.
         started: Clock reading when the part was begun.
     """
 
-    image: list[Tensor] = field(default_factory=list)
+    arrays: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     errors: list[ErrorRow] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
@@ -72,17 +73,16 @@ def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: 
     """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part.
 
     Raises:
+        DataError: If a number is too large for the store's number format.
         StorageError: If the file system refuses.
     """
-    vectors = np.zeros((len(content.rows), run.space.embed_dim), dtype=np.dtype(run.dtype).newbyteorder("<"))
-    if content.image:
-        np.concatenate([block.numpy() for block in content.image], out=vectors, casting="same_kind")
     payloads = {
-        part.image: _npy(vectors),
-        part.metadata: _parquet(content.rows, METADATA),
-        part.errors: _parquet(content.errors, ERRORS),
+        part.array(name): _npy(_rows(name, content.arrays.get(name, []), (len(content.rows), *shape), run.dtype))
+        for name, shape in run.arrays.items()
     }
-    files = {name: write_hashed(root / name, payload) for name, payload in payloads.items()}
+    payloads[part.metadata] = _parquet(content.rows, METADATA)
+    payloads[part.errors] = _parquet(content.errors, ERRORS)
+    files = {name: write_hashed(root / name, payloads[name]) for name in part.files}
     receipt = Receipt(
         fingerprint=run.fingerprint,
         part=part.number,
@@ -100,14 +100,20 @@ def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: 
     return receipt
 
 
-def write_classes(root: Path, run: Run, text: Tensor) -> None:
-    """Write the (K, D) float32 text embeddings, then the class table that vouches for them.
+def write_classes(root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]) -> None:
+    """Write the (K, D) float32 text embeddings and the columns, then the class table that vouches for them.
 
     Raises:
         StorageError: If the file system refuses.
     """
     info = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
-    write_json(root / CLASSES, ClassTable.of(run, info).model_dump(mode="json"))
+    files: dict[ClassColumn, ArrayInfo] = {}
+    for name, values in columns.items():
+        path = column_path(root, name)
+        make_folder(path.parent)
+        written = write_hashed(path, _npy(np.ascontiguousarray(values.numpy(), dtype="<f4")))
+        files[name] = ArrayInfo(**dict(written), shape=tuple(values.shape))
+    write_json(root / CLASSES, ClassTable.of(run, info, files).model_dump(mode="json"))
 
 
 def write_hashed(path: Path, payload: memoryview) -> FileInfo:
@@ -115,6 +121,17 @@ def write_hashed(path: Path, payload: memoryview) -> FileInfo:
     with atomic_write(path) as handle:
         handle.write(payload)
     return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+
+
+def _rows(name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
+    """Blocks of rows as one array in the store's number format."""
+    rows = np.zeros(shape, dtype=np.dtype(dtype).newbyteorder("<"))
+    if blocks:
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+            np.concatenate([block.numpy() for block in blocks], out=rows, casting="same_kind")
+    if not np.isfinite(rows).all():
+        raise DataError(f"{name} has numbers beyond the range of {dtype}. Embed again with --dtype float32.")
+    return rows
 
 
 def _npy(array: NDArray[np.floating]) -> memoryview:

@@ -8,14 +8,23 @@ from torch import Tensor
 from vilu.types import Batch
 
 
-def log_posterior(batch: Batch) -> Tensor:
-    """(B, K) float64 log p, p = softmax(logits).
+def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
+    """(B, K) float64 log p, p = softmax(logits / temperature).
 
     log p_max = -log1p(sum of the other exponentials), so confident rows keep their order where p_max itself rounds to
     one: at CLIP's scale a float32 softmax ties many of them.
+
+    Args:
+        batch: Some rows and their candidates.
+        temperature: Positive number, or one per row (B, 1).
     """
-    logits = batch.logits.double()
-    answer = batch.prediction[:, None]
-    below = logits - logits.gather(1, answer)
+    logits = float64(batch.logits)
+    answer = batch.prediction[:, None].to(logits.device)
+    below = (logits - logits.gather(1, answer)) / temperature
     others = below.exp().scatter(1, answer, 0.0).sum(dim=-1, keepdim=True)
     return below - torch.log1p(others)
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from vilu.device import resolve_device
 from vilu.errors import DataError
@@ -22,6 +22,7 @@ Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclasses.dataclass
@@ -96,7 +97,11 @@ class HeadPredictor(LearnedPredictor):
     def _learned_uncertainty(self, batch: Batch) -> Tensor:
         if self.head_ is None:
             raise DataError(f"this {self.name} holds neither a head nor a constant; its file is damaged.")
-        logit: Tensor = self.head_.to(batch.image.device)(batch)
+        return self._failure_probability(self.head_.to(batch.image.device), batch)
+
+    def _failure_probability(self, head: FailureHead, batch: Batch) -> Tensor:
+        """(B,) float64 sigmoid(g)."""
+        logit: Tensor = head(batch)
         return torch.sigmoid(logit.cpu().double())  # some devices have no float64
 
     def _notes(self) -> dict[str, object]:
@@ -108,14 +113,22 @@ class HeadPredictor(LearnedPredictor):
     def _restore_learned(self, state: dict[str, Tensor]) -> None:
         if self.space_ is None:
             raise DataError("the saved predictor has weights but no embedding space.")
-        head = self._build_head(self.space_.embed_dim)
-        expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        if found != expected:
-            differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
-            raise DataError(f"the weights do not fit a {self.name} with these parameters; they differ in {differing}.")
-        head.load_state_dict(state)
-        self.head_ = head.eval()
+        self.head_ = with_weights(self._build_head(self.space_.embed_dim), state, self.name)
+
+
+def with_weights(network: Network, state: dict[str, Tensor], method: str) -> Network:
+    """The network with saved weights, ready to score.
+
+    Raises:
+        DataError: If the weights have other names or shapes.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != expected:
+        differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        raise DataError(f"the weights do not fit a {method} with these parameters; they differ in {differing}.")
+    network.load_state_dict(state)
+    return network.eval()
 
 
 def bce_loss(weight: FailureWeight) -> Loss:

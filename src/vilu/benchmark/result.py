@@ -1,0 +1,162 @@
+"""The result of a cell as files: a JSON document, its scores, and its bootstrap values."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from vilu.benchmark.cells import Cell
+from vilu.benchmark.parts import Model
+from vilu.benchmark.resampling import Floats
+from vilu.errors import StorageError
+from vilu.files import atomic_write, make_folder, write_json
+from vilu.outcomes import Outcomes
+from vilu.results import ResultRow
+
+logger = logging.getLogger(__name__)
+
+SCORES, BOOTSTRAP = ".parquet", ".npy"
+
+
+class Refusal(Model):
+    """Why a method does not run in a cell.
+
+    Attributes:
+        error: Name of the exception.
+        reason: Its message.
+    """
+
+    error: str
+    reason: str
+
+
+class Timing(Model):
+    """Wall time on one core; no part of what is compared between runs.
+
+    Attributes:
+        fit_seconds: Of fitting; None where there was none.
+        score_seconds: Of scoring the test set.
+        rows_per_second: Of scoring.
+    """
+
+    fit_seconds: float | None
+    score_seconds: float
+    rows_per_second: float
+
+
+class CellResult(Model):
+    """What came of a cell.
+
+    Attributes:
+        fingerprint: Hash of ``decided_by``.
+        decided_by: Everything that decides the result.
+        method: Label of the cell.
+        data: Its data set.
+        setting: Its setting.
+        seed: Its seed.
+        variant: What the method adds to its name after the fit, where it has several kinds.
+        test_rows: Names the rows that were tested on.
+        n_train: Rows in the training set; None where nothing was fitted.
+        results: A row per metric; ``split`` is the setting.
+        refused: Why there are none.
+        warnings: What the method warned of.
+        timing: How long it took.
+        files: SHA-256 of the files beside this one, by suffix.
+    """
+
+    schema_version: Literal[1] = 1
+    kind: Literal["benchmark cell"] = "benchmark cell"
+    fingerprint: str
+    decided_by: dict[str, Any]
+    method: str
+    data: str
+    setting: str
+    seed: int
+    variant: str = ""
+    test_rows: str
+    n_train: int | None = None
+    results: tuple[ResultRow, ...] = ()
+    refused: Refusal | None = None
+    warnings: tuple[str, ...] = ()
+    timing: Timing | None = None
+    files: dict[str, str] = Field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """A metric; None where it is undefined, or the cell was refused."""
+        return next((row.value for row in self.results if row.metric == metric), None)
+
+    def save(self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None) -> None:
+        """Write everything, this document last: the cell is finished if and only if it is there.
+
+        Raises:
+            StorageError: If the file system refuses.
+        """
+        path = root / self.cell.path
+        make_folder(path.parent)
+        files = {}
+        if outcomes is not None and bootstrap is not None:
+            outcomes.save(path.with_suffix(SCORES))
+            buffer = io.BytesIO()
+            np.save(buffer, bootstrap, allow_pickle=False)
+            with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
+                handle.write(buffer.getbuffer())
+            files = {suffix: _sha256(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
+        write_json(path, self.model_copy(update={"files": files}).model_dump(mode="json"))
+
+    @property
+    def cell(self) -> Cell:
+        """What it is the result of."""
+        return Cell(self.method, self.data, self.setting, self.seed)
+
+
+def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
+    """The result of a cell, if it is there, whole, and made from what the fingerprint names.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    path = root / cell.path
+    if not path.is_file():
+        return None
+    try:
+        result = CellResult.model_validate_json(path.read_bytes())
+        if result.fingerprint != fingerprint:
+            return None
+        for suffix, sha256 in result.files.items():
+            if _sha256(path.with_suffix(suffix)) != sha256:
+                logger.warning("%s is not the file of its cell: %s is run again", path.with_suffix(suffix), cell)
+                return None
+    except ValidationError as error:
+        logger.warning("%s is damaged: %s is run again (%d faults)", path, cell, error.error_count())
+        return None
+    except FileNotFoundError as error:
+        logger.warning("%s is gone: %s is run again", error.filename, cell)
+        return None
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+    return result
+
+
+def load_bootstrap(root: Path, cell: Cell) -> Floats:
+    """(M, B) bootstrap values of a finished cell.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    path = (root / cell.path).with_suffix(BOOTSTRAP)
+    try:
+        values: Floats = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+    return values
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

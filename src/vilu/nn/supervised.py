@@ -1,0 +1,206 @@
+"""Cross-attention that is told the true caption: the open-vocabulary expert of ViLU+."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vilu.nn.train import SCORING_BATCH, Rows
+from vilu.types import Batch
+
+SAME_TEXT = 0.999
+"""Cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6."""
+
+TEMPERATURE_SD = 0.5
+"""Prior standard deviation of the log of the zero-shot temperature, around zero."""
+
+LBFGS_STEPS = 150
+FEATURES = "features"
+TINY = 1e-6
+
+
+class Moments:
+    """Number, float64 sum (D,) and sum of squared norms of rows that come in blocks."""
+
+    def __init__(self) -> None:
+        self.n, self.total, self.squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+
+    def add(self, rows: Tensor) -> None:
+        """Count a block (N, D)."""
+        double = rows.cpu().double()
+        self.n += len(rows)
+        self.total = self.total + double.sum(dim=0)
+        self.squares = self.squares + double.square().sum()
+
+
+class Standard(nn.Module):
+    """Rows centred and divided by their root mean square norm, so that nothing learned depends on a model's scale."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mean, self.norm = nn.Buffer(torch.zeros(dim)), nn.Buffer(torch.ones(()))
+
+    def fit(self, moments: Moments) -> None:
+        """Take mean and norm from the rows that were added up."""
+        mean = moments.total / moments.n
+        variance = (moments.squares / moments.n - mean.square().sum()).clamp_min(0)
+        self.mean.copy_(mean)
+        self.norm.copy_(variance.sqrt() if variance > TINY else torch.ones(()))  # one row, or all alike
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(N, D) to (N, D)."""
+        scaled: Tensor = (rows - self.mean) / self.norm
+        return scaled
+
+
+class Inputs(nn.Module):
+    """What an image looks like to the experts: its embedding, and its features where there are any, of one weight.
+
+    Args:
+        dim: Embedding width D.
+        feature_dim: Width F of the column "features"; 0 for none.
+    """
+
+    def __init__(self, dim: int, feature_dim: int) -> None:
+        super().__init__()
+        self.width, self.on_features = dim + feature_dim, feature_dim > 0
+        self.image, self.features = Standard(dim), Standard(feature_dim)
+
+    def fit(self, rows: Rows) -> None:
+        """Mean and norm of the rows, from one pass."""
+        images, features = Moments(), Moments()
+        for batch in rows.batches(SCORING_BATCH):
+            images.add(batch.image)
+            if self.on_features:
+                features.add(batch.columns[FEATURES])
+        self.image.fit(images)
+        if self.on_features:
+            self.features.fit(features)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, D + F), of unit norm in the root mean square."""
+        if not self.on_features:
+            return cast("Tensor", self.image(batch.image))
+        both = [self.image(batch.image), self.features(batch.columns[FEATURES])]
+        return torch.cat(both, dim=1) / math.sqrt(2)
+
+
+class SupervisedAttention(nn.Module):
+    """Logits of K candidates: the zero-shot logits, tempered, plus a bilinear form in image and text.
+
+    l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the ``Inputs``, t
+    standardised texts. v_j belongs to class j of the training set and is zero for every other candidate, so any
+    candidates can be scored; A is what they have in common. Starts at the tempered zero-shot logits (A = v = 0).
+
+    Args:
+        inputs: Fitted.
+        dim: Embedding width D of the texts.
+        n_classes: Number of training classes; 0 for captions.
+        sharing: rho, the share of the prior variance that classes have in common.
+    """
+
+    def __init__(self, inputs: Inputs, dim: int, n_classes: int, sharing: float) -> None:
+        super().__init__()
+        self.sharing = sharing
+        self.temperature = nn.Buffer(torch.ones(()))
+        self.inputs, self.text = inputs, Standard(dim)
+        self.classes = nn.Buffer(torch.zeros(n_classes, dim))
+        self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim))
+        self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1))
+
+    def offset(self, batch: Batch) -> Tensor:
+        """(B, K) tempered zero-shot logits, without the bias that all share."""
+        tempered: Tensor = self.temperature * (batch.logits - batch.logit_bias)
+        return tempered
+
+    def match(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(K,) training class of each candidate and whether it is one; never two candidates of one class."""
+        if not len(self.classes):
+            nobody = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            return nobody, nobody.bool()
+        cosine, match = (text @ self.classes.T).max(dim=1)
+        return match, cosine >= SAME_TEXT
+
+    def forward(self, batch: Batch, match: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """(B, K) logits; ``match`` as from ``match``, None where the candidates are the training classes in order."""
+        keys = math.sqrt(self.sharing) * (self.text(batch.text) @ self.shared.T)
+        if len(self.own):
+            own = self.own if match is None else self.own[match[0]] * match[1][:, None]
+            keys = keys + math.sqrt(1 - self.sharing) * own
+        learned: Tensor = functional.pad(self.inputs(batch), (0, 1), value=1.0) @ keys.T
+        return self.offset(batch) + learned
+
+
+def fit_attention(
+    inputs: Inputs, rows: Rows, n_classes: int, variance: float, sharing: float, device: torch.device
+) -> SupervisedAttention:
+    """The attention of largest posterior for labelled rows: a convex problem, solved by L-BFGS over streamed batches.
+
+    Args:
+        inputs: Fitted.
+        rows: Usable labelled rows.
+        n_classes: K of shared candidates; 0 for captions.
+        variance: Prior variance C of every weight: the penalty is |weights|^2 / (2 C) against the summed loss.
+        sharing: See ``SupervisedAttention``.
+        device: Where to fit.
+    """
+    attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
+    _take_texts(attention, rows)
+    attention.to(device)
+    attention.temperature.fill_(fit_temperature(rows, device))
+    parameters = [attention.shared, attention.own] if n_classes else [attention.shared]
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=LBFGS_STEPS,
+        history_size=10,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+    n = len(rows.index)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        penalty = sum((p.square().sum() for p in parameters), torch.zeros((), device=device)) / (2 * variance * n)
+        penalty.backward()
+        total = penalty.detach()
+        for batch in rows.batches(SCORING_BATCH):
+            moved = batch.to(device)
+            loss = functional.cross_entropy(attention(moved), moved.target, reduction="sum") / n
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
+    return attention.eval().requires_grad_(requires_grad=False)
+
+
+def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
+    """The classes, and mean and norm of the candidates."""
+    texts = Moments()
+    for batch in rows.batches(SCORING_BATCH):
+        texts.add(batch.text)
+        if len(attention.classes):
+            attention.classes.copy_(batch.text)
+            break  # shared candidates are the same in every batch
+    attention.text.fit(texts)
+
+
+def fit_temperature(rows: Rows, device: torch.device) -> float:
+    """A > 0 of largest posterior for labels drawn from softmax(a l0), log a ~ N(0, 0.5^2): one for few labels."""
+    from scipy.optimize import minimize_scalar
+
+    def objective(log_a: float) -> float:
+        total = log_a**2 / (2 * TEMPERATURE_SD**2)
+        for batch in rows.batches(SCORING_BATCH):
+            moved = batch.to(device)
+            loss = functional.cross_entropy(math.exp(log_a) * moved.logits, moved.target, reduction="sum")
+            total += float(loss)
+        return total
+
+    return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))

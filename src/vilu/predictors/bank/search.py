@@ -1,0 +1,146 @@
+"""Training images kept by a predictor, and their exact search in blocks.
+
+Shapes: N bank rows, B queries, K classes, D embedding width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vilu.nn.train import SCORING_BATCH, Rows
+from vilu.predictors.labelled import TensorPredictor
+
+Count = Annotated[int, Field(ge=1)]
+Allowed = Callable[[slice, slice], Tensor]
+"""(some queries, some bank rows) -> (b, n) bool: which pairs count."""
+
+QUERY_ROWS = 1_024
+BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time
+
+
+@dataclasses.dataclass
+class BankPredictor(TensorPredictor):
+    """A predictor that keeps training images in its tensor ``bank``.
+
+    Args:
+        max_bank: Most training images to keep; of more, so many are drawn with ``seed``.
+    """
+
+    max_bank: Count = 100_000
+
+    def _notes(self) -> dict[str, object]:
+        return {"n_bank": len(self.learned_["bank"])}
+
+
+def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
+    """At most so many of the rows, in order, and their positions (M,) among them; said aloud where some are left."""
+    n = len(train.index)
+    if n <= most:
+        return train, torch.arange(n)
+    warnings.warn(
+        f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more.", stacklevel=2
+    )
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.randperm(n, generator=generator)[:most].sort().values
+    return dataclasses.replace(train, index=train.index[kept]), kept
+
+
+def labels(train: Rows) -> Tensor:
+    """(M,) classes of rows with shared candidates."""
+    return train.source.target[train.index]
+
+
+def image_blocks(train: Rows) -> Iterator[tuple[slice, Tensor]]:
+    """Positions and unit-norm image embeddings (b, D) float32, block by block.
+
+    Embeddings rounded to float16 are off unit norm by up to 1e-3, which a distance of near neighbours would show.
+    """
+    for start in range(0, len(train.index), SCORING_BATCH):
+        index = train.index[start : start + SCORING_BATCH]
+        yield slice(start, start + len(index)), normalize(train.source.image_rows(index), dim=1)
+
+
+def gather(train: Rows) -> Tensor:
+    """(M, D) float32 unit-norm image embeddings."""
+    bank = torch.empty(len(train.index), train.source.space.embed_dim)
+    for block, image in image_blocks(train):
+        bank[block] = image
+    return bank
+
+
+def nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows most similar to each query.
+
+    Exact, on the device of the queries, with one block of similarities in memory at a time. Of equally similar rows
+    the lowest index comes first.
+
+    Args:
+        query: (B, D) embeddings.
+        bank: (N, D) unit-norm embeddings, N > 0.
+        k: How many; at most N of them come back.
+        allowed: Which pairs count; where none is left, the cosine is minus infinity.
+    """
+    parts = [
+        _nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start)
+        for start in range(0, len(query), QUERY_ROWS)
+    ]
+    similarity, index = zip(*parts, strict=True)
+    return torch.cat(similarity), torch.cat(index)
+
+
+def distance(similarity: Tensor) -> Tensor:
+    """Euclidean distance of unit vectors, from their cosine."""
+    return squared_distance(similarity).sqrt()
+
+
+def squared_distance(similarity: Tensor) -> Tensor:
+    """Squared Euclidean distance of unit vectors, from their cosine."""
+    return (2 - 2 * similarity).clamp(min=0)
+
+
+def _nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None, first: int) -> tuple[Tensor, Tensor]:
+    """``nearest`` for one block of queries, the first of which is number ``first``."""
+    query = normalize(query, dim=1)
+    best = query.new_empty(len(query), 0)
+    where = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    for start in range(0, len(bank), BANK_ROWS):
+        rows = bank[start : start + BANK_ROWS].to(query.device)
+        similarity = query @ rows.T
+        if allowed is not None:
+            pairs = allowed(slice(first, first + len(query)), slice(start, start + len(rows)))
+            similarity = similarity.masked_fill(~pairs, -math.inf)
+        found, index = leaders(similarity, k)
+        # Stable: the rows found so far have lower indices than those of this block.
+        best, order = torch.cat([best, found], dim=1).sort(dim=1, descending=True, stable=True)
+        where = torch.cat([where, index + start], dim=1).gather(1, order)
+        best, where = best[:, :k], where[:, :k]
+    return best, where
+
+
+def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of every row (B, M), falling, and their indices; of equal ones the lowest index comes first.
+
+    ``topk`` leaves open which of equal values it takes, so rows with a tie at the last place are sorted in full.
+    """
+    n = values.shape[1]
+    if k >= n:
+        best, where = values.sort(dim=1, descending=True, stable=True)
+        return best, where
+    best, where = values.topk(k + 1, dim=1)
+    tied = (best[:, k - 1] == best[:, k]) & (best[:, k] > -math.inf)
+    where, order = where[:, :k].sort(dim=1)
+    best, falling = best[:, :k].gather(1, order).sort(dim=1, descending=True, stable=True)
+    where = where.gather(1, falling)
+    if bool(tied.any()):
+        full, order = values[tied].sort(dim=1, descending=True, stable=True)
+        best[tied], where[tied] = full[:, :k], order[:, :k]
+    return best, where

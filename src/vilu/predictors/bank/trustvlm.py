@@ -1,0 +1,73 @@
+"""TrustVLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vilu.errors import ProvenanceError
+from vilu.nn.train import Rows
+from vilu.predictors.bank.search import Count, labels
+from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.types import Batch
+
+
+@dataclasses.dataclass
+class TrustVLM(ClosedSetPredictor):
+    """TrustVLM: zero-shot probability plus similarity to the predicted class's images in a second encoder.
+
+    u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder (column ``features``; the
+    VLM's own features make another method) and P_c the mean of the features of up to ``shots`` training images
+    of class c, drawn with ``seed``. A class without training images has the prototype 0, hence the cosine 0.
+
+    Args:
+        weight: Of the similarity.
+        shots: Most training images per class.
+
+    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2 features averaged
+    over tokens). Its starred variant answers anew, and is no score of the VLM's own answer.
+    """
+
+    name: ClassVar[str] = "trustvlm"
+    summary: ClassVar[str] = "zero-shot probability plus similarity to class prototypes of a second encoder (TrustVLM)"
+    reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
+    cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
+    columns: ClassVar[tuple[str, ...]] = ("features",)
+    tensors: ClassVar[tuple[str, ...]] = ("prototypes",)
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    shots: Count = 16
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        label = labels(train)
+        kept = few_per_class(label, self.shots, self.seed)
+        features = train.source.column("features", train.index[kept])
+        total = features.new_zeros(train.source.n_candidates, features.shape[1])
+        return {"prototypes": normalize(total.index_add_(0, label[kept], features), dim=1)}
+
+    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+        features = normalize(batch.columns["features"], dim=1)
+        prototypes = self._tensor("prototypes", features.device)
+        if features.shape[1] != prototypes.shape[1]:
+            raise ProvenanceError(
+                f"{self.name} was fitted on features of width {prototypes.shape[1]}, and those to score have "
+                f"{features.shape[1]}. Embed both with the same second encoder."
+            )
+        similarity = (features * prototypes[classes[batch.prediction]]).sum(dim=1)
+        failure = -torch.expm1(log_posterior(batch).amax(dim=1))
+        return failure + self.weight * (1 - float64(similarity))
+
+
+def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:
+    """Sorted positions of at most so many rows of each class, drawn at random."""
+    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
+    order = order[label[order].argsort(stable=True)]
+    first = torch.bincount(label).cumsum(0) - torch.bincount(label)
+    rank = torch.arange(len(label)) - first[label[order]]
+    return order[rank < most].sort().values

@@ -1,0 +1,115 @@
+"""SIRC, a combination of a confidence with a typicality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.errors import UsageError
+from vilu.nn.train import SCORING_BATCH, Rows
+from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.labelled import TensorPredictor
+from vilu.types import Batch
+
+MIN_DEVIATION = 1e-6
+"""Least standard deviation of the typicality: what float32 leaves of the norm of a unit vector."""
+
+
+@dataclass
+class SIRC(TensorPredictor):
+    """Softmax information retaining combination: u = log(S1_max - S1) + log(1 + exp(-b (S2 - a))).
+
+    S1 is a confidence of the posterior and S2 a typicality of the image, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2)
+    over the training rows (sd at least 1e-6). While S2 is typical the second term is nearly constant and S1 decides; an
+    image far below a is uncertain whatever S1 says. This is the logarithm of the published product, so that nothing
+    underflows; S1_max - S1 is formed without cancellation.
+
+    The labels are not used. The rows are those of every fitted method, usable and labelled.
+
+    Args:
+        confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
+        typicality: S2: "norm1", ||z_v||_1; "residual", minus the norm of the part of z_v outside the principal
+            subspace of the training embeddings (of their second moment, uncentred).
+        components: Dimension of that subspace; None: half of D, or of the number of rows if that is less.
+
+    Source: Xia and Bouganis, ACCV 2022. There S2 is of the features before the classifier; here z_v has unit 2-norm, so
+    its 1-norm says how evenly it spreads over the coordinates. The published code takes 512 components, which leaves no
+    residual of an embedding that narrow, and moves the origin by the classifier's bias, which a VLM has not.
+    """
+
+    name: ClassVar[str] = "sirc"
+    summary: ClassVar[str] = "zero-shot confidence, overruled where the image is untypical (SIRC, ACCV 2022)"
+    reference: ClassVar[str] = "Xia and Bouganis, ACCV 2022"
+    cost: ClassVar[str] = "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
+    tensors: ClassVar[tuple[str, ...]] = ("shift", "slope")
+
+    confidence: Literal["msp", "entropy", "doctor"] = "msp"
+    typicality: Literal["norm1", "residual"] = "norm1"
+    components: Annotated[int, Field(ge=1)] | None = None
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+        learned = {}
+        if self.typicality == "residual":
+            learned["complement"] = self._complement(train, len(failure))
+        parts = [self._typicality(batch.to(self.device_), learned).cpu() for batch in train.batches(SCORING_BATCH)]
+        typicality = torch.cat(parts)
+        deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
+        return learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation}
+
+    def _complement(self, train: Rows, n: int) -> Tensor:
+        """(D, D - components) orthonormal directions in which the second moment of the ``n`` images is least."""
+        dim = train.source.space.embed_dim
+        components = self.components or max(min(dim, n) // 2, 1)
+        if components >= dim:
+            raise UsageError(f"components must be less than the embedding width {dim}. Got {components} instead.")
+        moment = torch.zeros(dim, dim, dtype=torch.float64)
+        for batch in train.batches(SCORING_BATCH):
+            image = float64(batch.to(self.device_).image)
+            moment = moment.to(image.device) + image.T @ image
+        vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+        return vectors[:, : dim - components].cpu().clone()
+
+    def _tensor_names(self) -> tuple[str, ...]:
+        return (*self.tensors, "complement") if self.typicality == "residual" else self.tensors
+
+    def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
+        """(B,) float64 S2."""
+        image = float64(batch.image)
+        if self.typicality == "norm1":
+            return image.abs().sum(dim=-1)
+        outside: Tensor = torch.linalg.vector_norm(image @ learned["complement"].to(image.device), dim=-1)
+        return -outside
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        doubt = DOUBT[self.confidence](log_posterior(batch))
+        shift, slope = (self._tensor(name, doubt.device) for name in self.tensors)
+        untypical = slope * (shift - self._typicality(batch, self.learned_))
+        return doubt + torch.logaddexp(untypical, torch.zeros_like(untypical))
+
+
+def log_gap_msp(log_p: Tensor) -> Tensor:
+    """(B,) log(1 - max_j p_j), the log of the sum of the other probabilities."""
+    return torch.logsumexp(log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1)
+
+
+def log_gap_entropy(log_p: Tensor) -> Tensor:
+    """(B,) log H(p)."""
+    return torch.logsumexp(log_p + torch.log(-log_p), dim=-1)
+
+
+def log_gap_doctor(log_p: Tensor) -> Tensor:
+    """(B,) log(1 - sum_j p_j^2) = log sum_j p_j (1 - p_j)."""
+    return torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1)
+
+
+DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
+    "msp": log_gap_msp,
+    "entropy": log_gap_entropy,
+    "doctor": log_gap_doctor,
+}
+"""log(S1_max - S1) of (B, K) log p, by the name of the confidence."""

@@ -1,0 +1,66 @@
+"""What methods share that ask the VLM the same question more than once."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vilu.predictors.free.posterior import float64
+from vilu.predictors.free.tunable import TunableScore
+from vilu.types import Batch
+
+Statistic = Literal["mean", "vote"]
+
+
+@dataclass
+class Disagreement(TunableScore):
+    """u = 1/(R + 1) sum_r d_r over the original question (r = 0) and R other looks at it.
+
+    d_r is how much look r doubts the original answer t̂:
+
+    - statistic="mean": 1 - p_r(t̂), p_r the zero-shot posterior of the look. u is one minus the mean probability.
+    - statistic="vote": 1 where the answer of look r is another than t̂, else 0. u is the share of looks that disagree;
+      it has R + 1 values, so it ranks coarsely.
+
+    A look is one product with K candidates: R looks of a batch never exist at the same time.
+
+    Args:
+        statistic: "mean" or "vote".
+    """
+
+    is_probability: ClassVar[bool] = True
+
+    statistic: Statistic = "mean"
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        doubt, answer = DOUBT[self.statistic], batch.prediction[:, None]
+        total, n_looks = doubt(batch.logits, answer), 1
+        for logits in self._looks(batch):
+            total, n_looks = total + doubt(logits, answer), n_looks + 1
+        return total / n_looks
+
+    @abstractmethod
+    def _looks(self, batch: Batch) -> Iterator[Tensor]:
+        """(B, K) zero-shot logits of each of the R other looks."""
+
+
+def improbability(logits: Tensor, answer: Tensor) -> Tensor:
+    """(B,) float64 one minus the probability of the answer (B, 1), without cancellation where it is nearly one."""
+    logits = float64(logits)
+    answer = answer.to(logits.device)
+    others = (logits - logits.gather(1, answer)).scatter(1, answer, -math.inf)
+    return torch.sigmoid(torch.logsumexp(others, dim=1))
+
+
+def dissent(logits: Tensor, answer: Tensor) -> Tensor:
+    """(B,) float64: 1 where the logits have another answer than (B, 1)."""
+    return float64(logits.argmax(dim=1) != answer.squeeze(1))
+
+
+DOUBT: dict[Statistic, Callable[[Tensor, Tensor], Tensor]] = {"mean": improbability, "vote": dissent}

@@ -1,0 +1,132 @@
+"""``vilu benchmark`` as people run it: on stores that are there, and on the photos that ship with the package."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.unit.bench_fakes import make_stores
+from vilu.predictors import PREDICTORS
+
+STORES = """
+seeds = 3
+resamples = 100
+{more}
+[data.one]
+stores = {{ train = "one-train", test = "one-test" }}
+
+[settings.all]
+kind = "labels"
+
+[settings.unseen]
+kind = "unseen"
+"""
+
+PHOTOS = """
+[data.clothing]
+source = "package:clothing.parquet"
+classes = ["dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt"]
+test = "validation+test"
+limit = 20
+views = 1
+
+[settings.all]
+kind = "labels"
+
+[methods.mcm]
+[methods.knn_vote]
+"""
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "vilu.cli", "benchmark", *map(str, args)]
+
+
+def run(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*args), capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_stores(tmp_path_factory.mktemp("stores"))
+
+
+def write(folder: Path, text: str, more: str = "") -> Path:
+    path = folder / "benchmark.toml"
+    path.write_text(text.format(more=more) if "{more}" in text else text)
+    return path
+
+
+@pytest.mark.slow
+def test_every_method_in_the_smoke_form(data: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, STORES)
+    text = run(config, "--data", data, "-o", tmp_path / "out", "--smoke").stdout
+    for method in PREDICTORS:
+        assert f" {method}" in text, f"{method} is neither ranked nor refused"
+    assert "all contests" in text
+    assert (tmp_path / "out/smoke/table.txt").read_text() == text
+    states = json.loads(run(config, "--data", data, "-o", tmp_path / "out", "--smoke", "--list", "--json").stdout)
+    assert {state["method"] for state in states} == set(PREDICTORS)
+    assert "to do" not in {state["state"] for state in states}
+
+
+def test_tables_and_json(data: Path, tmp_path: Path) -> None:
+    config = write(tmp_path, STORES + "\n[methods.mcm]\n[methods.margin]\n")
+    args = config, "--data", data, "-o", tmp_path / "out"
+    assert "to do" in run(*args, "--list").stdout
+    found = json.loads(run(*args, "--json").stdout)
+    assert [block["setting"] for block in found["blocks"]] == ["all", "unseen"]
+    # of three seeds, one test set for all labels, three for unseen classes
+    assert [line["n_runs"] for block in found["blocks"] for line in block["lines"]] == [1, 1, 3, 3]
+    assert found["n_contests"] == 6
+    assert "to do" not in run(*args, "--list").stdout
+
+
+@pytest.mark.slow
+def test_photos_are_embedded_once(tmp_path: Path) -> None:
+    config = write(tmp_path, PHOTOS)
+    args = config, "-o", tmp_path / "out", "--smoke"
+    first = run(*args)
+    assert "clothing, all (all labels): 20 answers" in first.stdout
+    stores = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "out/smoke/stores").iterdir())
+    assert stores == ["clothing-test", "clothing-train"]
+    again = run(*args)
+    assert again.stdout == first.stdout
+    assert "part 0: 20 rows" in first.stderr
+    assert "part 0" not in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a process of its own there")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_interrupted_benchmark_goes_on(data: Path, tmp_path: Path, jobs: int) -> None:
+    slow = "[methods.lvu.params]\nepochs = 4000\n"
+    config = write(tmp_path, STORES + "\n[methods.mcm]\n" + slow)
+    args = config, "--data", data, "-o", tmp_path / "out", "--jobs", jobs
+    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "out").rglob("seed-*.json")):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130, stderr
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("seed-*.json")}
+    quick = write(tmp_path, STORES + "\n[methods.mcm]\n")
+    run(quick, "--data", data, "-o", tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+
+
+def test_faults_in_the_file(tmp_path: Path) -> None:
+    config = write(tmp_path, STORES.replace("seeds", "sedes"))
+    done = run(config, "-o", tmp_path / "out", code=2)
+    assert "vilu: error: benchmark.toml: there is no key 'sedes'. Did you mean 'seeds'?" in done.stderr
+    assert not (tmp_path / "out").exists()

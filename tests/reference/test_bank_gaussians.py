@@ -1,0 +1,207 @@
+"""Gaussian scores against scikit-learn and SciPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import multivariate_normal
+from sklearn.covariance import LedoitWolf
+from sklearn.decomposition import PCA
+
+from tests.reference.bank_data import answers, clusters, posterior, unit, with_targets
+from vilu import PREDICTORS
+from vilu.embeddings import Embeddings
+from vilu.predictors.bank.delta_mds import DeltaMDS, DeltaMDSMargin
+from vilu.predictors.bank.gaussian import ledoit_wolf, squared_distances, whitener
+from vilu.predictors.bank.icpe import ICPE
+from vilu.predictors.bank.mahalanobis import Mahalanobis, RelativeMahalanobis
+
+TRAIN, TEST = clusters(80), clusters(50, seed=1)
+# Both sides start from the same float32 unit vectors and go on in float64; an inverted covariance is off by FLOOR =
+# 1e-9 of its mean variance, over an eigenvalue that is here at least 1e-3 of it.
+RTOL = 1e-5
+
+
+def images(data: Embeddings) -> np.ndarray:
+    return torch.nn.functional.normalize(data.image, dim=1).double().numpy()
+
+
+def squares(rows: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    return np.einsum("nd,de,ne->n", rows - mean, np.linalg.inv(covariance), rows - mean)
+
+
+def shared(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Ledoit-Wolf around the class means, for as many degrees of freedom as they leave."""
+    centred = np.concatenate([rows[target == c] - rows[target == c].mean(axis=0) for c in np.unique(target)])
+    estimate = LedoitWolf(assume_centered=True).fit(centred).covariance_
+    return np.asarray(estimate) * len(rows) / (len(rows) - len(np.unique(target)))
+
+
+@pytest.mark.parametrize(("n", "d"), [(200, 5), (12, 30), (2, 3)])
+def test_ledoit_wolf(n: int, d: int) -> None:
+    x = np.random.default_rng(0).normal(size=(n, d)) * np.arange(1, d + 1)
+    matrix, fourth = torch.from_numpy(x.T @ x), float(np.sum(np.sum(x**2, axis=1) ** 2))
+    reference = LedoitWolf(assume_centered=True).fit(x).covariance_
+    np.testing.assert_allclose(ledoit_wolf(matrix, fourth, n).numpy(), reference, rtol=1e-9, atol=1e-9)
+
+
+def test_whitening_and_distances() -> None:
+    rng = np.random.default_rng(0)
+    x, means, root = rng.normal(size=(7, 4)), rng.normal(size=(3, 4)), rng.normal(size=(4, 4))
+    white = whitener(torch.from_numpy(root @ root.T)).numpy()
+    found = squared_distances(torch.from_numpy(x @ white), torch.from_numpy(means @ white)).numpy()
+    expected = np.stack([squares(x, mean, root @ root.T) for mean in means], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_mahalanobis(relative: bool) -> None:
+    z, target = images(TRAIN), TRAIN.target.numpy()
+    means = np.stack([z[target == c].mean(axis=0) for c in range(4)])
+    expected = squares(images(TEST), means[answers(TEST)], shared(z, target))
+    if relative:
+        expected -= squares(images(TEST), z.mean(axis=0), shared(z, np.zeros(len(z))))
+    found = Mahalanobis(relative=relative).fit(TRAIN).predict_uncertainty(TEST)
+    np.testing.assert_allclose(found, expected, rtol=RTOL, atol=1e-5)
+    if relative:
+        assert np.array_equal(RelativeMahalanobis().fit(TRAIN).predict_uncertainty(TEST), found)
+
+
+def test_mahalanobis_to_a_class_without_images_is_to_all_images() -> None:
+    target = np.where(TRAIN.target.numpy() == 2, 1, TRAIN.target.numpy())
+    found = Mahalanobis().fit(with_targets(TRAIN, target)).predict_uncertainty(TEST)
+    z = images(TRAIN)
+    expected = squares(images(TEST), z.mean(axis=0), shared(z, target))
+    absent = answers(TEST) == 2
+    assert absent.any()
+    np.testing.assert_allclose(found[absent], expected[absent], rtol=RTOL)
+
+
+@pytest.mark.filterwarnings("ignore:the largest cosine of a row")
+def test_mahalanobis_without_spread_is_euclidean() -> None:
+    train = Embeddings(np.eye(3)[:2], np.eye(3)[:2], [0, 1], 10.0)
+    query = Embeddings([[1.0, 0, 0], [0.6, 0, 0.8]], np.eye(3)[:2], None, 10.0)
+    # Each image is (1/2, 1/2, 0) away from the mean: 1/2 in squares, so the variance is 1 / (2 - 1) / 3 a coordinate.
+    assert Mahalanobis().fit(train).predict_uncertainty(query) == pytest.approx([0, (0.16 + 0.64) * 3], abs=1e-6)
+    single = Embeddings(np.eye(3)[:1], np.eye(3)[:2], [0], 10.0)
+    assert Mahalanobis().fit(single).predict_uncertainty(query) == pytest.approx([0, 0.8], abs=1e-6)
+
+
+def log_densities(train: Embeddings, test: Embeddings, components: int, ridge: float) -> np.ndarray:
+    """(N, K) log-densities of the classes; minus infinity for a class without images."""
+    target = train.target.numpy()
+    pca = PCA(min(components, len(train) - 1, 6)).fit(images(train))
+    z, query = pca.transform(images(train)), pca.transform(images(test))
+    eye = np.eye(z.shape[1])
+    centred = [z[target == c] - z[target == c].mean(axis=0) for c in np.unique(target)]
+    pooled = sum(x.T @ x for x in centred) / max(len(z) - len(centred), 1)
+    found = np.full((len(query), train.n_candidates), -np.inf)
+    for c in np.unique(target):
+        members = z[target == c]
+        covariance = np.cov(members.T) if len(members) > 1 else pooled
+        found[:, c] = multivariate_normal(members.mean(axis=0), covariance + ridge * eye).logpdf(query)
+    return found
+
+
+def log_odds(density: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    own = np.arange(density.shape[1]) == answer[:, None]
+    return np.logaddexp.reduce(np.where(own, -np.inf, density), axis=1) - density[own]
+
+
+def few() -> Embeddings:
+    """One image of class 0, the others as they are: fewer images than coordinates."""
+    rows = TRAIN.usable_rows[:5]
+    return with_targets(Embeddings.from_rows(TRAIN, rows), np.array([0, 1, 1, 2, 2]))
+
+
+@pytest.mark.parametrize("components", [3, 128])
+@pytest.mark.parametrize("train", [TRAIN, few()], ids=["many", "few"])
+def test_icpe(train: Embeddings, components: int) -> None:
+    ridge = 1e-2
+    density = log_densities(train, TEST, components, ridge)
+    seen = density[0] > -np.inf
+    known = np.isin(answers(TEST), np.flatnonzero(seen))
+    odds = log_odds(density[known], answers(TEST)[known])
+    settings = {"components": components, "ridge": ridge}
+    found = ICPE(score="log_odds", **settings).fit(train).predict_uncertainty(TEST)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[known], odds, rtol=RTOL, atol=1e-4)
+    share = np.exp(density - np.logaddexp.reduce(density, axis=1)[:, None])[np.arange(len(TEST)), answers(TEST)]
+    p_max = posterior(TEST).max(axis=1)
+    found = ICPE(**settings).fit(train).predict_uncertainty(TEST)
+    np.testing.assert_allclose(found[known], (1 - (p_max + share) / 2)[known], atol=1e-4)
+
+
+def test_icpe_log_odds_do_not_saturate() -> None:
+    train, test = clusters(80, spread=0.02), clusters(50, seed=1, spread=0.02)
+    density = ICPE().fit(train).predict_uncertainty(test)
+    odds = ICPE(score="log_odds").fit(train).predict_uncertainty(test)
+    zero_shot = PREDICTORS["mcm"]().predict_uncertainty(test)
+    assert np.array_equal(density, zero_shot / 2)  # s_d is 1 to every digit
+    assert len(np.unique(odds)) == len(test)
+
+
+def test_icpe_where_one_class_has_images() -> None:
+    predictor = ICPE(score="log_odds").fit(with_targets(TRAIN, np.zeros(80, dtype=np.int64)))
+    found, own = predictor.predict_uncertainty(TEST), answers(TEST) == 0
+    z = images(TRAIN)
+    covariance = np.cov(z.T) + 1e-4 * np.eye(6)
+    density = -(squares(images(TEST), z.mean(axis=0), covariance) + np.linalg.slogdet(covariance)[1]) / 2
+    np.testing.assert_allclose(found[own], -density[own], rtol=RTOL)
+    # Every other class has the density of all images, which are those of the one class here.
+    np.testing.assert_allclose(found[~own], 0, atol=1e-9)
+
+
+def delta_terms(train: Embeddings, test: Embeddings) -> list[np.ndarray]:
+    z, target = images(train), train.target.numpy()
+    terms = []
+    for bank in (answers(train) == target, answers(train) != target):
+        covariance = shared(z[bank], target[bank])
+        means = [z[bank & (target == c)].mean(axis=0) for c in np.unique(target[bank])]
+        terms.append(np.min([squares(images(test), mean, covariance) for mean in means], axis=0))
+    return terms
+
+
+@pytest.mark.parametrize("margin_weight", [0.0, 3.0])
+def test_delta_mds(margin_weight: float) -> None:
+    right, wrong = delta_terms(TRAIN, TEST)
+    cosines = np.sort(images(TEST) @ unit(TRAIN.text.numpy()).T, axis=1)
+    expected = right - wrong - margin_weight * (cosines[:, -1] - cosines[:, -2])
+    found = DeltaMDS(margin_weight=margin_weight).fit(TRAIN).predict_uncertainty(TEST)
+    np.testing.assert_allclose(found, expected, rtol=RTOL, atol=1e-4)
+
+
+def test_delta_mds_leaves_out_classes_without_wrong_images() -> None:
+    target = TRAIN.target.numpy().copy()
+    target[target == 1] = answers(TRAIN)[target == 1]  # class 1 has no image answered wrongly now
+    train = with_targets(TRAIN, target)
+    assert not np.any((target == 1) & (answers(train) != 1))
+    right, wrong = delta_terms(train, TEST)
+    np.testing.assert_allclose(DeltaMDS().fit(train).predict_uncertainty(TEST), right - wrong, rtol=RTOL, atol=1e-4)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_delta_mds_with_one_bank_is_the_distance_to_it(right: bool) -> None:
+    train = with_targets(TRAIN, answers(TRAIN) if right else (answers(TRAIN) + 1) % 4)
+    z, target = images(train), train.target.numpy()
+    means = [z[target == c].mean(axis=0) for c in range(4)]
+    expected = np.min([squares(images(TEST), mean, shared(z, target)) for mean in means], axis=0)
+    found = DeltaMDS().fit(train).predict_uncertainty(TEST)
+    np.testing.assert_allclose(found, expected * (1 if right else -1), rtol=RTOL)
+
+
+def test_a_bank_of_one_image_takes_the_covariance_of_all() -> None:
+    target = answers(TRAIN).copy()
+    target[0] = (target[0] + 1) % 4  # the one image answered wrongly
+    z, train = images(TRAIN), with_targets(TRAIN, target)
+    rest = np.arange(80) > 0
+    means = [z[rest & (target == c)].mean(axis=0) for c in range(4)]
+    right = np.min([squares(images(TEST), mean, shared(z[rest], target[rest])) for mean in means], axis=0)
+    wrong = squares(images(TEST), z[0], shared(z, target))
+    np.testing.assert_allclose(DeltaMDS().fit(train).predict_uncertainty(TEST), right - wrong, rtol=RTOL, atol=1e-4)
+
+
+def test_delta_mds_margin_is_delta_mds_with_the_margin() -> None:
+    same = DeltaMDS(margin_weight=10_000.0).fit(TRAIN)
+    assert np.array_equal(DeltaMDSMargin().fit(TRAIN).predict_uncertainty(TEST), same.predict_uncertainty(TEST))

@@ -1,0 +1,110 @@
+"""Scores of the logits alone, against SciPy and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+
+from tests.conftest import toy_embeddings
+from tests.reference.logit_rows import batch_of
+from vilu.errors import UsageError
+from vilu.predictors.free.energy import Energy
+from vilu.predictors.free.entropy import Entropy
+from vilu.predictors.free.gen import GEN
+from vilu.predictors.free.kl_uniform import KLUniform
+from vilu.predictors.free.max_logit import MaxLogit
+from vilu.predictors.free.posterior import log_posterior
+from vilu.predictors.free.prob_margin import ProbMargin
+from vilu.types import Batch
+
+RTOL = 1e-12
+"""Both sides are float64 functions of the same float32 logits; a few roundings of 1e-16 at K = 40."""
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    return next(toy_embeddings(n=200, k=40, d=32).batches(200))
+
+
+@pytest.fixture(scope="module")
+def logits(batch: Batch) -> np.ndarray:
+    return batch.logits.double().numpy()
+
+
+def score(predictor: object, batch: Batch) -> np.ndarray:
+    return predictor._uncertainty(batch).numpy()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, torch.linspace(0.2, 3, 200, dtype=torch.float64)[:, None]])
+def test_log_posterior(batch: Batch, logits: np.ndarray, temperature: object) -> None:
+    expected = special.log_softmax(logits / np.asarray(temperature), axis=1)
+    assert np.allclose(log_posterior(batch, temperature).numpy(), expected, rtol=RTOL, atol=1e-14)
+
+
+def test_prob_margin(batch: Batch, logits: np.ndarray) -> None:
+    p = np.sort(special.softmax(logits, axis=1), axis=1)
+    assert np.allclose(score(ProbMargin(), batch), 1 - (p[:, -1] - p[:, -2]), rtol=RTOL, atol=1e-15)
+
+
+def test_prob_margin_keeps_sure_rows_apart() -> None:
+    """With gaps g between two logits 1 - (p_1 - p_2) = 2 / (1 + e^g), while p_1 - p_2 rounds to one from g = 38 on."""
+    gaps = np.array([0.0, 1.0, 40.0, 50.0, 100.0])
+    u = score(ProbMargin(), batch_of([[gap, 0.0] for gap in gaps]))
+    assert np.allclose(u, 2 * special.expit(-gaps), rtol=RTOL)
+    assert np.all(np.diff(u) < 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 7.0])
+def test_energy(batch: Batch, logits: np.ndarray, temperature: float) -> None:
+    expected = -temperature * special.logsumexp(logits / temperature, axis=1)
+    assert np.allclose(score(Energy(temperature), batch), expected, rtol=RTOL)
+
+
+def test_energy_of_a_low_temperature_is_the_largest_logit(batch: Batch) -> None:
+    # -max l - T log K <= u <= -max l.
+    difference = score(MaxLogit(), batch) - score(Energy(1e-6), batch)
+    assert difference.min() >= -1e-15
+    assert difference.max() <= 1e-6 * math.log(40)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5])
+@pytest.mark.parametrize("largest", [1, 7, 40, 100])
+def test_gen(batch: Batch, logits: np.ndarray, gamma: float, largest: int) -> None:
+    p = np.sort(special.softmax(logits, axis=1), axis=1)[:, ::-1][:, :largest]
+    expected = (p**gamma * (1 - p) ** gamma).sum(axis=1)
+    # 1 - p loses digits where p is near one: relative error 1e-16 / (1 - p), here at most 1e-9, times gamma.
+    assert np.allclose(score(GEN(gamma, largest), batch), expected, rtol=1e-9)
+
+
+def test_gen_by_hand() -> None:
+    u = score(GEN(), batch_of([[0.0, 0.0], [2000.0, 0.0], [400.0, 0.0]]))
+    # Two halves: 2 (1/4)^0.1. A posterior that underflows: nothing. A tail of e^-400: twice (e^-400)^0.1.
+    assert np.allclose(u, [2 * 0.25**0.1, 0.0, 2 * math.exp(-40)], rtol=RTOL)
+
+
+def test_kl_uniform(batch: Batch, logits: np.ndarray) -> None:
+    uniform = np.full(40, 1 / 40)
+    expected = [-stats.entropy(uniform, p) for p in special.softmax(logits, axis=1)]
+    assert np.allclose(score(KLUniform(), batch), expected, rtol=RTOL, atol=1e-14)
+
+
+def test_kl_uniform_takes_the_direction_that_is_not_entropy(batch: Batch, logits: np.ndarray) -> None:
+    p = special.softmax(logits, axis=1)
+    other_direction = [-stats.entropy(row, np.full(40, 1 / 40)) for row in p]
+    entropy = score(Entropy(), batch)
+    assert np.array_equal(np.argsort(other_direction), np.argsort(entropy))
+    assert not np.array_equal(np.argsort(score(KLUniform(), batch)), np.argsort(entropy))
+    assert score(KLUniform(), batch_of([[3.0, 3.0, 3.0]]))[0] == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("predictor", "message"),
+    [(Energy(0.0), "'temperature' parameter of energy"), (GEN(gamma=1.5), "'gamma'"), (GEN(largest=0), "'largest'")],
+)
+def test_hyper_parameters_are_checked_before_scoring(predictor: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        predictor.predict_uncertainty(toy_embeddings(n=20))
