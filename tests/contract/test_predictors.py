@@ -331,9 +331,13 @@ def test_parameters_out_of_range_are_named() -> None:
     assert (made.epochs, made.hidden, made.patience, made.learning_rate) == (3, (8, 4), None, 0.01)
 
 
-def test_embeddings_without_provenance_are_compared_by_their_cosines(learned: str, fitted: dict) -> None:
-    foreign = np.random.default_rng(0).normal(size=(300, 16))
-    negative = Embeddings(normalised(-np.abs(foreign)), normalised(np.abs(foreign[:5])), None, 20.0)
+def test_embeddings_without_provenance_are_compared_by_their_cosines(
+    learned: str, fitted: dict, train: Embeddings
+) -> None:
+    """Images that point away from every class of training: closed sets know no other classes."""
+    away = -np.linalg.pinv(train.text.numpy()) @ np.ones(5)
+    foreign = away / np.linalg.norm(away) + np.random.default_rng(0).normal(size=(300, 16)) * 0.01
+    negative = Embeddings(normalised(foreign), train.text, None, 20.0)
     with pytest.warns(UserWarning, match="are these embeddings from another model"):
         fitted[learned].predict_uncertainty(negative)
 

@@ -21,6 +21,7 @@ from vilu.predictors.bayes.probvlm import ProbVLM
 from vilu.predictors.fitted.mcm_ts import MCMTS
 from vilu.predictors.fitted.rel_u import RelU
 from vilu.predictors.fitted.sirc import SIRC
+from vilu.predictors.fitted.stacking import Stacking
 from vilu.predictors.free.doctor import Doctor
 from vilu.predictors.free.energy import Energy
 from vilu.predictors.free.entropy import Entropy
@@ -56,6 +57,7 @@ PREDICTORS: dict[str, type[FailurePredictor]] = {
     "mcm_ts": MCMTS,
     "rel_u": RelU,
     "sirc": SIRC,
+    "stacking": Stacking,
     "pvu": PVU,
     "lmn": LMN,
     "mc_dropout": MCDropout,
@@ -129,6 +131,7 @@ __all__ = [
     "PromptDisagreement",
     "RelU",
     "RelativeMahalanobis",
+    "Stacking",
     "TrustScore",
     "TrustVLM",
     "ViLU",

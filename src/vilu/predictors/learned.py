@@ -23,12 +23,10 @@ class LearnedPredictor(LabelledPredictor):
 
     Args:
         seed: Of everything random in ``fit``.
-        validation_fraction: Share of the training rows held out for selection when ``fit`` gets no validation set.
         allow_degenerate: Fit a constant when the training rows hold no failure, or nothing else. Otherwise ``fit``
             refuses them with a ``DataError``.
     """
 
-    validation_fraction: float = 0.1
     allow_degenerate: bool = False
 
     constant_: float | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -37,8 +35,7 @@ class LearnedPredictor(LabelledPredictor):
         n_failures = int(failure.sum())
         self.constant_ = self._degenerate(n_failures, len(failure))
         if self.constant_ is None:
-            fit_rows, held_out = self._roles(train, failure, validation)
-            self._fit(fit_rows, held_out, error_rate=n_failures / len(failure))
+            self._learn_difference(train, failure, validation)
 
     def _degenerate(self, n_failures: int, n: int) -> float | None:
         """The constant to predict where there is nothing to learn; refused unless allowed."""
@@ -52,23 +49,6 @@ class LearnedPredictor(LabelledPredictor):
         if rare < FEW:
             warnings.warn(f"only {rare} {name} among {n} training rows: expect an unreliable fit.", stacklevel=3)
         return n_failures / n if rare == 0 else None
-
-    def _roles(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> tuple[Rows, Rows | None]:
-        """Rows to fit on and rows to select on; None when a selection would be blind."""
-        rows, columns = train.index, train.columns
-        if validation is not None:
-            held_out, held_failure = trainable_rows(validation, "validation")
-            chosen: Rows | None = Rows(validation, held_out, columns)
-        else:
-            generator = torch.Generator().manual_seed(self.seed)
-            part = hold_out(failure, self.validation_fraction, train.source.pool_size, generator)
-            held_failure, chosen = failure[part], Rows(train.source, rows[part], columns)
-            keep = torch.ones(len(rows), dtype=torch.bool)
-            keep[part] = False
-            rows = rows[keep]
-        if len(held_failure.unique()) < 2:
-            chosen = None
-        return Rows(train.source, rows, columns), chosen
 
     def _uncertainty(self, batch: Batch) -> Tensor:
         if self.constant_ is not None:
@@ -89,8 +69,8 @@ class LearnedPredictor(LabelledPredictor):
             self._restore_learned(state)
 
     @abstractmethod
-    def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
-        """Learn; the rows are usable, labelled, and hold failures and successes."""
+    def _learn_difference(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
+        """Learn from usable labelled rows; their failures (M,) in {0, 1} are of both kinds."""
 
     @abstractmethod
     def _learned_state(self) -> dict[str, Tensor]:
@@ -103,6 +83,42 @@ class LearnedPredictor(LabelledPredictor):
     @abstractmethod
     def _learned_uncertainty(self, batch: Batch) -> Tensor:
         """(B,) uncertainty of a batch."""
+
+
+@dataclasses.dataclass
+class SelectingPredictor(LearnedPredictor):
+    """A learned predictor that selects something on rows that it does not learn from.
+
+    Args:
+        validation_fraction: Share of the training rows held out for selection when ``fit`` gets no validation set.
+    """
+
+    validation_fraction: float = 0.1
+
+    def _learn_difference(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
+        fit_rows, held_out = self._roles(train, failure, validation)
+        self._fit(fit_rows, held_out, error_rate=float(failure.double().mean()))
+
+    def _roles(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> tuple[Rows, Rows | None]:
+        """Rows to fit on and rows to select on; None when a selection would be blind."""
+        rows, columns = train.index, train.columns
+        if validation is not None:
+            held_out, held_failure = trainable_rows(validation, "validation")
+            chosen: Rows | None = Rows(validation, held_out, columns)
+        else:
+            generator = torch.Generator().manual_seed(self.seed)
+            part = hold_out(failure, self.validation_fraction, train.source.pool_size, generator)
+            held_failure, chosen = failure[part], Rows(train.source, rows[part], columns)
+            keep = torch.ones(len(rows), dtype=torch.bool)
+            keep[part] = False
+            rows = rows[keep]
+        if len(held_failure.unique()) < 2:
+            chosen = None
+        return Rows(train.source, rows, columns), chosen
+
+    @abstractmethod
+    def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
+        """Learn; the rows are usable, labelled, and hold failures and successes."""
 
 
 def hold_out(failure: Tensor, fraction: float, pool_size: int | None, generator: torch.Generator) -> Tensor:

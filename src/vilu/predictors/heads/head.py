@@ -15,7 +15,7 @@ from vilu.errors import DataError
 from vilu.nn.heads import HIDDEN, FailureHead
 from vilu.nn.losses import FailureWeight, weighted_bce
 from vilu.nn.train import HeadTrainer, History, Loss, Rows, TrainConfig
-from vilu.predictors.learned import LearnedPredictor
+from vilu.predictors.learned import SelectingPredictor
 from vilu.types import Batch
 
 Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
@@ -26,7 +26,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclasses.dataclass
-class HeadPredictor(LearnedPredictor):
+class HeadPredictor(SelectingPredictor):
     """A predictor whose uncertainty is sigmoid(g), g the output of a trained ``FailureHead``.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Annotated, ClassVar
 
 import torch
@@ -17,19 +18,16 @@ from vilu.nn.experts import Adapter, Experts, Memory
 from vilu.nn.supervised import FEATURES, Inputs, SupervisedAttention, fit_attention
 from vilu.nn.train import SCORING_BATCH, Rows, steps_per_epoch
 from vilu.predictors.bayes.answer import failure_log_odds
+from vilu.predictors.folds import cross_fitting
 from vilu.predictors.free.posterior import float64
 from vilu.predictors.heads.head import Count, NonNegative, Positive, with_weights
 from vilu.predictors.heads.pool import fit_pool
-from vilu.predictors.labelled import LabelledPredictor, trainable_rows
+from vilu.predictors.labelled import LabelledPredictor
 from vilu.types import Batch, EmbeddingSource
-
-FOLDED_ROWS = 5_000
-"""Up to so many rows the experts are cross-fitted; beyond it the pool sees one fifth, and so many rows at most."""
 
 MEMORY_ROWS = 4_096
 """Up to so many rows are remembered; with more, the network has enough to learn from (docs/methods/vilu_plus.md)."""
 
-FOLDS = 5
 FEW_LABELS = 10
 """Per class on average; with fewer, folds lack classes and companions learn nothing that lasts."""
 
@@ -48,9 +46,9 @@ class ViLUPlus(LabelledPredictor):
     zero-shot logits at a fitted temperature plus a ridge-regularised bilinear form: convex), a small network of the
     image (``Adapter``) and, up to 4,096 rows, attention over the labelled images (``Memory``). They learn from class
     labels, so no failure is needed. w comes from rows that they were not fitted on (cross-fitted, or ``validation``),
-    with a prior at the attention alone, which makes q a calibrated probability. With fewer than ten labels a class there
-    is the attention alone, and the fewer they are the nearer it stays to the zero-shot posterior. Candidates that are
-    not all training classes are scored by the attention alone; captions have no other expert.
+    with a prior at the attention alone, which makes q a calibrated probability. With fewer than ten labels a class
+    there is the attention alone, and the fewer they are the nearer it stays to the zero-shot posterior. Candidates that
+    are not all training classes are scored by the attention alone; captions have no other expert.
 
     Args:
         features: Look at the column "features" (the image encoder's output before its projection, or a second
@@ -110,7 +108,7 @@ class ViLUPlus(LabelledPredictor):
         if kinds:
             parts = [
                 log_posteriors(self._fit_experts(rows, kinds), held_out, self.device_)
-                for rows, held_out in self._roles(train, failure, validation)
+                for rows, held_out in cross_fitting(train, failure, validation, self.seed)
             ]
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             self.pool_ = torch.from_numpy(fit_pool(log_p, target))
@@ -123,29 +121,12 @@ class ViLUPlus(LabelledPredictor):
             return ()
         return ("adapter", "memory") if n <= MEMORY_ROWS else ("adapter",)
 
-    def _roles(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> list[tuple[Rows, Rows]]:
-        """Pairs of rows to fit the experts on and rows to fit the pool on."""
-        if validation is not None:
-            rows, _ = trainable_rows(validation, "validation")
-            return [(train, Rows(validation, rows, train.columns))]
-        n = len(failure)
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(n, generator=generator)
-        order = order[failure[order].argsort(stable=True)]  # neighbours in this order go to different folds
-        fold = torch.empty(n, dtype=torch.long)
-        fold[order] = torch.arange(n) % FOLDS
-        parts = [train.index[fold == k] for k in range(FOLDS if n <= FOLDED_ROWS else 1)]
-        held_out = [(part[:FOLDED_ROWS], fold != k) for k, part in enumerate(parts) if len(part)]
-        return [
-            (Rows(train.source, train.index[rest], train.columns), Rows(train.source, part, train.columns))
-            for part, rest in held_out
-        ]
-
     def _fit_experts(self, rows: Rows, kinds: tuple[str, ...]) -> Experts:
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
         inputs = Inputs(rows.source.space.embed_dim, feature_dim(rows))
         inputs.fit(rows)
         attention = fit_attention(inputs, rows, n_classes, self.variance, self.sharing, self.device_)
+        fits: dict[str, Callable[[SupervisedAttention, Rows], Adapter | Memory]]
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
         return Experts(attention, companions).eval().requires_grad_(requires_grad=False)

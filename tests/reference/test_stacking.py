@@ -1,0 +1,136 @@
+"""Stacking against scikit-learn, put together by hand from methods fitted on the same folds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+from sklearn.linear_model import LogisticRegression
+
+import vilu
+from tests.conftest import toy_embeddings
+from vilu import PREDICTORS
+from vilu.embeddings import Embeddings
+from vilu.errors import DataError, UsageError
+from vilu.nn.train import Rows
+from vilu.predictors import folds
+from vilu.predictors.fitted.stacking import Stacking
+
+MEMBERS = ("mcm", "max_logit", "knn_vote", "linear_probe", "mahalanobis")
+
+
+def failures(data: Embeddings) -> np.ndarray:
+    return torch.cat([batch.failure for batch in data.batches(1024)]).numpy()
+
+
+def columns(train: Embeddings, data: Embeddings) -> np.ndarray:
+    """(N, M) of methods fitted through their public interface."""
+    found = []
+    for name in MEMBERS:
+        score = PREDICTORS[name]().fit(train).predict_uncertainty(data)
+        found.append(special.logit(score.clip(1e-12, 1 - 1e-12)) if PREDICTORS[name].is_probability else score)
+    return np.stack(found, axis=1)
+
+
+def by_hand(scores: np.ndarray, failure: np.ndarray, new: np.ndarray) -> np.ndarray:
+    mean, deviation = scores.mean(axis=0), scores.std(axis=0)
+    model = LogisticRegression(max_iter=1000, tol=1e-6)
+    model.fit(((scores - mean) / deviation).clip(-5, 5), failure)
+    return model.predict_proba(((new - mean) / deviation).clip(-5, 5))[:, 1]
+
+
+def test_cross_fitted_by_hand() -> None:
+    train, test = toy_embeddings(n=200), toy_embeddings(seed=1, ids_from=1000)
+    failure = failures(train)
+    scores = np.full((200, len(MEMBERS)), np.nan)
+    for rest, part in folds.cross_fitting(Rows(train, torch.arange(200)), torch.from_numpy(failure), None, 0):
+        scores[part.index] = columns(*(Embeddings.from_rows(train, rows.index) for rows in (rest, part)))
+    found = Stacking(members=MEMBERS).fit(train).predict_uncertainty(test)
+    # L-BFGS stops at a gradient of 1e-6, and rounding may make it stop a step earlier.
+    assert np.allclose(found, by_hand(scores, failure, columns(train, test)), atol=1e-5)
+
+
+def test_on_validation_rows_by_hand() -> None:
+    train, validation, test = (toy_embeddings(n=200, seed=seed, ids_from=1000 * seed) for seed in range(3))
+    found = Stacking(members=MEMBERS).fit(train, validation).predict_uncertainty(test)
+    expected = by_hand(columns(train, validation), failures(validation), columns(train, test))
+    assert np.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 10, 23])
+def test_folds_part_the_rows_and_share_the_failures(n: int) -> None:
+    failure = (torch.arange(n) % 3 == 0).long()
+    index = torch.arange(n) + 5
+    roles = folds.cross_fitting(Rows(toy_embeddings(n=n + 5), index), failure, None, 0)
+    assert torch.equal(torch.cat([part.index for _, part in roles]).sort().values, index)
+    for rest, part in roles:
+        assert torch.equal(torch.cat([rest.index, part.index]).sort().values, index)
+        assert abs(float(failure[part.index - 5].sum()) - float(failure.sum()) / 5) < 1
+
+
+def test_of_many_rows_one_fifth_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folds, "FOLDED_ROWS", 30)
+    data = toy_embeddings(n=200)
+    failure = torch.from_numpy(failures(data))
+    ((rest, part),) = folds.cross_fitting(Rows(data, torch.arange(200)), failure, None, 0)
+    assert (len(rest.index), len(part.index)) == (160, 30)
+    assert not set(rest.index.tolist()) & set(part.index.tolist())
+
+
+def test_a_handful_of_labels() -> None:
+    """Two rows, of which each fold leaves one; ten rows of ten classes, so that no class is in both parts of a fold."""
+    many = toy_embeddings(k=10)
+    failure, target = failures(many), many.target.numpy()
+    wrong = np.flatnonzero(failure)[:2]
+    right = [np.flatnonzero((failure == 0) & (target == c))[0] for c in range(10) if c not in target[wrong]]
+    for rows in ([wrong[0], right[0]], [*wrong, *right]):
+        with pytest.warns(UserWarning, match="expect an unreliable fit"):
+            predictor = Stacking().fit(Embeddings.from_rows(many, torch.tensor(rows)))
+        probability = predictor.predict_failure_probability(many)
+        assert np.isfinite(probability).all()
+        assert probability.std() > 0
+
+
+def test_a_member_that_is_the_same_everywhere_has_no_weight() -> None:
+    """Up to rounding: 0.1 has no exact mean."""
+    scores = torch.stack([torch.randn(50, generator=torch.Generator().manual_seed(0)), torch.full((50,), 0.1)], dim=1)
+    stack = Stacking()._regress(scores.double(), torch.arange(50) % 2)
+    assert stack["coefficients"][0] != 0
+    assert stack["coefficients"][1] == 0
+
+
+def test_members_bring_their_columns_and_states(tmp_path) -> None:
+    train, test = toy_embeddings(n=200), toy_embeddings(n=50, seed=1, ids_from=1000)
+    quick = Stacking(members=("mcm", "tta", "prompt_disagreement", "sirc"))
+    found = quick.fit(train).predict_uncertainty(test)
+    assert set(quick.columns_to_score) == {"views", "prompts"}
+    quick.save(tmp_path)
+    assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), found)
+
+
+def test_members_are_checked() -> None:
+    train = toy_embeddings(n=60)
+    for members, match in [
+        (("mcm", "entrpy"), "Did you mean 'entropy'"),
+        (("mcm", "mcm"), "must be different methods"),
+        (("mcm", "stacking"), "must be different methods"),
+        ((), "'members' parameter of stacking"),
+    ]:
+        with pytest.raises(UsageError, match=match):
+            Stacking(members=members).fit(train)
+
+
+def test_held_out_rows_of_one_kind_are_refused() -> None:
+    train, other = toy_embeddings(n=200), toy_embeddings(n=100, seed=1, ids_from=1000)
+    right = Embeddings.from_rows(other, torch.from_numpy(np.flatnonzero(failures(other) == 0)))
+    with pytest.raises(DataError, match="Found 0 failures among them"):
+        Stacking(members=("mcm",)).fit(train, right)
+
+
+def test_restore_refuses_other_tensors() -> None:
+    train = toy_embeddings(n=200)
+    state = Stacking(members=MEMBERS).fit(train).state()
+    for members in (MEMBERS[:-1], (*MEMBERS, "entropy")):
+        with pytest.raises(DataError, match="a stacking holds mean, deviation"):
+            Stacking(members=members).restore(dict(state))
