@@ -1,0 +1,173 @@
+"""ViLU+ against independent solvers: SciPy for the convex expert and the pool, scikit-learn for the memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax, logsumexp, softmax
+from sklearn.kernel_ridge import KernelRidge
+
+import vilu
+from tests.conftest import toy_embeddings, toy_pairs, variant
+from vilu.embeddings import Embeddings
+from vilu.errors import DataError
+from vilu.nn.experts import Memory
+from vilu.nn.supervised import Inputs, fit_attention, fit_temperature
+from vilu.nn.train import Rows
+from vilu.predictors.heads.pool import POOL_SD, fit_pool
+from vilu.predictors.heads.vilu_plus import ViLUPlus
+
+CPU = torch.device("cpu")
+VARIANCE, SHARING = 10.0, 0.5
+QUICK = {"epochs": 10, "width": 16}
+
+
+def rows_of(data: Embeddings) -> Rows:
+    return Rows(data, torch.arange(len(data)))
+
+
+def standardised(rows: np.ndarray) -> np.ndarray:
+    centred = rows - rows.mean(axis=0)
+    return centred / np.sqrt((centred**2).sum(axis=1).mean())
+
+
+@pytest.fixture(scope="module")
+def data() -> Embeddings:
+    return toy_embeddings(n=200, k=4, d=8)
+
+
+@pytest.fixture(scope="module")
+def attention(data: Embeddings):
+    inputs = Inputs(8, 0)
+    inputs.fit(rows_of(data))
+    return fit_attention(inputs, rows_of(data), 4, VARIANCE, SHARING, CPU)
+
+
+def zero_shot(data: Embeddings) -> np.ndarray:
+    return data.space.logit_scale * data.image.double().numpy() @ data.text.double().numpy().T
+
+
+def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
+    logits, target = zero_shot(data), data.target.numpy()
+    grid = np.exp(np.linspace(-3, 3, 6001))
+    loss = [-log_softmax(a * logits, axis=1)[range(200), target].sum() + np.log(a) ** 2 / 0.5 for a in grid]
+    # the grid has steps of one part in a thousand
+    assert fit_temperature(rows_of(data), CPU) == pytest.approx(grid[np.argmin(loss)], rel=2e-3)
+
+
+def test_attention_is_the_most_probable_one(data: Embeddings, attention) -> None:
+    """Its dual view: one weight vector per class, of prior covariance C (rho T T^T + (1 - rho) I) across classes."""
+    x = np.column_stack([standardised(data.image.double().numpy()), np.ones(200)])
+    t = standardised(data.text.double().numpy())
+    precision = np.linalg.inv(SHARING * t @ t.T + (1 - SHARING) * np.eye(4)) / VARIANCE
+    offset = float(attention.temperature) * zero_shot(data)
+    target = np.eye(4)[data.target.numpy()]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = flat.reshape(4, 9)
+        logits = offset + x @ weights.T
+        loss = (logsumexp(logits, axis=1) - (logits * target).sum(axis=1)).sum()
+        loss += 0.5 * np.einsum("kd,kl,ld->", weights, precision, weights)
+        slope = (softmax(logits, axis=1) - target).T @ x + precision @ weights
+        return loss, slope.ravel()
+
+    found = minimize(objective, np.zeros(36), jac=True, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-8})
+    expected = offset + x @ found.x.reshape(4, 9).T
+    batch = next(data.batches(200))
+    # both stop when float32 sums of 200 losses no longer change: logits of size 10 to about 1e-3 of it
+    assert np.allclose(attention(batch).numpy(), expected, atol=0.02)
+
+
+def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -> None:
+    other = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=1)
+    mixed = Embeddings(data.image, torch.cat([other[:1], data.text[[2]], other[1:]]), None, 20.0)
+    batch = next(mixed.batches(200))
+    match, known = attention.match(batch.text)
+    assert known.tolist() == [False, True, False, False]
+    assert int(match[1]) == 2
+    logits = attention(batch, (match, known))
+    whole = attention(next(data.batches(200)))
+    assert torch.allclose(logits[:, 1], whole[:, 2], atol=1e-4)
+    keys = SHARING**0.5 * attention.text(batch.text[[0]]) @ attention.shared.T
+    x = torch.nn.functional.pad(attention.inputs(batch), (0, 1), value=1.0)
+    expected = attention.temperature * batch.logits[:, 0] + (x @ keys.T).squeeze(1)
+    assert torch.allclose(logits[:, 0], expected, atol=1e-4)
+
+
+def test_memory_is_kernel_ridge_regression_of_the_residual(data: Embeddings, attention) -> None:
+    memory = Memory.of(attention, rows_of(data))
+    x = standardised(data.image.double().numpy())
+    residual = np.eye(4)[data.target.numpy()] - softmax(float(attention.temperature) * zero_shot(data), axis=1)
+    ridge = KernelRidge(alpha=0.1, kernel="rbf", gamma=0.5).fit(x, residual)
+    found = memory(next(data.batches(200))).numpy()
+    # float32 kernels (1e-6) against a Gram matrix of condition number up to 200 / 0.1
+    assert np.allclose(found, 8 * ridge.predict(x), atol=0.02)
+
+
+def test_pool_is_the_most_probable_one() -> None:
+    rng = np.random.default_rng(0)
+    target = rng.integers(3, size=300)
+    truth = 2.0 * np.eye(3)[target]
+    log_p = np.stack([log_softmax(truth + rng.normal(size=(300, 3)) * s, axis=1) for s in (1.5, 1.0)], axis=1)
+    grid = np.linspace(0, 1.5, 151)
+    loss = np.array(
+        [
+            [
+                -log_softmax(a * log_p[:, 0] + b * log_p[:, 1], axis=1)[range(300), target].sum()
+                + ((a - 1) ** 2 + b**2) / (2 * POOL_SD**2)
+                for b in grid
+            ]
+            for a in grid
+        ]
+    )
+    best = np.unravel_index(loss.argmin(), loss.shape)
+    assert np.allclose(fit_pool(log_p, target), [grid[i] for i in best], atol=0.006)  # half a step, rounded up
+    assert np.allclose(fit_pool(log_p[:1], target[:1]), [1, 0], atol=0.1)  # one row says next to nothing
+
+
+def test_companions_come_with_enough_labels(data: Embeddings) -> None:
+    fewer = Embeddings.from_rows(data, torch.arange(30))
+    few, many = ViLUPlus(**QUICK).fit(fewer), ViLUPlus(**QUICK).fit(data)
+    assert list(few.experts_.companions) == []
+    assert few.notes_["pool"] == [1.0]
+    assert list(many.experts_.companions) == ["adapter", "memory"]
+    assert len(many.notes_["pool"]) == 3
+
+
+def test_probabilities_are_calibrated(data: Embeddings) -> None:
+    test = toy_embeddings(n=2000, k=4, d=8, seed=5)
+    predictor = ViLUPlus(**QUICK).fit(data)
+    failure = torch.cat([batch.failure for batch in test.batches(512)]).numpy()
+    probability = predictor.predict_failure_probability(test)
+    # the pool was fitted on 200 rows: its standard error is that of a rate near 0.2 over them, three of which are 0.085
+    assert probability.mean() == pytest.approx(failure.mean(), abs=0.085)
+
+
+def test_captions_have_the_attention_alone(tmp_path) -> None:
+    predictor = ViLUPlus(**QUICK).fit(toy_pairs())
+    assert list(predictor.experts_.companions) == []
+    test = toy_pairs(seed=1)
+    predictor.save(tmp_path)
+    assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), predictor.predict_uncertainty(test))
+
+
+def test_features_are_named_and_needed_again(data: Embeddings, tmp_path) -> None:
+    bare = variant(data, columns=None)
+    with_features, without = ViLUPlus(**QUICK).fit(data), ViLUPlus(features=False, **QUICK).fit(data)
+    assert (with_features.label, without.label) == ("vilu_plus (features)", "vilu_plus")
+    assert np.array_equal(ViLUPlus(**QUICK).fit(bare).predict_uncertainty(data), without.predict_uncertainty(data))
+    with pytest.raises(DataError, match="needs the column 'features'"):
+        with_features.predict_uncertainty(bare)
+    with_features.save(tmp_path)
+    loaded = vilu.load(tmp_path)
+    assert loaded.label == "vilu_plus (features)"
+    assert np.array_equal(loaded.predict_uncertainty(data), with_features.predict_uncertainty(data))
+
+
+def test_validation_rows_weigh_the_pool(data: Embeddings) -> None:
+    validation = toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
+    chosen = ViLUPlus(**QUICK).fit(data, validation)
+    assert chosen.notes_["pool"] != ViLUPlus(**QUICK).fit(data).notes_["pool"]
+    assert chosen.seen_.overlap(validation.ids) == 0
