@@ -52,14 +52,15 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--split", split, "--limit", limit,
         )  # fmt: skip
         assert done.stdout.strip() == str(folder / split)
-    done = run("fit", folder / "train", "-o", folder / "vilu", "--set", "epochs=10", "--set", "hidden=32,16")
+    settings = ("--method", "vilu", "--set", "epochs=10", "--set", "hidden=32,16")
+    done = run("fit", folder / "train", "-o", folder / "vilu", *settings)
     assert done.stdout.strip() == str(folder / "vilu")
     return folder
 
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("demo", "embed", "inspect", "fit", "score", "evaluate", "list", "convert"):
+    for command in ("demo", "embed", "inspect", "fit", "score", "evaluate", "benchmark", "list", "convert"):
         assert command in text
         assert "Usage" in run(command, "--help").stdout
     assert run("--version").stdout.strip() == vilu.__version__
@@ -92,6 +93,8 @@ def test_validation_store_and_zero_shot_methods(work: Path) -> None:
     run(
         "fit", work / "train", "-o", work / "lvu", "--method", "lvu", "--validation", work / "test", "--set", "epochs=2"
     )
+    run("fit", work / "train", "-o", work / "plus", "--set", "epochs=2", "--set", "width=16")
+    assert vilu.load(work / "plus").name == "vilu_plus"
     run("fit", work / "train", "-o", work / "mcm", "--method", "mcm")
     run("score", work / "mcm", work / "test", "-o", work / "mcm.csv")
     assert "mcm" in run("evaluate", work / "mcm.csv", "--resamples", 20).stdout

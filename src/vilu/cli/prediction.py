@@ -18,7 +18,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pred
 def fit(
     store: Store,
     output: Output,
-    method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu",
+    method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu_plus",
     validation: Annotated[
         Path | None, typer.Option(help="Store to select on; without it a part of the training rows is held out.")
     ] = None,
