@@ -15,7 +15,18 @@ if TYPE_CHECKING:
     from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
     from vilu.outcomes import Outcomes
-    from vilu.predictors import LVU, MCM, PREDICTORS, Doctor, Entropy, FailurePredictor, Margin, MaxLogit, ViLU
+    from vilu.predictors import (
+        LVU,
+        MCM,
+        PREDICTORS,
+        Doctor,
+        Entropy,
+        FailurePredictor,
+        Margin,
+        MaxLogit,
+        ViLU,
+        ViLUPlus,
+    )
     from vilu.predictors.convert import convert_official
     from vilu.predictors.storage import load
     from vilu.results import ResultTable
@@ -42,6 +53,7 @@ _HOME = {
     "MaxLogit": "vilu.predictors",
     "PREDICTORS": "vilu.predictors",
     "ViLU": "vilu.predictors",
+    "ViLUPlus": "vilu.predictors",
     "convert_official": "vilu.predictors.convert",
     "load": "vilu.predictors.storage",
     "ResultTable": "vilu.results",
@@ -73,6 +85,7 @@ __all__ = [
     "PairEmbeddings",
     "ResultTable",
     "ViLU",
+    "ViLUPlus",
     "__version__",
     "compare",
     "convert_official",

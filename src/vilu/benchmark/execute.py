@@ -23,7 +23,6 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.evaluation import evaluate
 from vilu.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.labelled import SAME_TEXT
 from vilu.predictors.parameters import parameters
 from vilu.progress import Silence, reporting
 from vilu.space import digest

@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.nn.train import SCORING_BATCH, Rows
-from vilu.types import Batch
-
-SAME_TEXT = 0.999
-"""Cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6."""
+from vilu.types import SAME_TEXT, Batch
 
 TEMPERATURE_SD = 0.5
 """Prior standard deviation of the log of the zero-shot temperature, around zero."""

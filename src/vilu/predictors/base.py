@@ -19,6 +19,7 @@ from vilu.columns import HOW
 from vilu.device import resolve_device
 from vilu.errors import DataError, NotFittedError, UsageError
 from vilu.nn.train import SCORING_BATCH
+from vilu.predictors.parameters import check_parameters
 from vilu.predictors.sketch import RowSketch
 from vilu.space import EmbeddingSpace
 from vilu.types import Batch, EmbeddingSource
@@ -108,7 +109,8 @@ class FailurePredictor(ABC):
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
             ProvenanceError: If the data come from another embedding space than the training data.
-            UsageError: If the data are image-caption pairs and the method does not work on them.
+            UsageError: If a hyper-parameter is out of range, or the data are image-caption pairs and the method does not
+                work on them.
             DataError: If the data lack a column that the method needs.
         """
         self._check_ready(data)
@@ -148,6 +150,7 @@ class FailurePredictor(ABC):
                 raise DataError(f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`.")
 
     def _check_ready(self, data: EmbeddingSource) -> None:
+        check_parameters(self)
         self.require_fitted()
         self._check_source(data, self.columns_to_score)
         if self.space_ is None:

@@ -16,12 +16,10 @@ from vilu.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.base import FailurePredictor, similarity_range
 from vilu.predictors.parameters import check_parameters
 from vilu.predictors.sketch import RowSketch
-from vilu.types import UNKNOWN, Batch, EmbeddingSource
+from vilu.types import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
 from vilu.validate import RowNumbers
 
 MAX_UNUSABLE = 0.01
-SAME_TEXT = 0.999
-"""Cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6."""
 
 
 @dataclasses.dataclass

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vilu.predictors.base import FailurePredictor
 from vilu.predictors.free.posterior import float64
-from vilu.predictors.free.tunable import TunableScore
 from vilu.types import Batch
 
 
 @dataclass
-class Energy(TunableScore):
+class Energy(FailurePredictor):
     """Free energy of the logits: u = -T log sum_j exp(l_j / T), between -max_j l_j - T log K and -max_j l_j.
 
     Args:

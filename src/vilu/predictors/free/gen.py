@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vilu.predictors.base import FailurePredictor
 from vilu.predictors.free.posterior import log_posterior
-from vilu.predictors.free.tunable import TunableScore
 from vilu.types import Batch
 
 
 @dataclass
-class GEN(TunableScore):
+class GEN(FailurePredictor):
     """Generalised entropy: u = sum over the M largest p_j of p_j^gamma (1 - p_j)^gamma.
 
     A small gamma makes the tail count: 1e-20 to the power 0.1 is 0.01. Powers are taken of logarithms, so that no tail

@@ -11,15 +11,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vilu.predictors.base import FailurePredictor
 from vilu.predictors.free.posterior import float64
-from vilu.predictors.free.tunable import TunableScore
 from vilu.types import Batch
 
 Statistic = Literal["mean", "vote"]
 
 
 @dataclass
-class Disagreement(TunableScore):
+class Disagreement(FailurePredictor):
     """u = 1/(R + 1) sum_r d_r over the original question (r = 0) and R other looks at it.
 
     d_r is how much look r doubts the original answer t̂:
