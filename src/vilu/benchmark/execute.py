@@ -26,6 +26,7 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.parameters import parameters
 from vilu.progress import Silence, reporting
 from vilu.space import digest
+from vilu.types import SAME_TEXT
 
 logger = logging.getLogger(__name__)
 

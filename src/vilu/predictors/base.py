@@ -109,8 +109,7 @@ class FailurePredictor(ABC):
         Raises:
             NotFittedError: If the predictor needs ``fit`` first.
             ProvenanceError: If the data come from another embedding space than the training data.
-            UsageError: If a hyper-parameter is out of range, or the data are image-caption pairs and the method does not
-                work on them.
+            UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
             DataError: If the data lack a column that the method needs.
         """
         self._check_ready(data)
