@@ -84,15 +84,19 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
     other = torch.nn.functional.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(1)), dim=1)
     mixed = Embeddings(data.image, torch.cat([other[:1], data.text[[2]], other[1:]]), None, 20.0)
     batch = next(mixed.batches(200))
-    match, known = attention.match(batch.text)
-    assert known.tolist() == [False, True, False, False]
-    assert int(match[1]) == 2
-    logits = attention(batch, (match, known))
+    match = attention.match(batch.text)
+    assert match.known.tolist() == [False, True, False, False]
+    assert int(match.row[1]) == 2
+    texts, classes = (rows - data.text.numpy().mean(axis=0) for rows in (batch.text.numpy(), data.text.numpy()))
+    cosine = texts @ classes.T / np.linalg.norm(texts, axis=1)[:, None] / np.linalg.norm(classes, axis=1)
+    reach = np.maximum(cosine.max(axis=1), 0)
+    assert np.allclose(match.reach.numpy(), reach, atol=1e-5)
+    logits = attention(batch, match)
     whole = attention(next(data.batches(200)))
     assert torch.allclose(logits[:, 1], whole[:, 2], atol=1e-4)
     keys = SHARING**0.5 * attention.text(batch.text[[0]]) @ attention.shared.T
     x = torch.nn.functional.pad(attention.inputs(batch), (0, 1), value=1.0)
-    expected = attention.temperature * batch.logits[:, 0] + (x @ keys.T).squeeze(1)
+    expected = attention.temperature * batch.logits[:, 0] + float(reach[0]) * (x @ keys.T).squeeze(1)
     assert torch.allclose(logits[:, 0], expected, atol=1e-4)
 
 

@@ -97,9 +97,9 @@ class Experts(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, M, K) logits: of all experts where every candidate is a training class, else of the attention (M = 1)."""
-        match, known = self.attention.match(batch.text)
-        logits = [self.attention(batch, (match, known))]
-        if bool(known.all()):
+        match = self.attention.match(batch.text)
+        logits = [self.attention(batch, match)]
+        if bool(match.known.all()):
             offset = self.attention.offset(batch)
-            logits += [offset + companion(batch)[:, match] for companion in self.companions.values()]
+            logits += [offset + companion(batch)[:, match.row] for companion in self.companions.values()]
         return torch.stack(logits, dim=1)

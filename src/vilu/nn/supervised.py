@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,12 +86,27 @@ class Inputs(nn.Module):
         return torch.cat(both, dim=1) / math.sqrt(2)
 
 
+class Match(NamedTuple):
+    """What candidates have to do with the training classes.
+
+    Attributes:
+        row: (K,) the class of each, where it is one.
+        known: (K,) whether it is one.
+        reach: (K,) 1 for a class, else the cosine of the standardised text with the nearest class's, at least 0.
+    """
+
+    row: Tensor
+    known: Tensor
+    reach: Tensor
+
+
 class SupervisedAttention(nn.Module):
     """Logits of K candidates: the zero-shot logits, tempered, plus a bilinear form in image and text.
 
     l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the ``Inputs``, t
     standardised texts. v_j belongs to class j of the training set and is zero for every other candidate, so any
-    candidates can be scored; A is what they have in common. Starts at the tempered zero-shot logits (A = v = 0).
+    candidates can be scored; A is what they have in common, and counts for another candidate as much as its text is
+    like that of a class (``Match.reach``). Starts at the tempered zero-shot logits (A = v = 0).
 
     Args:
         inputs: Fitted.
@@ -114,19 +129,24 @@ class SupervisedAttention(nn.Module):
         tempered: Tensor = self.temperature * (batch.logits - batch.logit_bias)
         return tempered
 
-    def match(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """(K,) training class of each candidate and whether it is one; never two candidates of one class."""
+    def match(self, text: Tensor) -> Match:
+        """How candidates (K, D) relate to the training classes; captions have none, and nothing to be far from."""
         if not len(self.classes):
             nobody = torch.zeros(len(text), dtype=torch.long, device=text.device)
-            return nobody, nobody.bool()
-        cosine, match = (text @ self.classes.T).max(dim=1)
-        return match, cosine >= SAME_TEXT
+            return Match(nobody, nobody.bool(), torch.ones_like(text[:, 0]))
+        cosine, index = (text @ self.classes.T).max(dim=1)
+        known = cosine >= SAME_TEXT
+        candidates, classes = (functional.normalize(self.text(rows), dim=1) for rows in (text, self.classes))
+        near = (candidates @ classes.T).amax(dim=1).clamp(0, 1)
+        return Match(index, known, torch.where(known, 1.0, near))
 
-    def forward(self, batch: Batch, match: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) logits; ``match`` as from ``match``, None where the candidates are the training classes in order."""
         keys = math.sqrt(self.sharing) * (self.text(batch.text) @ self.shared.T)
+        if match is not None:
+            keys = keys * match.reach[:, None]
         if len(self.own):
-            own = self.own if match is None else self.own[match[0]] * match[1][:, None]
+            own = self.own if match is None else self.own[match.row] * match.known[:, None]
             keys = keys + math.sqrt(1 - self.sharing) * own
         learned: Tensor = functional.pad(self.inputs(batch), (0, 1), value=1.0) @ keys.T
         return self.offset(batch) + learned
