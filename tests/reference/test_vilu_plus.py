@@ -89,14 +89,15 @@ def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -
     assert int(match.row[1]) == 2
     texts, classes = (rows - data.text.numpy().mean(axis=0) for rows in (batch.text.numpy(), data.text.numpy()))
     cosine = texts @ classes.T / np.linalg.norm(texts, axis=1)[:, None] / np.linalg.norm(classes, axis=1)
-    reach = np.maximum(cosine.max(axis=1), 0)
+    reach = np.where(match.known.numpy(), 1, np.maximum(cosine.max(axis=1), 0) ** 2)
     assert np.allclose(match.reach.numpy(), reach, atol=1e-5)
     logits = attention(batch, match)
-    whole = attention(next(data.batches(200)))
-    assert torch.allclose(logits[:, 1], whole[:, 2], atol=1e-4)
+    temperature = attention.temperature ** reach.mean()
+    learned = attention(next(data.batches(200))) - attention.offset(next(data.batches(200)))
+    assert torch.allclose(logits[:, 1], temperature * batch.logits[:, 1] + learned[:, 2], atol=1e-4)
     keys = SHARING**0.5 * attention.text(batch.text[[0]]) @ attention.shared.T
     x = torch.nn.functional.pad(attention.inputs(batch), (0, 1), value=1.0)
-    expected = attention.temperature * batch.logits[:, 0] + float(reach[0]) * (x @ keys.T).squeeze(1)
+    expected = temperature * batch.logits[:, 0] + float(reach[0]) * (x @ keys.T).squeeze(1)
     assert torch.allclose(logits[:, 0], expected, atol=1e-4)
 
 

@@ -92,7 +92,8 @@ class Match(NamedTuple):
     Attributes:
         row: (K,) the class of each, where it is one.
         known: (K,) whether it is one.
-        reach: (K,) 1 for a class, else the cosine of the standardised text with the nearest class's, at least 0.
+        reach: (K,) 1 for a class, else the squared cosine of the standardised text with the nearest class's (0 where it
+            is negative): the share of its variance that the two have in common.
     """
 
     row: Tensor
@@ -105,8 +106,9 @@ class SupervisedAttention(nn.Module):
 
     l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the ``Inputs``, t
     standardised texts. v_j belongs to class j of the training set and is zero for every other candidate, so any
-    candidates can be scored; A is what they have in common, and counts for another candidate as much as its text is
-    like that of a class (``Match.reach``). Starts at the tempered zero-shot logits (A = v = 0).
+    candidates can be scored; A is what they have in common. It and the temperature count for other candidates as much
+    as their texts are like those of classes (``Match.reach``), so that foreign ones have their zero-shot logits. Starts
+    at the tempered zero-shot logits (A = v = 0).
 
     Args:
         inputs: Fitted.
@@ -124,9 +126,10 @@ class SupervisedAttention(nn.Module):
         self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim))
         self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1))
 
-    def offset(self, batch: Batch) -> Tensor:
-        """(B, K) tempered zero-shot logits, without the bias that all share."""
-        tempered: Tensor = self.temperature * (batch.logits - batch.logit_bias)
+    def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
+        """(B, K) tempered zero-shot logits without the bias that all share; the more foreign, the less tempered."""
+        temperature = self.temperature if match is None else self.temperature ** match.reach.mean()
+        tempered: Tensor = temperature * (batch.logits - batch.logit_bias)
         return tempered
 
     def match(self, text: Tensor) -> Match:
@@ -137,7 +140,7 @@ class SupervisedAttention(nn.Module):
         cosine, index = (text @ self.classes.T).max(dim=1)
         known = cosine >= SAME_TEXT
         candidates, classes = (functional.normalize(self.text(rows), dim=1) for rows in (text, self.classes))
-        near = (candidates @ classes.T).amax(dim=1).clamp(0, 1)
+        near = (candidates @ classes.T).amax(dim=1).clamp(0, 1).square()
         return Match(index, known, torch.where(known, 1.0, near))
 
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
@@ -149,7 +152,7 @@ class SupervisedAttention(nn.Module):
             own = self.own if match is None else self.own[match.row] * match.known[:, None]
             keys = keys + math.sqrt(1 - self.sharing) * own
         learned: Tensor = functional.pad(self.inputs(batch), (0, 1), value=1.0) @ keys.T
-        return self.offset(batch) + learned
+        return self.offset(batch, match) + learned
 
 
 def fit_attention(
