@@ -12,20 +12,21 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
-BASE = {"errors", "space", "validate", "files", "progress", "device", "columns"}
+BASE = {"errors", "space", "validate", "files", "progress", "device", "columns", "similarity"}
 TABLES = {"tables", "layout", "outcomes", "results", "evaluation", "metrics"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "types": BASE,
-    "embeddings": BASE | {"types"},
+    "pairs": BASE | {"types"},
+    "embeddings": BASE | {"types", "pairs"},
     "metrics": {"errors"},
     **dict.fromkeys(TABLES - {"metrics"}, BASE | TABLES),
     "nn": BASE | {"types", "metrics"},
-    "predictors": BASE | {"types", "embeddings", "metrics", "nn"},
+    "predictors": BASE | {"types", "pairs", "embeddings", "metrics", "nn"},
     "scoring": BASE | {"types", "predictors", "outcomes", "nn"},
     "backbones": BASE | {"types"},
     "datasets": BASE | {"types"},
-    "store": BASE | {"types", "backbones", "datasets"},
+    "store": BASE | {"types", "pairs", "backbones", "datasets"},
     "report": BASE | TABLES,
     "demo": None,
     "benchmark": None,

@@ -6,6 +6,7 @@ Shapes: N rows, K candidate texts, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -13,9 +14,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from vilu.columns import IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError
+from vilu.pairs import PairSource, Pools
 from vilu.space import EmbeddingSpace
-from vilu.types import EmbeddingSource
+from vilu.types import Candidates, EmbeddingSource
 from vilu.validate import RowNumbers, check_class_names, check_ids, check_targets, require_usable, unit_rows
 
 
@@ -84,9 +86,9 @@ class Embeddings(EmbeddingSource):
         """(B, D) rows of ``image``."""
         return self.image[index]
 
-    def candidates(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def candidates(self, index: Tensor) -> Candidates:
         """The same (K, D) texts for every batch, and the targets of the rows."""
-        return self.text, self.target[index]
+        return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name``: rows of it where it is of the images."""
@@ -97,44 +99,50 @@ class Embeddings(EmbeddingSource):
     @classmethod
     def from_rows(cls, source: EmbeddingSource, rows: Tensor) -> Embeddings:
         """A copy in memory of some rows of a source with shared candidates."""
-        text, target = source.candidates(rows)
+        found = source.candidates(rows)
         ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
         names = source.class_names
         columns = {name: source.column(name, rows) for name in sorted(source.columns)}
         image = source.image_rows(rows)
-        return cls(image, text, target, class_names=names, ids=ids, space=source.space, columns=columns)
+        return cls(image, found.text, found.target, class_names=names, ids=ids, space=source.space, columns=columns)
 
     @staticmethod
     def pairs(
-        image: ArrayLike | Tensor, text: ArrayLike | Tensor, pool_size: int = 1024, logit_scale: float = 100.0
+        image: ArrayLike | Tensor, text: ArrayLike | Tensor, pool_size: int | Pools = 1024, logit_scale: float = 100.0
     ) -> PairEmbeddings:
         """Image-caption pairs: row i of ``image`` belongs to row i of ``text`` (see ``PairEmbeddings``)."""
         return PairEmbeddings(image, text, pool_size, logit_scale)
 
 
-class PairEmbeddings(EmbeddingSource):
+class PairEmbeddings(PairSource):
     """Image-caption pairs in memory: each image is matched against the captions of its pool.
 
-    Identical captions of a pool are one target: its first occurrence, which is also what wins a tie.
+    Args:
+        image: (N, D) image embeddings.
+        text: (N, D) embeddings of their captions.
+        pool_size: Pairs of a pool; or ``Pools`` for all choices. A number takes the rows as they come.
+        logit_scale: Multiplier of the cosine.
+        logit_bias: Added to every logit.
+        ids: N row identifiers; by default the row numbers.
+        space: Full identity of the space, when known.
+        columns: What some methods need beside the embeddings, by name (``vilu.columns``).
 
     Raises:
-        DataError: If the numbers of images and captions differ, a row is unusable, or ``pool_size`` does not divide N
+        DataError: If the numbers of images and captions differ, a row is unusable, or the pool size does not divide N
             (a short last pool would be an easier problem).
 
     Example:
         >>> import numpy as np
         >>> data = Embeddings.pairs(np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2)
-        >>> [batch.failure.tolist() for batch in data.batches(1)]
+        >>> [batch.failure.tolist() for batch in data.batches(2)]
         [[0, 0], [1, 1]]
     """
-
-    class_names = None
 
     def __init__(
         self,
         image: ArrayLike | Tensor,
         text: ArrayLike | Tensor,
-        pool_size: int = 1024,
+        pool_size: int | Pools = 1024,
         logit_scale: float = 100.0,
         logit_bias: float = 0.0,
         *,
@@ -148,40 +156,36 @@ class PairEmbeddings(EmbeddingSource):
                 "image and text must be pairs of one shape. "
                 f"Got {tuple(self.image.shape)} and {tuple(self.text.shape)} instead."
             )
-        if pool_size < 1:
-            raise UsageError(f"pool_size must be at least 1. Got {pool_size} instead.")
-        if len(self.image) % pool_size:
+        self.pools = Pools(pool_size, seed=None) if isinstance(pool_size, int) else pool_size
+        self.pool_size = self.pools.size
+        if len(self.image) % self.pool_size:
             raise DataError(
-                f"the number of pairs must be a multiple of pool_size={pool_size}, since a short last pool has fewer "
-                f"distractors. Got {len(self.image)}: leave out {len(self.image) % pool_size} or change pool_size."
+                f"the number of pairs must be a multiple of pool_size={self.pool_size}, since a short last pool has "
+                f"fewer distractors. Got {len(self.image)}: leave out {len(self.image) % self.pool_size} or change "
+                "pool_size."
             )
-        self.pool_size = pool_size
         self.space = space or EmbeddingSpace(self.image.shape[1], float(logit_scale), float(logit_bias))
-        self.target = torch.arange(len(self.image)) % pool_size
+        self.target = torch.arange(len(self.image)) % self.pool_size
         self.status = np.zeros(len(self.image), dtype=np.uint8)
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(columns, len(self.image), len(self.text))
         self.columns = frozenset(self._columns)
 
-    @property
-    def n_candidates(self) -> int:
-        """K, the pool size."""
-        return self.pool_size or 0
+    @cached_property
+    def usable_rows(self) -> Tensor:
+        """(N,) all rows, in the order of their pools."""
+        return self._order(torch.arange(len(self.image)))
 
-    def image_rows(self, index: Tensor) -> Tensor:
+    def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``image``."""
         return self.image[index]
+
+    def caption_rows(self, index: Tensor) -> Tensor:
+        """(B, D) rows of ``text``."""
+        return self.text[index]
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name``: rows of it where it is of the images or of their captions."""
         if name not in self._columns:
             return super().column(name, index)
         return self._columns[name][index] if name in IMAGE_COLUMNS | TEXT_COLUMNS else self._columns[name]
-
-    def candidates(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """The captions of the rows themselves, and for each the first one equal to it."""
-        text = self.text[index]
-        _, inverse = torch.unique(text, dim=0, return_inverse=True)
-        order = torch.arange(len(text))
-        first = torch.full_like(order, len(text)).scatter_reduce(0, inverse, order, "amin")
-        return text, first[inverse]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.columns import HOW
+from vilu.columns import HOW, IMAGE_COLUMNS
 from vilu.errors import DataError
+from vilu.similarity import ZeroShot, of_logits, row_blocks, zero_shot
 from vilu.space import EmbeddingSpace
 from vilu.validate import VALID
 
@@ -28,11 +29,29 @@ SAME_TEXT = 0.999
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The texts that some rows are matched against.
+
+    Attributes:
+        text: (K, D) float32 unit-norm candidates.
+        target: (B,) int64 rows of ``text`` that are right, -1 where unknown.
+        same: (K,) int64: for every candidate the first one that is the same answer (so an answer is right when it and
+            the target have the same number); None where all candidates are different answers.
+        members: (K,) int64 positions in the source that the candidates belong to; None where they are shared.
+    """
+
+    text: Tensor
+    target: Tensor
+    same: Tensor | None = None
+    members: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Some images and the candidate texts they are matched against, all in float32 on one device.
 
-    Shared candidates (K class prompts) and in-batch candidates (the captions of the pool) look the same:
-    targets are rows of ``text``.
+    Shared candidates (K class prompts) and in-batch candidates (the captions of the pool) look the same: targets are
+    rows of ``text``. Where texts are matched against images, ``image`` holds the texts and ``text`` the images.
 
     Attributes:
         image: (B, D) unit-norm image embeddings.
@@ -42,6 +61,7 @@ class Batch:
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         columns: What else was asked for, by name (``vilu.columns``).
+        same: As in ``Candidates``.
     """
 
     image: Tensor
@@ -51,29 +71,78 @@ class Batch:
     logit_scale: float
     logit_bias: float = 0.0
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    same: Tensor | None = None
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast."""
+        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast.
+
+        For methods that look at all of them; batches from ``EmbeddingSource.batches`` are small enough.
+        """
         with torch.autocast(self.image.device.type, enabled=False):
             return self.image @ self.text.T * self.logit_scale + self.logit_bias
 
     @cached_property
+    def zero_shot(self) -> ZeroShot:
+        """Answers, largest logits and log-normalisers, in bounded memory."""
+        if "logits" in self.__dict__:
+            return of_logits(self.logits)
+        return zero_shot(self.image, self.text, self.logit_scale, self.logit_bias)
+
+    @property
     def prediction(self) -> Tensor:
-        """(B,) int64 zero-shot answer; among equal logits the lowest index wins (as ``torch.argmax`` documents)."""
-        return self.logits.argmax(dim=-1)
+        """(B,) int64 zero-shot answer; among equal logits the lowest index wins."""
+        return self.zero_shot.prediction
 
     @cached_property
     def failure(self) -> Tensor:
         """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where the target is unknown."""
-        wrong = (self.prediction != self.target).long()
-        return torch.where(self.target == UNKNOWN, UNKNOWN, wrong)
+        known = self.target != UNKNOWN
+        right = self.prediction, self.target.clamp(min=0)
+        if self.same is not None:
+            right = self.same[right[0]], self.same[right[1]]
+        return torch.where(known, (right[0] != right[1]).long(), UNKNOWN)
+
+    @property
+    def target_log_probability(self) -> Tensor:
+        """(B,) float32 log p_y of the target under the zero-shot posterior; of a row without target, of candidate 0."""
+        target = self.target.clamp(min=0)
+        with torch.autocast(self.image.device.type, enabled=False):
+            if self.same is not None:
+                parts = [self.rows(part) for part in row_blocks(len(target), len(self.text), len(target))]
+                return torch.cat([part.log_probability(part.logits, part.target.clamp(min=0)) for part in parts])
+            cosine = (self.image * self.text[target]).sum(dim=1)
+            return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
+
+    def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
+        """(B,) log of the mass that softmax(logits) gives to an answer: to all candidates that are the same.
+
+        Args:
+            logits: (B, K) of any posterior.
+            answer: (B,) int64 candidates.
+        """
+        answer = answer.to(logits.device)
+        if self.same is None:
+            return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        return logits.masked_fill(~self.alike(answer), -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
+
+    def alike(self, answer: Tensor) -> Tensor:
+        """(B, K) bool, which candidates are the same answer as the candidate ``answer`` (B,)."""
+        same = (torch.arange(len(self.text)) if self.same is None else self.same).to(answer.device)
+        return same == same[answer][:, None]
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        image, text, target, index = (t.to(device) for t in (self.image, self.text, self.target, self.index))
+        tensors = {name: getattr(self, name) for name in ("image", "text", "target", "index", "same")}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
-        return Batch(image, text, target, index, self.logit_scale, self.logit_bias, columns)
+        return replace(self, **moved, columns=columns)
+
+    def rows(self, part: slice) -> Batch:
+        """Some of the rows against all candidates."""
+        columns = {name: rows[part] if name in IMAGE_COLUMNS else rows for name, rows in self.columns.items()}
+        image, target, index = self.image[part], self.target[part], self.index[part]
+        return replace(self, image=image, target=target, index=index, columns=columns)
 
 
 class EmbeddingSource(ABC):
@@ -85,7 +154,7 @@ class EmbeddingSource(ABC):
         ids: (N,) row identifiers.
         target: (N,) int64 targets, -1 where unknown.
         status: (N,) uint8, 0 where the embedding is usable, else a position in ``validate.STATUS``.
-        pool_size: Number of in-batch candidates, or None when candidates are shared.
+        pool_size: Number of rows whose captions are the candidates of each of them, or None when candidates are shared.
         columns: Names of what there is beside the embeddings (``vilu.columns``).
     """
 
@@ -103,18 +172,18 @@ class EmbeddingSource(ABC):
     @property
     @abstractmethod
     def n_candidates(self) -> int:
-        """K."""
+        """K; with in-batch candidates at most so many."""
 
     @abstractmethod
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 image embeddings of the rows ``index`` (int64)."""
 
     @abstractmethod
-    def candidates(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Candidate texts (K, D) float32 for a batch of the rows ``index``, and the batch's targets (B,)."""
+    def candidates(self, index: Tensor) -> Candidates:
+        """Candidates of the rows ``index``; with in-batch candidates these rows are the pool."""
 
     def column(self, name: str, index: Tensor) -> Tensor:  # noqa: ARG002 - for sources that have some
-        """Float32 column ``name`` for a batch of the rows ``index``: of its images, its candidates or the model.
+        """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model.
 
         Raises:
             DataError: If there is no such column.
@@ -123,21 +192,37 @@ class EmbeddingSource(ABC):
 
     @cached_property
     def usable_rows(self) -> Tensor:
-        """(M,) int64 positions of the rows whose embedding is usable."""
+        """(M,) int64 positions of the usable rows, in the order in which they are scored (and make pools)."""
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 
-    def batches(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
-        """Batches in the order of ``rows`` (by default all usable rows, in order), with the named ``columns``.
+    def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The rows in a random order for one pass of training."""
+        return rows[torch.randperm(len(rows), generator=generator)]
 
-        With in-batch candidates a batch is one pool and ``size`` does not count: the number of distractors is part
-        of the problem, so a pool is never split or cut short; ``rows`` that do not fill a last pool are left out.
+    def batches(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+        """Batches of at most ``size`` of the ``rows`` (by default all usable ones), in order, with named ``columns``.
+
+        A batch is small enough for a method to look at all its logits (``similarity.MAX_CELLS``). With in-batch
+        candidates consecutive ``rows`` make a pool: its rows may come in several batches, its candidates never do,
+        since the number of distractors is part of the problem; rows that do not fill a last pool are left out.
         """
+        for step in self.steps(self.pool_size or size, rows=rows, columns=columns):
+            for part in row_blocks(len(step.index), len(step.text), size):
+                yield step.rows(part)
+
+    def steps(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+        """Batches as a step of training takes them: ``size`` rows, or with in-batch candidates whole pools."""
         rows = self.usable_rows if rows is None else rows
         size = self.pool_size or size
         end = len(rows) // size * size if self.pool_size else len(rows)
         for start in range(0, end, size):
-            index = rows[start : start + size]
-            text, target = self.candidates(index)
-            more = {name: self.column(name, index) for name in columns}
-            image = self.image_rows(index)
-            yield Batch(image, text, target, index, self.space.logit_scale, self.space.logit_bias, more)
+            yield self._batch(rows[start : start + size], columns)
+
+    def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
+        found = self.candidates(index)
+        more = {
+            name: self.column(name, found.members if found.members is not None and name not in IMAGE_COLUMNS else index)
+            for name in columns
+        }
+        scale, bias = self.space.logit_scale, self.space.logit_bias
+        return Batch(self.image_rows(index), found.text, found.target, index, scale, bias, more, found.same)

@@ -91,7 +91,7 @@ def test_loop_is_torchs_adamw_under_a_cosine() -> None:
     expected = []
     for _ in range(3):
         values = []
-        for batch in rows.batches(64, generator):
+        for batch in rows.steps(64, generator):
             value = loss(batch, theirs(batch))
             optimizer.zero_grad()
             value.backward()

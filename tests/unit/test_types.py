@@ -129,7 +129,7 @@ def test_pools_are_whole_and_identical_captions_are_one_target() -> None:
     assert first.failure.tolist() == [0, 0, 0]
     assert second.index.tolist() == [3, 4, 5]
     assert data.n_candidates == 3
-    assert len(list(data.batches(1, rows=torch.tensor([5, 0, 1, 2])))) == 1
+    assert [batch.index.tolist() for batch in data.batches(2, rows=torch.tensor([5, 0, 1, 2]))] == [[5, 0], [1]]
 
 
 @pytest.mark.parametrize(

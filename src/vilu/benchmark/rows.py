@@ -56,20 +56,20 @@ def select(
     Targets count the chosen candidates; a row of another class has none of them as its target.
     """
     index = torch.from_numpy(rows)
-    text, target = source.candidates(index)
-    kept = torch.arange(len(text)) if classes is None else torch.from_numpy(classes)
-    position = torch.full((len(text) + 1,), UNKNOWN)
+    found = source.candidates(index)
+    kept = torch.arange(len(found.text)) if classes is None else torch.from_numpy(classes)
+    position = torch.full((len(found.text) + 1,), UNKNOWN)
     position[kept] = torch.arange(len(kept))  # the last entry stays: it is where -1 points
-    found = [name for name in columns if name in source.columns]
+    present = [name for name in columns if name in source.columns]
     names = source.class_names
     return Embeddings(
         source.image_rows(index),
-        text[kept],
-        position[target],
+        found.text[kept],
+        position[found.target],
         class_names=None if names is None else [names[i] for i in kept.tolist()],
         ids=None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()],
         space=source.space,
-        columns={name: _column(source, name, index, kept) for name in found},
+        columns={name: _column(source, name, index, kept) for name in present},
     )
 
 

@@ -130,8 +130,8 @@ class Workbench:
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor]:
         """Texts (K, D) of the training set's candidates and of the test set's, without their rows."""
         origin, nothing = origin_of(self.config, cell), torch.empty(0, dtype=torch.int64)
-        train, _ = self.source(origin.train or origin.test, "train").candidates(nothing)
-        test, _ = self.source(origin.test, "test").candidates(nothing)
+        train = self.source(origin.train or origin.test, "train").candidates(nothing).text
+        test = self.source(origin.test, "test").candidates(nothing).text
         if origin.halves_seed is None:
             return train, test
         known, unseen = class_halves(len(test), origin.halves_seed)

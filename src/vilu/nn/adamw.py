@@ -59,7 +59,7 @@ def train_adamw(network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig)
     with track("train", epochs * steps, "steps") as task:
         for _ in range(epochs):
             total = torch.zeros((), device=config.device)
-            for batch in rows.batches(config.batch_size, generator):
+            for batch in rows.steps(config.batch_size, generator):
                 moved = batch.to(config.device)
                 value = loss(moved, network(moved))
                 optimizer.zero_grad(set_to_none=True)

@@ -69,7 +69,7 @@ class Memory(nn.Module):
     @classmethod
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
         """Remember labelled rows, all at once: there are few of them."""
-        (batch,) = (batch.to(attention.classes.device) for batch in rows.batches(len(rows.index)))
+        (batch,) = (batch.to(attention.classes.device) for batch in rows.steps(len(rows.index)))
         memory = cls(attention.inputs, len(batch.index), len(batch.text)).to(attention.classes.device)
         memory.bank.copy_(attention.inputs(batch))
         missing = functional.one_hot(batch.target, len(batch.text)) - attention.offset(batch).softmax(dim=-1)

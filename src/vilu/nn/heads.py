@@ -87,21 +87,15 @@ class FailureHead(nn.Module):
         if "caption" in self.first:
             hidden = hidden + project_rows(batch.text, batch.prediction, self.first["caption"])
         if "mcm" in self.first:
-            hidden = hidden + max_probability(batch)[:, None] * self.first["mcm"].T
+            hidden = hidden + batch.zero_shot.max_probability[:, None] * self.first["mcm"].T
         return hidden
 
 
 def project_rows(text: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """(B, H): ``text[rows] @ weight.T``, projecting each of K texts once when they are fewer than the rows.
+    """(B, H): ``text[rows] @ weight.T``, projecting each of K texts once where that takes fewer operations.
 
-    They are picked by a product with one-hot rows, since the gradient of an indexing is many times slower.
+    They are then picked by a product with one-hot rows, since the gradient of an indexing is many times slower.
     """
-    if len(text) > len(rows):
+    if len(text) * (1 + len(rows) / text.shape[1]) > len(rows):
         return text[rows] @ weight.T
     return functional.one_hot(rows, len(text)).to(text.dtype) @ (text @ weight.T)
-
-
-def max_probability(batch: Batch) -> Tensor:
-    """(B,) max_j p_j of the zero-shot posterior, float32."""
-    with torch.autocast(batch.image.device.type, enabled=False):
-        return torch.softmax(batch.logits, dim=-1).amax(dim=-1)

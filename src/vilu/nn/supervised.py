@@ -190,7 +190,7 @@ def fit_attention(
         total = penalty.detach()
         for batch in rows.batches(SCORING_BATCH):
             moved = batch.to(device)
-            loss = functional.cross_entropy(attention(moved), moved.target, reduction="sum") / n
+            loss = -moved.log_probability(attention(moved), moved.target).sum() / n
             loss.backward()
             total = total + loss.detach()
         return total
@@ -219,8 +219,7 @@ def fit_temperature(rows: Rows, device: torch.device) -> float:
         total = log_a**2 / (2 * TEMPERATURE_SD**2)
         for batch in rows.batches(SCORING_BATCH):
             moved = batch.to(device)
-            loss = functional.cross_entropy(math.exp(log_a) * moved.logits, moved.target, reduction="sum")
-            total += float(loss)
+            total -= float(moved.log_probability(math.exp(log_a) * moved.logits, moved.target).sum())
         return total
 
     return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))

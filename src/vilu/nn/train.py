@@ -33,10 +33,14 @@ class Rows:
     index: Tensor
     columns: tuple[str, ...] = ()
 
-    def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Batches of the rows, in order or, with a generator, shuffled."""
-        order = self.index if generator is None else self.index[torch.randperm(len(self.index), generator=generator)]
-        return self.source.batches(size, rows=order, columns=self.columns)
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
+        return self.source.batches(size, rows=self.index, columns=self.columns)
+
+    def steps(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
+        """Batches of one training step each, in order or, with a generator, shuffled."""
+        order = self.index if generator is None else self.source.shuffled(self.index, generator)
+        return self.source.steps(size, rows=order, columns=self.columns)
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class HeadTrainer:
                 if epoch == frozen_epochs:
                     self.thaw()
                 rates = [schedule(epoch * steps + i, epochs * steps, warmup) for i in range(steps)]
-                history.loss.append(self._epoch(train.batches(config.batch_size, generator), rates, task))
+                history.loss.append(self._epoch(train.steps(config.batch_size, generator), rates, task))
                 if self._is_kept(validation, history):
                     history.kept_epoch, kept = epoch, copy.deepcopy(self.head.state_dict())
                 if config.patience is not None and epoch - history.kept_epoch >= config.patience:

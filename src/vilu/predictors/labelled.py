@@ -118,7 +118,7 @@ class ClosedSetPredictor(TensorPredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
         super()._learn(train, failure, validation)
-        self.learned_["classes"] = train.source.candidates(train.index[:0])[0].clone()
+        self.learned_["classes"] = train.source.candidates(train.index[:0]).text.clone()
 
     def _tensor_names(self) -> tuple[str, ...]:
         return (*self.tensors, "classes")

@@ -19,7 +19,7 @@ from vilu.store.content import METADATA, column_path, map_rows, read_classes, re
 from vilu.store.document import read_document
 from vilu.store.manifest import IMAGE, MANIFEST, RUN, ClassColumn, ClassTable, Manifest
 from vilu.store.parts import Part, content_hash, plan, read_receipt
-from vilu.types import UNKNOWN, EmbeddingSource
+from vilu.types import UNKNOWN, Candidates, EmbeddingSource
 from vilu.validate import VALID
 
 OPEN_PARTS = 256
@@ -98,9 +98,9 @@ class EmbeddingStore(EmbeddingSource):
             rows[places] = self._rows(name, int(number))[wanted[places] - self._starts[number]]
         return torch.from_numpy(rows)
 
-    def candidates(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def candidates(self, index: Tensor) -> Candidates:
         """The same (K, D) texts for every batch, and the targets of the rows."""
-        return self.text, self.target[index]
+        return Candidates(self.text, self.target[index])
 
     def _open_part(self, part: Part) -> NDArray[np.int64]:
         """Targets of a part, with its arrays checked for shape."""

@@ -6,16 +6,17 @@ import torch
 from torch import Tensor
 
 from vilu.predictors.free.posterior import float64
+from vilu.types import Batch
 
 
-def failure_log_odds(logits: Tensor, answer: Tensor) -> Tensor:
-    """(B,) float64 log((1 - p) / p), p = softmax(logits)[answer], without rounding where p is near zero or one.
+def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
+    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer, without rounding where p is near zero or one.
 
     Args:
         logits: (B, K) of any posterior; its largest may be at another candidate than the answer.
-        answer: (B,) int64, the zero-shot answer.
+        batch: Its answers, and which candidates are the same.
     """
     logits = float64(logits)
-    index = answer[:, None].to(logits.device)
-    others = logits.scatter(1, index, -torch.inf).logsumexp(dim=-1)
-    return others - logits.gather(1, index).squeeze(1)
+    alike = batch.alike(batch.prediction).to(logits.device)
+    others, own = (logits.masked_fill(mask, -torch.inf).logsumexp(dim=-1) for mask in (alike, ~alike))
+    return others - own

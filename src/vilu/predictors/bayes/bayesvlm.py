@@ -125,7 +125,7 @@ class BayesVLM(TensorPredictor):
         # Labelled rows often come class by class, and a text needs images of all classes to compete for it.
         generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
         with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
-            for batch in train.batches(self.chunk, generator):
+            for batch in train.steps(self.chunk, generator):
                 layers = last_layers(batch.to(self.device_), on_features=bool(train.columns))
                 (phi, g), (psi, h) = ((float64(inputs), float64(outputs)) for inputs, outputs in layers)
                 image = Layer(phi, g, g.new_ones(len(g)))
@@ -149,7 +149,7 @@ class BayesVLM(TensorPredictor):
         )
         mean, variance = cosine_moments(g, image.variance(phi), h, text.variance(psi))
         logits = probit(batch.logit_scale * mean + batch.logit_bias, batch.logit_scale**2 * variance)
-        return torch.sigmoid(failure_log_odds(logits, batch.prediction))
+        return torch.sigmoid(failure_log_odds(logits, batch))
 
 
 def last_layers(batch: Batch, *, on_features: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

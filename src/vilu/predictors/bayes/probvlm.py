@@ -128,7 +128,7 @@ class PairAdapters(nn.Module):
             forward = image.at((slice(None), None)).nll(in_units(batch.text[block]))
             back = text.at(block).nll(in_units(batch.image)[:, None])
             losses.append((forward + back).mean(dim=-1))
-        return failure_log_odds(-torch.cat(losses, dim=1), batch.prediction)
+        return failure_log_odds(-torch.cat(losses, dim=1), batch)
 
     def _masks(self, size: tuple[int, int], draws: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
         first, second = dropout_masks(size, self.settings.dropout, draws)

@@ -94,14 +94,20 @@ def likelihood_optimum(train: Rows, n: int, device: torch.device) -> float:
 def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
     """(2,) sums over a batch of -log p_target and of its derivative in log m, on the CPU.
 
-    With z = m l, the derivative of log sum_j exp(z_j) - z_target in log m is sum_j p_j z_j - z_target.
+    With z = m l, p_target is the mass of the candidates that are right (one, as a rule), and the derivative of
+    log sum_j exp(z_j) over any of them in log m is their mean z_j under p.
     """
     logits = float64(batch.logits)
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
-    target = z.gather(1, batch.target[:, None].to(z.device)).squeeze(1)
-    value = torch.logsumexp(z, dim=-1) - target
-    slope = (torch.softmax(z, dim=-1) * z).sum(dim=-1) - target
+    right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
+    value = torch.logsumexp(z, dim=-1) - torch.logsumexp(right, dim=-1)
+    slope = mean_logit(z, z) - mean_logit(right, z)
     return torch.stack([value.sum(), slope.sum()]).cpu()
+
+
+def mean_logit(chosen: Tensor, z: Tensor) -> Tensor:
+    """(B,) mean of z (B, K) under softmax(chosen), where ``chosen`` is z or minus infinity."""
+    return (torch.softmax(chosen, dim=-1) * z).sum(dim=-1)
 
 
 def calibration_optimum(train: Rows, n: int, device: torch.device) -> float:

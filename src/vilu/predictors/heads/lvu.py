@@ -51,12 +51,12 @@ class LVU(HeadPredictor):
 
 def withheld_probability(batch: Batch) -> Tensor:
     """(B,) one minus the zero-shot probability of the true class."""
-    return 1 - batch.logits.softmax(dim=-1).gather(1, batch.target[:, None]).squeeze(1)
+    return -torch.expm1(batch.target_log_probability)
 
 
 def backbone_loss(batch: Batch) -> Tensor:
     """(B,) cross-entropy of the zero-shot posterior."""
-    return functional.cross_entropy(batch.logits, batch.target, reduction="none")
+    return -batch.target_log_probability
 
 
 def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]) -> Callable[[FailureWeight], Loss]:

@@ -51,8 +51,7 @@ class PVU(NetworkPredictor):
         return ImageNetwork(dim, self.hidden)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
-        log_p = log_posterior(batch)
-        backbone = -log_p.gather(1, batch.target[:, None].to(log_p.device)).squeeze(1)
+        backbone = -batch.log_probability(log_posterior(batch), batch.target)
         return LOSSES[self.loss](functional.softplus(output) + FLOOR, backbone.to(output.device))
 
     def _score(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the image

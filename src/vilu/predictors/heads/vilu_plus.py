@@ -150,7 +150,7 @@ class ViLUPlus(LabelledPredictor):
             raise DataError(f"this {self.name} holds no experts; its file is damaged.")
         log_p = float64(self.experts_.to(batch.image.device)(batch)).log_softmax(dim=-1)
         weights = self.pool_.to(log_p.device) if log_p.shape[1] > 1 else torch.ones_like(log_p[0, :1, 0])
-        return torch.sigmoid(failure_log_odds(torch.einsum("m,bmk->bk", weights, log_p), batch.prediction))
+        return torch.sigmoid(failure_log_odds(torch.einsum("m,bmk->bk", weights, log_p), batch))
 
     def _notes(self) -> dict[str, object]:
         return {"pool": None if self.pool_ is None else self.pool_.tolist()}
