@@ -218,9 +218,9 @@ def test_reading_is_capped_and_only_of_files(tmp_path, monkeypatch):
 def test_what_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         open_dataset(tmp_path / "nowhere")
-    (tmp_path / "shard.tar").write_bytes(b"")
-    with pytest.raises(DataError, match=r"ending in '\.tar'.*\.csv, \.parquet"):
-        open_dataset(tmp_path / "shard.tar")
+    (tmp_path / "set.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"ending in '\.zip'.*\.csv, \.parquet, \.pq, \.tar, \.tsv"):
+        open_dataset(tmp_path / "set.zip")
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(DataError, match=r"no regular file"):
         open_dataset(tmp_path / "pipe.csv")
@@ -231,7 +231,7 @@ def test_limit_keeps_the_first_images(tmp_path):
     whole, first = open_dataset(tmp_path), open_dataset(str(tmp_path), limit=4)
     assert listed(first) == listed(whole)[:4]
     assert [record.key for record in first.records(3, 6)] == ["b/0.png"]
-    assert (first.class_names, first.source) == (whole.class_names, whole.source)
+    assert (first.class_names, first.source, first.captioned) == (whole.class_names, whole.source, False)
     assert len({whole.fingerprint, first.fingerprint, open_dataset(tmp_path, limit=5).fingerprint}) == 3
     assert open_dataset(tmp_path, limit=6).fingerprint == open_dataset(tmp_path, limit=99).fingerprint
     assert open_dataset(tmp_path, limit=6).fingerprint == whole.fingerprint
@@ -241,6 +241,6 @@ def test_limit_keeps_the_first_images(tmp_path):
 
 
 def test_the_catalogue_is_light_and_complete():
-    assert set(DATASETS) == {"folder", "csv", "parquet", "cifar10", "cifar100"}
+    assert set(DATASETS) == {"folder", "csv", "parquet", "tar", "cifar10", "cifar100"}
     code = "import sys, vilu.datasets.catalog; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from vilu.datasets.base import ImageDataset, Record
+from vilu.datasets.base import ImageDataset, Record, ShardedDataset
 from vilu.datasets.folder import FolderDataset
+from vilu.datasets.selection import CAPTIONS_OR_CLASSES, Selection
+from vilu.datasets.shards import SUFFIX, find_shards
 from vilu.datasets.table import open_table
+from vilu.datasets.tar import TarShards
 from vilu.datasets.torchvision_layout import CifarDataset, find_layout
 from vilu.errors import DataError, UsageError
 from vilu.space import digest
 
 DATASETS: Final[dict[str, str]] = {
     "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",
-    "csv": "FILE.csv or .tsv: path (or file, filename, image_path, filepath), optionally label, split, key",
+    "csv": "FILE.csv or .tsv: path (or file, filename, image_path, filepath), optionally label or caption, split, key",
     "parquet": "FILE.parquet: image (encoded bytes, or struct of bytes and path) or path, and the rest as for csv",
+    "tar": "DIR/*.tar, FILE.tar, or 'DIR/{000..099}.tar' (webdataset): image and .txt; with --classes image and .cls",
     "cifar10": "cifar-10-batches-py, or the folder it is in, as torchvision unpacks it; --split train or test",
     "cifar100": "cifar-100-python, or the folder it is in, as torchvision unpacks it; --split train or test",
 }
@@ -26,46 +31,78 @@ TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 
 
 def open_dataset(
-    source: Path | str, *, split: str | None = None, limit: int | None = None, classes: Path | None = None
+    source: Path | str,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    classes: Path | None = None,
+    captions: bool = False,
+    where: Mapping[str, str] | None = None,
 ) -> ImageDataset:
     """Open images with the reader that fits.
 
     Args:
-        source: A folder or file laid out in one of the ways of ``DATASETS``.
+        source: A folder, file or pattern of files laid out in one of the ways of ``DATASETS``.
         split: Names of splits joined by ``+`` ("validation+test"); None for everything.
         limit: Keep the first ``limit`` images of the fixed order (folders are sorted by class, so this is no sample).
         classes: A classes file: one name per line, or ``folder<TAB>name``.
+        captions: Take the captions of a table that has labels too; where there are only captions they are taken anyway.
+        where: Keep the rows of a table that hold these values, by column ({"vendor": "google"}).
 
     Raises:
         UsageError: If an argument does not fit; the message names what there is.
         DataError: If nothing there can be read as images, or what there is contradicts itself.
         StorageError: If a folder cannot be listed.
     """
-    dataset = _open(Path(source), split, classes)
+    dataset = _open(source, Selection(split, classes, captions, dict(where or {})))
     if limit is None:
         return dataset
     if limit < 1:
         raise UsageError(f"--limit must be at least 1. Got {limit} instead.")
+    if isinstance(dataset, ShardedDataset):
+        raise UsageError("--limit cannot be had of tar files, whose images are not counted before. Give fewer shards.")
     return FirstImages(dataset, limit) if limit < len(dataset) else dataset
 
 
-def _open(source: Path, split: str | None, classes: Path | None) -> ImageDataset:
-    if source.is_dir():
-        found = find_layout(source)
-        if found:
-            layout, folder = found
-            return CifarDataset(folder, layout, split=split, classes=classes)
-        return FolderDataset(source, split=split, classes=classes)
-    if not source.exists():
-        raise UsageError(f"{source} does not exist. Expected a folder of images, or a CSV or Parquet file.")
-    if not source.is_file():
-        raise DataError(f"{source} is no regular file. Expected a folder of images, or a CSV or Parquet file.")
-    if source.suffix.lower() in TABLES:
-        return open_table(source, split=split, classes=classes)
-    raise DataError(
-        f"{source} is a file ending in {source.suffix or 'nothing'!r}. "
-        f"Expected a folder of images, or a file ending in {', '.join(sorted(TABLES))}."
+def _open(source: Path | str, selection: Selection) -> ImageDataset:
+    path = Path(source)
+    # not by Path: a pattern can be longer than any name, which is an error to it
+    if os.path.isfile(path) and path.suffix.lower() in TABLES:  # noqa: PTH113
+        return open_table(path, selection)
+    is_folder = os.path.isdir(path)  # noqa: PTH112
+    layout = find_layout(path) if is_folder else None
+    shards = None if layout else find_shards(source)
+    if not shards and not is_folder:
+        raise _no_source(path)
+    if selection.where:
+        raise UsageError(f"--where chooses rows of a CSV or Parquet file. {source} is none.")
+    if shards:
+        return _open_shards(str(source), shards, selection)
+    if selection.captions:
+        raise UsageError(f"{source} has no captions: tables and tar files have. Leave --captions out.")
+    if layout:
+        return CifarDataset(layout[1], layout[0], split=selection.split, classes=selection.classes)
+    return FolderDataset(path, split=selection.split, classes=selection.classes)
+
+
+def _no_source(path: Path) -> UsageError | DataError:
+    expected = "a folder of images, a CSV or Parquet file, or tar files"
+    if not path.exists():
+        return UsageError(f"{path} does not exist. Expected {expected}.")
+    if not path.is_file():
+        return DataError(f"{path} is no regular file. Expected {expected}.")
+    return DataError(
+        f"{path} is a file ending in {path.suffix or 'nothing'!r}. "
+        f"Expected a folder of images, or a file ending in {', '.join(sorted({*TABLES, SUFFIX}))}."
     )
+
+
+def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarShards:
+    if selection.split is not None:
+        raise UsageError(f"{source} has no splits. Leave --split {selection.split} out and name the shards of one.")
+    if selection.captions and selection.classes is not None:
+        raise UsageError(CAPTIONS_OR_CLASSES)
+    return TarShards(source, shards, classes=selection.classes)
 
 
 class FirstImages:
@@ -74,12 +111,14 @@ class FirstImages:
     Attributes:
         source: As of the whole.
         class_names: As of the whole.
+        captioned: As of the whole.
         fingerprint: Hash of the whole's and the number kept.
     """
 
     def __init__(self, dataset: ImageDataset, limit: int) -> None:
         self.source = dataset.source
         self.class_names = dataset.class_names
+        self.captioned = dataset.captioned
         self.fingerprint = digest({"dataset": dataset.fingerprint, "limit": limit})
         self._dataset = dataset
         self._limit = limit

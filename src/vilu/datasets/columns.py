@@ -1,4 +1,4 @@
-"""What a table of images says in its columns: labels, classes, splits and keys. Shared by CSV and Parquet."""
+"""What a table of images says in its columns: labels or captions, splits and keys. Shared by CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vilu.datasets.classes import ClassTable, class_table
-from vilu.datasets.splits import parse_split
-from vilu.errors import DataError
+from vilu.datasets.selection import CAPTIONS_OR_CLASSES, Selection, bytes_of
+from vilu.errors import DataError, UsageError
 
 PATH: Final = ("path", "file", "filename", "image_path", "filepath")
 LABEL: Final = ("label", "class", "target")
 SPLIT: Final = ("split",)
 KEY: Final = ("key",)
+CAPTION: Final = ("caption", "text")
 
 UNLABELLED: Final = -1
+CLASS_NAMES: Final = b"class_names"
+"""Entry of a schema's metadata: names, comma-joined."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,15 @@ class Listing:
         rows: (N,) int64 positions in the file.
         labels: (N,) int32 labels, -1 where unknown.
         keys: (N,) keys; the numbers of the rows where there is no key column.
-        classes: Class table of the whole file.
+        classes: Class table of the whole file; None when unlabelled or captioned.
+        captions: (N,) bytes of the captions, null where there is none; None where captions are not asked for.
     """
 
     rows: NDArray[np.int64]
     labels: NDArray[np.int32]
     keys: pa.Array
     classes: ClassTable | None
+    captions: pa.Array | None
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
@@ -57,32 +62,63 @@ def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
     return None
 
 
-def listing_columns(names: Sequence[str]) -> list[str]:
-    """The columns that ``make_listing`` reads, as far as they are there."""
-    return [name for name in (find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)) if name is not None]
+def caption_column(names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection) -> str | None:
+    """The column of captions: where they are asked for, or where there is nothing else (no label, no class names).
+
+    Raises:
+        UsageError: If captions are asked for and there are none, or with a classes file.
+    """
+    name = find_column(names, CAPTION)
+    if not selection.captions:
+        labelled = selection.classes or find_column(names, LABEL) or CLASS_NAMES in metadata
+        return None if labelled else name
+    if selection.classes is not None:
+        raise UsageError(CAPTIONS_OR_CLASSES)
+    if name is None:
+        raise UsageError(f"no column of captions: expected one of {', '.join(CAPTION)}. Found: {', '.join(names)}.")
+    return name
 
 
-def make_listing(
-    table: pa.Table, source: str, *, split: str | None, classes: Path | None, default_key: str | None = None
-) -> Listing:
-    """Check the columns of a whole table, then choose the rows of a split.
+def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
+    """The columns that ``make_listing`` reads, as far as they are there.
+
+    Raises:
+        UsageError: If a column is asked for that is not there.
+    """
+    names, metadata = schema.names, schema.metadata or {}
+    known = [find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)]
+    found = [*known, caption_column(names, metadata, selection), *selection.columns(names, source)]
+    return list(dict.fromkeys(name for name in found if name is not None))
+
+
+def make_listing(table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None) -> Listing:
+    """Check the columns of a whole table, then choose the rows.
 
     Args:
         table: Its columns without the images.
         source: Its name, for messages.
-        split: Names of splits joined by ``+``; None for all rows.
-        classes: A classes file; None where the table names its classes itself.
+        selection: Which rows, and what of them.
         default_key: The column that is the key where there is no key column.
 
     Raises:
-        DataError: If a label is no row of the class table, classes have no names, or a key is missing or repeated.
-        UsageError: If a split is asked for that is not there, or the classes file cannot be read.
+        DataError: If a string is not UTF-8 (captions are checked one by one, later), a label is no row of the class
+            table, classes have no names, or a key is missing or repeated.
+        UsageError: If rows are asked for that are not there, or the classes file cannot be read.
     """
-    labels, table_of_classes = _labels(table, source, classes)
-    rows = _rows_of_split(table, source, split)
+    caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
+    if caption is None:
+        captions = None
+        table.validate(full=True)
+        labels, table_of_classes = _labels(table, source, selection.classes)
+    else:
+        captions = bytes_of(table[caption], f"{source}, column {caption!r}")
+        table.drop_columns([caption]).validate(full=True)
+        labels, table_of_classes = np.full(len(table), UNLABELLED, dtype=np.int32), None
+    rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
+    chosen = pa.array(rows)
     name = find_column(table.column_names, KEY) or default_key
-    keys = pa.array(rows).cast(pa.string()) if name is None else _keys(table, name, source).take(pa.array(rows))
-    return Listing(rows, labels[rows], keys, table_of_classes)
+    keys = chosen.cast(pa.string()) if name is None else _keys(table, name, source).take(chosen)
+    return Listing(rows, labels[rows], keys, table_of_classes, None if captions is None else captions.take(chosen))
 
 
 def _labels(table: pa.Table, source: str, classes: Path | None) -> tuple[NDArray[np.int32], ClassTable | None]:
@@ -148,8 +184,8 @@ def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[
     """Class names in the metadata: ``class_names``, comma-joined, or Hugging Face's ClassLabel."""
     metadata: Mapping[bytes, bytes] = schema.metadata or {}
     try:
-        if b"class_names" in metadata:
-            return [name.strip() for name in metadata[b"class_names"].decode().split(",")]
+        if CLASS_NAMES in metadata:
+            return [name.strip() for name in metadata[CLASS_NAMES].decode().split(",")]
         features: Any = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         names = features.get(label, {}).get("names")
     except (ValueError, AttributeError) as error:
@@ -157,16 +193,6 @@ def _names_in_schema(schema: pa.Schema, label: str | None, source: str) -> list[
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise DataError(f"{source}: the names of a ClassLabel must be a list of strings. Got {names!r:.80} instead.")
     return names
-
-
-def _rows_of_split(table: pa.Table, source: str, split: str | None) -> NDArray[np.int64]:
-    if split is None:
-        return np.arange(len(table), dtype=np.int64)
-    name = find_column(table.column_names, SPLIT)
-    column = pa.array([], pa.string()) if name is None else table[name].cast(pa.string())
-    wanted = parse_split(split, [value for value in column.unique().to_pylist() if value], source)
-    chosen = pc.is_in(column, value_set=pa.array(wanted))
-    return np.flatnonzero(chosen.to_numpy()).astype(np.int64)
 
 
 def _keys(table: pa.Table, name: str, source: str) -> pa.Array:

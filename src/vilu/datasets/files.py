@@ -8,7 +8,7 @@ import os
 import stat
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
@@ -51,10 +51,15 @@ def resolve_below(folder: Path, path: str) -> str:
     Raises:
         OSError: If the path is absolute or climbs out of the folder.
     """
-    parsed = PureWindowsPath(path)  # knows both separators, drives and shares
-    if not path or "\0" in path or parsed.anchor or ".." in parsed.parts:
+    if not stays_below(path):
         raise OSError(errno.EACCES, "the path must be relative and stay below its folder", path)
     return os.path.join(folder, path)  # noqa: PTH118  called once per row
+
+
+def stays_below(path: str) -> bool:
+    """Whether a path is relative and does not climb out, by the rules of POSIX and of Windows."""
+    parsed = PureWindowsPath(path)  # knows both separators, drives and shares
+    return bool(path) and "\0" not in path and not parsed.anchor and ".." not in parsed.parts
 
 
 def portable_name(path: str) -> str:
@@ -137,6 +142,11 @@ class ListingHash:
         name = key.encode("utf-8", "surrogateescape")
         size, time = (status.st_size, status.st_mtime_ns) if status else (MISSING, MISSING)
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
+
+    def add_texts(self, texts: Iterable[bytes | None]) -> None:
+        """Texts of files, in order; None where there is none."""
+        for text in texts:
+            self._hash.update(struct.pack("<q", MISSING if text is None else len(text)) + (text or b""))
 
     def hexdigest(self) -> str:
         """32 hexadecimal digits."""

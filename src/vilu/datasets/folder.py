@@ -43,6 +43,7 @@ class FolderDataset:
 
     def __init__(self, root: Path, *, split: str | None = None, classes: Path | None = None) -> None:
         self.source = str(root)
+        self.captioned = False
         self.ignored: Counter[str] = Counter()
         self._root = root
         parts, siblings = _split_folders(root, split)

@@ -18,7 +18,7 @@ from vilu.datasets.pixels import MODES, ImageFlag, to_rgb
 from vilu.datasets.tiff import ORIENTATION, orientation
 from vilu.errors import DataError, UsageError
 
-Stage = Literal["open", "decode", "geometry"]
+Stage = Literal["open", "decode", "geometry", "text"]
 Kind = Literal[
     "empty",
     "unidentified",
@@ -29,6 +29,17 @@ Kind = Literal[
     "bad_geometry",
     "too_large",
     "read_error",
+    "truncated_shard",
+    "bad_shard",
+    "interleaved",
+    "duplicate",
+    "missing_image",
+    "not_a_file",
+    "bad_path",
+    "missing_caption",
+    "bad_text",
+    "empty_text",
+    "bad_label",
 ]
 
 CORRUPT: Final = (
@@ -54,7 +65,8 @@ class BadImage(DataError):  # noqa: N818  the name of a kind of input, as the er
     """An image that cannot be used; one row of the error table, never the end of a run.
 
     Attributes:
-        stage: Where it failed: "open" (bytes and header), "geometry" (size), "decode" (pixels).
+        stage: Where it failed: "open" (bytes and header), "geometry" (size), "decode" (pixels), "text" (caption,
+            label).
         kind: What was wrong, for counting.
     """
 

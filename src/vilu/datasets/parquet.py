@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vilu.datasets.base import Record
+from vilu.datasets.captions import caption_readers
 from vilu.datasets.columns import UNLABELLED, listing_columns, make_listing
 from vilu.datasets.files import read_below
-from vilu.errors import DataError
+from vilu.datasets.selection import Selection
+from vilu.errors import DataError, UsageError
 from vilu.space import digest
 
 IMAGE: Final = "image"
@@ -47,37 +49,41 @@ class ParquetDataset:
 
     Args:
         source: The file.
-        split: Names of splits joined by ``+``; None for all rows.
-        classes: A classes file.
+        selection: Which rows, and what of them.
 
     Attributes:
-        classes: Raw and prompt names; None when unlabelled.
+        classes: Raw and prompt names; None when unlabelled or captioned.
     """
 
-    def __init__(self, source: Path, *, split: str | None = None, classes: Path | None = None) -> None:
+    def __init__(self, source: Path, selection: Selection) -> None:
+        if IMAGE in selection.where:
+            raise UsageError(f"{source}: rows cannot be chosen by their pictures. Give --where another column.")
         with pq.ParquetFile(source) as file:
             self._metadata = file.metadata
             schema = file.schema_arrow
-            table = file.read(columns=listing_columns(schema.names))
-        table.validate(full=True)
-        listing = make_listing(table, str(source), split=split, classes=classes)
+            table = file.read(columns=listing_columns(schema, selection, str(source)))
+        listing = make_listing(table, str(source), selection)
         status = source.stat()
         self.source = str(source)
         self.classes = listing.classes
         self.class_names = self.classes.names if self.classes else None
+        self.captioned = listing.captions is not None
         self.fingerprint = digest(
             {
                 "bytes": status.st_size,
                 "mtime_ns": status.st_mtime_ns,
                 "schema": schema.to_string(show_schema_metadata=True, truncate_metadata=False),
-                "split": split,
+                "split": selection.split,
                 "rows": len(listing.rows),
+                **selection.fingerprint(),
+                **({"captions": True} if self.captioned else {}),
             }
         )
         self._path = source
         self._rows = listing.rows
         self._labels = listing.labels
         self._keys = listing.keys
+        self._captions = listing.captions
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._resume: dict[int, Iterator[pa.Scalar]] = {}
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
@@ -93,9 +99,10 @@ class ParquetDataset:
         """
         keys, labels = self._keys[start:stop], self._labels[start:stop]
         images = self._resume.pop(start, None) or self._images(start)
-        for key, label, image in zip(keys, labels, islice(images, len(labels)), strict=True):
+        captions = caption_readers(self._captions, start, start + len(labels))
+        for key, label, image, caption in zip(keys, labels, islice(images, len(labels)), captions, strict=True):
             known = None if label == UNLABELLED else int(label)
-            yield Record(key.as_py(), known, partial(_read_cell, image, self._path.parent))
+            yield Record(key.as_py(), known, partial(_read_cell, image, self._path.parent), caption)
         self._resume = {start + len(labels): images}
 
     def __getstate__(self) -> dict[str, object]:

@@ -14,35 +14,36 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from vilu.datasets.base import ImageDataset, Record
-from vilu.datasets.columns import LABEL, PATH, UNLABELLED, find_column, listing_columns, make_listing
+from vilu.datasets.captions import caption_readers
+from vilu.datasets.columns import LABEL, PATH, UNLABELLED, caption_column, find_column, listing_columns, make_listing
 from vilu.datasets.files import ListingHash, read_below, resolve_below
 from vilu.datasets.parquet import ParquetDataset, is_image_column
+from vilu.datasets.selection import Selection
 from vilu.errors import DataError
 
 
-def open_table(source: Path, *, split: str | None = None, classes: Path | None = None) -> ImageDataset:
+def open_table(source: Path, selection: Selection) -> ImageDataset:
     """A CSV (or TSV) or Parquet file with one image per row.
 
     Columns: ``path`` (or file, filename, image_path, filepath; relative to the table's folder), or in Parquet ``image``
-    (encoded bytes, or Hugging Face's struct of bytes and path); optionally ``label`` (or class, target), ``split``,
-    ``key``.
+    (encoded bytes, or Hugging Face's struct of bytes and path); optionally ``label`` (or class, target) or ``caption``
+    (or text), ``split``, ``key``, and any others to choose rows by.
 
     Raises:
         DataError: If the file is unreadable, has no column of images, or its labels do not fit its classes.
-        UsageError: If a split is asked for that is not there, or the classes file cannot be read.
+        UsageError: If rows or captions are asked for that are not there, or the classes file cannot be read.
     """
     try:
         if source.suffix.lower() in {".csv", ".tsv"}:
-            return PathTable(source, _read_csv(source), split=split, classes=classes)
+            return PathTable(source, _read_csv(source, selection), selection)
         schema = pq.read_schema(source)
         if is_image_column(schema):
-            return ParquetDataset(source, split=split, classes=classes)
-        columns = [_path_column(source, schema.names), *listing_columns(schema.names)]
+            return ParquetDataset(source, selection)
+        columns = [_path_column(source, schema.names), *listing_columns(schema, selection, str(source))]
         with pq.ParquetFile(source) as file:
             table = file.read(columns=columns)
-        table.validate(full=True)
-        return PathTable(source, table, split=split, classes=classes)
-    except (pa.ArrowException, UnicodeDecodeError, csv.Error, OSError) as error:
+        return PathTable(source, table, selection)
+    except (pa.ArrowException, UnicodeError, csv.Error, OSError) as error:
         raise DataError(f"{source} cannot be read as a table: {error}. Write it again.") from error
 
 
@@ -55,27 +56,30 @@ class PathTable:
     Args:
         source: The table's file.
         table: Its columns.
-        split: Names of splits joined by ``+``; None for all rows.
-        classes: A classes file.
+        selection: Which rows, and what of them.
 
     Attributes:
-        classes: Raw and prompt names; None when unlabelled.
+        classes: Raw and prompt names; None when unlabelled or captioned.
     """
 
-    def __init__(self, source: Path, table: pa.Table, *, split: str | None, classes: Path | None) -> None:
+    def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
         column = _path_column(source, table.column_names)
-        listing = make_listing(table, str(source), split=split, classes=classes, default_key=column)
+        listing = make_listing(table, str(source), selection, default_key=column)
         self.source = str(source)
         self.classes = listing.classes
         self.class_names = self.classes.names if self.classes else None
+        self.captioned = listing.captions is not None
         self._folder = source.parent
         self._labels = listing.labels
         self._keys = listing.keys
+        self._captions = listing.captions
         paths = table[column].cast(pa.large_string()).combine_chunks()
         self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
         hashed = ListingHash(*(self.classes.folders if self.classes else ()))
         for key, label, path in zip(self._keys, self._labels, self._paths, strict=True):
             hashed.add(key.as_py(), int(label), _status(self._folder, path.as_py()))
+        if self._captions is not None:
+            hashed.add_texts(cell.as_py() for cell in self._captions)
         self.fingerprint = hashed.hexdigest()
 
     def __len__(self) -> int:
@@ -84,9 +88,11 @@ class PathTable:
     def records(self, start: int, stop: int) -> Iterator[Record]:
         """The images at positions start ... stop - 1."""
         part = slice(start, stop)
-        for key, label, path in zip(self._keys[part], self._labels[part], self._paths[part], strict=True):
+        captions = caption_readers(self._captions, start, min(stop, len(self)))
+        rows = zip(self._keys[part], self._labels[part], self._paths[part], captions, strict=True)
+        for key, label, path, caption in rows:
             known = None if label == UNLABELLED else int(label)
-            yield Record(key.as_py(), known, partial(read_below, self._folder, path.as_py()))
+            yield Record(key.as_py(), known, partial(read_below, self._folder, path.as_py()), caption)
 
 
 def _status(folder: Path, path: str) -> os.stat_result | None:
@@ -106,21 +112,26 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
     return column
 
 
-def _read_csv(source: Path) -> pa.Table:
-    """The columns in use, all as strings, except that labels which are all numbers are numbers."""
+def _read_csv(source: Path, selection: Selection) -> pa.Table:
+    """The columns in use, all as strings, except that labels which are all numbers are numbers, and captions bytes."""
     delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
-    with source.open(encoding="utf-8-sig", newline="") as file:
+    # not strict: a caption that is not UTF-8 is the error of its row, and the first block is decoded with the names
+    with source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         names = next(csv.reader(file, delimiter=delimiter), [])
-    wanted = [_path_column(source, names), *listing_columns(names)]
+    "".join(names).encode()
+    schema = pa.schema([(name, pa.string()) for name in names])
+    wanted = list(dict.fromkeys([_path_column(source, names), *listing_columns(schema, selection, str(source))]))
+    types = dict.fromkeys(wanted, pa.string())
+    caption = caption_column(names, {}, selection)
+    if caption is not None:
+        types[caption] = pa.binary()
     table = pyarrow.csv.read_csv(
         source,
         parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(wanted, pa.string()), include_columns=wanted
-        ),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted),
     )
     label = find_column(wanted, LABEL)
-    if label is None:
+    if label is None or caption is not None:
         return table
     return table.set_column(wanted.index(label), label, _numbers_if_all(table[label]))
 

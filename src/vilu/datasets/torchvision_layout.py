@@ -93,6 +93,7 @@ class CifarDataset:
         splits = tuple(layout.splits) if split is None else parse_split(split, layout.splits, str(folder))
         raw = _class_names(folder / layout.meta, layout.names)
         self.source = str(folder)
+        self.captioned = False
         self.classes = class_table(raw, classes, by_position=True)
         self.class_names = self.classes.names if self.classes else None
         files = [folder / name for part in splits for name in layout.splits[part]]
