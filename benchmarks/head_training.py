@@ -20,7 +20,6 @@ from vilu.nn.heads import HIDDEN, FailureHead
 from vilu.nn.losses import FailureWeight
 from vilu.nn.train import HeadTrainer, Rows, TrainConfig
 from vilu.predictors.heads.head import bce_loss
-from vilu.progress import Silence
 
 D, K, REPEATS = 512, 10, 7
 Shape = tuple[int, int, int]
@@ -74,10 +73,11 @@ def training(b: int, precision: str) -> Callable[[], None]:
     torch.manual_seed(0)
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
     trainer.thaw()
-    rows, generator, steps = Rows(data, torch.arange(8192)), torch.Generator().manual_seed(0), 8192 // b
+    rows, generator = Rows(data, torch.arange(8192)), torch.Generator().manual_seed(0)
 
     def run() -> None:
-        trainer._epoch(rows.batches(b, generator), [1.0] * steps, Silence())
+        for batch in rows.steps(b, generator):
+            trainer._step(batch)
 
     return run
 

@@ -9,13 +9,21 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vilu.errors import DataError, UsageError
+from vilu.similarity import first_equal
 from vilu.types import Candidates, EmbeddingSource
 
 Direction = Literal["image_to_text", "text_to_image"]
+
+HARD_ROWS = 2**17
+"""Rows among which hard pools are sought; their captions are in memory together, 256 MiB at a width of 512."""
+
+NEAR_ROWS = 1024
+"""Rows whose likeness with as many others is looked at together."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,8 @@ class Pools:
     Attributes:
         size: Rows of a pool: their captions (or images) are the candidates of each of them.
         direction: "image_to_text" asks for the caption of an image, "text_to_image" for the image of a caption.
-        hard: Whether the rows of a pool are alike (``hard_order``), else they are a random choice.
+        hard: Whether the rows of a pool are alike (``hard_order`` of each ``HARD_ROWS``), else they are a random
+            choice.
         near_duplicates: Cosine from which on two captions of a pool are the same answer; None: only equal captions.
         seed: Of the choice of pools in scoring; None takes the rows as they are stored.
     """
@@ -52,6 +61,9 @@ class PairSource(EmbeddingSource):
 
     Equal captions of a pool are one answer. Image to text they are one candidate, the first of them; text to image the
     images of equal captions are all right (``Candidates.same``).
+
+    Columns are by what a row is here: those of images belong to what asks, those of candidates to what is found. Text
+    to image, "features" are of captions and "text_features" of images: else a caption would bring its picture along.
 
     Attributes:
         pools: What is matched against what.
@@ -81,10 +93,12 @@ class PairSource(EmbeddingSource):
         """The captions of the rows themselves, or their images."""
         caption = self.caption_rows(index)
         first = first_alike(caption, self.pools.near_duplicates)
+        everyone = torch.arange(len(index))
+        same = None if torch.equal(first, everyone) else first
         if self.pools.direction == "text_to_image":
-            everyone = torch.arange(len(index))
-            same = None if torch.equal(first, everyone) else first
             return Candidates(self.picture_rows(index), everyone, same, index)
+        if same is None:
+            return Candidates(caption, everyone, None, index)
         distinct, target = torch.unique(first, return_inverse=True)
         return Candidates(caption[distinct], target, None, index[distinct])
 
@@ -102,7 +116,8 @@ class PairSource(EmbeddingSource):
         return self._alike(rows, generator) if self.pools.hard else rows
 
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        return rows[hard_order(self.caption_rows(rows), self.pools.size, generator)]
+        blocks = rows.split(max(HARD_ROWS // self.pools.size, 1) * self.pools.size)
+        return torch.cat([block[hard_order(self.caption_rows(block), self.pools.size, generator)] for block in blocks])
 
 
 def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
@@ -115,29 +130,36 @@ def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
         rows: (N, D) unit-norm.
         cosine: In (0, 1]; None for equality.
     """
-    _, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    order = torch.arange(len(rows))
-    first = torch.full_like(order, len(rows)).scatter_reduce(0, inverse, order, "amin")[inverse]
+    first = first_equal(rows)
     if cosine is None:
         return first
     leaders = first.unique()
-    leader_of = {int(row): int(row) for row in leaders}
-    kept: list[int] = []
-    for block in leaders.split(1024):
-        near_kept = rows[block] @ rows[kept].T if kept else torch.empty(len(block), 0)
-        near_block = rows[block] @ rows[block].T
-        fresh: list[int] = []
-        for i, row in enumerate(block.tolist()):
-            old = (near_kept[i] >= cosine).nonzero()
-            new = [j for j in fresh if near_block[i, j] >= cosine]
-            if len(old):
-                leader_of[row] = kept[int(old[0])]
-            elif new:
-                leader_of[row] = int(block[new[0]])
-            else:
-                fresh.append(i)
-        kept += block[fresh].tolist()
-    return torch.tensor([leader_of[int(row)] for row in first], dtype=torch.int64)
+    leader_of, kept = torch.arange(len(rows)), leaders[:0]
+    for block in leaders.split(NEAR_ROWS):
+        found = torch.full_like(block, -1)
+        for start in range(0, len(kept), NEAR_ROWS):
+            tile = kept[start : start + NEAR_ROWS]
+            near = (rows[block] @ rows[tile].T >= cosine) & (found < 0)[:, None]
+            found = torch.where(near.any(dim=1), tile[near.byte().argmax(dim=1)], found)
+        old, new = block[found >= 0], block[found < 0]
+        leader_of[old] = found[found >= 0]
+        leader_of[new] = new[_greedy(rows[new] @ rows[new].T >= cosine)]
+        kept = torch.cat([kept, leader_of[new].unique()])
+    return leader_of[first]
+
+
+def _greedy(near: Tensor) -> Tensor:
+    """(N,) int64: for every row of a symmetric relation (N, N) the first leader it is near, else itself, a leader."""
+    relation = near.numpy()
+    if not len(relation):
+        return torch.arange(0)
+    np.fill_diagonal(relation, val=True)
+    leader = np.ones(len(relation), dtype=bool)
+    # most rows are near no row before them, and need no look
+    for row in np.flatnonzero(relation.argmax(axis=1) < np.arange(len(relation))):
+        leader[row] = not (relation[row, :row] & leader[:row]).any()
+    relation &= leader
+    return torch.from_numpy(relation.argmax(axis=1))
 
 
 def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:

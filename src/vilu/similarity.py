@@ -5,14 +5,20 @@ Shapes: B images, K candidate texts, D embedding width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-MAX_CELLS = 2**25
-"""Similarities held at a time: 128 MiB in float32."""
+MAX_CELLS = 2**24
+"""Logits that a batch may have: 64 MiB in float32, and methods that look at them need several times that in float64."""
+
+TILE_CELLS = 2**22
+"""Similarities held at a time where nobody asked for them: 16 MiB, and what is read twice is still in the cache."""
+
+KEY_COLUMNS = 8
 
 
 class ZeroShot(NamedTuple):
@@ -34,33 +40,55 @@ class ZeroShot(NamedTuple):
         return (self.max_logit - self.log_norm).exp()
 
 
-def zero_shot(image: Tensor, text: Tensor, logit_scale: float, logit_bias: float = 0.0) -> ZeroShot:
+def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, logit_bias: float = 0.0) -> ZeroShot:
     """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias, tile by tile, in float32.
 
-    Memory above the input and the result is one tile of ``MAX_CELLS`` numbers, whatever B and K. Where all fits into
-    one tile this is the dense computation, bit for bit.
+    Memory above the input and the result is one tile of ``TILE_CELLS`` numbers, whatever B and K.
 
     Args:
         image: (B, D) unit-norm queries.
         text: (K, D) unit-norm candidates.
+        first: (K,) as from ``first_equal``: a matrix product may round the same sum differently at the edge of a block,
+            so that of equal candidates not the first one would win, but one that the size of the block favours.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
+
+    Raises:
+        ValueError: If there is no candidate.
     """
-    if not len(image):
-        empty = image.new_empty(0)
-        return ZeroShot(torch.empty(0, dtype=torch.int64, device=image.device), empty, empty)
-    columns = min(len(text), MAX_CELLS)
-    rows = max(MAX_CELLS // columns, 1)
+    if not len(text):
+        raise ValueError("there is no candidate")
+    columns = min(len(text), TILE_CELLS)
+    rows = TILE_CELLS // columns
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         parts = [_rows(block, text, logit_scale, logit_bias, columns) for block in image.split(rows)]
-    return ZeroShot(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    place, largest, norm = (torch.cat(part) for part in zip(*parts, strict=True))
+    return ZeroShot(first[place], largest, norm)
 
 
-def of_logits(logits: Tensor, first: int = 0) -> ZeroShot:
-    """The same from logits (B, K) that are there, of the candidates ``first`` and following."""
+def of_logits(logits: Tensor, first: Tensor) -> ZeroShot:
+    """The same from logits (B, K) that are there; ``first`` as from ``first_equal`` of the candidates."""
     # not torch.max(dim): of equal values it documents no order
     place = logits.argmax(dim=1)
-    return ZeroShot(place + first, logits.gather(1, place[:, None]).squeeze(1), logits.logsumexp(dim=1))
+    return ZeroShot(first[place], logits.gather(1, place[:, None]).squeeze(1), logits.logsumexp(dim=1))
+
+
+def first_equal(rows: Tensor) -> Tensor:
+    """(N,) int64: for every row the first one that equals it; as by ``torch.unique`` of the rows, but fast.
+
+    Args:
+        rows: (N, D) float32.
+    """
+    # Equal rows have equal keys, made of few columns; only rows of equal keys are compared in full.
+    bits = (rows[:, :KEY_COLUMNS] + 0.0).contiguous().view(torch.int32).long()  # + 0: -0 equals 0
+    key = (bits * 31 ** torch.arange(bits.shape[1], device=rows.device)).sum(dim=1)
+    _, group, count = torch.unique(key, return_inverse=True, return_counts=True)
+    unsure = (count[group] > 1).nonzero().squeeze(1)
+    first = torch.arange(len(rows), device=rows.device)
+    if len(unsure):
+        _, same = torch.unique(rows[unsure], dim=0, return_inverse=True)
+        first[unsure] = torch.full_like(unsure, len(rows)).scatter_reduce(0, same, unsure, "amin")[same]
+    return first
 
 
 def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
@@ -71,13 +99,19 @@ def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
 
 
 def _rows(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) -> ZeroShot:
-    best: ZeroShot | None = None
-    for start in range(0, len(text), columns):
-        tile = of_logits(image @ text[start : start + columns].T * scale + bias, start)
-        best = tile if best is None else _merge(best, tile)
-    if best is None:
-        raise ValueError("there is no candidate")
-    return best
+    tiles = (
+        _of_tile((image @ part.T).mul_(scale).add_(bias), number * columns)
+        for number, part in enumerate(text.split(columns))
+    )
+    return functools.reduce(_merge, tiles)
+
+
+def _of_tile(logits: Tensor, first: int) -> ZeroShot:
+    """As ``of_logits``, of the candidates ``first`` and following; in the memory of the logits."""
+    place = logits.argmax(dim=1)
+    largest = logits.gather(1, place[:, None])
+    norm = logits.sub_(largest).exp_().sum(dim=1).log_()
+    return ZeroShot(place + first, largest.squeeze(1), norm + largest.squeeze(1))
 
 
 def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vilu.columns import HOW, IMAGE_COLUMNS
 from vilu.errors import DataError
-from vilu.similarity import ZeroShot, of_logits, row_blocks, zero_shot
+from vilu.similarity import ZeroShot, first_equal, of_logits, row_blocks, zero_shot
 from vilu.space import EmbeddingSpace
 from vilu.validate import VALID
 
@@ -80,14 +80,19 @@ class Batch:
         For methods that look at all of them; batches from ``EmbeddingSource.batches`` are small enough.
         """
         with torch.autocast(self.image.device.type, enabled=False):
-            return self.image @ self.text.T * self.logit_scale + self.logit_bias
+            return (self.image @ self.text.T).mul_(self.logit_scale).add_(self.logit_bias)
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """Answers, largest logits and log-normalisers, in bounded memory."""
         if "logits" in self.__dict__:
-            return of_logits(self.logits)
-        return zero_shot(self.image, self.text, self.logit_scale, self.logit_bias)
+            return of_logits(self.logits, self.first_equal)
+        return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
+
+    @cached_property
+    def first_equal(self) -> Tensor:
+        """(K,) int64: for every candidate the first one that equals it."""
+        return first_equal(self.text)
 
     @property
     def prediction(self) -> Tensor:

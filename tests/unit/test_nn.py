@@ -18,7 +18,8 @@ from vilu.errors import DataError, UsageError
 from vilu.nn.attention import ATTENTION
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
-from vilu.nn.train import HeadTrainer, Rows, TrainConfig, auroc_standard_error, schedule
+from vilu.nn.plan import schedule
+from vilu.nn.train import HeadTrainer, Rows, TrainConfig, auroc_standard_error
 from vilu.predictors.heads.head import bce_loss
 from vilu.types import Batch
 
@@ -62,10 +63,8 @@ def test_attention_is_scaled_dot_product_attention(form: str, k: int) -> None:
         query, key, value, scale = module.query, module.key, module.value_projection, 1 / math.sqrt(16)
     text = batch.text
     expected = functional.scaled_dot_product_attention(batch.image @ query.T, text @ key.T, text @ value.T, scale=scale)
-    alpha = module.weights(batch.image, text, batch.logit_scale)
-    assert torch.allclose(alpha.sum(1), torch.ones(len(alpha)), atol=1e-6)
     # float32 sums of 16 products of order one, in another order.
-    assert torch.allclose(alpha @ text @ module.value.T, expected, atol=2e-6)
+    assert torch.allclose(module(batch.image, text, batch.logit_scale, torch.eye(16)), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("k", [3, 200])
@@ -77,7 +76,7 @@ def test_head_is_the_mlp_of_the_concatenation(k: int, attention: str | None, cap
     head, batch = make_head(attention=attention, predicted_caption=caption, mcm=mcm), first_batch(k=k)
     parts = [batch.image]
     if head.attention is not None:
-        parts.append(head.attention.weights(batch.image, batch.text, 20.0) @ batch.text @ head.attention.value.T)
+        parts.append(head.attention(batch.image, batch.text, 20.0, torch.eye(16)))
     if caption:
         parts.append(batch.text[batch.prediction])
     if mcm:
@@ -91,8 +90,20 @@ def test_head_is_the_mlp_of_the_concatenation(k: int, attention: str | None, cap
 
 def test_official_attention_starts_as_the_zero_shot_posterior() -> None:
     batch = first_batch()
-    alpha = ATTENTION["official"](16).weights(batch.image, batch.text, batch.logit_scale)
-    assert torch.allclose(alpha, batch.logits.softmax(1), atol=1e-6)
+    attended = ATTENTION["official"](16)(batch.image, batch.text, batch.logit_scale, torch.eye(16))
+    assert torch.allclose(attended, batch.logits.softmax(1) @ batch.text, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [3, 200])
+@pytest.mark.parametrize("cells", [1, 2**22])
+def test_a_batch_without_rows(monkeypatch: pytest.MonkeyPatch, k: int, cells: int) -> None:
+    """The share of a process that has none: no logits, and gradients of zero."""
+    monkeypatch.setattr("vilu.nn.attention.TILE_CELLS", cells)
+    head = make_head()
+    logit = head(first_batch(k=k).rows(slice(0, 0)))
+    assert logit.shape == (0,)
+    logit.sum().backward()
+    assert all(float(parameter.grad.abs().sum()) == 0 for parameter in head.parameters())
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vilu.nn.train import Loss, Rows, default_epochs, finite_mean, schedule, steps_per_epoch
+from vilu.nn.plan import default_epochs, schedule
+from vilu.nn.train import Loss, Rows, finite_mean, steps_per_epoch
 from vilu.progress import track
 
 BETAS = (0.8, 0.95)

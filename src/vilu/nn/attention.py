@@ -1,33 +1,48 @@
 """The two published forms of ViLU's cross-attention, image (query) over candidate texts (keys, values).
 
-Both return the attention weights and leave the value projection to the caller as a matrix, so that the chain
-weights @ text @ value.T @ next_layer.T can be multiplied in its cheapest order: with K candidates fewer than B
-rows nothing of size (B, D) has to be projected at all.
+Keys and values are the texts themselves: matrices move to the side where they are multiplied with fewer rows, and what
+is learned reaches the weights through the query alone. Shapes: B images, K candidate texts, D embedding width.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+
+from vilu.similarity import TILE_CELLS, row_blocks
 
 
 class CrossAttention(nn.Module, ABC):
-    """Attention weights (B, K) of images over texts, and the matrix that projects the values."""
+    """Texts averaged by how much an image attends to them."""
 
-    def weights(self, image: Tensor, text: Tensor, logit_scale: float) -> Tensor:
-        """(B, K) rows that sum to one, always computed in float32.
+    def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
+        """(B, H): sum_j alpha_j W_V t_j, times a matrix that follows. The weights alpha are computed in float32.
+
+        Up to ``TILE_CELLS`` weights the chain weights @ text @ W_V.T @ after.T is multiplied in its cheapest order:
+        with K candidates fewer than B rows nothing of size (B, D) has to be projected at all, and the weights are kept
+        for the gradient. More are never there together, so that a pool of N pairs takes no N x N matrix: texts are
+        averaged by ``attend``, which computes the weights again for the gradient, and the averages are projected.
 
         Args:
             image: (B, D) unit-norm embeddings.
-            text: (K, D) unit-norm embeddings.
+            text: (K, D) unit-norm embeddings, without gradient.
             logit_scale: The VLM's own multiplier of the cosine.
+            after: (H, D) matrix that is applied to the attended text.
         """
         with torch.autocast(image.device.type, enabled=False):
             query, key, scale = self.bilinear(logit_scale)
-            return torch.softmax(scale * torch.linalg.multi_dot([image, query.T, key, text.T]), dim=-1)
+            if len(image) * len(text) > TILE_CELLS:
+                chain = [attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)]
+            else:
+                logits = scale * torch.linalg.multi_dot([image, query.T, key, text.T])
+                chain = [torch.softmax(logits, dim=-1), text]
+        attended: Tensor = torch.linalg.multi_dot([*chain, self.value.T, after.T])
+        return attended
 
     @abstractmethod
     def bilinear(self, logit_scale: float) -> tuple[Tensor, Tensor, float]:
@@ -37,6 +52,59 @@ class CrossAttention(nn.Module, ABC):
     @abstractmethod
     def value(self) -> Tensor:
         """(D, D) projection of the values."""
+
+
+def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query @ text.T) @ text, (B, D), without a (B, K) tensor, forward or backward.
+
+    Args:
+        query: (B, D) float32.
+        text: (K, D) float32, without gradient.
+        scale: Multiplier of the products.
+
+    Raises:
+        ValueError: If the texts want a gradient.
+    """
+    if text.requires_grad:
+        raise ValueError("an attention over so many texts gives them no gradient. Detach them.")
+    result: Tensor = _Attend.apply(query, text, scale)  # type: ignore[no-untyped-call]  # torch gives it no type
+    return result
+
+
+class _Attend(torch.autograd.Function):
+    """Forward torch's ``scaled_dot_product_attention``, backward three products of B x K x D operations, not its five.
+
+    Its backward would compute gradients of keys and values too, and the encoders are frozen. The query's alone is
+
+        P = softmax(scale * query @ text.T), dP = gradient @ text.T, d query = scale * P (dP - (P * dP).sum) @ text,
+
+    made here in blocks of rows with ``TILE_CELLS`` weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, text: Tensor, scale: float) -> Tensor:  # noqa: ANN401 - torch gives it no type
+        """Row blocks bound the memory also where torch has only its plain kernel."""
+        # heads and batches of one: the fused kernels want four dimensions
+        keys = text[None, None]
+        parts = [query[None, None, part] for part in row_blocks(len(query), len(text), len(query))]
+        attended = [functional.scaled_dot_product_attention(part, keys, keys, scale=scale) for part in parts]
+        result = torch.cat(attended, dim=2)[0, 0]
+        ctx.save_for_backward(query, text, result)
+        ctx.scale = scale
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch gives it no type
+        """Of the query; (P * dP).sum is gradient . result."""
+        query, text, result = ctx.saved_tensors
+        change, rows = torch.empty_like(query), max(TILE_CELLS // len(text), 1)
+        blocks = (x.split(rows) for x in (query, gradients[0], result, change))
+        with torch.autocast(query.device.type, enabled=False):
+            for part, gradient, average, out in zip(*blocks, strict=True):
+                weights = torch.softmax((part @ text.T).mul_(ctx.scale), dim=-1)
+                towards = (gradient @ text.T).sub_((gradient * average).sum(dim=1, keepdim=True))
+                torch.mm(towards.mul_(weights), text, out=out)
+        return change.mul_(ctx.scale), None, None
 
 
 class OfficialAttention(CrossAttention):

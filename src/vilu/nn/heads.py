@@ -81,9 +81,7 @@ class FailureHead(nn.Module):
         # are averaged over or picked: K rows instead of B.
         hidden = torch.addmm(self.first_bias, batch.image, self.first["image"].T)
         if self.attention is not None:
-            alpha = self.attention.weights(batch.image, batch.text, batch.logit_scale)
-            chain = [alpha, batch.text, self.attention.value.T, self.first["attended"].T]
-            hidden = hidden + torch.linalg.multi_dot(chain)
+            hidden = hidden + self.attention(batch.image, batch.text, batch.logit_scale, self.first["attended"])
         if "caption" in self.first:
             hidden = hidden + project_rows(batch.text, batch.prediction, self.first["caption"])
         if "mcm" in self.first:

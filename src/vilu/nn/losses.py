@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.errors import UsageError
+from vilu.errors import DataError, UsageError
+from vilu.nn.world import current_world
 
 EPSILON = 1e-6
 MIN_WEIGHT = 0.05  # -log(e) tends to 0 as e tends to 1; a batch of failures only must still teach something
@@ -28,6 +29,8 @@ def adaptive_weight(error_rate: Tensor) -> Tensor:
 
 class FailureWeight:
     """Weight w of the failure term, from the failures of a batch and of the training set.
+
+    A batch is the whole step: where several processes train together, e is counted over all of them.
 
     Modes:
         batch: -log(e) of the mini-batch, as published.
@@ -61,10 +64,20 @@ class FailureWeight:
         """Scalar w for a batch of failures (B,), each 0 or 1."""
         if self.constant is not None:
             return self.constant.to(failure.device)
-        batch_rate = failure.float().mean()
+        batch_rate = current_world().mean(failure.float())
         if self.mode == "ema":
             self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
         return adaptive_weight(batch_rate if self.mode == "batch" else self.rate.to(failure.device))
+
+    def state(self) -> dict[str, Tensor]:
+        """What a call depends on beside its batch: the moving average."""
+        return {"rate": self.rate}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        if state.keys() != {"rate"} or state["rate"].shape != self.rate.shape:
+            raise DataError(f"a failure weight holds one rate. Found {', '.join(sorted(state)) or 'nothing'} instead.")
+        self.rate = state["rate"]
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:

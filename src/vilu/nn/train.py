@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.errors import DataError
+from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
 from vilu.nn.heads import FailureHead
+from vilu.nn.keeper import Keeper
+from vilu.nn.plan import Plan
+from vilu.nn.position import History, Position, Stateful, pack, parameters_of, unpack
+from vilu.nn.world import World, current_world
 from vilu.progress import Task, track
 from vilu.types import Batch, EmbeddingSource
 
 Loss = Callable[[Batch, Tensor], Tensor]
-"""(batch, failure logits (B,)) -> scalar."""
+"""(batch, failure logits (B,)) -> scalar, a mean over the batch."""
 
-DEFAULT_STEPS = 6_000
-FREEZE_STEPS = 1_000
 SCORING_BATCH = 4_096
 
 
@@ -37,10 +39,11 @@ class Rows:
         """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
         return self.source.batches(size, rows=self.index, columns=self.columns)
 
-    def steps(self, size: int, generator: torch.Generator | None = None) -> Iterator[Batch]:
-        """Batches of one training step each, in order or, with a generator, shuffled."""
+    def steps(self, size: int, generator: torch.Generator | None = None, first: int = 0) -> Iterator[Batch]:
+        """Batches of one training step each, in order or, with a generator, shuffled; from step ``first`` on."""
         order = self.index if generator is None else self.source.shuffled(self.index, generator)
-        return self.source.steps(size, rows=order, columns=self.columns)
+        done = first * (self.source.pool_size or size)
+        return self.source.steps(size, rows=order[done:], columns=self.columns)
 
 
 @dataclass(frozen=True)
@@ -75,22 +78,6 @@ class TrainConfig:
     device: torch.device
 
 
-@dataclass
-class History:
-    """What happened, one entry an epoch; ``kept_epoch`` is the one whose weights were kept (0-based)."""
-
-    loss: list[float] = field(default_factory=list)
-    validation_auroc: list[float] = field(default_factory=list)
-    kept_epoch: int = -1
-
-
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Multiplier of the learning rate: linear from 0.1 to 1 over ``warmup`` steps, then a cosine to 0."""
-    if step < warmup:
-        return 0.1 + 0.9 * step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-
-
 def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     """How many batches the rows make.
 
@@ -102,11 +89,6 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
     if not steps:
         raise DataError(f"training needs at least one pool of {size} rows. Got {len(rows.index)} rows.")
     return steps
-
-
-def default_epochs(steps: int) -> int:
-    """As many epochs of ``steps`` steps as make about 6,000 steps, between 10 and 300."""
-    return min(max(math.ceil(DEFAULT_STEPS / steps), 10), 300)
 
 
 def finite_mean(mean: float, learning_rate: float) -> float:
@@ -134,11 +116,34 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
 
 
 class HeadTrainer:
-    """Trains one head in place."""
+    """Trains one head in place, alone or as one of several processes (``vilu.nn.world``), which all do the same steps.
 
-    def __init__(self, head: FailureHead, loss: Loss, config: TrainConfig) -> None:
+    Each process computes its share of the rows of a step; the gradients are summed. Not by
+    ``DistributedDataParallel``: that fixes at its start which parameters have gradients, and the attention has none
+    before it thaws; and it averages over processes, where shares of rows are unequal.
+
+    Args:
+        head: What to train.
+        loss: The mean over the rows of a batch.
+        config: How.
+        keeper: Where checkpoints go, and come from.
+        stateful: What in the loss remembers earlier batches.
+    """
+
+    def __init__(
+        self,
+        head: FailureHead,
+        loss: Loss,
+        config: TrainConfig,
+        keeper: Keeper | None = None,
+        stateful: Sequence[Stateful] = (),
+    ) -> None:
         self.head, self.loss, self.config = head.to(config.device), loss, config
+        self.keeper, self.stateful, self.world = keeper or Keeper(), stateful, current_world()
         self.attention = [] if head.attention is None else list(head.attention.parameters())
+        for parameter in self.attention:
+            parameter.requires_grad_(False)
+        self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.SGD(
             [*head.first.values(), head.first_bias, *head.rest.parameters()],
             lr=config.learning_rate,
@@ -155,60 +160,92 @@ class HeadTrainer:
 
         Raises:
             DataError: If the training rows do not fill one batch of in-batch candidates, or the loss is not finite.
+            UsageError: If a step has fewer rows than there are processes.
+            ProvenanceError: If the checkpoints are of another run.
         """
-        config, history = self.config, History()
+        config = self.config
+        require_shares(train.source.pool_size or config.batch_size, self.world)
         steps = steps_per_epoch(train, config.batch_size)
-        epochs = config.epochs or default_epochs(steps)
-        warmup = min(config.warmup_epochs, epochs / 10) * steps
-        frozen_epochs = math.ceil(FREEZE_STEPS / steps) if config.freeze_epochs is None else config.freeze_epochs
-        generator = torch.Generator().manual_seed(config.seed)
-        kept: dict[str, Tensor] = {}
-        for parameter in self.attention:
-            parameter.requires_grad_(False)
-        with track("train", epochs * steps, "steps") as task:
-            for epoch in range(epochs):
-                if epoch == frozen_epochs:
+        plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
+        at = self._begin(plan)
+        with track("train", plan.epochs * plan.steps, "steps") as task:
+            task.advance(at.epoch * plan.steps + at.step)
+            while at.epoch < plan.epochs and not self._is_out_of_patience(at):
+                if at.epoch >= plan.frozen:
                     self.thaw()
-                rates = [schedule(epoch * steps + i, epochs * steps, warmup) for i in range(steps)]
-                history.loss.append(self._epoch(train.steps(config.batch_size, generator), rates, task))
-                if self._is_kept(validation, history):
-                    history.kept_epoch, kept = epoch, copy.deepcopy(self.head.state_dict())
-                if config.patience is not None and epoch - history.kept_epoch >= config.patience:
-                    break
-        self.head.load_state_dict(kept)
-        return history
+                self._epoch(train, plan, at, task)
+                self._end_epoch(validation, plan, at)
+                self._save(at)
+        self.head.load_state_dict(at.kept)
+        return at.history
 
     def thaw(self) -> None:
         """Let the attention learn; until then the optimiser does not know it: no gradient, no decay, no momentum."""
-        for parameter in self.attention:
-            parameter.requires_grad_(True)
-        if self.attention:
+        if self.attention and not self.attention[0].requires_grad:
+            for parameter in self.attention:
+                parameter.requires_grad_(True)
             self.optimizer.add_param_group({"params": self.attention})
 
-    def _epoch(self, batches: Iterator[Batch], rates: list[float], task: Task) -> float:
-        """One pass; returns the mean loss over its steps."""
+    def _begin(self, plan: Plan) -> Position:
+        """At the start, or where the newest checkpoint says."""
+        found = self.keeper.latest()
+        if found is None:
+            return Position(self.generator.get_state(), torch.zeros((), device=self.config.device))
+        epoch, step = found.numbers()
+        if epoch > plan.frozen or (epoch == plan.frozen and step):
+            self.thaw()
+        return unpack(found, self.head, self.optimizer, self.stateful)
+
+    def _save(self, at: Position) -> None:
+        self.keeper.save(lambda: pack(at, self.head, self.optimizer, self.stateful))
+
+    def _is_out_of_patience(self, at: Position) -> bool:
+        patience = self.config.patience
+        return patience is not None and at.epoch - 1 - at.history.kept_epoch >= patience
+
+    def _epoch(self, train: Rows, plan: Plan, at: Position, task: Task) -> None:
+        """The rest of one pass."""
         self.head.train()
-        total = torch.zeros((), device=self.config.device)
-        for batch, rate in zip(batches, rates, strict=True):
+        self.generator.set_state(at.order)
+        batches = train.steps(self.config.batch_size, self.generator, at.step)
+        for batch, rate in zip(batches, plan.rates(at.epoch, at.step), strict=True):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * rate
-            moved = batch.to(self.config.device)
-            with torch.autocast(self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                logit = self.head(moved)
-            loss = self.loss(moved, logit)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            total += loss.detach()
+            at.total += self._step(batch)
+            at.step += 1
             task.advance(1)
-        return finite_mean(float(total) / len(rates), self.config.learning_rate)
+            if self.keeper.due():
+                self._save(at)
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One step of the optimiser on all rows of a batch, this process's and the others'; returns their mean loss."""
+        part = batch.rows(self.world.mine(len(batch.index)))
+        moved, share = part.to(self.config.device), len(part.index) / len(batch.index)
+        with torch.autocast(self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logit = self.head(moved)
+        mean = self.loss(moved, logit)  # also without rows: it may count over all processes
+        loss = mean * share if share else logit.sum()  # a sum of nothing, so that gradients are there, and zero
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        value = loss.detach()
+        self.world.sum_([*(p.grad for p in parameters_of(self.optimizer) if p.grad is not None), value])
+        self.optimizer.step()
+        return value
+
+    def _end_epoch(self, validation: Rows | None, plan: Plan, at: Position) -> None:
+        """Write down what the epoch gave, and keep its weights if validation says so."""
+        at.history.loss.append(finite_mean(float(at.total) / plan.steps, self.config.learning_rate))
+        if self._is_kept(validation, at.history):
+            at.history.kept_epoch, at.kept = at.epoch, copy.deepcopy(self.head.state_dict())
+        at.epoch, at.step = at.epoch + 1, 0
+        at.total, at.order = torch.zeros_like(at.total), self.generator.get_state()
 
     def _is_kept(self, validation: Rows | None, history: History) -> bool:
         """Whether this epoch takes the place of the one kept so far; its validation AUROC goes into the history."""
         if validation is None:
             return True
         scored = [(logit, batch.failure) for batch, logit in failure_logits(self.head, validation, self.config.device)]
-        logit, failure = (np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*scored, strict=True))
+        logit, failure = (self.world.gather(torch.cat(part)).cpu().numpy() for part in zip(*scored, strict=True))
         history.validation_auroc.append(float(auroc(logit.astype(np.float64), failure)))
         best, n_failures = max(history.validation_auroc), int(failure.sum())
         return history.validation_auroc[-1] >= best - auroc_standard_error(best, n_failures, len(failure) - n_failures)
@@ -216,8 +253,21 @@ class HeadTrainer:
 
 @torch.no_grad()
 def failure_logits(head: FailureHead, rows: Rows, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """(batch, failure logits (B,)) of every batch, in float32."""
+    """(batch, failure logits (B,)) of this process's share of every batch, in float32."""
     head.eval()
+    world = current_world()
     for batch in rows.batches(SCORING_BATCH):
-        moved = batch.to(device)
-        yield moved, head(moved)
+        part = batch.rows(world.mine(len(batch.index))).to(device)
+        yield part, head(part)
+
+
+def require_shares(n_rows: int, world: World) -> None:
+    """Refuse processes that would have nothing to do.
+
+    Raises:
+        UsageError: If a step has fewer rows than there are processes.
+    """
+    if n_rows < world.size:
+        raise UsageError(
+            f"a step of {n_rows} rows cannot be shared by {world.size} processes. Start fewer, or take larger batches."
+        )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -112,19 +112,35 @@ class FailurePredictor(ABC):
             UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
             DataError: If the data lack a column that the method needs.
         """
-        self._check_ready(data)
         uncertainty = np.full(len(data), np.nan)
-        if data.n_candidates < 2:
-            return uncertainty
-        device = self.device_
-        with torch.no_grad():
-            for batch in data.batches(SCORING_BATCH, columns=self.columns_to_score):
-                score = self._uncertainty(batch.to(device))
-                uncertainty[batch.index.numpy()] = score.cpu().double().numpy()
-        broken = int(np.count_nonzero(~np.isfinite(uncertainty[data.usable_rows.numpy()])))
-        if broken:
-            raise DataError(f"{self.name} gave {broken} scores that are not finite: its weights are damaged. Refit it.")
+        for batch, scores in self.scored(data):
+            uncertainty[batch.index.numpy(force=True)] = scores
         return uncertainty
+
+    def scored(self, data: EmbeddingSource, rows: Tensor | None = None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+        """Batches of the ``rows`` (by default all usable ones) on ``device_``, each with its uncertainty (B,) float64.
+
+        Nothing as large as the data is held, so the data may be of any size. A batch keeps the zero-shot answer that
+        the score has computed.
+
+        Raises:
+            DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors it raises, too.
+        """
+        self._check_ready(data)
+        device = self.device_
+        for found in data.batches(SCORING_BATCH, rows=rows, columns=self.columns_to_score):
+            batch = found.to(device)
+            if data.n_candidates < 2:
+                yield batch, np.full(len(batch.index), np.nan)
+                continue
+            with torch.no_grad():
+                score = self._uncertainty(batch).cpu().double().numpy()
+            broken = int(np.count_nonzero(~np.isfinite(score)))
+            if broken:
+                raise DataError(
+                    f"{self.name} gave {broken} scores that are not finite: its weights are damaged. Refit it."
+                )
+            yield batch, score
 
     def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
         """P(failure) (N,) float64 of every row, where the method estimates one; else as ``predict_uncertainty``.
@@ -150,8 +166,8 @@ class FailurePredictor(ABC):
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         check_parameters(self)
-        self.require_fitted()
         self._check_source(data, self.columns_to_score)
+        self.require_fitted()
         if self.space_ is None:
             return
         self.space_.require_match(data.space, mine=f"the fitted {self.name}", theirs="the data to score")
@@ -168,7 +184,7 @@ class FailurePredictor(ABC):
             warnings.warn(
                 f"the largest cosine of a row is {found:.3f} on average here and was {mean:.3f} ± {deviation:.3f} in "
                 "training: are these embeddings from another model? They carry no provenance to check.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     @abstractmethod

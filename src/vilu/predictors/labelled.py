@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import ClassVar, Self
 
 import numpy as np
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from vilu.errors import DataError, ProvenanceError
 from vilu.nn.train import SCORING_BATCH, Rows
+from vilu.nn.world import current_world
 from vilu.predictors.base import FailurePredictor, similarity_range
 from vilu.predictors.parameters import check_parameters
 from vilu.predictors.sketch import RowSketch
 from vilu.types import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
-from vilu.validate import RowNumbers
+from vilu.validate import SHORT_POOL, RowNumbers
 
 MAX_UNUSABLE = 0.01
 
@@ -168,21 +170,29 @@ def trainable_rows(source: EmbeddingSource, role: str) -> tuple[Tensor, Tensor]:
         raise DataError(f"the {role} set is empty.")
     if source.n_candidates < 2:
         raise DataError(f"the {role} set has one candidate text: it is always the answer, so no failure is defined.")
-    unusable = int(np.count_nonzero(source.status))
+    short = int(np.count_nonzero(source.status == SHORT_POOL))
+    unusable = int(np.count_nonzero(source.status)) - short
     if unusable > MAX_UNUSABLE * len(source):
         raise DataError(
             f"{unusable} of {len(source)} {role} rows are not finite or of zero norm, more than {MAX_UNUSABLE:.0%}. "
             "Embed them again."
         )
-    parts = [(batch.index, batch.failure) for batch in source.batches(SCORING_BATCH)]
-    rows, failure = (torch.cat(part) for part in zip(*parts, strict=True))
+    rows, failure = with_failures(source.batches(SCORING_BATCH))
     known = failure != UNKNOWN
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
-    left_out = len(source) - int(known.sum())
+    left_out = len(source) - short - int(known.sum())
     if left_out:
         warnings.warn(
             f"{left_out} of {len(source)} {role} rows are left out ({unusable} unusable, the rest without label).",
             stacklevel=4,
         )
     return rows[known], failure[known]
+
+
+def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Positions (M,) of the rows of some batches, and their failures (M,); of several processes each does its share."""
+    world = current_world()
+    parts = [(b.index, world.gather(b.rows(world.mine(len(b.index))).failure)) for b in batches]
+    nothing = torch.empty(0, dtype=torch.int64)
+    return torch.cat([nothing, *(rows for rows, _ in parts)]), torch.cat([nothing, *(failed for _, failed in parts)])

@@ -6,15 +6,18 @@ import dataclasses
 import warnings
 from abc import abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vilu.errors import DataError
-from vilu.nn.train import Rows
-from vilu.predictors.labelled import LabelledPredictor, trainable_rows
+from vilu.nn.train import SCORING_BATCH, Rows
+from vilu.pairs import PairSource
+from vilu.predictors.labelled import LabelledPredictor, trainable_rows, with_failures
 from vilu.types import Batch, EmbeddingSource
 
 FEW = 20
+GROUP_BLOCK = 16_384
 
 
 @dataclasses.dataclass
@@ -104,36 +107,89 @@ class SelectingPredictor(LearnedPredictor):
         rows, columns = train.index, train.columns
         if validation is not None:
             held_out, held_failure = trainable_rows(validation, "validation")
-            chosen: Rows | None = Rows(validation, held_out, columns)
+            chosen = Rows(validation, held_out, columns)
         else:
             generator = torch.Generator().manual_seed(self.seed)
-            part = hold_out(failure, self.validation_fraction, train.source.pool_size, generator)
-            held_failure, chosen = failure[part], Rows(train.source, rows[part], columns)
+            groups = caption_groups(train.source, rows) if isinstance(train.source, PairSource) else None
+            part = hold_out(failure, self.validation_fraction, train.source.pool_size, generator, groups)
+            chosen = Rows(train.source, rows[part], columns)
+            _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
             keep = torch.ones(len(rows), dtype=torch.bool)
             keep[part] = False
             rows = rows[keep]
-        if len(held_failure.unique()) < 2:
-            chosen = None
-        return Rows(train.source, rows, columns), chosen
+        is_blind = len(held_failure.unique()) < 2
+        return Rows(train.source, rows, columns), None if is_blind else chosen
 
     @abstractmethod
     def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
         """Learn; the rows are usable, labelled, and hold failures and successes."""
 
 
-def hold_out(failure: Tensor, fraction: float, pool_size: int | None, generator: torch.Generator) -> Tensor:
+def hold_out(
+    failure: Tensor,
+    fraction: float,
+    pool_size: int | None,
+    generator: torch.Generator,
+    groups: Tensor | None = None,
+) -> Tensor:
     """Sorted positions (H,) of a random part of the rows: stratified by failure, or whole pools.
 
     With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than two.
+
+    Args:
+        failure: (M,) in {0, 1}.
+        fraction: Share to hold out.
+        pool_size: Rows of a pool, or None.
+        generator: Chooses.
+        groups: (M,) int64: with pools, rows of one number stay together; None: every row by itself. Where there are
+            fewer groups than a pool has rows, they recur in every pool, as classes do, and rows go by themselves.
     """
     n = len(failure)
     if pool_size is not None:
         pools = n // pool_size
         count = max(round(pools * fraction), 1) if pools > 1 and fraction > 0 else 0
-        return torch.randperm(n, generator=generator)[: count * pool_size].sort().values
+        order = torch.randperm(n, generator=generator)
+        room = count * pool_size
+        by_themselves = groups is None or len(groups.unique()) < pool_size
+        chosen = order[:room] if groups is None or by_themselves else order[whole_groups(groups[order], room)]
+        return chosen[: len(chosen) if len(chosen) >= pool_size else 0].sort().values
     parts = []
     for value in (0, 1):
         members = (failure == value).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=generator)
         parts.append(members[order[: round(len(members) * fraction)]])
     return torch.cat(parts).sort().values
+
+
+def whole_groups(groups: Tensor, room: int) -> Tensor:
+    """Sorted positions of whole groups that fit into ``room`` rows, taken in the order in which they first occur.
+
+    Args:
+        groups: (M,) int64 number of each row's group.
+        room: How many rows at most; groups that are too large for what is left of it are passed over.
+    """
+    _, group = torch.unique(groups, return_inverse=True)
+    positions = torch.arange(len(groups))
+    first = torch.full((int(group.max()) + 1,), len(groups)).scatter_reduce(0, group, positions, "amin")
+    waiting, sizes = first.argsort(), group.bincount()
+    taken = torch.zeros(len(sizes), dtype=torch.bool)
+    while len(waiting := waiting[sizes[waiting] <= room]):
+        fits = waiting[sizes[waiting].cumsum(0) <= room]  # the first one does
+        taken[fits] = True
+        room -= int(sizes[fits].sum())
+        waiting = waiting[len(fits) :]
+    return taken[group].nonzero().squeeze(1)
+
+
+def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
+    """(M,) int64: equal for rows of equal captions (in float16, as they are stored); read in blocks.
+
+    sum_i a_i x_i mod 2^64 of the D 16-bit numbers x of a caption with fixed random odd a: two captions meet by chance
+    with a probability below 2^-48, which does no more harm than that they stay together.
+    """
+    factors = np.random.default_rng(0).integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
+    parts = []
+    for block in rows.split(GROUP_BLOCK):
+        bits = (source.caption_rows(block).half() + 0).numpy().view(np.uint16)  # + 0 makes -0 a 0
+        parts.append(bits.astype(np.uint64) @ factors)
+    return torch.from_numpy(np.concatenate(parts).view(np.int64))

@@ -38,6 +38,14 @@ class RowSketch:
         hashes = hash_ids(ids)
         return cls(torch.from_numpy(hashes[:SIZE].copy()), len(hashes))
 
+    @classmethod
+    def union(cls, first: RowSketch | None, second: RowSketch | None) -> RowSketch | None:
+        """Sketch of two disjoint sets together; None stands for rows without identifiers."""
+        if first is None or second is None:
+            return first or second
+        hashes = torch.cat([first.hashes, second.hashes]).unique()
+        return cls(hashes[:SIZE], first.n_rows + second.n_rows)
+
     def overlap(self, ids: Iterable[str]) -> int:
         """How many of ``ids`` are known to be in the set (a lower bound; exact while the set fits the sketch)."""
         return int(np.isin(hash_ids(ids), self.hashes.numpy(), assume_unique=True).sum())

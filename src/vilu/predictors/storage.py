@@ -92,8 +92,9 @@ def load(folder: str | Path) -> FailurePredictor:
 
 def read_record(path: Path) -> dict[str, Any]:
     """``predictor.json``, checked for schema, method and keys."""
+    content = read_bytes(path, MAX_JSON_BYTES)
     try:
-        record = json.loads(read_bytes(path, MAX_JSON_BYTES))
+        record = json.loads(content)
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}.") from error
     if not isinstance(record, dict) or not isinstance(record.get("schema"), int):

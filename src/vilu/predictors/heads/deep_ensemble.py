@@ -44,7 +44,8 @@ class DeepEnsemble(ViLU):
 
     def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
         self.members_ = self._new_members()
-        for member in self.members_.values():
+        for m, member in self.members_.items():
+            member.start_ = self.start_.members_[m] if isinstance(self.start_, DeepEnsemble) else None
             member._fit(train, validation, error_rate)
 
     def _learned_uncertainty(self, batch: Batch) -> Tensor:

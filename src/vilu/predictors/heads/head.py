@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field
@@ -12,11 +13,15 @@ from torch import Tensor, nn
 
 from vilu.device import resolve_device
 from vilu.errors import DataError
+from vilu.nn.checkpoint import current_session, data_fingerprint
 from vilu.nn.heads import HIDDEN, FailureHead
 from vilu.nn.losses import FailureWeight, weighted_bce
-from vilu.nn.train import HeadTrainer, History, Loss, Rows, TrainConfig
+from vilu.nn.position import History
+from vilu.nn.train import HeadTrainer, Loss, Rows, TrainConfig
 from vilu.predictors.learned import SelectingPredictor
-from vilu.types import Batch
+from vilu.predictors.parameters import parameters
+from vilu.predictors.sketch import RowSketch
+from vilu.types import Batch, EmbeddingSource
 
 Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -28,6 +33,9 @@ Network = TypeVar("Network", bound=nn.Module)
 @dataclasses.dataclass
 class HeadPredictor(SelectingPredictor):
     """A predictor whose uncertainty is sigmoid(g), g the output of a trained ``FailureHead``.
+
+    Its training can be shared by several processes (``vilu.nn.world``), leave checkpoints (``vilu.nn.checkpoint``), and
+    begin from fitted weights (``vilu.predictors.init``); the learning rate depends on none of these.
 
     Args:
         hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
@@ -64,6 +72,7 @@ class HeadPredictor(SelectingPredictor):
 
     head_: FailureHead | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     history_: History | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    start_: HeadPredictor | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     @abstractmethod
     def _build_head(self, dim: int) -> FailureHead:
@@ -72,6 +81,20 @@ class HeadPredictor(SelectingPredictor):
     @abstractmethod
     def _loss(self, weight: FailureWeight) -> Loss:
         """The training loss."""
+
+    def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
+        """As ``LabelledPredictor.fit``, from the weights of another fit where there are some to start from.
+
+        Raises:
+            ProvenanceError: Also if those come from another embedding space.
+        """
+        start = self.start_
+        if start is not None and start.space_ is not None:
+            start.space_.require_match(train.space, mine=f"the fitted {self.name} to start from", theirs="the data")
+        super().fit(train, validation)
+        if start is not None:
+            self.seen_ = RowSketch.union(self.seen_, start.seen_)
+        return self
 
     def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
         config = TrainConfig(
@@ -87,12 +110,30 @@ class HeadPredictor(SelectingPredictor):
             seed=self.seed,
             device=resolve_device(self.device),
         )
+        head = self._first_head(train.source.space.embed_dim)
+        weight = FailureWeight(self.weighting, error_rate, self.static_weight)
+        keeper = current_session().keeper(lambda: self._binding(head, train, validation))
+        trainer = HeadTrainer(head, self._loss(weight), config, keeper, [weight])
+        self.history_ = trainer.run(train, validation)
+        self.head_ = head.eval()
+
+    def _first_head(self, dim: int) -> FailureHead:
+        """What training begins with: a new head of the seed, or fitted weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            head = self._build_head(train.source.space.embed_dim)
-        loss = self._loss(FailureWeight(self.weighting, error_rate, self.static_weight))
-        self.history_ = HeadTrainer(head, loss, config).run(train, validation)
-        self.head_ = head.eval()
+            head = self._build_head(dim)
+        return head if self.start_ is None else with_weights(head, self.start_._learned_state(), self.name)
+
+    def _binding(self, head: FailureHead, train: Rows, validation: Rows | None) -> dict[str, object]:
+        """What must be the same when training begins again from a checkpoint."""
+        values = {name: getattr(self, name) for name in parameters(self) if name != "device"}
+        return {
+            "method": self.name,
+            **values,
+            "weights at the start": weights_digest(head.state_dict()),
+            "training rows": data_fingerprint(train.source, train.index),
+            "validation rows": validation and data_fingerprint(validation.source, validation.index),
+        }
 
     def _learned_uncertainty(self, batch: Batch) -> Tensor:
         if self.head_ is None:
@@ -105,7 +146,12 @@ class HeadPredictor(SelectingPredictor):
         return torch.sigmoid(logit.cpu().double())  # some devices have no float64
 
     def _notes(self) -> dict[str, object]:
-        return {"history": dataclasses.asdict(self.history_)} if self.history_ and self.constant_ is None else {}
+        notes: dict[str, object] = {}
+        if self.start_ is not None:
+            notes["start"] = {"weights": weights_digest(self.start_.state()), **self.start_.notes_}
+        if self.history_ and self.constant_ is None:
+            notes["history"] = dataclasses.asdict(self.history_)
+        return notes
 
     def _learned_state(self) -> dict[str, Tensor]:
         return {} if self.head_ is None else {name: t.cpu() for name, t in self.head_.state_dict().items()}
@@ -129,6 +175,14 @@ def with_weights(network: Network, state: dict[str, Tensor], method: str) -> Net
         raise DataError(f"the weights do not fit a {method} with these parameters; they differ in {differing}.")
     network.load_state_dict(state)
     return network.eval()
+
+
+def weights_digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 of tensors in the order of their names."""
+    hashed = hashlib.sha256()
+    for name in sorted(state):
+        hashed.update(state[name].cpu().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def bce_loss(weight: FailureWeight) -> Loss:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight, weighted_mse
 from vilu.nn.train import Loss
+from vilu.nn.world import current_world
 from vilu.predictors.heads.head import HeadPredictor, bce_loss
 from vilu.types import Batch
 
@@ -65,7 +66,7 @@ def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tenso
     def weighted(weight: FailureWeight) -> Loss:
         def loss(batch: Batch, logit: Tensor) -> Tensor:
             wanted = target(batch)
-            size = wanted.square().mean().clamp(min=1)
+            size = current_world().mean(wanted.square()).clamp(min=1)
             return weighted_mse(logit, wanted, batch.failure, weight(batch.failure), link) / size
 
         return loss

@@ -1,0 +1,199 @@
+"""Large pools of captions against the dense computation: memory, time and agreement. D = 512, float32 (Linux only).
+
+Dense is the head as the paper writes it: one matrix of similarities for the answers, one for softmax(s q k.T), the
+concatenation, one linear layer. Ours never has a matrix of pool x pool.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.memory import peak_mb
+from vilu.embeddings import PairEmbeddings
+from vilu.nn.attention import attend
+from vilu.nn.heads import HIDDEN, FailureHead
+from vilu.nn.losses import FailureWeight, weighted_bce
+from vilu.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.predictors.heads.head import bce_loss
+
+D, SCALE, REPEATS = 512, 100.0, 5
+LARGE, LABELS, TIMED = 32_768, 8_192, 4_096
+"""Pools for memory, for the comparison of labels, and for the comparison of times."""
+
+LIMIT_MB, TOLERANCE = 1_536, 1e-5
+
+
+def pairs(n: int) -> PairEmbeddings:
+    """A pool of random captions and their images, more or less noisy; made in blocks, so that no peak is left."""
+    rng = np.random.default_rng(0)
+    image, text = np.empty((n, D), np.float32), np.empty((n, D), np.float32)
+    for start in range(0, n, 1024):
+        block = slice(start, start + 1024)
+        text[block] = unit(rng.standard_normal(text[block].shape, np.float32))
+        noise = unit(rng.standard_normal(text[block].shape, np.float32))
+        image[block] = unit(text[block] + noise * 8 * rng.random((len(noise), 1), np.float32))
+    return PairEmbeddings(image, text, n, SCALE)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of unit norm."""
+    normed: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return normed
+
+
+def config(pool: int) -> TrainConfig:
+    """One pool a step; a rate at which the repeated step of a benchmark changes little."""
+    return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device("cpu"))
+
+
+def ours(data: PairEmbeddings) -> Callable[[], float]:
+    """A training step of the library: batch, answers, head, weighted BCE, backward, SGD. Returns the loss."""
+    torch.manual_seed(0)
+    trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data)))
+    trainer.thaw()
+    rows = Rows(data, torch.arange(len(data)))
+    return lambda: float(trainer._step(next(rows.steps(len(data)))))
+
+
+class Dense(nn.Module):
+    """The same head with the same weights, as the paper writes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        head = FailureHead(D)
+        self.query, self.key = nn.Parameter(torch.eye(D)), nn.Parameter(torch.eye(D))
+        self.first = nn.Linear(3 * D, HIDDEN[0])
+        with torch.no_grad():
+            self.first.weight.copy_(torch.cat([head.first[part] for part in ("image", "attended", "caption")], dim=1))
+            self.first.bias.copy_(head.first_bias)
+        self.rest = head.rest
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,) failure logits, and the zero-shot answers."""
+        with torch.no_grad():
+            answer = (SCALE * image @ text.T).softmax(dim=1).argmax(dim=1)
+        key = text @ self.key.T
+        attended = torch.softmax(SCALE * (image @ self.query.T) @ key.T, dim=1) @ key
+        logit: Tensor = self.rest(self.first(torch.cat([image, attended, text[answer]], dim=1)))
+        return logit.squeeze(1), answer
+
+
+def dense(data: PairEmbeddings) -> Callable[[], float]:
+    """A training step of the dense head. Returns the loss."""
+    head, weight, target = Dense(), FailureWeight("batch", 0.5), torch.arange(len(data))
+    optimizer = torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
+
+    def step() -> float:
+        logit, answer = head(data.image, data.text)
+        failure = (answer != target).long()
+        loss = weighted_bce(logit, failure, weight(failure))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def child(what: str) -> None:
+    """Make the data, note the resident size, run once, print the seconds and the peak above the data."""
+    import vilu
+
+    small, data = pairs(1024), pairs(LARGE)  # the small pool warms thread pools and libraries up
+    vilu_fitted = vilu.ViLU(epochs=1).fit(PairEmbeddings(small.image, small.text, 128, SCALE))
+    vilu_fitted.similarity_ = None  # more candidates have larger cosines, which is no other model
+    runs: dict[str, Callable[[PairEmbeddings], object]] = {
+        "step": lambda pool: ours(pool)(),
+        "vilu": vilu_fitted.predict_uncertainty,
+        "mcm": vilu.MCM().predict_uncertainty,
+    }
+    runs[what](small)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = peak_mb(), time.perf_counter()
+    runs[what](data)
+    print(time.perf_counter() - start, peak_mb() - before)
+
+
+def memory() -> dict[str, float]:
+    """Peaks above the data, each in a process of its own."""
+    figures = {}
+    for what, name in (("step", "training step"), ("vilu", "scoring by ViLU"), ("mcm", "scoring by MCM")):
+        command = f"from benchmarks.contrast import child; child({what!r})"
+        done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+        seconds, peak = map(float, done.stdout.split())
+        print(f"  pool {LARGE:,}, {name}: {seconds:.1f} s, {peak:,.0f} MB above the data (at most {LIMIT_MB:,})")
+        figures[f"contrast_{what}_mb"] = peak
+    return figures
+
+
+def times() -> dict[str, float]:
+    """Seconds of a training step, dense and ours by turns; the first pair warms up."""
+    data = pairs(TIMED)
+    steps = {"dense": dense(data), "ours": ours(data)}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    losses = {}
+    for repeat in range(REPEATS + 1):
+        for name in sorted(steps, reverse=bool(repeat % 2)):
+            start = time.perf_counter()
+            loss = steps[name]()
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+            else:
+                losses[name] = loss
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratio = statistics.median(o / d for o, d in zip(seconds["ours"], seconds["dense"], strict=True))
+    print(
+        f"  pool {TIMED:,}, training step: dense {medians['dense']:.2f} s, ours {medians['ours']:.2f} s, ours / dense "
+        f"{ratio:.2f} (at most 1); first losses {losses['dense']:.7f} and {losses['ours']:.7f}"
+    )
+    return {"contrast_step_vs_dense": ratio}
+
+
+def agreement() -> dict[str, float]:
+    """Labels that differ from the dense ones, and the largest difference of the attention and of its gradient."""
+    data = pairs(LABELS)
+    (batch,) = data.steps(LABELS)
+    answer = (SCALE * data.image @ data.text.T).argmax(dim=1)
+    failure = (answer != torch.arange(LABELS)).long()
+    differ = int((answer != batch.prediction).sum() + (failure != batch.failure).sum())
+    image, text = data.image[:TIMED], data.text[:TIMED]
+    towards = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    results = {}
+    for dtype, attention in ((torch.float32, attend), (torch.float64, plain)):
+        query = image.to(dtype, copy=True).requires_grad_()
+        attended = attention(query, text.to(dtype), SCALE)
+        (gradient,) = torch.autograd.grad(attended, query, towards.to(dtype))
+        results[dtype] = attended.detach().double(), gradient.double() / gradient.abs().max()
+    errors = [float((a - b).abs().max()) for a, b in zip(*results.values(), strict=True)]
+    print(
+        f"  pool {LABELS:,}: {differ} labels differ from dense ones ({int(failure.sum()):,} failures); pool {TIMED:,}: "
+        f"attention within {errors[0]:.1e} of float64, its gradient within {errors[1]:.1e} of the largest "
+        f"(at most {TOLERANCE})"
+    )
+    return {"contrast_labels_differ": differ, "contrast_attention_error": errors[0], "contrast_gradient": errors[1]}
+
+
+def plain(query: Tensor, text: Tensor, scale: float) -> Tensor:
+    """The attention as it is written."""
+    return functional.softmax(scale * query @ text.T, dim=1) @ text
+
+
+def main() -> dict[str, float]:
+    """Print and return the figures."""
+    print(f"pools of captions, D={D}, {torch.get_num_threads()} threads, medians of {REPEATS}")
+    return agreement() | times() | memory()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Run by ``test_distributed``: one of the processes that train together. Writes what it ends with to OUT/RANK.npz.
+
+Also run alone, with no torchrun around it, for what to compare with.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.conftest import toy_embeddings, toy_pairs
+from vilu.embeddings import PairEmbeddings
+from vilu.nn.checkpoint import checkpointing
+from vilu.nn.heads import FailureHead
+from vilu.nn.losses import FailureWeight
+from vilu.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.nn.world import World, world
+from vilu.pairs import Pools
+from vilu.predictors.heads.head import HeadPredictor, bce_loss
+from vilu.predictors.heads.lvu import LVU
+from vilu.predictors.heads.mc_dropout import MCDropout
+from vilu.predictors.heads.vilu import ViLU
+from vilu.progress import Task, reporting
+
+QUICK = {"hidden": (16, 8), "epochs": 3, "freeze_epochs": 1, "batch_size": 64, "device": "cpu"}
+
+
+def repeated_pairs(direction: str) -> PairEmbeddings:
+    """Pairs of which the last third has captions of the first."""
+    pairs = toy_pairs(n=192, pool=64)
+    text = pairs.text.clone()
+    text[128:] = text[:64]
+    return PairEmbeddings(pairs.image, text, Pools(64, direction, seed=3), 20.0)
+
+
+def trained(predictor: HeadPredictor, data: object) -> dict[str, np.ndarray]:
+    """Weights and history of a fit."""
+    predictor.fit(data)
+    history = predictor.history_
+    found = {name: tensor.numpy() for name, tensor in predictor.state().items()}
+    return found | {"loss": np.array(history.loss), "auroc": np.array(history.validation_auroc)}
+
+
+def short_last_step() -> dict[str, np.ndarray]:
+    """65 rows in steps of 64: in the second step all processes but one have nothing."""
+    torch.manual_seed(0)
+    head = FailureHead(16, (16, 8))
+    config = TrainConfig(3, 64, 0.03, 0.9, 2e-3, 1.0, 1, None, "fp32", 0, torch.device("cpu"))
+    trainer = HeadTrainer(head, bce_loss(FailureWeight("batch", 0.3)), config)
+    history = trainer.run(Rows(toy_embeddings(n=65), torch.arange(65)), None)
+    return {name: tensor.numpy() for name, tensor in head.state_dict().items()} | {"loss": np.array(history.loss)}
+
+
+class Stop(Exception):
+    """Raised by ``Brake``."""
+
+
+class Brake:
+    """A reporter of progress that lets no more than ``steps`` steps happen."""
+
+    def __init__(self, steps: int, act: Callable[[], object]) -> None:
+        self.left, self.act = steps, act
+
+    def start(self, description: str, total: float | None, unit: str) -> Brake:
+        return self
+
+    def advance(self, steps: float, note: str = "") -> None:
+        self.left -= steps
+        if self.left < 0:
+            self.act()
+
+    def finish(self, task: Task) -> None:
+        pass
+
+
+def stop() -> None:
+    raise Stop
+
+
+def resumed(folder: Path) -> dict[str, np.ndarray]:
+    """The job "classes", stopped in the third step of its second epoch, and begun again by new objects."""
+    data = toy_embeddings(n=330)
+    with suppress(Stop), reporting(Brake(7, stop)), checkpointing(folder, every=0):
+        ViLU(**QUICK).fit(data)
+    with checkpointing(folder, every=0, resume=True) as session:
+        assert [path.name for path in session.runs()] == ["run_0"]
+        found = trained(ViLU(**QUICK), data)
+        session.remove()
+    return found
+
+
+JOBS = {
+    "classes": lambda: trained(ViLU(**QUICK), toy_embeddings(n=330)),
+    "paper attention": lambda: trained(ViLU(**QUICK, attention="paper", weighting="ema"), toy_embeddings(n=330)),
+    "pools": lambda: trained(ViLU(**QUICK), toy_pairs(n=512, pool=64)),
+    "text to image": lambda: trained(ViLU(**QUICK, weighting="ema"), repeated_pairs("text_to_image")),
+    "backbone loss": lambda: trained(LVU(**QUICK, loss="loss"), repeated_pairs("image_to_text")),
+    "dropout": lambda: trained(MCDropout(**QUICK), toy_embeddings(n=330)),
+    "short last step": short_last_step,
+}
+
+
+def run(group: World, folder: Path) -> dict[str, np.ndarray]:
+    """Results of all jobs, as "job/what", and the size of the world."""
+    jobs = {**JOBS, "resumed": lambda: resumed(folder / "checkpoints")}
+    found = {f"{job}/{name}": array for job, work in jobs.items() for name, array in work().items()}
+    return found | {"size": np.array(group.size)}
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # few failures are few; the tests of fit look at that
+    with world() as group:
+        np.savez(Path(sys.argv[1]) / f"{group.rank}.npz", **run(group, Path(sys.argv[1])))

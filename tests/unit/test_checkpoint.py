@@ -1,0 +1,308 @@
+"""Training that was interrupted, and goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from tests.conftest import toy_embeddings, toy_pairs
+from tests.e2e.ddp_worker import QUICK, Brake, Stop, stop
+from vilu.embeddings import PairEmbeddings
+from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
+from vilu.nn.checkpoint import checkpointing, current_session, data_fingerprint
+from vilu.nn.keeper import Checkpoint, FolderKeeper, read_checked
+from vilu.nn.position import unpack
+from vilu.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.nn.world import Group, World
+from vilu.pairs import Pools
+from vilu.predictors.heads.deep_ensemble import DeepEnsemble
+from vilu.predictors.heads.head import HeadPredictor
+from vilu.predictors.heads.mc_dropout import MCDropout
+from vilu.predictors.heads.vilu import ViLU
+from vilu.progress import reporting
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 5  # 297 of 330 rows, in batches of 64
+
+pytestmark = pytest.mark.filterwarnings("ignore:only .* among")
+
+
+def hard_pairs() -> PairEmbeddings:
+    pairs = toy_pairs(n=320, pool=64)
+    return PairEmbeddings(pairs.image, pairs.text, Pools(64, hard=True), 20.0)
+
+
+CASES = {
+    "classes": (lambda: ViLU(**QUICK), lambda: toy_embeddings(n=330)),
+    "pools": (lambda: ViLU(**QUICK, weighting="ema"), hard_pairs),
+    "dropout": (lambda: MCDropout(**QUICK, weighting="ema"), lambda: toy_embeddings(n=330)),
+    "patience": (lambda: ViLU(**QUICK | {"epochs": 12}, patience=1), lambda: toy_embeddings(n=330)),
+    "no momentum": (lambda: ViLU(**QUICK, momentum=0.0), lambda: toy_embeddings(n=330)),
+}
+"""Predictor and data of a training run."""
+
+
+def interrupted(predictor: HeadPredictor, data: object, folder: Path, steps: int, every: float = 0) -> None:
+    with suppress(Stop), reporting(Brake(steps, stop)), checkpointing(folder, every):
+        predictor.fit(data)
+        pytest.fail("it was to be stopped")
+
+
+def assert_same(one: HeadPredictor, other: HeadPredictor) -> None:
+    mine, theirs = one.state(), other.state()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert one.notes_ == other.notes_
+
+
+@pytest.mark.parametrize("every", [0, 60])  # after every step, or only at the end of epochs
+@pytest.mark.parametrize("steps", [0, 4, 7, 13])
+@pytest.mark.parametrize("case", ["classes", "pools", "dropout"])
+def test_a_resumed_run_ends_with_the_same_bits(case: str, steps: int, every: float, tmp_path: Path) -> None:
+    make, data = CASES[case][0], CASES[case][1]()
+    steps = min(steps, 10) if case == "pools" else steps
+    interrupted(make(), data, tmp_path, steps, every)
+    with checkpointing(tmp_path, every, resume=True):
+        again = make().fit(data)
+    assert_same(again, make().fit(data))
+
+
+@pytest.mark.parametrize("case", ["patience", "no momentum"])
+def test_resuming_twice_and_after_the_end(case: str, tmp_path: Path) -> None:
+    make, data = CASES[case][0], CASES[case][1]()
+    undisturbed = make().fit(data)
+    interrupted(make(), data, tmp_path, 6)
+    with suppress(Stop), reporting(Brake(9, stop)), checkpointing(tmp_path, 0, resume=True):
+        make().fit(data)
+    for _ in range(2):  # the second time there is nothing left to do
+        with checkpointing(tmp_path, 0, resume=True):
+            assert_same(make().fit(data), undisturbed)
+
+
+def test_members_of_an_ensemble_are_runs_of_their_own(tmp_path: Path) -> None:
+    data, values = toy_embeddings(n=330), {**QUICK, "members": 3}
+    interrupted(DeepEnsemble(**values), data, tmp_path, STEPS * 3 - 1)  # a reporter counts each member's steps
+    with checkpointing(tmp_path, resume=True) as session:
+        again = DeepEnsemble(**values).fit(data)
+        assert [path.name for path in session.runs()] == ["run_0", "run_1", "run_2"]
+    assert_same(again, DeepEnsemble(**values).fit(data))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGKILL between steps, and between the syncs of a checkpoint: tensors (0, 1) and record (2, 3), 18 of them."""
+    points = ["step-0", "step-8", "step-14", "sync-0", "sync-1", "sync-2", "sync-3", "sync-4", "sync-26", "sync-31"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "tests.e2e.train_killer", str(tmp_path), *points]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    data = toy_embeddings(n=330)
+    undisturbed = MCDropout(**QUICK).fit(data)
+    for point in points:
+        with checkpointing(tmp_path / point, 0, resume=True) as session:
+            assert_same(MCDropout(**QUICK).fit(data), undisturbed)
+            names = [path.name for path in (tmp_path / point / "run_0").iterdir()]
+            assert len(names) == 4, names  # two checkpoints, and nothing half-written
+            session.remove()
+        assert [path.name for path in (tmp_path / point).iterdir()] == [".lock"]
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """Checkpoints of steps 7 and 8 of the case "classes"."""
+    interrupted(CASES["classes"][0](), toy_embeddings(n=330), tmp_path, 8)
+    return tmp_path
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "run_0").glob("*.json"))
+
+
+def test_two_are_kept_and_none_is_half_written(stopped: Path) -> None:
+    names = sorted(path.name for path in (stopped / "run_0").iterdir())
+    assert names == [f"0000000{n}.{kind}" for n in (8, 9) for kind in ("json", "safetensors")]
+    positions = [read_checked(path)[0]["position"] for path in sorted((stopped / "run_0").glob("*.json"))]
+    assert [(p["epoch"], p["step"]) for p in positions] == [(1, 2), (1, 3)]  # the 6th was at the end of the epoch
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "no tensors", "no json", "other json", "record"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, stopped: Path) -> None:
+    record = newest(stopped)
+    weights = record.with_suffix(".safetensors")
+    content = weights.read_bytes()
+    if damage == "flip":
+        weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "cut":
+        weights.write_bytes(content[: len(content) // 2])
+    elif damage == "no tensors":
+        weights.unlink()
+    elif damage == "no json":
+        record.write_bytes(record.read_bytes()[:-20])
+    elif damage == "other json":
+        record.write_text("[1, 2]")
+    else:
+        changed = json.loads(record.read_bytes())
+        changed["position"]["step"] = 1
+        record.write_text(json.dumps(changed))
+    make, data = CASES["classes"][0], toy_embeddings(n=330)
+    with pytest.warns(UserWarning, match="a checkpoint is left out: .*00000009"), checkpointing(stopped, resume=True):
+        again = make().fit(data)
+    assert_same(again, make().fit(data))
+
+
+def test_no_intact_checkpoint_is_an_error(stopped: Path) -> None:
+    for path in (stopped / "run_0").glob("*.safetensors"):
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.raises(DataError, match=r"no checkpoint in .* is intact"),
+        checkpointing(stopped, resume=True),
+    ):
+        CASES["classes"][0]().fit(toy_embeddings(n=330))
+
+
+def relabelled():
+    data = toy_embeddings(n=330)
+    data.target[5] = (data.target[5] + 1) % 5
+    return data
+
+
+@pytest.mark.parametrize(
+    ("predictor", "data", "names"),
+    [
+        (ViLU(**QUICK, learning_rate=0.02), toy_embeddings(n=330), "learning_rate: 0.03 there, 0.02 here"),
+        (ViLU(**QUICK, seed=1), toy_embeddings(n=330), "seed: 0 there, 1 here.*; training rows"),
+        (MCDropout(**QUICK), toy_embeddings(n=330), "dropout: None there, 0.1 here; method: 'vilu' there"),
+        (ViLU(**QUICK), toy_embeddings(n=331), "training rows"),
+        (ViLU(**QUICK), toy_embeddings(n=330, seed=1), "training rows"),
+        (ViLU(**QUICK), toy_embeddings(n=330, scale=21.0), "training rows"),
+        (ViLU(**QUICK), relabelled(), "training rows"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused(predictor, data, names: str, stopped: Path) -> None:
+    with (
+        pytest.raises(ProvenanceError, match=f"of another training run; .*{names}"),
+        checkpointing(stopped, resume=True),
+    ):
+        predictor.fit(data)
+
+
+def test_another_validation_set_and_another_device_name(stopped: Path, tmp_path: Path) -> None:
+    with checkpointing(stopped, resume=True):
+        ViLU(**QUICK | {"device": "auto"}).fit(toy_embeddings(n=330))
+    validation = toy_embeddings(n=100, seed=3, ids_from=5000)
+    with pytest.raises(ProvenanceError, match="validation rows"), checkpointing(stopped, resume=True):
+        ViLU(**QUICK).fit(toy_embeddings(n=330), validation)
+
+
+def test_a_folder_in_use_or_used_before_is_refused(stopped: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="holds checkpoints of an earlier run"), checkpointing(stopped):
+        pass
+    lock = FileLock(tmp_path / ".lock")
+    with lock, pytest.raises(BusyError, match="another process trains"), checkpointing(tmp_path, resume=True):
+        pass
+    with pytest.raises(UsageError, match="must not be negative"), checkpointing(tmp_path, -1.0):
+        pass
+
+
+def test_nothing_is_kept_outside_a_block(tmp_path: Path) -> None:
+    with checkpointing(tmp_path) as session:
+        assert current_session() is session
+    keeper = current_session().keeper(lambda: pytest.fail("asked for what it does not need"))
+    assert keeper.latest() is None
+    assert not keeper.due()
+
+
+def test_a_newer_schema_is_refused(stopped: Path) -> None:
+    record = json.loads(newest(stopped).read_bytes())
+    newest(stopped).write_text(json.dumps({**record, "schema": 99}))
+    with pytest.raises(ProvenanceError, match="has schema 99"), checkpointing(stopped, resume=True):
+        ViLU(**QUICK).fit(toy_embeddings(n=330))
+
+
+def small_trainer() -> HeadTrainer:
+    torch.manual_seed(0)
+    config = TrainConfig(1, 64, 0.03, 0.9, 2e-3, 1.0, 1, None, "fp32", 0, torch.device("cpu"))
+    return HeadTrainer(ViLU(hidden=(4,))._build_head(16), lambda batch, logit: logit.mean(), config)
+
+
+@pytest.mark.parametrize("broken", ["missing", "shape", "dtype", "momentum", "epoch", "history", "nan"])
+def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> None:
+    """Whole files of the same run, of another version of the code."""
+    trainer = small_trainer()
+    keeper = FolderKeeper(tmp_path, {}, 0, World())
+    trainer.keeper = keeper
+    data = toy_embeddings(n=64)
+    trainer.run(Rows(data, torch.arange(64)), None)
+    found = keeper.latest()
+    tensors, position = dict(found.tensors), json.loads(json.dumps(found.position))
+    unpack(Checkpoint(position, tensors), trainer.head, trainer.optimizer, ())
+    if broken == "missing":
+        del tensors["head.first_bias"]
+    elif broken == "shape":
+        tensors["head.first_bias"] = torch.zeros(5)
+    elif broken == "dtype":
+        tensors["loop.total"] = torch.zeros((), dtype=torch.float64)
+    elif broken == "momentum":
+        tensors["momentum.99"] = torch.zeros(5)
+    elif broken == "epoch":
+        position["epoch"] = "1"
+    elif broken == "history":
+        del position["history"]
+    else:
+        position["history"]["loss"] = [float("nan")]
+    with pytest.raises(DataError, match="checkpoint"):
+        unpack(Checkpoint(position, tensors), trainer.head, trainer.optimizer, ())
+
+
+def test_fingerprint_of_rows_sees_what_matters() -> None:
+    data, rows = toy_embeddings(n=100), torch.arange(80)
+    first = data_fingerprint(data, rows)
+    assert data_fingerprint(toy_embeddings(n=100), rows) == first
+    moved = toy_embeddings(n=100)
+    moved.image[0] = -moved.image[0]
+    others = [
+        (data, rows[1:]),
+        (data, rows.flip(0)),
+        (moved, rows),
+        (toy_embeddings(n=100, ids_from=7), rows),
+        (toy_embeddings(n=100, scale=10.0), rows),
+    ]
+    assert len({first, *(data_fingerprint(*other) for other in others)}) == 6
+    pairs = toy_pairs(n=64, pool=32)
+    other = toy_pairs(n=64, pool=16)
+    assert data_fingerprint(pairs, torch.arange(64)) != data_fingerprint(other, torch.arange(64))
+
+
+def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    with checkpointing(tmp_path):
+        MCDropout(**QUICK).fit(toy_embeddings(n=330))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_keeper_is_due_after_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("vilu.nn.keeper.time.monotonic", lambda: now[0])
+    keeper = FolderKeeper(tmp_path / "run", {}, 2, World())
+    for later, due in ((0, False), (119, False), (1, True)):
+        now[0] += later
+        assert keeper.due() is due
+    keeper.save(lambda: Checkpoint({}, {"a": torch.zeros(1)}))
+    assert not keeper.due()
+
+
+def test_only_the_leading_process_writes(tmp_path: Path) -> None:
+    keeper = FolderKeeper(tmp_path / "run", {}, 0, Group(1, 2, torch.device("cpu")))
+    assert not keeper.due()
+    keeper.save(lambda: pytest.fail("made what is not written"))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,154 @@
+"""Training by several processes: the same weights whatever their number, and the same on all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.e2e import ddp_worker
+from vilu.errors import UsageError
+from vilu.nn.train import require_shares
+from vilu.nn.world import VARIABLES, Group, World, current_world, read_environment, world
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = "tests.e2e.ddp_worker"
+COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    here = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return here | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())} | more
+
+
+def by_hand(folder: Path) -> None:
+    """Two processes, with the variables that torchrun would set."""
+    port = str(free_port())
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", WORKER, str(folder)],
+            env=environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+
+
+def by_torchrun(folder: Path) -> None:
+    """Four processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", "-m", WORKER]
+    done = subprocess.run(
+        [*command, str(folder)], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:only .* among")
+@pytest.mark.parametrize(("size", "start"), [(2, by_hand), (4, by_torchrun)])
+def test_the_number_of_processes_does_not_matter(size: int, start: Callable[[Path], None], tmp_path: Path) -> None:
+    """1 x 64 = 2 x 32 = 4 x 16: a few float32 roundings of weights near one, over a dozen steps.
+
+    A group that was stopped and resumed ends with the very bits of one that was not.
+    """
+    alone = ddp_worker.run(World(), tmp_path / "alone")
+    start(tmp_path)
+    ranks = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(size)]
+    assert all(int(found.pop("size")) == size for found in ranks)
+    alone.pop("size")
+    for found in ranks:
+        assert found.keys() == alone.keys()
+        for key in found:
+            np.testing.assert_allclose(found[key], alone[key], rtol=1e-6, atol=1e-6, err_msg=key)
+            assert np.array_equal(found[key], ranks[0][key]), key  # all processes hold the same bits
+            assert np.array_equal(found[key], found[key.replace("resumed/", "classes/")]), key
+
+
+def test_one_process_is_a_world() -> None:
+    values, grads = torch.rand(5), [torch.rand(3), torch.rand(())]
+    before = [grad.clone() for grad in grads]
+    with world(environment={}) as one:
+        assert current_world() is one
+        assert (one.rank, one.size, one.leads) == (0, 1, True)
+        one.sum_(grads)
+        assert all(torch.equal(a, b) for a, b in zip(grads, before, strict=True))
+        assert torch.equal(one.mean(values), values.mean())
+        assert one.gather(values) is values
+        assert one.total(7) == 7
+        assert one.broadcast(b"abc") == b"abc"
+    assert current_world().size == 1
+
+
+def test_torchrun_with_one_process_needs_no_group() -> None:
+    alone = {**COMPLETE, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    with world(environment=alone) as one:
+        assert one.size == 1
+    assert not torch.distributed.is_initialized()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 64))
+def test_shares_are_all_rows_once_and_as_equal_as_can_be(n_rows: int, size: int) -> None:
+    shares = [Group(rank, size, torch.device("cpu")).mine(n_rows) for rank in range(size)]
+    assert [row for share in shares for row in range(n_rows)[share]] == list(range(n_rows))
+    lengths = [share.stop - share.start for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"MASTER_ADDR": None, "LOCAL_RANK": None},
+            "LOCAL_RANK, MASTER_ADDR not set, but RANK, WORLD_SIZE, MASTER_PORT",
+        ),
+        ({"WORLD_SIZE": None}, "WORLD_SIZE not set"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' must be whole numbers"),
+        ({"RANK": "-1"}, "RANK='-1'"),
+        ({"RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({"RANK": "0"}, "LOCAL_RANK=1 not above RANK"),
+    ],
+)
+def test_variables_that_contradict_each_other_are_refused(changes: dict[str, str | None], message: str) -> None:
+    given_ = {name: value for name, value in {**COMPLETE, **changes}.items() if value is not None}
+    with pytest.raises(UsageError, match=message):
+        read_environment(given_)
+
+
+def test_variables_of_others_are_no_group() -> None:
+    assert read_environment({"MASTER_ADDR": "there", "LOCAL_RANK": "3"}) == (0, 1, 0)
+    assert read_environment(COMPLETE) == (1, 2, 1)
+
+
+def test_a_group_that_cannot_be_reached_is_an_error() -> None:
+    lost = {**COMPLETE, "MASTER_PORT": str(free_port())}
+    with (
+        pytest.raises(UsageError, match=r"process 1 of 2 cannot join the others at 127\.0\.0\.1:"),
+        world("cpu", lost, timeout=1),
+    ):
+        pass
+    assert current_world().size == 1
+
+
+def test_more_processes_than_rows_of_a_step_are_refused() -> None:
+    require_shares(4, Group(0, 4, torch.device("cpu")))
+    with pytest.raises(UsageError, match="a step of 3 rows cannot be shared by 4 processes"):
+        require_shares(3, Group(0, 4, torch.device("cpu")))
