@@ -12,18 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.metrics.bootstrap import Interval, bootstrap_intervals, paired_bootstrap
+from vilu.metrics.bootstrap import Interval, paired_bootstrap
 from vilu.metrics.catalog import DEFAULT_METRICS, Metric, get_metric
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes import UNKNOWN, Outcomes
 from vilu.results import ResultRow, ResultTable
+from vilu.tally import Tallied, Tally
 
 FEW = 30
 """With fewer wrong (or right) answers an interval says little."""
 
 
 def evaluate(
-    outcomes: Outcomes | Iterable[Outcomes],
+    outcomes: Tallied | Iterable[Tallied],
     *,
     metrics: Sequence[str] | None = None,
     n_resamples: int = 1000,
@@ -33,7 +34,8 @@ def evaluate(
     """Metrics of one or several methods, over the rows that have both an uncertainty and a known failure.
 
     Args:
-        outcomes: What was scored; several may differ in method, data set, split and seed.
+        outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may differ in method, data
+            set, split and seed.
         metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS``, of which ECE and Brier score only
             where the uncertainty is a probability.
         n_resamples: Bootstrap resamples; 0 for no intervals.
@@ -47,7 +49,7 @@ def evaluate(
         DataError: If some outcomes have no row to evaluate.
         UsageError: If a metric is unknown or a setting cannot be.
     """
-    several = [outcomes] if isinstance(outcomes, Outcomes) else list(outcomes)
+    several = [one.tally() for one in ([outcomes] if isinstance(outcomes, Tallied) else outcomes)]
     if not several:
         raise UsageError("evaluate needs at least one set of outcomes. Got none.")
     if n_resamples < 0:
@@ -155,29 +157,32 @@ def compare(
 
 
 def _rows(
-    outcomes: Outcomes, metrics: Mapping[str, Metric], *, n_resamples: int, confidence: float, seed: int
+    tally: Tally, metrics: Mapping[str, Metric], *, n_resamples: int, confidence: float, seed: int
 ) -> list[ResultRow]:
-    uncertainty, failure = _evaluable(outcomes, outcomes.evaluable)
-    n, n_failures = len(failure), int(failure.sum())
-    kernels = {name: m.kernel for name, m in metrics.items() if outcomes.is_probability or not m.of_probability}
-    if n_resamples and 0 < n_failures < n:
-        measured = bootstrap_intervals(
-            kernels, uncertainty, failure, n_resamples=n_resamples, confidence=confidence, seed=seed
+    scores = tally.scores
+    n, n_failures = scores.n, scores.n_failures
+    if not n:
+        raise DataError(
+            f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an unknown failure and "
+            f"{tally.n_unusable} no uncertainty. Give labelled data."
         )
+    kernels = {name: m.kernel for name, m in metrics.items() if tally.is_probability or not m.of_probability}
+    if n_resamples and 0 < n_failures < n:
+        measured = scores.intervals(kernels, n_resamples=n_resamples, confidence=confidence, seed=seed)
     else:  # nothing to resample: one class, or no interval is wanted
-        counts = tie_counts(uncertainty, failure)
+        counts = scores.counts()
         measured = {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
     row = partial(
         ResultRow,
-        method=outcomes.method,
-        dataset=outcomes.dataset,
-        split=outcomes.split,
-        seed=outcomes.seed,
+        method=tally.method,
+        dataset=tally.dataset,
+        split=tally.split,
+        seed=tally.seed,
         n=n,
         n_failures=n_failures,
         accuracy=1 - n_failures / n,
-        n_unlabelled=int(np.count_nonzero((outcomes.failure == UNKNOWN) & np.isfinite(outcomes.uncertainty))),
-        n_unusable=int(np.count_nonzero(np.isnan(outcomes.uncertainty))),
+        n_unlabelled=tally.n_unlabelled,
+        n_unusable=tally.n_unusable,
     )
     rows = []
     for name, metric in metrics.items():
@@ -190,7 +195,7 @@ def _rows(
                 value=value,
                 ci_low=low,
                 ci_high=high,
-                convention=metric.convention,
+                convention="; ".join(text for text in (metric.convention, scores.note) if text),
                 interval=interval,
                 why=why if value is None else None,
             )
@@ -229,16 +234,16 @@ def _require_same_rows(a: Outcomes, b: Outcomes) -> None:
         )
 
 
-def _scarce(outcomes: Outcomes) -> list[str]:
+def _scarce(tally: Tally) -> list[str]:
     """What to warn of: fewer than ``FEW`` wrong or right answers."""
-    failure = outcomes.failure[outcomes.evaluable]
-    kinds = {"wrong": int(failure.sum()), "right": int((1 - failure).sum())}
-    return [f"{_name(outcomes)} has only {k} {kind} answers" for kind, k in kinds.items() if k < FEW]
+    n_failures = tally.scores.n_failures
+    kinds = {"wrong": n_failures, "right": tally.scores.n - n_failures}
+    return [f"{_name(tally)} has only {k} {kind} answers" for kind, k in kinds.items() if k < FEW]
 
 
 def _why(n: int, n_failures: int) -> str:
     return f"none of {n} answers is wrong" if n_failures == 0 else f"all of {n} answers are wrong"
 
 
-def _name(outcomes: Outcomes) -> str:
+def _name(outcomes: Outcomes | Tally) -> str:
     return (outcomes.method or "the scores") + (f" on {outcomes.dataset}" if outcomes.dataset else "")

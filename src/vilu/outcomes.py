@@ -11,8 +11,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import DataError
+from vilu.metrics.bootstrap import Sample
 from vilu.metrics.counts import real_vector
 from vilu.tables import plain_json, read_column, read_table, write_table
+from vilu.tally import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -125,16 +127,42 @@ class Outcomes:
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
 
-    def save(self, path: str | Path) -> None:
-        """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically.
+    def tally(self) -> Tally:
+        """What ``vilu.evaluate`` needs."""
+        rows, scored = self.evaluable, np.isfinite(self.uncertainty)
+        return Tally(
+            scores=Sample(self.uncertainty[rows], self.failure[rows]),
+            n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
+            n_unusable=int(np.count_nonzero(~scored)),
+            is_probability=self.is_probability,
+            method=self.method,
+            dataset=self.dataset,
+            split=self.split,
+            seed=self.seed,
+        )
 
-        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name; null where
-        unknown. In a CSV, text that a spreadsheet would run as a formula gets an apostrophe in front.
+    def save(self, path: str | Path) -> None:
+        """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
+
+        In a CSV, text that a spreadsheet would run as a formula gets an apostrophe in front.
 
         Raises:
             UsageError: If the suffix is another.
             DataError: If a text is not valid Unicode.
             StorageError: If the file system refuses.
+        """
+        write_table(path, *self.table())
+
+    def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+        """What ``save`` writes: the columns, null where unknown, and the metadata.
+
+        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name.
+
+        Args:
+            row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
+
+        Raises:
+            DataError: If a text is not valid Unicode.
         """
         import pyarrow as pa
 
@@ -143,7 +171,7 @@ class Outcomes:
         pred, label = _nullable(self.prediction, n), _nullable(self.target, n)
         try:
             columns = {
-                "row_id": pa.array(np.arange(n)),
+                "row_id": pa.array(np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)),
                 "key": pa.nulls(n, pa.string()) if self.ids is None else pa.array(self.ids, pa.string()),
                 "pred": pred,
                 "pred_name": pa.nulls(n, pa.string()) if names is None else names.take(pred),
@@ -158,7 +186,7 @@ class Outcomes:
             raise DataError(f"ids, class_names and reason must be valid Unicode: {error}") from error
         present = [name for name in ("prediction", "target", "ids", "reason") if getattr(self, name) is not None]
         metadata = {name: getattr(self, name) for name in ("class_names", *KINDS)}
-        write_table(path, columns, {"kind": "outcomes", "present": present, **metadata})
+        return columns, {"kind": "outcomes", "present": present, **metadata}
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,14 +34,13 @@ def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Map
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.csv
-    import pyarrow.parquet
 
     suffix = table_suffix(path)
     table = pa.table(dict(columns))
     if suffix == ".parquet":
-        content = plain_json({"schema_version": SCHEMA_VERSION, **metadata})
+        content = parquet_bytes(columns, metadata)
         with atomic_write(path) as handle:
-            pyarrow.parquet.write_table(table.replace_schema_metadata({METADATA_KEY: content}), handle)
+            handle.write(content)
         return
     for index, column in enumerate(table.schema):
         if pa.types.is_string(column.type):
@@ -50,6 +50,21 @@ def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Map
         handle.write((",".join(table.column_names) + "\n").encode())
         options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
         pyarrow.csv.write_csv(table, handle, options)
+
+
+def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> memoryview:
+    """Columns of one length, with the metadata in their schema, as the content of a Parquet file.
+
+    Raises:
+        DataError: If the metadata is not plain JSON.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    content = plain_json({"schema_version": SCHEMA_VERSION, **metadata})
+    buffer = BytesIO()
+    pyarrow.parquet.write_table(pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: content}), buffer)
+    return buffer.getbuffer()
 
 
 def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Table, dict[str, object]]:

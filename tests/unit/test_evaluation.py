@@ -149,7 +149,7 @@ def test_the_same_seed_gives_the_same_table() -> None:
     "outcomes", [Outcomes([], []), Outcomes([0.1], [-1]), Outcomes([math.nan], [1], reason=["nonfinite"])]
 )
 def test_nothing_to_evaluate_is_refused(outcomes: Outcomes) -> None:
-    with pytest.raises(DataError, match=r"no row to evaluate: of \d, \d have a known failure and \d an uncertainty"):
+    with pytest.raises(DataError, match=r"no row to evaluate: \d have an unknown failure and \d no uncertainty"):
         evaluate(outcomes)
 
 

@@ -9,14 +9,15 @@ at a time. Time is of order rows · resamples, memory is bounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import UsageError
 from vilu.metrics.catalog import Kernel, get_metric
-from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
+from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 
 CELLS = 2**18
 """Counts held at a time: two megabytes per temporary array, about what a cache holds."""
@@ -83,7 +84,7 @@ def bootstrap_intervals(
     seed: int = 0,
 ) -> dict[str, Interval]:
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
-    _check_settings(n_resamples, confidence)
+    check_settings(n_resamples, confidence)
     scores = SortedScores(*check_pair(uncertainty, failure))
     observed = scores.observed()
     values: dict[str, list[Floats]] = {name: [] for name in kernels}
@@ -92,9 +93,46 @@ def bootstrap_intervals(
         for name, kernel in kernels.items():
             values[name].append(kernel(counts))
     return {
-        name: Interval(float(kernel(observed)[0]), *_percentiles(np.concatenate(values[name]), confidence))
+        name: Interval(float(kernel(observed)[0]), *percentiles(np.concatenate(values[name]), confidence))
         for name, kernel in kernels.items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Rows with known failures.
+
+    Attributes:
+        uncertainty: (N,) scores.
+        failure: (N,) 0 or 1.
+    """
+
+    note: ClassVar[str | None] = None
+
+    uncertainty: Floats
+    failure: Ints
+
+    @property
+    def n(self) -> int:
+        """N."""
+        return len(self.failure)
+
+    @property
+    def n_failures(self) -> int:
+        """How many rows are wrong."""
+        return int(self.failure.sum())
+
+    def counts(self) -> TieCounts:
+        """What every metric is computed from."""
+        return tie_counts(self.uncertainty, self.failure)
+
+    def intervals(
+        self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
+    ) -> dict[str, Interval]:
+        """Metrics with their intervals; see ``bootstrap_interval``."""
+        return bootstrap_intervals(
+            kernels, self.uncertainty, self.failure, n_resamples=n_resamples, confidence=confidence, seed=seed
+        )
 
 
 def bootstrap_interval(
@@ -160,7 +198,7 @@ def paired_bootstrap(
         DataError: If the vectors are empty, differ in length, or hold anything else.
         UsageError: If the metric is unknown or a setting cannot be.
     """
-    _check_settings(n_resamples, confidence)
+    check_settings(n_resamples, confidence)
     kernel = _kernel(metric)
     a = SortedScores(*check_pair(uncertainty_a, failure))
     b = SortedScores(*check_pair(uncertainty_b, failure))
@@ -171,10 +209,11 @@ def paired_bootstrap(
     differences = np.concatenate([kernel(a.counts(*rows)) - kernel(b.counts(*rows)) for rows in blocks])
     fewer = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
     p_value = min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
-    return Difference(observed, *_percentiles(differences, confidence), p_value)
+    return Difference(observed, *percentiles(differences, confidence), p_value)
 
 
-def _percentiles(values: Floats, confidence: float) -> tuple[float, float]:
+def percentiles(values: Floats, confidence: float) -> tuple[float, float]:
+    """Ends of the middle ``confidence`` of the values of resamples."""
     tail = (1 - confidence) / 2
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
@@ -184,7 +223,12 @@ def _kernel(metric: str | Kernel) -> Kernel:
     return get_metric(metric).kernel if isinstance(metric, str) else metric
 
 
-def _check_settings(n_resamples: int, confidence: float) -> None:
+def check_settings(n_resamples: int, confidence: float) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        UsageError: If there is no resample, or the confidence is not in (0, 1).
+    """
     if n_resamples < 1:
         raise UsageError(f"n_resamples must be at least 1. Got {n_resamples} instead.")
     if not 0 < confidence < 1:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.errors import UsageError
-from vilu.metrics.counts import Floats, TieCounts, ratio, tie_counts
+from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
 
 Convention = Literal["mean", "trapezoid"]
 
@@ -153,12 +153,25 @@ def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
     return ratio(np.where(meets, counts.accepted, 0).max(-1), counts.n)
 
 
-@lru_cache(maxsize=4)
-def _harmonic(n: int) -> Floats:
-    """Harmonic numbers H_0 ... H_n."""
-    numbers: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, n + 1))])
+@lru_cache(maxsize=1)
+def _first_harmonic() -> Floats:
+    """Harmonic numbers H_0 ... H_65535."""
+    numbers: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
     numbers.setflags(write=False)
     return numbers
+
+
+def _harmonic(n: Ints) -> Floats:
+    """Harmonic numbers H_n (...); of large n from ln n + γ + 1 / 2n - 1 / 12n², whose next term is below 1e-20."""
+    first = _first_harmonic()
+    if not n.size or n.max() < len(first):
+        return first[n]
+    large = np.maximum(n, len(first)).astype(np.float64)
+    return np.where(n < len(first), first[np.minimum(n, len(first) - 1)], _series(large))
+
+
+def _series(n: Floats) -> Floats:
+    return np.log(n) + np.euler_gamma + 1 / (2 * n) - 1 / (12 * n**2)
 
 
 def _mean_risk(counts: TieCounts) -> Floats:
@@ -166,11 +179,10 @@ def _mean_risk(counts: TieCounts) -> Floats:
 
     Σ_{i=s+1}^{s+m} R_i = w + (W - w s / m) (H_{s+m} - H_s), with w of the block's rows wrong and W before it.
     """
-    harmonic = _harmonic(int(counts.n.max()))
     before = counts.accepted - counts.size
     wrong_before = counts.accepted_wrong - counts.wrong
     pace = ratio(counts.wrong, counts.size, empty=0.0)
-    steps = harmonic[counts.accepted] - harmonic[before]
+    steps = _harmonic(counts.accepted) - _harmonic(before)
     np.divide(1.0, counts.accepted, out=steps, where=counts.size == 1)  # the same, without cancellation
     blocks = counts.wrong + (wrong_before - pace * before) * steps
     return ratio(blocks.sum(-1), counts.n)
@@ -185,6 +197,5 @@ def _trapezoid_risk(counts: TieCounts) -> Floats:
 
 def _oracle(counts: TieCounts) -> Floats:
     """AURC (...) of the best order: all correct answers first."""
-    harmonic = _harmonic(int(counts.n.max()))
-    area = counts.n_wrong - counts.n_correct * (harmonic[counts.n] - harmonic[counts.n_correct])
+    area = counts.n_wrong - counts.n_correct * (_harmonic(counts.n) - _harmonic(counts.n_correct))
     return ratio(area, counts.n)

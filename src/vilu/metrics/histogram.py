@@ -1,0 +1,243 @@
+"""Scores of any number of rows in bounded memory: counts over bins, the same whatever the order in which they came.
+
+Every float64 score has a place in one order of int64 codes; a bin is a code without its lowest ``level`` bits. The
+level is the smallest at which at most ``MAX_BINS`` bins are occupied. It depends on nothing but the scores: a part that
+has too many bins at a level is never inside a whole that has few enough, so no merge drops a bit too many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vilu.errors import DataError
+from vilu.metrics.bootstrap import CELLS, Interval, check_settings, percentiles
+from vilu.metrics.catalog import Kernel
+from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
+
+MAX_BINS = 2**20
+"""Occupied bins at most: 24 MB."""
+
+RESAMPLED_BINS = 2**14
+"""Groups of bins that a resample tells apart."""
+
+_TINY = 2.0**-512
+_ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # whole octaves, so that 0 and 1 begin a bin at every level
+_HALF = np.float64(0.5).view(np.int64).item() - _ZERO
+_NEAR = np.float64(2.0**-54).view(np.int64).item()
+_ONE = _HALF + np.float64(0.5).view(np.int64).item() - _NEAR
+_ONE_BITS = np.float64(1.0).view(np.int64).item()
+
+
+def codes(scores: Floats) -> Ints:
+    """Place (N,) of finite scores in their order: equal scores have equal codes, larger ones larger codes.
+
+    The bits of a float64 are such a code, fine near 0 and coarse near 1 when its low bits are dropped. Probabilities
+    saturate at both ends, so between 1/2 and 1 the code is taken from the bits of 1 - score, which is exact. To make
+    room for this in 64 bits, magnitudes below 2^-512 count as zero.
+    """
+    size = np.abs(scores)
+    bits = size.view(np.int64)
+    code = np.where(size < _TINY, 0, bits - _ZERO)
+    beyond = scores > 0.5
+    gap = np.where(beyond & (scores < 1), 1 - scores, 2.0**-54)
+    upper = np.where(scores < 1, _ONE - (gap.view(np.int64) - _NEAR), _ONE + (bits - _ONE_BITS))
+    return np.where(beyond, upper, np.copysign(1, scores).astype(np.int64) * code)
+
+
+def scores_of(code: Ints) -> Floats:
+    """The inverse of ``codes``."""
+    size = np.abs(code)
+    low = np.where((size == 0) | (code > _HALF), _ZERO, size + _ZERO).view(np.float64)
+    low = np.where(size == 0, 0.0, np.where(code < 0, -low, low))
+    gap = np.where((code > _HALF) & (code < _ONE), _ONE - code + _NEAR, 0).view(np.float64)
+    above = np.where(code >= _ONE, code - _ONE + _ONE_BITS, _ONE_BITS).view(np.float64)
+    return np.where(code <= _HALF, low, np.where(code < _ONE, 1 - gap, above))
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Correct and wrong answers per bin of the score; ``+`` joins two, in any order, to the same counts.
+
+    Up to ``MAX_BINS`` distinct scores it is exact. Beyond, scores of one bin count as tied: the error of AUROC is at
+    most ``tied_pairs`` / 2, in practice far less.
+
+    Attributes:
+        bins: (G,) int64, ascending: codes without their lowest ``level`` bits.
+        correct: (G,) number of correct answers in each.
+        wrong: (G,) number of wrong answers in each.
+        level: Bits dropped.
+        low: Smallest score; infinity without any.
+        high: Largest score.
+    """
+
+    bins: Ints
+    correct: Ints
+    wrong: Ints
+    level: int = 0
+    low: float = math.inf
+    high: float = -math.inf
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        """Of no row."""
+        none = np.empty(0, np.int64)
+        return cls(none, none, none)
+
+    @classmethod
+    def of(cls, uncertainty: ArrayLike, failure: ArrayLike) -> Histogram:
+        """Of the rows of two vectors.
+
+        Raises:
+            DataError: If the vectors differ in length or hold anything else than finite scores and 0 or 1.
+        """
+        if not np.size(uncertainty) and not np.size(failure):
+            return cls.empty()
+        scores, failures = check_pair(uncertainty, failure)
+        scores = np.where(np.abs(scores) < _TINY, 0.0, scores)
+        wrong = failures.astype(np.int64)
+        one = cls(codes(scores), 1 - wrong, wrong, 0, float(scores.min()), float(scores.max()))
+        return one._collapsed(0)
+
+    @classmethod
+    def total(cls, histograms: Iterable[Histogram]) -> Histogram:
+        """The sum of many, at most some of which are held at a time."""
+        held: list[Histogram] = []
+        for one in histograms:
+            held.append(one)
+            if sum(len(h.bins) for h in held) > 2 * MAX_BINS:
+                held = [cls._joined(held)]
+        return cls._joined(held) if held else cls.empty()
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return self._joined([self, other])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Histogram):
+            return NotImplemented
+        mine, theirs = (self.level, self.low, self.high), (other.level, other.low, other.high)
+        columns = ((self.bins, other.bins), (self.correct, other.correct), (self.wrong, other.wrong))
+        return mine == theirs and all(np.array_equal(a, b) for a, b in columns)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return self.n_failures + int(self.correct.sum())
+
+    @property
+    def n_failures(self) -> int:
+        """Number of wrong answers."""
+        return int(self.wrong.sum())
+
+    @property
+    def exact(self) -> bool:
+        """Whether every distinct score has a bin of its own."""
+        return self.level == 0
+
+    @property
+    def note(self) -> str | None:
+        """What to say beside metrics that it gives; None where they are exact."""
+        return None if self.exact else f"histogram of at most {MAX_BINS:,} bins, {52 - self.level} bits of the score"
+
+    @property
+    def values(self) -> Floats:
+        """(G,) a score of each bin, ascending: its middle, at most half its width from every score in it."""
+        start = self.bins << self.level
+        first, last = codes(np.array([self.low, self.high])) if len(start) else (0, 0)
+        low, high = scores_of(np.maximum(start, first)), scores_of(np.minimum(start + (1 << self.level) - 1, last))
+        return low / 2 + high / 2
+
+    @property
+    def tied_pairs(self) -> float:
+        """Share of the pairs of a wrong and a correct answer that are in one bin; NaN with one class only."""
+        pairs = self.n_failures * (self.n - self.n_failures)
+        return float((self.correct * self.wrong).sum()) / pairs if pairs else math.nan
+
+    def counts(self) -> TieCounts:
+        """What every metric is computed from.
+
+        Raises:
+            DataError: If there is no row.
+        """
+        if not len(self.bins):
+            raise DataError("a metric needs at least one row. Got none.")
+        return TieCounts(self.values, self.correct, self.wrong)
+
+    def intervals(
+        self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
+    ) -> dict[str, Interval]:
+        """Metrics with stratified percentile bootstrap intervals.
+
+        A resample draws as many correct and as many wrong answers as there are, by multinomials over the bins: with as
+        few distinct scores as ``RESAMPLED_BINS`` the distribution of the bootstrap over rows. With more, neighbouring
+        bins go together in groups of about equal size, and the ends move by what that does to the metric itself.
+
+        Raises:
+            DataError: If there is no row.
+            UsageError: If a setting cannot be.
+        """
+        check_settings(n_resamples, confidence)
+        whole, grouped = self.counts(), self._grouped()
+        rng = np.random.default_rng(seed)
+        block = max(1, CELLS // len(grouped.value))
+        found: dict[str, list[Floats]] = {name: [] for name in kernels}
+        for start in range(0, n_resamples, block):
+            size = min(block, n_resamples - start)
+            drawn = TieCounts(grouped.value, _draw(rng, grouped.correct, size), _draw(rng, grouped.wrong, size))
+            for name, kernel in kernels.items():
+                found[name].append(kernel(drawn))
+        intervals = {}
+        for name, kernel in kernels.items():
+            value = float(kernel(whole))
+            shift = value - float(kernel(grouped))
+            low, high = percentiles(np.concatenate(found[name]), confidence)
+            intervals[name] = Interval(value, low + shift, high + shift)
+        return intervals
+
+    def _grouped(self) -> TieCounts:
+        """The counts in at most ``RESAMPLED_BINS`` groups of neighbouring bins."""
+        counts = self.counts()
+        if len(counts.value) <= RESAMPLED_BINS:
+            return counts
+        group = (counts.accepted - counts.size) * RESAMPLED_BINS // counts.n
+        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        size, correct, wrong = (np.add.reduceat(x, starts) for x in (counts.size, counts.correct, counts.wrong))
+        return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
+
+    @staticmethod
+    def _joined(histograms: list[Histogram]) -> Histogram:
+        level = max(h.level for h in histograms)
+        raw = Histogram(
+            np.concatenate([h.bins >> (level - h.level) for h in histograms]),
+            np.concatenate([h.correct for h in histograms]),
+            np.concatenate([h.wrong for h in histograms]),
+            level,
+            min(h.low for h in histograms),
+            max(h.high for h in histograms),
+        )
+        return raw._collapsed(level)
+
+    def _collapsed(self, level: int) -> Histogram:
+        """Each bin once, at the smallest level from ``level`` on that leaves at most ``MAX_BINS`` of them."""
+        order = np.argsort(self.bins, kind="stable")
+        bins = self.bins[order]
+        while len(starts := np.flatnonzero(np.diff(bins, prepend=~bins[:1]))) > MAX_BINS:
+            bins, level = bins >> 1, level + 1
+        correct, wrong = (np.add.reduceat(x[order], starts) if len(x) else x for x in (self.correct, self.wrong))
+        return Histogram(bins[starts], correct, wrong, level, self.low, self.high)
+
+
+def _draw(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
+    """(B, G) of as many rows as there are, drawn with repetition."""
+    drawn = np.zeros((n_resamples, len(counts)), np.int64)
+    occupied = np.flatnonzero(counts)
+    if len(occupied):
+        n = int(counts.sum())
+        drawn[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=n_resamples)
+    return drawn

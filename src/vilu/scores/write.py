@@ -1,0 +1,226 @@
+"""Scoring part by part: memory is bounded by a part, and what a killed run has finished is not done again."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.files import write_json
+from vilu.metrics.counts import Floats, Ints
+from vilu.metrics.histogram import Histogram
+from vilu.nn.train import SCORING_BATCH
+from vilu.outcomes import UNKNOWN, Outcomes
+from vilu.predictors.base import FailurePredictor
+from vilu.progress import track
+from vilu.scores.claim import begin, claim, unseal
+from vilu.scores.content import histogram_bytes
+from vilu.scores.documents import MANIFEST, Counts, Manifest, Part, Receipt, Run, read_receipt
+from vilu.scores.folder import ScoreFolder
+from vilu.scores.identity import predictor_fingerprint, source_fingerprint
+from vilu.store.writer import write_hashed
+from vilu.tables import parquet_bytes
+from vilu.types import EmbeddingSource
+from vilu.validate import STATUS, VALID, RowNumbers
+
+ROWS_PER_PART = 2**17
+
+
+def score_parts(
+    predictor: FailurePredictor,
+    source: EmbeddingSource,
+    folder: str | Path,
+    *,
+    rows_per_part: int = ROWS_PER_PART,
+    dataset: str | None = None,
+    split: str | None = None,
+    overwrite: bool = False,
+) -> ScoreFolder:
+    """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
+
+    A part is a Parquet file of the rows (``Outcomes.load`` reads it; ``row_id`` is the place in the source), the counts
+    from which the whole is evaluated, and last a receipt, each written atomically. Run again after a kill it does the
+    missing parts, and the folder ends with the same bytes. Rows are in the order in which they are scored
+    (``source.usable_rows``, whose pools are the problem). Those that cannot be scored come after them, in parts of
+    their own: null, with the reason "nonfinite", "zero_norm", or "short_pool" (they fill no last pool); with one
+    candidate every row has the reason "k<2".
+
+    Args:
+        predictor: What scores.
+        source: What is scored.
+        folder: New, empty, or of the same run.
+        rows_per_part: Rows of a part. Rounded to whole pools, or up to whole batches of scoring, so that no value
+            depends on it.
+        dataset: Name of the data set.
+        split: Name of its part.
+        overwrite: Remove the scores of another run.
+
+    Warns:
+        If rows of ``source`` were used to fit the predictor.
+
+    Raises:
+        DataError: If there is no row.
+        NotFittedError: If the predictor needs ``fit`` first.
+        ProvenanceError: If the folder holds another run, or the data come from another embedding space.
+        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1.
+        BusyError: If another process scores into it.
+        StorageError: If the file system refuses.
+    """
+    if not len(source):
+        raise DataError("there is nothing to score: the set has no rows.")
+    predictor.require_fitted()
+    work = _Work.of(predictor, source, rows_per_part, dataset, split)
+    root = Path(folder)
+    with claim(root):
+        begin(root, work.run, overwrite=overwrite)
+        missing = [part for part in work.run.parts if not _is_there(root, work.run, part)]
+        if missing:
+            unseal(root)
+        with track("scoring", sum(map(len, missing)), "row") as task:
+            for part in missing:
+                work.write(root, part)
+                task.advance(len(part))
+        receipts = [read_receipt(root, work.run, part) for part in work.run.parts]
+        write_json(root / MANIFEST, Manifest.of(work.run, receipts).model_dump(mode="json"))
+    done = ScoreFolder(root)
+    if done.counts.n_seen:
+        warnings.warn(
+            f"{done.counts.n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=2
+        )
+    return done
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A run with what it is made from; ``rows`` are scored, ``rest`` are not."""
+
+    run: Run
+    predictor: FailurePredictor
+    source: EmbeddingSource
+    rows: Tensor
+    rest: Ints
+
+    @classmethod
+    def of(
+        cls,
+        predictor: FailurePredictor,
+        source: EmbeddingSource,
+        rows_per_part: int,
+        dataset: str | None,
+        split: str | None,
+    ) -> _Work:
+        if rows_per_part < 1:
+            raise UsageError(f"rows_per_part must be at least 1. Got {rows_per_part} instead.")
+        unit = source.pool_size or SCORING_BATCH
+        units = rows_per_part // unit if source.pool_size else -(-rows_per_part // unit)
+        rows = source.usable_rows
+        if source.pool_size:
+            rows = rows[: len(rows) // unit * unit]
+        left_out = np.ones(len(source), dtype=np.bool_)
+        left_out[rows.numpy()] = False
+        run = Run(
+            predictor=predictor_fingerprint(predictor),
+            source=source_fingerprint(source),
+            n_in=len(source),
+            n_candidate=len(rows),
+            rows_per_part=max(units, 1) * unit,
+            method=predictor.label,
+            dataset=dataset,
+            split=split,
+            seed=getattr(predictor, "seed", None),
+            is_probability=predictor.is_probability,
+            provenance={
+                "space": source.space.fingerprint,
+                "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
+                "n_candidates": source.n_candidates,
+                "pool_size": source.pool_size,
+            },
+        )
+        return cls(run, predictor, source, rows, np.flatnonzero(left_out))
+
+    def write(self, root: Path, part: Part) -> None:
+        """Score the rows of a part and write its files, the receipt last."""
+        row_id, outcomes = self._outcomes(part)
+        known = outcomes.evaluable
+        files = {
+            part.scores: parquet_bytes(*outcomes.table(row_id)),
+            part.histogram: histogram_bytes(Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])),
+        }
+        scored = np.isfinite(outcomes.uncertainty)
+        seen, ids = self.predictor.seen_, self.source.ids
+        counts = Counts(
+            n_in=len(row_id),
+            n_scored=int(scored.sum()),
+            n_failures=int(outcomes.failure[known].sum()),
+            n_unlabelled=int((scored & ~known).sum()),
+            unscored=dict(sorted(Counter(text for text in outcomes.reason or () if text).items())),
+            n_seen=0 if seen is None or isinstance(ids, RowNumbers) else seen.overlap(outcomes.ids or ()),
+        )
+        receipt = Receipt(
+            fingerprint=self.run.fingerprint,
+            part=part,
+            counts=counts,
+            files={name: write_hashed(root / name, content) for name, content in files.items()},
+        )
+        write_json(root / part.receipt, receipt.model_dump(mode="json"))
+
+    def _outcomes(self, part: Part) -> tuple[Ints, Outcomes]:
+        """Rows of the source and what is said of them."""
+        if part.start < len(self.rows):
+            rows, uncertainty, failure, prediction, target = self._scored(self.rows[part.start : part.stop])
+        else:
+            rows = self.rest[part.start - len(self.rows) : part.stop - len(self.rows)]
+            uncertainty, failure = np.full(len(rows), np.nan), np.full(len(rows), UNKNOWN)
+            prediction, target = failure, self.source.target.numpy()[rows]
+        return rows, Outcomes(
+            uncertainty=uncertainty,
+            failure=failure,
+            prediction=prediction,
+            target=target,
+            ids=_keys(self.source, rows),
+            class_names=self.source.class_names,
+            reason=self._reasons(rows, uncertainty),
+            **{name: getattr(self.run, name) for name in ("method", "dataset", "split", "seed", "is_probability")},
+            provenance=self.run.provenance,
+        )
+
+    def _scored(self, rows: Tensor) -> tuple[Ints, Floats, Ints, Ints, Ints]:
+        """Place in the source, uncertainty, failure, answer and target of the rows, in one pass."""
+        blocks = [
+            (b.index.cpu(), torch.from_numpy(scores), b.failure.cpu(), b.prediction.cpu(), b.target.cpu())
+            for b, scores in self.predictor.scored(self.source, rows)
+        ]
+        index, uncertainty, failure, prediction, target = (torch.cat(c).numpy() for c in zip(*blocks, strict=True))
+        return index, uncertainty, failure, prediction, target
+
+    def _reasons(self, rows: Ints, uncertainty: Floats) -> list[str | None] | None:
+        """Per row why it has no score; None where all have one."""
+        if not np.isnan(uncertainty).any():
+            return None
+        if self.source.n_candidates < 2:
+            return ["k<2"] * len(rows)
+        return ["short_pool" if code == VALID else STATUS[code] for code in self.source.status[rows]]
+
+
+def _keys(source: EmbeddingSource, rows: Ints) -> list[str]:
+    """Identifiers of rows, looked up in ascending order: a store reads them part by part."""
+    order = np.argsort(rows, kind="stable")
+    keys = np.empty(len(rows), dtype=object)
+    keys[order] = [source.ids[row] for row in rows[order].tolist()]
+    found: list[str] = keys.tolist()
+    return found
+
+
+def _is_there(root: Path, run: Run, part: Part) -> bool:
+    """Whether a part need not be done again."""
+    try:
+        read_receipt(root, run, part)
+    except (StorageError, ProvenanceError):
+        return False
+    return True
