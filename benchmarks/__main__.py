@@ -6,7 +6,16 @@ import importlib
 import json
 import sys
 
-NAMES = ("startup", "memory", "head_training", "bf16_quality", "embed_throughput")
+NAMES = (
+    "startup",
+    "memory",
+    "head_training",
+    "bf16_quality",
+    "embed_throughput",
+    "stream_scores",
+    "shuffle_reader",
+    "contrast",
+)
 
 
 def main() -> None:

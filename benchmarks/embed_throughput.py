@@ -37,6 +37,7 @@ class Pictures:
     def __init__(self, source: str, blobs: list[bytes]) -> None:
         self.source, self.blobs = source, blobs
         self.class_names: tuple[str, ...] | None = None
+        self.captioned = False
         self.fingerprint = digest([len(blob) for blob in blobs])
 
     def __len__(self) -> int:

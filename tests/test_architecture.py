@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
 BASE = {"errors", "space", "validate", "files", "progress", "device", "columns", "similarity"}
-TABLES = {"tables", "layout", "outcomes", "results", "evaluation", "metrics"}
+TABLES = {"tables", "layout", "outcomes", "results", "evaluation", "metrics", "tally"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "types": BASE,
     "pairs": BASE | {"types"},
     "embeddings": BASE | {"types", "pairs"},
+    "pseudo": BASE | {"types", "pairs"},
     "metrics": {"errors"},
     **dict.fromkeys(TABLES - {"metrics"}, BASE | TABLES),
     "nn": BASE | {"types", "metrics"},
@@ -27,6 +28,9 @@ MAY_IMPORT = {
     "backbones": BASE | {"types"},
     "datasets": BASE | {"types"},
     "store": BASE | {"types", "pairs", "backbones", "datasets"},
+    "executors": BASE | {"store", "datasets", "backbones", "types"},
+    "pool_sizes": BASE | {"types", "pairs", "predictors", "scoring", "evaluation", "results"},
+    "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store"},
     "report": BASE | TABLES,
     "demo": None,
     "benchmark": None,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import secrets
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +19,12 @@ from vilu.errors import DataError, StorageError
 
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 """What network file systems answer that cannot sync a folder."""
+
+TEMPORARY = re.compile(r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+"""Names of files in the making: what they are to be, whose they are (before there were hosts: without), a number."""
+
+STALE = 24 * 3600.0
+"""Seconds after which a file in the making is one that nobody makes any more, whoever began it."""
 
 
 @contextmanager
@@ -28,7 +38,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         StorageError: If the file system refuses (no such folder, read-only, disk full).
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         try:
             with temporary.open("xb") as handle:
@@ -45,6 +55,39 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise StorageError(
             f"cannot write {target}: {error.strerror or error}. Give a folder that exists, is writable and has room."
         ) from error
+
+
+def host_hash() -> str:
+    """Eight hex digits that tell this machine from others that write to the same file system."""
+    return hashlib.blake2b(socket.gethostname().encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file in the making (a name as in ``TEMPORARY``) has lost its maker.
+
+    That is so if a process of this machine made it that is no more, or if it has not been touched for a day: what
+    another machine is writing now looks just like what it left behind.
+    """
+    match = TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    try:
+        age = time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # its maker was quicker
+        return False
+    return age > STALE or (match["host"] == host_hash() and not _is_alive(int(match["pid"])))
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # there the question would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

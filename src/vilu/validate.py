@@ -14,9 +14,9 @@ from torch import Tensor
 
 from vilu.errors import DataError
 
-VALID, NONFINITE, ZERO_NORM = 0, 1, 2
-STATUS = ("valid", "nonfinite", "zero_norm")
-"""Meaning of the status codes of embedding rows."""
+VALID, NONFINITE, ZERO_NORM, SHORT_POOL = 0, 1, 2, 3
+STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
+"""Meaning of the status codes of rows; "short_pool": a good embedding, but not one of a full pool."""
 
 NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
 MIN_NORM = 1e-12

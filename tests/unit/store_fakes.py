@@ -5,9 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import os
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from vilu.space import EmbeddingSpace, digest
 
 NAMES = ("cat", "dog", "car")
 DIM = 16
+MAX_WORDS = 8
 
 
 def picture(seed: int, size: tuple[int, int] = (20, 24), image_format: str = "PNG") -> bytes:
@@ -61,6 +65,9 @@ class FakeBackbone:
     def encode_texts(self, texts: Sequence[str]) -> torch.Tensor:
         return torch.nn.functional.normalize(self.encode_text_features(texts), dim=1)
 
+    def truncates(self, texts: Sequence[str]) -> list[bool]:
+        return [len(text.split()) > MAX_WORDS for text in texts]
+
     def encode_text_features(self, texts: Sequence[str]) -> torch.Tensor:
         self.n_texts += len(texts)
         seeds = [int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") for text in texts]
@@ -79,26 +86,99 @@ class FakeDataset:
     class_names: tuple[str, ...] | None = ("n01", "n02", "n03")
     slow: float = 0.0
     unreadable: int | None = None
+    captions: list[str | Exception | None] | None = None
 
     def __post_init__(self) -> None:
         self.keys = self.keys or [f"img/{i:04d}.png" for i in range(len(self.blobs))]
 
     @property
     def fingerprint(self) -> str:
-        return digest([ascii(self.keys), self.labels, [hashlib.sha256(blob).hexdigest() for blob in self.blobs]])
+        captions = [] if self.captions is None else [repr(self.captions)]
+        blobs = [hashlib.sha256(blob).hexdigest() for blob in self.blobs]
+        return digest([ascii(self.keys), self.labels, blobs, *captions])
+
+    @property
+    def captioned(self) -> bool:
+        return self.captions is not None
 
     def __len__(self) -> int:
         return len(self.blobs)
 
     def records(self, start: int, stop: int) -> Iterator[Record]:
         for i in range(start, stop):
-            yield Record(self.keys[i], self.labels[i], lambda i=i: self._read(i))
+            caption = None if self.captions is None or self.captions[i] is None else partial(self._caption, i)
+            yield Record(self.keys[i], self.labels[i], partial(self._read, i), caption)
+
+    def _caption(self, i: int) -> str:
+        found = self.captions[i]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _read(self, i: int) -> bytes:
         time.sleep(self.slow * ((i * 7) % 5))  # later images are often ready first
         if i == self.unreadable:
             raise PermissionError(errno.EACCES, "Permission denied", self.keys[i])
         return self.blobs[i]
+
+
+@dataclass
+class FakeShards:
+    """Encoded images in memory, as shards of any length.
+
+    Attributes:
+        shards: Images of each shard.
+        versions: Of each shard; part of its fingerprint.
+        captions: Whether there are captions ("image K of shard S").
+        deadly: Position of an image that kills the process that reads it.
+        deadly_listing: Shard whose listing does.
+        unlistable: Shard whose listing raises.
+        reads: Positions whose bytes were read.
+    """
+
+    shards: list[list[bytes]]
+    versions: list[int] = field(default_factory=list)
+    captions: bool = False
+    deadly: int | None = None
+    deadly_listing: int | None = None
+    unlistable: int | None = None
+    reads: list[int] = field(default_factory=list)
+    source: str = "/home/someone/secret/{0..9}.tar"
+
+    def __post_init__(self) -> None:
+        self.versions = self.versions or [0] * len(self.shards)
+        self.class_names = None if self.captions else ("n01", "n02", "n03")
+        self.captioned = self.captions
+        self.fingerprint = digest(["shards", len(self.shards), self.captions])
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        for shard in range(start, stop):
+            if shard == self.deadly_listing:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if shard == self.unlistable:
+                raise RuntimeError(f"cannot list shard {shard}")
+            for k in range(len(self.shards[shard])):
+                caption = partial("image {} of shard {}".format, k, shard) if self.captions else None
+                label = None if self.captions else k % 3
+                position = shard * 2**32 + k
+                yield Record(f"{shard:02d}.tar#{k}", label, partial(self._read, position), caption, position)
+
+    def shard_fingerprint(self, start: int, stop: int) -> str:
+        return digest(self.versions[start:stop])
+
+    def _read(self, position: int) -> bytes:
+        if position == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.reads.append(position)
+        return self.shards[position >> 32][position % 2**32]
+
+
+def shards(*lengths: int, **settings: object) -> FakeShards:
+    """Shards of so many pictures each."""
+    return FakeShards([[picture(100 * s + k) for k in range(n)] for s, n in enumerate(lengths)], **settings)
 
 
 def dataset(n: int, *, bad: dict[int, bytes] | None = None, unlabelled: Sequence[int] = ()) -> FakeDataset:

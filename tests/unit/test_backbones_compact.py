@@ -209,6 +209,13 @@ def test_texts_do_not_depend_on_their_company(model: DualEncoder) -> None:
     torch.testing.assert_close(model.encode_texts([*company[:3], *texts[:3]])[-3:], alone[:3], atol=1e-6, rtol=0)
 
 
+def test_texts_are_cut_off_after_256_tokens_with_start_and_end(model: DualEncoder) -> None:
+    texts = [" ".join(["dog"] * n) for n in (1, 254, 255, 400)]
+    assert model.truncates([*texts, ""]) == [False, False, True, True, False]
+    rows = model.encode_texts(texts[2:])
+    assert torch.equal(rows[0], rows[1])  # what is cut off has no say
+
+
 def test_texts_of_like_meaning_are_near(model: DualEncoder) -> None:
     dog, puppy, truck = model.encode_texts([f"a photo of a {name}." for name in ("dog", "puppy", "truck")])
     assert dog @ puppy > dog @ truck + 0.1

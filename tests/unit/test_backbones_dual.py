@@ -26,6 +26,7 @@ def encoder(precision: str = "fp32", head: bool = False) -> DualEncoder:
         image_tower=lambda pixels: torch.nn.functional.linear(pixels.flatten(1), weight),
         image_head=(lambda rows: rows @ torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))) if head else None,
         text_tower=lengths,
+        truncates=lambda texts: [len(text) > 9 for text in texts],
     )
 
 
@@ -64,6 +65,11 @@ def test_bf16_rounds_the_tower_and_nothing_else() -> None:
     assert 0 < difference < 3 * 2**-8
 
 
+def test_no_text_is_asked_for_nothing() -> None:
+    assert encoder().truncates(("short", "rather longer")) == [False, True]
+    assert encoder().truncates([]) == []
+
+
 def test_outer_autocast_changes_nothing() -> None:
     pixels = torch.rand(3, 3, 2, 2)
     plain = encoder(head=True).encode_images(pixels)
@@ -88,6 +94,7 @@ def test_projections_are_the_last_maps() -> None:
         transform=lambda image: torch.zeros(3, 2, 2),
         image_tower=lambda pixels: pixels.flatten(1),
         text_tower=lengths,
+        truncates=lambda texts: [len(text) > 9 for text in texts],
         image_projection=image_map,
         text_projection=text_map,
     )

@@ -149,6 +149,17 @@ def test_texts_do_not_depend_on_their_company(kind: str, request: pytest.Fixture
     torch.testing.assert_close(backbone.encode_texts(TEXTS), alone, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_texts_are_cut_off_where_start_signs_and_end_do_not_fit(kind: str, request: pytest.FixtureRequest) -> None:
+    backbone = load_backbone(f"hf:{request.getfixturevalue(kind)[0]}", device="cpu")
+    texts = ["", "a" * (LENGTH - 2), "a" * (LENGTH - 1), "a b " * LENGTH]
+    assert backbone.truncates(texts) == [False, False, True, True]
+    assert backbone.truncates([]) == []
+    rows = backbone.encode_texts(["a" * n for n in range(LENGTH - 3, LENGTH + 1)])
+    # what is cut off has no say: from one sign too many on, all texts are one
+    assert [torch.equal(rows[i], rows[i + 1]) for i in range(3)] == [False, False, True]
+
+
 def test_space(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
     space = load_backbone(f"hf:{clip[0]}", device="cpu").space
     assert (space.embed_dim, space.logit_bias, space.backbone) == (8, 0.0, "hf:tiny-clip")

@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.loading import quiet, tensors_sha256
-from vilu.backbones.open_clip import CONFIG
+from vilu.backbones.open_clip import CONFIG, find_truncated
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
 
 open_clip = pytest.importorskip("open_clip")
@@ -82,6 +82,40 @@ def test_embeddings_are_those_of_the_model(kind: str, prefix: str, request: pyte
     # the same arithmetic in the same library: only the batching of the texts differs
     torch.testing.assert_close(backbone.encode_images(pixels), image, atol=1e-6, rtol=0)
     torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("clip", 77), ("siglip", 32)])
+@pytest.mark.parametrize("word", ["dog", "!"])  # "!" has the number 0, which is also that of the padding
+def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(
+    kind: str, length: int, word: str, request: pytest.FixtureRequest
+) -> None:
+    backbone = load_backbone(f"open_clip:{request.getfixturevalue(kind)[0]}", device="cpu")
+    words = [word, "cat"] * 50
+    texts = [" ".join(words[:n]) for n in (1, length - 2, length - 1, 100)]
+    assert backbone.truncates(texts) == [False, False, True, True]
+    assert backbone.truncates([]) == []
+
+
+@pytest.mark.parametrize("kind", ["WordPiece with an end", "text-to-text with its end as padding"])
+def test_tokenizers_of_transformers_in_open_clip(kind: str) -> None:
+    """Which pad with their end, or with a sign of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "dog": 3}
+    fast = Tokenizer(models.WordLevel(words, "dog"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]" if kind.startswith("Word") else "$A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    wrapped = open_clip.tokenizer.HFTokenizer.__new__(open_clip.tokenizer.HFTokenizer)
+    pad = "[PAD]" if kind.startswith("Word") else "[SEP]"
+    wrapped.tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token=pad)
+    wrapped.context_length, wrapped.tokenizer_mode, wrapped.strip_sep_token = 8, "", False
+    wrapped.clean_fn = str.strip
+    special = 2 if kind.startswith("Word") else 1
+    texts = [" ".join(["dog"] * n) for n in (1, 8 - special, 9 - special, 20)]
+    assert find_truncated(wrapped, texts) == [False, False, True, True]
 
 
 def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path, Any]) -> None:

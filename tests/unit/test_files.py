@@ -3,12 +3,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from vilu.errors import DataError, StorageError
-from vilu.files import atomic_write, write_json
+from vilu.files import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, write_json
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -17,7 +20,7 @@ def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
         handle.write(b"half")
         assert not target.exists()
         (temporary,) = tmp_path.iterdir()
-        assert temporary.name.startswith(f".scores.bin.{os.getpid()}.")
+        assert temporary.name.startswith(f".scores.bin.{host_hash()}.{os.getpid()}.")
         assert temporary.name.endswith(".tmp")
         handle.write(b" and half")
     assert target.read_bytes() == b"half and half"
@@ -115,3 +118,56 @@ def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path, 
     with pytest.raises(DataError, match=r"a\.json: its content must be plain JSON"):
         write_json(tmp_path / "a.json", value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    """Of a process that was, and is no more."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def make(path: Path, age: float = 0.0) -> Path:
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_pid: int) -> None:
+    here, elsewhere = host_hash(), f"{int(host_hash(), 16) ^ 1:08x}"
+    leftovers = [
+        make(tmp_path / f".a.npy.{here}.{dead_pid}.0123abcd.tmp"),
+        make(tmp_path / f".a.npy.{here}.{10**30}.0123abcd.tmp"),  # no such process can be
+        make(tmp_path / f".a.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", STALE + 60),
+        make(tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp", STALE + 60),  # the number was given anew
+        make(tmp_path / f".a.npy.{dead_pid}.0123abcd.tmp", STALE + 60),  # without a host, as there once were
+    ]
+    others = [
+        make(tmp_path / f".a.npy.{here}.{os.getpid()}.0123abcd.tmp1", STALE + 60),
+        make(tmp_path / f".b.npy.{here}.{os.getpid()}.0123abcd.tmp"),
+        make(tmp_path / f".b.npy.{here}.{os.getppid()}.0123abcd.tmp", STALE - 60),
+        make(tmp_path / f".b.npy.{elsewhere}.{dead_pid}.0123abcd.tmp", STALE - 60),
+        make(tmp_path / f".b.npy.{dead_pid}.0123abcd.tmp", STALE - 60),
+        make(tmp_path / "b.npy", STALE + 60),
+        make(tmp_path / ".mine.tmp", STALE + 60),
+        tmp_path / f".gone.{here}.{dead_pid}.0123abcd.tmp",
+    ]
+    assert [path for path in [*leftovers, *others] if is_leftover(path)] == leftovers
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no process of another user to ask for")
+def test_a_process_of_another_user_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int, signal: int) -> None:
+        raise PermissionError(errno.EPERM, "not yours")
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not is_leftover(make(tmp_path / f".a.{host_hash()}.1.0123abcd.tmp"))
+
+
+def test_the_name_of_a_file_in_the_making_says_what_and_whose_it_is(tmp_path: Path) -> None:
+    with atomic_write(tmp_path / "run.1.json"):
+        (temporary,) = tmp_path.iterdir()
+    match = TEMPORARY.fullmatch(temporary.name)
+    assert match is not None
+    assert match.groupdict() == {"name": "run.1.json", "host": host_hash(), "pid": str(os.getpid())}

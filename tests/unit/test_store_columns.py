@@ -23,6 +23,7 @@ from vilu.columns import COLUMNS
 from vilu.datasets.images import decode_image
 from vilu.embeddings import Embeddings
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
+from vilu.files import host_hash
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
 from vilu.store.manifest import ClassTable
@@ -335,8 +336,9 @@ def test_a_full_disk_keeps_the_finished_parts(original, tmp_path, monkeypatch, f
 
 
 def test_leftovers_are_removed_and_overwriting_leaves_nothing(original, root):
-    leftovers = [root / f"{name}/.{name}_00000.npy.12.0123abcd.tmp" for name in ("features", "views")]
-    leftovers.append(root / "columns/.prompts.npy.12.0123abcd.tmp")
+    nobody = f"{host_hash()}.{10**30}.0123abcd"  # no process has such a number
+    leftovers = [root / f"{name}/.{name}_00000.npy.{nobody}.tmp" for name in ("features", "views")]
+    leftovers.append(root / f"columns/.prompts.npy.{nobody}.tmp")
     for path in leftovers:
         path.write_bytes(b"half")
     run(root, dtype="float32", **ALL)

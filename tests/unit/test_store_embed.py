@@ -18,6 +18,7 @@ import torch
 from tests.unit.store_fakes import DIM, NAMES, FakeBackbone, FakeDataset, dataset, picture, tree
 from vilu.datasets.images import ImageLimits, decode_image
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
+from vilu.files import host_hash
 from vilu.progress import reporting
 from vilu.store.embed import embed
 from vilu.store.folder import claim
@@ -279,8 +280,10 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     root = tmp_path / "s"
     run(dataset(5), root)
-    leftovers = [root / ".run.json.12.0123abcd.tmp", root / "img_emb/.img_emb_00000.npy.12.0123abcd.tmp"]
-    others = [root / ".scores.parquet.12.0123abcd.tmp.gz", root / "img_emb/.mine.tmp", root / "img_emb/x.tmp"]
+    nobody = f"{host_hash()}.{10**30}.0123abcd"  # no process has such a number
+    leftovers = [root / f".run.json.{nobody}.tmp", root / f"img_emb/.img_emb_00000.npy.{nobody}.tmp"]
+    others = [root / f".scores.parquet.{nobody}.tmp.gz", root / "img_emb/.mine.tmp", root / f".notes.txt.{nobody}.tmp"]
+    others.append(root / f"img_emb/.img_emb_00000.npy.{host_hash()}.{os.getpid()}.0123abcd.tmp")  # being written
     for path in leftovers + others:
         path.write_bytes(b"half")
     run(dataset(5), root)

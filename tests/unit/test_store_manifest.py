@@ -13,7 +13,7 @@ from vilu.errors import ProvenanceError, StorageError, ViLUError
 from vilu.space import EmbeddingSpace, digest
 from vilu.store.document import read_document
 from vilu.store.manifest import MAX_PARTS, ClassTable, FileInfo, Inputs, Manifest, Receipt, Run
-from vilu.store.parts import plan
+from vilu.store.parts import plan, positions
 
 SPACE = EmbeddingSpace(8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32")
 FIELDS = {
@@ -52,6 +52,8 @@ CHANGES = [
     {"features": 12}, {"features": 13},
     {"views": {"n": 2}}, {"views": {"n": 3}}, {"views": {"n": 2, "seed": 1}},
     {"prompts": ("a {}.",)}, {"prompts": ("a {}.", "the {}.")},
+    {"captions": True, "names": (), "templates": ()}, {"names": (), "templates": ()},
+    {"shards": 3}, {"shards": 4},
 ]  # fmt: skip
 
 
@@ -69,7 +71,26 @@ def test_documents_without_columns_are_those_of_before_there_were_any():
     run, table = make_run(), ClassTable.of(make_run(), FileInfo(bytes=1, sha256="0" * 64))
     assert (run.fingerprint, table.hash) == ("bb0d096e5abdeeb9005c943fe522ee0d", "106f8419614043ca13395bb1ad29a702")
     for document in (run, table):
-        assert not {"features", "views", "prompts", "columns"} & json.loads(document.model_dump_json()).keys()
+        assert (
+            not {"features", "views", "prompts", "columns", "captions", "shards"}
+            & json.loads(document.model_dump_json()).keys()
+        )
+
+
+def test_a_receipt_without_shards_is_that_of_before_there_were_any():
+    fields = {"n_in": 0, "n_ok": 0, "n_error": 0, "errors": {}, "fingerprint": "f", "part": 0, "start": 0, "stop": 0}
+    receipt = Receipt(**fields, files={}, batch_size=1, seconds=0.0)
+    assert "source" not in json.loads(receipt.model_dump_json())
+    assert json.loads(receipt.model_copy(update={"source": "s"}).model_dump_json())["source"] == "s"
+
+
+def test_how_many_images_shards_hold_is_no_input():
+    """Only reading them tells, so the run says 0 and the manifest what was counted."""
+    run, counted = make_run(shards=7, n_in=0), make_run(shards=7, n_in=1234)
+    assert run.fingerprint == counted.fingerprint
+    assert [(part.start, part.stop) for part in plan(make_run(shards=23))] == [(0, 10), (10, 20), (20, 23)]
+    assert positions(run, plan(run)[0]) == range(7 * 2**32)
+    assert positions(make_run(), plan(make_run())[2]) == range(20, 25)
 
 
 def test_documents_survive_json(tmp_path):
@@ -116,7 +137,9 @@ def altered(**changes):
     [
         ({"n_in": 24}, "fingerprint is not that"),
         ({"n_in": -1}, "n_in"),
-        ({"n_in": 10 * MAX_PARTS + 1}, "more than 1000000 parts"),
+        ({"n_in": 10 * MAX_PARTS + 1}, "more than 1000000 parts of 10000001 images"),
+        ({"shards": 10 * MAX_PARTS + 1}, "more than 1000000 parts of 10000001 shards"),
+        ({"captions": True}, "with captions there are no classes"),
         ({"space": {"embed_dim": 0, "logit_scale": 1}}, "embed_dim must be at least 1"),
         ({"extra": 1}, "extra"),
         ({"dtype": "float64"}, "dtype"),

@@ -106,7 +106,7 @@ def test_rows_out_of_range(original, index):
 
 
 def test_more_parts_than_are_kept_open(original, monkeypatch):
-    monkeypatch.setattr("vilu.store.reader.OPEN_PARTS", 1)
+    monkeypatch.setattr("vilu.store.mapped.OPEN_PARTS", 1)
     store = EmbeddingStore(original)
     index = torch.arange(len(store)).roll(5)
     assert np.array_equal(store.image_rows(index).numpy(), np.roll(concatenated(original), 5, axis=0))

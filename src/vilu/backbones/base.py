@@ -38,5 +38,8 @@ class Backbone(Protocol):
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """(M, D) float32 unit-norm embeddings on the CPU."""
 
+    def truncates(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether the model's tokenizer cuts it off, so that its end has no say in the embedding."""
+
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
         """(M, F_t) float32 output of the text tower before its projection, where ``projections`` has one."""

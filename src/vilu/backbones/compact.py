@@ -15,6 +15,7 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +37,6 @@ SIZES = range(64, 385, 32)
 DEFAULT_SIZE = 224
 MAX_TOKENS = 256  # what the sentence encoder was trained with
 ACTIVATION_CEILING = 6.0
-
-TextEncoder = Callable[[list[str]], Tensor]
 
 
 class ClosedFormHead(nn.Module):
@@ -140,6 +139,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_tower=image_tower,
         image_head=lambda features: _assemble(files, device).head(features),
         text_tower=lambda texts: _assemble(files, device).text(texts),
+        truncates=lambda texts: _assemble(files, device).truncates(texts),
         feature_dim=FEATURE_DIM,
     )
 
@@ -154,16 +154,41 @@ class Files:
 
 
 @dataclass(frozen=True)
+class Sentences:
+    """The sentence encoder on its device, and its tokenizer (both untyped in transformers)."""
+
+    tokenizer: Any
+    model: Any
+
+    def encode(self, texts: list[str]) -> Tensor:
+        """(M, E) mean over tokens of the last hidden states, at unit norm."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        tokens = tokens.to(self.model.device)
+        mask = tokens["attention_mask"][:, :, None].float()
+        hidden = self.model(**tokens).last_hidden_state
+        return functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+    def truncates(self, texts: list[str]) -> list[bool]:
+        """Whether texts have more tokens, with the special ones, than are read."""
+        tokens = self.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+        return [len(text) > MAX_TOKENS for text in tokens]
+
+
+@dataclass(frozen=True)
 class Parts:
     """All of the compact model but the picture size and the precision."""
 
     tower: Callable[[Tensor], Tensor]
     head: ClosedFormHead
-    sentences: TextEncoder
+    sentences: Sentences
 
     def text(self, texts: list[str]) -> Tensor:
         """(M, D) text embeddings."""
-        return self.head.text(self.sentences(texts))
+        return self.head.text(self.sentences.encode(texts))
+
+    def truncates(self, texts: list[str]) -> list[bool]:
+        """Which texts are cut off."""
+        return self.sentences.truncates(texts)
 
 
 def _find_files() -> Files:
@@ -188,7 +213,7 @@ def _put_together(files: Files, device: torch.device) -> Parts:
     copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
     tower = tower.requires_grad_(requires_grad=False).to(device, memory_format=torch.channels_last)
     sentences = _sentence_encoder(transformers, files.text, device)
-    class_text = encode_in_batches(sentences, [PROMPT.format(name) for name in imagenet_class_names()])
+    class_text = encode_in_batches(sentences.encode, [PROMPT.format(name) for name in imagenet_class_names()])
     if 2 * class_text.shape[1] != EMBED_DIM:
         raise ProvenanceError(f"the text tower is {class_text.shape[1]} wide; {EMBED_DIM // 2} was expected.")
     mean_feature = expected_activation(tower.bn2.bias, tower.bn2.weight)
@@ -226,23 +251,14 @@ def _parse_size(argument: str) -> int:
     return int(argument)
 
 
-def _sentence_encoder(transformers: ModuleType, folder: Path, device: torch.device) -> TextEncoder:
-    """Mean over tokens of the last hidden states, at unit norm."""
+def _sentence_encoder(transformers: ModuleType, folder: Path, device: torch.device) -> Sentences:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model, report = transformers.AutoModel.from_pretrained(
         folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
     )
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ProvenanceError(f"the weights in {folder.name} do not fill the sentence encoder: reinstall its package.")
-    model = model.eval().requires_grad_(requires_grad=False).to(device)
-
-    def encode(texts: list[str]) -> Tensor:
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt").to(device)
-        mask = tokens["attention_mask"][:, :, None].float()
-        hidden = model(**tokens).last_hidden_state
-        return functional.normalize((hidden * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
-
-    return encode
+    return Sentences(tokenizer, model.eval().requires_grad_(requires_grad=False).to(device))
 
 
 def _sha256(path: Path) -> str:

@@ -31,6 +31,7 @@ class DualEncoder:
         transform: Image to (3, H, W) pixels; thread-safe.
         image_tower: (B, 3, H, W) pixels to (B, F) features.
         text_tower: M texts to (M, F_t) features, always in float32.
+        truncates: M texts to M answers, whether the tower's tokenizer cuts the text off.
         image_head: Image features in float32 to (B, D) embeddings of any norm; None where the tower ends in them.
         image_projection: The same as a matrix (D, F), where it is one.
         text_projection: (D, F_t) from text features to embeddings of any norm; None where the tower ends in them.
@@ -45,6 +46,7 @@ class DualEncoder:
         transform: Callable[[Image.Image], Tensor],
         image_tower: Callable[[Tensor], Tensor],
         text_tower: Callable[[list[str]], Tensor],
+        truncates: Callable[[list[str]], list[bool]],
         image_head: Callable[[Tensor], Tensor] | None = None,
         image_projection: Tensor | None = None,
         text_projection: Tensor | None = None,
@@ -61,6 +63,7 @@ class DualEncoder:
         self._image_head = image_head or _linear(image_projection)
         self._text_tower = text_tower
         self._text_head = _linear(text_projection)
+        self._truncates = truncates
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """(3, H, W) float32 pixels on the CPU."""
@@ -90,6 +93,10 @@ class DualEncoder:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(lambda batch: self._text_head(self._text_tower(batch)), texts)
         return _unit(rows)
+
+    def truncates(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether the tokenizer cuts it off."""
+        return self._truncates(list(texts)) if texts else []
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
         """(M, F_t) float32 features on the CPU of at least one text."""

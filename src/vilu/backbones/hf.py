@@ -63,6 +63,11 @@ class Towers:
         )
         return dict(tokens.to(self.model.device))
 
+    def truncates(self, texts: list[str]) -> list[bool]:
+        """Whether texts have more tokens, with the special ones, than the tower reads."""
+        tokens = self.processor.tokenizer(texts, padding=False, truncation=False, verbose=False)["input_ids"]
+        return [len(text) > self.text_length for text in tokens]
+
     def encode_texts(self, texts: list[str]) -> Tensor:
         """(M, D)."""
         return self._features("get_text_features", **self.tokenize(texts))
@@ -148,6 +153,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         transform=towers.pixels,
         image_tower=towers.encode_images,
         text_tower=towers.encode_texts,
+        truncates=towers.truncates,
         image_projection=detach_projection(model, ["visual_projection"], lambda: towers.encode_images(probe)),
         text_projection=detach_projection(model, ["text_projection"], lambda: towers.encode_texts(["a photo"])),
     )

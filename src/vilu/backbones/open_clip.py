@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -35,7 +35,15 @@ TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
 """Where the towers of open_clip keep their last map."""
 
 Transform = Callable[[Image.Image], Tensor]
-Tokenizer = Callable[[list[str]], Tensor]
+
+
+class Tokenizer(Protocol):
+    """What open_clip calls a tokenizer."""
+
+    context_length: int
+
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
+        """(M, L) token numbers."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +121,22 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         transform=transform,
         image_tower=network.encode_image,
         text_tower=encode_texts,
+        truncates=lambda texts: find_truncated(tokenizer, texts),
         image_projection=detach_projection(network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)),
         text_projection=detach_projection(network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])),
     )
+
+
+def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
+    """Of each text, whether a tokenizer of open_clip cuts it off.
+
+    None of them says so. With room for one token more a text that fits has the same tokens, and one that does not has
+    a word where its early end was.
+    """
+    length = tokenizer.context_length
+    with_room = tokenizer(texts, context_length=length + 1)[:, :length]
+    differs: list[bool] = (tokenizer(texts) != with_room).any(dim=1).tolist()
+    return differs
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:

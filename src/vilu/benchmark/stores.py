@@ -132,12 +132,14 @@ class EvenlySpaced:
     Attributes:
         source: As of the whole.
         class_names: As of the whole.
+        captioned: As of the whole.
         fingerprint: Hash of the whole's and the number kept.
     """
 
     def __init__(self, images: ImageDataset, number: int) -> None:
         self.source = images.source
         self.class_names = images.class_names
+        self.captioned = images.captioned
         self.fingerprint = digest({"dataset": images.fingerprint, "evenly_spaced": number})
         self._images = images
         self._positions = evenly_spaced(len(images), number)

@@ -17,7 +17,7 @@ from torch import Tensor
 from vilu.columns import COLUMNS
 from vilu.errors import ProvenanceError, StorageError
 from vilu.store.document import read_document
-from vilu.store.manifest import CLASSES, RUN, TEXT, ArrayInfo, ClassColumn, ClassTable, Run
+from vilu.store.manifest import CLASSES, RUN, TEXT, ArrayInfo, ClassColumn, ClassTable, Inputs, Run
 from vilu.validate import require_usable
 
 METADATA = pa.schema(
@@ -34,6 +34,9 @@ METADATA = pa.schema(
 )
 """Of each row. ``position`` is that of the image in the data set, not the number of the row: the latter depends on how
 many images fail in earlier parts, which a part that is written alone cannot know. The reader counts rows."""
+
+CAPTION_FIELD = pa.field("caption", pa.string(), nullable=False)
+"""Of each row too where images have captions."""
 
 ERRORS = pa.schema(
     [
@@ -56,6 +59,11 @@ UNREADABLE_NPY = (OSError, ValueError, OverflowError, SyntaxError, TokenError, R
 
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on one (ValueError also for names that are no text)."""
+
+
+def metadata_schema(run: Inputs) -> pa.Schema:
+    """Columns of the metadata."""
+    return METADATA.append(CAPTION_FIELD) if run.captions else METADATA
 
 
 def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:

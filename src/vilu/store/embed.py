@@ -5,40 +5,46 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from vilu.backbones.base import Backbone
-from vilu.datasets.base import ImageDataset, Record
+from vilu.backbones.zeroshot import TEMPLATES
+from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.errors import DataError, UsageError
 from vilu.progress import track
-from vilu.store.folder import claim, clear, require_room
-from vilu.store.manifest import Run
+from vilu.store.attempts import forget_attempts
+from vilu.store.folder import claim, clean, clear, require_room, unseal
+from vilu.store.job import BackboneSpec, EmbedJob, Executor
+from vilu.store.manifest import Receipt
+from vilu.store.pairs import CaptionStore
 from vilu.store.parts import Part
-from vilu.store.pipeline import Decoder, Encoder, default_workers, in_threads
 from vilu.store.reader import EmbeddingStore
-from vilu.store.run import begin, describe, missing_parts, seal
-from vilu.store.writer import write_part
+from vilu.store.run import begin, describe, seal, survey
 from vilu.validate import check_class_names
+
+PATIENCE = 600.0
+"""Seconds that one of several drivers waits for another one, which may be embedding the texts of many classes."""
 
 logger = logging.getLogger(__name__)
 
 
 def embed(  # noqa: PLR0913 - one keyword per flag of the command
     dataset: ImageDataset,
-    backbone: Backbone,
+    backbone: Backbone | BackboneSpec,
     output: str | os.PathLike[str],
     *,
-    names: Sequence[str],
-    templates: Sequence[str] = ("a photo of a {}.",),
+    names: Sequence[str] = (),
+    templates: Sequence[str] | None = None,
     batch_size: int = 32,
     workers: int | None = None,
-    part_size: int = 4096,
+    part_size: int | None = None,
     dtype: Literal["float16", "float32"] = "float16",
     limits: ImageLimits = DEFAULT_LIMITS,
     features: bool = False,
@@ -49,22 +55,29 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     on_error: Literal["skip", "raise"] = "skip",
     split: str | None = None,
     overwrite: bool = False,
-) -> EmbeddingStore:
+    executor: Executor | None = None,
+    shared: bool = False,
+) -> EmbeddingStore | CaptionStore | None:
     """Embed all images of a data set, or what is still missing of an earlier run with the same inputs.
+
+    Where the images have captions, these are the candidates: the embedding of each is stored beside its image's, and
+    there are no classes.
 
     Kill it at any moment: finished parts stay, and the next run gives the bytes that an undisturbed one would have
     given. Memory is bounded by ``batch_size`` images and ``part_size`` embeddings, whatever the size of the data (each
-    times one more than ``views``). Progress is shown through ``vilu.progress``.
+    times one more than ``views``); of shards, by the embeddings of ``part_size`` shards. Progress is shown through
+    ``vilu.progress``.
 
     Args:
         dataset: The images.
-        backbone: The model.
+        backbone: The model; by name where other processes are to load it.
         output: Folder of the store.
-        names: K names as they are to stand in the prompts, in the order of the labels.
-        templates: Prompts with ``{}`` for the name; a class text is the mean over them.
+        names: K names as they are to stand in the prompts, in the order of the labels; none for captions.
+        templates: Prompts with ``{}`` for the name; a class text is the mean over them. By default "a photo of a {}.";
+            none for captions.
         batch_size: Images per forward pass.
         workers: Decoding threads; by default one per core.
-        part_size: Images per part, which is what a kill can cost.
+        part_size: What a kill can cost: images per part (by default 4096), or for shards, shards per part (10).
         dtype: Number format of what is stored of the images; what is stored of classes and model is float32.
         features: Also store the image tower's output before its last map, and where the last maps of both towers are
             linear, the maps and (with a single template) what the text's maps: the columns ``features``,
@@ -77,6 +90,13 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         on_error: "skip" sets bad images aside and counts them, "raise" stops at the first.
         split: Name of the split, recorded.
         overwrite: Replace the store that is there.
+        executor: Who does the parts; by default this process.
+        shared: Other processes, here or on other machines, call this with the same arguments at the same time, and
+            ``executor`` does the parts that are its own. The last one to end seals the store. (Not shared, the store is
+            locked from beginning to end, and parts that were given up half-way count as not tried.)
+
+    Returns:
+        The store; None if it is shared and parts of other processes are still missing.
 
     Raises:
         UsageError: If an argument cannot be, or ``output`` holds something else than a store.
@@ -86,65 +106,78 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         BusyError: If another process embeds into ``output``.
     """
     _check_settings(batch_size, workers, max_error_rate, on_error)
-    names = _check_classes(dataset, names)
+    if overwrite and shared:
+        raise UsageError("processes that share a store cannot replace it: each would undo the others' work. Remove it.")
+    model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     run = describe(
         dataset,
-        backbone.space,
-        names=names,
-        templates=templates,
+        model.space,
+        **_check_candidates(dataset, names, templates, prompts),
         limits=asdict(limits),
         part_size=part_size,
         dtype=dtype,
         split=split,
-        features=backbone.feature_dim if features else None,
+        features=model.feature_dim if features else None,
         views={"n": views, "seed": seed} if views else None,
-        prompts=prompts,
     )
     root = Path(output)
-    with claim(root):
+    strict = on_error == "raise"
+    job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
+    if not _drive(job, model, executor, 0.0 if strict else max_error_rate, overwrite=overwrite, shared=shared):
+        return None
+    return CaptionStore(root) if run.captions else EmbeddingStore(root)
+
+
+def _drive(
+    job: EmbedJob, model: Backbone, executor: Executor | None, max_error_rate: float, *, overwrite: bool, shared: bool
+) -> bool:
+    """Do what is missing and seal the store; whether it was sealed: of several processes only the last one does it."""
+    root, patience = job.root, PATIENCE if shared else 0.0
+    with ExitStack() as lock:
+        lock.enter_context(claim(root, patience))
         if overwrite:
             clear(root)
-        run = begin(root, run, backbone)
-        missing = missing_parts(root, run)
-        n_missing = sum(map(len, missing))
-        require_room(root, n_missing, sum(map(math.prod, run.arrays.values())) * np.dtype(run.dtype).itemsize)
-        with track("embed", run.n_in, "images") as task:
-            task.advance(run.n_in - n_missing)
-            encoder = Encoder(backbone, batch_size, on_error == "raise", task, run.arrays)
-            decoder = Decoder(backbone.preprocess, limits, len(names), run.views)
-            embed_parts(root, run, missing, dataset, decoder, encoder, workers or default_workers())
-        seal(root, run, 0.0 if on_error == "raise" else max_error_rate)
-    return EmbeddingStore(root)
+        job = replace(job, run=begin(root, job.run, model))
+        if not shared:
+            forget_attempts(root)
+        missing, receipts = survey(root, job.run, job.dataset)
+        if missing:
+            unseal(root)
+            _require_room(job, missing)
+        if shared:
+            lock.close()
+        _work(job, executor, missing, receipts)
+        if shared:
+            lock.enter_context(claim(root, patience))
+            missing, _ = survey(root, job.run, job.dataset)
+            if missing:
+                logger.info("%d parts are still missing; the process that ends last seals %s", len(missing), root)
+                return False
+        clean(root)
+        seal(root, job.run, max_error_rate)
+    return True
 
 
-def embed_parts(
-    root: Path,
-    run: Run,
-    parts: Sequence[Part],
-    dataset: ImageDataset,
-    decoder: Decoder,
-    encoder: Encoder,
-    workers: int,
-) -> None:
-    """Embed and write some parts of a run; decoding runs ahead over the ends of batches and parts.
+def _require_room(job: EmbedJob, missing: Sequence[Part]) -> None:
+    if not job.run.shards:  # how many images are in them, nobody knows
+        row_bytes = sum(map(math.prod, job.run.arrays.values())) * np.dtype(job.run.dtype).itemsize
+        require_room(job.root, sum(map(len, missing)), row_bytes)
 
-    Each part depends on its own images alone, so any parts may be done anywhere, in any order, more than once.
 
-    Raises:
-        ValueError: If the data set gives more or fewer records than it says.
-        StorageError: If the file system refuses.
-    """
-
-    def items() -> Iterator[tuple[int, Record]]:
-        for part in parts:
-            yield from zip(range(part.start, part.stop), dataset.records(part.start, part.stop), strict=True)
-
-    with in_threads(decoder, items(), workers, ahead=encoder.batch_size + workers) as outcomes:
-        for part in parts:
-            receipt = write_part(root, run, part, encoder.part(outcomes, len(part)), encoder.batch_size)
-            logger.info(
-                "part %d: %d rows, %d errors, %.1f s", part.number, receipt.n_ok, receipt.n_error, receipt.seconds
-            )
+def _work(job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]) -> None:
+    if done and missing:
+        logger.info("%d of %d parts are there already", len(done), len(done) + len(missing))
+    parts = [part.number for part in missing]
+    with track("embed", None if job.run.shards else job.run.n_in, "images") as progress:
+        progress.advance(sum(receipt.n_in for receipt in done))
+        if executor is None:
+            for _ in job.process_all(parts, progress):
+                pass
+            return
+        n_errors = 0
+        for receipt in executor.run(job, parts):
+            n_errors += receipt.n_error
+            progress.advance(receipt.n_in, f"{n_errors} errors")
 
 
 def _check_settings(batch_size: int, workers: int | None, max_error_rate: float, on_error: str) -> None:
@@ -155,6 +188,27 @@ def _check_settings(batch_size: int, workers: int | None, max_error_rate: float,
         raise UsageError(f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead.")
     if on_error not in {"skip", "raise"}:
         raise UsageError(f"on_error must be 'skip' or 'raise'. Got {on_error!r} instead.")
+
+
+def _check_candidates(
+    dataset: ImageDataset, names: Sequence[str], templates: Sequence[str] | None, prompts: Sequence[str]
+) -> dict[str, object]:
+    """Names, templates and prompts of the run."""
+    if not dataset.captioned:
+        checked = _check_classes(dataset, names)
+        return {
+            "names": checked,
+            "templates": TEMPLATES["default"] if templates is None else templates,
+            "prompts": prompts,
+        }
+    given = {"names": names, "templates": templates, "prompts": prompts}
+    unfit = [name for name, value in given.items() if value]
+    if unfit:
+        raise UsageError(
+            f"{dataset.source} has captions, which are the candidates, so it has no classes. Leave out "
+            f"{', '.join(unfit)}, or open it without captions."
+        )
+    return {"names": (), "templates": (), "prompts": ()}
 
 
 def _check_classes(dataset: ImageDataset, names: Sequence[str]) -> tuple[str, ...]:

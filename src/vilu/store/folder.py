@@ -1,4 +1,4 @@
-"""The folder of a store while it is being written: one driver at a time, leftovers, room on the disk."""
+"""The folder of a store while it is being written: its lock, leftovers, room on the disk."""
 
 from __future__ import annotations
 
@@ -11,41 +11,44 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from vilu.errors import BusyError, StorageError, UsageError
+from vilu.files import TEMPORARY, is_leftover
 from vilu.store.manifest import CLASSES, MANIFEST, RUN
 
-FOLDERS = ("img_emb", "text_emb", "metadata", "errors", "receipts")
+FOLDERS = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
 COLUMNS = ("features", "views", "columns")
 """Folders that a store has if it holds more than embeddings."""
 
 LOCK = ".lock"
-TEMPORARY = re.compile(
-    r"\.(run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json)\.\d+\.[0-9a-f]{8}\.tmp"
-)
-"""Names that ``vilu.files.atomic_write`` gives to our files in the making."""
+OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
+"""Names of the files of a store."""
 
 OVERHEAD = 1.05
 """Of metadata and receipts over the vectors."""
 
 
 @contextmanager
-def claim(root: Path) -> Iterator[None]:
+def claim(root: Path, patience: float = 0.0) -> Iterator[None]:
     """Make the folder and hold its lock; the system lets go of it when the process dies.
+
+    Args:
+        root: The store.
+        patience: Seconds to wait for another process.
 
     Raises:
         UsageError: If the folder holds something else than a store.
-        BusyError: If another process embeds into it.
+        BusyError: If another process embeds into it, and still does after the wait.
         StorageError: If it cannot be made or written to.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        foreign = [path.name for path in root.iterdir() if path.name != LOCK and not TEMPORARY.fullmatch(path.name)]
+        foreign = [path.name for path in root.iterdir() if path.name != LOCK and not _in_the_making(path.name)]
         if foreign and not (root / RUN).is_file():
             raise UsageError(
                 f"{root} is not empty ({min(foreign)!r}, ...) and holds no {RUN}, so it is no embedding store. "
                 "Give a new or an empty folder."
             )
         lock = FileLock(root / LOCK)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout as error:
         raise BusyError(f"another process is embedding into {root}. Wait for it, or give another folder.") from error
     except OSError as error:
@@ -57,7 +60,7 @@ def claim(root: Path) -> Iterator[None]:
 
 
 def prepare(root: Path, arrays: Iterable[str]) -> None:
-    """Make the sub-folders, and remove what a killed process left half-written (we hold the lock: no other writes).
+    """Make the sub-folders, and clean them.
 
     Args:
         root: The store.
@@ -69,12 +72,29 @@ def prepare(root: Path, arrays: Iterable[str]) -> None:
     try:
         for name in {*FOLDERS, *arrays}:
             (root / name).mkdir(exist_ok=True)
-        for folder in (root, *(root / name for name in (*FOLDERS, *COLUMNS))):
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if TEMPORARY.fullmatch(path.name):
-                    path.unlink()
     except OSError as error:
         raise StorageError(f"cannot prepare {root}: {error.strerror or error}.") from error
+    clean(root)
+
+
+def clean(root: Path) -> None:
+    """Remove what killed processes left half-written, and nothing that another process, here or elsewhere, is writing.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    try:
+        for folder in (root, *(root / name for name in (*FOLDERS, *COLUMNS))):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if _in_the_making(path.name) and is_leftover(path):
+                    path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot clean {root}: {error.strerror or error}.") from error
+
+
+def _in_the_making(name: str) -> bool:
+    match = TEMPORARY.fullmatch(name)
+    return match is not None and OURS.fullmatch(match["name"]) is not None
 
 
 def unseal(root: Path) -> None:

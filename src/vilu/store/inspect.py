@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vilu.errors import DataError, ViLUError
-from vilu.store.content import ERRORS, METADATA, file_hash, map_rows, read_classes, read_columns
+from vilu.store.content import ERRORS, file_hash, map_rows, metadata_schema, read_classes, read_columns
 from vilu.store.document import read_document
 from vilu.store.manifest import MANIFEST, RUN, Receipt, Run
-from vilu.store.parts import Part, plan, read_receipt
+from vilu.store.pairs import CaptionStore
+from vilu.store.parts import SHARD, Part, plan, positions, read_receipt
 from vilu.store.reader import EmbeddingStore
 from vilu.validate import NORM_TOLERANCE
 
@@ -74,14 +76,20 @@ class StoreReport:
             "prompts": len(run.prompts),
         }
         columns = ", ".join(f"{name} {size}" for name, size in kept.items() if size)
+        n_in = f" of {run.n_in}" if not run.shards else f" from {run.shards} shards"
+        candidates = (
+            {"captions": "one per image"}
+            if run.captions
+            else {"classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}"}
+        )
         facts = {
             "store": f"{self.store}, {'complete' if self.sealed else 'not complete: run `vilu embed` again'}",
-            "images": f"{self.n_in} of {run.n_in} in {self.parts_done} of {self.parts} parts",
+            "images": f"{self.n_in}{n_in} in {self.parts_done} of {self.parts} parts",
             "rows": f"{self.n_ok} x {space.embed_dim} {run.dtype}, {self.bytes / 2**20:.1f} MiB",
             "errors": f"{self.n_error}" + (f" ({kinds})" if kinds else ""),
             "data": f"{run.dataset}, split {run.split or 'not named'}",
             "model": f"{space.backbone}, {space.precision}, logit scale {space.logit_scale:g}",
-            "classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}",
+            **candidates,
             **({"columns": columns} if columns else {}),
             "fingerprint": run.fingerprint,
             "problems": "".join(f"\n  - {problem}" for problem in self.problems) or unfound,
@@ -125,12 +133,18 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
         except ViLUError as error:
             report.problems.append(str(error))
     try:
-        read_classes(root, run)
-        if report.sealed and not report.problems:
-            EmbeddingStore(root)
+        _open(root, run, whole=report.sealed and not report.problems)
     except ViLUError as error:
         report.problems.append(str(error))
     return report
+
+
+def _open(root: Path, run: Run, *, whole: bool) -> None:
+    """Read what is beside the parts, and if it may be whole, the store as those do who use it."""
+    if not run.captions:
+        read_classes(root, run)
+    if whole:
+        (CaptionStore if run.captions else EmbeddingStore)(root)
 
 
 def _file_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
@@ -142,21 +156,34 @@ def _file_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterat
 
 
 def _table_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
-    good = read_columns(root / part.metadata, METADATA, ["position", "key", "label"], receipt.n_ok)
+    names = ["position", "key", "label", *(["caption"] if run.captions else [])]
+    good = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
     bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
     where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
-    positions = good["position"].to_numpy()
-    if not np.array_equal(np.union1d(positions, bad["position"].to_numpy()), np.arange(part.start, part.stop)):
-        yield f"{where} does not hold every image from {part.start} to {part.stop - 1} once."
-    elif np.any(np.diff(positions) <= 0):
+    of_rows, of_errors = good["position"].to_numpy(), bad["position"].to_numpy()
+    if not _is_every_image(run, part, np.union1d(of_rows, of_errors), receipt.n_in):
+        what = "of its shards" if run.shards else f"from {part.start} to {part.stop - 1}"
+        yield f"{where} does not hold every image {what} once."
+    elif np.any(np.diff(of_rows) <= 0):
         yield f"{where} is not in the order of the images."
     if Counter(bad["kind"].to_pylist()) != Counter(receipt.errors):
         yield f"{where} has other kinds of errors than its receipt."
     labels = good["label"].drop_null().to_numpy()
-    if labels.size and not (labels.min() >= 0 and labels.max() < len(run.names)):
+    if not run.captions and labels.size and not (labels.min() >= 0 and labels.max() < len(run.names)):
         yield f"{where} has labels from {labels.min()} to {labels.max()} for {len(run.names)} classes."
     if len(good["key"].unique()) != len(good):
         yield f"{where} has keys more than once."
+
+
+def _is_every_image(run: Run, part: Part, found: NDArray[np.int64], n_in: int) -> bool:
+    """Whether sorted positions are those of ``n_in`` images of the part: all, or in each shard the first ones."""
+    places = positions(run, part)
+    if not run.shards:
+        return np.array_equal(found, np.arange(places.start, places.stop))
+    number = found % SHARD
+    follows = np.diff(found) == 1
+    inside = len(found) == 0 or (found[0] >= places.start and found[-1] < places.stop and number[0] == 0)
+    return len(found) == n_in and bool(inside) and bool(np.all(follows | (number[1:] == 0)))
 
 
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:

@@ -16,7 +16,10 @@ from vilu.store.views import Views
 RUN, CLASSES, MANIFEST = "run.json", "classes.json", "manifest.json"
 TEXT: Final = "text_emb/classes.npy"
 IMAGE: Final = "img_emb"
-"""The array of the image embeddings; the others have the names of their columns (``vilu.columns``)."""
+"""The array of the image embeddings; those of columns have the names of the columns (``vilu.columns``)."""
+
+CAPTION: Final = "text_emb"
+"""The array of the embeddings of the images' captions, where they have some."""
 
 MAX_PARTS = 1_000_000
 """More files than a file system likes; also keeps a forged document from asking for endless work."""
@@ -33,22 +36,24 @@ class Inputs(Document):
     ran out of memory must be able to go on with smaller batches.
 
     Attributes:
-        dataset_fingerprint: Hash of the listing of the images.
-        n_in: Number of images, readable or not.
+        dataset_fingerprint: Hash of the listing of the images, or of the names of the shards.
+        n_in: Number of images, readable or not; of shards 0, since only reading them tells (the manifest has it).
         split: Name of the split, if any.
         space: The embedding space, with all that is known about the model.
-        names: The K class names as they stand in the prompts.
+        names: The K class names as they stand in the prompts; none where captions are the candidates.
         folders: The K class names as the data set has them; None when it is unlabelled.
-        templates: Prompt templates.
+        templates: Prompt templates; none where there are no classes.
         limits: What an image may be (``ImageLimits``).
-        part_size: Images per part.
+        part_size: Images per part, or shards.
         dtype: Number format of what is stored of the images.
         features: Width F of the features that are kept of each image; None where they are not.
         views: Augmented views whose embeddings are kept of each image, if any.
         prompts: Templates in which the embedding of every class is kept.
+        captions: Whether each image has a caption, whose embedding is kept, and there are no classes.
+        shards: Number of shards of which the parts are made; 0 where they are made of images.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"features", "views", "prompts"})
+    later: ClassVar[frozenset[str]] = frozenset({"features", "views", "prompts", "captions", "shards"})
 
     dataset_fingerprint: str
     n_in: Count
@@ -63,18 +68,34 @@ class Inputs(Document):
     features: Annotated[int, Field(ge=1)] | None = None
     views: Views | None = None
     prompts: tuple[str, ...] = ()
+    captions: bool = False
+    shards: Count = 0
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
-        if self.n_in > self.part_size * MAX_PARTS:
-            raise ValueError(f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.n_in} images")
+        if self.extent > self.part_size * MAX_PARTS:
+            unit = "shards" if self.shards else "images"
+            raise ValueError(f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.extent} {unit}")
         return self
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.captions and (self.names or self.folders or self.templates or self.prompts):
+            raise ValueError("with captions there are no classes, so no names, templates or prompts of classes either")
+        return self
+
+    @property
+    def extent(self) -> int:
+        """Number of what parts are made of: images, or shards."""
+        return self.shards or self.n_in
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """What is kept of an image, by name and shape; the embedding first."""
         dim = self.space.embed_dim
         arrays: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
+        if self.captions:
+            arrays[CAPTION] = (dim,)
         if self.features is not None:
             arrays["features"] = (self.features,)
         if self.views is not None:
@@ -83,7 +104,8 @@ class Inputs(Document):
 
     def identity(self) -> dict[str, object]:
         """The fields that are hashed, one level deep (``space.weights``)."""
-        fields = self.model_dump(mode="json", include=set(Inputs.model_fields))
+        known = set(Inputs.model_fields) - ({"n_in"} if self.shards else set())
+        fields = self.model_dump(mode="json", include=known)
         flat: dict[str, object] = {}
         for name, value in fields.items():
             nested = value if isinstance(value, dict) else None
@@ -170,12 +192,15 @@ class Receipt(Counted):
     Attributes:
         fingerprint: Fingerprint of the run.
         part: Number of the part.
-        start: Position of its first image.
-        stop: Position after its last image.
+        start: Position of its first image, or number of its first shard.
+        stop: Position after its last image, or number after its last shard.
         files: Its files by name.
         batch_size: Images per forward pass.
         seconds: Wall time.
+        source: Of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"source"})
 
     fingerprint: str
     part: Count
@@ -184,6 +209,7 @@ class Receipt(Counted):
     files: dict[str, FileInfo]
     batch_size: Annotated[int, Field(ge=1)]
     seconds: float
+    source: str = ""
 
 
 class ClassTable(Document):
@@ -245,7 +271,7 @@ class Manifest(Counted, Run):
 
     Attributes:
         parts: Number of parts.
-        classes: Hash of the class table.
+        classes: Hash of the class table; empty where captions are the candidates.
         content: Hash over the SHA-256 of every file of every part.
     """
 

@@ -11,17 +11,20 @@ from vilu.space import digest
 from vilu.store.document import read_document
 from vilu.store.manifest import IMAGE, Inputs, Receipt, Run
 
+SHARD = 2**32
+"""Positions of each shard: an image's is the number of its shard times this, plus its number there."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """Images ``start`` ... ``stop - 1`` of the data set, and the names of what is kept of them.
+    """Images ``start`` ... ``stop - 1`` of the data set, or the images of so many shards; and what is kept of them.
 
     File names follow LAION's layout, so its tools read the vectors and the metadata as they are.
 
     Attributes:
         number: Of the part.
-        start: Position of its first image.
-        stop: Position after its last image.
+        start: Position of its first image, or number of its first shard.
+        stop: Position after its last image, or number after its last shard.
         arrays: What is kept of each image, by name (``Inputs.arrays``).
     """
 
@@ -50,6 +53,11 @@ class Part:
         return f"receipts/{self.number:05d}.json"
 
     @property
+    def attempts(self) -> str:
+        """One byte for each time that the part was begun and its process died."""
+        return f"attempts/{self.number:05d}"
+
+    @property
     def files(self) -> tuple[str, ...]:
         """What the receipt vouches for, in the order in which it is written."""
         image, *others = map(self.array, self.arrays)
@@ -60,10 +68,15 @@ class Part:
 
 
 def plan(run: Inputs) -> list[Part]:
-    """All parts of a run; they depend on nothing but the number of images and the part size."""
-    starts = range(0, run.n_in, run.part_size)
+    """All parts of a run; they depend on nothing but the number of images (or shards) and the part size."""
+    starts = range(0, run.extent, run.part_size)
     arrays = tuple(run.arrays)
-    return [Part(i, start, min(start + run.part_size, run.n_in), arrays) for i, start in enumerate(starts)]
+    return [Part(i, start, min(start + run.part_size, run.extent), arrays) for i, start in enumerate(starts)]
+
+
+def positions(run: Inputs, part: Part) -> range:
+    """Where the positions of a part's images are; of shards not all of them are taken."""
+    return range(part.start * SHARD, part.stop * SHARD) if run.shards else range(part.start, part.stop)
 
 
 def read_receipt(root: Path, run: Run, part: Part) -> Receipt:
@@ -80,8 +93,9 @@ def read_receipt(root: Path, run: Run, part: Part) -> Receipt:
             f"{path} belongs to run {receipt.fingerprint}, the store to run {run.fingerprint}. "
             "Run `vilu embed` again to redo the part."
         )
+    n_in = receipt.n_in if run.shards else len(part)  # how many images shards hold, only the receipt knows
     found = (receipt.part, receipt.start, receipt.stop, receipt.n_in, tuple(receipt.files))
-    expected = (part.number, part.start, part.stop, len(part), part.files)
+    expected = (part.number, part.start, part.stop, n_in, part.files)
     if found != expected:
         raise StorageError(f"{path} is damaged: it describes {found}, expected {expected}. Run `vilu embed` again.")
     for name, info in receipt.files.items():

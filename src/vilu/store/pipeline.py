@@ -1,35 +1,35 @@
-"""From records to rows: decoding in threads, ahead of the forward pass, in order, and never far ahead."""
+"""From records to rows: one decoder, which threads may share, and one encoder, which may not be."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from vilu.backbones.base import Backbone
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageDataset, Record
+from vilu.datasets.captions import read_caption
 from vilu.datasets.images import BadImage, ImageLimits, read_image
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import Task
-from vilu.store.manifest import IMAGE
+from vilu.store.manifest import CAPTION, IMAGE, Run
+from vilu.store.parts import Part, positions
 from vilu.store.views import Views
 from vilu.store.writer import MESSAGE_LENGTH, ErrorRow, PartRows, Row
 from vilu.validate import NONFINITE, STATUS, VALID, unit_rows
 
-T = TypeVar("T")
-R = TypeVar("R")
+TEXT_TRUNCATED: Final = 1 << 16
+"""Flag of a row whose caption is longer than the model reads; the flags below are ``ImageFlag``."""
+
+END: Final = None
+"""Stands in the stream of records, and of what becomes of them, after the last one of each part."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,32 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads, decodes and preprocesses one image; what is wrong with an image is a result, not an exception."""
+    """Reads, decodes and preprocesses one image; what is wrong with an image is a result, not an exception.
+
+    Attributes:
+        preprocess: Of the model.
+        limits: What an image may be.
+        n_classes: K.
+        views: Augmented views to make of each image, if any.
+        captions: Whether each image must have a caption.
+    """
 
     preprocess: Callable[[Image.Image], Tensor]
     limits: ImageLimits
     n_classes: int
     views: Views | None = None
+    captions: bool = False
 
-    def __call__(self, item: tuple[int, Record]) -> Decoded | ErrorRow:
-        """The outcome for the image at a position.
+    def __call__(self, item: tuple[int, Record] | None) -> Decoded | ErrorRow | None:
+        """The outcome for the image at a position; of ``END`` itself.
 
         Raises:
             DataError: If its label is not one of the classes.
         """
-        position, record = item
-        if record.label is not None and not 0 <= record.label < self.n_classes:
+        return END if item is END else self._decode(*item)
+
+    def _decode(self, position: int, record: Record) -> Decoded | ErrorRow:
+        if not self.captions and record.label is not None and not 0 <= record.label < self.n_classes:
             raise DataError(f"{record.key} has label {record.label}, expected 0 to {self.n_classes - 1} or none.")
         sizes: list[int] = []
 
@@ -76,6 +87,7 @@ class Decoder:
 
         try:
             image = read_image(replace(record, read=read), self.limits)
+            caption = read_caption(record) if self.captions else None
         except BadImage as error:
             return ErrorRow(
                 key=record.key,
@@ -95,10 +107,33 @@ class Decoder:
             n_frames=image.n_frames,
             exif_orientation=image.exif_orientation,
             flags=int(image.flags),
+            caption=caption,
         )
         views = [] if self.views is None else self.views.of(image.image, record.key)
         pixels, *others = map(self.preprocess, [image.image, *views])
         return Decoded(row, pixels, sizes[0], tuple(others))
+
+
+def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple[int, Record]]:
+    """The records of a part with their positions.
+
+    Raises:
+        ValueError: If the data set gives more or fewer images than it says, or of shards wrong positions.
+    """
+    places = positions(run, part)
+    records = dataset.records(part.start, part.stop)
+    if not run.shards:
+        yield from zip(places, records, strict=True)
+        return
+    last = -1
+    for record in records:
+        if record.position is None or record.position not in places or record.position <= last:
+            raise ValueError(
+                f"{dataset.source} gave {record.key} the position {record.position} after {last}; expected larger ones "
+                f"from {places.start} to {places.stop - 1}."
+            )
+        last = record.position
+        yield last, record
 
 
 @dataclass
@@ -112,6 +147,7 @@ class Encoder:
         strict: Raise on the first bad image.
         task: Told of every batch.
         arrays: What to keep of an image, by name and shape (``Inputs.arrays``).
+        dtype: Number format of what is kept (``Inputs.dtype``); what is too large for it becomes infinite.
         n_errors: Bad images so far.
     """
 
@@ -120,31 +156,34 @@ class Encoder:
     strict: bool
     task: Task
     arrays: Mapping[str, tuple[int, ...]]
+    dtype: str
     n_errors: int = 0
 
-    def part(self, outcomes: Iterator[Decoded | ErrorRow], size: int) -> PartRows:
-        """Take the next ``size`` outcomes.
+    def part(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> PartRows:
+        """Take the outcomes up to the next ``END``.
 
         Raises:
             DataError: If ``strict`` and an image is bad.
             ProvenanceError: If the model's output is not as wide as its space says.
         """
         content = PartRows()
-        for start in range(0, size, self.batch_size):
-            n = min(self.batch_size, size - start)
-            # the batch has no name here: it is freed before the next one is gathered
-            self._encode(list(islice(outcomes, n)), content)
+        part: Iterator[Decoded | ErrorRow] = iter(outcomes.__next__, None)  # which is END
+        # the batch has no name here: it is freed before the next one is gathered
+        while n := self._encode(list(islice(part, self.batch_size)), content):
             self.task.advance(n, f"{self.n_errors} errors")
         return content
 
-    def _encode(self, batch: list[Decoded | ErrorRow], content: PartRows) -> None:
+    def _encode(self, batch: Sequence[Decoded | ErrorRow], content: PartRows) -> int:
+        """Add what becomes of some images; their number."""
         bad = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
         good = [outcome for outcome in batch if isinstance(outcome, Decoded)]
         if good:
             arrays, status = self._run_model(good)
+            usable, number_format = torch.from_numpy(status == VALID), getattr(torch, self.dtype)
             for name, rows in arrays.items():
-                content.arrays.setdefault(name, []).append(rows[torch.from_numpy(status == VALID)])
-            content.rows += [outcome.row for outcome, code in zip(good, status, strict=True) if code == VALID]
+                content.arrays.setdefault(name, []).append(rows[usable].to(number_format))
+            rows_of_good = zip(self._rows(good), status, strict=True)
+            content.rows += [row for row, code in rows_of_good if code == VALID]
             bad += [_unusable(outcome, STATUS[code]) for outcome, code in zip(good, status, strict=True) if code]
         if bad and self.strict:
             first = min(bad, key=lambda error: error.position)
@@ -154,8 +193,19 @@ class Encoder:
             )
         content.errors += sorted(bad, key=lambda error: error.position)
         self.n_errors += len(bad)
+        return len(batch)
 
-    def _run_model(self, batch: list[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
+    def _rows(self, batch: Sequence[Decoded]) -> list[Row]:
+        """Metadata, with the captions flagged that the tokenizer cuts off."""
+        rows = [image.row for image in batch]
+        if CAPTION not in self.arrays:
+            return rows
+        cut = self.backbone.truncates([row.caption or "" for row in rows])
+        return [
+            replace(row, flags=row.flags | TEXT_TRUNCATED) if long else row for row, long in zip(rows, cut, strict=True)
+        ]
+
+    def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
         """What to keep of some images, by name, and the worst status (``validate.STATUS``) of each."""
         arrays: dict[str, Tensor] = {}
         pixels = torch.stack([image.pixels for image in batch])
@@ -164,6 +214,10 @@ class Encoder:
         else:
             image = self.backbone.encode_images(pixels)
         arrays[IMAGE], status = unit_rows(image, "image")
+        if CAPTION in self.arrays:
+            text = self.backbone.encode_texts([image.row.caption or "" for image in batch])
+            arrays[CAPTION], code = unit_rows(text, "caption")
+            status = np.maximum(status, code)
         # one view of every image at a time: no forward pass is larger than that of the images
         views = [self.backbone.encode_images(torch.stack(view)) for view in zip(*(i.views for i in batch), strict=True)]
         if views:
@@ -184,41 +238,3 @@ class Encoder:
 def _unusable(image: Decoded, kind: str) -> ErrorRow:
     message = "the model gave an embedding that has no direction"
     return ErrorRow(image.row.key, image.row.position, "encode", kind, None, message, image.bytes)
-
-
-@contextmanager
-def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[Iterator[R]]:
-    """Results of ``function`` in the order of ``items``, worked out by threads, at most ``ahead`` of them in advance.
-
-    On leaving the block, also by an exception, nothing more is begun.
-    """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core)
-
-    def results() -> Iterator[R]:
-        pending: deque[Future[R]] = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-    try:
-        yield results()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _stay_on_one_core() -> None:
-    """Otherwise every decoding thread has a team of threads for its tensors, and they all fight with the model's.
-
-    ``torch.set_num_threads`` would change the whole process, the limit of OpenMP is this thread's own.
-    """
-    torch.get_num_threads()  # at its first use in a thread torch sets the limit itself
-    threadpool_limits(1, user_api="openmp")
-
-
-def default_workers() -> int:
-    """Decoding threads: one per core that this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)

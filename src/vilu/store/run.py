@@ -8,41 +8,58 @@ import warnings
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 from pydantic import ValidationError
 
 import vilu
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import class_texts
-from vilu.datasets.base import ImageDataset
+from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.errors import DataError, UsageError, ViLUError
 from vilu.files import write_json
 from vilu.space import EmbeddingSpace, digest
 from vilu.store.classes import class_columns
 from vilu.store.content import read_classes
 from vilu.store.document import explain, read_document
-from vilu.store.folder import prepare, unseal
-from vilu.store.manifest import CLASSES, MANIFEST, RUN, Inputs, Manifest, Run
+from vilu.store.folder import prepare
+from vilu.store.manifest import CLASSES, MANIFEST, RUN, Inputs, Manifest, Receipt, Run
 from vilu.store.parts import Part, content_hash, plan, read_receipt
 from vilu.store.writer import write_classes
 from vilu.validate import require_usable
 
 logger = logging.getLogger(__name__)
 
+PART_IMAGES, PART_SHARDS = 4096, 10
+"""Images or shards per part, unless somebody says otherwise."""
 
-def describe(dataset: ImageDataset, space: EmbeddingSpace, **settings: object) -> Run:
-    """The run over a data set with a model; ``settings`` are the other fields of ``Inputs``.
+ABSENT = "it is not there"
+
+
+def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:
+    """The run over a data set with a model.
+
+    Args:
+        dataset: The images.
+        space: Of the model.
+        part_size: Images or shards per part; None for ``PART_IMAGES`` or ``PART_SHARDS``.
+        settings: The other fields of ``Inputs``.
 
     Raises:
         UsageError: If a setting cannot be.
     """
+    sharded = isinstance(dataset, ShardedDataset)
+    default = PART_SHARDS if sharded else PART_IMAGES
     try:
         inputs = Inputs.model_validate(
             {
                 "dataset_fingerprint": dataset.fingerprint,
-                "n_in": len(dataset),
+                "n_in": 0 if sharded else len(dataset),
+                "shards": len(dataset) if sharded else 0,
+                "captions": dataset.captioned,
                 "folders": dataset.class_names,
                 "space": asdict(space),
+                "part_size": default if part_size is None else part_size,
                 **settings,
             }
         )
@@ -53,7 +70,7 @@ def describe(dataset: ImageDataset, space: EmbeddingSpace, **settings: object) -
 
 
 def begin(root: Path, run: Run, backbone: Backbone) -> Run:
-    """Go on with the run that is in the folder, or begin this one; the class texts are there afterwards.
+    """Go on with the run that is in the folder, or begin this one; the class texts, if any, are there afterwards.
 
     Nothing is written before the prompts have been encoded: settings that the model refuses leave no store behind.
 
@@ -69,7 +86,7 @@ def begin(root: Path, run: Run, backbone: Backbone) -> Run:
         earlier.require_match(run, root)
         run = earlier
     classes = None
-    if not _has_classes(root, run):
+    if not (run.captions or _has_classes(root, run)):
         text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
         classes = text, class_columns(backbone, run)
     if not resumed:
@@ -80,19 +97,38 @@ def begin(root: Path, run: Run, backbone: Backbone) -> Run:
     return run
 
 
-def missing_parts(root: Path, run: Run) -> list[Part]:
-    """Parts to do; where there are any, the store is unsealed.
+def survey(root: Path, run: Run, dataset: ImageDataset) -> tuple[list[Part], list[Receipt]]:
+    """Parts to do, and the receipts of the others.
 
     Raises:
         StorageError: If the file system refuses.
     """
-    parts = plan(run)
-    missing = [part for part in parts if not _is_done(root, run, part)]
-    if len(missing) < len(parts):
-        logger.info("%d of %d parts are there already", len(parts) - len(missing), len(parts))
-    if missing:
-        unseal(root)
-    return missing
+    missing, receipts = [], []
+    for part in plan(run):
+        found = look_up(root, run, part, dataset)
+        if isinstance(found, Receipt):
+            receipts.append(found)
+            continue
+        missing.append(part)
+        if found != ABSENT:
+            logger.warning("part %d is done again: %s", part.number, found)
+    return missing, receipts
+
+
+def look_up(root: Path, run: Run, part: Part, dataset: ImageDataset) -> Receipt | str:
+    """The receipt of a part that is there in full, of this run and of shards as they are now; or else what it lacks."""
+    if not (root / part.receipt).exists():
+        return ABSENT
+    try:
+        receipt = read_receipt(root, run, part)
+    except ViLUError as error:
+        return str(error)
+    return receipt if receipt.source == shard_fingerprint(run, part, dataset) else "its shards have changed"
+
+
+def shard_fingerprint(run: Run, part: Part, dataset: ImageDataset) -> str:
+    """Fingerprint of the shards of a part as they are now; empty where parts are made of images."""
+    return cast("ShardedDataset", dataset).shard_fingerprint(part.start, part.stop) if run.shards else ""
 
 
 def seal(root: Path, run: Run, max_error_rate: float) -> None:
@@ -103,21 +139,22 @@ def seal(root: Path, run: Run, max_error_rate: float) -> None:
         StorageError: If the file system refuses.
     """
     receipts = [read_receipt(root, run, part) for part in plan(run)]
+    n_in = sum(receipt.n_in for receipt in receipts)
     errors: Counter[str] = Counter()
     for receipt in receipts:
         errors.update(receipt.errors)
     n_error = errors.total()
-    if run.n_in and n_error / run.n_in > max_error_rate:
-        raise DataError(_over_budget(root, run, errors, max_error_rate))
-    if not run.n_in:
-        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=3)
+    if n_in and n_error / n_in > max_error_rate:
+        raise DataError(_over_budget(root, n_in, errors, max_error_rate))
+    if not n_in:
+        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=4)
     manifest = Manifest(
-        **dict(run),
-        n_ok=run.n_in - n_error,
+        **dict(run) | {"n_in": n_in},
+        n_ok=n_in - n_error,
         n_error=n_error,
         errors=dict(sorted(errors.items())),
         parts=len(receipts),
-        classes=read_classes(root, run)[0].hash,
+        classes="" if run.captions else read_classes(root, run)[0].hash,
         content=content_hash(receipts),
     )
     write_json(root / MANIFEST, manifest.model_dump(mode="json"))
@@ -134,23 +171,12 @@ def _has_classes(root: Path, run: Run) -> bool:
     return True
 
 
-def _is_done(root: Path, run: Run, part: Part) -> bool:
-    if not (root / part.receipt).exists():
-        return False
-    try:
-        read_receipt(root, run, part)
-    except ViLUError as error:
-        logger.warning("part %d is done again: %s", part.number, error)
-        return False
-    return True
-
-
-def _over_budget(root: Path, run: Run, errors: Counter[str], max_error_rate: float) -> str:
+def _over_budget(root: Path, n_in: int, errors: Counter[str], max_error_rate: float) -> str:
     n_error = errors.total()
-    share = n_error / run.n_in
+    share = n_error / n_in
     kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
     return (
-        f"{n_error} of {run.n_in} images ({share:.2%}) could not be embedded, at most {max_error_rate:.2%} may: "
-        f"{kinds}. They are listed in {root / 'errors'}. The other {run.n_in - n_error} are kept; to accept that, "
+        f"{n_error} of {n_in} images ({share:.2%}) could not be embedded, at most {max_error_rate:.2%} may: "
+        f"{kinds}. They are listed in {root / 'errors'}. The other {n_in - n_error} are kept; to accept that, "
         f"repeat with --max-error-rate {math.ceil(share * 1000) / 1000:g} (nothing is computed again)."
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vilu.errors import DataError
 from vilu.files import atomic_write, make_folder, write_json
-from vilu.store.content import ERRORS, METADATA, column_path
+from vilu.store.content import ERRORS, column_path, metadata_schema
 from vilu.store.manifest import CLASSES, TEXT, ArrayInfo, ClassColumn, ClassTable, FileInfo, Receipt, Run
 from vilu.store.parts import Part
 
@@ -27,7 +27,7 @@ MESSAGE_LENGTH = 300
 
 @dataclass(frozen=True)
 class Row:
-    """Metadata of an image with an embedding; fields as in ``METADATA``."""
+    """Metadata of an image with an embedding; fields as in ``metadata_schema``."""
 
     position: int
     key: str
@@ -37,6 +37,7 @@ class Row:
     n_frames: int
     exif_orientation: int | None
     flags: int
+    caption: str | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PartRows:
     """What becomes of the images of a part, before it is written.
 
     Attributes:
-        arrays: What is kept of the good images, by name: (n, ...) float32 blocks in order.
+        arrays: What is kept of the good images, by name: (n, ...) blocks in order, in the store's number format.
         rows: Their metadata.
         errors: The other images.
         started: Clock reading when the part was begun.
@@ -69,8 +70,16 @@ class PartRows:
     started: float = field(default_factory=time.monotonic)
 
 
-def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: int) -> Receipt:
+def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: int, source: str = "") -> Receipt:
     """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part.
+
+    Args:
+        root: The store.
+        run: What it is made from.
+        part: The part.
+        content: What became of its images.
+        batch_size: Images per forward pass.
+        source: Fingerprint of the shards that it was made from, if it was.
 
     Raises:
         DataError: If a number is too large for the store's number format.
@@ -80,7 +89,7 @@ def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: 
         part.array(name): _npy(_rows(name, content.arrays.get(name, []), (len(content.rows), *shape), run.dtype))
         for name, shape in run.arrays.items()
     }
-    payloads[part.metadata] = _parquet(content.rows, METADATA)
+    payloads[part.metadata] = _parquet(content.rows, metadata_schema(run))
     payloads[part.errors] = _parquet(content.errors, ERRORS)
     files = {name: write_hashed(root / name, payloads[name]) for name in part.files}
     receipt = Receipt(
@@ -88,13 +97,14 @@ def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: 
         part=part.number,
         start=part.start,
         stop=part.stop,
-        n_in=len(part),
+        n_in=len(content.rows) + len(content.errors),
         n_ok=len(content.rows),
         n_error=len(content.errors),
         errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
         files=files,
         batch_size=batch_size,
         seconds=round(time.monotonic() - content.started, 3),
+        source=source,
     )
     write_json(root / part.receipt, receipt.model_dump(mode="json"))
     return receipt
@@ -124,11 +134,10 @@ def write_hashed(path: Path, payload: memoryview) -> FileInfo:
 
 
 def _rows(name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    """Blocks of rows as one array in the store's number format."""
+    """Blocks of rows as one array, little-endian."""
     rows = np.zeros(shape, dtype=np.dtype(dtype).newbyteorder("<"))
     if blocks:
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
-            np.concatenate([block.numpy() for block in blocks], out=rows, casting="same_kind")
+        np.concatenate([block.numpy() for block in blocks], out=rows)
     if not np.isfinite(rows).all():
         raise DataError(f"{name} has numbers beyond the range of {dtype}. Embed again with --dtype float32.")
     return rows

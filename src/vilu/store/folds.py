@@ -1,0 +1,104 @@
+"""Train, validation and test rows by their captions: one caption is in one fold, whatever the data set or the order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vilu.errors import DataError, StorageError, UsageError
+from vilu.progress import track
+from vilu.store.content import UNREADABLE_PARQUET
+
+Fold = Literal["train", "validation", "test"]
+
+TRAIN, VALIDATION = 0.6, 0.7
+"""Ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test."""
+
+READ_ROWS = 2**16
+"""Captions read at a time."""
+
+
+def fold_of(caption: str) -> Fold:
+    """Fold of a caption: the first 8 bytes of its BLAKE2b hash, without white space at its ends, as u in [0, 1).
+
+    Example:
+        >>> fold_of("a photo of a cat") == fold_of("  a photo of a cat ")
+        True
+    """
+    text = caption.strip().encode(errors="surrogatepass")
+    u = int.from_bytes(blake2b(text, digest_size=8).digest(), "big") / 2**64
+    return "train" if u < TRAIN else "validation" if u < VALIDATION else "test"
+
+
+def check_fold(fold: str) -> None:
+    """Refuse an unknown fold.
+
+    Raises:
+        UsageError: If it is none of train, validation and test.
+    """
+    if fold not in get_args(Fold):
+        raise UsageError(f"fold must be one of {', '.join(get_args(Fold))}. Got {fold!r} instead.")
+
+
+def rows_of_fold(captions: Iterable[list[str | None]], fold: Fold, n_rows: int) -> NDArray[np.int64]:
+    """(M,) ascending numbers of the rows of a fold.
+
+    Args:
+        captions: Those of all N rows, in blocks; None counts as empty.
+        fold: Which.
+        n_rows: N.
+    """
+    found, start = [np.empty(0, np.int64)], 0
+    with track("Sorting captions into folds", n_rows, "rows") as task:
+        for block in captions:
+            mine = np.array([fold_of(caption or "") == fold for caption in block], dtype=bool)
+            found.append(np.flatnonzero(mine) + start)
+            start += len(block)
+            task.advance(len(block))
+    return np.concatenate(found)
+
+
+def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[list[str | None]]:
+    """The captions of a metadata file, in blocks.
+
+    Args:
+        path: A parquet file.
+        names: Columns that may hold them; the first that is there does.
+        n_rows: Number of rows that it must have.
+
+    Raises:
+        UsageError: If there is no such column: then there are no folds.
+        DataError: If the column is not one of strings.
+        StorageError: If the file cannot be read, or has another number of rows.
+    """
+    found = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            name = _caption_column(path, file.schema_arrow, names)
+            for batch in file.iter_batches(READ_ROWS, columns=[name]):
+                batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+                found += len(batch)
+                yield batch.column(0).to_pylist()
+    except (UsageError, DataError):
+        raise
+    except UNREADABLE_PARQUET as error:
+        raise StorageError(f"{path} is damaged: {error}. Restore the file, or embed the images again.") from error
+    if found != n_rows:
+        raise StorageError(f"{path} has {found} rows, expected {n_rows}. Restore the file, or embed the images again.")
+
+
+def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:
+    name = next((name for name in names if name in schema.names), None)
+    if name is None:
+        raise UsageError(f"folds are made by caption, and {path} has no column {' or '.join(names)}. Leave fold out.")
+    kind = schema.field(name).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DataError(f"column {name} of {path} must hold strings. Got {kind} instead.")
+    return name

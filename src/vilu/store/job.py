@@ -1,0 +1,199 @@
+"""Embedding one part: the same pure function wherever it runs, once or twice, here or on another machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from vilu.backbones.base import Backbone
+from vilu.backbones.catalog import load_backbone
+from vilu.datasets.base import ImageDataset, Record
+from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.progress import Silence, Task
+from vilu.store.attempts import MAX_ATTEMPTS, Marks, attempts, give_up, marking
+from vilu.store.manifest import RUN, Receipt, Run
+from vilu.store.parts import Part, plan
+from vilu.store.pipeline import END, Decoder, Encoder, place_records
+from vilu.store.run import look_up, shard_fingerprint
+from vilu.store.threads import default_workers, in_threads
+from vilu.store.writer import write_part
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """A model by name, for processes that load it themselves; each loads it once.
+
+    Attributes:
+        name: As for ``load_backbone``.
+        device: As for ``load_backbone``.
+        precision: As for ``load_backbone``.
+    """
+
+    name: str
+    device: str = "auto"
+    precision: str = "fp32"
+
+    def load(self) -> Backbone:
+        """The model; raises as ``load_backbone``."""
+        return _load(self)
+
+
+@cache
+def _load(spec: BackboneSpec) -> Backbone:
+    return load_backbone(spec.name, device=spec.device, precision=spec.precision)
+
+
+@dataclass(frozen=True)
+class EmbedJob:
+    """All that a process needs to embed any part of a run. It can be pickled, if its data set and model can.
+
+    Attributes:
+        root: Folder of the store, begun by ``vilu.store.run.begin``.
+        run: What the store is made from.
+        dataset: The images.
+        backbone: The model: by name for other processes, or loaded.
+        batch_size: Images per forward pass.
+        workers: Decoding threads; by default one per core.
+        threads: Threads of one tensor operation in the process; None leaves them as they are.
+        strict: Stop at the first bad image.
+        limits: What an image may be.
+    """
+
+    root: Path
+    run: Run
+    dataset: ImageDataset
+    backbone: BackboneSpec | Backbone
+    batch_size: int = 32
+    workers: int | None = None
+    threads: int | None = None
+    strict: bool = False
+    limits: ImageLimits = DEFAULT_LIMITS
+
+    def process(self, part: int) -> Receipt:
+        """Embed a part and write it; if it is there already, nothing is computed.
+
+        Its bytes depend on its own images, the model and the batch size alone, so any process may do it, at any time,
+        and more than once. A part in which ``MAX_ATTEMPTS`` processes died is given up: its images become error rows.
+
+        Args:
+            part: Its number.
+
+        Raises:
+            DataError: If an image is bad and ``strict``, or a label is no class.
+            ProvenanceError: If the model is not the one that the run was begun with.
+            StorageError: If the file system refuses.
+            ValueError: If the data set gives other records than it says.
+        """
+        (receipt,) = self.process_all([part])
+        return receipt
+
+    def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
+        """The same of some parts, in order; decoding runs ahead over the ends of batches and parts.
+
+        Args:
+            parts: Their numbers.
+            progress: Told of every batch.
+
+        Raises:
+            Exception: As ``process``.
+        """
+        everything, fresh = plan(self.run), []
+        progress = progress or Silence()
+        for part in (everything[number] for number in parts):
+            found = look_up(self.root, self.run, part, self.dataset)
+            deaths = 0 if isinstance(found, Receipt) else attempts(self.root, part)
+            if not isinstance(found, Receipt) and not deaths:
+                fresh.append(part)
+                continue
+            yield from self._embed(fresh, progress)
+            fresh = []
+            if 0 < deaths < MAX_ATTEMPTS:
+                yield from self._embed([part], progress)  # alone: a death in it must not be laid at another's door
+                continue
+            receipt = found if isinstance(found, Receipt) else self._give_up(part, deaths)
+            progress.advance(receipt.n_in)
+            yield receipt
+        yield from self._embed(fresh, progress)
+
+    def _embed(self, parts: Sequence[Part], progress: Task) -> Iterator[Receipt]:
+        if not parts:
+            return
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        backbone = self.backbone.load() if isinstance(self.backbone, BackboneSpec) else self.backbone
+        self.run.space.require_match(backbone.space, mine=str(self.root / RUN), theirs="the model of this process")
+        encoder = Encoder(backbone, self.batch_size, self.strict, progress, self.run.arrays, self.run.dtype)
+        decoder = Decoder(backbone.preprocess, self.limits, len(self.run.names), self.run.views, self.run.captions)
+        workers = self.workers or default_workers()
+        sources: dict[int, str] = {}
+        with (
+            marking(self.root) as marks,
+            in_threads(decoder, self._items(parts, marks, sources), workers, self.batch_size + workers) as outcomes,
+        ):
+            for part in parts:
+                content = encoder.part(outcomes)
+                receipt = write_part(self.root, self.run, part, content, self.batch_size, sources[part.number])
+                marks.end(part)
+                logger.info(
+                    "part %d: %d rows, %d errors, %.1f s", part.number, receipt.n_ok, receipt.n_error, receipt.seconds
+                )
+                yield receipt
+
+    def _items(
+        self, parts: Sequence[Part], marks: Marks, sources: dict[int, str]
+    ) -> Iterator[tuple[int, Record] | None]:
+        """The records of all parts, each part with ``END`` after it; its fingerprint is taken before it is read."""
+        for part in parts:
+            marks.begin(part)
+            sources[part.number] = shard_fingerprint(self.run, part, self.dataset)
+            yield from place_records(self.run, part, self.dataset)
+            yield END
+
+    def _give_up(self, part: Part, deaths: int) -> Receipt:
+        with marking(self.root) as marks:
+            marks.begin(part)
+            source = shard_fingerprint(self.run, part, self.dataset)
+            content = give_up(self.run, part, self.dataset, listing=deaths == MAX_ATTEMPTS)
+            receipt = write_part(self.root, self.run, part, content, self.batch_size, source)
+            marks.end(part)
+        logger.warning(
+            "part %d was given up after %d processes had died in it: its %d images are counted as errors. "
+            "To try again, remove %s.",
+            part.number,
+            MAX_ATTEMPTS,
+            receipt.n_error,
+            self.root / part.receipt,
+        )
+        return receipt
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One part of a job, for whoever schedules it."""
+
+    job: EmbedJob
+    part: int
+
+
+def process_shard(task: ShardTask) -> Receipt:
+    """Do a part; as ``EmbedJob.process``, for engines that want a function."""
+    return task.job.process(task.part)
+
+
+class Executor(Protocol):
+    """Decides where and when the parts of a job are done; what becomes of them is the job's own matter."""
+
+    def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
+        """The receipt of each part that it does, as soon as it is done, in any order.
+
+        Raises:
+            ViLUError: What a part raised, or what the executor gave up on. Parts that are done stay done.
+        """

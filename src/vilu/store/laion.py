@@ -1,0 +1,177 @@
+"""Shards of precomputed embeddings, as clip-retrieval and LAION publish them, as a source of image-caption pairs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.errors import ProvenanceError, StorageError, UsageError
+from vilu.pairs import Pools
+from vilu.progress import track
+from vilu.space import EmbeddingSpace
+from vilu.store.folds import Fold, check_fold, read_captions, rows_of_fold
+from vilu.store.mapped import MappedParts
+from vilu.store.pairs import MappedPairs
+from vilu.store.shards import Shard, find_shards, map_matrix
+from vilu.store.threads import default_workers, in_threads
+from vilu.validate import NORM_TOLERANCE, VALID, RowNumbers, row_status
+
+CAPTIONS = ("caption", "TEXT")
+"""Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
+
+SCAN_CELLS = 2**20
+"""Numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache."""
+
+
+class LaionPairs(MappedPairs):
+    """Image-caption pairs from shards of embeddings; row i of an image file belongs to row i of its text file.
+
+    Three layouts, with numbers of any width, and a fourth of one shard::
+
+        img_emb/img_emb_0000.npy + text_emb/text_emb_0000.npy [+ metadata/metadata_0000.parquet]
+        images/img_emb_0.npy + texts/text_emb_0.npy [+ metadata/metadata_0.parquet]
+        train/images/0.npy + train/texts/0.npy
+        images.npy + texts.npy, or img_emb.npy + text_emb.npy
+
+    Opening reads headers only. Which rows are usable is known from one pass over all rows, made in blocks when it is
+    first asked for (about as long as reading the files) and kept in memory, one byte a row: nothing is written into
+    the folder. Rows that are not of unit norm are normalised whenever they are read, and that pass says how many.
+
+    The rows have no identity beyond the folder: keys of published metadata repeat from one data set to the next.
+    ``ids`` are their numbers over all shards.
+
+    Args:
+        path: The folder.
+        pools: What is matched against what.
+        logit_scale: Multiplier of the cosine: 100 for OpenAI's CLIP.
+        logit_bias: Added to every logit.
+        fold: Only the rows whose caption is in this fold (``folds.fold_of``); takes metadata with captions.
+
+    Raises:
+        DataError: If the folder has another layout, a file has no partner or does not hold a matrix of floats.
+        StorageError: If a file is damaged.
+        ProvenanceError: If partners differ in their number of rows or their width.
+        UsageError: If there are no captions to make folds of.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        pools: Pools | None = None,
+        *,
+        logit_scale: float,
+        logit_bias: float = 0.0,
+        fold: Fold | None = None,
+    ) -> None:
+        root = Path(path)
+        shards = find_shards(root)
+        width = shards[0].shape[1]
+        for shard in shards:
+            if shard.shape[1] != width:
+                raise ProvenanceError(
+                    f"{shards[0].image} has width {width} and {shard.image} {shard.shape[1]}: "
+                    "they are not of one model."
+                )
+        starts = np.cumsum([0, *(shard.shape[0] for shard in shards)], dtype=np.int64)
+        space = EmbeddingSpace(width, float(logit_scale), float(logit_bias))
+        chosen = None if fold is None else _rows_of_fold(root, shards, fold)
+        rows = MappedParts(starts, {"image": (width,), "text": (width,)}, lambda name, i: _open(shards[i], name))
+        super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
+        self._all_unit = False  # until the pass over all rows says so
+        self.ids = RowNumbers(len(rows)) if chosen is None else ChosenNumbers(chosen)
+
+    def _take(self, name: str, index: Tensor) -> Tensor:
+        rows = super()._take(name, index)
+        if self._all_unit:
+            return rows
+        status, norms = row_status(rows)
+        off = torch.from_numpy(status == VALID) & ((norms - 1).abs() > NORM_TOLERANCE)
+        return torch.where(off[:, None], rows / norms[:, None], rows) if bool(off.any()) else rows
+
+    @cached_property
+    def _row_status(self) -> NDArray[np.uint8]:
+        status = np.full(len(self._rows), VALID, dtype=np.uint8)
+        low, high, n_off = np.inf, 0.0, 0
+        workers = default_workers()
+        with (
+            track("Checking embeddings", 2 * len(status), "rows") as task,
+            in_threads(_check, self._blocks(), workers, 2 * workers) as checked,
+        ):
+            for start, found, norms in checked:
+                mine = status[start : start + len(found)]
+                np.copyto(mine, found, where=mine == VALID)
+                good = norms[torch.from_numpy(found == VALID)]
+                n_off += int(((good - 1).abs() > NORM_TOLERANCE).sum())
+                if len(good):
+                    low, high = min(low, float(good.min())), max(high, float(good.max()))
+                task.advance(len(found))
+        self._all_unit = not n_off
+        if n_off:
+            warnings.warn(
+                f"{n_off} of {2 * len(status)} image and caption rows of {self.path} are not of unit norm "
+                f"(norms {low:.3g} to {high:.3g}); they are normalised when they are read.",
+                stacklevel=4,
+            )
+        return status if self._chosen is None else status[self._chosen.numpy()]
+
+    def _blocks(self) -> Iterator[tuple[int, NDArray[np.floating]]]:
+        """(number of the first row, (b, D) rows, not yet read) of every block of every file."""
+        size = max(SCAN_CELLS // self.space.embed_dim, 1)
+        for number, first in enumerate(self._rows.starts[:-1].tolist()):
+            for name in self._arrays:
+                part = self._rows.part(name, number)
+                for start in range(0, len(part), size):
+                    yield first + start, part[start : start + size]
+
+
+def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uint8], Tensor]:
+    """(number of the first row, (b,) status, (b,) norms) of a block."""
+    first, rows = block
+    return first, *row_status(torch.from_numpy(rows.astype(rows.dtype.newbyteorder("="))).float())
+
+
+class ChosenNumbers(RowNumbers):
+    """Numbers of some rows; like all row numbers they identify nothing outside their own array."""
+
+    def __init__(self, rows: NDArray[np.int64]) -> None:
+        super().__init__(len(rows))
+        self._rows = rows
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        found = self._rows[index].tolist()
+        return str(found) if isinstance(index, int) else [str(row) for row in found]
+
+
+def _open(shard: Shard, name: str) -> NDArray[np.floating]:
+    path = shard.image if name == "image" else shard.text
+    rows = map_matrix(path)
+    if rows.shape != shard.shape:
+        raise StorageError(f"{path} changed while it was read: it had shape {shard.shape}, now it has {rows.shape}.")
+    return rows
+
+
+def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
+    check_fold(fold)
+
+    def captions() -> Iterator[list[str | None]]:
+        for shard in shards:
+            if shard.metadata is None:
+                raise UsageError(
+                    f"folds are made by caption, and {root} has no metadata with captions. Leave fold out."
+                )
+            yield from read_captions(shard.metadata, CAPTIONS, shard.shape[0])
+
+    return rows_of_fold(captions(), fold, sum(shard.shape[0] for shard in shards))
