@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
     from vilu.outcomes import Outcomes
+    from vilu.pairs import Pools
     from vilu.predictors import (
         LVU,
         MCM,
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
     )
     from vilu.predictors.convert import convert_official
     from vilu.predictors.storage import load
+    from vilu.pseudo import PseudoCaptions
     from vilu.results import ResultTable
+    from vilu.scores.folder import ScoreFolder
+    from vilu.scores.write import score_parts
     from vilu.scoring import score
     from vilu.space import EmbeddingSpace
     from vilu.store.embed import embed
+    from vilu.store.open import open_source
     from vilu.store.reader import EmbeddingStore
     from vilu.types import Batch, EmbeddingSource
 
@@ -60,6 +65,11 @@ _HOME = {
     "score": "vilu.scoring",
     "EmbeddingSpace": "vilu.space",
     "embed": "vilu.store.embed",
+    "open_source": "vilu.store.open",
+    "Pools": "vilu.pairs",
+    "PseudoCaptions": "vilu.pseudo",
+    "ScoreFolder": "vilu.scores.folder",
+    "score_parts": "vilu.scores.write",
     "EmbeddingStore": "vilu.store.reader",
     "Batch": "vilu.types",
     "EmbeddingSource": "vilu.types",
@@ -83,7 +93,10 @@ __all__ = [
     "MaxLogit",
     "Outcomes",
     "PairEmbeddings",
+    "Pools",
+    "PseudoCaptions",
     "ResultTable",
+    "ScoreFolder",
     "ViLU",
     "ViLUPlus",
     "__version__",
@@ -95,7 +108,9 @@ __all__ = [
     "load_backbone",
     "metrics",
     "open_dataset",
+    "open_source",
     "score",
+    "score_parts",
 ]
 
 

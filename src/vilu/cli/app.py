@@ -11,7 +11,9 @@ from vilu.cli.benchmarking import benchmark
 from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.embedding import embed
-from vilu.cli.prediction import convert, evaluate, fit, score
+from vilu.cli.fitting import fit
+from vilu.cli.pools import pools
+from vilu.cli.prediction import convert, evaluate, score
 from vilu.cli.showing import demo
 from vilu.progress import reporting
 
@@ -56,6 +58,7 @@ app.command()(inspect)
 app.command()(fit)
 app.command()(score)
 app.command()(evaluate)
+app.command()(pools)
 app.command()(benchmark)
 app.command("list")(list_catalogue)
 app.command()(convert)

@@ -1,69 +1,63 @@
-"""``vilu fit``, ``score``, ``evaluate`` and ``convert``."""
+"""``vilu score``, ``evaluate`` and ``convert``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vilu.cli.console import next_step
+from vilu.cli.sources import Data, Direction, Fold, Hard, LogitScale, NearDuplicates, PoolSize, choose_pools
+
+if TYPE_CHECKING:
+    from vilu.types import EmbeddingSource
 
 Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")]
-Store = Annotated[Path, typer.Argument(help="Folder that `vilu embed` wrote.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")]
 
 
-def fit(
-    store: Store,
-    output: Output,
-    method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu_plus",
-    validation: Annotated[
-        Path | None, typer.Option(help="Store to select on; without it a part of the training rows is held out.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-) -> None:
-    """Fit a failure predictor on a store of labelled embeddings. Prints the folder of the predictor."""
-    from vilu.predictors import find_method
-    from vilu.predictors.parameters import build, parameters, parse_settings
-    from vilu.store.reader import EmbeddingStore
-
-    cls = find_method(method)
-    values = {"seed": seed, "device": device}
-    defaults = {key: value for key, value in values.items() if key in parameters(cls)}
-    predictor = build(cls, {**defaults, **parse_settings(settings or [])})
-    train = EmbeddingStore(store)
-    predictor.fit(train, None if validation is None else EmbeddingStore(validation))
-    predictor.save(output)
-    typer.echo(output)
-    next_step(f"{method} fitted on {len(train):,} rows; next: vilu score {output} STORE -o scores.parquet")
-
-
-def score(
+def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
-    store: Store,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .parquet or .csv.")],
+    store: Data,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File, .parquet or .csv; or a folder, for any number of rows."),
+    ],
+    pool_size: PoolSize = None,
+    direction: Direction = "image_to_text",
+    hard_negatives: Hard = False,
+    near_duplicates: NearDuplicates = None,
+    fold: Fold = None,
+    logit_scale: LogitScale = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder of scores of another run.")] = False,
 ) -> None:
-    """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints the file."""
-    from vilu.predictors.storage import load
-    from vilu.scoring import score as score_rows
-    from vilu.store.reader import EmbeddingStore
+    """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
 
-    data = EmbeddingStore(store)
-    outcomes = score_rows(load(predictor), data, dataset=store.name, split=data.manifest.split)
-    outcomes.save(output)
+    A folder is written part by part in bounded memory; interrupted, the same command does what is missing.
+    """
+    from vilu.errors import UsageError
+    from vilu.predictors.storage import load
+    from vilu.scores.write import score_parts
+    from vilu.scoring import score as score_rows
+    from vilu.store.open import open_source
+
+    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
+    data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
+    fitted, split = load(predictor), fold or _split(data)
+    if output.suffix.lower() in {".parquet", ".csv"}:
+        score_rows(fitted, data, dataset=store.name, split=split).save(output)
+    elif output.suffix and not output.is_dir():
+        raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
+    else:
+        score_parts(fitted, data, output, dataset=store.name, split=split, overwrite=overwrite)
     typer.echo(output)
-    next_step(f"{len(outcomes):,} rows scored; next, where labels are known: vilu evaluate {output}")
+    next_step(f"{len(data):,} rows scored; next, where failures are known: vilu evaluate {output}")
 
 
 def evaluate(
-    scores: Annotated[list[Path], typer.Argument(help="Files that `vilu score` wrote, .parquet or .csv.")],
+    scores: Annotated[list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print tidy rows as JSON instead of a table.")] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
@@ -74,9 +68,10 @@ def evaluate(
     """Failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.evaluation import evaluate as evaluate_outcomes
     from vilu.outcomes import Outcomes
+    from vilu.scores.folder import ScoreFolder
 
-    outcomes = [Outcomes.load(path) for path in scores]
-    table = evaluate_outcomes(outcomes, n_resamples=resamples, seed=seed)
+    found = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
+    table = evaluate_outcomes(found, n_resamples=resamples, seed=seed)
     if output is not None:
         table.save(output)
     typer.echo(json.dumps(table.to_dicts(), indent=2) if as_json else str(table))
@@ -98,3 +93,10 @@ def convert(
     predictor.save(output)
     typer.echo(output)
     next_step(f"a {predictor.name} head; next: vilu score {output} STORE -o scores.parquet")
+
+
+def _split(data: EmbeddingSource) -> str | None:
+    from vilu.store.pairs import CaptionStore
+    from vilu.store.reader import EmbeddingStore
+
+    return data.manifest.split if isinstance(data, EmbeddingStore | CaptionStore) else None
