@@ -72,6 +72,11 @@ class PairSource(EmbeddingSource):
     class_names = None
     pools: Pools
 
+    @property
+    def pair_rows(self) -> Tensor:
+        """(M,) int64 positions of the usable pairs, ascending, whether or not they fill a pool."""
+        return torch.arange(len(self))
+
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 unit-norm image embeddings."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, chain
 from typing import overload
 
 import numpy as np
@@ -23,17 +22,17 @@ from vilu.validate import RowNumbers
 class PseudoCaptions(PairSource):
     """The labelled usable images of several sources, each with the text of its class ("a photo of a ...") as caption.
 
-    Images of all sources are in one order, which the seed of ``pools`` mixes, so that a pool holds classes of all of
-    them. A class that several sources have by the same name is one caption, with the text of the first source; so is
-    one text under several names.
+    Sources that have captions bring their own. Images of all sources are in one order, which the seed of ``pools``
+    mixes, so that a pool holds captions of all of them. A class that several sources have by the same name is one
+    caption, with the text of the first source; so is one text under several names.
 
     Args:
-        sources: Rows with shared candidates, all in one embedding space.
+        sources: Rows with shared candidates or image-caption pairs, all in one embedding space.
         pools: Their size, or ``Pools`` for all choices.
         names: What the identifiers of each source's rows begin with ("name/identifier"); by default its number.
 
     Raises:
-        UsageError: If there is no source, one has captions already, or the names are not one for each, all different.
+        UsageError: If there is no source, or the names are not one for each, all different.
         ProvenanceError: If the embedding spaces differ.
         DataError: If the labelled rows do not fill a pool.
 
@@ -49,15 +48,11 @@ class PseudoCaptions(PairSource):
         self.pools = Pools(pools) if isinstance(pools, int) else pools
         self.pool_size = self.pools.size
         self.space = sources[0].space
-        chosen = [source.usable_rows[source.target[source.usable_rows] != UNKNOWN] for source in sources]
-        self._row = torch.cat([rows.sort().values for rows in chosen])
+        chosen = [labelled_rows(source) for source in sources]
+        self._row = torch.cat(chosen)
         self._source = torch.repeat_interleave(torch.tensor([len(rows) for rows in chosen]))
         require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
-        texts = [source.candidates(source.usable_rows[:0]).text for source in sources]
-        self._text, caption_of = torch.cat(texts), first_of_name(sources)
-        starts = torch.tensor([0, *accumulate(map(len, texts))])[self._source]
-        target = torch.cat([source.target[rows.sort().values] for source, rows in zip(sources, chosen, strict=True)])
-        self._caption = caption_of[starts + target]
+        self._text, self._caption = class_captions(sources, chosen)
         self.target = torch.arange(len(self._row)) % self.pool_size
         self.status = np.zeros(len(self._row), dtype=np.uint8)
         anonymous = any(isinstance(source.ids, RowNumbers) for source in sources)
@@ -72,14 +67,23 @@ class PseudoCaptions(PairSource):
         """(B, D) image embeddings, from the sources."""
         found = torch.empty(len(index), self.space.embed_dim)
         for i, source in enumerate(self.sources):
-            here = self._source[index] == i
-            if here.any():
-                found[here] = source.image_rows(self._row[index[here]])
+            here, rows = self._of_source(i, index)
+            found[here] = source.picture_rows(rows) if isinstance(source, PairSource) else source.image_rows(rows)
         return found
 
     def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) texts of the classes."""
-        return self._text[self._caption[index]]
+        """(B, D) texts of the classes, and captions where the source has some."""
+        found = self._text[self._caption[index]]
+        for i, source in enumerate(self.sources):
+            if isinstance(source, PairSource):
+                here, rows = self._of_source(i, index)
+                found[here] = source.caption_rows(rows)
+        return found
+
+    def _of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Places in ``index`` that hold rows of a source, and which of its rows."""
+        here = (self._source[index] == number).nonzero().squeeze(1)
+        return here, self._row[index[here]]
 
     def origin(self, row: int) -> tuple[int, int]:
         """(number of the source, row in it) of a row."""
@@ -116,19 +120,35 @@ def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> N
     if len(names) != len(sources) or len(set(names)) < len(names):
         raise UsageError(f"{len(sources)} data sets need as many different names. Got {', '.join(names)}.")
     for name, source in zip(names, sources, strict=True):
-        if source.pool_size is not None:
-            raise UsageError(f"the data set {name!r} has captions, and no classes to make some of. Leave it out.")
         sources[0].space.require_match(source.space, mine=f"data set {names[0]!r}", theirs=f"data set {name!r}")
-        if not (source.target != UNKNOWN).any():
+        if source.pool_size is None and not (source.target != UNKNOWN).any():
             raise DataError(f"the data set {name!r} has no labels, so its images have no captions.")
 
 
-def first_of_name(sources: Sequence[EmbeddingSource]) -> Tensor:
-    """(sum of K,) int64: for every class of all sources the first one of the same name; itself where it has none."""
-    counts = [source.n_candidates for source in sources]
-    names = chain.from_iterable(
-        source.class_names or [None] * count for source, count in zip(sources, counts, strict=True)
-    )
+def labelled_rows(source: EmbeddingSource) -> Tensor:
+    """(M,) sorted rows whose caption is known: labelled ones, or all pairs."""
+    if isinstance(source, PairSource):
+        return source.pair_rows
+    rows = source.usable_rows.sort().values
+    return rows[source.target[rows] != UNKNOWN]
+
+
+def class_captions(sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts (sum of K, D) of all classes, and for every chosen row which is its caption; 0 for rows of pairs."""
+    names: list[str | None] = [None]
+    texts, captions = [torch.zeros(1, sources[0].space.embed_dim)], []
+    for source, rows in zip(sources, chosen, strict=True):
+        if isinstance(source, PairSource):
+            captions.append(torch.zeros(len(rows), dtype=torch.int64))
+            continue
+        captions.append(source.target[rows] + len(names))
+        texts.append(source.candidates(rows[:0]).text)
+        names += source.class_names or [None] * source.n_candidates
+    return torch.cat(texts), first_of_name(names)[torch.cat(captions)]
+
+
+def first_of_name(names: Sequence[str | None]) -> Tensor:
+    """(K,) int64: for every class the first one of the same name; itself where it has none."""
     first: dict[str, int] = {}
     found = [i if name is None else first.setdefault(name, i) for i, name in enumerate(names)]
     return torch.tensor(found, dtype=torch.int64)

@@ -95,6 +95,15 @@ def test_rows_without_label_or_embedding_are_left_out() -> None:
     assert [both.origin(i) for i in (0, 69, 70)] == [(0, 20), (0, 89), (1, 0)]
 
 
+def test_a_source_with_captions_brings_its_own() -> None:
+    pairs, one = toy_pairs(n=64, pool=64), animals(50)
+    both = PseudoCaptions([pairs, one], 38)
+    rows = torch.tensor([63, 64, 0, 113])
+    assert torch.equal(both.picture_rows(rows)[[0, 2]], pairs.image[[63, 0]])
+    assert torch.equal(both.caption_rows(rows)[[0, 2]], pairs.text[[63, 0]])
+    assert torch.equal(both.caption_rows(rows)[[1, 3]], one.text[one.target[[0, 49]]])
+
+
 def test_rows_that_are_only_numbered_identify_nothing() -> None:
     anonymous = variant(toy_embeddings(n=60), ids=None, columns=None)
     assert type(PseudoCaptions([anonymous, toy_embeddings(n=60, seed=1)], 30).ids).__name__ == "RowNumbers"
@@ -104,8 +113,6 @@ def test_what_cannot_be_one_source_is_refused() -> None:
     one = animals()
     with pytest.raises(UsageError, match="at least one data set"):
         PseudoCaptions([])
-    with pytest.raises(UsageError, match="has captions"):
-        PseudoCaptions([one, toy_pairs()], 16, ["a", "b"])
     with pytest.raises(UsageError, match="2 data sets need as many different names"):
         PseudoCaptions([one, one], 16, ["a", "a"])
     with pytest.raises(ProvenanceError, match="logit_scale"):

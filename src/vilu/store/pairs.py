@@ -76,9 +76,14 @@ class MappedPairs(PairSource, MappedSource):
         Raises:
             DataError: If they do not fill one pool.
         """
-        usable = torch.from_numpy(np.flatnonzero(self._row_status == VALID))
+        usable = self.pair_rows
         require_full_pools(len(usable), self.pools.size, str(self.path))
         return self._order(usable)
+
+    @property
+    def pair_rows(self) -> Tensor:
+        """(M,) positions of the usable rows, ascending."""
+        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:  # type: ignore[override]

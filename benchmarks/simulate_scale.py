@@ -1,0 +1,197 @@
+"""A plan for a large extraction, replayed event by event: how long, how much work is lost, what it costs.
+
+``python -m benchmarks.simulate_scale --parts 4146 --workers 8 --seconds 114 --price 1.99`` prints medians with 90 %
+intervals over seeds. ``--receipts STORE`` takes the times of parts from the receipts of a real store instead, each
+scaled so that their mean is ``--seconds`` where that is given too.
+
+Model: free workers take the next part. A worker lives for an exponential time (deaths and preemptions each have a mean
+time between failures); what it was doing is lost, the part goes to the front of the queue, and the worker is back after
+a restart. A poison part kills its worker, uniformly within the part; a part in which ``ATTEMPTS`` workers died is set
+aside in no time (preemptions do not count: they are announced, and a worker that is told to end takes its mark away). A
+straggler takes its part's time times a factor. Nothing else is lost: a finished part stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import math
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+ATTEMPTS = 3
+"""Deaths in a part before it is set aside (``vilu.store.attempts.MAX_ATTEMPTS``)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done, with what, and what goes wrong.
+
+    Attributes:
+        parts: Number of parts.
+        workers: Processes with an accelerator each.
+        seconds: Times of parts to draw from.
+        start: Seconds from a worker's start to its first part (imports, model).
+        death_hours: Mean hours between deaths of a worker.
+        preemption_hours: Mean hours between preemptions of a worker.
+        preemption_wait: Seconds until a preempted worker is replaced.
+        poison: Share of parts that always kill.
+        stragglers: Share of parts that are slow.
+        straggler_factor: How much slower.
+        price: Of a worker's hour.
+    """
+
+    parts: int
+    workers: int
+    seconds: tuple[float, ...] = (60.0,)
+    start: float = 0.0
+    death_hours: float = math.inf
+    preemption_hours: float = math.inf
+    preemption_wait: float = 0.0
+    poison: float = 0.0
+    stragglers: float = 0.0
+    straggler_factor: float = 1.0
+    price: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a replay ended.
+
+    Attributes:
+        hours: Until the last part is done.
+        wasted: Share of the busy time that left no part.
+        deaths: Of workers, preemptions among them.
+        set_aside: Parts without rows.
+        cost: All workers from beginning to end, waits for replacement not paid.
+    """
+
+    hours: float
+    wasted: float
+    deaths: int
+    set_aside: int
+    cost: float
+
+
+class Replay:
+    """The state of one replay; a worker is a time at which it is free."""
+
+    def __init__(self, plan: Plan, seed: int) -> None:
+        self.plan, self.random = plan, np.random.default_rng(seed)
+        self.need = self.random.choice(np.asarray(plan.seconds), plan.parts)
+        slow = self.random.random(plan.parts) < plan.stragglers
+        self.need[slow] *= plan.straggler_factor
+        self.poison = self.random.random(plan.parts) < plan.poison
+        self.tries: NDArray[np.int64] = np.zeros(plan.parts, dtype=np.int64)
+        self.useful = self.lost = self.unpaid = self.end = 0.0
+        self.deaths = self.set_aside = 0
+
+    def run(self) -> Outcome:
+        """Until every part is done or set aside."""
+        free = [self.plan.start] * min(self.plan.workers, self.plan.parts)
+        running: list[tuple[float, int, float]] = []
+        waiting = deque(range(self.plan.parts))
+        heapq.heapify(free)
+        while waiting or running:
+            if waiting and free and (not running or free[0] <= running[0][0]):
+                self._begin(heapq.heappop(free), waiting.popleft(), running)
+                continue
+            when, part, back = heapq.heappop(running)
+            if part >= 0:  # lost with its worker
+                waiting.appendleft(part)
+            else:
+                self.end = max(self.end, when)
+            heapq.heappush(free, back)
+        worked = self.useful + self.lost
+        paid = self.plan.workers * self.end - self.unpaid
+        wasted = self.lost / worked if worked else 0.0
+        return Outcome(self.end / 3600, wasted, self.deaths, self.set_aside, paid / 3600 * self.plan.price)
+
+    def _begin(self, now: float, part: int, running: list[tuple[float, int, float]]) -> None:
+        """Begin a part: (end, part or -1 if it is done, when the worker is free again) joins those that run."""
+        plan, need = self.plan, float(self.need[part])
+        if self.tries[part] == ATTEMPTS:
+            self.set_aside += 1
+            heapq.heappush(running, (now, -1, now))
+            return
+        death = self._wait(plan.death_hours)
+        preemption = self._wait(plan.preemption_hours)
+        if self.poison[part]:
+            death = min(death, need * self.random.random())
+        if min(death, preemption) >= need:
+            self.useful += need
+            heapq.heappush(running, (now + need, -1, now + need))
+            return
+        lived = min(death, preemption)
+        pause = plan.preemption_wait if preemption < death else 0.0
+        self.tries[part] += death <= preemption
+        self.deaths += 1
+        self.lost += lived
+        self.unpaid += pause
+        heapq.heappush(running, (now + lived, part, now + lived + pause + plan.start))
+
+    def _wait(self, hours: float) -> float:
+        return math.inf if math.isinf(hours) else float(self.random.exponential(hours * 3600))
+
+
+def seconds_of(store: Path) -> tuple[float, ...]:
+    """Wall times of the parts of a store."""
+    found = tuple(json.loads(path.read_text())["seconds"] for path in sorted((store / "receipts").glob("*.json")))
+    if not found:
+        raise SystemExit(f"{store} has no receipts: give a store that `vilu embed` wrote")
+    return found
+
+
+def summary(plan: Plan, seeds: int) -> dict[str, tuple[float, float, float]]:
+    """5 %, 50 % and 95 % quantiles of every outcome over seeds."""
+    outcomes = [Replay(plan, seed).run() for seed in range(seeds)]
+    names = ("hours", "wasted", "deaths", "set_aside", "cost")
+    quantiles = {
+        name: np.quantile([getattr(outcome, name) for outcome in outcomes], (0.05, 0.5, 0.95)) for name in names
+    }
+    return {name: (float(low), float(middle), float(high)) for name, (low, middle, high) in quantiles.items()}
+
+
+def parse(arguments: list[str] | None = None) -> tuple[Plan, int]:
+    """The plan and the number of seeds that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parts", type=int, required=True)
+    parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--seconds", type=float, help="mean time of a part")
+    parser.add_argument("--receipts", type=Path, help="a store whose times of parts are drawn from")
+    parser.add_argument("--seeds", type=int, default=20)
+    defaults = Plan(1, 1)
+    for name in (
+        "start", "death_hours", "preemption_hours", "preemption_wait",
+        "poison", "stragglers", "straggler_factor", "price",
+    ):  # fmt: skip
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
+    given = vars(parser.parse_args(arguments))
+    store, mean, seeds = given.pop("receipts"), given.pop("seconds"), given.pop("seeds")
+    if store is None and mean is None:
+        parser.error("give --seconds or --receipts")
+    times = np.asarray(seconds_of(store) if store is not None else (mean,), dtype=float)
+    if mean is not None:
+        times = times * mean / times.mean()
+    return replace(Plan(**given), seconds=tuple(times.tolist())), seeds
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    """Print the plan's outcome and return its medians."""
+    plan, seeds = parse(arguments)
+    found = summary(plan, seeds)
+    scale = {"wasted": (100.0, "%")}
+    for name, values in found.items():
+        factor, unit = scale.get(name, (1.0, ""))
+        low, middle, high = (value * factor for value in values)
+        print(f"{name:10} {middle:10.2f}{unit}  (90 % interval {low:.2f} to {high:.2f} over {seeds} seeds)")
+    return {name: values[1] for name, values in found.items()}
+
+
+if __name__ == "__main__":
+    main()

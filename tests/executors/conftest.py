@@ -1,0 +1,76 @@
+"""One Ray and one Spark for the tests of a module: starting them takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """Starts the engine of a name, once; all are stopped at the end."""
+    stops = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))  # workers import the fakes
+        patch.setenv("OMP_NUM_THREADS", "1")
+
+        def start(name: str) -> None:
+            require(name)
+            if name == "ray" and name not in stops:
+                stops[name] = start_ray()
+            if name == "spark" and name not in stops:
+                stops[name] = start_spark()
+
+        yield start
+        for stop in stops.values():
+            stop()
+
+
+def require(name: str) -> None:
+    """Skip where an engine is not installed."""
+    package = {"ray": "ray", "spark": "pyspark"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install 'vilu[{name}]'")
+    if name == "spark" and shutil.which("java") is None:
+        pytest.skip("Spark needs Java")
+
+
+def start_ray():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=2**28,
+        )
+    return ray.shutdown
+
+
+def start_spark():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pyspark
+
+        settings = {
+            "spark.master": "local[2,6]",
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+            "spark.log.level": "OFF",
+            "spark.driver.host": "127.0.0.1",
+        }
+        context = pyspark.SparkContext(conf=pyspark.SparkConf().setAll(list(settings.items())))
+    context.pythonExec = sys.executable
+    return context.stop

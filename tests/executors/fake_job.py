@@ -1,0 +1,88 @@
+"""A job without images, which workers can import: a file per part, and accidents on request."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from vilu.errors import DataError
+from vilu.files import atomic_write
+from vilu.store.manifest import Receipt
+
+ATTEMPTS = 3
+
+
+def receipt(part: int) -> Receipt:
+    return Receipt(
+        fingerprint="f", part=part, start=part, stop=part + 1, n_in=1, n_ok=1, n_error=0, errors={}, files={},
+        batch_size=1, seconds=0.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """Writes ``PART.txt`` and appends a line to ``PART.log`` for every call.
+
+    Attributes:
+        root: Where to.
+        kill: Parts that kill their process in the first attempts, by the number of these attempts.
+        fail: Parts that raise.
+        slow: Seconds per part.
+        broken: Whether the job cannot be unpickled.
+    """
+
+    root: Path
+    kill: dict[int, int] = field(default_factory=dict)
+    fail: dict[int, object] = field(default_factory=dict)
+    slow: float = 0.0
+    broken: bool = False
+    threads: int | None = None
+    workers: int | None = None
+
+    def process(self, part: int) -> Receipt:
+        with (self.root / f"{part}.log").open("a") as log:
+            print(os.getpid(), self.threads, self.workers, file=log)
+        if len(calls(self.root, part)) <= self.kill.get(part, 0):
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(self.slow)
+        if part in self.fail:
+            error = self.fail[part]
+            raise Stubborn(1, 2) if error == "stubborn" else error
+        with atomic_write(self.root / f"{part}.txt") as handle:
+            handle.write(f"part {part}".encode())
+        return receipt(part)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.broken:
+            return refuse, ()
+        return FileJob, tuple(getattr(self, field.name) for field in fields(self))
+
+
+class Stubborn(Exception):
+    """Cannot be pickled: it takes other arguments than it hands on."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"needs two: {one}, {two}")
+
+
+def refuse() -> None:
+    raise DataError("this job cannot travel")
+
+
+@dataclass(frozen=True)
+class EmptyJob:
+    """Does nothing, ten thousand times."""
+
+    threads: int | None = None
+    workers: int | None = None
+
+    def process(self, part: int) -> Receipt:
+        return receipt(part)
+
+
+def calls(root: Path, part: int) -> list[str]:
+    path = root / f"{part}.log"
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,134 @@
+"""Names of executors, ranks from the environment, shares of a cluster, and engines begun for one run."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from tests.executors.conftest import require
+from tests.executors.fake_job import FileJob, calls
+from vilu.errors import DataError, MissingModelError, UsageError
+from vilu.executors import EXECUTORS, make_executor
+from vilu.executors.rank import Rank, RankExecutor
+
+
+def test_names(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in EXECUTORS:
+        if name in {"local", "rank"}:
+            assert make_executor(name).name == name
+    with pytest.raises(UsageError, match="executor must be one of local, ray, spark, rank"):
+        make_executor("dask")
+    with pytest.raises(UsageError, match="processes must be at least 1"):
+        make_executor("local", 0)
+    with pytest.raises(UsageError, match="takes no number of processes"):
+        make_executor("rank", 2)
+
+
+@pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("spark", "pyspark")])
+def test_a_missing_package_is_named_with_its_command(monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingModelError, match=rf"pip install 'vilu\[{name}\]'") as caught:
+        make_executor(name)
+    assert caught.value.exit_code == 5
+
+
+def array(number: int, count: int, least: int = 0, **more: str) -> dict[str, str]:
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
+    return dict(zip(names, map(str, (number, count, least)), strict=True)) | more
+
+
+def srun(rank: int, world: int) -> dict[str, str]:
+    return {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(world)}
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "world"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "8"}, 3, 8),
+        ({"RANK": "3", "WORLD_SIZE": "8", **srun(0, 1)}, 3, 8),  # torchrun inside a Slurm job
+        (srun(2, 4), 2, 4),
+        (array(5, 8), 5, 8),
+        (array(12, 3, least=10), 2, 3),
+        (array(14, 3, least=10, SLURM_ARRAY_TASK_STEP="2"), 2, 3),
+        (array(1, 3) | srun(1, 4), 5, 12),  # tasks of srun in each job of an array
+    ],
+)
+def test_rank_from_the_environment(environment, rank, world):
+    assert Rank.of(environment) == Rank(rank, world)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "Found none"),
+        ({"RANK": "0"}, "RANK and WORLD_SIZE must be set together. Found RANK alone"),
+        ({"WORLD_SIZE": "2"}, "Found WORLD_SIZE alone"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "from 0 to 1"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be a whole number"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK must be a whole number"),
+        ({"SLURM_PROCID": "0"}, "SLURM_PROCID and SLURM_NTASKS"),
+        ({"SLURM_ARRAY_TASK_ID": "0"}, "Missing: SLURM_ARRAY_TASK_COUNT, SLURM_ARRAY_TASK_MIN"),
+        (array(7, 3, least=1), "array task 7 is not among 3 from 1 on"),
+        (array(11, 3, least=10, SLURM_ARRAY_TASK_STEP="2"), "steps of 2"),
+    ],
+)
+def test_a_contradictory_environment_is_refused(environment, message):
+    with pytest.raises(UsageError, match=message):
+        RankExecutor(environment)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_ranks_leave_no_gap_and_no_overlap_even_when_they_see_different_parts_missing(tmp_path, world):
+    """The second rank begins when some parts of the first one are done already."""
+    seen = []
+    for rank in range(world):
+        left = [part for part in range(11) if part not in seen]
+        executor = RankExecutor({"RANK": str(rank), "WORLD_SIZE": str(world)})
+        seen += [receipt.part for receipt in executor.run(FileJob(tmp_path), left)]
+    assert sorted(seen) == list(range(11))
+
+
+def machines(*resources: tuple[int, int], alive: bool = True) -> list[dict[str, object]]:
+    return [{"Alive": alive, "Resources": {"CPU": cpu} | ({"GPU": gpu} if gpu else {})} for cpu, gpu in resources]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "processes", "number", "threads", "gpus"),
+    [
+        (machines((8, 0), (8, 0)), None, 16, 1, None),
+        (machines((8, 0), (8, 0), (8, 0)), 4, 4, 4, None),  # two on one machine at most
+        (machines((16, 0), (8, 1), (8, 1)), None, 2, 8, 1.0),  # the machine without a GPU does not count
+        (machines((128, 8)), None, 8, 16, 1.0),
+        (machines((16, 1)), 4, 4, 4, 0.25),
+        (machines((8, 0)) + machines((8, 4), alive=False), 2, 2, 4, None),
+    ],
+)
+def test_every_actor_fits_on_its_machine(nodes, processes, number, threads, gpus):
+    require("ray")
+    executor = make_executor("ray", processes)
+    total = {"GPU": sum(node["Resources"].get("GPU", 0) for node in nodes if node["Alive"])}
+    executor._ray = SimpleNamespace(nodes=lambda: nodes, cluster_resources=lambda: total)
+    found = executor._actors()
+    assert (found.number, found.threads, found.gpus) == (number, threads, gpus)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ray", "spark"])
+def test_an_engine_of_our_own_is_gone_afterwards(monkeypatch, tmp_path, name):
+    require(name)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("PYTHONPATH", ".")
+    executor = make_executor(name, 2)
+    parts = [receipt.part for receipt in executor.run(FileJob(tmp_path, kill={3: 2}), range(8))]
+    assert sorted(parts) == list(range(8))
+    assert len(calls(tmp_path, 3)) == 3
+    with pytest.raises(DataError, match="oh no"):
+        list(executor.run(FileJob(tmp_path, fail={1: DataError("oh no")}), range(3)))
+    if name == "ray":
+        assert not executor._ray.is_initialized()
+    else:
+        assert executor._spark.SparkContext._active_spark_context is None
