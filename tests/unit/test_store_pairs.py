@@ -78,14 +78,23 @@ def test_batches_are_those_of_the_same_pairs_in_memory(root, pools):
     assert not store.status.any()
     shuffled = [source.shuffled(source.usable_rows, torch.Generator().manual_seed(4)) for source in (store, memory)]
     assert torch.equal(*shuffled)
+    asked = ("features",) if pools.direction == "image_to_text" else ()
     for rows in (None, shuffled[0]):
         for mine, theirs in zip(
-            store.batches(4, rows=rows, columns=("features",)),
-            memory.batches(4, rows=rows, columns=("features",)),
+            store.batches(4, rows=rows, columns=asked),
+            memory.batches(4, rows=rows, columns=asked),
             strict=True,
         ):
             require_equal(mine, theirs)
     assert list(store.ids) == [f"{i:04d}" for i in KEPT]
+
+
+def test_a_caption_that_asks_gets_no_features_of_its_picture(root):
+    assert CaptionStore(root, Pools(2)).columns == {"features"}
+    store = CaptionStore(root, Pools(2, "text_to_image"))
+    assert not store.columns
+    with pytest.raises(DataError, match="no column 'features'"):
+        store.column("features", torch.arange(2))
 
 
 @pytest.mark.parametrize("fold", ["train", "validation", "test"])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
-    from vilu.executors.base import Executor
+    from vilu.store.job import Executor
 
 EXECUTORS = ("local", "ray", "spark", "rank")
 

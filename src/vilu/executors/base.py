@@ -5,35 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import traceback
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 
 from vilu.errors import UsageError, ViLUError
 from vilu.store.job import EmbedJob
 from vilu.store.manifest import Receipt
-
-
-class Executor(Protocol):
-    """Decides where and when the parts of a job are done; what becomes of them is the job's own matter.
-
-    ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing its process. So an
-    executor may do a part twice, at the same time even, and has nothing to do but to try again after a worker's death.
-
-    Attributes:
-        name: Of the executor.
-    """
-
-    name: str
-
-    def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipt of each part that it does, as soon as it is done, in any order.
-
-        Raises:
-            ViLUError: What a part raised, or what the executor gave up on. Parts that are done stay done.
-        """
 
 
 class Worker:

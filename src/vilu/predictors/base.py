@@ -210,5 +210,6 @@ class FailurePredictor(ABC):
 def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     """Mean and standard deviation, over the first 100 usable rows, of the largest cosine with a candidate."""
     rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
-    best = torch.cat([(b.image @ b.text.T).amax(1) for b in data.batches(SIMILARITY_ROWS, rows=rows)])
+    batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
+    best = (batch.image @ batch.text.T).amax(dim=1)
     return float(best.mean()), max(float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best)))

@@ -189,7 +189,16 @@ def process_shard(task: ShardTask) -> Receipt:
 
 
 class Executor(Protocol):
-    """Decides where and when the parts of a job are done; what becomes of them is the job's own matter."""
+    """Decides where and when the parts of a job are done; what becomes of them is the job's own matter.
+
+    ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing its process. So an
+    executor may do a part twice, at the same time even, and has nothing to do but to try again after a worker's death.
+
+    Attributes:
+        name: Of the executor.
+    """
+
+    name: str
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
         """The receipt of each part that it does, as soon as it is done, in any order.

@@ -132,7 +132,9 @@ class CaptionStore(MappedPairs):
         chosen = None if fold is None else _rows_of_fold(sealed, fold)
         arrays = (IMAGE, CAPTION)
         super().__init__(sealed.path, sealed.rows, arrays, self.manifest.space, pools or Pools(), chosen)
-        self.columns = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
+        # of the pictures: to a caption that asks for its picture they would tell which one it is
+        kept = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
+        self.columns = kept if self.pools.direction == "image_to_text" else frozenset()
         self.ids = sealed.keys(chosen)
 
     def column(self, name: str, index: Tensor) -> Tensor:
