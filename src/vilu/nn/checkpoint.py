@@ -41,7 +41,7 @@ class FolderSession(Session):
     """Runs that are kept in the sub-folders of a folder."""
 
     def __init__(self, folder: Path, every: float, world: World) -> None:
-        self.folder, self.every, self.world, self.n_runs = folder, every, world, 0
+        self.folder, self.every, self.world, self.n_runs, self.removed = folder, every, world, 0, False
 
     def keeper(self, binding: Callable[[], Binding]) -> Keeper:
         """One that keeps."""
@@ -62,6 +62,7 @@ class FolderSession(Session):
         try:
             for run in self.runs() if self.world.leads else ():
                 shutil.rmtree(run)
+            self.removed = self.world.leads
         except OSError as error:
             raise StorageError(f"cannot remove the checkpoints in {self.folder}: {error.strerror or error}.") from error
 
@@ -113,6 +114,10 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
             _session.reset(token)
     finally:
         lock.release()
+        if session.removed:
+            (session.folder / LOCK).unlink(missing_ok=True)
+            if not any(session.folder.iterdir()):
+                session.folder.rmdir()
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
