@@ -163,7 +163,7 @@ class FolderKeeper(Keeper):
         if differences:
             raise ProvenanceError(
                 f"the checkpoints in {self.folder} are of another training run; {'; '.join(differences)}. "
-                "Go on with what they were made with, or give another folder."
+                "Go on with what they were made with, drop them (--restart), or give another folder."
             )
 
 
