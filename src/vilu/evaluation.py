@@ -63,7 +63,9 @@ def evaluate(
         rows += _rows(one, chosen, n_resamples=n_resamples, confidence=confidence, seed=seed)
         scarce += _scarce(one)
     if scarce:
-        warnings.warn(f"intervals are wide: {'; '.join(dict.fromkeys(scarce))}.", stacklevel=2)
+        told = list(dict.fromkeys(scarce))
+        more = f"; and {len(told) - 3} more like these" if len(told) > 3 else ""
+        warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=2)
     return ResultTable(tuple(rows))
 
 
