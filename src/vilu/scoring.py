@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 
 from vilu.errors import DataError
-from vilu.nn.train import SCORING_BATCH
 from vilu.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.types import EmbeddingSource
@@ -32,13 +31,12 @@ def score(
     """
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
-    uncertainty = predictor.predict_uncertainty(data)
-    prediction, target = np.full(len(data), -1), data.target.numpy().copy()
-    failure = np.full(len(data), -1)
-    for batch in data.batches(SCORING_BATCH):
-        rows = batch.index.numpy()
-        prediction[rows], failure[rows] = batch.prediction.numpy(), batch.failure.numpy()
-        target[rows] = batch.target.numpy()
+    uncertainty, prediction, failure = np.full(len(data), np.nan), np.full(len(data), -1), np.full(len(data), -1)
+    target = data.target.numpy().copy()
+    for batch, scores in predictor.scored(data):
+        rows = batch.index.numpy(force=True)
+        uncertainty[rows], prediction[rows] = scores, batch.prediction.numpy(force=True)
+        failure[rows], target[rows] = batch.failure.numpy(force=True), batch.target.numpy(force=True)
     reason = [None if code == VALID else STATUS[code] for code in data.status]
     if data.n_candidates < 2:
         reason = ["k<2"] * len(data)
