@@ -128,7 +128,7 @@ class LaionPairs(MappedPairs):
         size = max(SCAN_CELLS // self.space.embed_dim, 1)
         for number, first in enumerate(self._rows.starts[:-1].tolist()):
             for name in self._arrays:
-                part = self._rows.part(name, number)
+                part = self._rows.open_part(name, number)  # a mapping of its own, whose pages go with it
                 for start in range(0, len(part), size):
                     yield first + start, part[start : start + size]
 

@@ -51,7 +51,7 @@ class MappedParts:
         shapes: Mapping[str, tuple[int, ...]],
         open_part: Callable[[str, int], NDArray[np.floating]],
     ) -> None:
-        self.starts, self.shapes = starts, shapes
+        self.starts, self.shapes, self.open_part = starts, shapes, open_part
         self.part = lru_cache(OPEN_PARTS)(lambda name, number: np.asarray(open_part(name, number)))
         self._resident: dict[int, NDArray[np.floating]] = {}
         self._touched = 0
