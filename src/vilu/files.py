@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from vilu.errors import DataError, StorageError
+from vilu.errors import BusyError, DataError, StorageError
+
+LOCK = ".lock"
+"""Name of the lock of a folder."""
 
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 """What network file systems answer that cannot sync a folder."""
@@ -132,3 +135,31 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise StorageError(f"cannot make the folder {folder}: {error.strerror or error}.") from error
     return folder
+
+
+@contextmanager
+def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold the lock of a folder that is there; the system lets go of it when the process dies.
+
+    Args:
+        folder: The folder.
+        doing: What another process that holds it does, for the message: "embedding into".
+        patience: Seconds to wait for another process.
+
+    Raises:
+        BusyError: If another process holds it, and still does after the wait.
+        StorageError: If the folder cannot be written to.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout as error:
+        raise BusyError(f"another process is {doing} {folder}. Wait for it, or give another folder.") from error
+    except OSError as error:
+        raise StorageError(f"cannot write to {folder}: {error.strerror or error}.") from error
+    try:
+        yield
+    finally:
+        lock.release()

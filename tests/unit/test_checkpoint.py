@@ -207,7 +207,7 @@ def test_a_folder_in_use_or_used_before_is_refused(stopped: Path, tmp_path: Path
     with pytest.raises(UsageError, match="holds checkpoints of an earlier run"), checkpointing(stopped):
         pass
     lock = FileLock(tmp_path / ".lock")
-    with lock, pytest.raises(BusyError, match="another process trains"), checkpointing(tmp_path, resume=True):
+    with lock, pytest.raises(BusyError, match="another process is training"), checkpointing(tmp_path, resume=True):
         pass
     with pytest.raises(UsageError, match="must not be negative"), checkpointing(tmp_path, -1.0):
         pass

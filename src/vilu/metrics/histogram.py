@@ -123,7 +123,7 @@ class Histogram:
         columns = ((self.bins, other.bins), (self.correct, other.correct), (self.wrong, other.wrong))
         return mine == theirs and all(np.array_equal(a, b) for a, b in columns)
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # equal by content, like a list; mypy wants object's own method
 
     @property
     def n(self) -> int:

@@ -10,21 +10,20 @@ import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from vilu.errors import BusyError, StorageError, UsageError
-from vilu.files import make_folder
+from vilu.errors import StorageError, UsageError
+from vilu.files import LOCK, locked, make_folder
 from vilu.nn.keeper import Binding, FolderKeeper, Keeper
 from vilu.nn.world import World, current_world
 from vilu.space import digest
 from vilu.types import EmbeddingSource
 
-LOCK = ".lock"
 RUN = re.compile(r"run_\d+")
 SAMPLED_IDS, SAMPLED_ROWS = 1024, 64
 
@@ -91,20 +90,10 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
         BusyError: If another process trains with this folder.
         StorageError: If the file system refuses.
     """
-    from filelock import FileLock, Timeout
-
     if not every >= 0:
         raise UsageError(f"minutes between checkpoints must not be negative. Got {every} instead.")
     session = FolderSession(make_folder(folder), every, current_world())
-    lock = FileLock(session.folder / LOCK)
-    try:
-        if session.world.leads:
-            lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BusyError(f"another process trains with the checkpoints in {folder}. Give another folder.") from error
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror or error}.") from error
-    try:
+    with locked(session.folder, "training with the checkpoints in") if session.world.leads else nullcontext():
         if session.world.leads and session.runs() and not resume:
             raise UsageError(f"{folder} holds checkpoints of an earlier run. Resume it, or give another folder.")
         token = _session.set(session)
@@ -112,12 +101,10 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
             yield session
         finally:
             _session.reset(token)
-    finally:
-        lock.release()
-        if session.removed:
-            (session.folder / LOCK).unlink(missing_ok=True)
-            if not any(session.folder.iterdir()):
-                session.folder.rmdir()
+    if session.removed:
+        (session.folder / LOCK).unlink(missing_ok=True)
+        if not any(session.folder.iterdir()):
+            session.folder.rmdir()
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:

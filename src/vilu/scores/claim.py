@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from vilu.errors import BusyError, StorageError, UsageError
-from vilu.files import make_folder, write_json
+from vilu.errors import StorageError, UsageError
+from vilu.files import LOCK, TEMPORARY, locked, make_folder, write_json
 from vilu.scores.documents import MANIFEST, RUN, Run, read
 
-LOCK = ".lock"
 FOLDERS = ("receipts", "histograms", "scores")
-TEMPORARY = re.compile(r"\.[\w.]+\.\d+\.[0-9a-f]{8}\.tmp")
-"""Names that ``vilu.files.atomic_write`` gives to files in the making."""
 
 
 @contextmanager
@@ -37,16 +31,10 @@ def claim(root: Path) -> Iterator[None]:
                 f"{root} is not empty ({min(foreign)!r}, ...) and holds no {RUN}, so it is no folder of scores. "
                 "Give a new or an empty folder."
             )
-        lock = FileLock(root / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BusyError(f"another process is scoring into {root}. Wait for it, or give another folder.") from error
     except OSError as error:
-        raise StorageError(f"cannot write to {root}: {error.strerror or error}.") from error
-    try:
+        raise StorageError(f"cannot read {root}: {error.strerror or error}.") from error
+    with locked(root, "scoring into"):
         yield
-    finally:
-        lock.release()
 
 
 def begin(root: Path, run: Run, *, overwrite: bool) -> None:

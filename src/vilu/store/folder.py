@@ -8,17 +8,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from vilu.errors import BusyError, StorageError, UsageError
-from vilu.files import TEMPORARY, is_leftover
+from vilu.errors import StorageError, UsageError
+from vilu.files import LOCK, TEMPORARY, is_leftover, locked
 from vilu.store.manifest import CLASSES, MANIFEST, RUN
 
 FOLDERS = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
 COLUMNS = ("features", "views", "columns")
 """Folders that a store has if it holds more than embeddings."""
 
-LOCK = ".lock"
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
 """Names of the files of a store."""
 
@@ -47,16 +44,10 @@ def claim(root: Path, patience: float = 0.0) -> Iterator[None]:
                 f"{root} is not empty ({min(foreign)!r}, ...) and holds no {RUN}, so it is no embedding store. "
                 "Give a new or an empty folder."
             )
-        lock = FileLock(root / LOCK)
-        lock.acquire(timeout=patience)
-    except Timeout as error:
-        raise BusyError(f"another process is embedding into {root}. Wait for it, or give another folder.") from error
     except OSError as error:
         raise StorageError(f"cannot write to {root}: {error.strerror or error}.") from error
-    try:
+    with locked(root, "embedding into", patience):
         yield
-    finally:
-        lock.release()
 
 
 def prepare(root: Path, arrays: Iterable[str]) -> None:
