@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.image_files import (
     listed,
 )
+from tests.unit.pickle_files import python2_pickle
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image, read_image
 from vilu.errors import DataError, UsageError
@@ -35,30 +36,6 @@ def cifar(root: Path, kind: int, *, encoding: str = "python3", n: int = 3) -> np
     key, meta = (b"label_names", "batches.meta") if kind == 10 else (b"fine_label_names", "meta")
     (folder / meta).write_bytes(pickle.dumps({key: [b"class_%d" % i for i in range(kind)]}, protocol=2))
     return data
-
-
-def python2_pickle(content: dict) -> bytes:
-    """As Python 2 and the numpy of 2009 wrote it: strings of bytes, flags as integers."""
-
-    def string(value: bytes) -> bytes:
-        return b"T" + len(value).to_bytes(4, "little") + value
-
-    def integers(values) -> bytes:
-        return b"".join(b"J" + int(value).to_bytes(4, "little", signed=True) for value in values)
-
-    out = b"\x80\x02}("
-    for key, value in content.items():
-        out += string(key)
-        if isinstance(value, np.ndarray):
-            out += b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n" + integers([0]) + b"\x85" + string(b"b")
-            out += b"tR(" + integers([1]) + integers(value.shape) + b"\x86cnumpy\ndtype\n(" + string(b"u1")
-            out += integers([0, 1]) + b"tR(" + integers([3]) + string(b"|") + b"NNN" + integers([-1, -1, 0]) + b"tb"
-            out += b"\x89" + string(value.tobytes()) + b"tb"
-        elif isinstance(value[0], bytes):
-            out += b"](" + b"".join(map(string, value)) + b"e"
-        else:
-            out += b"](" + integers(value) + b"e"
-    return out + b"u."
 
 
 @pytest.mark.parametrize("encoding", ["python2", "python3"])

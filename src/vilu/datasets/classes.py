@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 from vilu.datasets.files import portable_name, read_file
 from vilu.errors import DataError, UsageError
@@ -47,7 +48,15 @@ class ClassTable:
                 raise DataError(f"{what} names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them.")
 
 
-def class_table(raw: Sequence[str] | None, file: Path | None, *, by_position: bool = False) -> ClassTable | None:
+@overload
+def class_table(
+    raw: Sequence[str], file: Path | None, *, by_position: bool = False, names: Sequence[str] | None = None
+) -> ClassTable: ...
+@overload
+def class_table(raw: Sequence[str] | None, file: Path | None, *, by_position: bool = False) -> ClassTable | None: ...
+def class_table(
+    raw: Sequence[str] | None, file: Path | None, *, by_position: bool = False, names: Sequence[str] | None = None
+) -> ClassTable | None:
     """The class table of a data set, from what the data says and what the user says.
 
     Args:
@@ -55,23 +64,26 @@ def class_table(raw: Sequence[str] | None, file: Path | None, *, by_position: bo
         file: A classes file: one name per line, or ``folder<TAB>name``; None for the default prompt names.
         by_position: Whether a file of one name per line is in label order (whole-number labels); else its lines are
             matched with ``raw``. Tabbed lines are always matched, except where there is no ``raw``.
+        names: Default prompt names; None for ``raw`` with underscores turned into spaces.
 
     Raises:
         DataError: If the file is malformed or does not fit ``raw``.
         UsageError: If the file cannot be read.
     """
+    if file is None and names is not None:
+        return ClassTable(tuple(raw or ()), tuple(names))
     if file is None:
         return None if raw is None else _default(raw)
-    keys, names = read_classes(file)
+    keys, prompts = read_classes(file)
     if raw is None:
-        return ClassTable(keys or names, names)
+        return ClassTable(keys or prompts, prompts)
     if keys is None and by_position:
-        _require_same_order(raw, names, file)
-        return ClassTable(tuple(raw), names)
+        _require_same_order(raw, prompts, file)
+        return ClassTable(tuple(raw), prompts)
     if keys is None:
-        _match(raw, {**{_clean(name): name for name in raw}, **{name: name for name in raw}}, names, file)
+        _match(raw, {**{clean_name(name): name for name in raw}, **{name: name for name in raw}}, prompts, file)
         return _default(raw)
-    given = dict(zip(keys, names, strict=True))
+    given = dict(zip(keys, prompts, strict=True))
     if len(given) < len(keys):
         ClassTable(keys, keys)  # names the repeated ones
     _match(raw, {name: name for name in raw}, keys, file)
@@ -104,10 +116,11 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
 
 
 def _default(raw: Sequence[str]) -> ClassTable:
-    return ClassTable(tuple(raw), tuple(_clean(name) for name in raw), cleaned=True)
+    return ClassTable(tuple(raw), tuple(clean_name(name) for name in raw), cleaned=True)
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
+    """A name as prompts use it: spaces for underscores."""
     return name.replace("_", " ")
 
 

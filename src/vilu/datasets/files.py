@@ -45,6 +45,14 @@ def read_below(folder: Path, path: str) -> bytes:
     return read_file(resolve_below(folder, path))
 
 
+def status_below(folder: Path, path: str) -> os.stat_result | None:
+    """The status of a file below a folder; None where it is missing or out of bounds, which reading it tells again."""
+    try:
+        return os.stat(resolve_below(folder, path))  # noqa: PTH116  called once per row
+    except OSError:
+        return None
+
+
 def resolve_below(folder: Path, path: str) -> str:
     """The path of a file below a folder.
 

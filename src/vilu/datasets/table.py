@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 from vilu.datasets.base import ImageDataset, Record
 from vilu.datasets.captions import caption_readers
 from vilu.datasets.columns import LABEL, PATH, UNLABELLED, caption_column, find_column, listing_columns, make_listing
-from vilu.datasets.files import ListingHash, read_below, resolve_below
+from vilu.datasets.files import ListingHash, read_below, status_below
 from vilu.datasets.parquet import ParquetDataset, is_image_column
 from vilu.datasets.selection import Selection
 from vilu.errors import DataError
@@ -77,7 +76,7 @@ class PathTable:
         self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
         hashed = ListingHash(*(self.classes.folders if self.classes else ()))
         for key, label, path in zip(self._keys, self._labels, self._paths, strict=True):
-            hashed.add(key.as_py(), int(label), _status(self._folder, path.as_py()))
+            hashed.add(key.as_py(), int(label), status_below(self._folder, path.as_py()))
         if self._captions is not None:
             hashed.add_texts(cell.as_py() for cell in self._captions)
         self.fingerprint = hashed.hexdigest()
@@ -93,13 +92,6 @@ class PathTable:
         for key, label, path, caption in rows:
             known = None if label == UNLABELLED else int(label)
             yield Record(key.as_py(), known, partial(read_below, self._folder, path.as_py()), caption)
-
-
-def _status(folder: Path, path: str) -> os.stat_result | None:
-    try:
-        return os.stat(resolve_below(folder, path))  # noqa: PTH116  called once per row
-    except OSError:  # missing or refused: recorded in the hash as such, and again as the row's error when it is read
-        return None
 
 
 def _path_column(source: Path, names: Sequence[str]) -> str:

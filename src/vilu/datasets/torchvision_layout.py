@@ -81,6 +81,7 @@ class CifarDataset:
         layout: Which data set it is.
         split: "train", "test", or "train+test"; None for both.
         classes: A classes file, in label order.
+        raw_names: Whether names for prompts keep their underscores.
 
     Attributes:
         classes: Raw and prompt names.
@@ -89,13 +90,21 @@ class CifarDataset:
         DataError: If a file is damaged, or its pickle names anything but the parts of an array.
     """
 
-    def __init__(self, folder: Path, layout: Layout, *, split: str | None = None, classes: Path | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        layout: Layout,
+        *,
+        split: str | None = None,
+        classes: Path | None = None,
+        raw_names: bool = False,
+    ) -> None:
         splits = tuple(layout.splits) if split is None else parse_split(split, layout.splits, str(folder))
         raw = _class_names(folder / layout.meta, layout.names)
         self.source = str(folder)
         self.captioned = False
-        self.classes = class_table(raw, classes, by_position=True)
-        self.class_names = self.classes.names if self.classes else None
+        self.classes = class_table(raw, classes, by_position=True, names=raw if raw_names else None)
+        self.class_names: tuple[str, ...] | None = self.classes.names
         files = [folder / name for part in splits for name in layout.splits[part]]
         self._batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]
         self._ends = list(accumulate(len(batch.labels) for batch in self._batches))
