@@ -9,6 +9,7 @@ from typing import Final
 
 from vilu.datasets.base import ImageDataset, Record, ShardedDataset
 from vilu.datasets.folder import FolderDataset
+from vilu.datasets.known import open_known
 from vilu.datasets.selection import CAPTIONS_OR_CLASSES, Selection
 from vilu.datasets.shards import SUFFIX, find_shards
 from vilu.datasets.table import open_table
@@ -25,7 +26,7 @@ DATASETS: Final[dict[str, str]] = {
     "cifar10": "cifar-10-batches-py, or the folder it is in, as torchvision unpacks it; --split train or test",
     "cifar100": "cifar-100-python, or the folder it is in, as torchvision unpacks it; --split train or test",
 }
-"""What ``open_dataset`` accepts, for people."""
+"""What ``open_dataset`` accepts without a name, for people; ``vilu.datasets.known`` has the sets with one."""
 
 TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 
@@ -38,30 +39,45 @@ def open_dataset(
     classes: Path | None = None,
     captions: bool = False,
     where: Mapping[str, str] | None = None,
+    dataset: str | None = None,
+    raw_names: bool = False,
 ) -> ImageDataset:
-    """Open images with the reader that fits.
+    """Open images with the reader that fits, or a data set by its name.
 
     Args:
-        source: A folder, file or pattern of files laid out in one of the ways of ``DATASETS``.
+        source: A folder, file or pattern of files laid out in one of the ways of ``DATASETS``; with ``dataset`` the
+            folder that holds all data sets, or that one.
         split: Names of splits joined by ``+`` ("validation+test"); None for everything.
         limit: Keep the first ``limit`` images of the fixed order (folders are sorted by class, so this is no sample).
         classes: A classes file: one name per line, or ``folder<TAB>name``.
         captions: Take the captions of a table that has labels too; where there are only captions they are taken anyway.
         where: Keep the rows of a table that hold these values, by column ({"vendor": "google"}).
+        dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
+        raw_names: With ``dataset``: leave class names as the data have them.
 
     Raises:
         UsageError: If an argument does not fit; the message names what there is.
         DataError: If nothing there can be read as images, or what there is contradicts itself.
         StorageError: If a folder cannot be listed.
     """
-    dataset = _open(source, Selection(split, classes, captions, dict(where or {})))
-    if limit is None:
-        return dataset
+    if dataset is None and raw_names:
+        raise UsageError("--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out.")
+    if dataset is not None and (captions or where):
+        raise UsageError(f"--captions and --where are of tables. {dataset} is none: leave them out.")
+    images = (
+        _open(source, Selection(split, classes, captions, dict(where or {})))
+        if dataset is None
+        else open_known(dataset, source, split=split, raw_names=raw_names, classes=classes)
+    )
+    return images if limit is None else _first(images, limit)
+
+
+def _first(images: ImageDataset, limit: int) -> ImageDataset:
     if limit < 1:
         raise UsageError(f"--limit must be at least 1. Got {limit} instead.")
-    if isinstance(dataset, ShardedDataset):
+    if isinstance(images, ShardedDataset):
         raise UsageError("--limit cannot be had of tar files, whose images are not counted before. Give fewer shards.")
-    return FirstImages(dataset, limit) if limit < len(dataset) else dataset
+    return FirstImages(images, limit) if limit < len(images) else images
 
 
 def _open(source: Path | str, selection: Selection) -> ImageDataset:

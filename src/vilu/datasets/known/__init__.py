@@ -1,0 +1,77 @@
+"""The catalogue: data sets of the ViLU paper by name, as data; an entry each, and a small reader."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Final
+
+from vilu.datasets.base import ImageDataset
+from vilu.datasets.known.captioned import CAPTIONED
+from vilu.datasets.known.check import Presence, check_entry
+from vilu.datasets.known.entry import KnownDataset, Request, require_place
+from vilu.datasets.known.labelled import LABELLED
+from vilu.datasets.known.shifted import SHIFTED
+from vilu.errors import UsageError
+
+__all__ = ["KNOWN", "KnownDataset", "Presence", "check", "find_known", "open_known"]
+
+KNOWN: Final[dict[str, KnownDataset]] = {entry.name: entry for entry in (*LABELLED, *SHIFTED, *CAPTIONED)}
+"""By name, in the order of the paper."""
+
+
+def find_known(name: str) -> KnownDataset:
+    """The entry of a data set.
+
+    Raises:
+        UsageError: If there is none; the message names the nearest.
+    """
+    if name in KNOWN:
+        return KNOWN[name]
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), KNOWN, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(KNOWN)}."
+    raise UsageError(f"there is no data set {name!r}. {hint}")
+
+
+def open_known(
+    name: str,
+    root: Path | str,
+    *,
+    split: str | None = None,
+    raw_names: bool = False,
+    classes: Path | None = None,
+) -> ImageDataset:
+    """Open a data set of the catalogue. ``source`` says which list of splits is in use.
+
+    Args:
+        name: Its name, a key of ``KNOWN``.
+        root: The folder that holds all data sets, or the data set's own.
+        split: Names of splits joined by ``+`` ("train+validation"); None for all.
+        raw_names: Whether class names stay as the data have them; else they are cleaned for prompts.
+        classes: A classes file that names the classes instead, in label order or as ``raw<TAB>name``.
+
+    Raises:
+        UsageError: If the name or the split is unknown, an option does not fit, or ``root`` is no folder.
+        DataError: If the data set is not there, or contradicts itself.
+        StorageError: If a folder cannot be listed.
+    """
+    entry = find_known(name)
+    if raw_names and classes is not None:
+        raise UsageError("raw names and a classes file both name the classes. Give --raw-names or --classes.")
+    return entry.reader.open(require_place(entry, Path(root)), Request(split, raw_names, classes))
+
+
+def check(root: Path | str, names: list[str] | None = None, *, deep: bool = False) -> list[Presence]:
+    """What is present of which data sets, what is missing, and how to get it.
+
+    Args:
+        root: The folder that holds all data sets, or one's own.
+        names: Which; None for all.
+        deep: Also compare archives with their published checksums, and list the members of tars.
+
+    Raises:
+        UsageError: If a name is unknown, or ``root`` is no folder.
+        StorageError: If it cannot be looked into, or an archive cannot be read.
+    """
+    entries = list(KNOWN.values()) if names is None else [find_known(name) for name in names]
+    return [check_entry(entry, Path(root), named=names is not None, deep=deep) for entry in entries]

@@ -1,0 +1,177 @@
+"""What the catalogue says of one data set, and where such a data set lies on this disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from vilu.datasets.base import ImageDataset
+from vilu.datasets.known.survey import Survey
+from vilu.errors import DataError, StorageError, UsageError
+
+TEMPLATE = "a photo of a {}."
+"""The prompt of ViLU's protocol."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a data set.
+
+    Attributes:
+        split: Names of splits joined by ``+``; None for all.
+        raw_names: Whether class names stay as the data have them.
+        classes: A classes file; None where the data name their classes.
+    """
+
+    split: str | None = None
+    raw_names: bool = False
+    classes: Path | None = None
+
+    def unfit(self) -> list[str]:
+        """Names of the options that only data with classes and splits have."""
+        given = {"--split": self.split is not None, "--raw-names": self.raw_names, "--classes": self.classes}
+        return [name for name, value in given.items() if value]
+
+
+class Reader(Protocol):
+    """Reads one data set; most are a ``ListReader`` with a function of some lines."""
+
+    def open(self, place: Place, request: Request) -> ImageDataset:
+        """The images.
+
+        Raises:
+            DataError: If what is there contradicts itself or is not this data set.
+            UsageError: If the request does not fit.
+        """
+
+    def survey(self, place: Place, *, deep: bool) -> Survey:
+        """What is there, without decoding images; ``deep`` may read every byte.
+
+        Raises:
+            DataError: If nothing can be said of it.
+        """
+
+
+@dataclass(frozen=True)
+class KnownDataset:
+    """One data set, as its authors published it.
+
+    Attributes:
+        name: Its key in the catalogue.
+        title: Its name for people.
+        n_classes: Number of classes; None where there are captions.
+        sizes: Number of images by split (or by splits joined by ``+``, where only their sum is known).
+        licence: In short; "see the site" where it is not simple.
+        n_bytes: Size of the download, approximate; None where it is not known.
+        url: Where it comes from.
+        how: How to get and unpack it.
+        folders: Where it lies below a folder that holds all data sets, by torchvision's and CoOp's conventions.
+        marks: Patterns of which one must match in its folder.
+        reader: What reads it.
+        reference: Its paper.
+        archives: MD5 checksums of archives and files, as torchvision publishes them.
+        coop_template: CoOp's prompt for it; None where CoOp has none.
+        official_sizes: Sizes of the official split, where that is another one than ``sizes``'.
+        template: The prompt of ViLU's protocol.
+    """
+
+    name: str
+    title: str
+    n_classes: int | None
+    sizes: Mapping[str, int]
+    licence: str
+    n_bytes: int | None
+    url: str
+    how: str
+    folders: tuple[str, ...]
+    marks: tuple[str, ...]
+    reader: Reader
+    reference: str
+    archives: Mapping[str, str] = field(default_factory=dict)
+    coop_template: str | None = None
+    official_sizes: Mapping[str, int] = field(default_factory=dict)
+    template: str = TEMPLATE
+
+    @property
+    def captioned(self) -> bool:
+        """Whether images have captions instead of labels."""
+        return self.n_classes is None
+
+    def expected(self, splits: Collection[str]) -> Mapping[str, int]:
+        """Published sizes of these splits; empty where they are nobody's."""
+        for sizes in (self.sizes, self.official_sizes):
+            if {name for key in sizes for name in key.split("+")} == set(splits):
+                return sizes
+        return {}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a data set lies.
+
+    Attributes:
+        entry: Which data set.
+        folder: Its folder; keys are paths below it.
+        around: Where else lists of its splits may lie: the folders above it in its layout, and the one that was given.
+    """
+
+    entry: KnownDataset
+    folder: Path
+    around: tuple[Path, ...]
+
+    def find(self, *names: str) -> Path | None:
+        """The first of these files that is there, in ``folder`` or ``around``; links that lead nowhere count."""
+        candidates = (folder / name for folder in (self.folder, *self.around) for name in names)
+        return next((path for path in candidates if path.exists() or path.is_symlink()), None)
+
+
+def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
+    """Where a data set lies: below ``root``, or in ``root`` itself; None where it does not.
+
+    Args:
+        entry: Which data set.
+        root: The folder that holds all data sets, or its own.
+        named: Whether the user says that ``root`` can be its own folder; else the folder's name must say so.
+
+    Raises:
+        UsageError: If ``root`` is no folder.
+        StorageError: If it cannot be looked into.
+    """
+    if not root.is_dir():
+        raise UsageError(f"{root} is no folder. Give the folder that holds the data sets, or a data set's own.")
+    try:
+        for parts in _candidates(entry, root, named):
+            folder = root.joinpath(*parts)
+            if folder.is_dir() and any(next(folder.glob(mark), None) is not None for mark in entry.marks):
+                return Place(entry, folder, tuple(root.joinpath(*parts[:n]) for n in reversed(range(len(parts)))))
+    except OSError as error:
+        raise StorageError(f"cannot look into {root}: {error.strerror or error}. Mend its permissions.") from error
+    return None
+
+
+def require_place(entry: KnownDataset, root: Path) -> Place:
+    """Where a data set lies that the user named.
+
+    Raises:
+        DataError: If it is not there; the message says where it was looked for and how to get it.
+        UsageError: If ``root`` is no folder.
+    """
+    place = find_place(entry, root, named=True)
+    if place is not None:
+        return place
+    raise DataError(
+        f"{entry.title} is not in {root}: there is no {' or '.join(entry.folders)} with {' or '.join(entry.marks)} in "
+        f"it, nor is it that folder itself. {entry.how} ({entry.url})"
+    )
+
+
+def _candidates(entry: KnownDataset, root: Path, named: bool) -> Iterator[tuple[str, ...]]:
+    """Paths below ``root`` to look at; last, those for which ``root`` is itself some way down."""
+    paths = [PurePosixPath(folder).parts for folder in entry.folders]
+    yield from paths
+    for parts in paths:
+        for above in range(1, len(parts) + 1):
+            if named or root.absolute().parts[-above:] == parts[:above]:
+                yield parts[above:]

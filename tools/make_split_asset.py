@@ -1,0 +1,59 @@
+"""Makes src/vilu/assets/coop_splits.txt.xz, CoOp's train/validation/test lists of seven data sets.
+
+    python tools/make_split_asset.py PATH/TO/splits
+
+Input: the folder of CoOp's split_zhou_*.json, lists of [path, class index, class name]. Output: the same facts as
+text, sorted by class and path (the order of the lists decides nothing here), compressed; how it is laid out says
+``vilu/datasets/known/splits.py``. The same input gives the same text, and the same liblzma the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import sys
+from pathlib import Path
+
+FILES = {
+    "eurosat": "EuroSAT",
+    "stanford_cars": "StanfordCars",
+    "oxford_pets": "OxfordPets",
+    "flowers102": "OxfordFlowers",
+    "caltech101": "Caltech101",
+    "dtd": "DescribableTextures",
+    "ucf101": "UCF101",
+}
+LETTERS = {"train": "t", "val": "v", "test": "e"}
+LIMIT = 300_000
+TARGET = Path(__file__).parents[1] / "src" / "vilu" / "assets" / "coop_splits.txt.xz"
+
+
+def lines_of(name: str, file: Path) -> list[str]:
+    """One data set: its head, then per class its name, a letter per image, and the images' paths."""
+    images: dict[int, list[tuple[str, str]]] = {}
+    names: dict[int, str] = {}
+    for split, entries in json.loads(file.read_text(encoding="utf-8")).items():
+        for path, label, class_name in entries:
+            images.setdefault(label, []).append((path, LETTERS[split]))
+            if names.setdefault(label, class_name) != class_name:
+                sys.exit(f"{file.name}: label {label} has two names, {names[label]!r} and {class_name!r}")
+    lines = [f"{name}\t{len(names)}"]
+    for label in range(len(names)):
+        rows = sorted(images[label])
+        lines += [names[label], "".join(letter for _, letter in rows), *(path for path, _ in rows)]
+    return lines
+
+
+def main() -> None:
+    """Read, sort, write."""
+    folder = Path(sys.argv[1])
+    lines = [line for name, file in FILES.items() for line in lines_of(name, folder / f"split_zhou_{file}.json")]
+    data = lzma.compress("\n".join(lines).encode() + b"\n", preset=9 | lzma.PRESET_EXTREME)
+    if len(data) > LIMIT:
+        sys.exit(f"{TARGET.name} would have {len(data):,} bytes; at most {LIMIT:,} may ship")
+    TARGET.write_bytes(data)
+    print(f"{TARGET.name}: {len(lines):,} lines, {len(data):,} bytes")  # noqa: T201 - a script's result
+
+
+if __name__ == "__main__":
+    main()
