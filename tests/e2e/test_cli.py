@@ -63,6 +63,8 @@ def test_help_names_every_command() -> None:
     for command in ("demo", "embed", "inspect", "fit", "score", "evaluate", "pools", "benchmark", "list", "convert"):
         assert command in text
         assert "Usage" in run(command, "--help").stdout
+    assert "datasets" in text
+    assert "check" in run("datasets", "--help").stdout
     assert run("--version").stdout.strip() == vilu.__version__
 
 
@@ -161,6 +163,7 @@ def test_lists() -> None:
     for what, name in (("predictors", "vilu"), ("backbones", "open_clip"), ("datasets", "cifar10")):
         assert name in run("list", what).stdout
         assert any(row["name"] == name for row in json.loads(run("list", what, "--json").stdout))
+    assert "vilu datasets list" in run("list", "datasets").stderr
 
 
 @pytest.mark.parametrize(

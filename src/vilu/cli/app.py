@@ -10,6 +10,7 @@ import vilu
 from vilu.cli.benchmarking import benchmark
 from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
+from vilu.cli.datasets import datasets
 from vilu.cli.embedding import embed
 from vilu.cli.fitting import fit
 from vilu.cli.pools import pools
@@ -62,3 +63,4 @@ app.command()(pools)
 app.command()(benchmark)
 app.command("list")(list_catalogue)
 app.command()(convert)
+app.add_typer(datasets, name="datasets")

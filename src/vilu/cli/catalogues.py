@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import columns
+from vilu.cli.console import columns, next_step
 
 
 def list_catalogue(
     what: Annotated[Literal["predictors", "backbones", "datasets"], typer.Argument(help="Which catalogue.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """What there is: predictors, backbones or data set layouts.
+    """What there is: predictors, backbones or data set layouts (data sets by name: `vilu datasets list`).
 
     Of a predictor: whether it needs labels, works on image-caption pairs, and on any classes or those that it was
     fitted on; what `vilu embed` must keep for it (in brackets: may), where it comes from, what it is, what it costs.
@@ -27,6 +27,8 @@ def list_catalogue(
         typer.echo(columns(list(map(_in_brief, rows)), below=("what it is", "cost")))
     else:
         typer.echo(columns(rows))
+    if what == "datasets":
+        next_step("these are layouts; ImageNet, CIFAR, DTD and others by name: vilu datasets list")
 
 
 def _predictors() -> list[dict[str, Any]]:

@@ -20,8 +20,12 @@ LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 def complain(level: str, message: str) -> None:
     """One line on stderr; control characters of hostile names are escaped."""
-    safe = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in message)
-    sys.stderr.write(f"vilu: {level}: {safe}\n")
+    sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextmanager

@@ -19,13 +19,19 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str,
         typer.Argument(
             help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as 'DIR/{000..099}.tar'; see "
-            "`vilu list datasets`."
+            "`vilu list datasets`. With --dataset: the folder that holds data sets, or that one."
         ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
     backbone: Annotated[
         str, typer.Option(help="compact[:SIZE], open_clip:NAME/TAG, hf:ID, or kind:FOLDER.")
     ] = "compact",
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A data set by its name, as in `vilu datasets list`.")
+    ] = None,
+    raw_names: Annotated[
+        bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
+    ] = False,
     classes: Annotated[
         Path | None, typer.Option(help="Class names, one a line, or folder<TAB>name; needed where data have none.")
     ] = None,
@@ -86,18 +92,25 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.store.embed import embed as embed_images
     from vilu.store.job import BackboneSpec
 
-    dataset = open_dataset(
-        source, split=split, limit=limit, classes=classes, captions=captions, where=_conditions(where)
+    images = open_dataset(
+        source,
+        split=split,
+        limit=limit,
+        classes=classes,
+        captions=captions,
+        where=_conditions(where),
+        dataset=dataset,
+        raw_names=raw_names,
     )
-    if dataset.class_names is None and not dataset.captioned:
+    if images.class_names is None and not images.captioned:
         raise UsageError(
             f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
         )
     store = embed_images(
-        dataset,
+        images,
         BackboneSpec(backbone, device, precision),
         output,
-        names=dataset.class_names or (),
+        names=images.class_names or (),
         templates=named_templates(template) if template else None,
         prompts=named_templates(prompts or []),
         views=views,
