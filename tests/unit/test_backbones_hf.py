@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -15,93 +14,50 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
 
+from tests.unit.tiny_models import IMAGE_SIZE, LENGTH, ROOM, open_clip, transformers, write_tiny
+from tests.unit.tiny_tokenizers import clip_tokenizer, siglip_ids
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.loading import quiet, tensors_sha256
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 
-transformers = pytest.importorskip("transformers")
-
-TEXTS = ["a dog.", "a photo of two cats", "b", "a text that is longer than the tower can read"]
-LENGTH = 16
-ENDS = {"<|startoftext|>": 0, "<|endoftext|>": 1}
-VOCABULARY = ENDS | {
-    sign + end: 2 + i
-    for i, (sign, end) in enumerate((s, e) for s in "abcdefghijklmnopqrstuvwxyz.," for e in ("", "</w>"))
-}
-WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-TEXT = {
-    **WIDTHS,
-    "vocab_size": len(VOCABULARY),
-    "max_position_embeddings": LENGTH,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
-VISION = {**WIDTHS, "image_size": 32, "patch_size": 16}
-
-
-def write(folder: Path, model: Any, processor: Any) -> Any:
-    """A model with random weights on the disk, as ``save_pretrained`` lays it out."""
-    with torch.no_grad():
-        model.logit_scale.fill_(math.log(33.0))
-        if hasattr(model, "logit_bias"):
-            model.logit_bias.fill_(-7.5)
-    with quiet():
-        model.eval().save_pretrained(folder)
-        processor.save_pretrained(folder)
-    return model
-
-
-def tokenizer() -> Any:
-    return transformers.CLIPTokenizer(vocab=VOCABULARY, merges=[], model_max_length=LENGTH)
+TEXTS = ["a dog.", "a photo of two cats", "b", "a text that is longer than the tower can read " * 9]
+CLEAN = [text.strip(" .") for text in TEXTS]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    torch.manual_seed(0)
-    with quiet():
-        model = transformers.CLIPModel(
-            transformers.CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=8)
-        )
-    pixels = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    return folder, write(folder, model, transformers.CLIPProcessor(pixels, tokenizer()))
+    return folder, write_tiny(folder, "clip", "hf")
 
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    torch.manual_seed(0)
-    with quiet():
-        model = transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=VISION))
-    pixels = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
     folder = tmp_path_factory.mktemp("models") / "tiny-siglip"
-    return folder, write(folder, model, transformers.SiglipProcessor(pixels, tokenizer()))
+    return folder, write_tiny(folder, "siglip", "hf")
 
 
-def padded_ids() -> torch.Tensor:
-    """Token numbers by hand: start, the signs (the last of a word is its own token), end, and ends up to LENGTH."""
-    rows = []
-    for text in TEXTS:
-        words = text.replace(".", " .").split()
-        signs = [sign + ("</w>" if i == len(word) - 1 else "") for word in words for i, sign in enumerate(word)]
-        ids = [0, *(VOCABULARY[sign] for sign in signs)][: LENGTH - 1]
-        rows.append([*ids, *[1] * (LENGTH - len(ids))])
-    return torch.tensor(rows)
+def inputs(kind: str) -> dict[str, torch.Tensor]:
+    """What the text towers take, by other tokenizers: CLIP's with a mask over its padding, SigLIP's without."""
+    if kind == "siglip":
+        return {"input_ids": siglip_ids(CLEAN)}
+    ids = open_clip.SimpleTokenizer()(TEXTS)
+    mask = torch.arange(LENGTH["clip"]) <= ids.argmax(dim=1, keepdim=True)
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_embeddings_are_those_of_the_model(kind: str, request: pytest.FixtureRequest) -> None:
     folder, model = request.getfixturevalue(kind)
     backbone = load_backbone(f"hf:{folder}", device="cpu")
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    ids = padded_ids()
-    ends = (ids == 1).int().argmax(dim=1, keepdim=True)
+    pixels = noise()
     with torch.no_grad():
         image = model.get_image_features(pixel_values=pixels).pooler_output
-        text = model.get_text_features(
-            input_ids=ids, attention_mask=(torch.arange(LENGTH) <= ends).long()
-        ).pooler_output
+        text = model.get_text_features(**inputs(kind)).pooler_output
     # the same arithmetic in the same library: only the batching of the texts differs
     torch.testing.assert_close(
         backbone.encode_images(pixels), image / image.norm(dim=1, keepdim=True), atol=1e-6, rtol=0
@@ -112,7 +68,7 @@ def test_embeddings_are_those_of_the_model(kind: str, request: pytest.FixtureReq
 def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path, Any]) -> None:
     folder, model = clip
     backbone = load_backbone(f"hf:{folder}", device="cpu")
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    pixels = noise()
     with torch.no_grad():
         pooled = model.vision_model(pixel_values=pixels).pooler_output
         embedding = model.visual_projection(pooled)
@@ -123,7 +79,7 @@ def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path
     assert maps is not None
     assert torch.equal(maps[0], model.visual_projection.weight)
     assert torch.equal(maps[1], model.text_projection.weight)
-    assert backbone.feature_dim == 16
+    assert backbone.feature_dim == 64
     torch.testing.assert_close(normalize(features @ maps[0].T, dim=1), image, atol=1e-6, rtol=0)
     text = normalize(backbone.encode_text_features(TEXTS) @ maps[1].T, dim=1)
     torch.testing.assert_close(text, backbone.encode_texts(TEXTS), atol=1e-6, rtol=0)
@@ -132,14 +88,14 @@ def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path
 def test_features_of_siglip_are_its_embeddings_before_normalisation(siglip: tuple[Path, Any]) -> None:
     folder, model = siglip
     backbone = load_backbone(f"hf:{folder}", device="cpu")
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    pixels = noise()
     image, features = backbone.encode_images_and_features(pixels)
     with torch.no_grad():
         torch.testing.assert_close(
-            features, model.get_image_features(pixel_values=pixels).pooler_output, atol=1e-6, rtol=0
+            features, model.get_image_features(pixel_values=pixels).pooler_output, atol=1e-5, rtol=0
         )
     torch.testing.assert_close(normalize(features, dim=1), image, atol=1e-6, rtol=0)
-    assert (backbone.projections, backbone.feature_dim) == (None, 16)
+    assert (backbone.projections, backbone.feature_dim) == (None, 64)
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -150,35 +106,47 @@ def test_texts_do_not_depend_on_their_company(kind: str, request: pytest.Fixture
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_texts_are_cut_off_where_start_signs_and_end_do_not_fit(kind: str, request: pytest.FixtureRequest) -> None:
+def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(kind: str, request: pytest.FixtureRequest) -> None:
     backbone = load_backbone(f"hf:{request.getfixturevalue(kind)[0]}", device="cpu")
-    texts = ["", "a" * (LENGTH - 2), "a" * (LENGTH - 1), "a b " * LENGTH]
+    texts = ["", "a " * ROOM[kind], "a " * (ROOM[kind] + 1), "a b " * LENGTH[kind]]
     assert backbone.truncates(texts) == [False, False, True, True]
     assert backbone.truncates([]) == []
-    rows = backbone.encode_texts(["a" * n for n in range(LENGTH - 3, LENGTH + 1)])
-    # what is cut off has no say: from one sign too many on, all texts are one
-    assert [torch.equal(rows[i], rows[i + 1]) for i in range(3)] == [False, False, True]
+    rows = backbone.encode_texts(["a " * n for n in range(ROOM[kind] - 1, ROOM[kind] + 3)])
+    # what is cut off has no say: from as many words on as there is room for, all texts are one
+    assert [torch.equal(rows[i], rows[i + 1]) for i in range(3)] == [False, True, True]
 
 
 def test_space(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
     space = load_backbone(f"hf:{clip[0]}", device="cpu").space
-    assert (space.embed_dim, space.logit_bias, space.backbone) == (8, 0.0, "hf:tiny-clip")
-    assert space.logit_scale == pytest.approx(33.0, rel=1e-6)
+    assert (space.embed_dim, space.logit_bias, space.backbone) == (32, 0.0, "hf:tiny-clip")
+    assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
     assert space.weights == tensors_sha256(clip[1].state_dict())
     assert str(clip[0].parent) not in repr(space)
     space = load_backbone(f"hf:{siglip[0]}", device="cpu", precision="bf16").space
-    assert (space.embed_dim, space.logit_bias, space.precision) == (16, -7.5, "bf16")
-    assert space.logit_scale == pytest.approx(33.0, rel=1e-6)
+    assert (space.embed_dim, space.logit_bias, space.precision) == (64, -7.5, "bf16")
+    assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
+
+
+def test_siglip_reads_its_padding_whatever_its_tokenizer_gives(siglip: tuple[Path, Any], tmp_path: Path) -> None:
+    """The tokenizer of transformers gives a mask, unless its settings say otherwise, as those of the hub do."""
+    folder = shutil.copytree(siglip[0], tmp_path / "masking")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with quiet():
+        assert "attention_mask" in transformers.AutoTokenizer.from_pretrained(folder)(TEXTS)
+    rows = load_backbone(f"hf:{folder}", device="cpu").encode_texts(TEXTS)
+    assert torch.equal(rows, load_backbone(f"hf:{siglip[0]}", device="cpu").encode_texts(TEXTS))
 
 
 def test_pixels_follow_the_processor(siglip: tuple[Path, Any]) -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8))
     backbone = load_backbone(f"hf:{siglip[0]}", device="cpu")
-    # of the right size already, so nothing is resampled: x / 255 to mean 0.5, std 0.5
-    expected = np.asarray(picture).transpose(2, 0, 1) / 127.5 - 1
+    # as Pillow resizes: torchvision, which transformers takes by default, is a grey level off in places
+    expected = np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1) / 127.5 - 1
     np.testing.assert_allclose(backbone.preprocess(picture).numpy(), expected, atol=1e-6)
-    assert backbone.preprocess(picture.resize((50, 70))).shape == (3, 32, 32)
     settings = json.loads(backbone.space.preprocess or "")
+    assert settings["class"] == "SiglipImageProcessorPil"
     assert settings["image_mean"] == [0.5, 0.5, 0.5]
     assert settings["size"] == {"height": 32, "width": 32}
 
@@ -211,20 +179,23 @@ def test_folder_that_lacks_a_file(
 
 
 def test_not_a_dual_encoder(tmp_path: Path) -> None:
-    config = transformers.BertConfig(**WIDTHS, vocab_size=len(VOCABULARY))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with quiet():
-        transformers.BertModel(config).save_pretrained(tmp_path)
-        tokenizer().save_pretrained(tmp_path)
+        transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99)).save_pretrained(tmp_path)
+        clip_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="is a BertModel, which has no get_image_features"):
         load_backbone(f"hf:{tmp_path}", device="cpu")
 
 
 def test_patches_of_varying_number(tmp_path: Path) -> None:
-    vision = {**WIDTHS, "patch_size": 16, "num_patches": 16}
-    with quiet():
-        model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=TEXT, vision_config=vision))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Siglip2Config(
+        text_config={**sizes, "vocab_size": 49408}, vision_config={**sizes, "patch_size": 16, "num_patches": 16}
+    )
     pixels = transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=16)
-    write(tmp_path / "naflex", model, transformers.Siglip2Processor(pixels, tokenizer()))
+    with quiet():
+        transformers.Siglip2Model(config).save_pretrained(tmp_path / "naflex")
+        transformers.Siglip2Processor(pixels, clip_tokenizer()).save_pretrained(tmp_path / "naflex")
     with pytest.raises(UsageError, match="hf:naflex cuts pictures into patches of varying number"):
         load_backbone(f"hf:{tmp_path / 'naflex'}", device="cpu")
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -14,60 +13,31 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from tests.unit.tiny_models import IMAGE_SIZE, PIXELS, ROOM, build, config, open_clip, save_open_clip, write_tiny
+from tests.unit.tiny_tokenizers import siglip_ids
 from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.loading import quiet, tensors_sha256
+from vilu.backbones.loading import tensors_sha256
 from vilu.backbones.open_clip import CONFIG, find_truncated
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
 
-open_clip = pytest.importorskip("open_clip")
-safetensors = pytest.importorskip("safetensors.torch")
-
-TEXTS = ["a photo of a dog.", "two cats", "a very long sentence about a red house by the sea, seen at noon"]
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
-SIGLIP = {
-    **CLIP,
-    "custom_text": True,
-    "init_logit_bias": -10.0,
-    "text_cfg": {**CLIP["text_cfg"], "context_length": 32, "no_causal_mask": True, "pool_type": "last"},
-}
-CLIP_PIXELS = {"mean": [0.48, 0.45, 0.4], "std": [0.26, 0.26, 0.27], "interpolation": "bicubic"}
-SIGLIP_PIXELS = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
-
-
-def write(folder: Path, config: dict[str, Any], pixels: dict[str, Any], *, weights: str) -> Any:
-    """A model with random weights on the disk, as open_clip's ``push_to_hf_hub`` lays it out."""
-    torch.manual_seed(len(weights))
-    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
-    with quiet():
-        model = kind(**{key: value for key, value in config.items() if key != "custom_text"}).eval()
-    with torch.no_grad():
-        model.logit_scale.fill_(math.log(33.0))
-        if model.logit_bias is not None:
-            model.logit_bias.fill_(-7.5)
-    folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(json.dumps({"model_cfg": config, "preprocess_cfg": pixels}))
-    if weights.endswith(".bin"):
-        torch.save(model.state_dict(), folder / weights)
-    else:
-        safetensors.save_file(model.state_dict(), folder / weights)
-    return model
+TEXTS = ["a photo of a dog", "two cats", "a very long sentence about a red house by the sea " * 7]
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("models") / "tiny-clip"
-    return folder, write(folder, CLIP, CLIP_PIXELS, weights="open_clip_model.safetensors")
+    return folder, write_tiny(folder, "clip", "open_clip")
 
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("models") / "tiny-siglip"
-    return folder, write(folder, SIGLIP, SIGLIP_PIXELS, weights="open_clip_pytorch_model.bin")
+    return folder, write_tiny(folder, "siglip", "open_clip")
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -75,8 +45,8 @@ def siglip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_embeddings_are_those_of_the_model(kind: str, prefix: str, request: pytest.FixtureRequest) -> None:
     folder, model = request.getfixturevalue(kind)
     backbone = load_backbone(f"open_clip:{prefix}{folder}", device="cpu")
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    tokens = open_clip.SimpleTokenizer(context_length=model.text.context_length if kind == "siglip" else 77)(TEXTS)
+    pixels = noise()
+    tokens = siglip_ids(TEXTS) if kind == "siglip" else open_clip.SimpleTokenizer()(TEXTS)
     with torch.no_grad():
         image, text = model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
     # the same arithmetic in the same library: only the batching of the texts differs
@@ -84,14 +54,15 @@ def test_embeddings_are_those_of_the_model(kind: str, prefix: str, request: pyte
     torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("kind", "length"), [("clip", 77), ("siglip", 32)])
-@pytest.mark.parametrize("word", ["dog", "!"])  # "!" has the number 0, which is also that of the padding
+@pytest.mark.parametrize(
+    ("kind", "word"), [("clip", "a"), ("clip", "!"), ("siglip", "a")]
+)  # "!" has the number 0, which is also that of CLIP's padding
 def test_texts_are_cut_off_where_start_words_and_end_do_not_fit(
-    kind: str, length: int, word: str, request: pytest.FixtureRequest
+    kind: str, word: str, request: pytest.FixtureRequest
 ) -> None:
     backbone = load_backbone(f"open_clip:{request.getfixturevalue(kind)[0]}", device="cpu")
-    words = [word, "cat"] * 50
-    texts = [" ".join(words[:n]) for n in (1, length - 2, length - 1, 100)]
+    words = [word, "photo"] * 50
+    texts = [" ".join(words[:n]) for n in (1, ROOM[kind], ROOM[kind] + 1, 100)]
     assert backbone.truncates(texts) == [False, False, True, True]
     assert backbone.truncates([]) == []
 
@@ -121,7 +92,7 @@ def test_tokenizers_of_transformers_in_open_clip(kind: str) -> None:
 def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path, Any]) -> None:
     folder, model = clip
     backbone = load_backbone(f"open_clip:{folder}", device="cpu")
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    pixels = noise()
     tokens = open_clip.SimpleTokenizer(context_length=77)(TEXTS)
     seen: list[torch.Tensor] = []
     with torch.no_grad(), model.visual.ln_post.register_forward_hook(lambda *call: seen.append(call[2])):
@@ -131,7 +102,7 @@ def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path
     torch.testing.assert_close(features, seen[0][:, 0], atol=1e-5, rtol=0)  # the class token, after its layer norm
     maps = backbone.projections
     assert maps is not None
-    assert (backbone.feature_dim, maps[0].shape, maps[1].shape) == (32, (16, 32), (16, 32))
+    assert (backbone.feature_dim, maps[0].shape, maps[1].shape) == (64, (32, 64), (32, 48))
     torch.testing.assert_close(normalize(features @ maps[0].T, dim=1), embedding, atol=1e-6, rtol=0)
     text = normalize(backbone.encode_text_features(TEXTS) @ maps[1].T, dim=1)
     with torch.no_grad():
@@ -139,37 +110,38 @@ def test_features_of_clip_lead_to_its_embeddings_by_linear_maps(clip: tuple[Path
 
 
 def test_a_text_tower_of_its_own_has_a_map_too(tmp_path: Path) -> None:
-    model = write(tmp_path / "own", {**CLIP, "custom_text": True}, CLIP_PIXELS, weights="open_clip_model.safetensors")
-    backbone = load_backbone(f"open_clip:{tmp_path / 'own'}", device="cpu")
+    own = {**config("clip", tmp_path), "custom_text": True}
+    model = save_open_clip(tmp_path, own, PIXELS["clip"], build(own).state_dict())
+    backbone = load_backbone(f"open_clip:{tmp_path}", device="cpu")
     assert backbone.projections is not None
     assert torch.equal(backbone.projections[1], model.text.text_projection.T)
     text = normalize(backbone.encode_text_features(TEXTS) @ backbone.projections[1].T, dim=1)
     torch.testing.assert_close(text, backbone.encode_texts(TEXTS), atol=1e-6, rtol=0)
 
 
-def test_a_map_with_a_bias_is_not_linear(tmp_path: Path) -> None:
+def test_a_map_with_a_bias_is_not_linear(siglip: tuple[Path, Any]) -> None:
     """As SigLIP's text tower has one: then the maps are left in the towers, and the features are what comes out."""
-    config = {**SIGLIP, "text_cfg": {**SIGLIP["text_cfg"], "proj_bias": True}}
-    model = write(tmp_path / "bias", config, SIGLIP_PIXELS, weights="open_clip_model.safetensors")
-    backbone = load_backbone(f"open_clip:{tmp_path / 'bias'}", device="cpu")
-    assert backbone.projections is None
-    tokens = open_clip.SimpleTokenizer(context_length=32)(TEXTS)
+    folder, model = siglip
+    backbone = load_backbone(f"open_clip:{folder}", device="cpu")
+    assert (backbone.projections, backbone.feature_dim) == (None, 64)
+    features = backbone.encode_text_features(TEXTS)
     with torch.no_grad():
-        text = model.encode_text(tokens, normalize=True)
-    torch.testing.assert_close(backbone.encode_texts(TEXTS), text, atol=1e-6, rtol=0)
+        torch.testing.assert_close(features, model.encode_text(siglip_ids(TEXTS)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(backbone.encode_texts(TEXTS), normalize(features, dim=1), atol=1e-6, rtol=0)
 
 
 def test_space_of_clip(clip: tuple[Path, Any]) -> None:
     folder, model = clip
     space = load_backbone(f"open_clip:{folder}", device="cpu").space
-    assert space.embed_dim == 16
-    assert space.logit_scale == pytest.approx(33.0, rel=1e-6)
+    assert space.embed_dim == 32
+    assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
     assert space.logit_bias == 0.0
     assert space.backbone == "open_clip:tiny-clip"
     assert space.weights == tensors_sha256(model.state_dict())
     assert json.loads(space.preprocess or "") == {
-        **CLIP_PIXELS,
+        **PIXELS["clip"],
         "size": [32, 32],
+        "interpolation": "bicubic",
         "resize_mode": "shortest",
         "mode": "RGB",
         "fill_color": 0,
@@ -179,22 +151,27 @@ def test_space_of_clip(clip: tuple[Path, Any]) -> None:
 
 def test_space_of_siglip(siglip: tuple[Path, Any], clip: tuple[Path, Any]) -> None:
     space = load_backbone(f"open_clip:{siglip[0]}", device="cpu", precision="bf16").space
-    assert space.logit_scale == pytest.approx(33.0, rel=1e-6)
+    assert space.logit_scale == pytest.approx(20.0, rel=1e-6)
     assert space.logit_bias == -7.5
     assert space.precision == "bf16"
-    assert space.tokenizer != load_backbone(f"open_clip:{clip[0]}", device="cpu").space.tokenizer  # 32 tokens, not 77
+    assert space.tokenizer != load_backbone(f"open_clip:{clip[0]}", device="cpu").space.tokenizer  # another vocabulary
 
 
-def test_pixels_follow_the_configuration(clip: tuple[Path, Any], siglip: tuple[Path, Any]) -> None:
+def test_pixels_follow_the_configuration(clip: tuple[Path, Any], siglip: tuple[Path, Any], tmp_path: Path) -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), dtype=np.uint8))
     shortest = np.asarray(picture.resize((32, 48), Image.Resampling.BICUBIC))[8:40] / 255
-    expected = (shortest - CLIP_PIXELS["mean"]) / CLIP_PIXELS["std"]
+    expected = (shortest - PIXELS["clip"]["mean"]) / PIXELS["clip"]["std"]
     pixels = load_backbone(f"open_clip:{clip[0]}", device="cpu").preprocess(picture)
     # float32 of numbers up to 2, after three operations
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
-    squash = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR)) / 255
-    pixels = load_backbone(f"open_clip:{siglip[0]}", device="cpu").preprocess(picture)
-    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), squash * 2 - 1, atol=1e-6)
+    for interpolation, resampling in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
+        folder = shutil.copytree(siglip[0], tmp_path / interpolation)
+        settings = json.loads((folder / CONFIG).read_text())
+        settings["preprocess_cfg"]["interpolation"] = interpolation
+        (folder / CONFIG).write_text(json.dumps(settings))
+        squash = np.asarray(picture.resize((32, 32), resampling)) / 255
+        pixels = load_backbone(f"open_clip:{folder}", device="cpu").preprocess(picture)
+        np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), squash * 2 - 1, atol=1e-6)
 
 
 def test_folder_without_weights_is_not_a_random_model(clip: tuple[Path, Any], tmp_path: Path) -> None:
@@ -209,9 +186,9 @@ def test_folder_without_weights_is_not_a_random_model(clip: tuple[Path, Any], tm
 
 def test_weights_that_do_not_fit(clip: tuple[Path, Any], tmp_path: Path) -> None:
     folder = shutil.copytree(clip[0], tmp_path / "other")
-    config = json.loads((folder / CONFIG).read_text())
-    config["model_cfg"]["embed_dim"] = 8
-    (folder / CONFIG).write_text(json.dumps(config))
+    settings = json.loads((folder / CONFIG).read_text())
+    settings["model_cfg"]["embed_dim"] = 8
+    (folder / CONFIG).write_text(json.dumps(settings))
     with pytest.raises(ProvenanceError, match=r"open_clip:other do not make a model together.*size mismatch"):
         load_backbone(f"open_clip:{folder}", device="cpu")
     (folder / CONFIG).write_text("{")
@@ -237,6 +214,9 @@ class Trap:
 def test_weights_are_not_executed(siglip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = shutil.copytree(siglip[0], tmp_path / "trap")
+    (folder / "open_clip_model.safetensors").unlink()
+    torch.save(siglip[1].state_dict(), folder / "open_clip_pytorch_model.bin")
+    assert load_backbone(f"open_clip:{folder}", device="cpu").space.weights == tensors_sha256(siglip[1].state_dict())
     torch.save({"logit_scale": Trap()}, folder / "open_clip_pytorch_model.bin")
     with pytest.raises(StorageError, match="more than plain tensors"):
         load_backbone(f"open_clip:{folder}", device="cpu")
@@ -267,20 +247,20 @@ def test_tag_brings_preprocessing_and_activation(
     cache: Path, clip: tuple[Path, Any], quick_gelu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """open_clip itself only warns where the weights of a tag want QuickGELU, and computes other embeddings."""
-    tag = {"hf_hub": "org/tiny/", "quick_gelu": quick_gelu, **SIGLIP_PIXELS}
-    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", CLIP)
+    tag = {"hf_hub": "org/tiny/", "quick_gelu": quick_gelu, **PIXELS["siglip"]}
+    silent = {key: value for key, value in config("clip", cache).items() if key != "quick_gelu"}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", silent)
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {"made_here": tag})
     backbone = load_backbone("open_clip:tiny/made_here", device="cpu")
-    with quiet():
-        model = open_clip.CLIP(**CLIP, quick_gelu=quick_gelu).eval()
+    model = build({**silent, "quick_gelu": quick_gelu})
     model.load_state_dict(clip[1].state_dict())
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    pixels = noise()
     with torch.no_grad():
         expected = model.encode_image(pixels, normalize=True)
-        other = clip[1].encode_image(pixels, normalize=True)
+        quick = clip[1].encode_image(pixels, normalize=True)
     torch.testing.assert_close(backbone.encode_images(pixels), expected, atol=1e-6, rtol=0)
-    assert bool(torch.allclose(expected, other, atol=1e-5)) is not quick_gelu
-    assert json.loads(backbone.space.preprocess or "")["mean"] == SIGLIP_PIXELS["mean"]
+    assert bool(torch.allclose(expected, quick, atol=1e-5)) is quick_gelu
+    assert json.loads(backbone.space.preprocess or "")["mean"] == PIXELS["siglip"]["mean"]
 
 
 @pytest.mark.parametrize(

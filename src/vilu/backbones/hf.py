@@ -28,6 +28,8 @@ from vilu.space import EmbeddingSpace
 MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 """What a model of transformers must have to be a dual encoder with a temperature of its own."""
 
+MASK = "attention_mask"
+
 PIXEL_SETTINGS = (
     "do_",
     "size",
@@ -50,18 +52,19 @@ class Towers:
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text; padding to it is what SigLIP was trained with, and changes nothing for CLIP."""
+        """Tokens of a text, which is padded to it: SigLIP was trained so, and to CLIP it makes no difference."""
         length: int = min(
             self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings
         )
         return length
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        """What the text tower takes."""
+        """What the text tower takes; never a mask for SigLIP, which reads its padding."""
         tokens = self.processor(
             text=texts, padding="max_length", truncation=True, max_length=self.text_length, return_tensors="pt"
         )
-        return dict(tokens.to(self.model.device))
+        masked = not self.model.config.model_type.startswith("siglip")
+        return {name: rows for name, rows in tokens.to(self.model.device).items() if masked or name != MASK}
 
     def truncates(self, texts: list[str]) -> list[bool]:
         """Whether texts have more tokens, with the special ones, than the tower reads."""
@@ -88,9 +91,10 @@ class Towers:
         return rows[0]
 
     def pixel_settings(self) -> str:
-        """The settings that change pixels, as JSON."""
-        settings = self.processor.image_processor.to_dict()
-        return json.dumps({key: settings[key] for key in settings if key.startswith(PIXEL_SETTINGS)}, sort_keys=True)
+        """What decides about pixels, as JSON: the class, which says who resizes, and its settings."""
+        processor = self.processor.image_processor
+        settings = {key: value for key, value in processor.to_dict().items() if key.startswith(PIXEL_SETTINGS)}
+        return json.dumps({"class": type(processor).__name__, **settings}, sort_keys=True)
 
 
 def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
@@ -105,7 +109,11 @@ def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towe
             f"{name} is a {type(model).__name__}, which has no {', '.join(absent)}; a dual encoder was expected, "
             "such as CLIP or SigLIP."
         )
-    towers = Towers(model, transformers.AutoProcessor.from_pretrained(origin))
+    processor = transformers.AutoProcessor.from_pretrained(origin)
+    # By default transformers resizes with torchvision, which is up to two grey levels off what the models were trained
+    # with and open_clip does; transformers 4 knows the other keyword.
+    processor.image_processor = transformers.AutoImageProcessor.from_pretrained(origin, backend="pil", use_fast=False)
+    towers = Towers(model, processor)
     if towers.pixels(Image.new("RGB", (64, 64))).ndim != 3:
         raise UsageError(f"{name} cuts pictures into patches of varying number; take a model of fixed resolution.")
     return towers, tokenizer_identity(towers.processor.tokenizer, lambda texts: towers.tokenize(texts)["input_ids"])

@@ -1,0 +1,89 @@
+"""The tokenizers of CLIP and SigLIP for both libraries, from vocabularies that need no hub."""
+
+from __future__ import annotations
+
+import io
+import string
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+open_clip = pytest.importorskip("open_clip")
+sentencepiece = pytest.importorskip("sentencepiece")
+transformers = pytest.importorskip("transformers")
+
+TEXT = (
+    "a an the of in is there this what like looks photo picture image showing somebody took snapshot red green blue "
+    "yellow pink grey dog cat house tree car thing number two on by dress hat sweater coat jeans shirt shoe skirt"
+)
+WORDS = TEXT.split()
+"""Of which the vocabulary is made; other words are put together from letters and digits."""
+
+END = "</s>"
+
+
+def clip_tokenizer() -> Any:
+    """Of transformers, with the byte pairs of open_clip."""
+    known = open_clip.SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(piece, piece): number for piece, number in known.encoder.items()}
+    return transformers.CLIPTokenizer(
+        vocab=vocabulary, merges=list(known.bpe_ranks), model_max_length=known.context_length
+    )
+
+
+@cache
+def sentencepiece_model() -> bytes:
+    """A vocabulary in the layout of SigLIP's (padding 0, end 1, unknown 2), trained on ``WORDS``."""
+    file = io.BytesIO()
+    phrases = [" ".join(WORDS[i : i + 5]) for i in range(len(WORDS))]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*phrases * 20, *string.ascii_lowercase, *string.digits]),
+        model_writer=file,
+        vocab_size=200,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return file.getvalue()
+
+
+def vocabulary_size() -> int:
+    """Pieces of the vocabulary."""
+    return sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).vocab_size()
+
+
+def siglip_ids(texts: list[str], length: int = 64) -> Tensor:
+    """(M, length) numbers of clean texts by SentencePiece itself: pieces, an end, and ends up to the length."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model()).encode(texts)
+    return torch.tensor([[*row[: length - 1], *[1] * (length - len(row[: length - 1]))] for row in pieces])
+
+
+@cache
+def siglip_tokenizer() -> Any:
+    """Of transformers; it gives no mask, as on the hub: SigLIP's text tower reads the padding."""
+    file = Path(tempfile.mkdtemp()) / "spiece.model"
+    file.write_bytes(sentencepiece_model())
+    return transformers.SiglipTokenizer(vocab_file=str(file), model_input_names=["input_ids"])
+
+
+def t5_tokenizer() -> Any:
+    """What open_clip wraps for SigLIP: the same vocabulary, without the cleaning of texts, which open_clip does."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    proto = ModelProto.FromString(sentencepiece_model())
+    return transformers.T5Tokenizer(
+        vocab=[(piece.piece, piece.score) for piece in proto.pieces],
+        _spm_precompiled_charsmap=proto.normalizer_spec.precompiled_charsmap,
+        pad_token=END,
+        extra_ids=0,
+    )
