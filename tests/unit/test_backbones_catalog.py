@@ -24,7 +24,7 @@ def test_unknown_kind_names_the_nearest(spec: str, hint: str) -> None:
 
 
 def test_unknown_kind_without_a_near_one() -> None:
-    with pytest.raises(UsageError, match=r"known kinds are compact, open_clip, hf\.$"):
+    with pytest.raises(UsageError, match=r"known are compact, open_clip, hf, clip-vit-b32,.*siglip-vit-l16\.$"):
         load_backbone("resnet50")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,7 @@ def list_catalogue(
     elif what == "predictors":
         typer.echo(columns(list(map(_in_brief, rows)), below=("what it is", "cost")))
     else:
-        typer.echo(columns(rows))
+        typer.echo(columns(rows, below=("what it is",) if what == "backbones" else ()))
     if what == "datasets":
         next_step("these are layouts; ImageNet, CIFAR, DTD and others by name: vilu datasets list")
 
@@ -74,11 +75,23 @@ def _in_brief(row: dict[str, Any]) -> dict[str, str]:
 
 def _backbones() -> list[dict[str, Any]]:
     from vilu.backbones.catalog import BACKBONES
+    from vilu.backbones.named import NAMED
 
-    return [
+    kinds = [
         {"name": name, "install": f"vilu[{kind.extra}]", "what it is": kind.description}
         for name, kind in BACKBONES.items()
     ]
+    named = [
+        {
+            "name": name,
+            "install": "vilu[clip]",
+            "what it is": f"{model.title}, {model.image_size} px: open_clip:{model.open_clip}, or by {name}@hf "
+            f"hf:{model.hf}",
+            **asdict(model),
+        }
+        for name, model in NAMED.items()
+    ]
+    return [*kinds, *named]
 
 
 def _datasets() -> list[dict[str, Any]]:

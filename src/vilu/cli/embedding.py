@@ -24,8 +24,15 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
     backbone: Annotated[
-        str, typer.Option(help="compact[:SIZE], open_clip:NAME/TAG, hf:ID, or kind:FOLDER.")
+        str,
+        typer.Option(help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER."),
     ] = "compact",
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder with a sub-folder for each named backbone, in place of the model hub."
+        ),
+    ] = None,
     dataset: Annotated[
         str | None, typer.Option(metavar="NAME", help="A data set by its name, as in `vilu datasets list`.")
     ] = None,
@@ -108,7 +115,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
     store = embed_images(
         images,
-        BackboneSpec(backbone, device, precision),
+        BackboneSpec(backbone, device, precision, models and models.absolute()),
         output,
         names=images.class_names or (),
         templates=named_templates(template) if template else None,

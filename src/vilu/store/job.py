@@ -35,11 +35,13 @@ class BackboneSpec:
         name: As for ``load_backbone``.
         device: As for ``load_backbone``.
         precision: As for ``load_backbone``.
+        models: As for ``load_backbone``; a path that the other processes see too.
     """
 
     name: str
     device: str = "auto"
     precision: str = "fp32"
+    models: Path | None = None
 
     def load(self) -> Backbone:
         """The model; raises as ``load_backbone``."""
@@ -48,7 +50,7 @@ class BackboneSpec:
 
 @cache
 def _load(spec: BackboneSpec) -> Backbone:
-    return load_backbone(spec.name, device=spec.device, precision=spec.precision)
+    return load_backbone(spec.name, device=spec.device, precision=spec.precision, models=spec.models)
 
 
 @dataclass(frozen=True)
