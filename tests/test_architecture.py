@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "types": BASE,
     "pairs": BASE | {"types"},
     "embeddings": BASE | {"types", "pairs"},
+    "subset": BASE | {"types"},
     "pseudo": BASE | {"types", "pairs"},
     "metrics": {"errors"},
     **dict.fromkeys(TABLES - {"metrics"}, BASE | TABLES),
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "report": BASE | TABLES,
     "demo": None,
     "benchmark": None,
+    "studies": BASE | {"benchmark", "report", "outcomes", "metrics"},
     "cli": None,
 }
 HEAVY = {"torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "pandas", "sklearn", "pyarrow"}
