@@ -32,24 +32,30 @@ class Metric:
         kernel: Its value (...) from counts (..., G).
         convention: What was chosen where the literature differs.
         of_probability: Whether it has a meaning only for failure probabilities.
+        higher_is_better: Which way is better.
     """
 
     title: str
     kernel: Kernel
     convention: str
     of_probability: bool = False
+    higher_is_better: bool = False
 
 
 METRICS = {
-    "auroc": Metric("AUROC", auroc_kernel, "ties count half"),
+    "auroc": Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True),
     "fpr95": Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation"),
     "fpr95_failure": Metric(
         "FPR95-failure",
         partial(fpr_at_tpr_kernel, positive="failure", rule="first"),
         "positive=failure, first operating point with TPR >= 0.95",
     ),
-    "aupr_failure": Metric("AUPR-failure", partial(aupr_kernel, positive="failure"), "average precision"),
-    "aupr_success": Metric("AUPR-success", partial(aupr_kernel, positive="correct"), "average precision"),
+    "aupr_failure": Metric(
+        "AUPR-failure", partial(aupr_kernel, positive="failure"), "average precision", higher_is_better=True
+    ),
+    "aupr_success": Metric(
+        "AUPR-success", partial(aupr_kernel, positive="correct"), "average precision", higher_is_better=True
+    ),
     "aurc": Metric("AURC", aurc_kernel, "mean selective risk, expected over ties"),
     "aurc_trapezoid": Metric(
         "AURC-trapezoid", partial(aurc_kernel, convention="trapezoid"), "trapezoids over distinct scores"
@@ -61,13 +67,22 @@ METRICS = {
         "Risk@80%", partial(risk_at_coverage_kernel, coverage=0.8), "selective risk, expected over ties"
     ),
     "coverage_at_risk_0.01": Metric(
-        "Cov@1%", partial(coverage_at_risk_kernel, risk=0.01), "largest coverage of a threshold, no guarantee"
+        "Cov@1%",
+        partial(coverage_at_risk_kernel, risk=0.01),
+        "largest coverage of a threshold, no guarantee",
+        higher_is_better=True,
     ),
     "coverage_at_risk_0.05": Metric(
-        "Cov@5%", partial(coverage_at_risk_kernel, risk=0.05), "largest coverage of a threshold, no guarantee"
+        "Cov@5%",
+        partial(coverage_at_risk_kernel, risk=0.05),
+        "largest coverage of a threshold, no guarantee",
+        higher_is_better=True,
     ),
     "coverage_at_risk_0.1": Metric(
-        "Cov@10%", partial(coverage_at_risk_kernel, risk=0.1), "largest coverage of a threshold, no guarantee"
+        "Cov@10%",
+        partial(coverage_at_risk_kernel, risk=0.1),
+        "largest coverage of a threshold, no guarantee",
+        higher_is_better=True,
     ),
     "ece": Metric("ECE", ece_kernel, "binary, 15 bins of equal width", of_probability=True),
     "ece_mass": Metric(

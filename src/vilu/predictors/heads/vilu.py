@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight
 from vilu.nn.train import Loss
-from vilu.predictors.heads.head import HeadPredictor, bce_loss
+from vilu.predictors.heads.head import HeadPredictor
+from vilu.predictors.heads.lvu import LOSSES
 
 
 @dataclasses.dataclass
@@ -23,6 +24,7 @@ class ViLU(HeadPredictor):
             1/sqrt(d)), or None.
         predicted_caption: Whether the embedding of the zero-shot answer is an input.
         mcm_input: Whether max_j p_j is an input (supplement, B.2: used for all transfer experiments).
+        loss: "bce", or the regression "mse" of the true class's probability (the paper's ablation; as ``LVU``).
 
     Source: ViLU, ICCV 2025. Differs from the released code: labels, similarities and losses are in float32; the frozen
     attention really is frozen; the weight is bounded; selection never sees the test set; the output is the failure, not
@@ -37,6 +39,7 @@ class ViLU(HeadPredictor):
     attention: Literal["official", "paper"] | None = "official"
     predicted_caption: bool = True
     mcm_input: bool = False
+    loss: Literal["bce", "mse"] = "bce"
 
     def _build_head(self, dim: int) -> FailureHead:
         return FailureHead(
@@ -44,4 +47,4 @@ class ViLU(HeadPredictor):
         )
 
     def _loss(self, weight: FailureWeight) -> Loss:
-        return bce_loss(weight)
+        return LOSSES[self.loss](weight)
