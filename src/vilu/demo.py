@@ -23,7 +23,7 @@ from vilu.metrics import risk_at_coverage
 from vilu.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.storage import load
-from vilu.report import figures
+from vilu.report import figures, style
 from vilu.report.figures import Photo
 from vilu.results import ResultTable
 from vilu.scoring import score
@@ -83,13 +83,13 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
     with atomic_write(output / "results.md") as handle:
         handle.write((table.to_markdown() + "\n").encode())
     drawings = {
-        "histograms": figures.score_histograms(outcomes),
+        "histograms": figures.score_histograms({str(one.method): one for one in outcomes}),
         "roc": figures.roc_curves(outcomes),
         "risk_coverage": figures.risk_coverage_curves(outcomes),
         "contact_sheet": figures.contact_sheet(*shown),
     }
     for name, figure in drawings.items():
-        figures.save(figure, output / f"{name}.png")
+        style.save(figure, output / f"{name}.png")
     return DemoResult(describe(outcomes, table, [output / f"{name}.png" for name in drawings]), table)
 
 

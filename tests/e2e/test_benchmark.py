@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -44,12 +45,12 @@ kind = "labels"
 """
 
 
-def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "vilu.cli", "benchmark", *map(str, args)]
+def command(*args: object, name: str = "benchmark") -> list[str]:
+    return [sys.executable, "-m", "vilu.cli", name, *map(str, args)]
 
 
-def run(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*args), capture_output=True, text=True, check=False)
+def run(*args: object, code: int = 0, name: str = "benchmark") -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(*args, name=name), capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -73,22 +74,52 @@ def test_every_method_in_the_smoke_form(data: Path, tmp_path: Path) -> None:
     for method in PREDICTORS:
         assert f" {method}" in text, f"{method} is neither ranked nor refused"
     assert "all contests" in text
-    assert (tmp_path / "out/smoke/table.txt").read_text() == text
-    states = json.loads(run(config, "--data", data, "-o", tmp_path / "out", "--smoke", "--list", "--json").stdout)
-    assert {state["method"] for state in states} == set(PREDICTORS)
-    assert "to do" not in {state["state"] for state in states}
+    assert (tmp_path / "out/smoke/studies/benchmark/table.txt").read_text() == text
+    (plan,) = json.loads(run(config, "--data", data, "-o", tmp_path / "out", "--smoke", "--dry-run", "--json").stdout)
+    assert {cell["method"] for cell in plan["listed"]} == set(PREDICTORS)
+    assert {part["state"] for part in plan["parts"]} == {"embedded"}
 
 
 def test_tables_and_json(data: Path, tmp_path: Path) -> None:
     config = write(tmp_path, STORES + "\n[methods.mcm]\n[methods.margin]\n")
     args = config, "--data", data, "-o", tmp_path / "out"
-    assert "to do" in run(*args, "--list").stdout
-    found = json.loads(run(*args, "--json").stdout)
+    assert "runs: 8 results from 0 fits" in run(*args, "--dry-run").stdout
+    assert not (tmp_path / "out").exists()
+    found = json.loads(run(*args, "--json").stdout)["benchmark"]
     assert [block["setting"] for block in found["blocks"]] == ["all", "unseen"]
     # of three seeds, one test set for all labels, three for unseen classes
     assert [line["n_runs"] for block in found["blocks"] for line in block["lines"]] == [1, 1, 3, 3]
     assert found["n_contests"] == 6
-    assert "to do" not in run(*args, "--list").stdout
+    again = json.loads(run(tmp_path / "out", "--json", name="render").stdout)
+    assert again == {"benchmark": found}
+
+
+def test_shares_of_the_work_make_the_whole(data: Path, tmp_path: Path) -> None:
+    """Two shares, in any order, then the whole: nothing is run again, and the tables are those of one run."""
+    config = write(tmp_path, STORES + "\n[methods.mcm]\n[methods.margin]\n[methods.entropy]\n")
+    args = config, "--data", data
+    for shard in ("2/2", "1/2"):
+        done = run(*args, "-o", tmp_path / "shared", "--shard", shard)
+        assert done.stdout == ""
+        assert f"share {shard} is done" in done.stderr
+    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "shared/cells").rglob("*.json")}
+    assert len(cells) == 3 * 4
+    text = re.sub(r"[\d,]+\n", "\n", run(*args, "-o", tmp_path / "shared").stdout)  # rows a second differ
+    assert {path: path.stat().st_mtime_ns for path in cells} == cells
+    assert text == re.sub(r"[\d,]+\n", "\n", run(*args, "-o", tmp_path / "alone").stdout)
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_shares_that_cannot_be(data: Path, tmp_path: Path, shard: str) -> None:
+    config = write(tmp_path, STORES + "\n[methods.mcm]\n")
+    done = run(config, "--data", data, "-o", tmp_path / "out", "--shard", shard, code=2)
+    assert "--shard takes I/N" in done.stderr
+
+
+def test_a_share_needs_embeddings(tmp_path: Path) -> None:
+    config = write(tmp_path, PHOTOS)
+    done = run(config, "-o", tmp_path / "out", "--shard", "1/2", code=2)
+    assert "2 sets are not, the first is clothing (train). Make them all with --embed-only" in done.stderr
 
 
 @pytest.mark.slow

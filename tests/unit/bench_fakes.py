@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 from tests.unit.store_fakes import FakeBackbone, FakeDataset, picture
 from vilu.benchmark.config import Config
 from vilu.benchmark.loading import parse_config
+from vilu.benchmark.summary import Summary, summarise
 from vilu.store.embed import embed
+from vilu.studies.run import run_studies
 
 WORDS = ("cat", "dog", "car", "cup", "hat", "sea")
 
@@ -61,3 +64,17 @@ def tables(**changes: Any) -> dict[str, Any]:
 
 def config(**changes: Any) -> Config:
     return parse_config(tables(**changes))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one benchmark found."""
+
+    text: str
+    summary: Summary
+
+
+def benchmark(chosen: Config, data: Path, output: Path, **options: Any) -> Report:
+    """Run one benchmark."""
+    (study,) = run_studies([chosen], data, output, **options)
+    return Report(study.text, summarise(study.board))

@@ -9,23 +9,24 @@ import torch
 
 from tests.conftest import toy_embeddings
 from tests.unit.bench_fakes import config, make_stores
-from vilu.benchmark.cells import Cell, origin_of, plan, sharing_a_fit
+from vilu.benchmark.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
 from vilu.benchmark.rows import class_halves, draw_rows, of_classes, select
-from vilu.benchmark.stores import EvenlySpaced, Folders
+from vilu.benchmark.stores import EvenlySpaced, Part
 from vilu.benchmark.workbench import Workbench, across_preprocessing
 from vilu.columns import TEXT_COLUMNS
 from vilu.errors import DataError, ProvenanceError
 from vilu.space import EmbeddingSpace
+from vilu.types import EmbeddingSource
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Folders]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Part, Path]:
     root = make_stores(tmp_path_factory.mktemp("stores"))
-    return {name: Folders(root / f"{name}-train", root / f"{name}-test") for name in ("one", "two")}
+    return {(name, role): root / f"{name}-{role}" for name in ("one", "two") for role in ("train", "test")}
 
 
 @pytest.fixture
-def bench(folders: dict[str, Folders]) -> Workbench:
+def bench(folders: dict[Part, Path]) -> Workbench:
     return Workbench(config(), folders)
 
 
@@ -134,19 +135,25 @@ def test_selecting_rows_and_candidates() -> None:
         assert torch.equal(part.column(name, index), whole.column(name, torch.arange(40))[kept])
 
 
+def train_set(bench: Workbench, cell: Cell, columns: tuple[str, ...] = ()) -> EmbeddingSource:
+    return bench.train_set(origin_of(bench.config, cell), columns)
+
+
 def test_training_sets(bench: Workbench) -> None:
-    assert bench.train_set(Cell("mcm", "one", "all", 0), ()) is None
-    assert bench.train_set(Cell("lvu", "one", "all", 0), ()) is bench.source("one", "train")
-    few = bench.train_set(Cell("lvu", "one", "few", 1), ())
+    assert origin_of(bench.config, Cell("mcm", "one", "all", 0)).train == ()
+    assert train_set(bench, Cell("lvu", "one", "all", 0)) is bench.source("one", "train")
+    few, other = (train_set(bench, Cell("lvu", "one", "few", seed)) for seed in (1, 0))
     assert np.bincount(few.target).tolist() == [8] * 5
-    assert few.columns == frozenset()
-    other = bench.train_set(Cell("lvu", "one", "few", 0), ())
     assert list(few.ids) != list(other.ids)
+    whole = bench.source("one", "train")
+    places = [list(whole.ids).index(name) for name in few.ids]
+    assert torch.equal(few.image_rows(torch.arange(40)), whole.image_rows(torch.tensor(places)))
+    assert few.columns == whole.columns
 
 
 def test_unseen_classes_are_unseen(bench: Workbench) -> None:
     cell = Cell("lvu", "one", "unseen", 1)
-    train, test = bench.train_set(cell, ("features",)), bench.test_set(cell, ("features",))
+    train, test = train_set(bench, cell, ("features",)), bench.test_set(cell, ("features",))
     assert len(train.class_names) == 2
     assert len(test.class_names) == 3
     assert set(train.class_names).isdisjoint(test.class_names)
@@ -157,13 +164,13 @@ def test_unseen_classes_are_unseen(bench: Workbench) -> None:
 
 def test_transfer_takes_rows_of_the_source(bench: Workbench) -> None:
     cell = Cell("lvu", "two", "moved", 0)
-    train, test = bench.train_set(cell, ()), bench.test_set(cell, ())
+    train, test = train_set(bench, cell), bench.test_set(cell, ())
     assert train.class_names == bench.source("one", "train").class_names
     assert train.space == test.space
     assert train.space.preprocess == "8x8"
     assert bench.source("two", "test").space.preprocess == "9x9"
     strict = config(settings={"moved": {"kind": "transfer", "source": "one"}})
-    assert not origin_of(strict, cell).across_preprocessing
+    assert not scored_set_of(strict, cell).across_preprocessing
 
 
 def test_only_the_preprocessing_may_differ() -> None:
@@ -187,7 +194,7 @@ def test_truth_is_that_of_the_zero_shot_answers(bench: Workbench) -> None:
     assert len({truth.rows, *(bench.truth(Cell("mcm", "one", "unseen", seed)).rows for seed in (0, 1))}) == 3
 
 
-def test_a_limit_keeps_evenly_spaced_rows(folders: dict[str, Folders]) -> None:
+def test_a_limit_keeps_evenly_spaced_rows(folders: dict[Part, Path]) -> None:
     data = {"one": {"stores": {"train": "-", "test": "-"}, "limit": 30}}
     settings = {"all": {"kind": "labels"}}
     some = Workbench(config(data=data, settings=settings), folders)
@@ -198,12 +205,11 @@ def test_a_limit_keeps_evenly_spaced_rows(folders: dict[str, Folders]) -> None:
     assert some.fingerprint("one", "train") != whole.fingerprint("one", "train")
 
 
-def test_parts_that_do_not_belong_together(folders: dict[str, Folders]) -> None:
-    one, two = folders["one"], folders["two"]
-    bench = Workbench(config(), {"one": Folders(one.train, one.train), "two": two})
-    with pytest.raises(DataError, match=r"120 rows are in both parts of one"):
+def test_parts_that_do_not_belong_together(folders: dict[Part, Path]) -> None:
+    bench = Workbench(config(), {**folders, ("one", "test"): folders["one", "train"]})
+    with pytest.raises(DataError, match=r"120 rows are in both the train and the test part of one"):
         bench.check()
-    bench = Workbench(config(), {"one": Folders(one.train, two.test), "two": two})
+    bench = Workbench(config(), {**folders, ("one", "test"): folders["two", "test"]})
     with pytest.raises(ProvenanceError, match=r"preprocess: '8x8' \(the training set of one\)"):
         bench.check()
     Workbench(config(), folders).check()

@@ -9,7 +9,7 @@ import pytest
 from tests.unit.bench_fakes import config, tables
 from vilu.benchmark.config import Config
 from vilu.benchmark.loading import load_config, parse_config
-from vilu.benchmark.parts import Labels, Transfer, Unseen
+from vilu.benchmark.settings import Labels, Transfer, Unseen
 from vilu.benchmark.smoke import shrink
 from vilu.embeddings import Embeddings
 from vilu.errors import UsageError
@@ -56,8 +56,8 @@ def changed(path: str, value: object) -> dict[str, Any]:
         ("settings.few.data", ["tow"], r"no data set \(settings\.few\) 'tow'\. Did you mean 'two'\?"),
         ("settings.moved.source", "On", r"no data set \(settings\.moved\) 'On'"),
         ("settings.few.kind", "label", r"settings\.few: .*'labels', 'transfer', 'unseen'"),
-        ("settings.few.budget", 0, r"settings\.few\.budget: must be \"all\" or a number of labels per class"),
-        ("settings.few.budget", True, r"must be \"all\" or a number"),
+        ("settings.few.budget", 0, r"settings\.few\.budget: must be \"all\", a number of labels per class"),
+        ("settings.few.budget", True, r"must be \"all\", a number"),
         ("metrics", ["auroc", "fpr95", "augcr"], r"no metric 'augcr'\. Did you mean 'augrc'\?"),
         ("metrics", ["auroc"], r"metrics must name auroc and fpr95"),
         ("deterministic", ["mcn"], r"no method \(deterministic\) 'mcn'"),
@@ -110,14 +110,11 @@ def test_predictors_get_seed_device_and_parameters() -> None:
 
 
 def test_steps_become_epochs() -> None:
-    chosen = config(methods={"lvu": {"steps": 100, "params": {"batch_size": 50}}, "mcm": {}})
-    epochs = {n: chosen.trained_for("lvu", chosen.predictor("lvu", 3), n).epochs for n in (40, 501, 5000, 100_000)}
+    chosen = config(methods={"lvu": {"steps": 100}, "mcm": {}})
+    epochs = {n: chosen.epochs_for("lvu", 50, n) for n in (40, 501, 5000, 100_000)}
     assert epochs == {40: 100, 501: 9, 5000: 1, 100_000: 1}  # 1, 11, 100 and 2,000 batches an epoch
-    assert chosen.trained_for("lvu", chosen.predictor("lvu", 3), 40).seed == 3
-    long = config(methods={"lvu": {"steps": 10_000}})
-    assert long.trained_for("lvu", long.predictor("lvu"), 40).epochs == 300
-    mcm = chosen.predictor("mcm")
-    assert chosen.trained_for("mcm", mcm, 40) is mcm
+    assert config(methods={"lvu": {"steps": 10_000}}).epochs_for("lvu", 128, 40) == 300
+    assert chosen.epochs_for("mcm", 50, 40) is None
 
 
 def test_what_holds_for_trained_methods() -> None:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from tests.unit.bench_fakes import config
+from vilu.benchmark.board import Board
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.layout import layout
-from vilu.benchmark.resampling import RANKED_BY, gap, interval, mean_over_seeds, resampled_metrics
+from vilu.benchmark.resampling import RANKED_BY, Floats, Interval, Quantity, mean_over_seeds, resampled_metrics
 from vilu.benchmark.result import CellResult, Refusal, Timing
 from vilu.benchmark.summary import Standing, standings, summarise
 from vilu.metrics import METRICS, auroc, bootstrap_interval, paired_bootstrap
@@ -14,6 +15,10 @@ from vilu.results import ResultRow
 
 ROWS = "00c0ffee" * 4
 """A name of test rows; its number seeds the resamples."""
+
+
+def interval(per_seed: Floats, confidence: float) -> Interval:
+    return Quantity.over_seeds(per_seed.mean(axis=1), per_seed).interval(confidence)
 
 
 def sample(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,7 +42,7 @@ def test_one_seed_gives_the_paired_bootstrap_of_the_metrics_room() -> None:
     values_a, values_b = (resampled_metrics(u, failure, 300, ROWS)[:1] for u in (a, b))
     expected = paired_bootstrap("auroc", a, b, failure, n_resamples=300, seed=int(ROWS, 16))
     point_a, point_b = (np.array([auroc(u, failure)]) for u in (a, b))
-    found = gap(point_a, point_b, values_a, values_b, 0.95)
+    found = (Quantity.over_seeds(point_a, values_a) - Quantity.over_seeds(point_b, values_b)).gap(0.95)
     assert (found.difference, found.low, found.high, found.p_value) == pytest.approx(tuple(expected), abs=1e-15)
 
 
@@ -164,7 +169,7 @@ def made() -> tuple:
 
 def test_summary_by_hand(made: tuple) -> None:
     small, cells, results, bootstrap = made
-    summary = summarise(small, cells, results, bootstrap.__getitem__)
+    summary = summarise(Board(small, cells, results, bootstrap.__getitem__))
     (block,) = summary.blocks
     lines = {line.method: line for line in block.lines}
     assert [(line.method, line.rank, line.n_runs) for line in block.lines] == [
@@ -199,7 +204,7 @@ def test_summary_by_hand(made: tuple) -> None:
 
 def test_table_says_what_was_found(made: tuple) -> None:
     small, cells, results, bootstrap = made
-    text = layout(small, summarise(small, cells, results, bootstrap.__getitem__))
+    text = layout(small, summarise(Board(small, cells, results, bootstrap.__getitem__)))
     assert "one, all (all labels): 100 answers, 40 wrong" in text
     assert "no result: margin: it needs two candidates" in text
     (line,) = [line for line in text.splitlines() if line.startswith("2  vilu")]
@@ -212,7 +217,7 @@ def test_table_says_what_was_found(made: tuple) -> None:
 def test_a_block_without_any_result(made: tuple) -> None:
     small, cells, results, _ = made
     alone = [cell for cell in cells if cell.method == "margin"]
-    summary = summarise(small, alone, results, {}.__getitem__)
+    summary = summarise(Board(small, alone, results, {}.__getitem__))
     assert summary.blocks[0].lines == ()
     assert summary.standings == ()
     assert "no result: margin" in layout(small, summary)

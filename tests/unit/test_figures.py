@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vilu.outcomes import Outcomes
-from vilu.report import figures
+from vilu.report import figures, style
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,12 @@ def test_no_method_is_left_out(draw, outcomes: list[Outcomes]) -> None:
 
 
 def test_histograms_count_every_answer(outcomes: list[Outcomes]) -> None:
-    figure = figures.score_histograms(outcomes)
+    figure = figures.score_histograms({str(one.method): one for one in outcomes})
     assert len(figure.axes) == 10
     assert all(sum(bar.get_height() for bar in axes.patches) == 80 for axes in figure.axes)
 
 
 def test_saved_figures_are_reproducible(outcomes: list[Outcomes], tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        figures.save(figures.roc_curves(outcomes[:2]), tmp_path / name)
+        style.save(figures.roc_curves(outcomes[:2]), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vilu.benchmark.config import Config
-from vilu.benchmark.parts import Transfer, Unseen
+from vilu.benchmark.parts import Role
+from vilu.benchmark.settings import Adapt, FromOther, Transfer, Union, Unseen
 
 
 @dataclass(frozen=True)
@@ -44,40 +45,82 @@ class Cell:
 
 @dataclass(frozen=True)
 class Origin:
-    """What decides the rows and candidates of a cell, beside the data sets themselves.
+    """What decides the rows and candidates that a method is fitted on, beside the data sets themselves.
 
     Attributes:
-        test: Data set to test on.
-        train: Data set to fit on; None where nothing is fitted.
-        budget: Labelled rows per class to fit on, or "all".
+        train: Data sets to fit on, several as one with class texts for captions; none: nothing is fitted.
+        budget: Labelled rows per class to fit on, a share of all, or "all".
         rows_seed: Seed that draws the training rows; None where all are taken.
         halves_seed: Seed that draws the class halves; None where all classes are taken.
-        across_preprocessing: Whether training rows may be of another picture size.
+        across_preprocessing: Whether the parts of a union, or a fit and the one that it begins from, may be of
+            different picture sizes.
+        pool_size: Of a union: captions that an image has to choose from.
+        start: Where the weights come from that the fit begins with; None: from nothing.
     """
 
-    test: str
-    train: str | None
-    budget: int | str
-    rows_seed: int | None
-    halves_seed: int | None
-    across_preprocessing: bool
+    train: tuple[str, ...] = ()
+    budget: int | float | str = "all"
+    rows_seed: int | None = None
+    halves_seed: int | None = None
+    across_preprocessing: bool = False
+    pool_size: int | None = None
+    start: Origin | None = None
+
+    @property
+    def first(self) -> Origin:
+        """The fit that comes first."""
+        return self.start or self
+
+
+@dataclass(frozen=True)
+class ScoredSet:
+    """What decides the rows and candidates that a method is tested on: those that it scores.
+
+    Attributes:
+        data: Data set.
+        role: Which of its parts.
+        pool_size: Captions that an image has to choose from; None: as the data set says.
+        halves_seed: Seed that draws the class halves; None where all classes are taken.
+        across_preprocessing: Whether they may be of another picture size than the rows that were fitted on.
+    """
+
+    data: str
+    role: Role
+    pool_size: int | None = None
+    halves_seed: int | None = None
+    across_preprocessing: bool = False
 
 
 def origin_of(config: Config, cell: Cell) -> Origin:
-    """Where the rows of a cell come from."""
+    """Where the training rows of a cell come from."""
     setting = config.settings[cell.setting]
-    halves_seed = cell.seed if isinstance(setting, Unseen) else None
     if not config.class_of(cell.method).needs_fit:
-        return Origin(cell.data, None, "all", None, halves_seed, across_preprocessing=False)
-    transfer = setting if isinstance(setting, Transfer) else None
-    return Origin(
-        test=cell.data,
-        train=transfer.source if transfer else cell.data,
+        return Origin()
+    few = Origin(
+        train=(cell.data,),
         budget=setting.budget,
         rows_seed=None if setting.budget == "all" else cell.seed,
-        halves_seed=halves_seed,
-        across_preprocessing=transfer is not None and transfer.across_preprocessing,
+        halves_seed=cell.seed if isinstance(setting, Unseen) else None,
     )
+    match setting:
+        case Adapt():
+            across = setting.across_preprocessing
+            return replace(few, across_preprocessing=across, start=Origin((setting.source,)))
+        case FromOther():
+            return replace(few, train=setting.sources)
+        case Union():
+            across = setting.across_preprocessing
+            return Origin(setting.of, across_preprocessing=across, pool_size=setting.train_pool_size)
+    return few
+
+
+def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
+    """What a cell is tested on."""
+    setting = config.settings[cell.setting]
+    halves_seed = cell.seed if isinstance(setting, Unseen) else None
+    needs_fit = config.class_of(cell.method).needs_fit
+    across = needs_fit and isinstance(setting, Transfer | Union) and setting.across_preprocessing
+    return ScoredSet(cell.data, setting.test_on, setting.pool_size, halves_seed, across)
 
 
 def plan(config: Config) -> tuple[Cell, ...]:
@@ -85,25 +128,52 @@ def plan(config: Config) -> tuple[Cell, ...]:
     first: dict[object, Cell] = {}
     cells = []
     for cell in _grid(config):
-        seed = cell.seed if config.depends_on_seed(cell.method) else None
-        key = (cell.method, origin_of(config, cell), seed)
+        key = (*fit_of(config, cell), scored_set_of(config, cell))
         earlier = first.setdefault(key, cell)
         cells.append(cell if earlier is cell else replace(cell, same_as=earlier))
     return tuple(cells)
 
 
-def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
-    """Cells grouped by the fit that they need, in the order of the first of each group.
+def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
+    """What decides the fit of a cell: method, training rows, and the method's own seed where it matters."""
+    seed = cell.seed if config.depends_on_seed(cell.method) else None
+    return cell.method, origin_of(config, cell), seed
 
-    A method fitted on one data set is tested on several: those cells differ in their test set alone.
+
+def sharing_a_fit(config: Config, cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Cells grouped by the first fit that they need, in the order of the first of each group.
+
+    A method fitted on one data set is tested on several, or goes on from there: those cells share that fit.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in cells:
-        origin = origin_of(config, cell)
-        seed = cell.seed if config.depends_on_seed(cell.method) else None
-        fit = (cell.method, origin.train, origin.budget, origin.rows_seed, origin.halves_seed, seed)
-        groups.setdefault(cell if origin.train is None else fit, []).append(cell)
+        method, origin, seed = fit_of(config, cell)
+        groups.setdefault((method, origin.first, seed) if origin.train else cell, []).append(cell)
     return list(groups.values())
+
+
+def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role], None]:
+    """Data sets and roles that some cells read, in order."""
+    needed: dict[tuple[str, Role], None] = {}
+    for cell in cells:
+        test, origin = scored_set_of(config, cell), origin_of(config, cell)
+        for step in (origin.first, origin):
+            needed |= dict.fromkeys((data, "train") for data in step.train)
+            if selects(step) and isinstance(config.data[step.train[0]].validation, str):
+                needed[step.train[0], "validation"] = None
+        role: Role = "train" if _is_held_out(config, test) else test.role
+        needed[test.data, role] = None
+    return needed
+
+
+def selects(origin: Origin) -> bool:
+    """Whether a fit may select on the validation rows of its data set: one whole set, so that they are of its kind."""
+    return len(origin.train) == 1 and origin.budget == "all" and origin.halves_seed is None and origin.pool_size is None
+
+
+def _is_held_out(config: Config, test: ScoredSet) -> bool:
+    """Whether the rows are a share of the training rows."""
+    return test.role == "validation" and isinstance(config.data[test.data].validation, float)
 
 
 def _grid(config: Config) -> list[Cell]:
@@ -115,5 +185,6 @@ def _grid(config: Config) -> list[Cell]:
         if config.is_tested_on(setting, data)
         for label, method in config.entries.items()
         if method.settings is None or setting in method.settings
+        if method.data is None or data in method.data
         if method.seeds is None or seed < method.seeds
     ]

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from vilu.benchmark.parts import AnySetting, Count, Data, Model, Name, Names, Transfer, require_known
+from vilu.benchmark.parts import Count, Data, Model, Name, Names, require_known
+from vilu.benchmark.presentation import AnyClaim, AnyView, Better, GridView, Steeper, Study, TableView, Trend
 from vilu.benchmark.resampling import RANKED_BY
+from vilu.benchmark.settings import Adapt, AnySetting, Union, Unseen
 from vilu.metrics.catalog import METRICS
 from vilu.predictors import PREDICTORS
 from vilu.predictors.base import FailurePredictor
@@ -26,17 +28,25 @@ class Method(Model):
         method: Name in ``PREDICTORS``; by default the label.
         params: Hyper-parameters that differ from the defaults.
         settings: Only these settings.
+        data: Only these data sets to test on.
         seeds: Only the first so many seeds.
         steps: In place of ``epochs``: as many epochs as make about so many steps on the training rows at hand.
         deterministic: Whether scores depend on the seed through the training rows alone.
+        title: For tables and figures, instead of the label.
+        x: Where the method stands on the axis of a curve.
+        published: What publications call it.
     """
 
     method: str | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     settings: Names | None = None
+    data: Names | None = None
     seeds: Count | None = None
     steps: Count | None = None
     deterministic: bool = False
+    title: str | None = None
+    x: float | None = None
+    published: str | None = None
 
 
 class Trained(Model):
@@ -44,28 +54,35 @@ class Trained(Model):
 
     Attributes:
         seeds: Only the first so many seeds.
+        steps: In place of ``epochs``, as for a method.
     """
 
     seeds: Count | None = None
+    steps: Count | None = None
 
 
 class Config(Model):
     """A benchmark.
 
     Attributes:
+        name: Of the benchmark, and of its folder of tables and figures; by default that of the file.
         seeds: Number of seeds, 0 ... seeds - 1: they draw training rows and class halves, and seed the methods.
         resamples: Bootstrap resamples.
         confidence: Coverage of the intervals.
         metrics: Names of ``vilu.metrics.METRICS``.
-        device: Where methods run that have a choice.
+        device: Where methods run that have a choice, and models.
         all_methods: Every method, also those that ``methods`` does not name; always so when it names none.
         deterministic: Labels of methods to mark as deterministic, for short.
         trained: For every method that trains a network.
         data: Data sets by name.
         settings: Settings by name.
         methods: Methods by label.
+        study: What it is about.
+        views: Tables and figures to make; by default a ranking.
+        claims: What is to be decided.
     """
 
+    name: Name = "benchmark"
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     resamples: Annotated[int, Field(ge=10)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
@@ -77,6 +94,9 @@ class Config(Model):
     data: Annotated[dict[Name, Data], Field(min_length=1)]
     settings: Annotated[dict[Name, AnySetting], Field(min_length=1)]
     methods: dict[Name, Method] = Field(default_factory=dict)
+    study: Study | None = None
+    views: tuple[AnyView, ...] = ()
+    claims: tuple[AnyClaim, ...] = ()
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -84,15 +104,46 @@ class Config(Model):
         missing = [name for name in RANKED_BY if name not in self.metrics]
         if missing:
             raise ValueError(f"metrics must name {' and '.join(RANKED_BY)}, which rank the methods")
-        for name, setting in self.settings.items():
-            source = [setting.source] if isinstance(setting, Transfer) else []
-            require_known(f"data set (settings.{name})", [*source, *(setting.data or ())], self.data)
+        for name in self.settings:
+            self._check_setting(name)
         for label, method in self.methods.items():
             require_known(f"method (methods.{label})", [method.method or label], PREDICTORS)
             require_known(f"setting (methods.{label})", method.settings or (), self.settings)
+            require_known(f"data set (methods.{label})", method.data or (), self.data)
             if method.steps and ("epochs" in method.params or not is_trained(method.method or label)):
                 raise ValueError(f"methods.{label}: steps are for a method with epochs, and in place of them")
         require_known("method (deterministic)", self.deterministic, self.entries)
+        return self
+
+    def _check_setting(self, name: str) -> None:
+        setting = self.settings[name]
+        require_known(f"data set (settings.{name})", [*setting.sources, *(setting.data or ())], self.data)
+        tested = [data for data in self.data if self.is_tested_on(name, data)]
+        for data in tested:
+            if setting.test_on == "validation" and self.data[data].validation is None:
+                raise ValueError(f"settings.{name} tests on validation rows, and data.{data} names none")
+        by_class = isinstance(setting, Unseen | Adapt) or setting.budget != "all"
+        fitted = setting.sources if setting.sources and not isinstance(setting, Adapt) else tested
+        pairs = [data for data in fitted if self.data[data].captions]
+        if pairs and by_class:
+            raise ValueError(f"settings.{name} draws rows or classes, and data.{pairs[0]} has captions")
+
+    @model_validator(mode="after")
+    def _check_presentation(self) -> Self:
+        for view in self.views:
+            require_known(f"method (view {view.name})", view.methods or (), self.entries)
+            averaged = view.mean if isinstance(view, TableView) else ()
+            require_known(f"data set (view {view.name})", (*(view.data or ()), *averaged), self.data)
+            require_known(f"setting (view {view.name})", view.settings or (), self.settings)
+            require_known(f"metric (view {view.name})", view.metrics, self.metrics)
+            if isinstance(view, GridView):
+                require_known(f"setting (view {view.name})", (view.select_on, view.report_on), self.settings)
+        for claim in self.claims:
+            require_known("data set (claim)", claim.data or (), self.data)
+            require_known("metric (claim)", [claim.metric], RANKED_BY)
+            methods, settings = _subjects(claim)
+            require_known("method (claim)", methods, self.entries)
+            require_known("setting (claim)", settings, self.settings)
         return self
 
     @cached_property
@@ -106,12 +157,17 @@ class Config(Model):
         more: dict[str, Any] = {"method": name, "deterministic": method.deterministic or label in self.deterministic}
         if is_trained(name):
             more["seeds"] = method.seeds or self.trained.seeds
+            more["steps"] = method.steps or (None if "epochs" in method.params else self.trained.steps)
         return method.model_copy(update=more)
+
+    def complete(self) -> Config:
+        """The same with every method named, so that it means the same where there are others."""
+        return self.model_copy(update={"methods": self.entries, "all_methods": False})
 
     def is_tested_on(self, setting: str, data: str) -> bool:
         """Whether a setting makes sense on a data set and is wanted there."""
         chosen = self.settings[setting]
-        if isinstance(chosen, Transfer) and chosen.source == data:
+        if data in chosen.sources and not isinstance(chosen, Union):
             return False
         return chosen.data is None or data in chosen.data
 
@@ -138,16 +194,26 @@ class Config(Model):
         check_parameters(predictor)
         return predictor
 
-    def trained_for(self, label: str, predictor: FailurePredictor, n_train: int) -> FailurePredictor:
-        """The predictor with the number of epochs that ``steps`` means on so many training rows."""
+    def epochs_for(self, label: str, step_rows: int, n_train: int) -> int | None:
+        """The number of epochs that ``steps`` of so many rows mean on so many training rows; None without ``steps``."""
         steps = self.entries[label].steps
         if steps is None:
-            return predictor
-        values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
-        per_epoch = math.ceil(n_train / values["batch_size"])
-        return type(predictor)(**values | {"epochs": min(max(round(steps / per_epoch), 1), MAX_EPOCHS)})
+            return None
+        return min(max(round(steps / math.ceil(n_train / step_rows)), 1), MAX_EPOCHS)
 
 
 def is_trained(name: str) -> bool:
     """Whether a method trains a network, in steps of some rows."""
     return {"epochs", "batch_size"} <= parameters(PREDICTORS[name]).keys()
+
+
+def _subjects(claim: AnyClaim) -> tuple[Names, Names]:
+    """Methods and settings that a claim is about."""
+    match claim:
+        case Better():
+            both = claim.better, claim.than
+            return tuple(subject.method for subject in both), tuple(subject.setting for subject in both)
+        case Trend():
+            return (claim.method,), claim.settings
+        case Steeper():
+            return (claim.steeper, claim.than), claim.settings

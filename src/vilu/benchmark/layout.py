@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from vilu.benchmark.board import BEST
 from vilu.benchmark.config import Config
 from vilu.benchmark.resampling import RANKED_BY, Interval
-from vilu.benchmark.summary import BEST, Block, Line, Summary
+from vilu.benchmark.summary import Block, Line, Summary
 from vilu.metrics.catalog import METRICS
 
 NONE = "-"

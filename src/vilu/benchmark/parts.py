@@ -1,4 +1,4 @@
-"""The parts of a benchmark: data sets and settings."""
+"""The parts of a benchmark: names, and data sets."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vilu.datasets.shift import KINDS, SEVERITIES
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 """Of a data set, a setting or a method; it becomes a part of file names."""
 Names = tuple[str, ...]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Role = Literal["train", "validation", "test"]
+ROLES: tuple[Role, ...] = ("train", "validation", "test")
 
 
 def require_known(what: str, names: Collection[str], known: Collection[str]) -> None:
@@ -41,103 +46,107 @@ class Model(BaseModel):
 
 
 class StorePaths(Model):
-    """Folders that ``vilu embed`` wrote, below the data folder."""
+    """Folders that ``vilu embed`` wrote, below the data folder; the same one for all roles where it holds captions."""
 
     train: str
     test: str
+    validation: str | None = None
+
+
+class Shift(Model):
+    """What is done to every picture before the model sees it (``vilu.datasets.shift``).
+
+    Attributes:
+        kinds: Which ways; every picture gets one of them.
+        severity: 1 to 5.
+    """
+
+    kinds: Names = tuple(kind for kind in KINDS if kind != "low_resolution")
+    severity: Annotated[int, Field(ge=1, le=SEVERITIES)] = 3
+
+    @field_validator("kinds")
+    @classmethod
+    def _check_kinds(cls, kinds: Names) -> Names:
+        require_known("kind of shift", kinds, KINDS)
+        return kinds
+
+
+class Limits(Model):
+    """Only so many images of a role, evenly spaced; None: all."""
+
+    train: Count | None = None
+    validation: Count | None = None
+    test: Count | None = None
 
 
 class Data(Model):
-    """A data set: images to embed, or two stores.
+    """A data set: images to embed, or ready-made stores.
 
     Attributes:
         source: File or folder of images below the data folder; ``package:NAME`` ships with vilu.
+        dataset: A known data set (``vilu datasets list``); ``source`` is then where it lies, by default anywhere in
+            the data folder.
         stores: Ready-made stores, in place of ``source`` and all that belongs to it.
         backbone: The frozen model.
         classes: Names for the prompts, in label order; by default those of the data set.
+        raw_names: Whether a known data set's names go into the prompts as they are, underscores and all.
+        where: Only rows of a table that hold these values, by column.
+        captions: Whether images have captions instead of classes. Then there is one store, the roles are folds of its
+            captions ("train", "validation", "test"), and each image is matched against those of its pool.
+        pool_size: Captions that an image has to choose from, in training and (unless a setting says so) in testing.
+        shift: What is done to every picture first.
         train: Split to fit on; several are joined by ``+``.
+        validation: Split to select on; or the share of the training rows that is held out for it, by a hash of their
+            identifiers. None: methods that select hold out rows of their own.
         test: Split to test on.
         features: Whether to store features.
         views: Augmented views per test image; 0 for none.
         prompts: Prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``.
         limit: Only so many images of each split, evenly spaced.
+        title: For tables and figures, instead of the name.
+        x: Where the data set stands on the axis of a curve.
+        published: What publications call it, where their numbers are to stand beside ours; by default ``dataset``.
     """
 
     source: str | None = None
+    dataset: str | None = None
     stores: StorePaths | None = None
     backbone: str = "compact"
     classes: Names | None = None
+    raw_names: bool = False
+    where: dict[str, str] = Field(default_factory=dict)
+    captions: bool = False
+    pool_size: Annotated[int, Field(ge=2)] = 1024
+    shift: Shift | None = None
     train: str = "train"
+    validation: str | Share | None = None
     test: str = "test"
     features: bool = True
     views: Annotated[int, Field(ge=0)] = 4
     prompts: Names = ("ensemble",)
-    limit: Count | None = None
+    limit: Count | Limits | None = None
+    title: str | None = None
+    x: float | None = None
+    published: str | None = None
 
     @model_validator(mode="after")
     def _check_origin(self) -> Self:
-        if (self.source is None) == (self.stores is None):
+        if self.stores is not None and (self.source is not None or self.dataset is not None):
             raise ValueError("a data set has either a source or stores")
+        if self.stores is None and self.source is None and self.dataset is None:
+            raise ValueError("a data set has either a source, or the name of a known dataset, or stores")
+        if self.captions and (self.classes is not None or isinstance(self.validation, float)):
+            raise ValueError("captions have no classes, and their validation set is the fold of that name")
+        if self.captions and isinstance(self.limit, Limits):
+            raise ValueError("captions are in one store, so their limit is one number")
         return self
 
-
-class Setting(Model):
-    """What is fitted on, and what is tested on.
-
-    Attributes:
-        budget: Labelled rows per class to fit on, or "all".
-        data: Data sets to test on; by default all that make sense.
-    """
-
-    budget: int | Literal["all"] = "all"
-    data: Names | None = None
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _check_budget(cls, value: object) -> object:
-        if value != "all" and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-            raise ValueError('must be "all" or a number of labels per class, at least 1')
-        return value
-
     @property
-    def amount(self) -> str:
-        """The budget in words."""
-        return "all labels" if self.budget == "all" else f"{self.budget} labels per class"
+    def paper_name(self) -> str | None:
+        """What publications call it."""
+        return self.published or self.dataset
 
-
-class Labels(Setting):
-    """Fitted and tested on the same classes of one data set."""
-
-    kind: Literal["labels"]
-
-    def __str__(self) -> str:
-        return self.amount
-
-
-class Transfer(Setting):
-    """Fitted on another data set.
-
-    Attributes:
-        source: The data set to fit on.
-        across_preprocessing: Allow the two to be embedded by one model at different picture sizes, which is refused
-            otherwise.
-    """
-
-    kind: Literal["transfer"]
-    source: str
-    across_preprocessing: bool = False
-
-    def __str__(self) -> str:
-        return f"fitted on {self.source} with {self.amount}"
-
-
-class Unseen(Setting):
-    """Fitted on one half of the classes, tested on rows and candidates of the other; the seed draws the halves."""
-
-    kind: Literal["unseen"]
-
-    def __str__(self) -> str:
-        return f"fitted on the other half of the classes with {self.amount}"
-
-
-AnySetting = Annotated[Labels | Transfer | Unseen, Field(discriminator="kind")]
+    def limit_of(self, role: Role) -> int | None:
+        """How many images of a role there are to be; None: all."""
+        limit = self.limit
+        return getattr(limit, role) if isinstance(limit, Limits) else limit

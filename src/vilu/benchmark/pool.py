@@ -16,7 +16,7 @@ from pathlib import Path
 from vilu.benchmark.cells import Cell, sharing_a_fit
 from vilu.benchmark.config import Config
 from vilu.benchmark.execute import run_group
-from vilu.benchmark.stores import Folders
+from vilu.benchmark.stores import Part
 from vilu.benchmark.workbench import Workbench
 from vilu.progress import track
 
@@ -25,7 +25,7 @@ _bench: dict[str, Workbench] = {}
 
 
 def run_cells(
-    bench: Workbench, folders: Mapping[str, Folders], cells: Sequence[Cell], root: Path, jobs: int, n_done: int
+    bench: Workbench, folders: Mapping[Part, Path], cells: Sequence[Cell], root: Path, jobs: int, n_done: int
 ) -> None:
     """Run cells and write their files, showing progress; those that are finished stay when it is interrupted.
 
@@ -57,7 +57,7 @@ def _here(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path) -> Gen
 
 
 def _in_workers(
-    config: Config, folders: Mapping[str, Folders], groups: Sequence[Sequence[Cell]], root: Path, jobs: int
+    config: Config, folders: Mapping[Part, Path], groups: Sequence[Sequence[Cell]], root: Path, jobs: int
 ) -> Generator[Cell]:
     with _workers(config, folders, jobs) as pool:
         running = [pool.submit(_run_in_worker, cells, root) for cells in groups]
@@ -67,7 +67,7 @@ def _in_workers(
 
 @contextmanager
 def _workers(
-    config: Config, folders: Mapping[str, Folders], jobs: int
+    config: Config, folders: Mapping[Part, Path], jobs: int
 ) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
     """A pool whose processes are ended at once where the block is left by an exception."""
     others = set(multiprocessing.active_children())
@@ -84,7 +84,7 @@ def _workers(
             worker.join()
 
 
-def _start_worker(config: Config, folders: Mapping[str, Folders]) -> None:
+def _start_worker(config: Config, folders: Mapping[Part, Path]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_follow_parent, daemon=True).start()
     _bench["mine"] = Workbench(config, folders)

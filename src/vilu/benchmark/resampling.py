@@ -8,6 +8,7 @@ test set (``vilu.metrics.bootstrap``).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,58 @@ class Gap:
     p_value: float
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its bootstrap values, so that whatever is computed from it has an interval, too.
+
+    Quantities of the same test rows share their resamples, so a difference of them is paired.
+
+    Attributes:
+        value: The number.
+        draws: (B,) its bootstrap values.
+    """
+
+    value: float
+    draws: Floats
+
+    @classmethod
+    def over_seeds(cls, values: Floats, per_seed: Floats) -> Quantity:
+        """The mean over seeds of values (S,) with bootstrap values (S, B); the seeds are resampled, too."""
+        return cls(float(np.mean(values)), mean_over_seeds(per_seed))
+
+    @classmethod
+    def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
+        """The mean of several, such as a method's on several data sets."""
+        draws = np.mean([one.draws for one in quantities], axis=0)
+        return cls(float(np.mean([one.value for one in quantities])), draws)
+
+    @classmethod
+    def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
+        """Slope of the least-squares line through points at x (n,)."""
+        centred = (x - x.mean()) / np.square(x - x.mean()).sum()
+        values = np.array([one.value for one in quantities])
+        return cls(float(centred @ values), centred @ np.stack([one.draws for one in quantities]))
+
+    def __sub__(self, other: Quantity) -> Quantity:
+        return Quantity(self.value - other.value, self.draws - other.draws)
+
+    def interval(self, confidence: float) -> Interval:
+        """Percentile interval."""
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(self.draws, [tail, 1 - tail])
+        return Interval(float(low), float(high))
+
+    def p_value(self) -> float:
+        """Two-sided, of being zero: that of ``vilu.metrics.bootstrap.paired_bootstrap``."""
+        fewer = min(np.count_nonzero(self.draws <= 0), np.count_nonzero(self.draws >= 0))
+        return float(min(1.0, 2 * (1 + fewer) / (1 + len(self.draws))))
+
+    def gap(self, confidence: float) -> Gap:
+        """Of a difference."""
+        ends = self.interval(confidence)
+        return Gap(self.value, ends.low, ends.high, self.p_value())
+
+
 def resampled_metrics(uncertainty: Floats, failure: NDArray[np.int64], n_resamples: int, rows: str) -> Floats:
     """(M, B) values of the metrics ``RANKED_BY`` on B resamples of the rows that ``rows`` names.
 
@@ -66,23 +119,3 @@ def mean_over_seeds(per_seed: Floats) -> Floats:
     seeds = np.random.default_rng(n_seeds).integers(n_seeds, size=(n_seeds, n_resamples))
     means: Floats = np.take_along_axis(per_seed, seeds, axis=0).mean(axis=0)
     return means
-
-
-def interval(per_seed: Floats, confidence: float) -> Interval:
-    """Percentile interval of the mean over seeds, from values (S, B)."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(mean_over_seeds(per_seed), [tail, 1 - tail])
-    return Interval(float(low), float(high))
-
-
-def gap(value_a: Floats, value_b: Floats, per_seed_a: Floats, per_seed_b: Floats, confidence: float) -> Gap:
-    """Mean over seeds of a less that of b, from values (S,) and bootstrap values (S, B) of the same seeds.
-
-    The p-value is that of ``vilu.metrics.bootstrap.paired_bootstrap``.
-    """
-    differences = mean_over_seeds(per_seed_a - per_seed_b)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(differences, [tail, 1 - tail])
-    fewer = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    p_value = min(1.0, 2 * (1 + fewer) / (1 + len(differences)))
-    return Gap(float(np.mean(value_a - value_b)), float(low), float(high), p_value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from hashlib import blake2b
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,6 +29,19 @@ def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[n
     order = rng.permutation(len(target))
     chosen = [order[target[order] == label][:per_class] for label in np.unique(target[target != UNKNOWN])]
     return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
+
+
+def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
+    """Sorted positions of a share of the labelled rows, at least one; those of a smaller share are among them."""
+    rows = np.random.default_rng([DRAW, seed]).permutation(np.flatnonzero(target != UNKNOWN))
+    return np.sort(rows[: max(round(share * len(rows)), 1)])
+
+
+def held_out(ids: Iterable[str], share: float) -> NDArray[np.bool_]:
+    """(N,) whether a row is held out: where 8 bytes of the BLAKE2b hash of its identifier are below the share."""
+    digests = b"".join(blake2b(i.encode(errors="surrogatepass"), digest_size=8).digest() for i in ids)
+    mask: NDArray[np.bool_] = np.frombuffer(digests, dtype=">u8") < share * 2.0**64
+    return mask
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

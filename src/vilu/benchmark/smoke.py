@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vilu.benchmark.config import Config, Method
-from vilu.benchmark.parts import Data
+from vilu.benchmark.parts import ROLES, Data
+from vilu.benchmark.settings import AnySetting, Union
 from vilu.predictors.parameters import parameters
 
-SEEDS, RESAMPLES, IMAGES, VIEWS, EPOCHS = 2, 50, 120, 2, 2
+SEEDS, RESAMPLES, IMAGES, VIEWS, EPOCHS, POOL = 2, 50, 120, 2, 2, 8
 
 
 def shrink(config: Config) -> Config:
-    """Few images, seeds, resamples and epochs; every data set, setting and method stays."""
-    data = {name: _small(entry) for name, entry in config.data.items()}
-    methods = {label: _quick(config, label, entry) for label, entry in config.entries.items()}
-    small = {"seeds": min(config.seeds, SEEDS), "resamples": min(config.resamples, RESAMPLES)}
-    whole = {name: getattr(config, name) for name in Config.model_fields}
-    return Config(**whole | small | {"data": data, "methods": methods, "all_methods": False})
+    """Few images, seeds, resamples and epochs, small pools; every data set, setting and method stays."""
+    changes: dict[str, Any] = {
+        "seeds": min(config.seeds, SEEDS),
+        "resamples": min(config.resamples, RESAMPLES),
+        "data": {name: _small(entry) for name, entry in config.data.items()},
+        "settings": {name: _shallow(setting) for name, setting in config.settings.items()},
+        "methods": {label: _quick(config, label, entry) for label, entry in config.entries.items()},
+        "all_methods": False,
+    }
+    return Config(**{name: getattr(config, name) for name in Config.model_fields} | changes)
 
 
 def _small(entry: Data) -> Data:
     """Few images and views; the compact model sees smaller pictures, any other stays as it is."""
     backbone = "compact:64" if entry.backbone.partition(":")[0] == "compact" else entry.backbone
-    limit, views = min(entry.limit or IMAGES, IMAGES), min(entry.views, VIEWS)
-    return entry.model_copy(update={"limit": limit, "views": views, "backbone": backbone})
+    limit = min([IMAGES, *filter(None, (entry.limit_of(role) for role in ROLES))])
+    pool_size, views = min(entry.pool_size, POOL), min(entry.views, VIEWS)
+    return entry.model_copy(update={"limit": limit, "views": views, "backbone": backbone, "pool_size": pool_size})
+
+
+def _shallow(setting: AnySetting) -> AnySetting:
+    changes: dict[str, Any] = {"pool_size": setting.pool_size and min(setting.pool_size, POOL)}
+    if isinstance(setting, Union):
+        changes["train_pool_size"] = min(setting.train_pool_size, POOL)
+    return setting.model_copy(update=changes)
 
 
 def _quick(config: Config, label: str, entry: Method) -> Method:

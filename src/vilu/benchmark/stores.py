@@ -2,128 +2,161 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 import vilu
+from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import named_templates
 from vilu.benchmark.config import Config
-from vilu.benchmark.parts import Data
-from vilu.datasets.base import ImageDataset, Record
+from vilu.benchmark.parts import Data, Role
+from vilu.datasets.base import ImageDataset, Record, ShardedDataset
 from vilu.datasets.catalog import open_dataset
+from vilu.datasets.shift import ShiftedImages
 from vilu.errors import UsageError
 from vilu.space import digest
 from vilu.store.embed import embed
 from vilu.store.manifest import MANIFEST
 
 PACKAGE = "package:"
-Role = Literal["train", "test"]
-ROLES: tuple[Role, ...] = ("train", "test")
+Part = tuple[str, Role]
+"""A data set by name, and one of its parts."""
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Where the two stores of a data set are, or are to be."""
-
-    train: Path
-    test: Path
-
-    @property
-    def complete(self) -> bool:
-        """Whether both are there and sealed."""
-        return all((folder / MANIFEST).is_file() for folder in (self.train, self.test))
-
-
-def find_stores(config: Config, data: Path, output: Path) -> dict[str, Folders]:
-    """Folders of every data set, embedding nothing.
+def find_stores(config: Config, parts: Iterable[Part], data: Path, output: Path) -> dict[Part, Path]:
+    """The folder where each part is, or is to be; nothing is embedded.
 
     Raises:
         UsageError: If images are not where the file says, or their classes have no names.
     """
-    return {name: _find(name, entry, data, output) for name, entry in config.data.items()}
+    return {part: store_of(part, config.data[part[0]], data, output) for part in parts}
 
 
-def make_stores(config: Config, data: Path, output: Path) -> dict[str, Folders]:
+def make_stores(
+    config: Config, parts: Iterable[Part], data: Path, output: Path, *, models: Path | None = None
+) -> dict[Part, Path]:
     """The same, with whatever is missing embedded; an interrupted run goes on where it stopped.
+
+    Args:
+        config: The benchmark.
+        parts: What is needed of it.
+        data: Folder that its paths are relative to.
+        output: Folder of the stores, in ``stores``.
+        models: Folder with the named backbones (``load_backbone``); None: they come from where they are usually kept.
 
     Raises:
         UsageError: If images are not where the file says, or their classes have no names.
         MissingModelError: If the backbone is not on this machine.
     """
-    found = find_stores(config, data, output)
-    for name, folders in found.items():
-        for role in ROLES:
-            folder = getattr(folders, role)
-            if config.data[name].stores is None and not (folder / MANIFEST).is_file():
-                _embed(config.data[name], role, data, folder)
+    found = find_stores(config, parts, data, output)
+    load = functools.cache(functools.partial(load_backbone, models=models))
+    for (name, role), folder in found.items():
+        entry = config.data[name]
+        if entry.stores is None and not is_complete(folder):
+            _embed(entry, role, data, folder, load(entry.backbone))
     return found
 
 
-def _find(name: str, entry: Data, data: Path, output: Path) -> Folders:
+def is_complete(folder: Path) -> bool:
+    """Whether a store is there and sealed."""
+    return (folder / MANIFEST).is_file()
+
+
+def require_complete(folders: Mapping[Part, Path]) -> None:
+    """Refuse to go on where embeddings are missing.
+
+    Raises:
+        UsageError: Naming the first.
+    """
+    missing = [f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)]
+    if missing:
+        raise UsageError(
+            f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, the first is "
+            f"{missing[0]}. Make them all with --embed-only, once."
+        )
+
+
+def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
+    """The folder of a part; errors as ``find_stores``."""
+    name, role = part
     if entry.stores is not None:
-        return Folders(data / entry.stores.train, data / entry.stores.test)
-    names = {}
-    for role in ROLES:
-        with _images(entry, role, data) as images:
-            recipe = [
-                vilu.__version__,
-                images.fingerprint,
-                entry.backbone,
-                _names(entry, images),
-                _columns(entry, role),
-            ]
-            names[role] = f"{name}-{role}-{digest(recipe)[:8]}"
-    return Folders(output / "stores" / names["train"], output / "stores" / names["test"])
+        folder = getattr(entry.stores, role)
+        if folder is None:
+            raise UsageError(f"data.{name} has no store of its {role} rows. Name it, as stores.{role} = ....")
+        return data / str(folder)
+    with open_images(entry, role, data) as images:
+        recipe = [
+            vilu.__version__,
+            images.fingerprint,
+            entry.backbone,
+            _names(entry, images),
+            _columns(entry, role),
+        ]
+    stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem  # so that entries of one recipe share it
+    return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{digest(recipe)[:8]}"
 
 
-def _embed(entry: Data, role: Role, data: Path, folder: Path) -> None:
-    with _images(entry, role, data) as images:
+def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:
+    with open_images(entry, role, data) as images:
         features, views, prompts = _columns(entry, role)
         embed(
             images,
-            load_backbone(entry.backbone),
+            backbone,
             folder,
             names=_names(entry, images),
             features=features,
             views=views,
-            prompts=prompts,
-            split=getattr(entry, role),
+            prompts=() if entry.captions else prompts,
+            split=None if entry.captions else getattr(entry, role),
         )
 
 
 def _columns(entry: Data, role: Role) -> tuple[bool, int, tuple[str, ...]]:
     """Features, views and prompts to store beside the embeddings."""
-    views = entry.views if role == "test" else 0  # of many training images, views would be most of the time
+    views = entry.views if role == "test" and not entry.captions else 0  # of training images they would be all the time
     return entry.features, views, tuple(named_templates(entry.prompts))
 
 
 def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
+    if entry.captions:
+        return ()
     names = entry.classes or images.class_names
     if names is None:
-        raise UsageError(f"{entry.source} names no classes. List them in the benchmark file, as classes = [...].")
+        raise UsageError(f"{images.source} names no classes. List them in the benchmark file, as classes = [...].")
     return names
 
 
 @contextmanager
-def _images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
-    source = entry.source or ""
+def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
+    """The pictures of a part: those of its split, or of captions all of them; thinned, then shifted."""
+    source = entry.source or "."
     if source.startswith(PACKAGE):
         asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
         with resources.as_file(asset) as path:
-            yield _thinned(open_dataset(path, split=getattr(entry, role)), entry.limit)
+            yield _prepared(entry, role, path)
     else:
-        yield _thinned(open_dataset(data / source, split=getattr(entry, role)), entry.limit)
+        yield _prepared(entry, role, data / source)
 
 
-def _thinned(images: ImageDataset, limit: int | None) -> ImageDataset:
-    return images if limit is None or limit >= len(images) else EvenlySpaced(images, limit)
+def _prepared(entry: Data, role: Role, path: Path) -> ImageDataset:
+    images = open_dataset(
+        path,
+        split=None if entry.captions else getattr(entry, role),
+        captions=entry.captions,
+        where=entry.where,
+        dataset=entry.dataset,
+        raw_names=entry.raw_names,
+    )
+    limit = entry.limit_of(role)
+    if limit is not None and not isinstance(images, ShardedDataset) and limit < len(images):
+        images = EvenlySpaced(images, limit)
+    return images if entry.shift is None else ShiftedImages(images, entry.shift.kinds, entry.shift.severity)
 
 
 class EvenlySpaced:

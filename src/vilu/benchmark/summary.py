@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
-import numpy as np
-
-from vilu.benchmark.cells import Cell
+from vilu.benchmark.board import BEST, Board, Entrant
 from vilu.benchmark.config import Config
-from vilu.benchmark.resampling import RANKED_BY, Floats, Gap, Interval, gap, interval
-from vilu.benchmark.result import CellResult
+from vilu.benchmark.resampling import RANKED_BY, Gap, Interval
 from vilu.results import ResultRow, ResultTable
-
-Bootstrap = Callable[[Cell], Floats]
-"""(M, B) bootstrap values of a cell that was run."""
-
-BEST = RANKED_BY[0]
 
 
 @dataclass(frozen=True)
@@ -108,25 +100,17 @@ class Summary:
         return {"blocks": blocks, "standings": [asdict(s) for s in self.standings], "n_contests": self.n_contests}
 
 
-def summarise(
-    config: Config, cells: Sequence[Cell], results: Mapping[Cell, CellResult], bootstrap: Bootstrap
-) -> Summary:
-    """The summary of a benchmark whose every cell has a result (that of ``cell.run``)."""
-    groups: dict[tuple[str, str], dict[str, list[Cell]]] = {}
-    for cell in cells:
-        groups.setdefault((cell.data, cell.setting), {}).setdefault(cell.method, []).append(cell)
-    blocks = tuple(
-        _block(config, data, setting, methods, results, bootstrap) for (data, setting), methods in groups.items()
-    )
+def summarise(board: Board) -> Summary:
+    """The summary of a benchmark."""
+    blocks = tuple(_block(board, *where, entrants) for where, entrants in board.blocks().items())
     contests = [contest for block in blocks for contest in block.contests.values()]
-    table = ResultTable(tuple(_rows(cells, results)))
-    return Summary(blocks, standings(contests), len(contests), table)
+    return Summary(blocks, standings(contests), len(contests), ResultTable(tuple(_rows(board))))
 
 
-def _rows(cells: Sequence[Cell], results: Mapping[Cell, CellResult]) -> list[ResultRow]:
+def _rows(board: Board) -> list[ResultRow]:
     """The rows of every block, those that several seeds share once."""
-    runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in cells)
-    return [replace(row, split=setting) for run, _, setting in runs for row in results[run].results]
+    runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in board.cells)
+    return [replace(row, split=setting) for run, _, setting in runs for row in board.results[run].results]
 
 
 def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
@@ -143,75 +127,35 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
     return tuple(sorted(made, key=lambda s: (-s.wins, s.mean_rank, s.method)))
 
 
-@dataclass(frozen=True)
-class _Entrant:
-    """A method's results in a block, by seed."""
-
-    method: str
-    found: dict[int, CellResult]
-    runs: dict[int, Cell]
-    refused_seeds: tuple[int, ...]
-
-    def mean(self, metric: str) -> float | None:
-        values = [result.value(metric) for result in self.found.values()]
-        known = [value for value in values if value is not None]
-        return fmean(known) if len(known) == len(values) else None
-
-    def per_seed(self, seeds: Sequence[int]) -> Floats:
-        return np.array([self.found[seed].value(BEST) for seed in seeds], dtype=np.float64)
-
-
-def _entrant(method: str, cells: Sequence[Cell], results: Mapping[Cell, CellResult]) -> _Entrant:
-    found = {cell.seed: results[cell.run] for cell in cells if results[cell.run].value(BEST) is not None}
-    missing = tuple(cell.seed for cell in cells if cell.seed not in found)
-    return _Entrant(method, found, {cell.seed: cell.run for cell in cells if cell.seed in found}, missing)
-
-
-def _reason(cells: Sequence[Cell], results: Mapping[Cell, CellResult]) -> str:
-    first = results[cells[0].run]
-    if first.refused is not None:
-        return first.refused.reason
-    return next(str(row.why) for row in first.results if row.metric == BEST)
-
-
-def _block(
-    config: Config,
-    data: str,
-    setting: str,
-    methods: Mapping[str, Sequence[Cell]],
-    results: Mapping[Cell, CellResult],
-    bootstrap: Bootstrap,
-) -> Block:
-    entrants = [_entrant(method, cells, results) for method, cells in methods.items()]
-    able = sorted((e for e in entrants if e.found), key=_order)
-    seeds = set.intersection(*({cell.seed for cell in methods[e.method]} for e in able)) if able else set()
-    rows = [result.results[0] for e in able for result in e.found.values()]
+def _block(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Block:
+    able = sorted((entrant for entrant in entrants if entrant.found), key=_order)
+    seeds = set.intersection(*(set(board.seeds[entrant.place]) for entrant in able)) if able else set()
     return Block(
         data=data,
         setting=setting,
-        description=str(config.settings[setting]),
-        n=tuple(sorted({row.n for row in rows})),
-        n_failures=tuple(sorted({row.n_failures for row in rows})),
-        lines=_lines(config, able, bootstrap),
-        refused={e.method: _reason(methods[e.method], results) for e in entrants if not e.found},
+        description=str(board.config.settings[setting]),
+        n=tuple(sorted({n for entrant in able for n in entrant.n})),
+        n_failures=tuple(sorted({n for entrant in able for n in entrant.n_failures})),
+        lines=_lines(board.config, able),
+        refused={entrant.method: str(entrant.reason) for entrant in entrants if not entrant.found},
         contests={
-            seed: {e.method: float(e.per_seed([seed])[0]) for e in able if seed in e.found} for seed in sorted(seeds)
+            seed: {e.method: float(e.found[seed].value(BEST) or 0.0) for e in able if seed in e.found}
+            for seed in sorted(seeds)
         },
     )
 
 
-def _order(entrant: _Entrant) -> tuple[float, float, str]:
+def _order(entrant: Entrant) -> tuple[float, float, str]:
     best, second = (entrant.mean(metric) or 0.0 for metric in RANKED_BY)
     return -best, second, entrant.method
 
 
-def _lines(config: Config, able: Sequence[_Entrant], bootstrap: Bootstrap) -> tuple[Line, ...]:
-    loaded = {run: bootstrap(run) for entrant in able for run in entrant.runs.values()}
+def _lines(config: Config, able: Sequence[Entrant]) -> tuple[Line, ...]:
     means = [entrant.mean(BEST) or 0.0 for entrant in able]
     lines = []
     for entrant, mean in zip(able, means, strict=True):
-        values = np.stack([loaded[run] for run in entrant.runs.values()], axis=1)  # (M, S, B)
         other = next((e for e in able if e is not entrant), None)
+        difference = None if other is None else entrant.less(other, BEST)
         timings = [result.timing for result in entrant.found.values() if result.timing is not None]
         fits = [timing.fit_seconds for timing in timings if timing.fit_seconds is not None]
         lines.append(
@@ -219,22 +163,14 @@ def _lines(config: Config, able: Sequence[_Entrant], bootstrap: Bootstrap) -> tu
                 method=entrant.method,
                 variant=next(iter(entrant.found.values())).variant,
                 rank=1 + sum(value > mean for value in means),
-                n_runs=len(set(entrant.runs.values())),
+                n_runs=entrant.n_runs,
                 values={metric: entrant.mean(metric) for metric in config.metrics},
-                intervals={name: interval(values[i], config.confidence) for i, name in enumerate(RANKED_BY)},
+                intervals={name: entrant.quantity(name).interval(config.confidence) for name in RANKED_BY},
                 against=None if other is None else other.method,
-                gap=None if other is None else _gap(entrant, other, loaded, config.confidence),
+                gap=None if difference is None else difference.gap(config.confidence),
                 fit_seconds=fmean(fits) if fits else None,
                 rows_per_second=fmean(timing.rows_per_second for timing in timings),
                 refused_seeds=entrant.refused_seeds,
             )
         )
     return tuple(lines)
-
-
-def _gap(a: _Entrant, b: _Entrant, loaded: Mapping[Cell, Floats], confidence: float) -> Gap | None:
-    seeds = sorted(a.found.keys() & b.found.keys())
-    if not seeds:
-        return None
-    values_a, values_b = (np.stack([loaded[e.runs[seed]][0] for seed in seeds]) for e in (a, b))
-    return gap(a.per_seed(seeds), b.per_seed(seeds), values_a, values_b, confidence)

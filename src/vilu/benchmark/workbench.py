@@ -6,21 +6,29 @@ import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.benchmark.cells import Cell, origin_of
+from vilu.benchmark.cells import Cell, Origin, ScoredSet, needed_parts, origin_of, plan, scored_set_of, selects
 from vilu.benchmark.config import Config
-from vilu.benchmark.parts import Unseen
-from vilu.benchmark.rows import class_halves, draw_rows, of_classes, select
-from vilu.benchmark.stores import ROLES, Folders, Role, evenly_spaced
+from vilu.benchmark.parts import ROLES, Role
+from vilu.benchmark.rows import class_halves, draw_rows, draw_share, held_out, of_classes, select
+from vilu.benchmark.settings import Unseen
+from vilu.benchmark.stores import Part, evenly_spaced
 from vilu.errors import DataError, ProvenanceError
 from vilu.nn.train import SCORING_BATCH
+from vilu.pairs import Pools
+from vilu.pseudo import PseudoCaptions
 from vilu.space import EmbeddingSpace, digest
+from vilu.store.open import open_source
+from vilu.store.pairs import CaptionStore
 from vilu.store.reader import EmbeddingStore
+from vilu.subset import Subset
 from vilu.types import UNKNOWN, EmbeddingSource
 from vilu.validate import STATUS, VALID
 
@@ -45,106 +53,150 @@ class Workbench:
 
     Args:
         config: The benchmark.
-        folders: Complete stores by data set.
+        folders: Complete stores by data set and role.
     """
 
-    def __init__(self, config: Config, folders: Mapping[str, Folders]) -> None:
+    def __init__(self, config: Config, folders: Mapping[Part, Path]) -> None:
         self.config = config
         self._folders = folders
-        self._opened: dict[tuple[str, Role], tuple[EmbeddingSource, str]] = {}
-        self._truth: dict[tuple[str, int | None], Truth] = {}
+        self._open = cache(self._open_part)
+        self._truth = cache(self._truth_of)
 
-    def source(self, data: str, role: Role) -> EmbeddingSource:
-        """A whole store, or what ``limit`` leaves of it."""
-        return self._open(data, role)[0]
+    def source(self, data: str, role: Role, pool_size: int | None = None) -> EmbeddingSource:
+        """The rows of a role, or what ``limit`` leaves of them."""
+        return self._open(data, role, pool_size)[0]
 
-    def fingerprint(self, data: str, role: Role) -> str:
+    def fingerprint(self, data: str, role: Role, pool_size: int | None = None) -> str:
         """Hash of everything in it."""
-        return self._open(data, role)[1]
+        return self._open(data, role, pool_size)[1]
 
-    def _open(self, data: str, role: Role) -> tuple[EmbeddingSource, str]:
-        if (data, role) not in self._opened:
-            store, limit = EmbeddingStore(getattr(self._folders[data], role)), self.config.data[data].limit
-            manifest = store.manifest
-            cut = limit if limit is not None and limit < len(store) else None
-            name = digest([manifest.fingerprint, manifest.classes, manifest.content, cut])
-            if cut is None:
-                self._opened[data, role] = store, name
-            else:
-                some = select(store, evenly_spaced(len(store), cut), None, tuple(store.columns))
-                self._opened[data, role] = some, name
-        return self._opened[data, role]
+    def _open_part(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
+        entry = self.config.data[data]
+        if isinstance(entry.validation, float) and role != "test":
+            return self._share_of_training_rows(data, role, entry.validation)
+        return self._open_store(data, role, pool_size)
+
+    def _share_of_training_rows(self, data: str, role: Role, share: float) -> tuple[EmbeddingSource, str]:
+        whole, name = self._open_store(data, "train", None)
+        chosen = held_out(whole.ids, share) == (role == "validation")
+        return Subset(whole, np.flatnonzero(chosen)), digest([name, role, share])
+
+    def _open_store(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
+        entry, folder = self.config.data[data], self._folders[data, role]
+        pools = Pools(pool_size or entry.pool_size) if entry.captions else None
+        source = open_source(folder, pools=pools, fold=role if entry.captions else None)
+        if not isinstance(source, EmbeddingStore | CaptionStore):
+            raise ProvenanceError(f"{folder} was not made by vilu embed, so nothing says what is in it.")
+        manifest, limit = source.manifest, entry.limit_of(role)
+        what = [manifest.fingerprint, manifest.classes, manifest.content]
+        if pools is not None:
+            return source, digest([*what, role, dataclasses.asdict(pools)])
+        cut = limit if limit is not None and limit < len(source) else None
+        name = digest([*what, cut])
+        return (source if cut is None else Subset(source, evenly_spaced(len(source), cut))), name
 
     def check(self) -> None:
-        """Refuse data sets whose two parts do not belong together.
+        """Refuse data sets whose parts do not belong together.
 
         Raises:
             ProvenanceError: If they differ in their classes or their space.
-            DataError: If rows are in both, or there are too few classes for a setting.
+            DataError: If rows are in two parts, or there are too few classes for a setting.
         """
+        parts = needed_parts(self.config, plan(self.config))
         for data in self.config.data:
+            roles = [role for role in ROLES if (data, role) in parts]
             for name, setting in self.config.settings.items():
                 if isinstance(setting, Unseen) and self.config.is_tested_on(name, data):
                     class_halves(self.source(data, "test").n_candidates, 0)
-            train, test = (self.source(data, role) for role in ROLES)
-            names = f"the training set of {data}", f"the test set of {data}"
-            train.space.require_match(test.space, mine=names[0], theirs=names[1])
-            if train.class_names != test.class_names:
-                raise ProvenanceError(
-                    f"{names[0]} has the classes {train.class_names}, {names[1]} {test.class_names}. Embed both with "
-                    "the same names in the same order."
-                )
-            common = set(train.ids) & set(test.ids)
-            if common:
-                raise DataError(f"{len(common)} rows are in both parts of {data}, for example {min(common)!r}.")
+            for number, mine in enumerate(roles):
+                for other in roles[:number]:
+                    self._check_pair(data, other, mine)
 
-    def train_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource | None:
-        """What the method of a cell is fitted on; None where it needs no fit."""
-        origin = origin_of(self.config, cell)
-        if origin.train is None:
-            return None
-        source = self.source(origin.train, "train")
-        classes = None if origin.halves_seed is None else class_halves(source.n_candidates, origin.halves_seed)[0]
-        if classes is None and origin.budget == "all":
+    def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
+        a, b = self.source(data, role_a), self.source(data, role_b)
+        names = tuple(f"the {'training' if role == 'train' else role} set of {data}" for role in (role_a, role_b))
+        a.space.require_match(b.space, mine=names[0], theirs=names[1])
+        if a.class_names != b.class_names:
+            raise ProvenanceError(
+                f"{names[0]} has the classes {a.class_names}, {names[1]} {b.class_names}. Embed both with "
+                "the same names in the same order."
+            )
+        if self.config.data[data].captions:
+            return  # folds of one store: what they have in common is decided by a hash
+        common = set(a.ids) & set(b.ids)
+        if common:
+            raise DataError(
+                f"{len(common)} rows are in both the {role_a} and the {role_b} part of {data}, for example "
+                f"{min(common)!r}."
+            )
+
+    def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
+        """What a method is fitted on; ``origin`` names some data set."""
+        if origin.pool_size is not None:
+            sources = [self.source(data, "train") for data in origin.train]
+            space = sources[0].space
+            if origin.across_preprocessing:
+                sources = [across_preprocessing(source, space) for source in sources]
+            return PseudoCaptions(sources, origin.pool_size, origin.train)
+        source = self.source(origin.train[0], "train")
+        if origin.halves_seed is None and origin.budget == "all":
             return source
         target = np.where(source.status == VALID, source.target.numpy(), UNKNOWN)
-        if classes is not None:
-            target = np.where(np.isin(target, classes), target, UNKNOWN)
-        if isinstance(origin.budget, int) and origin.rows_seed is not None:
-            rows = draw_rows(target, origin.budget, origin.rows_seed)
-        else:
-            rows = np.flatnonzero(target != UNKNOWN)
+        if origin.halves_seed is None:
+            return Subset(source, drawn(target, origin))
+        classes = class_halves(source.n_candidates, origin.halves_seed)[0]
+        rows = drawn(np.where(np.isin(target, classes), target, UNKNOWN), origin)
         return select(source, rows, classes, columns)
+
+    def validation_set(self, origin: Origin) -> EmbeddingSource | None:
+        """What a method may select on; None where it has to hold out rows of its own."""
+        if not selects(origin) or self.config.data[origin.train[0]].validation is None:
+            return None
+        return self.source(origin.train[0], "validation")
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
         """What the method of a cell is tested on."""
-        origin = origin_of(self.config, cell)
-        source = self.source(origin.test, "test")
-        if origin.across_preprocessing and origin.train is not None:
-            source = across_preprocessing(source, self.source(origin.train, "train").space)
-        if origin.halves_seed is None:
+        origin, scored = origin_of(self.config, cell), scored_set_of(self.config, cell)
+        source = self.source(scored.data, scored.role, scored.pool_size)
+        if scored.across_preprocessing:
+            source = across_preprocessing(source, self.source(origin.train[0], "train").space)
+        if scored.halves_seed is None:
             return source
-        classes = class_halves(source.n_candidates, origin.halves_seed)[1]
+        classes = class_halves(source.n_candidates, scored.halves_seed)[1]
         return select(source, of_classes(source, classes), classes, columns)
 
-    def candidates(self, cell: Cell) -> tuple[Tensor, Tensor]:
-        """Texts (K, D) of the training set's candidates and of the test set's, without their rows."""
-        origin, nothing = origin_of(self.config, cell), torch.empty(0, dtype=torch.int64)
-        train = self.source(origin.train or origin.test, "train").candidates(nothing).text
-        test = self.source(origin.test, "test").candidates(nothing).text
-        if origin.halves_seed is None:
-            return train, test
-        known, unseen = class_halves(len(test), origin.halves_seed)
-        return train[known], test[unseen]
+    def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
+        """Texts (K, D) of the training set's candidates and of the test set's, without their rows; None of captions."""
+        origin, scored, nothing = origin_of(self.config, cell), scored_set_of(self.config, cell), torch.arange(0)
+        train, test = self.source(origin.train[0], "train"), self.source(scored.data, scored.role, scored.pool_size)
+        if train.pool_size is not None or test.pool_size is not None or origin.pool_size is not None:
+            return None
+        known, asked = train.candidates(nothing).text, test.candidates(nothing).text
+        if scored.halves_seed is None:
+            return known, asked
+        seen, unseen = class_halves(len(asked), scored.halves_seed)
+        return known[seen], asked[unseen]
 
     def truth(self, cell: Cell) -> Truth:
         """Which zero-shot answers of a cell's test set are wrong; computed once per test set."""
-        origin = origin_of(self.config, cell)
-        key = origin.test, origin.halves_seed
-        if key not in self._truth:
-            name = digest([self.fingerprint(origin.test, "test"), origin.halves_seed])
-            self._truth[key] = truth_of(self.test_set(cell, ()), name)
-        return self._truth[key]
+        return self._truth(scored_set_of(self.config, cell))
+
+    def _truth_of(self, scored: ScoredSet) -> Truth:
+        source = self.source(scored.data, scored.role, scored.pool_size)
+        name = digest([self.fingerprint(scored.data, scored.role, scored.pool_size), scored.halves_seed])
+        if scored.halves_seed is not None:
+            classes = class_halves(source.n_candidates, scored.halves_seed)[1]
+            source = select(source, of_classes(source, classes), classes, ())
+        return truth_of(source, name)
+
+
+def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
+    """Positions of the labelled rows that the budget and the seed choose."""
+    if origin.rows_seed is None:
+        return np.flatnonzero(target != UNKNOWN)
+    if isinstance(origin.budget, int):
+        return draw_rows(target, origin.budget, origin.rows_seed)
+    return draw_share(target, float(origin.budget), origin.rows_seed)
 
 
 def truth_of(source: EmbeddingSource, name: str) -> Truth:
@@ -156,13 +208,22 @@ def truth_of(source: EmbeddingSource, name: str) -> Truth:
     return Truth(name, failure.numpy(), reason)
 
 
+def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
+    """Whether two spaces are of one model with other preprocessing, such as another picture size."""
+    return a is not None and a != b and _as(a, b) == b
+
+
 def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
     """The source as if embedded with the preprocessing of ``space``, where nothing but that differs.
 
     A source of another model is left as it is, and refused by whoever compares the two.
     """
-    if dataclasses.replace(source.space, backbone=space.backbone, preprocess=space.preprocess) != space:
+    if not differs_in_preprocessing(source.space, space):
         return source
     moved = copy.copy(source)
     moved.space = space
     return moved
+
+
+def _as(space: EmbeddingSpace, other: EmbeddingSpace) -> EmbeddingSpace:
+    return dataclasses.replace(space, backbone=other.backbone, preprocess=other.preprocess)

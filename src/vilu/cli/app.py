@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import vilu
-from vilu.cli.benchmarking import benchmark
+from vilu.cli.benchmarking import benchmark, render
 from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.datasets import datasets
@@ -61,6 +61,7 @@ app.command()(score)
 app.command()(evaluate)
 app.command()(pools)
 app.command()(benchmark)
+app.command()(render)
 app.command("list")(list_catalogue)
 app.command()(convert)
 app.add_typer(datasets, name="datasets")

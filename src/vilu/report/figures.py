@@ -1,31 +1,27 @@
 """Figures of outcomes, as matplotlib figures that the caller saves.
 
-Colours are from the Okabe-Ito palette, which colour-blind people can tell apart.
+Colours and saving are in ``style``.
 """
 
 from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vilu.errors import MissingModelError
-from vilu.files import atomic_write
 from vilu.metrics import aurc, auroc, fpr_at_tpr, risk_coverage_curve, roc_curve_points
 from vilu.outcomes import Outcomes
+from vilu.report.style import COLOURS, CORRECT, WRONG, house_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
 
-CORRECT, WRONG = "#0072B2", "#D55E00"
-LINES = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 COLUMNS = 3
 
 
@@ -39,42 +35,23 @@ class Photo:
     uncertainty: float
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that needs no screen.
-
-    Raises:
-        MissingModelError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingModelError("figures need: pip install 'vilu[report]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, as PNG or SVG by its suffix; the same figure gives the same bytes."""
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with atomic_write(path) as handle:
-        figure.savefig(handle, format=path.suffix.removeprefix("."), dpi=150, metadata=metadata)
-
-
-def score_histograms(outcomes: Sequence[Outcomes]) -> Figure:
-    """Uncertainty of correct and of wrong answers, one panel a method (as Fig. 9 and 10 of the ViLU supplement)."""
-    rows = -(-len(outcomes) // COLUMNS)
-    figure = new_figure(4 * COLUMNS, 2.6 * rows)
-    for number, one in enumerate(outcomes):
-        axes = figure.add_subplot(rows, COLUMNS, number + 1)
-        keep = one.evaluable
-        uncertainty, failure = one.uncertainty[keep], one.failure[keep]
-        edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-        axes.hist(uncertainty[failure == 0], edges, color=CORRECT, alpha=0.65, label="answer correct")
-        axes.hist(uncertainty[failure == 1], edges, color=WRONG, alpha=0.65, label="answer wrong", hatch="///")
-        axes.set_title(f"{one.method}: AUROC {auroc(uncertainty, failure):.1%}", fontsize=10)
-        axes.set_xlabel("uncertainty")
-        axes.set_ylabel("images")
-        if number == 0:
-            axes.legend(fontsize=8)
+def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
+    """Uncertainty of correct and of wrong answers, a panel each (as Fig. 9 and 10 of the ViLU supplement)."""
+    with house_style():
+        rows = -(-len(outcomes) // COLUMNS)
+        figure = new_figure(4 * COLUMNS, 2.6 * rows)
+        for number, (title, one) in enumerate(outcomes.items()):
+            axes = figure.add_subplot(rows, COLUMNS, number + 1)
+            keep = one.evaluable
+            uncertainty, failure = one.uncertainty[keep], one.failure[keep]
+            edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
+            axes.hist(uncertainty[failure == 0], edges, color=CORRECT, alpha=0.65, label="answer correct")
+            axes.hist(uncertainty[failure == 1], edges, color=WRONG, alpha=0.65, label="answer wrong", hatch="///")
+            axes.set_title(f"{title}: AUROC {auroc(uncertainty, failure):.1%}")
+            axes.set_xlabel("uncertainty")
+            axes.set_ylabel("images")
+            if number == 0:
+                axes.legend(fontsize=8)
     return figure
 
 
@@ -82,7 +59,7 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Share of correct answers kept against share of wrong ones kept, at every threshold (positive = correct)."""
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
-    for one, colour in zip(outcomes, itertools.cycle(LINES), strict=False):
+    for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
         keep = one.evaluable
         uncertainty, failure = one.uncertainty[keep], one.failure[keep]
         fpr, tpr = roc_curve_points(uncertainty, failure)
@@ -99,7 +76,7 @@ def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Error rate among the most trusted answers against the share that is trusted."""
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
-    for one, colour in zip(outcomes, itertools.cycle(LINES), strict=False):
+    for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
         keep = one.evaluable
         coverage, risk = risk_coverage_curve(one.uncertainty[keep], one.failure[keep])
         label = f"{one.method}  (AURC {aurc(one.uncertainty[keep], one.failure[keep]):.3f})"

@@ -1,0 +1,207 @@
+"""What a benchmark would do: embeddings with their bytes and time, cells with theirs. Nothing is read but listings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vilu.backbones.named import NAMED
+from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, plan, scored_set_of, sharing_a_fit
+from vilu.benchmark.config import Config
+from vilu.benchmark.parts import Data, Role
+from vilu.benchmark.rates import cell_seconds, image_rate
+from vilu.benchmark.stores import Part, is_complete, open_images, store_of
+from vilu.datasets.base import ShardedDataset
+from vilu.datasets.known import KNOWN
+from vilu.errors import DataError, StorageError, UsageError
+from vilu.store.document import read_document
+from vilu.store.manifest import MANIFEST, Manifest
+
+COMPACT_WIDTHS = 768, 1280
+"""Of the compact model: embeddings and features."""
+
+HALF = 2
+"""Bytes of a stored number."""
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """A part of a data set.
+
+    Attributes:
+        data: The data set.
+        role: Which part.
+        backbone: The model.
+        images: How many; None where that is not known.
+        counted: Where the number is from: "store", "listing" or "catalogue".
+        state: "embedded", "to embed", or "no images here".
+        n_bytes: Of its embeddings and columns.
+        seconds: Of embedding on two CPU cores; 0 where it is done.
+        seconds_a100: The same on one A100, by published rates; None where none is.
+    """
+
+    data: str
+    role: Role
+    backbone: str
+    images: int | None
+    counted: str
+    state: str
+    n_bytes: int | None
+    seconds: float | None
+    seconds_a100: float | None
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """A benchmark.
+
+    Attributes:
+        name: Of it.
+        title: What it is about.
+        parts: The embeddings that it needs.
+        cells: How many there are: a method, a data set, a setting, a seed.
+        runs: Those with a result of their own.
+        fits: Different fits behind them.
+        seconds: Of all runs on one core, by methods that were timed.
+        untimed: Runs of other methods, or on data of unknown size.
+        listed: Every cell, with the cell that it shares a result with, if any.
+    """
+
+    name: str
+    title: str
+    parts: tuple[PartPlan, ...]
+    cells: int
+    runs: int
+    fits: int
+    seconds: float
+    untimed: int
+    listed: tuple[dict[str, object], ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON."""
+        return asdict(self)
+
+
+def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
+    """What a benchmark would do with the folder of data and the output as they are; embeds and runs nothing.
+
+    Raises:
+        UsageError: If something in the benchmark cannot be.
+    """
+    cells = plan(config)
+    parts = {part: _part(config, part, data, output) for part in needed_parts(config, cells)}
+    runs = [cell for cell in cells if cell.same_as is None]
+    groups = sharing_a_fit(config, runs)
+    seconds = [_seconds(config, group, parts) for group in groups]
+    return StudyPlan(
+        name=config.name,
+        title=config.study.title if config.study else "",
+        parts=tuple(parts.values()),
+        cells=len(cells),
+        runs=len(runs),
+        fits=sum(bool(origin_of(config, group[0]).train) for group in groups),
+        seconds=sum(spent for spent, _ in seconds),
+        untimed=sum(untimed for _, untimed in seconds),
+        listed=tuple(
+            {**asdict(cell), "same_as": None if cell.same_as is None else str(cell.same_as)} for cell in cells
+        ),
+    )
+
+
+def _part(config: Config, part: Part, data: Path, output: Path) -> PartPlan:
+    name, role = part
+    entry = config.data[name]
+    images, counted, state = _count(part, entry, data, output)
+    width, features = _widths(entry.backbone)
+    views = entry.views if role == "test" and not entry.captions else 0
+    numbers = width * (1 + views + entry.captions) + (features if entry.features else 0)
+    rate = image_rate(entry.backbone)
+    a100 = NAMED[entry.backbone].a100_rate if entry.backbone in NAMED else None
+    passes = 0 if images is None or state == "embedded" else images * (1 + views)
+    return PartPlan(
+        data=name,
+        role=role,
+        backbone=entry.backbone,
+        images=images,
+        counted=counted,
+        state=state,
+        n_bytes=None if images is None or not width else images * numbers * HALF,
+        seconds=None if rate is None or images is None else passes / rate,
+        seconds_a100=None if a100 is None or images is None else passes / a100,
+    )
+
+
+def _count(part: Part, entry: Data, data: Path, output: Path) -> tuple[int | None, str, str]:
+    """Number of images, where it is from, and the state of the part."""
+    try:
+        folder = store_of(part, entry, data, output)
+        if is_complete(folder):
+            return read_document(folder / MANIFEST, Manifest).n_ok, "store", "embedded"
+        with open_images(entry, part[1], data) as images:
+            if not isinstance(images, ShardedDataset):
+                return len(images), "listing", "to embed"
+        return _catalogued(entry, part[1]), "catalogue", "to embed"
+    except (UsageError, DataError, StorageError):  # the images are not here; that is an answer
+        return _catalogued(entry, part[1]), "catalogue", "no images here"
+
+
+def _catalogued(entry: Data, role: Role) -> int | None:
+    """Number of images by the catalogue."""
+    if entry.dataset is None:
+        return None
+    sizes, wanted = KNOWN[entry.dataset].sizes, getattr(entry, role)
+    if entry.captions:
+        return sum(sizes.values())
+    split = str(wanted)
+    names = [split] if split in sizes else split.split("+")
+    known = [sizes[name] for name in names if name in sizes]
+    total = sum(known) if len(known) == len(names) else None
+    limit = entry.limit_of(role)
+    return total if total is None or limit is None else min(total, limit)
+
+
+def _widths(backbone: str) -> tuple[int, int]:
+    """Widths of embeddings and features; zeros where they are not known."""
+    if backbone in NAMED:
+        return NAMED[backbone].embed_dim, NAMED[backbone].feature_dim
+    return COMPACT_WIDTHS if backbone.partition(":")[0] == "compact" else (0, 0)
+
+
+def _seconds(config: Config, group: Sequence[Cell], parts: dict[Part, PartPlan]) -> tuple[float, int]:
+    """Seconds of cells that share a fit, and how many of them have no estimate."""
+    spent, untimed, fitted = 0.0, 0, set[Origin]()
+    for cell in group:
+        origin, scored = origin_of(config, cell), scored_set_of(config, cell)
+        n_train = _rows(config, origin, parts)
+        place: Part = (scored.data, scored.role)
+        n_test = parts[place].images if place in parts else None
+        if n_train is None or n_test is None:
+            untimed += 1
+            continue
+        width = _widths(config.data[scored.data].backbone)[0]
+        found = cell_seconds(config, cell.method, n_train, n_test, width)
+        untimed += found is None
+        if found is not None:
+            spent += found[1] + (0.0 if origin in fitted else found[0])
+            fitted.add(origin)
+    return spent, untimed
+
+
+def _rows(config: Config, origin: Origin, parts: dict[Part, PartPlan]) -> int | None:
+    """Training rows of a fit."""
+    counts = [parts[data, "train"].images for data in origin.train]
+    known = [count for count in counts if count is not None]
+    if len(known) < len(counts):
+        return None
+    if isinstance(origin.budget, float):
+        return round(origin.budget * sum(known))
+    if isinstance(origin.budget, int):
+        return min(origin.budget * _n_classes(config.data[origin.train[0]]), sum(known))
+    return sum(known)
+
+
+def _n_classes(entry: Data) -> int:
+    """Number of classes; ten where it is not known before the data are read."""
+    known = KNOWN[entry.dataset].n_classes if entry.dataset else None
+    return len(entry.classes) if entry.classes else known or 10

@@ -1,0 +1,76 @@
+"""One look for all figures: readable in print, without colour, and by colour-blind people.
+
+Colours are from the Okabe-Ito palette; lines also differ in dashes and markers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vilu.errors import MissingModelError
+from vilu.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - others take it from here
+
+CORRECT, WRONG = "#0072B2", "#D55E00"
+"""Of answers, wherever the two stand beside each other."""
+
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+GUIDE = "#bbbbbb"
+DPI = 150
+SETTINGS: Any = {
+    "svg.hashsalt": "vilu",  # else identifiers in the file are random
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure that needs no screen.
+
+    Raises:
+        MissingModelError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingModelError("figures need: pip install 'vilu[report]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+@contextlib.contextmanager
+def house_style() -> Iterator[None]:
+    """What every figure is drawn and saved under."""
+    new_figure(1, 1)  # says what is missing where matplotlib is not installed
+    import matplotlib as mpl
+
+    with mpl.rc_context(SETTINGS):
+        yield
+
+
+def looks() -> Iterator[dict[str, object]]:
+    """Colour, dashes and marker of one line after the other; they repeat after eight, the markers out of step."""
+    for number in itertools.count():
+        shift = number // len(COLOURS)
+        yield {
+            "color": COLOURS[number % len(COLOURS)],
+            "linestyle": DASHES[(number + shift) % len(DASHES)],
+            "marker": MARKERS[(number + 3 * shift) % len(MARKERS)],
+        }
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure atomically, as PNG or SVG by its suffix; the same figure gives the same bytes."""
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    with house_style(), atomic_write(path) as handle:
+        figure.savefig(handle, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata)

@@ -1,0 +1,1 @@
+"""From the finished cells of benchmarks to tables, figures, claims, and a document."""

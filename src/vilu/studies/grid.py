@@ -1,0 +1,98 @@
+"""Two hyper-parameters against each other, one setting choosing what is reported of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vilu.benchmark.board import Board, Mean
+from vilu.benchmark.presentation import GridView
+from vilu.errors import DataError
+from vilu.metrics.catalog import METRICS
+from vilu.studies.notes import notes_of
+from vilu.studies.pivot import Key, chosen, show, title_of
+from vilu.studies.sheet import Sheet
+
+if TYPE_CHECKING:
+    from vilu.report.style import Figure
+
+
+@dataclass(frozen=True)
+class _Field:
+    """The methods of a data set by their two values, and the one that was chosen."""
+
+    methods: dict[tuple[str, str], str]
+    chosen: tuple[str, str]
+
+
+def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figure]]:
+    """The sheet and the figure of a grid.
+
+    Raises:
+        DataError: If no method has both parameters and a result.
+    """
+    config, found = board.config, chosen(board, view)
+    best = view.metrics[0]
+    fields = {data: _field(board, view, data, best) for data in dict.fromkeys(key.data for key in found)}
+    columns = [(setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics]
+    rows, cells, used = [], {}, []
+    for data, field in fields.items():
+        for values, method in field.methods.items():
+            mark = " (chosen)" if values == field.chosen else ""
+            rows.append((title_of(config, "data", data), *values[:1], values[1] + mark))
+            for number, (setting, metric) in enumerate(columns):
+                entrant = board.find(method, data, setting)
+                if entrant is not None:
+                    used.append(entrant)
+                    key = Key(method, data, setting, metric)
+                    cells[len(rows) - 1, number] = show(config, key, Mean((entrant,)))
+    selected = title_of(config, "setting", view.select_on)
+    note = f"Chosen: the best {METRICS[best].title} in {selected!r}; the other columns had no say."
+    sheet = Sheet(
+        name=view.name,
+        title=view.title,
+        row_fields=("data", *view.parameters),
+        column_fields=("setting", "metric"),
+        rows=tuple(rows),
+        columns=tuple((title_of(config, "setting", s), METRICS[m].title) for s, m in columns),
+        cells=cells,
+        notes=(note, *notes_of(board, view, cells.values(), used)),
+    )
+    return sheet, lambda: _draw(board, view, fields, best)
+
+
+def _field(board: Board, view: GridView, data: str, best: str) -> _Field:
+    methods = {}
+    for label in view.methods or board.config.entries:
+        values = [board.config.entries[label].params.get(name) for name in view.parameters]
+        if None not in values and board.find(label, data, view.select_on) is not None:
+            methods[str(values[0]), str(values[1])] = label
+    scores = {values: _mean(board, label, data, view.select_on, best) for values, label in methods.items()}
+    if not scores:
+        raise DataError(f"the view {view.name} has no result on {data} with {' and '.join(view.parameters)}.")
+    sign = 1 if METRICS[best].higher_is_better else -1
+    return _Field(methods, max(scores, key=lambda values: sign * scores[values]))
+
+
+def _mean(board: Board, method: str, data: str, setting: str, metric: str) -> float:
+    entrant = board.entrants[method, data, setting]
+    return entrant.quantity(metric).value
+
+
+def _draw(board: Board, view: GridView, fields: dict[str, _Field], best: str) -> Figure:
+    from vilu.report.grids import Grid, grids
+
+    panels = []
+    for data, field in fields.items():
+        rows, columns = ([*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1))
+        for setting in (view.select_on, view.report_on):
+            values = {
+                (rows.index(a), columns.index(b)): _mean(board, method, data, setting, best)
+                for (a, b), method in field.methods.items()
+                if board.find(method, data, setting) is not None
+            }
+            names = title_of(board.config, "data", data), title_of(board.config, "setting", setting)
+            place = rows.index(field.chosen[0]), columns.index(field.chosen[1])
+            panels.append(Grid(f"{names[0]}, {names[1]}: {METRICS[best].title}", rows, columns, values, place))
+    return grids(panels, *view.parameters)

@@ -1,0 +1,172 @@
+"""The results of a board as a sheet."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from vilu.benchmark.board import Board, Entrant, Mean
+from vilu.benchmark.config import Config
+from vilu.benchmark.presentation import FIELDS, TableView, View
+from vilu.benchmark.published import Published, find_published
+from vilu.benchmark.resampling import RANKED_BY
+from vilu.errors import UsageError
+from vilu.metrics.catalog import METRICS
+from vilu.studies.notes import notes_of
+from vilu.studies.sheet import Sheet, Shown
+
+MEAN = "mean"
+"""What stands for the data set where there is a mean over several."""
+
+ALPHA = 0.05
+"""From this p-value on two methods are not told apart."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """Where a number belongs."""
+
+    method: str
+    data: str
+    setting: str
+    metric: str
+
+    def of(self, fields: Iterable[str]) -> tuple[str, ...]:
+        """Some of its parts."""
+        return tuple(getattr(self, field) for field in fields)
+
+
+def table_sheet(board: Board, view: TableView) -> Sheet:
+    """The sheet of a table.
+
+    Raises:
+        UsageError: If something varies that neither rows nor columns name.
+    """
+    entrants = chosen(board, view)
+    measured = {key: Mean((entrant,)) for key, entrant in entrants.items()} | _means(board, view, entrants)
+    shown = _ranked({key: show(board.config, key, found) for key, found in measured.items()}, measured, view.compete)
+    rows, columns = ([*dict.fromkeys(key.of(fields) for key in shown)] for fields in (view.rows, view.columns))
+    _require_named(view, shown)
+    config = board.config
+    return Sheet(
+        name=view.name,
+        title=view.title,
+        row_fields=view.rows,
+        column_fields=view.columns,
+        rows=tuple(_titles(config, view.rows, labels) for labels in rows),
+        columns=tuple(_titles(config, view.columns, labels) for labels in columns),
+        cells={(rows.index(key.of(view.rows)), columns.index(key.of(view.columns))): one for key, one in shown.items()},
+        notes=notes_of(board, view, shown.values(), entrants.values()),
+    )
+
+
+def chosen(board: Board, view: View) -> dict[Key, Entrant]:
+    """Every entrant of a view by its key, in the order of the view; also those without result."""
+    config, found = board.config, {}
+    methods, data, settings = view.methods or config.entries, view.data or config.data, view.settings or config.settings
+    for place in itertools.product(data, settings, methods, view.metrics):
+        name, setting, method, metric = place
+        entrant = board.entrants.get((method, name, setting))
+        if entrant is not None:
+            found[Key(method, name, setting, metric)] = entrant
+    return found
+
+
+def show(config: Config, key: Key, found: Mean) -> Shown:
+    """A number with its interval and the published one."""
+    parts = found.parts
+    published = published_of(config, key, len(parts))
+    if not all(part.found for part in parts):
+        reason = next(part.reason for part in parts if not part.found)
+        return Shown(key.metric, None, published=published, why=reason)
+    value = found.mean(key.metric)
+    has_interval = value is not None and key.metric in RANKED_BY
+    return Shown(
+        metric=key.metric,
+        value=value,
+        interval=found.quantity(key.metric).interval(config.confidence) if has_interval else None,
+        n=tuple(sorted({n for part in parts for n in part.n})),
+        n_failures=tuple(sorted({n for part in parts for n in part.n_failures})),
+        n_runs=max(part.n_runs for part in parts),
+        published=published,
+        why=None if value is not None else "undefined",
+    )
+
+
+def published_of(config: Config, key: Key, n_data: int = 1) -> Published | None:
+    """The published number that belongs beside ours; beside a mean, that over as many data sets."""
+    if config.study is None or not config.study.published:
+        return None
+    entry = config.data.get(key.data)
+    name = f"mean of {n_data}" if entry is None else entry.paper_name
+    if name is None:
+        return None
+    backbone = next(iter(config.data.values())).backbone if entry is None else entry.backbone
+    setting = config.settings[key.setting].published or ""
+    method = config.entries[key.method].published or key.method
+    return find_published(config.study.published, (name, setting, method, key.metric), backbone)
+
+
+def _means(board: Board, view: TableView, entrants: Iterable[Key]) -> dict[Key, Mean]:
+    means = {}
+    for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants) if view.mean else ():
+        places = [(key.method, data, key.setting) for data in view.mean]
+        parts = [board.entrants[place] for place in places if place in board.entrants]
+        if len(parts) == len(places):
+            means[key] = Mean(tuple(parts))
+    return means
+
+
+def _ranked(shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]) -> dict[Key, Shown]:
+    """With the best and the second best of those that differ in ``compete`` alone, and who is as good as the best."""
+    fixed = [field for field in FIELDS if field not in compete]
+    groups: dict[tuple[str, ...], list[Key]] = {}
+    for key, one in shown.items():
+        if one.value is not None:
+            groups.setdefault(key.of(fixed), []).append(key)
+    ranked = dict(shown)
+    for keys in groups.values():
+        if len(keys) < 2:
+            continue
+        sign = -1 if METRICS[keys[0].metric].higher_is_better else 1
+        order = sorted({sign * (shown[key].value or 0.0) for key in keys})
+        best = next(key for key in keys if sign * (shown[key].value or 0.0) == order[0])
+        for key in keys:
+            place = order.index(sign * (shown[key].value or 0.0))
+            tied = place > 0 and _is_tied(measured[key], measured[best], key.metric)
+            ranked[key] = replace(shown[key], rank=("best", "second", None)[min(place, 2)], tied=tied)
+    return ranked
+
+
+def _is_tied(one: Mean, best: Mean, metric: str) -> bool:
+    """Whether the paired bootstrap cannot tell two methods apart."""
+    difference = one.less(best, metric) if metric in RANKED_BY else None
+    return difference is not None and difference.p_value() >= ALPHA
+
+
+def _require_named(view: TableView, shown: Iterable[Key]) -> None:
+    """Refuse a view in which two numbers would stand in one cell."""
+    keys = list(shown)
+    for field in FIELDS:
+        several = dict.fromkeys(key.of([field])[0] for key in keys)
+        if field not in (*view.rows, *view.columns) and len(several) > 1:
+            raise UsageError(
+                f"the view {view.name} has several values of {field} ({', '.join(several)}), and neither rows nor "
+                "columns name it."
+            )
+
+
+def _titles(config: Config, fields: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
+    return tuple(title_of(config, field, label) for field, label in zip(fields, labels, strict=True))
+
+
+def title_of(config: Config, field: str, label: str) -> str:
+    """What a method, a data set, a setting or a metric is called in a table."""
+    if field == "metric":
+        return METRICS[label].title
+    if field == "data" and label == MEAN:
+        return MEAN
+    if field == "data":
+        return config.data[label].title or label
+    return (config.entries[label] if field == "method" else config.settings[label]).title or label
