@@ -66,6 +66,7 @@ def test_a_named_data_set_that_is_not_whole_is_an_error(root: Path, tmp_path: Pa
     assert "is no folder" in run("datasets", "check", root / "nowhere", code=2).stderr
 
 
+@pytest.mark.slow
 def test_embedding_a_data_set_by_name(root: Path, tmp_path: Path) -> None:
     embed = ["embed", root, "--backbone", "compact:64", "--dataset"]
     run(*embed, "dtd", "--split", "test", "-o", tmp_path / "dtd")
