@@ -148,7 +148,7 @@ def _prepared(entry: Data, role: Role, path: Path) -> ImageDataset:
     images = open_dataset(
         path,
         split=None if entry.captions else getattr(entry, role),
-        captions=entry.captions,
+        captions=entry.captions and entry.dataset is None,  # a known one has nothing else
         where=entry.where,
         dataset=entry.dataset,
         raw_names=entry.raw_names,
