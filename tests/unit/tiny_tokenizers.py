@@ -71,9 +71,10 @@ def siglip_ids(texts: list[str], length: int = 64) -> Tensor:
 @cache
 def siglip_tokenizer() -> Any:
     """Of transformers; it gives no mask, as on the hub: SigLIP's text tower reads the padding."""
-    file = Path(tempfile.mkdtemp()) / "spiece.model"
-    file.write_bytes(sentencepiece_model())
-    return transformers.SiglipTokenizer(vocab_file=str(file), model_input_names=["input_ids"])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "spiece.model"
+        file.write_bytes(sentencepiece_model())
+        return transformers.SiglipTokenizer(vocab_file=str(file), model_input_names=["input_ids"])
 
 
 def t5_tokenizer() -> Any:

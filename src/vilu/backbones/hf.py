@@ -110,8 +110,8 @@ def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towe
             "such as CLIP or SigLIP."
         )
     processor = transformers.AutoProcessor.from_pretrained(origin)
-    # By default transformers resizes with torchvision, which is up to two grey levels off what the models were trained
-    # with and open_clip does; transformers 4 knows the other keyword.
+    # By default transformers resizes with torchvision, which is up to two grey levels off Pillow, with which CLIP was
+    # trained and open_clip resizes; transformers 4 knows the other keyword.
     processor.image_processor = transformers.AutoImageProcessor.from_pretrained(origin, backend="pil", use_fast=False)
     towers = Towers(model, processor)
     if towers.pixels(Image.new("RGB", (64, 64))).ndim != 3:
