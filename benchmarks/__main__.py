@@ -15,6 +15,7 @@ NAMES = (
     "stream_scores",
     "shuffle_reader",
     "contrast",
+    "main_table",
 )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
 
 from vilu.backbones.named import NAMED
 from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, plan, scored_set_of, sharing_a_fit
@@ -16,6 +19,7 @@ from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.document import read_document
+from vilu.store.folds import TRAIN, VALIDATION
 from vilu.store.manifest import MANIFEST, Manifest
 
 COMPACT_WIDTHS = 768, 1280
@@ -24,6 +28,9 @@ COMPACT_WIDTHS = 768, 1280
 HALF = 2
 """Bytes of a stored number."""
 
+FOLDS = {"train": TRAIN, "validation": VALIDATION - TRAIN, "test": 1 - VALIDATION}
+"""Shares of the captions that are in each role."""
+
 
 @dataclass(frozen=True)
 class PartPlan:
@@ -31,7 +38,7 @@ class PartPlan:
 
     Attributes:
         data: The data set.
-        role: Which part.
+        part: Which rows: a role, or "pairs" for all of them.
         backbone: The model.
         images: How many; None where that is not known.
         counted: Where the number is from: "store", "listing" or "catalogue".
@@ -42,7 +49,7 @@ class PartPlan:
     """
 
     data: str
-    role: Role
+    part: str
     backbone: str
     images: int | None
     counted: str
@@ -90,14 +97,14 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
         UsageError: If something in the benchmark cannot be.
     """
     cells = plan(config)
-    parts = {part: _part(config, part, data, output) for part in needed_parts(config, cells)}
+    parts = {part: _part(part, config.data[part[0]], data, output) for part in needed_parts(config, cells)}
     runs = [cell for cell in cells if cell.same_as is None]
     groups = sharing_a_fit(config, runs)
     seconds = [_seconds(config, group, parts) for group in groups]
     return StudyPlan(
         name=config.name,
         title=config.study.title if config.study else "",
-        parts=tuple(parts.values()),
+        parts=tuple(dict.fromkeys(parts.values())),
         cells=len(cells),
         runs=len(runs),
         fits=sum(bool(origin_of(config, group[0]).train) for group in groups),
@@ -109,41 +116,48 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
     )
 
 
-def _part(config: Config, part: Part, data: Path, output: Path) -> PartPlan:
-    name, role = part
-    entry = config.data[name]
-    images, counted, state = _count(part, entry, data, output)
+def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
+    try:
+        folder = store_of(part, entry, data, output)
+        if is_complete(folder):
+            return _embedded(part, entry, read_document(folder / MANIFEST, Manifest))
+        with open_images(entry, part[1], data) as images:
+            if not isinstance(images, ShardedDataset):
+                return _expected(part, entry, len(images), "listing", "to embed")
+        return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "to embed")
+    except (UsageError, DataError, StorageError):  # the images are not here: that is an answer, not a fault
+        return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "no images here")
+
+
+def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
+    n_bytes = manifest.n_ok * sum(map(math.prod, manifest.arrays.values())) * np.dtype(manifest.dtype).itemsize
+    name = str(manifest.space.backbone)
+    return PartPlan(part[0], _title(part, entry), name, manifest.n_ok, "store", "embedded", n_bytes, 0.0, 0.0)
+
+
+def _expected(part: Part, entry: Data, images: int | None, counted: str, state: str) -> PartPlan:
     width, features = _widths(entry.backbone)
-    views = entry.views if role == "test" and not entry.captions else 0
+    views = entry.views if part[1] == "test" and not entry.captions else 0
     numbers = width * (1 + views + entry.captions) + (features if entry.features else 0)
     rate = image_rate(entry.backbone)
     a100 = NAMED[entry.backbone].a100_rate if entry.backbone in NAMED else None
-    passes = 0 if images is None or state == "embedded" else images * (1 + views)
+    passes = None if images is None else images * (1 + views)
     return PartPlan(
-        data=name,
-        role=role,
+        data=part[0],
+        part=_title(part, entry),
         backbone=entry.backbone,
         images=images,
         counted=counted,
         state=state,
         n_bytes=None if images is None or not width else images * numbers * HALF,
-        seconds=None if rate is None or images is None else passes / rate,
-        seconds_a100=None if a100 is None or images is None else passes / a100,
+        seconds=None if rate is None or passes is None else passes / rate,
+        seconds_a100=None if a100 is None or passes is None else passes / a100,
     )
 
 
-def _count(part: Part, entry: Data, data: Path, output: Path) -> tuple[int | None, str, str]:
-    """Number of images, where it is from, and the state of the part."""
-    try:
-        folder = store_of(part, entry, data, output)
-        if is_complete(folder):
-            return read_document(folder / MANIFEST, Manifest).n_ok, "store", "embedded"
-        with open_images(entry, part[1], data) as images:
-            if not isinstance(images, ShardedDataset):
-                return len(images), "listing", "to embed"
-        return _catalogued(entry, part[1]), "catalogue", "to embed"
-    except (UsageError, DataError, StorageError):  # the images are not here; that is an answer
-        return _catalogued(entry, part[1]), "catalogue", "no images here"
+def _title(part: Part, entry: Data) -> str:
+    """The part; captions are in one store for all roles."""
+    return "pairs" if entry.captions else part[1]
 
 
 def _catalogued(entry: Data, role: Role) -> int | None:
@@ -173,9 +187,7 @@ def _seconds(config: Config, group: Sequence[Cell], parts: dict[Part, PartPlan])
     spent, untimed, fitted = 0.0, 0, set[Origin]()
     for cell in group:
         origin, scored = origin_of(config, cell), scored_set_of(config, cell)
-        n_train = _rows(config, origin, parts)
-        place: Part = (scored.data, scored.role)
-        n_test = parts[place].images if place in parts else None
+        n_train, n_test = _rows(config, origin, parts), _rows_of(config, scored.data, scored.role, parts)
         if n_train is None or n_test is None:
             untimed += 1
             continue
@@ -190,7 +202,7 @@ def _seconds(config: Config, group: Sequence[Cell], parts: dict[Part, PartPlan])
 
 def _rows(config: Config, origin: Origin, parts: dict[Part, PartPlan]) -> int | None:
     """Training rows of a fit."""
-    counts = [parts[data, "train"].images for data in origin.train]
+    counts = [_rows_of(config, data, "train", parts) for data in origin.train]
     known = [count for count in counts if count is not None]
     if len(known) < len(counts):
         return None
@@ -199,6 +211,19 @@ def _rows(config: Config, origin: Origin, parts: dict[Part, PartPlan]) -> int | 
     if isinstance(origin.budget, int):
         return min(origin.budget * _n_classes(config.data[origin.train[0]]), sum(known))
     return sum(known)
+
+
+def _rows_of(config: Config, data: str, role: Role, parts: dict[Part, PartPlan]) -> int | None:
+    """Rows of a role: of captions, its share of the store; of held-out training rows, theirs."""
+    entry = config.data[data]
+    if entry.captions:
+        images = parts[data, role].images
+        return None if images is None else round(FOLDS[role] * images)
+    if isinstance(entry.validation, float) and role != "test":
+        images = parts[data, "train"].images
+        share = entry.validation if role == "validation" else 1 - entry.validation
+        return None if images is None else round(share * images)
+    return parts[data, role].images
 
 
 def _n_classes(entry: Data) -> int:

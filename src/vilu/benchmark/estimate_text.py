@@ -12,7 +12,7 @@ from vilu.benchmark.layout import aligned
 def describe(plans: Sequence[StudyPlan]) -> str:
     """The plans as text: a table of embeddings and one of cells for each, then the sums."""
     texts = [_describe(one) for one in plans]
-    parts = {(part.data, part.role, part.backbone): part for one in plans for part in one.parts}
+    parts = {(part.data, part.part, part.backbone): part for one in plans for part in one.parts}
     total = [
         f"together: {len(parts)} sets of embeddings, {_gib(part.n_bytes for part in parts.values())}, "
         f"{_hours(part.seconds for part in parts.values())} of embedding on two CPU cores "
@@ -30,7 +30,7 @@ def _describe(one: StudyPlan) -> str:
     rows = [
         [
             part.data,
-            part.role,
+            part.part,
             part.backbone,
             "?" if part.images is None else f"{part.images:,}" + ("*" if part.counted == "catalogue" else ""),
             part.state,

@@ -79,12 +79,13 @@ def render(
         Path | None, typer.Option(help="Also write all studies as one Markdown file, figures in a folder beside it.")
     ] = None,
     title: Annotated[str, typer.Option(help="Of that file.")] = "Results",
+    intro: Annotated[str, typer.Option(help="First paragraph of that file.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Make the tables and figures of finished studies anew, from their cells alone."""
     from vilu.studies.run import render_studies
 
-    _print(render_studies(run, document, title), as_json=as_json)
+    _print(render_studies(run, document, title, intro), as_json=as_json)
     next_step(f"tables and figures are in {run / 'studies'}" + (f", all of them in {document}" if document else ""))
 
 

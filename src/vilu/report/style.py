@@ -35,23 +35,34 @@ SETTINGS: Any = {
 }
 
 
+def require_matplotlib() -> None:
+    """Refuse to go on without matplotlib.
+
+    Raises:
+        MissingModelError: If it is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingModelError("figures need: pip install 'vilu[report]'") from error
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure that needs no screen.
 
     Raises:
         MissingModelError: If matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingModelError("figures need: pip install 'vilu[report]'") from error
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
 @contextlib.contextmanager
 def house_style() -> Iterator[None]:
     """What every figure is drawn and saved under."""
-    new_figure(1, 1)  # says what is missing where matplotlib is not installed
+    require_matplotlib()
     import matplotlib as mpl
 
     with mpl.rc_context(SETTINGS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from vilu.benchmark.config import Config
 from vilu.studies.claims import Verdict
@@ -14,6 +14,14 @@ RULINGS = {
     "does not hold": "**does not hold**",
     "open": "**open**: zero is in the interval",
     "not tested": "**not tested**",
+}
+
+
+HEADINGS = {
+    "holds": "**Holds**",
+    "does not hold": "**Does not hold**",
+    "open": "**Open**, since zero is in the interval",
+    "not tested": "**Not tested**",
 }
 
 
@@ -39,6 +47,19 @@ def page(
             parts.append(f"![{in_markdown(one.title)}]({figure(one.name)})")
         parts.append(f"```\n{one.body}\n```" if isinstance(one.body, str) else to_markdown(one.body).rstrip())
     return "\n\n".join(parts) + "\n"
+
+
+def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
+    """Every claim of several studies under what became of it."""
+    found: dict[str, list[Verdict]] = {ruling: [] for ruling in HEADINGS}
+    for verdict in (one for several in verdicts for one in several):
+        found[verdict.ruling].append(verdict)
+    parts = []
+    for ruling, heading in HEADINGS.items():
+        lines = [f"- {in_markdown(one.claim.says)} ({in_markdown(one.claim.source)})" for one in found[ruling]]
+        if lines:
+            parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
+    return "\n\n".join(["## The paper's claims here", *parts, ""]) if parts else ""
 
 
 def _about(config: Config) -> list[str]:

@@ -16,7 +16,7 @@ from vilu.studies.archive import STUDIES
 from vilu.studies.claims import Verdict, decide
 from vilu.studies.exhibits import Exhibit, exhibit
 from vilu.studies.formats import to_csv, to_latex, to_markdown, to_text
-from vilu.studies.page import page
+from vilu.studies.page import all_claims, page
 from vilu.studies.sheet import Sheet
 
 FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
@@ -64,14 +64,14 @@ def render(board: Board, output: Path) -> Rendered:
     return done
 
 
-def write_document(studies: Sequence[Rendered], document: Path, title: str) -> None:
+def write_document(studies: Sequence[Rendered], document: Path, title: str, intro: str) -> None:
     """One Markdown file of several studies, its figures in a folder of its name beside it.
 
     Raises:
         StorageError: If the file system refuses.
     """
     figures = make_folder(document.with_suffix(""))
-    parts = [f"# {title}", ""]
+    parts = [f"# {title}", "", *([intro, ""] if intro else []), all_claims([study.verdicts for study in studies])]
     for study in studies:
         name = study.board.config.name
         for one in study.exhibits:

@@ -1,0 +1,108 @@
+"""What ViLU's rows of the 13-set main table cost with cached embeddings, against encoding every image in every epoch.
+
+Measured here: training rows per second of the real loop on random embeddings (D = 512, batches of 1,024) at several
+numbers of classes, and images per second of the same backbone (CLIP ViT-B/32, random weights of the real size). The
+table's time is the sum over the 13 sets of rows times 300 epochs over the rate at the set's number of classes. Decoding
+and the backward pass through the head are left out of the other side, which therefore errs on the small side.
+
+For a GPU nothing can be measured here: a guess scales the same floating point operations to an assumed rate.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.encode_rates import IMAGES, named, seconds
+from vilu.backbones.named import NAMED
+from vilu.datasets.known import KNOWN
+from vilu.embeddings import Embeddings
+from vilu.nn.heads import FailureHead
+from vilu.nn.losses import FailureWeight
+from vilu.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.predictors.heads.head import bce_loss
+
+D, BATCH, EPOCHS, REPEATS = 512, 1024, 300, 3
+BACKBONE = "clip-vit-b32"
+CLASSES = (10, 100, 400, 1000)
+"""Numbers of classes that are measured; a set's rate is that of the next larger one."""
+
+GPU_TFLOPS = 6.0
+"""Assumed: a third of an A100's 19.5 TFLOP/s in float32, which small products do not reach."""
+
+GPU_STEP_SECONDS = 1.5e-3
+"""Assumed: what a step of some hundred small kernels takes at least to launch, the optimiser's among them."""
+
+A100 = NAMED[BACKBONE].a100_rate or float("nan")
+
+SETS = [entry for entry in KNOWN.values() if not entry.captioned and "train" in entry.sizes]
+
+
+def training(classes: int) -> tuple[float, float]:
+    """Training rows per second of the real loop, and floating point operations per row."""
+    rng, n = np.random.default_rng(0), 8 * BATCH
+    image, text = (rng.normal(size=(rows, D)) for rows in (n, classes))
+    unit = [rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (image, text)]
+    data = Embeddings(unit[0], unit[1], rng.integers(classes, size=n))
+    torch.manual_seed(0)
+    config = TrainConfig(1, BATCH, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device("cpu"))
+    trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
+    trainer.thaw()
+    rows, generator = Rows(data, torch.arange(n)), torch.Generator().manual_seed(0)
+    with FlopCounterMode(display=False) as counter:
+        trainer._step(next(rows.steps(BATCH, generator)))
+    spent = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        for batch in rows.steps(BATCH, generator):
+            trainer._step(batch)
+        spent.append(time.perf_counter() - start)
+    return n / statistics.median(spent), counter.get_total_flops() / BATCH
+
+
+def encoding() -> float:
+    """Images per second of the backbone's image tower."""
+    with torch.inference_mode():
+        tower = named(BACKBONE)
+        tower.run_images()
+        return IMAGES / min(seconds(tower.run_images) for _ in range(REPEATS))
+
+
+def main() -> dict[str, float]:
+    """Print the sum, return ratio and hours."""
+    images = encoding()
+    rates = {classes: training(classes) for classes in CLASSES}
+    passes = {entry.name: (entry.sizes["train"] * EPOCHS, int(entry.n_classes or 0)) for entry in SETS}
+    at = {name: rates[min(c for c in CLASSES if c >= classes)] for name, (_, classes) in passes.items()}
+    head = sum(rows / at[name][0] for name, (rows, _) in passes.items())
+    encode = sum(rows for rows, _ in passes.values()) / images
+    steps = sum(rows for rows, _ in passes.values()) / BATCH
+    work = sum(rows * at[name][1] for name, (rows, _) in passes.items())
+    gpu = max(work / (GPU_TFLOPS * 1e12), steps * GPU_STEP_SECONDS)
+    total = sum(entry.sizes["train"] for entry in SETS)
+    print(f"main table, {len(SETS)} sets, {total:,} training rows, {EPOCHS} epochs, {torch.get_num_threads()} threads")
+    for classes, (rate, flops) in rates.items():
+        print(f"  {classes:>5} classes: {rate:>9,.0f} training rows/s, {flops / 1e6:.1f} MFLOP a row")
+    print(f"  {BACKBONE}: {images:.1f} images/s")
+    print(
+        f"  with cached embeddings {head / 3600:,.1f} h here; encoding every image in every epoch would be "
+        f"{encode / 3600:,.0f} h more: {encode / head:,.0f} times as long (once: {encode / EPOCHS / 3600:,.1f} h)"
+    )
+    print(
+        f"  on a GPU, a guess: {work / 1e12:,.0f} TFLOP in {steps:,.0f} steps are {gpu / 60:.0f} minutes at "
+        f"{GPU_TFLOPS:g} TFLOP/s and at least {1e3 * GPU_STEP_SECONDS:g} ms a step (not measured); encoding in every "
+        f"epoch {total * EPOCHS / A100 / 3600:,.0f} h on an A100 by its published rate"
+    )
+    return {
+        "main_table_reencoding_ratio": encode / head,
+        "main_table_hours_here": head / 3600,
+        "main_table_gpu_minutes_guess": gpu / 60,
+    }
+
+
+if __name__ == "__main__":
+    main()

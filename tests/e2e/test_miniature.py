@@ -1,0 +1,128 @@
+"""Every study of the paper in miniature, through the real command line.
+
+Random-weight CLIP and SigLIP models of the real architectures at reduced width, 64 images of every data set in the real
+layouts. Of the three sets with 1,000 classes, images are put where the random models see them, so that there is
+something to tell right from wrong; the other sets have few classes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.unit.known_trees import make_trees, wnids
+from tests.unit.tiny_models import write_tiny
+from vilu.backbones.catalog import load_backbone
+from vilu.backbones.named import NAMED
+from vilu.backbones.zeroshot import class_texts
+from vilu.benchmark.loading import load_config
+from vilu.datasets.images import decode_image
+from vilu.datasets.known import KNOWN, open_known
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs" / "paper").glob("*.toml"))
+SMALL_REASONS = ("fewer than", "at least", "are others", "needs the column", "does not work on", "does not begin")
+"""How methods refuse what is too small, or not theirs."""
+
+
+def move_to_what_is_seen(name: str, data: Path, models: Path) -> None:
+    """Two of four images to the class that CLIP sees in them, one to SigLIP's; one stays."""
+    images = open_known(name, data)
+    home = next(data / folder for folder in KNOWN[name].folders if (data / folder).is_dir())
+    folders = [str(i) for i in range(1000)] if name == "imagenet_v2" else wnids()
+    records = list(images.records(0, len(images)))
+    pictures = [decode_image(record.read()).image for record in records]
+    seen = []
+    for backbone in ("clip-vit-b32", "siglip-vit-b16"):
+        model = load_backbone(backbone, models=models)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # random models hardly tell some names apart
+            text = class_texts(model, images.class_names)
+        pixels = torch.stack([model.preprocess(picture) for picture in pictures])
+        seen.append((model.encode_images(pixels) @ text.T).argmax(dim=1).tolist())
+    for number, record in enumerate(records):
+        if number % 4 < 3:
+            path = home / record.key
+            target = path.parents[1] / folders[seen[number % 4 == 2][number]] / f"{number}{path.suffix}"
+            target.parent.mkdir(exist_ok=True)
+            path.rename(target)
+
+
+@pytest.fixture(scope="module")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Data sets and models."""
+    root = tmp_path_factory.mktemp("miniature")
+    for name in NAMED:
+        write_tiny(root / "models" / name, name.partition("-")[0], "open_clip")
+    (root / "data").mkdir()
+    make_trees(root / "data")
+    for name in ("imagenet", "imagenet_v2", "imagenet_sketch"):
+        move_to_what_is_seen(name, root / "data", root / "models")
+    return root / "data", root / "models"
+
+
+def run(miniature: tuple[Path, Path], output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+    data, models = miniature
+    command = [
+        sys.executable,
+        "-m",
+        "vilu.cli",
+        "benchmark",
+        *CONFIGS,
+        "--data",
+        data,
+        "--models",
+        models,
+        "-o",
+        output,
+    ]
+    done = subprocess.run([*map(str, command), "--smoke", *map(str, more)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+def test_every_study_runs_from_images_to_tables(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    text = run(miniature, tmp_path, "--jobs", 2).stdout
+    output = tmp_path / "smoke"
+    for path in CONFIGS:
+        config = load_config(path)
+        folder = output / "studies" / config.name
+        assert f"=== {config.name} ===" in text
+        for view in config.views:
+            assert (folder / f"tables/{view.name}.tex").stat().st_size > 500
+            if view.kind != "table":
+                assert (folder / f"figures/{view.name}.svg").stat().st_size > 5000
+        page = (folder / "README.md").read_text()
+        assert page.count("| **") + page.count("| *") >= len(config.claims)
+    cells = [json.loads(path.read_text()) for path in (output / "cells").rglob("*.json")]
+    reasons = Counter(cell["refused"]["reason"] for cell in cells if cell["refused"])
+    unexpected = [reason for reason in reasons if not any(words in reason for words in SMALL_REASONS)]
+    assert unexpected == []
+    results = {(cell["data"], cell["method"]) for cell in cells if cell["results"]}
+    everywhere = {name for path in CONFIGS for name in load_config(path).data}
+    assert {data for data, _ in results} == everywhere
+    learned = Counter(method for _, method in results)
+    assert learned["vilu"] >= 20
+    assert sum(bool(cell["results"]) for cell in cells) > 0.8 * len(cells)
+    before = {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*")}
+    assert run(miniature, tmp_path).stdout == text
+    assert {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*")} == before
+
+
+def test_a_dry_run_knows_the_miniature(miniature: tuple[Path, Path], tmp_path: Path) -> None:
+    plans = json.loads(run(miniature, tmp_path, "--dry-run", "--json").stdout)
+    assert [plan["name"] for plan in plans] == [path.stem for path in CONFIGS]
+    parts = {(part["data"], part["part"]): part for plan in plans for part in plan["parts"]}
+    assert parts["dtd", "train"]["counted"] == "listing"
+    assert parts["cc12m", "pairs"]["counted"] == "catalogue"  # only reading tars tells how many are in them
+    assert {part["state"] for part in parts.values()} == {"to embed"}
+    assert sum(parts["dtd", role]["images"] for role in ("train", "validation", "test")) == 64
+    assert not (tmp_path / "smoke").exists()
