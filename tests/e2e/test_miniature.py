@@ -1,8 +1,8 @@
 """Every study of the paper in miniature, through the real command line.
 
 Random-weight CLIP and SigLIP models of the real architectures at reduced width, 64 images of every data set in the real
-layouts. Of the three sets with 1,000 classes, images are put where the random models see them, so that there is
-something to tell right from wrong; the other sets have few classes.
+layouts. Where that can be had by moving files or in a list, most images belong to the class that a random model sees in
+them: else it would never be right, and there would be nothing to learn.
 """
 
 from __future__ import annotations
@@ -32,11 +32,9 @@ SMALL_REASONS = ("fewer than", "at least", "are others", "needs the column", "do
 """How methods refuse what is too small, or not theirs."""
 
 
-def move_to_what_is_seen(name: str, data: Path, models: Path) -> None:
-    """Two of four images to the class that CLIP sees in them, one to SigLIP's; one stays."""
+def answers(name: str, data: Path, models: Path) -> tuple[list[str], list[int]]:
+    """Keys of all images of a data set, and what a model sees in each: of three images CLIP in two, SigLIP in one."""
     images = open_known(name, data)
-    home = next(data / folder for folder in KNOWN[name].folders if (data / folder).is_dir())
-    folders = [str(i) for i in range(1000)] if name == "imagenet_v2" else wnids()
     records = list(images.records(0, len(images)))
     pictures = [decode_image(record.read()).image for record in records]
     seen = []
@@ -47,12 +45,35 @@ def move_to_what_is_seen(name: str, data: Path, models: Path) -> None:
             text = class_texts(model, images.class_names)
         pixels = torch.stack([model.preprocess(picture) for picture in pictures])
         seen.append((model.encode_images(pixels) @ text.T).argmax(dim=1).tolist())
-    for number, record in enumerate(records):
+    return [record.key for record in records], [seen[i % 4 == 2][i] for i in range(len(records))]
+
+
+def move_to_what_is_seen(name: str, data: Path, models: Path) -> None:
+    """Three of four images to the folder of the class that a model sees in them; one stays."""
+    home = next(data / folder for folder in KNOWN[name].folders if (data / folder).is_dir())
+    folders = [str(i) for i in range(1000)] if name == "imagenet_v2" else wnids()
+    for number, (key, label) in enumerate(zip(*answers(name, data, models), strict=True)):
         if number % 4 < 3:
-            path = home / record.key
-            target = path.parents[1] / folders[seen[number % 4 == 2][number]] / f"{number}{path.suffix}"
+            path = home / key
+            target = path.parents[1] / folders[label] / f"{number}{path.suffix}"
             target.parent.mkdir(exist_ok=True)
             path.rename(target)
+
+
+def list_as_what_is_seen(name: str, data: Path, models: Path) -> None:
+    """The same in the lists of a set that has one."""
+    homes = [data / folder for folder in KNOWN[name].folders if (data / folder).is_dir()]
+    (path,) = homes[0].glob("split_zhou_*.json")
+    lists = json.loads(path.read_text())
+    names = {label: raw for entries in lists.values() for _, label, raw in entries}
+    seen = dict(zip(*answers(name, data, models), strict=True))
+    kept: set[int] = set()
+    for number, entry in enumerate(entry for entries in lists.values() for entry in entries):
+        label = next(label for key, label in seen.items() if key.endswith(entry[0]))
+        if number % 4 < 3 and entry[1] in kept:  # every class keeps an image
+            entry[1:] = [label, names[label]]
+        kept.add(entry[1])
+    path.write_text(json.dumps(lists))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +86,8 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     make_trees(root / "data")
     for name in ("imagenet", "imagenet_v2", "imagenet_sketch"):
         move_to_what_is_seen(name, root / "data", root / "models")
+    for name in ("eurosat", "stanford_cars", "oxford_pets", "flowers102", "caltech101", "dtd", "ucf101"):
+        list_as_what_is_seen(name, root / "data", root / "models")
     return root / "data", root / "models"
 
 

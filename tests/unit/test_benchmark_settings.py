@@ -23,6 +23,7 @@ from vilu.pseudo import PseudoCaptions
 from vilu.store.embed import embed
 from vilu.store.open import open_source
 
+ALL = {"all": {"kind": "labels"}}
 SMALL = {"epochs": 2, "hidden": [8]}
 
 
@@ -86,6 +87,8 @@ def test_validation_rows_are_a_store_or_a_share(data: Path) -> None:
     assert len(validation["two"]) + len(train) == 80
     assert set(validation["two"].ids).isdisjoint(train.ids)
     assert bench.validation_set(origin_of(chosen, Cell("lvu", "one", "few", 0))) is None
+    tiny = made(data={"two": {"stores": {"train": "two-train", "test": "two-test"}, "validation": 1e-6}}, settings=ALL)
+    assert bench_of(tiny, data).validation_set(origins["two"]) is None
     bench.check()
 
 

@@ -9,7 +9,7 @@ from vilu.benchmark.parts import ROLES, Data
 from vilu.benchmark.settings import AnySetting, Union
 from vilu.predictors.parameters import parameters
 
-SEEDS, RESAMPLES, IMAGES, VIEWS, EPOCHS, POOL = 2, 50, 120, 2, 2, 8
+SEEDS, RESAMPLES, IMAGES, VIEWS, EPOCHS, POOL = 1, 50, 120, 2, 2, 4
 
 
 def shrink(config: Config) -> Config:

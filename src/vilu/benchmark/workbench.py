@@ -149,10 +149,11 @@ class Workbench:
         return select(source, rows, classes, columns)
 
     def validation_set(self, origin: Origin) -> EmbeddingSource | None:
-        """What a method may select on; None where it has to hold out rows of its own."""
+        """What a method may select on; None where it has to hold out rows of its own (a small share may hold none)."""
         if not selects(origin) or self.config.data[origin.train[0]].validation is None:
             return None
-        return self.source(origin.train[0], "validation")
+        found = self.source(origin.train[0], "validation")
+        return found if len(found) else None
 
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
         """What the method of a cell is tested on."""

@@ -29,14 +29,19 @@ class _Field:
 def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figure]]:
     """The sheet and the figure of a grid.
 
+    Data sets without a result are left out; the notes tell why.
+
     Raises:
-        DataError: If no method has both parameters and a result.
+        DataError: If there is none with one.
     """
     config, found = board.config, chosen(board, view)
     best = view.metrics[0]
-    fields = {data: _field(board, view, data, best) for data in dict.fromkeys(key.data for key in found)}
+    tried = {data: _field(board, view, data, best) for data in dict.fromkeys(key.data for key in found)}
+    fields = {data: field for data, field in tried.items() if field is not None}
+    if not fields:
+        raise DataError(f"the view {view.name} has nothing to show: no result with {' and '.join(view.parameters)}.")
     columns = [(setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics]
-    rows, cells, used = [], {}, []
+    rows, cells = [], {}
     for data, field in fields.items():
         for values, method in field.methods.items():
             mark = " (chosen)" if values == field.chosen else ""
@@ -44,7 +49,6 @@ def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figu
             for number, (setting, metric) in enumerate(columns):
                 entrant = board.find(method, data, setting)
                 if entrant is not None:
-                    used.append(entrant)
                     key = Key(method, data, setting, metric)
                     cells[len(rows) - 1, number] = show(config, key, Mean((entrant,)))
     selected = title_of(config, "setting", view.select_on)
@@ -57,22 +61,21 @@ def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figu
         rows=tuple(rows),
         columns=tuple((title_of(config, "setting", s), METRICS[m].title) for s, m in columns),
         cells=cells,
-        notes=(note, *notes_of(board, view, cells.values(), used)),
+        notes=(note, *notes_of(board, view, cells.values(), found.values())),
     )
     return sheet, lambda: _draw(board, view, fields, best)
 
 
-def _field(board: Board, view: GridView, data: str, best: str) -> _Field:
+def _field(board: Board, view: GridView, data: str, best: str) -> _Field | None:
+    """What there is of a data set; None where there is no result."""
     methods = {}
     for label in view.methods or board.config.entries:
         values = [board.config.entries[label].params.get(name) for name in view.parameters]
         if None not in values and board.find(label, data, view.select_on) is not None:
             methods[str(values[0]), str(values[1])] = label
     scores = {values: _mean(board, label, data, view.select_on, best) for values, label in methods.items()}
-    if not scores:
-        raise DataError(f"the view {view.name} has no result on {data} with {' and '.join(view.parameters)}.")
     sign = 1 if METRICS[best].higher_is_better else -1
-    return _Field(methods, max(scores, key=lambda values: sign * scores[values]))
+    return _Field(methods, max(scores, key=lambda values: sign * scores[values])) if scores else None
 
 
 def _mean(board: Board, method: str, data: str, setting: str, metric: str) -> float:
