@@ -36,7 +36,10 @@ class Photo:
 
 
 def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
-    """Uncertainty of correct and of wrong answers, a panel each (as Fig. 9 and 10 of the ViLU supplement)."""
+    """Uncertainty of correct and of wrong answers, a panel each (as Fig. 9 and 10 of the ViLU supplement).
+
+    Shares of the correct and of the wrong ones, so that the rarer kind is seen.
+    """
     with house_style():
         rows = -(-len(outcomes) // COLUMNS)
         figure = new_figure(4 * COLUMNS, 2.6 * rows)
@@ -45,11 +48,13 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
             keep = one.evaluable
             uncertainty, failure = one.uncertainty[keep], one.failure[keep]
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            axes.hist(uncertainty[failure == 0], edges, color=CORRECT, alpha=0.65, label="answer correct")
-            axes.hist(uncertainty[failure == 1], edges, color=WRONG, alpha=0.65, label="answer wrong", hatch="///")
+            for kind, look in enumerate(({"color": CORRECT}, {"color": WRONG, "hatch": "///"})):
+                shown = uncertainty[failure == kind]
+                label, share = f"answer {('correct', 'wrong')[kind]}", np.full(len(shown), 100 / max(len(shown), 1))
+                axes.hist(shown, edges, weights=share, alpha=0.65, label=label, **look)
             axes.set_title(f"{title}: AUROC {auroc(uncertainty, failure):.1%}")
             axes.set_xlabel("uncertainty")
-            axes.set_ylabel("images")
+            axes.set_ylabel("% of its kind")
             if number == 0:
                 axes.legend(fontsize=8)
     return figure

@@ -13,7 +13,8 @@ from vilu.report.style import WRONG, house_style, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT = 4.2, 3.2
+COLUMNS = 2
+WIDTH, HEIGHT = 4.2, 2.6
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,11 @@ class Grid:
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
     """Darker is higher; the number stands in every field, the chosen one is framed."""
     with house_style():
-        figure = new_figure(WIDTH * len(panels), HEIGHT)
+        columns = min(COLUMNS, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = new_figure(WIDTH * columns, HEIGHT * rows)
         for number, panel in enumerate(panels):
-            axis = figure.add_subplot(1, len(panels), number + 1)
+            axis = figure.add_subplot(rows, columns, number + 1)
             field = np.full((len(panel.rows), len(panel.columns)), np.nan)
             for place, value in panel.values.items():
                 field[place] = value
