@@ -48,10 +48,10 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
             keep = one.evaluable
             uncertainty, failure = one.uncertainty[keep], one.failure[keep]
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            for kind, look in enumerate(({"color": CORRECT}, {"color": WRONG, "hatch": "///"})):
+            for kind, label, colour, hatch in ((0, "correct", CORRECT, None), (1, "wrong", WRONG, "///")):
                 shown = uncertainty[failure == kind]
-                label, share = f"answer {('correct', 'wrong')[kind]}", np.full(len(shown), 100 / max(len(shown), 1))
-                axes.hist(shown, edges, weights=share, alpha=0.65, label=label, **look)
+                share = np.full(len(shown), 100 / max(len(shown), 1))
+                axes.hist(shown, edges, weights=share, alpha=0.65, label=f"answer {label}", color=colour, hatch=hatch)
             axes.set_title(f"{title}: AUROC {auroc(uncertainty, failure):.1%}")
             axes.set_xlabel("uncertainty")
             axes.set_ylabel("% of its kind")
