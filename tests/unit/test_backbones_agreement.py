@@ -13,6 +13,8 @@ from tests.unit.tiny_tokenizers import siglip_ids
 from tests.unit.tiny_weights import LOGIT_BIAS, LOGIT_SCALE, pictures
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
+from vilu.backbones.open_clip import use_tanh_gelu
+from vilu.errors import ProvenanceError
 
 AGREE = 1e-5
 """Of coordinates of unit vectors, which the towers reach by some hundreds of float32 sums in another order."""
@@ -121,11 +123,27 @@ def test_words_there_is_room_for(kind: str, tmp_path: Path) -> None:
         assert backbone.truncates(texts) == [False, True]
 
 
+@pytest.mark.parametrize("name", ["clip-vit-b32", "siglip-vit-b16"])
+def test_a_named_backbone_is_one_model_by_either_library(name: str, tmp_path: Path) -> None:
+    """Each library with its own configuration: of SigLIP, open_clip's GELU is made the one of training."""
+    for library in ("open_clip", "hf"):
+        write_tiny(tmp_path / library / name, name.partition("-")[0], library, seed=3)
+    first = load_backbone(name, device="cpu", models=tmp_path / "open_clip")
+    second = load_backbone(f"{name}@hf", device="cpu", models=tmp_path / "hf")
+    torch.testing.assert_close(embed(first, 40, 40), embed(second, 40, 40), atol=AGREE, rtol=0)
+    torch.testing.assert_close(first.encode_texts(TEXTS), second.encode_texts(TEXTS), atol=AGREE, rtol=0)
+
+
+def test_a_model_without_gelu_is_another_one() -> None:
+    with pytest.raises(ProvenanceError, match="thing has no GELU"):
+        use_tanh_gelu(torch.nn.Linear(2, 2), "thing")
+
+
 class TestKnownDifferences:
     """What the libraries do differently with the published models, and how much it is here."""
 
     def test_gelu_of_siglip(self, tmp_path: Path) -> None:
-        """open_clip has the exact GELU, transformers and the training code its tanh approximation."""
+        """Unless named: open_clip has the exact GELU, transformers and the training code its tanh approximation."""
         first, second = make_pair(tmp_path, "siglip", tanh=None)
         for difference in (
             embed(first, 32, 32) - embed(second, 32, 32),

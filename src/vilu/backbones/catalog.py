@@ -81,7 +81,8 @@ def load_backbone(
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Got {precision!r} instead.")
     module, _, function = BACKBONES[kind].loader.partition(":")
     load = getattr(importlib.import_module(module), function)
-    backbone: Backbone = load(argument, resolve_device(device), precision)
+    options = place.options if place else {}
+    backbone: Backbone = load(argument, resolve_device(device), precision, **options)
     if place:
         backbone.space = replace(backbone.space, backbone=place.name)
     return backbone

@@ -28,6 +28,8 @@ class NamedBackbone:
         image_size: Pixels of a side.
         context_length: Tokens of a text, the special ones included.
         quick_gelu: Whether the weights want QuickGELU, x sigmoid(1.702 x), in place of GELU.
+        tanh_gelu: Whether they were trained with GELU's tanh approximation, Flax's default, as transformers has it;
+            open_clip has the exact function, unless it is told so.
         image_gflop: 10^9 floating point operations of the image tower per image.
         image_rate: Images per second of the image tower in float32 on 2 CPU cores (``benchmarks/encode_rates.py``).
         text_rate: Texts per second of the text tower, likewise.
@@ -44,6 +46,7 @@ class NamedBackbone:
     image_size: int
     context_length: int
     quick_gelu: bool
+    tanh_gelu: bool
     image_gflop: float
     image_rate: float
     text_rate: float
@@ -67,6 +70,7 @@ NAMED: dict[str, NamedBackbone] = {
         image_size=224,
         context_length=77,
         quick_gelu=True,
+        tanh_gelu=False,
         image_gflop=8.7,
         image_rate=19.1,
         text_rate=24.9,
@@ -83,6 +87,7 @@ NAMED: dict[str, NamedBackbone] = {
         image_size=224,
         context_length=77,
         quick_gelu=True,
+        tanh_gelu=False,
         image_gflop=33.7,
         image_rate=4.0,
         text_rate=25.9,
@@ -99,6 +104,7 @@ NAMED: dict[str, NamedBackbone] = {
         image_size=224,
         context_length=77,
         quick_gelu=True,
+        tanh_gelu=False,
         image_gflop=155.5,
         image_rate=0.89,
         text_rate=12.0,
@@ -115,6 +121,7 @@ NAMED: dict[str, NamedBackbone] = {
         image_size=224,
         context_length=64,
         quick_gelu=False,
+        tanh_gelu=True,
         image_gflop=34.0,
         image_rate=4.8,
         text_rate=15.7,
@@ -131,6 +138,7 @@ NAMED: dict[str, NamedBackbone] = {
         image_size=256,
         context_length=64,
         quick_gelu=False,
+        tanh_gelu=True,
         image_gflop=156.1,
         image_rate=0.96,
         text_rate=4.2,
@@ -147,10 +155,12 @@ class Place:
     Attributes:
         name: In embedding spaces: NAME by open_clip, NAME@hf by transformers, wherever the weights lie.
         spec: KIND:ARGUMENT of the loader.
+        options: More for the loader.
     """
 
     name: str
     spec: str
+    options: dict[str, bool]
 
 
 def find_named(spec: str, models: Path | None = None) -> Place | None:
@@ -180,7 +190,8 @@ def find_named(spec: str, models: Path | None = None) -> Place | None:
         if kind == "open_clip":
             _require_activation(folder / FORMATS[kind], NAMED[name])
         argument = str(folder)
-    return Place(name if kind == USUAL else f"{name}@{kind}", f"{kind}:{argument}")
+    options = {"tanh_gelu": NAMED[name].tanh_gelu} if kind == "open_clip" else {}
+    return Place(name if kind == USUAL else f"{name}@{kind}", f"{kind}:{argument}", options)
 
 
 def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vilu.backbones.dual import DualEncoder
 from vilu.backbones.loading import (
@@ -24,7 +24,7 @@ from vilu.backbones.loading import (
     tokenizer_identity,
 )
 from vilu.backbones.projection import detach_projection
-from vilu.errors import MissingModelError, UsageError
+from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.space import EmbeddingSpace
 
 CONFIG = "open_clip_config.json"
@@ -67,7 +67,7 @@ class Source:
     quick_gelu: bool = False
 
 
-def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
+def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool = False) -> DualEncoder:
     """A model of OpenCLIP with its own preprocessing, tokenizer, logit scale and logit bias.
 
     Args:
@@ -75,6 +75,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
             and weights.
         device: Where to put it.
         precision: "fp32" or "bf16" (image tower under autocast).
+        tanh_gelu: Whether GELU is its tanh approximation, whatever the model's configuration says.
 
     Raises:
         UsageError: If the name, the tag or the hub id cannot be.
@@ -98,6 +99,8 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         network, transform, tokenizer, identity = load_cached_first(read, source.name, source.repository)
     network = network.eval().requires_grad_(requires_grad=False)
     weights = tensors_sha256(network.state_dict())
+    if tanh_gelu:
+        use_tanh_gelu(network, source.name)
     network = network.to(device)
 
     def encode_texts(texts: list[str]) -> Tensor:
@@ -125,6 +128,19 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         image_projection=detach_projection(network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)),
         text_projection=detach_projection(network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])),
     )
+
+
+def use_tanh_gelu(network: nn.Module, name: str) -> None:
+    """Turn every GELU of a model into its tanh approximation.
+
+    Raises:
+        ProvenanceError: If there is none: then it is another model than it was taken for.
+    """
+    found = [module for module in network.modules() if isinstance(module, nn.GELU)]
+    if not found:
+        raise ProvenanceError(f"{name} has no GELU, which a model that was trained with its tanh form has.")
+    for module in found:
+        module.approximate = "tanh"
 
 
 def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
