@@ -34,8 +34,8 @@ CLASSES = (10, 100, 400, 1000)
 GPU_TFLOPS = 6.0
 """Assumed: a third of an A100's 19.5 TFLOP/s in float32, which small products do not reach."""
 
-GPU_STEP_SECONDS = 1.5e-3
-"""Assumed: what a step of some hundred small kernels takes at least to launch, the optimiser's among them."""
+GPU_STEP_SECONDS = 3e-3
+"""Assumed: what a step of some hundred small kernels and a few copies takes at least, whatever the arithmetic."""
 
 A100 = NAMED[BACKBONE].a100_rate or float("nan")
 
