@@ -18,7 +18,7 @@ from vilu.errors import DataError, UsageError
 from vilu.nn.attention import ATTENTION
 from vilu.nn.heads import FailureHead
 from vilu.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
-from vilu.nn.plan import schedule
+from vilu.nn.plan import Plan, schedule
 from vilu.nn.train import HeadTrainer, Rows, TrainConfig, auroc_standard_error
 from vilu.predictors.heads.head import bce_loss
 from vilu.types import Batch
@@ -197,11 +197,20 @@ def test_the_attention_learns_after_the_freeze(epochs: int) -> None:
     assert not torch.equal(head.attention.image, torch.eye(16))
 
 
-def test_default_freeze_is_one_epoch_or_a_thousand_steps() -> None:
-    short = trained(dataclasses.replace(CONFIG, freeze_epochs=None, epochs=83), make_head())  # 12 steps an epoch
-    assert torch.equal(short.attention.image, torch.eye(16))
-    long = trained(dataclasses.replace(CONFIG, freeze_epochs=None, epochs=85), make_head())
-    assert not torch.equal(long.attention.image, torch.eye(16))
+def test_a_short_run_trains_the_attention_by_default() -> None:
+    head = trained(dataclasses.replace(CONFIG, freeze_epochs=None, epochs=4), make_head())
+    assert not torch.equal(head.attention.image, torch.eye(16))
+
+
+@pytest.mark.parametrize(
+    ("steps", "epochs", "frozen"),
+    [(10_000, 20, 1), (400, 20, 3), (12, 200, 84), (12, 100, 50), (3, 300, 150), (3, 1, 1)],
+)
+def test_the_default_freeze_is_an_epoch_or_a_thousand_steps_within_half_of_the_run(
+    steps: int, epochs: int, frozen: int
+) -> None:
+    assert Plan.of(steps, epochs, 1.0, None).frozen == frozen
+    assert Plan.of(steps, epochs, 1.0, 7).frozen == 7
 
 
 def test_training_is_deterministic_and_seeded() -> None:

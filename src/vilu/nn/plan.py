@@ -41,7 +41,8 @@ class Plan:
     def of(cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None) -> Plan:
         """What the settings of ``TrainConfig`` mean for epochs of so many steps."""
         epochs = epochs or default_epochs(steps)
-        frozen = math.ceil(FREEZE_STEPS / steps) if freeze_epochs is None else freeze_epochs
+        by_default = min(math.ceil(FREEZE_STEPS / steps), max(epochs // 2, 1))  # else a short run never trains it
+        frozen = by_default if freeze_epochs is None else freeze_epochs
         return cls(steps, epochs, min(warmup_epochs, epochs / 10) * steps, frozen)
 
     def rates(self, epoch: int, first: int) -> list[float]:

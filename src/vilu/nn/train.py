@@ -58,7 +58,8 @@ class TrainConfig:
         weight_decay: Of SGD.
         warmup_epochs: Length of the linear warm-up, at most a tenth of the run; then a cosine to zero.
         freeze_epochs: Epochs during which the attention gets no gradient, no decay and no momentum; None: one epoch
-            (the paper), or as many as make 1,000 steps where that is longer (the released code).
+            (the paper), or as many as make 1,000 steps where that is longer (the released code), but at most half of
+            the run.
         patience: Stop after so many epochs that were not kept; None: never.
         precision: "fp32", or "bf16" for the MLP's products (similarities, softmax and losses stay in float32).
         seed: Of the shuffling.

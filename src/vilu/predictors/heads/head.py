@@ -46,7 +46,7 @@ class HeadPredictor(SelectingPredictor):
         weight_decay: Of SGD.
         warmup_epochs: Length of the warm-up, at most a tenth of the run.
         freeze_epochs: Epochs before the attention starts to learn; None: one (the paper), or as many as make 1,000
-            steps where that is longer (the released code).
+            steps where that is longer (the released code), but at most half of them.
         patience: Stop after so many epochs clearly below the best validation AUROC; None: never.
         weighting: Weight of failures in the loss (see ``vilu.nn.losses.FailureWeight``).
         static_weight: The weight of mode "static".
