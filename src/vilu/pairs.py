@@ -85,6 +85,10 @@ class PairSource(EmbeddingSource):
     def caption_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 unit-norm caption embeddings."""
 
+    def of_classes(self, index: Tensor) -> Tensor:
+        """(B,) bool: whether a caption is the text of a class, which many images have, and not of an image alone."""
+        return torch.zeros(len(index), dtype=torch.bool)
+
     @property
     def n_candidates(self) -> int:
         """K, at most: the pool size."""

@@ -80,6 +80,10 @@ class PseudoCaptions(PairSource):
                 found[here] = source.caption_rows(rows)
         return found
 
+    def of_classes(self, index: Tensor) -> Tensor:
+        """(B,) bool: those whose source has no captions of its own."""
+        return self._caption[index] > 0
+
     def _of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
         """Places in ``index`` that hold rows of a source, and which of its rows."""
         here = (self._source[index] == number).nonzero().squeeze(1)

@@ -194,6 +194,19 @@ def test_captions_that_recur_in_every_pool_are_classes() -> None:
     assert len(part) == 30
 
 
+def test_classes_are_never_held_out_whole() -> None:
+    """However many there are: each image is by itself, and every class has images in both parts."""
+    text = np.random.default_rng(3).normal(size=(60, 16))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    source = PseudoCaptions([Embeddings(text[np.arange(480) % 60], text, np.arange(480) % 60, 20.0)], 16)
+    groups = caption_groups(source, torch.arange(480))
+    assert len(groups.unique()) == 480
+    pairs = PairEmbeddings(text[:32], text[:32], 16, 20.0)
+    mixed = caption_groups(PseudoCaptions([source.sources[0], pairs], 16), torch.arange(512))
+    assert torch.equal(mixed[:480], torch.arange(480))
+    assert torch.equal(mixed[480:], caption_groups(pairs, torch.arange(32)))
+
+
 def test_a_caption_too_frequent_to_be_held_out() -> None:
     groups = torch.cat([torch.zeros(60), torch.arange(1, 31)]).long()
     part = hold_out(torch.zeros(90).long(), 0.1, 30, torch.Generator(), groups)

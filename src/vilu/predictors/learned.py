@@ -184,6 +184,8 @@ def whole_groups(groups: Tensor, room: int) -> Tensor:
 def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
     """(M,) int64: equal for rows of equal captions (in float16, as they are stored); read in blocks.
 
+    Rows whose caption is the text of a class are each by themselves: held out together, the class would go unlearnt.
+
     sum_i a_i x_i mod 2^64 of the D 16-bit numbers x of a caption with fixed random odd a: two captions meet by chance
     with a probability below 2^-48, which does no more harm than that they stay together.
     """
@@ -192,4 +194,4 @@ def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
     for block in rows.split(GROUP_BLOCK):
         bits = (source.caption_rows(block).half() + 0).numpy().view(np.uint16)  # + 0 makes -0 a 0
         parts.append(bits.astype(np.uint64) @ factors)
-    return torch.from_numpy(np.concatenate(parts).view(np.int64))
+    return torch.where(source.of_classes(rows), rows, torch.from_numpy(np.concatenate(parts).view(np.int64)))
