@@ -110,6 +110,14 @@ def test_a_pickle_can_run_nothing(tmp_path, monkeypatch, payload):
     assert not (tmp_path / "pwned").exists()
 
 
+def test_a_pickle_cannot_nest_tuples_without_end(tmp_path):
+    """As keys they would be hashed one in the other, until the stack of C ends."""
+    cifar(tmp_path, 100)
+    (tmp_path / "cifar-100-python/test").write_bytes(b"\x80\x02})" + b"\x85" * 300_000 + b"K\x01s.")
+    with pytest.raises(DataError, match=r"holds 30000\d tuples"):
+        open_dataset(tmp_path, split="test")
+
+
 @pytest.mark.parametrize(
     "content",
     [

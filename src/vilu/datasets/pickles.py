@@ -7,7 +7,9 @@ numpy itself never sees shapes or types that were not checked (its own ``__setst
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +21,13 @@ from vilu.errors import DataError
 
 MAX_BYTES: Final = 256 * 2**20
 """Larger pickles are refused; the largest of CIFAR has 155 MB."""
+
+
+MAX_TUPLES: Final = 64
+"""More that are no arguments of a call are refused: hashing one in the other, Python would run out of stack."""
+
+TUPLES: Final = frozenset({"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"})
+MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 
 
 class PickledArray:
@@ -83,6 +92,18 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
+def _require_shallow(content: bytes) -> None:
+    """Refuse tuples that could be nested without end; an array and its labels have a handful.
+
+    Raises:
+        ValueError: If there are too many, or the opcodes make no sense.
+    """
+    steps = (opcode.name for opcode, _, _ in pickletools.genops(content) if opcode.name not in MEMO)
+    kept = sum(name in TUPLES and following != "REDUCE" for name, following in itertools.pairwise(steps))
+    if kept > MAX_TUPLES:
+        raise ValueError(f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}")
+
+
 def read_pickle(file: Path) -> dict[str, object]:
     """The dictionary in a pickle of built-in types and ``PickledArray``; keys of bytes become text.
 
@@ -92,7 +113,9 @@ def read_pickle(file: Path) -> dict[str, object]:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
-        content = _Unpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
+        raw = file.read_bytes()
+        _require_shallow(raw)
+        content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
     except (
         pickle.UnpicklingError,  # refused names, opcodes out of place
         OSError,  # the file cannot be read
