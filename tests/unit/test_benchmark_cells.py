@@ -11,7 +11,7 @@ from tests.conftest import toy_embeddings
 from tests.unit.bench_fakes import config, make_stores
 from vilu.benchmark.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
 from vilu.benchmark.rows import class_halves, draw_rows, of_classes, select
-from vilu.benchmark.stores import EvenlySpaced, Part
+from vilu.benchmark.stores import Part
 from vilu.benchmark.workbench import Workbench, across_preprocessing
 from vilu.columns import TEXT_COLUMNS
 from vilu.errors import DataError, ProvenanceError
@@ -213,14 +213,3 @@ def test_parts_that_do_not_belong_together(folders: dict[Part, Path]) -> None:
     with pytest.raises(ProvenanceError, match=r"preprocess: '8x8' \(the training set of one\)"):
         bench.check()
     Workbench(config(), folders).check()
-
-
-def test_evenly_spaced_images() -> None:
-    from tests.unit.store_fakes import dataset
-
-    images = dataset(10)
-    some = EvenlySpaced(images, 4)
-    assert [record.key for record in some.records(0, 4)] == [images.keys[i] for i in (0, 2, 5, 7)]
-    assert [record.key for record in some.records(1, 3)] == [images.keys[i] for i in (2, 5)]
-    assert list(some.records(4, 4)) == []
-    assert some.fingerprint != images.fingerprint

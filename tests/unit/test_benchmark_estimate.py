@@ -15,6 +15,7 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.estimate import estimate
 from vilu.benchmark.estimate_text import describe
 from vilu.benchmark.rates import Cost, image_rate, passed_rows
+from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
 
 ALL = {"all": {"kind": "labels"}}
@@ -82,6 +83,21 @@ def test_what_is_not_here_is_in_the_catalogue(tmp_path: Path) -> None:
     text = describe([plan, plan])
     assert "1,281,167*" in text
     assert "together: 3 sets of embeddings" in text  # those that both need are counted once
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    make_tree("dtd", tmp_path)
+    plan = estimate(made({"dataset": "dtd", "backbone": "clip-vit-b32", "test": "tset"}), tmp_path, tmp_path / "out")
+    states = {part.part: (part.state, part.images) for part in plan.parts}
+    assert states["train"][0] == "to embed"
+    assert states["test"] == ("unreadable", None)
+    assert "one (test) cannot be read: " in describe([plan])
+    assert "tset" in describe([plan])
+
+
+def test_a_data_set_of_no_catalogue_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Did you mean 'dtd'"):
+        made({"dataset": "dtdd"})
 
 
 def test_unknown_sizes_are_said(tmp_path: Path) -> None:

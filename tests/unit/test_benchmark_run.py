@@ -15,10 +15,12 @@ from filelock import FileLock
 
 import vilu
 from tests.unit.bench_fakes import Report, benchmark, config, make_stores
-from vilu.benchmark import code
-from vilu.benchmark.cells import Cell, plan
+from vilu.benchmark import code, facts
+from vilu.benchmark.cells import Cell, needed_parts, plan
 from vilu.benchmark.config import Config
 from vilu.benchmark.result import load_result
+from vilu.benchmark.stores import find_stores
+from vilu.benchmark.workbench import Workbench
 from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
 from vilu.files import host_hash
 from vilu.predictors import PREDICTORS
@@ -315,3 +317,22 @@ def test_scores_hold_the_rows_of_the_test_set(first: tuple[Path, Report]) -> Non
     table = pq.read_table(first[0] / "cells/one/all/mcm/seed-0.parquet")
     assert len(table) == 60
     assert set(np.unique(table["failure"])) <= {0, 1}
+
+
+def test_what_else_decides_a_fit_is_in_its_fingerprint(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The members of a stacking, the start of an adaptation, the captions of a union."""
+    stacking = PREDICTORS["stacking"]()
+    assert {"vilu.predictors.fitted.stacking", "vilu.predictors.free.mcm"} <= set(stacking.modules)
+    settings = {
+        "all": {"kind": "labels"},
+        "adapt": {"kind": "adapt", "source": "one", "budget": 2, "across_preprocessing": True},
+        "union": {"kind": "union", "of": ["one", "two"], "train_pool_size": 8, "across_preprocessing": True},
+    }
+    chosen = config(settings=settings)
+    bench = Workbench(chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused")))
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(facts, "code_digest", lambda *modules: str(asked.append(modules)))
+    for setting in settings:
+        facts.decided_by(bench, Cell("lvu", "two", setting, 0))
+    lvu = type(PREDICTORS["lvu"]()).__module__
+    assert asked == [(lvu,), (lvu, "vilu.predictors.init"), (lvu, "vilu.pseudo")]

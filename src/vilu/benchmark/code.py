@@ -13,15 +13,15 @@ PACKAGE = Path(vilu.__file__).parent
 CATALOGUE = "vilu.predictors"
 """Its ``__init__`` imports every method; what a method takes from it is in the method's own modules."""
 
-SHARED = ("vilu.evaluation", "vilu.benchmark.rows", "vilu.benchmark.resampling")
+SHARED = ("vilu.evaluation", "vilu.benchmark.rows", "vilu.benchmark.resampling", "vilu.subset")
 """What decides every result beside the method."""
 
 
 @cache
-def code_digest(module: str) -> str:
-    """Hash of a module, ``SHARED``, and all that they import at module level from vilu; comments do not count."""
+def code_digest(*modules: str) -> str:
+    """Hash of modules, ``SHARED``, and all that they import at module level from vilu; comments do not count."""
     found: dict[str, str] = {}
-    waiting = [module, *SHARED]
+    waiting = [*modules, *SHARED]
     while waiting:
         name = waiting.pop()
         if name not in found and name != CATALOGUE and _file(name) is not None:

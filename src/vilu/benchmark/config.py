@@ -8,8 +8,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from vilu.benchmark.checks import check_claims, check_views
 from vilu.benchmark.parts import Count, Data, Model, Name, Names, require_known
-from vilu.benchmark.presentation import AnyClaim, AnyView, Better, GridView, Steeper, Study, TableView, Trend
+from vilu.benchmark.presentation import AnyClaim, AnyView, Study
 from vilu.benchmark.resampling import RANKED_BY
 from vilu.benchmark.settings import Adapt, AnySetting, Union, Unseen
 from vilu.metrics.catalog import METRICS
@@ -130,20 +131,8 @@ class Config(Model):
 
     @model_validator(mode="after")
     def _check_presentation(self) -> Self:
-        for view in self.views:
-            require_known(f"method (view {view.name})", view.methods or (), self.entries)
-            averaged = view.mean if isinstance(view, TableView) else ()
-            require_known(f"data set (view {view.name})", (*(view.data or ()), *averaged), self.data)
-            require_known(f"setting (view {view.name})", view.settings or (), self.settings)
-            require_known(f"metric (view {view.name})", view.metrics, self.metrics)
-            if isinstance(view, GridView):
-                require_known(f"setting (view {view.name})", (view.select_on, view.report_on), self.settings)
-        for claim in self.claims:
-            require_known("data set (claim)", claim.data or (), self.data)
-            require_known("metric (claim)", [claim.metric], RANKED_BY)
-            methods, settings = _subjects(claim)
-            require_known("method (claim)", methods, self.entries)
-            require_known("setting (claim)", settings, self.settings)
+        for check in (check_views, check_claims):
+            check(self)
         return self
 
     @cached_property
@@ -205,15 +194,3 @@ class Config(Model):
 def is_trained(name: str) -> bool:
     """Whether a method trains a network, in steps of some rows."""
     return {"epochs", "batch_size"} <= parameters(PREDICTORS[name]).keys()
-
-
-def _subjects(claim: AnyClaim) -> tuple[Names, Names]:
-    """Methods and settings that a claim is about."""
-    match claim:
-        case Better():
-            both = claim.better, claim.than
-            return tuple(subject.method for subject in both), tuple(subject.setting for subject in both)
-        case Trend():
-            return (claim.method,), claim.settings
-        case Steeper():
-            return (claim.steeper, claim.than), claim.settings

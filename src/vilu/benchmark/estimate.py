@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,10 @@ from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, plan, sc
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import Data, Role
 from vilu.benchmark.rates import cell_seconds, image_rate
-from vilu.benchmark.stores import Part, is_complete, open_images, store_of
+from vilu.benchmark.stores import PACKAGE, Part, is_complete, open_images, store_of
 from vilu.datasets.base import ShardedDataset
-from vilu.datasets.known import KNOWN
+from vilu.datasets.known import KNOWN, find_known
+from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.document import read_document
 from vilu.store.folds import TRAIN, VALIDATION
@@ -42,10 +43,11 @@ class PartPlan:
         backbone: The model.
         images: How many; None where that is not known.
         counted: Where the number is from: "store", "listing" or "catalogue".
-        state: "embedded", "to embed", or "no images here".
+        state: "embedded", "to embed", "no images here", or "unreadable".
         n_bytes: Of its embeddings and columns.
         seconds: Of embedding on two CPU cores; 0 where it is done.
         seconds_a100: The same on one A100, by published rates; None where none is.
+        problem: Why images that are here cannot be read.
     """
 
     data: str
@@ -57,6 +59,7 @@ class PartPlan:
     n_bytes: int | None
     seconds: float | None
     seconds_a100: float | None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
 
 
 def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
+    if not _is_here(entry, data):
+        return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "no images here")
     try:
         folder = store_of(part, entry, data, output)
         if is_complete(folder):
@@ -125,8 +130,20 @@ def _part(part: Part, entry: Data, data: Path, output: Path) -> PartPlan:
             if not isinstance(images, ShardedDataset):
                 return _expected(part, entry, len(images), "listing", "to embed")
         return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "to embed")
-    except (UsageError, DataError, StorageError):  # the images are not here: that is an answer, not a fault
-        return _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "no images here")
+    except (UsageError, DataError, StorageError) as error:  # a plan says all that is wrong, not the first alone
+        found = _expected(part, entry, _catalogued(entry, part[1]), "catalogue", "unreadable")
+        return replace(found, problem=str(error))
+
+
+def _is_here(entry: Data, data: Path) -> bool:
+    """Whether there is anything where the images, or the stores, are said to be."""
+    source = entry.source or "."
+    if entry.stores is not None or source.startswith(PACKAGE):
+        return True
+    folder = data / source
+    if entry.dataset is None:
+        return folder.exists() or "{" in source  # a pattern of tar files is no name of one
+    return folder.is_dir() and find_place(find_known(entry.dataset), folder, named=True) is not None
 
 
 def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
@@ -162,7 +179,7 @@ def _title(part: Part, entry: Data) -> str:
 
 def _catalogued(entry: Data, role: Role) -> int | None:
     """Number of images by the catalogue."""
-    if entry.dataset is None:
+    if entry.dataset is None or entry.shards is not None:
         return None
     sizes, wanted = KNOWN[entry.dataset].sizes, getattr(entry, role)
     if entry.captions:

@@ -42,11 +42,13 @@ def _describe(one: StudyPlan) -> str:
     ]
     counted = Counter((str(cell["data"]), str(cell["setting"])) for cell in one.listed)
     cells = ", ".join(f"{data}/{setting} {n}" for (data, setting), n in counted.items())
+    problems = [f"{part.data} ({part.part}) cannot be read: {part.problem}" for part in one.parts if part.problem]
     untimed = f", {one.untimed} runs without an estimate" if one.untimed else ""
     return "\n".join(
         [
             f"{one.name}: {one.title}",
             *aligned([heading, *rows]),
+            *problems,
             f"cells: {one.cells} ({cells})",
             f"runs: {one.runs} results from {one.fits} fits, about {_hours([one.seconds])} on one core{untimed}",
         ]

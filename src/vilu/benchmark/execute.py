@@ -50,6 +50,9 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     if candidates is None:
         return None
     known, asked = candidates
+    if known.shape[1] != asked.shape[1]:
+        reason = f"it is fitted on embeddings of width {known.shape[1]}, and these have {asked.shape[1]}."
+        return Refusal(error=ProvenanceError.__name__, reason=reason)
     others = int(((asked @ known.T).amax(dim=1) < SAME_TEXT).sum())
     reason = (
         f"it scores the {len(known)} classes that it is fitted on, and {others} of the {len(asked)} candidates here "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import vilu
 from vilu.benchmark.cells import Cell, Origin, origin_of, scored_set_of, selects
 from vilu.benchmark.code import code_digest
+from vilu.benchmark.config import MAX_EPOCHS
 from vilu.benchmark.fits import predictor_of
 from vilu.benchmark.workbench import Workbench
 from vilu.predictors.parameters import parameters
@@ -17,10 +18,11 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
     scored = scored_set_of(config, cell)
     return {
         "vilu": vilu.__version__,
-        "code": code_digest(type(predictor).__module__),
+        "code": code_digest(*predictor.modules, *_modules_of(origin)),
         "method": predictor.name,
         "parameters": {name: getattr(predictor, name) for name in parameters(predictor)},
         "steps": config.entries[cell.method].steps,
+        "max_epochs": MAX_EPOCHS,
         "train": _rows_of(bench, origin) if origin.train else None,
         "test": bench.fingerprint(scored.data, scored.role, scored.pool_size),
         "halves_seed": scored.halves_seed,
@@ -28,6 +30,12 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
         "metrics": list(config.metrics),
         "resamples": config.resamples,
     }
+
+
+def _modules_of(origin: Origin) -> list[str]:
+    """Where a fit gets its start and its rows from, beside the method."""
+    parts = {"vilu.predictors.init": origin.start, "vilu.pseudo": origin.pool_size}
+    return [module for module, wanted in parts.items() if wanted is not None]
 
 
 def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:

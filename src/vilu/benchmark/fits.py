@@ -62,10 +62,11 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
 def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
     predictor = predictor_of(bench, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
-    train, validation = bench.train_set(origin, columns), bench.validation_set(origin)
-    refused, begun = None, time.perf_counter()
+    refused, n_train, begun = None, None, time.perf_counter()
     with collected_warnings() as said:
         try:
+            train, validation = bench.train_set(origin, columns), bench.validation_set(origin)
+            n_train, begun = len(train), time.perf_counter()
             if start is not None:
                 predictor = _going_on(start.predictor, train, across_preprocessing=origin.across_preprocessing)
             else:
@@ -73,7 +74,7 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
             predictor.fit(train, validation)
         except REFUSALS as error:
             refused = refusal(error)
-    return Fitted(predictor, refused, len(train), time.perf_counter() - begun, tuple(said))
+    return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(said))
 
 
 def _going_on(fitted: FailurePredictor, train: EmbeddingSource, *, across_preprocessing: bool) -> FailurePredictor:

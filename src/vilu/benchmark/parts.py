@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from vilu.datasets.known import KNOWN
 from vilu.datasets.shift import KINDS, SEVERITIES
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -19,7 +20,7 @@ Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
 
 
-def require_known(what: str, names: Collection[str], known: Collection[str]) -> None:
+def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
     """Refuse an unknown name.
 
     Raises:
@@ -103,6 +104,7 @@ class Data(Model):
         views: Augmented views per test image; 0 for none.
         prompts: Prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``.
         limit: Only so many images of each split, evenly spaced.
+        shards: Of images in tar files, which are not counted before: only those in the first so many files.
         title: For tables and figures, instead of the name.
         x: Where the data set stands on the axis of a curve.
         published: What publications call it, where their numbers are to stand beside ours; by default ``dataset``.
@@ -125,6 +127,7 @@ class Data(Model):
     views: Annotated[int, Field(ge=0)] = 4
     prompts: Names = ("ensemble",)
     limit: Count | Limits | None = None
+    shards: Count | None = None
     title: str | None = None
     x: float | None = None
     published: str | None = None
@@ -135,10 +138,13 @@ class Data(Model):
             raise ValueError("a data set has either a source or stores")
         if self.stores is None and self.source is None and self.dataset is None:
             raise ValueError("a data set has either a source, or the name of a known dataset, or stores")
+        require_known("known data set", filter(None, [self.dataset]), KNOWN)
         if self.captions and (self.classes is not None or isinstance(self.validation, float)):
             raise ValueError("captions have no classes, and their validation set is the fold of that name")
         if self.captions and isinstance(self.limit, Limits):
             raise ValueError("captions are in one store, so their limit is one number")
+        if self.captions and self.stores is not None and self.limit is not None:
+            raise ValueError("a ready-made store of captions is taken whole, without limit")
         return self
 
     @property

@@ -183,7 +183,7 @@ class Better(Claim):
 
 
 class Trend(Claim):
-    """A metric of a method rises or falls along the ``x`` of the settings, by the slope over ln x.
+    """A metric of a method rises or falls along the ``x`` of the settings, by the slope over log2 x.
 
     Attributes:
         method: Which.

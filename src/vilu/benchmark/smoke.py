@@ -13,7 +13,7 @@ SEEDS, RESAMPLES, IMAGES, VIEWS, EPOCHS, POOL = 1, 50, 120, 2, 2, 4
 
 
 def shrink(config: Config) -> Config:
-    """Few images, seeds, resamples and epochs, small pools; every data set, setting and method stays."""
+    """Few images (or one tar file), seeds, resamples and epochs, small pools; all data, settings and methods stay."""
     changes: dict[str, Any] = {
         "seeds": min(config.seeds, SEEDS),
         "resamples": min(config.resamples, RESAMPLES),
@@ -30,7 +30,8 @@ def _small(entry: Data) -> Data:
     backbone = "compact:64" if entry.backbone.partition(":")[0] == "compact" else entry.backbone
     limit = min([IMAGES, *filter(None, (entry.limit_of(role) for role in ROLES))])
     pool_size, views = min(entry.pool_size, POOL), min(entry.views, VIEWS)
-    return entry.model_copy(update={"limit": limit, "views": views, "backbone": backbone, "pool_size": pool_size})
+    changes = {"limit": limit, "shards": 1, "views": views, "backbone": backbone, "pool_size": pool_size}
+    return entry.model_copy(update=changes)
 
 
 def _shallow(setting: AnySetting) -> AnySetting:

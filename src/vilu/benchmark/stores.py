@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
-
 import vilu
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import named_templates
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import Data, Role
-from vilu.datasets.base import ImageDataset, Record, ShardedDataset
+from vilu.benchmark.thinning import thinned
+from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.shift import ShiftedImages
 from vilu.errors import UsageError
 from vilu.space import digest
+from vilu.store.document import read_document
 from vilu.store.embed import embed
-from vilu.store.manifest import MANIFEST
+from vilu.store.manifest import MANIFEST, Manifest
 
 PACKAGE = "package:"
 Part = tuple[str, Role]
@@ -53,13 +53,19 @@ def make_stores(
     Raises:
         UsageError: If images are not where the file says, or their classes have no names.
         MissingModelError: If the backbone is not on this machine.
+        ProvenanceError: If embeddings that are there are of other weights than those in ``models``.
     """
     found = find_stores(config, parts, data, output)
     load = functools.cache(functools.partial(load_backbone, models=models))
     for (name, role), folder in found.items():
         entry = config.data[name]
-        if entry.stores is None and not is_complete(folder):
+        if entry.stores is not None:
+            continue
+        if not is_complete(folder):
             _embed(entry, role, data, folder, load(entry.backbone))
+        elif models is not None:
+            theirs = read_document(folder / MANIFEST, Manifest).space
+            load(entry.backbone).space.require_match(theirs, mine=f"the model in {models}", theirs=f"{folder}")
     return found
 
 
@@ -153,45 +159,9 @@ def _prepared(entry: Data, role: Role, path: Path) -> ImageDataset:
         dataset=entry.dataset,
         raw_names=entry.raw_names,
     )
-    limit = entry.limit_of(role)
-    if limit is not None and not isinstance(images, ShardedDataset) and limit < len(images):
-        images = EvenlySpaced(images, limit)
-    return images if entry.shift is None else ShiftedImages(images, entry.shift.kinds, entry.shift.severity)
-
-
-class EvenlySpaced:
-    """Some images of a data set, evenly spaced: data sets are sorted by class, so the first ones are no sample.
-
-    Attributes:
-        source: As of the whole.
-        class_names: As of the whole.
-        captioned: As of the whole.
-        fingerprint: Hash of the whole's and the number kept.
-    """
-
-    def __init__(self, images: ImageDataset, number: int) -> None:
-        self.source = images.source
-        self.class_names = images.class_names
-        self.captioned = images.captioned
-        self.fingerprint = digest({"dataset": images.fingerprint, "evenly_spaced": number})
-        self._images = images
-        self._positions = evenly_spaced(len(images), number)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """The images at positions start ... stop - 1, read in one pass."""
-        wanted = self._positions[start:stop]
-        if not len(wanted):
-            return
-        first, last = int(wanted[0]), int(wanted[-1])
-        kept = set(wanted.tolist())
-        for position, record in enumerate(self._images.records(first, last + 1), start=first):
-            if position in kept:
-                yield record
-
-
-def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """``number`` positions of 0 ... n - 1, in order."""
-    return np.arange(number, dtype=np.int64) * n // number
+    images = thinned(images, entry.limit_of(role), entry.shards)
+    if entry.shift is None:
+        return images
+    if isinstance(images, ShardedDataset):
+        raise UsageError(f"{images.source} is in tar files, whose images cannot be shifted. Leave out shift.")
+    return ShiftedImages(images, entry.shift.kinds, entry.shift.severity)

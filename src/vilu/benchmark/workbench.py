@@ -19,7 +19,8 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.parts import ROLES, Role
 from vilu.benchmark.rows import class_halves, draw_rows, draw_share, held_out, of_classes, select
 from vilu.benchmark.settings import Unseen
-from vilu.benchmark.stores import Part, evenly_spaced
+from vilu.benchmark.stores import Part
+from vilu.benchmark.thinning import evenly_spaced
 from vilu.errors import DataError, ProvenanceError
 from vilu.nn.train import SCORING_BATCH
 from vilu.pairs import Pools

@@ -86,6 +86,11 @@ class FailurePredictor(ABC):
         """What its scores and results are called: the name, and the kind of fit where a method has several."""
         return self.name
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Where its code is; with what these import, it decides every score."""
+        return (type(self).__module__,)
+
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002 - some look at what there is
         """What these data must carry for a fit."""
         return self.columns

@@ -72,6 +72,12 @@ class Stacking(LearnedPredictor):
     )
     stack_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Its own, and those of its members."""
+        members = (module for member in self._new_members().values() for module in member.modules)
+        return tuple(dict.fromkeys((*super().modules, *members)))
+
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """Those of its members."""
         members = self._new_members().values()
