@@ -27,6 +27,7 @@ from vilu.studies.archive import load_studies
 from vilu.studies.claims import decide
 from vilu.studies.exhibits import exhibit
 from vilu.studies.formats import to_csv, to_latex, to_markdown, to_text
+from vilu.studies.page import claims_table
 from vilu.studies.pivot import table_sheet
 from vilu.studies.render import render
 from vilu.studies.run import render_studies, run_studies
@@ -155,7 +156,7 @@ def test_means_are_compared_with_means_over_as_many_sets() -> None:
 
 def test_what_varies_must_be_named() -> None:
     with pytest.raises(UsageError, match=r"several values of data \(one, two\)"):
-        table_sheet(board(), view(columns=("metric",)))
+        made(views=[{"kind": "table", "name": "t", "title": "t", "columns": ["metric"]}])
     with pytest.raises(UsageError, match="both in the rows and in the columns"):
         made(views=[{"kind": "table", "name": "t", "title": "t", "rows": ["data"], "columns": ["data", "metric"]}])
 
@@ -189,6 +190,14 @@ def test_latex(sheet) -> None:
     assert [line.count("&") for line in body.splitlines()[1:]] == [6] * 4
     assert r"\textbf{80.0} {\scriptsize [" in body
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+
+
+def test_heads_of_latex_span_their_own_columns_alone() -> None:
+    """Both data sets end and begin with "all": two heads, not one."""
+    chosen = made(methods={"mcm": {}, "lvu": {}})
+    text = to_latex(table_sheet(board(chosen), view(rows=("metric",), columns=("data", "setting", "method"))))
+    heads = text[text.index(r"\toprule") : text.index(r"\midrule")].splitlines()
+    assert heads[2] == r" & \multicolumn{2}{c}{all} & \multicolumn{2}{c}{all} \\"
 
 
 def test_csv(sheet) -> None:
@@ -284,6 +293,28 @@ def test_claims_of_depending_on_the_accuracy() -> None:
     verdict = decide(rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",)))
     assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
     assert decide(rigged, claim(Steeper, steeper="vilu", than="mcm", settings=("all",))).ruling == "does not hold"
+    assert "per 100 points" in verdict.what
+    assert ": +40.0 [" in claims_table(chosen, [verdict])  # the steeper line gains 0.4 more, from 0 to 100 %
+    two = decide(rigged, claim(Steeper, steeper="mcm", than="vilu", settings=("all",), data=("one", "two")))
+    assert (two.ruling, two.reason) == ("not tested", "a trend line needs 3 places")
+
+
+def test_a_claim_says_which_seeds_decide() -> None:
+    """One seed of vilu, two of lvu: both have seed 0."""
+    chosen = made(
+        data={"one": {"stores": {"train": "a", "test": "b"}}}, methods={"lvu": {}, "vilu": {"seeds": 1}}, seeds=2
+    )
+    cells = plan(chosen)
+    values = {("lvu", 0): 0.7, ("lvu", 1): 0.9, ("vilu", 0): 0.75}
+    results = {cell: result(cell, (values[cell.method, cell.seed], 0.5)) for cell in cells if cell.same_as is None}
+    rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), values[cell.method, cell.seed]))
+    verdict = decide(rigged, better("vilu", "lvu"))
+    assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.05))
+    assert verdict.what.endswith("one, on the seeds that both have (0)")
+    notes = " ".join(table_sheet(rigged, view(metrics=("auroc",))).notes)
+    assert "1 for vilu; 2 for the others. Methods are compared on the seeds that both have." in notes.replace(
+        "2 for lvu; 1 for the others.", "1 for vilu; 2 for the others."
+    )
 
 
 VIEWS = [
@@ -293,6 +324,7 @@ VIEWS = [
     {"kind": "histograms", "name": "bars", "title": "Bars", "methods": ["lvu"], "settings": ["all"]},
     {"kind": "ranking", "name": "ranking", "title": "Ranking"},
 ]
+GRID = {"kind": "grid", "parameters": ["learning_rate", "batch_size"], "select_on": "all", "report_on": "all"}
 CLAIMS = [
     {
         "kind": "better",
@@ -396,8 +428,36 @@ def test_studies_that_contradict_each_other(
         run_studies([real(), other], data, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"kind": "curve", "x_label": "x", "metrics": ["ece"]}, "no metric with an interval"),
+        ({"kind": "scatter", "metrics": ["auroc", "ece"]}, "no metric with an interval"),
+        (GRID | {"metrics": ["ece"]}, "no metric with an interval"),
+        ({"kind": "curve", "x_label": "x"}, "no setting has an x"),
+        ({"kind": "ranking", "data": ["one"]}, "nothing to choose"),
+    ],
+)
+def test_views_that_could_not_be_shown_are_refused_at_once(kind: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        made(views=[{"name": "v", "title": "v", **kind}])
+
+
+def test_two_views_of_one_name_are_refused() -> None:
+    with pytest.raises(UsageError, match="two views are called v"):
+        made(views=[{"kind": "table", "name": "v", "title": title} for title in "ab"])
+
+
+@pytest.mark.parametrize("x", [(None, 2), (0, 2), (2, 2)])
+def test_a_trend_needs_places(x: tuple[float | None, float]) -> None:
+    sizes = {f"s{i}": {"kind": "labels", "x": at, "budget": i + 1} for i, at in enumerate(x)}
+    with pytest.raises(UsageError, match="needs settings with different x above zero"):
+        made(settings=sizes, claims=[claim(Trend, method="mcm", settings=tuple(sizes), metric_goes="up")])
+
+
 def test_a_view_without_anything(tmp_path: Path) -> None:
-    nowhere = made(views=[{"kind": "curve", "name": "c", "title": "C", "x_label": "x"}])
+    curve = {"kind": "curve", "name": "c", "title": "C", "x_label": "x"}
+    nowhere = made(methods={"margin": {}}, settings={"all": {"kind": "labels", "x": 1}}, views=[curve])
     with pytest.raises(DataError, match="nothing to show"):
         exhibit(board(nowhere), nowhere.views[0], tmp_path)
 
@@ -421,9 +481,9 @@ def test_a_grid_chooses_by_the_one_and_reports_the_other(tmp_path: Path) -> None
     results = {cell: result(cell, values[cell]) for cell in cells}
     rigged = Board(chosen, plan(chosen), results, lambda cell: np.full((2, B), values[cell][0]))
     shown = exhibit(rigged, chosen.views[0], tmp_path)
-    (row,) = [i for i, labels in enumerate(shown.body.rows) if "(chosen)" in labels[-1]]
+    (row,) = [i for i, labels in enumerate(shown.body.rows) if labels[-1] == "chosen"]
     rate, batch = chosen.entries[best.method].params.values()
-    assert shown.body.rows[row] == ("one", str(rate), f"{batch} (chosen)")
+    assert shown.body.rows[row] == ("one", str(rate), str(batch), "chosen")
     assert shown.body.cells[row, 0].value == values[best][0]
     twin = next(cell for cell in cells if cell.method == best.method and cell.setting == "test")
     assert shown.body.cells[row, 2].value == values[twin][0]

@@ -23,7 +23,6 @@ CORRECT, WRONG = "#0072B2", "#D55E00"
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#999999")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-GUIDE = "#bbbbbb"
 DPI = 150
 SETTINGS: Any = {
     "svg.hashsalt": "vilu",  # else identifiers in the file are random

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,9 @@ from vilu.benchmark.board import Board, Entrant, Mean
 from vilu.benchmark.presentation import AnyClaim, Better, Steeper, Trend
 from vilu.benchmark.resampling import Interval, Quantity
 from vilu.metrics.catalog import METRICS
+
+LEAST_POINTS = 3
+"""Of a trend line whose slope is to say something."""
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
 
@@ -22,8 +26,8 @@ class Verdict:
     Attributes:
         claim: The claim.
         ruling: "holds" where the interval of the number is above zero, "does not hold" where it is below, "open" where
-            zero is in it, "not tested" where a method has no result.
-        number: What decides; positive in favour, as a fraction (or per unit of the axis).
+            zero is in it, "not tested" where a method has no result or the number is undefined.
+        number: What decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an accuracy of 1).
         interval: Of the number.
         what: The number in words.
         reason: Why it was not tested.
@@ -62,7 +66,8 @@ def _better(board: Board, claim: Better) -> Verdict:
     first, second = (Mean(tuple(one for one in side if one is not None)) for side in (a, b))
     difference = first.less(second, claim.metric)
     if difference is None:
-        return _not_tested(claim, what)
+        return _not_tested(claim, what, "the methods have no seed in common")
+    what += _on_seeds(first, second)
     return _rule(board, claim, Quantity(sign * difference.value, sign * difference.draws), what)
 
 
@@ -73,7 +78,7 @@ def _trend(board: Board, claim: Trend) -> Verdict:
     slopes = []
     for name in data:
         points = [board.find(claim.method, name, setting) for setting in claim.settings]
-        if not _all_there(points) or None in x:
+        if not _all_there(points):
             return _not_tested(claim, what)
         logs = np.log2(np.array(x, dtype=np.float64))
         slopes.append(Quantity.slope(logs, [one.quantity(claim.metric) for one in points if one is not None]))
@@ -87,14 +92,16 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
     places = [(name, setting) for name in data for setting in claim.settings]
     sign = 1 if METRICS[claim.metric].higher_is_better else -1
     what = (
-        f"gain in {METRICS[claim.metric].title} per point of zero-shot accuracy, {claim.steeper} less {claim.than}, "
-        f"over {len(places)} points"
+        f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, {claim.steeper} less "
+        f"{claim.than}, over {len(places)} places"
     )
     slopes = []
     for method in (claim.steeper, claim.than):
         points = [found for found in (board.find(method, *place) for place in places) if found is not None]
-        if len(points) < len(places) or len(points) < 3:
+        if len(points) < len(places):
             return _not_tested(claim, what)
+        if len(points) < LEAST_POINTS:
+            return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} places")
         x = np.array([point.accuracy for point in points])
         slopes.append(Quantity.slope(x, [point.quantity(claim.metric) for point in points]))
     difference = slopes[0] - slopes[1]
@@ -103,12 +110,23 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
 
 def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:
     ends = number.interval(board.config.confidence)
+    if not (math.isfinite(ends.low) and math.isfinite(ends.high)):
+        return _not_tested(claim, what, "the number is undefined")
     ruling: Ruling = "holds" if ends.low > 0 else "does not hold" if ends.high < 0 else "open"
     return Verdict(claim, ruling, number.value, ends, what)
 
 
-def _not_tested(claim: AnyClaim, what: str) -> Verdict:
-    return Verdict(claim, "not tested", None, None, what, "a method has no result there")
+def _not_tested(claim: AnyClaim, what: str, reason: str = "a method has no result there") -> Verdict:
+    return Verdict(claim, "not tested", None, None, what, reason)
+
+
+def _on_seeds(a: Mean, b: Mean) -> str:
+    """Which seeds decide, where a method has others, too, that enter its mean in a table."""
+    sides = [(set(one.found), set(two.found)) for one, two in zip(a.parts, b.parts, strict=True)]
+    if all(one == two for one, two in sides):
+        return ""
+    common = sorted(set.union(*(one & two for one, two in sides)))
+    return f", on the seeds that both have ({', '.join(map(str, common))})"
 
 
 def _all_there(entrants: list[Entrant | None]) -> bool:

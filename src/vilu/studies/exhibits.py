@@ -142,11 +142,13 @@ def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) ->
 def _histograms(board: Board, view: HistogramView, root: Path) -> Exhibit:
     from vilu.report.figures import score_histograms
 
+    keys = [key for key, entrant in chosen(board, view).items() if entrant.found and key.metric == view.metrics[0]]
+    fields = ["data", "method", *(["setting"] if len({key.setting for key in keys}) > 1 else [])]
     panels: dict[str, Path] = {}
-    for key, entrant in chosen(board, view).items():
-        if entrant.found:
-            title = ", ".join(title_of(board.config, field, key.of([field])[0]) for field in ("data", "method"))
-            panels[title] = (root / entrant.runs[min(entrant.runs)].path).with_suffix(".parquet")
+    for key in keys:
+        runs = board.entrants[key.method, key.data, key.setting].runs
+        title = ", ".join(title_of(board.config, field, key.of([field])[0]) for field in fields)
+        panels[title] = (root / runs[min(runs)].path).with_suffix(".parquet")
     if not panels:
         raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
     sheet = table_sheet(board, view.as_table(("data", "method"), ("setting", "metric")))

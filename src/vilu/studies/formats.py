@@ -139,15 +139,16 @@ def _latex_cell(shown: Shown | None, doubts: Sequence[str]) -> str:
     return number + (r"$\approx$" if shown.tied else "") + (rf" {{\scriptsize {more}}}" if more else "")
 
 
-def _levels(sheet: Sheet) -> list[tuple[bool, list[str]]]:
-    """Labels of the columns field by field; the last level stands above the rows."""
+def _levels(sheet: Sheet) -> list[tuple[bool, list[tuple[str, ...]]]]:
+    """Labels of the columns down to each field; the last level stands above the rows."""
     last = len(sheet.column_fields) - 1
-    return [(level == last, [labels[level] for labels in sheet.columns]) for level in range(last + 1)]
+    return [(level == last, [labels[: level + 1] for labels in sheet.columns]) for level in range(last + 1)]
 
 
-def _spans(labels: Sequence[str]) -> list[str]:
-    runs = [(label, len(list(run))) for label, run in groupby(labels)]
-    return [_in_latex(label) if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{_in_latex(label)}}}" for label, n in runs]
+def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
+    """Heads of one level, one over neighbours that agree down to it."""
+    runs = [(_in_latex(label[-1]), len(list(run))) for label, run in groupby(labels)]
+    return [head if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{head}}}" for head, n in runs]
 
 
 def _csv_values(shown: Shown) -> list[object]:
@@ -185,7 +186,7 @@ def _harmless(text: str) -> str:
 
 def in_markdown(text: str) -> str:
     """Text in which Markdown sees no marks."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*")
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*")
 
 
 def _in_latex(text: str) -> str:

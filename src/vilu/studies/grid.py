@@ -44,8 +44,7 @@ def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figu
     rows, cells = [], {}
     for data, field in fields.items():
         for values, method in field.methods.items():
-            mark = " (chosen)" if values == field.chosen else ""
-            rows.append((title_of(config, "data", data), *values[:1], values[1] + mark))
+            rows.append((title_of(config, "data", data), *values, "chosen" if values == field.chosen else ""))
             for number, (setting, metric) in enumerate(columns):
                 entrant = board.find(method, data, setting)
                 if entrant is not None:
@@ -56,7 +55,7 @@ def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figu
     sheet = Sheet(
         name=view.name,
         title=view.title,
-        row_fields=("data", *view.parameters),
+        row_fields=("data", *view.parameters, "choice"),
         column_fields=("setting", "metric"),
         rows=tuple(rows),
         columns=tuple((title_of(config, "setting", s), METRICS[m].title) for s, m in columns),

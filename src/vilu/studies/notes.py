@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from vilu.benchmark.board import Board, Entrant
 from vilu.benchmark.presentation import View
@@ -47,18 +48,28 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     return f"Test rows: {'; '.join(parts)}." if parts else ""
 
 
-def _seeds_note(entrants: Iterable[Entrant]) -> str:
+def _seeds_note(entrants: Sequence[Entrant]) -> str:
     """How many different results are behind the means."""
-    methods: dict[int, dict[str, None]] = {}
-    for entrant in entrants:
-        if entrant.found:
-            methods.setdefault(entrant.n_runs, {})[entrant.method] = None
-    if not methods:
+    found = [entrant for entrant in entrants if entrant.found]
+    if not found:
         return ""
-    most = max(methods, key=lambda n: len(methods[n]))
-    parts = [f"{n} for {', '.join(names)}" for n, names in sorted(methods.items()) if n != most]
+    counts = Counter(entrant.n_runs for entrant in found)
+    most = max(counts, key=lambda n: counts[n])
+    others = {n: [entrant for entrant in found if entrant.n_runs == n] for n in sorted(counts) if n != most}
+    parts = [f"{n} for {_named(some, found)}" for n, some in others.items()]
     rest = f"{most} for {'the others' if parts else 'all'}"
-    return f"Seeds (different results behind a mean): {'; '.join([*parts, rest])}."
+    compared = " Methods are compared on the seeds that both have." if parts else ""
+    return f"Seeds (different results behind a mean): {'; '.join([*parts, rest])}.{compared}"
+
+
+def _named(some: Sequence[Entrant], everywhere: Sequence[Entrant]) -> str:
+    """Their methods, with data set and setting where it is not all that a method has."""
+    places: dict[str, list[str]] = {}
+    for entrant in some:
+        places.setdefault(entrant.method, []).append(" ".join(entrant.place[1:]))
+    counts = Counter(entrant.method for entrant in everywhere)
+    names = (name if len(mine) == counts[name] else f"{name} ({', '.join(mine)})" for name, mine in places.items())
+    return ", ".join(names)
 
 
 def _published_notes(board: Board, entrants: Iterable[Entrant], shown: Iterable[Shown]) -> list[str]:
@@ -90,14 +101,14 @@ def _published_notes(board: Board, entrants: Iterable[Entrant], shown: Iterable[
     return notes
 
 
-def _refusals(entrants: Iterable[Entrant]) -> list[str]:
+def _refusals(entrants: Sequence[Entrant]) -> list[str]:
     """Why methods have no result, methods with the same reason together."""
-    reasons: dict[str, dict[str, None]] = {}
+    reasons: dict[str, list[Entrant]] = {}
     for entrant in entrants:
         if entrant.reason is not None:
-            where = "" if not entrant.found else f" (seed {_span(entrant.refused_seeds)})"
-            reasons.setdefault(_short(entrant.reason), {})[entrant.method + where] = None
-    return [f"No result of {', '.join(methods)}: {reason}" for reason, methods in reasons.items()]
+            seeds = f" (seed {_span(entrant.refused_seeds)})" if entrant.found else ""
+            reasons.setdefault(_short(entrant.reason) + seeds, []).append(entrant)
+    return [f"No result of {_named(refused, entrants)}: {reason}" for reason, refused in reasons.items()]
 
 
 def _span(values: Iterable[object]) -> str:

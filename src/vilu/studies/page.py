@@ -41,7 +41,7 @@ def page(
     """
     parts = [f"## {config.study.title if config.study else config.name}", *_about(config)]
     if verdicts:
-        parts += ["What the paper says, and what is found here:", _claims(config, verdicts)]
+        parts += ["What the paper says, and what is found here:", claims_table(config, verdicts)]
     for one in exhibits:
         if one.draw is not None:
             parts.append(f"![{in_markdown(one.title)}]({figure(one.name)})")
@@ -71,7 +71,8 @@ def _about(config: Config) -> list[str]:
     return [" ".join(filter(None, lines))] if any(lines) else []
 
 
-def _claims(config: Config, verdicts: Sequence[Verdict]) -> str:
+def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
+    """Claims with what decides them, as Markdown."""
     lines = ["| claim | here | by | source |", "|---|---|---|---|"]
     for verdict in verdicts:
         ends = verdict.interval

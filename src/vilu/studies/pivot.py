@@ -11,7 +11,6 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.presentation import FIELDS, TableView, View
 from vilu.benchmark.published import Published, find_published
 from vilu.benchmark.resampling import RANKED_BY
-from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 from vilu.studies.notes import notes_of
 from vilu.studies.sheet import Sheet, Shown
@@ -38,16 +37,11 @@ class Key:
 
 
 def table_sheet(board: Board, view: TableView) -> Sheet:
-    """The sheet of a table.
-
-    Raises:
-        UsageError: If something varies that neither rows nor columns name.
-    """
+    """The sheet of a table."""
     entrants = chosen(board, view)
     measured = {key: Mean((entrant,)) for key, entrant in entrants.items()} | _means(board, view, entrants)
     shown = _ranked({key: show(board.config, key, found) for key, found in measured.items()}, measured, view.compete)
     rows, columns = ([*dict.fromkeys(key.of(fields) for key in shown)] for fields in (view.rows, view.columns))
-    _require_named(view, shown)
     config = board.config
     return Sheet(
         name=view.name,
@@ -76,7 +70,7 @@ def chosen(board: Board, view: View) -> dict[Key, Entrant]:
 def show(config: Config, key: Key, found: Mean) -> Shown:
     """A number with its interval and the published one."""
     parts = found.parts
-    published = published_of(config, key, len(parts))
+    published = published_of(config, key, parts)
     if not all(part.found for part in parts):
         reason = next(part.reason for part in parts if not part.found)
         return Shown(key.metric, None, published=published, why=reason)
@@ -94,18 +88,21 @@ def show(config: Config, key: Key, found: Mean) -> Shown:
     )
 
 
-def published_of(config: Config, key: Key, n_data: int = 1) -> Published | None:
-    """The published number that belongs beside ours; beside a mean, that over as many data sets."""
+def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Published | None:
+    """The published number that belongs beside ours; beside a mean, that over as many data sets of the publication."""
     if config.study is None or not config.study.published:
         return None
-    entry = config.data.get(key.data)
-    name = f"mean of {n_data}" if entry is None else entry.paper_name
+    if key.data == MEAN:
+        theirs = {config.data[part.place[1]].paper_name for part in parts}
+        name = f"mean of {len(parts)}" if None not in theirs and len(theirs) == len(parts) else None
+    else:
+        name = config.data[key.data].paper_name
     if name is None:
         return None
-    backbone = next(iter(config.data.values())).backbone if entry is None else entry.backbone
+    entry = config.data[key.data if key.data != MEAN else parts[0].place[1]]
     setting = config.settings[key.setting].published or ""
     method = config.entries[key.method].published or key.method
-    return find_published(config.study.published, (name, setting, method, key.metric), backbone)
+    return find_published(config.study.published, (name, setting, method, key.metric), entry.backbone)
 
 
 def _means(board: Board, view: TableView, entrants: Iterable[Key]) -> dict[Key, Mean]:
@@ -143,18 +140,6 @@ def _is_tied(one: Mean, best: Mean, metric: str) -> bool:
     """Whether the paired bootstrap cannot tell two methods apart."""
     difference = one.less(best, metric) if metric in RANKED_BY else None
     return difference is not None and difference.p_value() >= ALPHA
-
-
-def _require_named(view: TableView, shown: Iterable[Key]) -> None:
-    """Refuse a view in which two numbers would stand in one cell."""
-    keys = list(shown)
-    for field in FIELDS:
-        several = dict.fromkeys(key.of([field])[0] for key in keys)
-        if field not in (*view.rows, *view.columns) and len(several) > 1:
-            raise UsageError(
-                f"the view {view.name} has several values of {field} ({', '.join(several)}), and neither rows nor "
-                "columns name it."
-            )
 
 
 def _titles(config: Config, fields: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:
