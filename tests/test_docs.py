@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import vilu
+from vilu.benchmark.estimate import estimate
+from vilu.benchmark.estimate_text import describe
+from vilu.benchmark.loading import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -47,3 +50,9 @@ def test_python_in_the_readme_parses() -> None:
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_the_recorded_dry_run_is_what_one_says_today(tmp_path: Path) -> None:
+    configs = [load_config(path) for path in sorted((ROOT / "configs" / "paper").glob("*.toml"))]
+    today = describe([estimate(config, tmp_path / "data", tmp_path / "output") for config in configs])
+    assert f"```\n{today}\n```" in (ROOT / "docs" / "dry-run.md").read_text(encoding="utf-8")

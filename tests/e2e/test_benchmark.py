@@ -119,7 +119,7 @@ def test_shares_that_cannot_be(data: Path, tmp_path: Path, shard: str) -> None:
 def test_a_share_needs_embeddings(tmp_path: Path) -> None:
     config = write(tmp_path, PHOTOS)
     done = run(config, "-o", tmp_path / "out", "--shard", "1/2", code=2)
-    assert "2 sets are not, the first is clothing (train). Make them all with --embed-only" in done.stderr
+    assert "2 sets are not, the first is clothing (test). Make them all with --embed-only" in done.stderr
 
 
 @pytest.mark.slow
