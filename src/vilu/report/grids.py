@@ -48,7 +48,7 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
             for place, value in panel.values.items():
                 field[place] = value
             low, high = float(np.nanmin(field)), float(np.nanmax(field))
-            axis.imshow(field, cmap="Greys", vmin=low - (high - low) / 4, vmax=high + (high - low) / 2, aspect="auto")
+            axis.imshow(field, cmap="Greys", vmin=low - (high - low) / 4, vmax=high + (high - low), aspect="auto")
             for (row, column), value in panel.values.items():
                 axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
             if panel.chosen is not None:
