@@ -90,7 +90,16 @@ def _is_alive(pid: int) -> bool:
         return False
     except PermissionError:  # of another user
         return True
-    return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether a process has ended, but nobody has asked how yet; in a container that may never happen."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # no Linux, or it is gone by now
+        return False
+    return state.rpartition(b")")[2].split()[:1] == [b"Z"]
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.unit.known_trees import make_trees, wnids
+from tests.unit.known_trees import make_tree, make_trees, wnids
 from tests.unit.tiny_models import write_tiny
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.named import NAMED
@@ -87,6 +87,8 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         write_tiny(root / "models" / name, name.partition("-")[0], "open_clip")
     (root / "data").mkdir()
     make_trees(root / "data")
+    for name, n_tars in {"cc3m": 3, "cc12m": 2, "laion400m": 2}.items():  # of which the smoke form takes the first
+        make_tree(name, root / "data", 64 * n_tars)
     for name in ("imagenet", "imagenet_v2", "imagenet_sketch"):
         move_to_what_is_seen(name, root / "data", root / "models")
     for name in ("eurosat", "stanford_cars", "oxford_pets", "flowers102", "caltech101", "dtd", "ucf101"):

@@ -156,6 +156,22 @@ def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_p
     assert [path for path in [*leftovers, *others] if is_leftover(path)] == leftovers
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="zombies are told by Linux's /proc")
+def test_a_process_that_has_ended_unasked_is_dead(tmp_path: Path) -> None:
+    """What a container's first process may never reap: workers whose driver was killed."""
+    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.read()  # ends when the child does, or a moment before
+    leftover = make(tmp_path / f".a.{host_hash()}.{child.pid}.0123abcd.tmp")
+    end = time.monotonic() + 10
+    while not is_leftover(leftover):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert child.returncode is None  # nobody has asked: it is a zombie still
+    child.wait()
+    child.stdout.close()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no process of another user to ask for")
 def test_a_process_of_another_user_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(pid: int, signal: int) -> None:
