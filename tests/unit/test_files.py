@@ -159,17 +159,13 @@ def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_p
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="zombies are told by Linux's /proc")
 def test_a_process_that_has_ended_unasked_is_dead(tmp_path: Path) -> None:
     """What a container's first process may never reap: workers whose driver was killed."""
-    child = subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE)
-    assert child.stdout is not None
-    child.stdout.read()  # ends when the child does, or a moment before
-    leftover = make(tmp_path / f".a.{host_hash()}.{child.pid}.0123abcd.tmp")
-    end = time.monotonic() + 10
-    while not is_leftover(leftover):
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    assert child.returncode is None  # nobody has asked: it is a zombie still
-    child.wait()
-    child.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        leftover = make(tmp_path / f".a.{host_hash()}.{child.pid}.0123abcd.tmp")
+        end = time.monotonic() + 10
+        while not is_leftover(leftover):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        os.kill(child.pid, 0)  # raises if it were gone: nobody has asked yet, so it is a zombie
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no process of another user to ask for")
