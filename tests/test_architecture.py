@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "executors": BASE | {"store", "datasets", "backbones", "types"},
     "pool_sizes": BASE | {"types", "pairs", "predictors", "scoring", "evaluation", "results"},
     "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store"},
+    "decision": BASE | TABLES | {"types", "pairs", "predictors", "scoring", "scores", "store"},
     "report": BASE | TABLES,
     "demo": None,
     "benchmark": None,

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from vilu import metrics
     from vilu.backbones.catalog import load_backbone
     from vilu.datasets.catalog import open_dataset
+    from vilu.decision.calibrate import calibrate
+    from vilu.decision.selector import Selector
     from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
     from vilu.outcomes import Outcomes
@@ -46,6 +48,8 @@ __version__ = "0.1.0"
 _HOME = {
     "load_backbone": "vilu.backbones.catalog",
     "open_dataset": "vilu.datasets.catalog",
+    "calibrate": "vilu.decision.calibrate",
+    "Selector": "vilu.decision.selector",
     "compare": "vilu.evaluation",
     "evaluate": "vilu.evaluation",
     "Outcomes": "vilu.outcomes",
@@ -97,9 +101,11 @@ __all__ = [
     "PseudoCaptions",
     "ResultTable",
     "ScoreFolder",
+    "Selector",
     "ViLU",
     "ViLUPlus",
     "__version__",
+    "calibrate",
     "compare",
     "convert_official",
     "embed",

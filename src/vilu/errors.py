@@ -32,6 +32,12 @@ class DataError(ViLUError, ValueError):
     exit_code = 3
 
 
+class InfeasibleError(ViLUError):
+    """A promise that these calibration rows cannot support; the message says how many would be needed."""
+
+    exit_code = 4
+
+
 class MissingModelError(ViLUError):
     """Model weights or an optional dependency are not on this machine."""
 

@@ -1,0 +1,166 @@
+"""``calibrate``: from outcomes with known failures to a rule that accepts or abstains."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.decision.binomial import rows_without_error
+from vilu.decision.selector import ALL, OTHER, Certificate, Promise, Selector
+from vilu.decision.thresholds import METHODS, coverage_first, rows_for_coverage, rows_needed, shrunk_rates
+from vilu.errors import DataError, UsageError
+from vilu.metrics.counts import Ints, TieCounts, tie_counts
+from vilu.outcomes import Outcomes
+
+
+def calibrate(
+    outcomes: Outcomes,
+    *,
+    max_risk: float | None = None,
+    confidence: float = 0.95,
+    min_coverage: float | None = None,
+    method: Promise = "ltt",
+    groups: Sequence[str] | Literal["prediction"] | None = None,
+) -> Selector:
+    """A threshold on the uncertainty such that the error rate among accepted answers is at most ``max_risk``.
+
+    "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration rows; "crc" promises the
+    mean of another risk, the share of *all* answers that is accepted and wrong. All need calibration rows that are
+    drawn as the later ones are and were not used to fit; nothing is promised when the data shift. A target that cannot
+    be met is an answer: ``feasible`` is False, and the certificate says how many rows would be needed.
+
+    Args:
+        outcomes: Calibration rows; those without uncertainty or known failure are left out.
+        max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
+        confidence: 1 - delta, in (0, 1).
+        min_coverage: Least share to accept. With ``max_risk``, a threshold that accepts less counts as infeasible;
+            alone, the strictest threshold that accepts so much, with the bound of its risk.
+        method: "ltt", "sgr" or "crc"; see ``vilu.decision.thresholds``.
+        groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough rows, the others
+            together; delta is divided among them, so that all promises hold at once.
+
+    Raises:
+        UsageError: If neither target is given or one is out of range.
+        DataError: If no row can be used, or there is not one group per row.
+    """
+    _check(max_risk, min_coverage, confidence, method)
+    keep = outcomes.evaluable
+    if not keep.any():
+        raise DataError(
+            "calibration needs rows with an uncertainty and a known failure. "
+            f"None of the {len(outcomes)} rows has both."
+        )
+    uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
+    least = 1 if max_risk is None else rows_without_error(max_risk, 1 - confidence) + 1
+    members = _members(_names(outcomes, groups, keep), len(failure), least)
+    delta = (1 - confidence) / len(members)
+    certificates = {
+        name: _certify(tie_counts(uncertainty[rows], failure[rows]), max_risk, min_coverage, delta, method)
+        for name, rows in members.items()
+    }
+    return Selector(
+        method=method,
+        max_risk=max_risk,
+        min_coverage=min_coverage,
+        confidence=confidence,
+        grouped_by=None if groups is None else "prediction" if groups == "prediction" else "groups",
+        certificates=certificates,
+    )
+
+
+def group_names(outcomes: Outcomes) -> list[str]:
+    """N names of the groups "prediction": the zero-shot answers; "" where there is none.
+
+    Raises:
+        DataError: If the outcomes do not say what was answered.
+    """
+    if outcomes.prediction is None:
+        raise DataError("groups by prediction need outcomes that say what was answered. These do not.")
+    names = outcomes.class_names
+    return ["" if c < 0 else str(c) if names is None else names[c] for c in outcomes.prediction.tolist()]
+
+
+def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bool_]) -> list[str] | None:
+    """Group of every row that is kept."""
+    if groups is None:
+        return None
+    names = group_names(outcomes) if groups == "prediction" else list(groups)
+    if len(names) != len(outcomes):
+        raise DataError(f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead.")
+    return [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
+
+
+def _check(max_risk: float | None, min_coverage: float | None, confidence: float, method: str) -> None:
+    if max_risk is None and min_coverage is None:
+        raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
+    if max_risk is not None and not 0 < max_risk < 1:
+        raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
+    if min_coverage is not None and not 0 < min_coverage <= 1:
+        raise UsageError(f"min_coverage must be in (0, 1]. Got {min_coverage} instead.")
+    if not 0 < confidence < 1:
+        raise UsageError(f"confidence must be in (0, 1). Got {confidence} instead.")
+    if method not in METHODS:
+        raise UsageError(f"method must be one of {', '.join(METHODS)}. Got {method!r} instead.")
+
+
+def _members(names: list[str] | None, n: int, least: int) -> dict[str, Ints]:
+    """Rows of each group; groups of fewer than ``least`` rows are one group together."""
+    if names is None:
+        return {ALL: np.arange(n)}
+    sizes = Counter(names)
+    own = sorted(name for name, size in sizes.items() if size >= least)
+    group = np.array([name if sizes[name] >= least else OTHER for name in names], dtype=object)
+    members = {name: np.flatnonzero(group == name) for name in own}
+    rest = np.flatnonzero(group == OTHER)
+    return {**members, OTHER: rest} if len(rest) else members
+
+
+def _certify(
+    counts: TieCounts, max_risk: float | None, min_coverage: float | None, delta: float, method: Promise
+) -> Certificate:
+    """The best threshold, or why there is none."""
+    n = int(counts.n)
+    if max_risk is not None:
+        point = METHODS[method](counts, max_risk, delta)
+    else:
+        point = coverage_first(counts, min_coverage or 1.0, delta)
+    if point is None:
+        why, n_needed = _why_nothing(counts, max_risk, min_coverage, delta, method)
+        return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed)
+    accepted = int(counts.accepted[point.index])
+    if max_risk is not None and min_coverage is not None and accepted < min_coverage * n:
+        why = f"the risk is attained at {accepted / n:.1%} coverage at most, less than the {min_coverage:.1%} asked for"
+        return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why)
+    return Certificate(
+        threshold=float(counts.value[point.index]),
+        n=n,
+        n_accepted=accepted,
+        n_wrong=int(counts.accepted_wrong[point.index]),
+        risk_bound=point.risk_bound,
+    )
+
+
+def _why_nothing(
+    counts: TieCounts, max_risk: float | None, min_coverage: float | None, delta: float, method: Promise
+) -> tuple[str, int | None]:
+    """Why no threshold keeps the promise, and about how many calibration rows would."""
+    n = int(counts.n)
+    if max_risk is None:
+        why = f"{n} rows cannot show that {min_coverage:.1%} of all answers are accepted"
+        return why, None if min_coverage == 1 else rows_for_coverage(min_coverage or 1.0, delta)
+    if method == "crc":
+        fewest = math.ceil(1 / max_risk) - 1
+        if n < fewest:
+            return f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes", fewest
+        return f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong", None
+    needed = rows_needed(counts, max_risk, delta)
+    if needed is None:
+        best = int(np.argmin(shrunk_rates(counts)))
+        found = f"{int(counts.accepted_wrong[best])} of the {int(counts.accepted[best])} most trusted answers are wrong"
+        return f"{found}: these scores do not single out answers with an error rate below {max_risk:.2%}", None
+    return f"{n} rows are too few to show an error rate below {max_risk:.2%}", max(needed, n + 1)

@@ -1,0 +1,161 @@
+"""Which threshold a calibration set supports: one function per guarantee, from tie counts to an operating point.
+
+A threshold t accepts every answer with uncertainty <= t. The candidates are the distinct scores of the calibration
+rows, strictest first; rows of equal score are accepted or left out together. R(t) is the error rate of all answers,
+seen and unseen, that t accepts. Beside each function stands what it promises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vilu.decision.binomial import lower_bound, rows_for_rate, rows_without_error, tail, upper_bound
+from vilu.metrics.counts import Floats, Ints, TieCounts
+
+STARTS = (1 / 16, 1 / 4)
+"""Shares of the calibration rows at which fixed sequences begin."""
+
+LOOKED_AT = 500
+"""Thresholds that are looked at for an estimate of the rows needed."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A chosen operating point: position among the distinct scores, and what is promised of the risk there."""
+
+    index: int
+    risk_bound: float
+
+
+def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
+    """The loosest t certified by fixed-sequence testing: P[R(t) <= max_risk] >= 1 - delta.
+
+    H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict to lax every t is
+    tested at the full level until one is not rejected; R need not be monotone. A sequence has to begin where enough is
+    accepted for a rejection to be possible, and one unlucky wrong answer near the beginning ends it; so there are two
+    beginnings, at 1/16 and 1/4 of the rows, each with half of delta, and a sequence that reaches the next one's
+    beginning hands its level on (the fallback procedure). Where 1/16 of the rows are too few to reject with no error
+    at all, it begins where they are enough. The beginnings depend on the scores alone.
+
+    Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni procedure (2003).
+    Coverage against other beginnings: ``benchmarks/thresholds.py``.
+    """
+    begins = _beginnings(counts.accepted, max_risk, delta)
+    if not begins:
+        return None
+    p_values = tail(counts.accepted_wrong, counts.accepted, max_risk)
+    carried, best = 0.0, None
+    for begin, end in zip(begins, [*begins[1:], len(p_values)], strict=True):
+        level = carried + delta / len(begins)
+        failed = np.flatnonzero(p_values[begin:end] > level)
+        last = begin + int(failed[0]) if len(failed) else end
+        best = last - 1 if last > begin else best
+        carried = 0.0 if len(failed) else level
+    return None if best is None else Point(best, max_risk)
+
+
+def _beginnings(accepted: Ints, max_risk: float, delta: float) -> list[int]:
+    """Positions where sequences begin; one more than the fewest rows, since the last row is not a random one."""
+    n = int(accepted[-1])
+    for share in (delta / len(STARTS), delta):
+        fewest = rows_without_error(max_risk, share) + 1
+        wanted = STARTS if share < delta else STARTS[:1]
+        rows = [max(math.ceil(n * start), fewest) for start in wanted]
+        begins = sorted({int(np.searchsorted(accepted, m)) for m in rows if m <= n})
+        if len(begins) == len(wanted):
+            return begins
+    return []
+
+
+def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
+    """SGR: bisection over the distinct scores, with a bound at every step: P[R(t) <= risk_bound] >= 1 - delta.
+
+    Each of the ceil(log2 G) steps computes the Clopper-Pearson bound b at level delta / ceil(log2 G), and goes to laxer
+    thresholds where b <= max_risk, else to stricter ones; the laxest passed is returned, with its b.
+
+    Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm 1. There the number
+    of steps is ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
+    """
+    steps = max(math.ceil(math.log2(len(counts.value) + 1)), 1)
+    low, high, best = 0, len(counts.value) - 1, None
+    for _ in range(steps):
+        if low > high:
+            break
+        middle = (low + high) // 2
+        bound = upper_bound(int(counts.accepted_wrong[middle]), int(counts.accepted[middle]), delta / steps)
+        if bound <= max_risk:
+            best, low = Point(middle, bound), middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> Point | None:  # noqa: ARG001
+    """The loosest t with (k_t + 1) / (n + 1) <= max_risk: E[share of all answers that is accepted and wrong] <= it.
+
+    The joint risk is monotone in t, as conformal risk control needs; the selective risk is not. The promise is about
+    the mean over calibration draws: there is no delta.
+
+    Source: Angelopoulos et al., Conformal Risk Control (2022), Eq. 4, with a loss of 0 or 1.
+    """
+    joint = (counts.accepted_wrong + 1) / (counts.n + 1)
+    inside = int(np.count_nonzero(joint <= max_risk))
+    return Point(inside - 1, float(joint[inside - 1])) if inside else None
+
+
+def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Point | None:
+    """The strictest t that accepts at least ``min_coverage`` of all answers, with a bound on R(t).
+
+    Both hold together with probability >= 1 - delta, each with half of it. t is the first score below which so many
+    rows lie that the Clopper-Pearson bound of the acceptance rate from below reaches the target. How many that is
+    depends on n alone, so no wrong answer has a say in the choice, and the bound of the risk at t is that of a single
+    threshold. It counts the row at t as wrong if any is, but not as a trial: given t, only the others are random.
+    """
+    n = int(counts.n)
+    reached = [lower_bound(int(m), n, delta / 2) >= min_coverage for m in counts.accepted]
+    if not any(reached):
+        return None
+    index = reached.index(True)
+    wrong, others = int(counts.accepted_wrong[index]), int(counts.accepted[index]) - 1
+    return Point(index, upper_bound(min(wrong, others), others, delta / 2))
+
+
+METHODS: dict[str, Callable[[TieCounts, float, float], Point | None]] = {
+    "ltt": learn_then_test,
+    "sgr": selection_with_guaranteed_risk,
+    "crc": conformal_risk_control,
+}
+"""Thresholds for a maximal risk, by name."""
+
+
+def rows_needed(counts: TieCounts, max_risk: float, delta: float) -> int | None:
+    """About how many calibration rows like these would make the risk attainable; None where none would be enough.
+
+    Over all thresholds, the least m / coverage such that m accepted answers certify the risk when a share
+    (k + 1/2) / (m_t + 1) of them is wrong (k wrong of m_t accepted here, shrunk so that luck at few rows does not
+    count).
+    """
+    rates = shrunk_rates(counts)
+    low = np.flatnonzero(rates < max_risk)
+    best: float | None = None
+    for index in low[:: max(len(low) // LOOKED_AT, 1)]:
+        rows = rows_for_rate(float(rates[index]), max_risk, delta / len(STARTS))
+        if rows is not None:
+            total = (rows + 1) * int(counts.n) / int(counts.accepted[index])
+            best = total if best is None else min(best, total)
+    return None if best is None else math.ceil(best)
+
+
+def shrunk_rates(counts: TieCounts) -> Floats:
+    """(G,) error rate among the accepted at every threshold, (k + 1/2) / (m + 1)."""
+    rates: Floats = (counts.accepted_wrong + 0.5) / (counts.accepted + 1)
+    return rates
+
+
+def rows_for_coverage(min_coverage: float, delta: float) -> int:
+    """Fewest rows n with min_coverage^n <= delta / 2: with all of them accepted, so large a share of all answers is."""
+    return math.ceil(math.log(delta / 2) / math.log(min_coverage) - 1e-9)
