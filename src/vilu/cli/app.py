@@ -8,6 +8,7 @@ import typer
 
 import vilu
 from vilu.cli.benchmarking import benchmark, render
+from vilu.cli.calibrating import calibrate
 from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.datasets import datasets
@@ -57,6 +58,7 @@ app.command()(demo)
 app.command()(embed)
 app.command()(inspect)
 app.command()(fit)
+app.command()(calibrate)
 app.command()(score)
 app.command()(evaluate)
 app.command()(pools)
