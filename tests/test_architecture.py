@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "executors": BASE | {"store", "datasets", "backbones", "types"},
     "pool_sizes": BASE | {"types", "pairs", "predictors", "scoring", "evaluation", "results"},
     "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store"},
+    "explaining": BASE | TABLES | {"types", "predictors", "nn"},
     "report": BASE | TABLES,
     "demo": None,
     "benchmark": None,
