@@ -63,7 +63,9 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
         following = f"to see single rows: vilu explain {predictor} {store}"
     else:
-        known = None if train is None else open_source(train, pools=pools, logit_scale=logit_scale)
+        known = (
+            None if train is None else open_source(train, pools=pools, fold=fold and "train", logit_scale=logit_scale)
+        )
         wanted = [*(key or ()), *(row or ())]
         depth = Depth(candidates, neighbours, background, seed)
         found = explain_rows(fitted, data, known, wanted or None, n=n, depth=depth)
