@@ -96,7 +96,7 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
             f"an attribution compares with other rows, and all {len(data)} are explained or cannot be used. "
             "Give training rows (--train), or explain fewer."
         )
-    return rows[torch.from_numpy(np.sort(rng.permutation(len(rows))[:n]))]
+    return rows[torch.from_numpy(np.sort(rng.choice(len(rows), min(n, len(rows)), replace=False)))]
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
@@ -133,7 +133,8 @@ class Names:
 
     def __init__(self, data: EmbeddingSource) -> None:
         self.data = data
-        self._pool, self._members = -1, torch.empty(0, dtype=torch.int64)
+        self._pool: frozenset[int] = frozenset()
+        self._members = torch.empty(0, dtype=torch.int64)
 
     def of(self, row: int, candidate: int) -> str:
         """Name of one candidate of a row."""
@@ -143,11 +144,12 @@ class Names:
         return self.data.ids[int(self._pool_members(row)[candidate])]
 
     def _pool_members(self, row: int) -> Tensor:
-        place = int((self.data.usable_rows == row).nonzero())
-        pool = place // (self.data.pool_size or 1)
-        if pool != self._pool:
-            members = self.data.candidates(_pool(self.data, pool)).members
+        """Which rows the candidates of a row belong to; the last pool is remembered."""
+        if row not in self._pool:
+            place = int((self.data.usable_rows == row).nonzero())
+            pool = _pool(self.data, place // (self.data.pool_size or 1))
+            members = self.data.candidates(pool).members
             if members is None:
                 raise DataError("these captions do not say which rows they belong to, so they have no names.")
-            self._pool, self._members = pool, members
+            self._pool, self._members = frozenset(pool.tolist()), members
         return self._members
