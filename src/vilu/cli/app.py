@@ -13,6 +13,7 @@ from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.datasets import datasets
 from vilu.cli.embedding import embed
+from vilu.cli.explaining import explain
 from vilu.cli.fitting import fit
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
@@ -61,6 +62,7 @@ app.command()(fit)
 app.command()(calibrate)
 app.command()(score)
 app.command()(evaluate)
+app.command()(explain)
 app.command()(pools)
 app.command()(benchmark)
 app.command()(render)
