@@ -93,17 +93,17 @@ def load(folder: str | Path) -> Record:
         StorageError: If it cannot be read.
     """
     path = Path(folder) / RISK
-    content = _read(path)
     try:
-        raw = json.loads(content)
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION and isinstance(version, int):
-            raise ProvenanceError(f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. {AGAIN}.")
+        raw = json.loads(_read(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION and isinstance(version, int):
+        raise ProvenanceError(f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. {AGAIN}.")
+    try:
         return Record.model_validate(raw)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {explain(error)}. {AGAIN}.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
 
 
 def load_rows(folder: str | Path, record: Record) -> Outcomes:
