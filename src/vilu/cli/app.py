@@ -15,6 +15,7 @@ from vilu.cli.embedding import embed
 from vilu.cli.fitting import fit
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
+from vilu.cli.sharing import export, pull, push
 from vilu.cli.showing import demo
 from vilu.progress import reporting
 
@@ -64,4 +65,7 @@ app.command()(benchmark)
 app.command()(render)
 app.command("list")(list_catalogue)
 app.command()(convert)
+app.command()(export)
+app.command()(push)
+app.command()(pull)
 app.add_typer(datasets, name="datasets")

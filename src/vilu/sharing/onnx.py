@@ -22,7 +22,7 @@ from vilu.files import atomic_write
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.heads.vilu_plus import ViLUPlus
 from vilu.predictors.storage import load, read_record
-from vilu.sharing.graphs import score_graph
+from vilu.sharing.exportable import score_graph
 from vilu.space import EmbeddingSpace
 
 TOLERANCE = 1e-5
