@@ -141,7 +141,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {})
         if action == "preupload":
             modes = [
-                {"path": name, "uploadMode": "lfs" if name.endswith(".safetensors") else "regular", "shouldIgnore": False}
+                {
+                    "path": name,
+                    "uploadMode": "lfs" if name.endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
                 for name in (entry["path"] for entry in json.loads(body)["files"])
             ]
             return self.answer(200, {"files": modes})

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-from vilu.backbones.loading import hub_reachable, import_extra
+from vilu.backbones.loading import hub_reachable, import_extra, quiet
 from vilu.errors import DataError, MissingModelError, StorageError, UsageError
 from vilu.predictors.storage import PREDICTOR, WEIGHTS
 from vilu.sharing.folders import FILES, beside, copy_files, place, require_ours, require_same, require_size
@@ -141,7 +141,7 @@ def _upload(staged: Path, repository: str, private: bool | None, revision: str |
     hub = _client(repository, "pushed to")
     if hub.get_token() is None:
         raise UsageError(f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`.")
-    with _explained(repository, revision):
+    with quiet(), _explained(repository, revision):
         api = hub.HfApi(library_name="vilu")
         api.create_repo(repository, private=private, exist_ok=True)
         if revision is not None:
