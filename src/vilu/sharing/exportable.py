@@ -16,7 +16,6 @@ from vilu.predictors.fitted.sirc import SIRC
 from vilu.predictors.free.doctor import Doctor
 from vilu.predictors.free.energy import Energy
 from vilu.predictors.free.entropy import Entropy
-from vilu.predictors.free.gen import GEN
 from vilu.predictors.free.kl_uniform import KLUniform
 from vilu.predictors.free.margin import Margin
 from vilu.predictors.free.max_logit import MaxLogit
@@ -120,13 +119,16 @@ GRAPHS: dict[type[FailurePredictor], Callable[[Any], Score]] = {
     ViLU: head_score,
     LVU: head_score,
     DeepEnsemble: ensemble_score,
-    **dict.fromkeys((MCM, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, MCMTS, SIRC), own_score),
+    **dict.fromkeys((MCM, Doctor, MaxLogit, Margin, ProbMargin, Energy, MCMTS, SIRC), own_score),
     Entropy: lambda _: entropy,
     KLUniform: lambda _: kl_uniform,
     PVU: network_score,
     LMN: network_score,
 }
-"""How the score of a method becomes a graph; what is not here needs more than image and text, or looks at values."""
+"""How the score of a method becomes a graph.
+
+What is not here needs more than image and text, looks at values, or (GEN) needs an expm1, which ONNX has not.
+"""
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
