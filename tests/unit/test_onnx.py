@@ -24,6 +24,7 @@ from vilu.predictors import (
 from vilu.predictors.heads.mc_dropout import MCDropout
 from vilu.predictors.parameters import parameters
 from vilu.sharing import exportable
+from vilu.sharing.graphs import GraphBatch
 from vilu.sharing.onnx import export_onnx
 
 HEAD = {"hidden": (32, 16), "epochs": 4}
@@ -82,6 +83,13 @@ def test_onnxruntime_says_what_the_predictor_says(name: str, tmp_path: Path, tes
     assert found["vilu.space"] == predictor.space_.fingerprint
     assert (found["vilu.method"], found["vilu.logit_scale"]) == (predictor.name, "20.0")
     assert found["vilu.version"] == vilu.__version__
+
+
+def test_equal_texts_have_the_place_of_the_first() -> None:
+    text = torch.eye(6)[[4, 1, 4, 0, 1, 4, 2]]
+    batch = GraphBatch(text, text, torch.zeros(7), torch.arange(7), 1.0)
+    assert batch.first_equal.tolist() == [0, 1, 0, 3, 1, 0, 6]
+    assert batch.prediction.tolist() == [0, 1, 0, 3, 1, 0, 6]
 
 
 def test_large_logits_are_rounded_once(tmp_path: Path) -> None:
