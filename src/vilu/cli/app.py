@@ -17,6 +17,7 @@ from vilu.cli.explaining import explain
 from vilu.cli.fitting import fit
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
+from vilu.cli.sharing import export, pull, push
 from vilu.cli.showing import demo
 from vilu.progress import reporting
 
@@ -68,4 +69,7 @@ app.command()(benchmark)
 app.command()(render)
 app.command("list")(list_catalogue)
 app.command()(convert)
+app.command()(export)
+app.command()(push)
+app.command()(pull)
 app.add_typer(datasets, name="datasets")

@@ -36,6 +36,7 @@ class Record(Model):
         split: Name of their part.
         n: Calibration rows with an uncertainty and a known failure.
         rows_sha256: Of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
+        promise: What the rule promises, in words.
         rule: Accepts or abstains; None when only probabilities were calibrated.
         label_sets: Sets of labels; None without.
     """
@@ -49,6 +50,7 @@ class Record(Model):
     split: str | None
     n: int = Field(ge=0)
     rows_sha256: str
+    promise: str | None
     rule: Annotated[Rule, Field(discriminator="kind")] | None
     label_sets: LabelSets | None = None
 
