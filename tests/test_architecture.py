@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store"},
     "decision": BASE | TABLES | {"types", "pairs", "predictors", "scoring", "scores", "store"},
     "report": BASE | TABLES,
+    "page": BASE | TABLES | {"types", "predictors", "scores", "store", "datasets", "decision", "report"},
     "demo": None,
     "benchmark": None,
     "studies": BASE | {"benchmark", "report", "outcomes", "metrics"},

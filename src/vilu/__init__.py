@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
     from vilu.outcomes import Outcomes
+    from vilu.page.build import report_page
     from vilu.pairs import Pools
     from vilu.predictors import (
         LVU,
@@ -53,6 +54,7 @@ _HOME = {
     "compare": "vilu.evaluation",
     "evaluate": "vilu.evaluation",
     "Outcomes": "vilu.outcomes",
+    "report_page": "vilu.page.build",
     "Doctor": "vilu.predictors",
     "Entropy": "vilu.predictors",
     "FailurePredictor": "vilu.predictors",
@@ -115,6 +117,7 @@ __all__ = [
     "metrics",
     "open_dataset",
     "open_source",
+    "report_page",
     "score",
     "score_parts",
 ]

@@ -15,6 +15,7 @@ from vilu.cli.embedding import embed
 from vilu.cli.fitting import fit
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
+from vilu.cli.reporting import report
 from vilu.cli.showing import demo
 from vilu.progress import reporting
 
@@ -59,6 +60,7 @@ app.command()(inspect)
 app.command()(fit)
 app.command()(score)
 app.command()(evaluate)
+app.command()(report)
 app.command()(pools)
 app.command()(benchmark)
 app.command()(render)
