@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from vilu.decision.selector import Selector
     from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
+    from vilu.explaining.explain import explain
+    from vilu.explaining.prompts import prompt_gains
+    from vilu.explaining.risk import risk_map
     from vilu.outcomes import Outcomes
     from vilu.page.build import report_page
     from vilu.pairs import Pools
@@ -53,6 +56,9 @@ _HOME = {
     "Selector": "vilu.decision.selector",
     "compare": "vilu.evaluation",
     "evaluate": "vilu.evaluation",
+    "explain": "vilu.explaining.explain",
+    "prompt_gains": "vilu.explaining.prompts",
+    "risk_map": "vilu.explaining.risk",
     "Outcomes": "vilu.outcomes",
     "report_page": "vilu.page.build",
     "Doctor": "vilu.predictors",
@@ -112,12 +118,15 @@ __all__ = [
     "convert_official",
     "embed",
     "evaluate",
+    "explain",
     "load",
     "load_backbone",
     "metrics",
     "open_dataset",
     "open_source",
+    "prompt_gains",
     "report_page",
+    "risk_map",
     "score",
     "score_parts",
 ]

@@ -114,9 +114,14 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
 
     None where the main method does not.
     """
-    if not methods[0].is_probability:
+    stated = [probability(one) for one in methods]
+    if stated[0] is None:
         return None
-    lines = [_reliability_line(one, look) for look, one in enumerate(methods) if one.is_probability]
+    lines = [
+        _reliability_line(one, p, look)
+        for look, (one, p) in enumerate(zip(methods, stated, strict=True))
+        if p is not None
+    ]
     return Chart(
         key="reliability",
         title="Stated and found failure rates",
@@ -128,9 +133,17 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     )
 
 
-def _reliability_line(outcomes: Outcomes, look: int) -> Line:
+def probability(outcomes: Outcomes) -> Floats | None:
+    """(N,) failure probabilities: the calibrated ones, or else an uncertainty that is one; None without."""
+    if outcomes.failure_probability is not None:
+        return outcomes.failure_probability
+    return outcomes.uncertainty if outcomes.is_probability else None
+
+
+def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     """The bins of the ECE, right-closed; empty ones have no point."""
-    counts = tie_counts(*_known(outcomes))
+    rows = outcomes.evaluable
+    counts = tie_counts(stated[rows], outcomes.failure[rows])
     of_score = np.searchsorted(np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS, counts.value, side="left")
     n, wrong, total = (
         np.bincount(of_score, weights, RELIABILITY_BINS)

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from pydantic import ValidationError
+from numpy.typing import NDArray
 
+from vilu.decision import record
 from vilu.decision.calibrate import group_names
+from vilu.decision.record import Rule
 from vilu.decision.selector import Certificate, Selector
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes import Outcomes
-from vilu.predictors.storage import read_bytes
-from vilu.store.document import explain
-
-MAX_BYTES = 16 * 2**20
-
-
-class Rule(Protocol):
-    """Accepts or abstains: a ``Selector``, or another rule over groups or batches."""
-
-    def accept(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> NDArray[np.bool_]:
-        """(N,) whether each answer is accepted."""
+from vilu.space import digest
 
 
 @dataclass(frozen=True)
@@ -37,11 +27,13 @@ class Calibrated:
     Attributes:
         rule: What accepts.
         method: Name of the predictor that it belongs to; None where that is not known.
-        facts: What else is recorded: fingerprints, data set, version.
+        risk: Fingerprint of the record, which scores carry that it decided; None where there is no record.
+        facts: What is recorded of the calibration: fingerprints, data set, version.
     """
 
     rule: Rule
     method: str | None = None
+    risk: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -86,28 +78,34 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     """What a calibrated rule accepts of these rows.
 
     Raises:
-        ProvenanceError: If the rule was calibrated for another method.
-        UsageError: If the rule needs groups that outcomes do not have.
+        ProvenanceError: If the rule was calibrated for another method, or another rule decided these scores.
+        UsageError: If the rule has groups that scores do not tell.
     """
-    rule, method = calibrated.rule, calibrated.method
-    if method is not None and method != outcomes.method:
-        raise ProvenanceError(
-            f"the rule was calibrated for {method!r}, the scores are of {outcomes.method!r}. "
-            "Give the predictor that made them, or choose its scores with --main."
-        )
-    if not isinstance(rule, Selector):
-        return Choice(rule.accept(outcomes.uncertainty), None, None, str(rule), facts=calibrated.facts)
+    _require_match(outcomes, calibrated)
+    rule = calibrated.rule
     if rule.grouped_by == "groups":
         raise UsageError("this rule has a threshold per group that its caller named; scores do not tell the groups.")
-    grouped = rule.grouped_by is not None
+    groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     return Choice(
-        accepted=rule.accept(outcomes.uncertainty, group_names(outcomes) if grouped else None),
-        threshold=None if grouped else rule.threshold,
+        accepted=rule.accept(outcomes.uncertainty, groups),
+        threshold=rule.threshold if isinstance(rule, Selector) and groups is None else None,
         max_risk=rule.max_risk,
-        promise=str(rule).splitlines()[0] if rule.feasible else None,
-        certificates=rule.certificates,
+        promise=str(rule).splitlines()[0] if not isinstance(rule, Selector) or rule.feasible else None,
+        certificates=rule.certificates if isinstance(rule, Selector) else {},
         facts=calibrated.facts,
     )
+
+
+def _require_match(outcomes: Outcomes, calibrated: Calibrated) -> None:
+    for what, mine, theirs in (
+        ("calibrated for", calibrated.method, outcomes.method),
+        ("written in the record", calibrated.risk, outcomes.provenance.get("risk")),
+    ):
+        if None not in {mine, theirs} and mine != theirs:
+            raise ProvenanceError(
+                f"the rule was {what} {mine!r}, the scores are of {theirs!r}. "
+                "Give the predictor that made them, or choose its scores with --main."
+            )
 
 
 def read_calibrated(folder: str | Path) -> Calibrated:
@@ -115,29 +113,15 @@ def read_calibrated(folder: str | Path) -> Calibrated:
 
     Raises:
         DataError: If there is none, or it is damaged.
+        ProvenanceError: If a newer vilu wrote it.
         StorageError: If a file cannot be read.
     """
-    path = Path(folder) / "risk.json"
-    if not path.is_file():
+    found = record.load(folder)
+    if found.rule is None:
         raise DataError(
-            f"{folder} is not calibrated (it has no risk.json). Run `vilu calibrate` on it, or leave it out."
+            f"{folder} has calibrated probabilities and no rule that accepts or abstains. "
+            "Run `vilu calibrate` with --max-risk, or leave --predictor out."
         )
-    record = _object(path)
-    if record.get("kind") != "risk" or record.get("rule") is None:
-        raise DataError(f"{path} holds no rule that accepts or abstains. Run `vilu calibrate` with --max-risk.")
-    try:
-        rule = Selector.model_validate(record.pop("rule"))
-    except ValidationError as error:
-        raise DataError(f"{path} holds no rule that this page can show: {explain(error)}.") from error
-    calibration = path.with_name("calibration.parquet")
-    return Calibrated(rule, Outcomes.load(calibration).method if calibration.is_file() else None, record)
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_bytes(path, MAX_BYTES))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} must hold an object. Got {type(content).__name__} instead.")
-    return content
+    document = found.model_dump(mode="json", exclude={"rule", "label_sets"})
+    method = record.load_rows(folder, found).method
+    return Calibrated(found.rule, method, digest(found.model_dump(mode="json")), document)

@@ -27,7 +27,7 @@ class Rate:
 
     @property
     def value(self) -> float | None:
-        """k / n; None where n is 0."""
+        """The share k / n; None where n is 0."""
         return self.k / self.n if self.n else None
 
     @property

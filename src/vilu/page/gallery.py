@@ -106,7 +106,7 @@ def make_cards(
 def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
     if codes is None or outcomes.class_names is None or codes[row] == UNKNOWN:
         return None
-    return outcomes.class_names[codes[row]]
+    return str(outcomes.class_names[codes[row]])
 
 
 def thumbnails(outcomes: Outcomes, rows: Iterable[int], images: ImageDataset) -> dict[int, Thumbnail]:
