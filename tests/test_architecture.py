@@ -34,7 +34,6 @@ MAY_IMPORT = {
     "pool_sizes": BASE | {"types", "pairs", "predictors", "scoring", "evaluation", "results"},
     "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store", "decision"},
     "decision": BASE | TABLES | {"types", "pairs", "predictors", "store"},
-    "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store"},
     "explaining": BASE | TABLES | {"types", "predictors", "nn"},
     "report": BASE | TABLES,
     "page": BASE | TABLES | {"types", "predictors", "scores", "store", "datasets", "decision", "report"},

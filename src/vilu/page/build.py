@@ -74,6 +74,7 @@ def report_page(
     methods = [about, *(one for one in outcomes if one is not about)]
     table = evaluate(methods)  # refuses rows without labels before anything else needs them
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
+    points = _points(about, choice)
     style, script = _asset("page.css"), _asset("page.js")
     return template.render(
         style=style,
@@ -88,14 +89,17 @@ def report_page(
         choice=choice,
         numbers=_numbers(about, choice, max_risk),
         curves=[one for one in (charts.risk_coverage(methods, choice), charts.roc(methods, choice)) if one],
-        histograms=[charts.histogram(one, choice.threshold if i == 0 else None, i) for i, one in enumerate(methods)],
+        histograms=[
+            charts.histogram(one, points.threshold[points.start] if i == 0 else None, i)
+            for i, one in enumerate(methods)
+        ],
         reliability=charts.reliability(methods),
         tables=_tables(methods, table),
         metrics=METRICS,
         classes=class_rows(about, choice),
         gallery=_gallery(about, choice, images, embeddings),
         with_pictures=images is not None,
-        data=_script_data(about, _points(about, choice)),
+        data=_script_data(about, points, exact=choice.threshold is not None or not choice.accepted.any()),
         provenance=[_provenance(one) for one in methods],
         facts=list(text.flat(choice.facts)),
     )
@@ -185,7 +189,7 @@ def _points(outcomes: Outcomes, choice: Choice) -> Points:
     return operating_points(outcomes.uncertainty[rows], outcomes.failure[rows], choice.threshold, n_accepted)
 
 
-def _script_data(outcomes: Outcomes, points: Points) -> dict[str, Any]:
+def _script_data(outcomes: Outcomes, points: Points, *, exact: bool) -> dict[str, Any]:
     """What the slider needs; thresholds to the last bit, accepting nothing as null."""
     failure = outcomes.failure[outcomes.evaluable]
     return {
@@ -193,6 +197,7 @@ def _script_data(outcomes: Outcomes, points: Points) -> dict[str, Any]:
         "accepted": points.accepted.tolist(),
         "wrong": points.wrong.tolist(),
         "start": points.start,
+        "exact": exact,
         "n": len(failure),
         "n_wrong": int(failure.sum()),
     }

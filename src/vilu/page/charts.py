@@ -105,7 +105,7 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
             Line("right answers", x, np.repeat(shares[0], 2), RIGHT_LOOK, filled=True),
             Line("wrong answers", x, np.repeat(shares[1], 2), WRONG_LOOK, filled=True),
         ),
-        marker=None if threshold is None else (min(max(threshold, low), high), None),
+        marker=None if threshold is None else (float(np.clip(threshold, low, high)), None),
     )
 
 

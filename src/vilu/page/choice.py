@@ -86,14 +86,20 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     if rule.grouped_by == "groups":
         raise UsageError("this rule has a threshold per group that its caller named; scores do not tell the groups.")
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
+    accepted = rule.accept(outcomes.uncertainty, groups)
     return Choice(
-        accepted=rule.accept(outcomes.uncertainty, groups),
-        threshold=rule.threshold if isinstance(rule, Selector) and groups is None else None,
+        accepted=accepted,
+        # of one batch, conformal selection accepts what one threshold does, too
+        threshold=float(outcomes.uncertainty[accepted].max()) if rule.needs_batch and accepted.any() else _limit(rule),
         max_risk=rule.max_risk,
         promise=str(rule).splitlines()[0] if not isinstance(rule, Selector) or rule.feasible else None,
         certificates=rule.certificates if isinstance(rule, Selector) else {},
         facts=calibrated.facts,
     )
+
+
+def _limit(rule: Rule) -> float | None:
+    return rule.threshold if isinstance(rule, Selector) and rule.grouped_by is None else None
 
 
 def _require_match(outcomes: Outcomes, calibrated: Calibrated) -> None:

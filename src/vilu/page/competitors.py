@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from vilu.errors import ProvenanceError, UsageError
-from vilu.outcomes import UNKNOWN, Outcomes
+from vilu.outcome_columns import UNKNOWN
+from vilu.outcomes import Outcomes
 from vilu.types import EmbeddingSource
 
 SHOWN = 3

@@ -13,7 +13,8 @@ from vilu.datasets.base import ImageDataset, Record
 from vilu.datasets.images import BadImage, read_image
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
-from vilu.outcomes import UNKNOWN, Outcomes
+from vilu.outcome_columns import UNKNOWN
+from vilu.outcomes import Outcomes
 from vilu.page.choice import Choice
 from vilu.progress import track
 

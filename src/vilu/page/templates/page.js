@@ -43,7 +43,7 @@
     byId("abstained").textContent = count(data.n - accepted);
     const at = index === null ? data.start : index;
     slider.value = at;
-    field.value = data.threshold[at] === null ? "" : String(data.threshold[at]);
+    field.value = data.threshold[at] === null || (index === null && !data.exact) ? "" : String(data.threshold[at]);
     slider.setAttribute("aria-valuetext", `threshold ${field.value || "none"}, ${percent(accepted, data.n)} accepted, ` +
       `${percent(wrong, accepted)} of them wrong`);
     reset.disabled = index === null;
