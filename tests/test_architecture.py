@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "explaining": BASE | TABLES | {"types", "predictors", "nn"},
     "sharing": BASE | {"types", "embeddings", "nn", "predictors", "backbones"},
     "report": BASE | TABLES,
+    "page": BASE | TABLES | {"types", "predictors", "scores", "store", "datasets", "decision", "report"},
     "demo": None,
     "benchmark": None,
     "studies": BASE | {"benchmark", "report", "outcomes", "metrics"},

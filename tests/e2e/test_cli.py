@@ -61,7 +61,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("demo", "embed", "inspect", "fit", "score", "evaluate", "pools", "benchmark", "list", "convert"):
+    for command in (
+        "demo",
+        "embed",
+        "inspect",
+        "fit",
+        "score",
+        "evaluate",
+        "report",
+        "pools",
+        "benchmark",
+        "list",
+        "convert",
+    ):
         assert command in text
         assert "Usage" in run(command, "--help").stdout
     assert "datasets" in text

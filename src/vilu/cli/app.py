@@ -17,6 +17,7 @@ from vilu.cli.explaining import explain
 from vilu.cli.fitting import fit
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
+from vilu.cli.reporting import report
 from vilu.cli.sharing import export, pull, push
 from vilu.cli.showing import demo
 from vilu.progress import reporting
@@ -63,6 +64,7 @@ app.command()(fit)
 app.command()(calibrate)
 app.command()(score)
 app.command()(evaluate)
+app.command()(report)
 app.command()(explain)
 app.command()(pools)
 app.command()(benchmark)
