@@ -37,8 +37,8 @@ def evaluate(
     Args:
         outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may differ in method, data
             set, split and seed.
-        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS``, of which ECE and Brier score only
-            where the uncertainty is a probability.
+        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS``, of which those of a probability only
+            where there is one: the calibrated ``failure_probability``, or else an uncertainty that is a probability.
         n_resamples: Bootstrap resamples; 0 for no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
@@ -59,7 +59,7 @@ def evaluate(
     scarce: list[str] = []
     for one in several:
         chosen = {name: get_metric(name) for name in (DEFAULT_METRICS if metrics is None else metrics)}
-        if metrics is None and not one.is_probability:
+        if metrics is None and one.probability is None:
             chosen = {name: metric for name, metric in chosen.items() if not metric.of_probability}
         rows += _rows(one, chosen, n_resamples=n_resamples, confidence=confidence, seed=seed)
         scarce += _scarce(one)
@@ -169,12 +169,17 @@ def _rows(
             f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an unknown failure and "
             f"{tally.n_unusable} no uncertainty. Give labelled data."
         )
-    kernels = {name: m.kernel for name, m in metrics.items() if tally.is_probability or not m.of_probability}
-    if n_resamples and 0 < n_failures < n:
-        measured = scores.intervals(kernels, n_resamples=n_resamples, confidence=confidence, seed=seed)
-    else:  # nothing to resample: one class, or no interval is wanted
-        counts = scores.counts()
-        measured = {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
+    sources = {name: tally.probability if metric.of_probability else scores for name, metric in metrics.items()}
+    measured: dict[str, Interval] = {}
+    for source in (scores, tally.probability):
+        kernels = {name: metric.kernel for name, metric in metrics.items() if sources[name] is source}
+        if source is None or not kernels:
+            continue
+        if n_resamples and 0 < n_failures < n:
+            measured |= source.intervals(kernels, n_resamples=n_resamples, confidence=confidence, seed=seed)
+        else:  # nothing to resample: one class, or no interval is wanted
+            counts = source.counts()
+            measured |= {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
     row = partial(
         ResultRow,
         method=tally.method,
@@ -198,7 +203,7 @@ def _rows(
                 value=value,
                 ci_low=low,
                 ci_high=high,
-                convention="; ".join(text for text in (metric.convention, scores.note) if text),
+                convention="; ".join(text for text in (metric.convention, (sources[name] or scores).note) if text),
                 interval=interval,
                 why=why if value is None else None,
             )

@@ -161,11 +161,19 @@ class Outcomes:
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
+        scores = Sample(self.uncertainty[rows], self.failure[rows])
+        calibrated = self.failure_probability
         return Tally(
-            scores=Sample(self.uncertainty[rows], self.failure[rows]),
+            scores=scores,
+            probability=(
+                Sample(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
+                if calibrated is not None
+                else scores
+                if self.is_probability
+                else None
+            ),
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
-            is_probability=self.is_probability,
             method=self.method,
             dataset=self.dataset,
             split=self.split,

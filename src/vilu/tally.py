@@ -43,7 +43,8 @@ class Tally:
         scores: The rows that have both an uncertainty and a known failure.
         n_unlabelled: Rows with an uncertainty whose failure is unknown.
         n_unusable: Rows without an uncertainty.
-        is_probability: Whether the uncertainty is a probability of failure.
+        probability: The same rows with a probability of failure in place of the uncertainty: the calibrated one, or the
+            uncertainty itself where that is one; None where there is none.
         method: Name of the predictor.
         dataset: Name of the data set.
         split: Name of its part.
@@ -53,7 +54,7 @@ class Tally:
     scores: Scores
     n_unlabelled: int
     n_unusable: int
-    is_probability: bool
+    probability: Scores | None
     method: str | None = None
     dataset: str | None = None
     split: str | None = None

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn.metrics import brier_score_loss, log_loss
 
 from vilu import metrics
 from vilu.errors import DataError, ProvenanceError, UsageError
@@ -62,11 +63,27 @@ def test_values_are_those_of_the_metrics() -> None:
         "ece": metrics.ece(*pair),
         "ece_mass": metrics.ece(*pair, binning="mass"),
         "brier": metrics.brier(*pair),
+        "log_loss": metrics.log_loss(*pair),
     }
     assert {row.metric: row.value for row in table} == pytest.approx(expected, abs=1e-15)
     for row in table:
         interval = metrics.bootstrap_interval(row.metric, *pair)
         assert (row.value, row.ci_low, row.ci_high) == interval
+
+
+def test_a_calibrated_probability_is_what_its_metrics_are_about() -> None:
+    plain = sample()
+    probability = np.linspace(0, 1, len(plain)) ** 2
+    table = evaluate(replace(plain, failure_probability=probability), n_resamples=20)
+    found = {row.metric: row for row in table}
+    known = plain.evaluable
+    p, failure = probability[known], plain.failure[known]
+    assert found["ece_mass"].value == metrics.ece(p, failure, binning="mass")
+    assert found["brier"].value == pytest.approx(brier_score_loss(failure, p), abs=1e-12)
+    assert found["log_loss"].value == pytest.approx(log_loss(failure, p.clip(1e-12, 1 - 1e-12)), rel=1e-9)
+    assert found["brier"].convention.endswith("of the calibrated failure_probability")
+    assert found["auroc"].value == metrics.auroc(plain.uncertainty[known], failure)
+    assert "calibrated" not in found["auroc"].convention
 
 
 def test_every_row_says_what_it_is_about() -> None:

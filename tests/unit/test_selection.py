@@ -13,7 +13,7 @@ from vilu.outcomes import Outcomes
 
 def test_p_values_by_hand() -> None:
     rule = select(Outcomes([0.1, 0.3, 0.3, 0.9, 0.2], [0, 1, 1, 1, 0]), max_risk=0.5)
-    assert rule.p_values([0.2, 0.3, 0.8, 1.0]).tolist() == [1 / 4, 3 / 4, 3 / 4, 1.0]
+    assert rule.p_values([0.2, 0.3, 0.8, 1.0]).tolist() == [1 / 6, 3 / 6, 3 / 6, 4 / 6]
     assert np.isnan(rule.p_values([np.nan])[0])
 
 
@@ -37,7 +37,7 @@ def test_rows_without_score_are_no_part_of_the_batch() -> None:
     assert rule.accept([]).tolist() == []
 
 
-def test_false_discoveries_stay_below_the_level_times_the_share_of_nulls() -> None:
+def test_false_discoveries_stay_below_the_level() -> None:
     rng = np.random.default_rng(0)
     shares, level, n_draws = [], 0.2, 600
     for _ in range(n_draws):
@@ -45,9 +45,8 @@ def test_false_discoveries_stay_below_the_level_times_the_share_of_nulls() -> No
         rule = select(Outcomes(u, (rng.random(150) < u).astype(int)), max_risk=level)
         wrong, accepted = rng.random(150) < batch, rule.accept(batch)
         shares.append(np.sum(wrong & accepted) / max(np.sum(accepted), 1))
-    bound = level * (1 / 3)  # the mean of Beta(0.5, 1) is the share of wrong answers
     error = np.std(shares) / np.sqrt(n_draws)
-    assert bound / 2 < np.mean(shares) <= bound + 3 * error
+    assert level / 2 < np.mean(shares) <= level + 3 * error
 
 
 def test_refusals() -> None:

@@ -18,14 +18,15 @@ from vilu.store.document import Model
 class BatchSelector(Model):
     """Accepts part of a batch such that E[share of wrong ones among the accepted] <= max_risk.
 
-    The p-value of an answer is p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + #wrong): how rarely a wrong
-    answer is trusted as much. Benjamini-Hochberg at level max_risk over the batch then bounds the mean share of wrong
-    answers among the accepted (0 where none is), over draws of calibration rows and batch; by max_risk times the share
-    of wrong answers in the batch, in fact. The batch decides the threshold, so a row's decision depends on its
-    neighbours, and rows must be judged together.
+    The p-value of an answer is p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + n), over all n calibration
+    answers: how rarely an answer is wrong and trusted as much. Benjamini-Hochberg at level max_risk over the batch then
+    bounds the mean share of wrong answers among the accepted (0 where none is), over draws of calibration rows and
+    batch. The batch decides the threshold, so a row's decision depends on its neighbours, and rows must be judged
+    together.
 
-    Source: Bates et al., Testing for Outliers with Conformal p-values (2023), Theorem 2.6; Jin & Candès, Selection by
-    Prediction with Conformal p-values (2023), with nulls "the answer is wrong".
+    Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with "the answer is wrong" for null
+    and their clipped score. With 1 + #wrong for 1 + n (Bates et al. 2023) the bound is max_risk times the share of
+    wrong answers, and less is accepted.
 
     Attributes:
         max_risk: Level of the false discovery rate.
@@ -44,7 +45,7 @@ class BatchSelector(Model):
     def p_values(self, uncertainty: ArrayLike) -> Floats:
         """(N,) conformal p-values; NaN where there is no uncertainty."""
         scores = real_vector(uncertainty, "uncertainty")
-        p: Floats = (1 + np.searchsorted(self.wrong, scores, side="right")) / (1 + len(self.wrong))
+        p: Floats = (1 + np.searchsorted(self.wrong, scores, side="right")) / (1 + self.n)
         return np.where(np.isnan(scores), np.nan, p)
 
     def accept(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> NDArray[np.bool_]:  # noqa: ARG002

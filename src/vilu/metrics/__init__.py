@@ -5,7 +5,7 @@ undefined (one class only) is NaN; input that cannot be is a ``DataError``.
 """
 
 from vilu.metrics.bootstrap import Difference, Interval, bootstrap_interval, paired_bootstrap
-from vilu.metrics.calibration import brier, ece
+from vilu.metrics.calibration import brier, ece, log_loss
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric
 from vilu.metrics.ranking import aupr_failure, aupr_success, auroc, fpr_at_tpr, roc_curve_points
 from vilu.metrics.selective import (
@@ -35,6 +35,7 @@ __all__ = [
     "ece",
     "excess_aurc",
     "fpr_at_tpr",
+    "log_loss",
     "naurc",
     "paired_bootstrap",
     "risk_at_coverage",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,12 +105,12 @@ class Sample:
     Attributes:
         uncertainty: (N,) scores.
         failure: (N,) 0 or 1.
+        note: What to say beside metrics of these rows.
     """
-
-    note: ClassVar[str | None] = None
 
     uncertainty: Floats
     failure: Ints
+    note: str | None = None
 
     @property
     def n(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vilu.errors import UsageError
-from vilu.metrics.calibration import brier_kernel, ece_kernel
+from vilu.metrics.calibration import brier_kernel, ece_kernel, log_loss_kernel
 from vilu.metrics.counts import Floats, TieCounts
 from vilu.metrics.ranking import aupr_kernel, auroc_kernel, fpr_at_tpr_kernel
 from vilu.metrics.selective import (
@@ -89,6 +89,12 @@ METRICS = {
         "ECE-mass", partial(ece_kernel, binning="mass"), "binary, 15 bins of equal mass", of_probability=True
     ),
     "brier": Metric("Brier", brier_kernel, "of the failure probability", of_probability=True),
+    "log_loss": Metric(
+        "log-loss",
+        log_loss_kernel,
+        "natural logarithm, probabilities at least 1e-12 from certainty",
+        of_probability=True,
+    ),
 }
 
 DEFAULT_METRICS = (
@@ -104,7 +110,9 @@ DEFAULT_METRICS = (
     "coverage_at_risk_0.05",
     "coverage_at_risk_0.1",
     "ece",
+    "ece_mass",
     "brier",
+    "log_loss",
 )
 """What ``evaluate`` computes; those of a probability only where the uncertainty is one."""
 

@@ -70,9 +70,9 @@ class ScoreFolder:
         """What ``vilu.evaluate`` needs."""
         return Tally(
             scores=self.histogram,
+            probability=self.histogram if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
-            is_probability=self.run.is_probability,
             method=self.run.method,
             dataset=self.run.dataset,
             split=self.run.split,

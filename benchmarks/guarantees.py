@@ -1,0 +1,86 @@
+"""Whether promised risks hold on real scores: ``python -m benchmarks.guarantees SCORES.parquet ...``.
+
+The rows of each file (of `vilu score`, with labels; rows that the predictor has not seen) are split 200 times at random
+into calibration and test rows. A promise is about the risk of all answers that the threshold accepts. No file holds all
+answers, so the file as a whole stands for them ("broken": its risk at the threshold is above the target), and beside it
+stands what a user would see on the test rows alone, whose error rate has noise of its own ("seen above").
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+import vilu
+from vilu.decision.selection import select
+from vilu.metrics import coverage_at_risk
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes import Outcomes
+
+SPLITS = 200
+
+
+def accepted_by(method: str, max_risk: float) -> Callable[[Outcomes, Floats], NDArray[np.bool_]]:
+    """Which of some uncertainties are accepted after a calibration."""
+    if method == "selection":
+        return lambda rows, u: select(rows, max_risk=max_risk).accept(u)
+    return lambda rows, u: vilu.calibrate(rows, max_risk=max_risk, method=method).accept(u)  # type: ignore[arg-type]
+
+
+def replay(u: Floats, failure: Ints, method: str, max_risk: float, n_calibration: int) -> dict[str, float]:
+    """Means over the splits."""
+    rule, rng = accepted_by(method, max_risk), np.random.default_rng(0)
+    coverage, broken, above, shares = [], [], [], []
+    for _ in range(SPLITS):
+        order = rng.permutation(len(u))
+        calibration, test = order[:n_calibration], order[n_calibration:]
+        rows = Outcomes(u[calibration], failure[calibration])
+        accepted = rule(rows, u[test])
+        limit = u[test][accepted].max() if accepted.any() else -np.inf
+        everything = u <= limit
+        joint = method == "crc"
+        coverage.append(accepted.mean())
+        broken.append(_risk(everything, failure, joint) > max_risk)
+        above.append(_risk(accepted, failure[test], joint) > max_risk)
+        shares.append(_risk(accepted, failure[test], joint))
+    return {
+        "coverage": float(np.mean(coverage)),
+        "sd": float(np.std(coverage)),
+        "broken": float(np.mean(broken)),
+        "seen above": float(np.mean(above)),
+        "mean risk": float(np.mean(shares)),
+        "nothing": float(np.mean(np.array(coverage) == 0)),
+    }
+
+
+def _risk(accepted: NDArray[np.bool_], failure: Ints, joint: bool) -> float:
+    wrong = int(failure[accepted].sum())
+    return wrong / (len(failure) if joint else max(int(np.count_nonzero(accepted)), 1))
+
+
+def main() -> None:
+    """Print one line per file, method and size."""
+    parser = argparse.ArgumentParser(description="Whether promised risks hold on real scores.")
+    parser.add_argument("scores", nargs="+", type=Path)
+    parser.add_argument("--max-risk", type=float, default=0.05)
+    parser.add_argument("--calibration", type=int, nargs="*", help="calibration rows [half of the file]")
+    options = parser.parse_args()
+    for path in options.scores:
+        outcomes = Outcomes.load(path)
+        keep = outcomes.evaluable
+        u, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
+        best = coverage_at_risk(u, failure, options.max_risk)
+        print(f"{path.name}: {outcomes.method}, {len(u)} rows, {failure.mean():.1%} wrong, hindsight {best:.1%}")
+        for n_calibration in options.calibration or [len(u) // 2]:
+            for method in ("ltt", "sgr", "crc", "selection"):
+                found = replay(u, failure, method, options.max_risk, n_calibration)
+                words = ", ".join(f"{name} {value:.1%}" for name, value in found.items())
+                print(f"  {n_calibration} calibration rows, {method}: {words}")
+
+
+if __name__ == "__main__":
+    main()
