@@ -52,7 +52,7 @@ def test_every_metric_is_a_share_or_undefined(rows: list[tuple[float, int]]) -> 
             assert name.startswith(("auroc", "fpr95", "aupr", "naurc")), name
             assert f.min() == f.max()
         elif name == "log_loss":
-            assert 0 <= value <= -np.log(1e-12) + CLOSE
+            assert 0 <= value < 27.7  # - ln 1e-12 = 27.63
         elif name != "naurc":  # worse than random is above one
             assert -CLOSE <= value <= 1 + CLOSE, name
 
