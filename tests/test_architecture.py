@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
 BASE = {"errors", "space", "validate", "files", "progress", "device", "columns", "similarity"}
-TABLES = {"tables", "layout", "outcomes", "results", "evaluation", "metrics", "tally"}
+TABLES = {"tables", "layout", "outcomes", "outcome_columns", "results", "evaluation", "metrics", "tally"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
     "types": BASE,
@@ -25,14 +25,17 @@ MAY_IMPORT = {
     **dict.fromkeys(TABLES - {"metrics"}, BASE | TABLES),
     "nn": BASE | {"types", "metrics"},
     "predictors": BASE | {"types", "pairs", "embeddings", "metrics", "nn"},
-    "scoring": BASE | {"types", "predictors", "outcomes", "nn"},
+    "scoring": BASE | {"types", "predictors", "outcomes", "nn", "decision"},
+    "calibration": BASE | {"types", "predictors", "outcomes", "decision", "scoring", "scores"},
     "backbones": BASE | {"types"},
     "datasets": BASE | {"types"},
     "store": BASE | {"types", "pairs", "backbones", "datasets"},
     "executors": BASE | {"store", "datasets", "backbones", "types"},
     "pool_sizes": BASE | {"types", "pairs", "predictors", "scoring", "evaluation", "results"},
+    "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store", "decision"},
+    "decision": BASE | TABLES | {"types", "pairs", "predictors", "store"},
     "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store"},
-    "decision": BASE | TABLES | {"types", "pairs", "predictors", "scoring", "scores", "store"},
+    "explaining": BASE | TABLES | {"types", "predictors", "nn"},
     "report": BASE | TABLES,
     "demo": None,
     "benchmark": None,

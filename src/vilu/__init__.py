@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vilu.decision.selector import Selector
     from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
+    from vilu.explaining.explain import explain
+    from vilu.explaining.prompts import prompt_gains
+    from vilu.explaining.risk import risk_map
     from vilu.outcomes import Outcomes
     from vilu.pairs import Pools
     from vilu.predictors import (
@@ -54,6 +57,9 @@ _HOME = {
     "Selector": "vilu.decision.selector",
     "compare": "vilu.evaluation",
     "evaluate": "vilu.evaluation",
+    "explain": "vilu.explaining.explain",
+    "prompt_gains": "vilu.explaining.prompts",
+    "risk_map": "vilu.explaining.risk",
     "Outcomes": "vilu.outcomes",
     "Doctor": "vilu.predictors",
     "Entropy": "vilu.predictors",
@@ -113,11 +119,14 @@ __all__ = [
     "convert_official",
     "embed",
     "evaluate",
+    "explain",
     "load",
     "load_backbone",
     "metrics",
     "open_dataset",
     "open_source",
+    "prompt_gains",
+    "risk_map",
     "score",
     "score_parts",
 ]

@@ -15,7 +15,8 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics.bootstrap import Interval, paired_bootstrap
 from vilu.metrics.catalog import DEFAULT_METRICS, Metric, get_metric
 from vilu.metrics.counts import tie_counts
-from vilu.outcomes import UNKNOWN, Outcomes
+from vilu.outcome_columns import UNKNOWN
+from vilu.outcomes import Outcomes
 from vilu.results import ResultRow, ResultTable
 from vilu.tally import Tallied, Tally
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,16 +13,36 @@ from numpy.typing import ArrayLike, NDArray
 from vilu.errors import DataError
 from vilu.metrics.bootstrap import Sample
 from vilu.metrics.counts import real_vector
+from vilu.outcome_columns import (
+    UNKNOWN,
+    check_codes,
+    check_probabilities,
+    check_texts,
+    extra_columns,
+    nullable_codes,
+    plain_values,
+)
 from vilu.tables import plain_json, read_column, read_table, write_table
 from vilu.tally import Tally
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-UNKNOWN = -1
-"""A failure, prediction or target that is not known."""
+TEXT_COLUMNS = (
+    *("key", "pred_name", "label_name", "reason", "score_name"),
+    *("decision", "decision_reason", "label_set"),
+)
+DECISION = ("decision", "decision_reason", "label_set")
+OPTIONAL = {
+    "prediction": "int64",
+    "target": "int64",
+    "ids": "string",
+    "reason": "string",
+    "failure_probability": "float64",
+    **dict.fromkeys(DECISION, "string"),
+}
+"""What need not be there, and the type of its column."""
 
-TEXT_COLUMNS = ("key", "pred_name", "label_name", "reason", "score_name")
 KINDS = {
     "method": str | None,
     "dataset": str | None,
@@ -51,6 +71,11 @@ class Outcomes:
         reason: Per row why it has no uncertainty ("nonfinite", "zero_norm", "k<2"), or None.
         provenance: Plain JSON on what made the scores (fingerprints, number of candidates, pool size, ...).
         is_probability: Whether the uncertainty is a probability of failure.
+        failure_probability: (N,) float64 calibrated probability of failure, NaN as the uncertainty; None without.
+        decision: Per row "accept" or "abstain"; None without a rule.
+        decision_reason: Per row why it is not accepted ("above_threshold", "not_certified", "not_selected", or its
+            ``reason``), or None.
+        label_set: Per row a JSON list of the candidates that may be right, or None where there is no uncertainty.
 
     Raises:
         DataError: If lengths disagree or a value cannot be.
@@ -74,18 +99,24 @@ class Outcomes:
     reason: Sequence[str | None] | None = field(default=None, repr=False)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     is_probability: bool = False
+    failure_probability: NDArray[np.float64] | None = field(default=None, repr=False)
+    decision: Sequence[str] | None = field(default=None, repr=False)
+    decision_reason: Sequence[str | None] | None = field(default=None, repr=False)
+    label_set: Sequence[str | None] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
-        names = _texts(self.class_names, "class_names")
+        names = check_texts(self.class_names, "class_names")
         last = None if names is None else len(names) - 1
         checked = {
             "uncertainty": uncertainty,
-            "failure": _codes(self.failure, "failure", 1),
-            "prediction": None if self.prediction is None else _codes(self.prediction, "prediction", last),
-            "target": None if self.target is None else _codes(self.target, "target", last),
-            "ids": _texts(self.ids, "ids"),
-            "reason": _texts(self.reason, "reason", optional=True),
+            "failure": check_codes(self.failure, "failure", 1),
+            "prediction": None if self.prediction is None else check_codes(self.prediction, "prediction", last),
+            "target": None if self.target is None else check_codes(self.target, "target", last),
+            "ids": check_texts(self.ids, "ids"),
+            "reason": check_texts(self.reason, "reason", optional=True),
+            "failure_probability": check_probabilities(self.failure_probability, "failure_probability"),
+            **{name: check_texts(getattr(self, name), name, optional=True) for name in DECISION},
         }
         for name, column in checked.items():
             if column is not None and len(column) != len(uncertainty):
@@ -156,7 +187,8 @@ class Outcomes:
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """What ``save`` writes: the columns, null where unknown, and the metadata.
 
-        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name.
+        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name; and where
+        there are some: failure_probability, decision, decision_reason, label_set.
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
@@ -168,7 +200,7 @@ class Outcomes:
 
         n = len(self)
         names = None if self.class_names is None else pa.array(self.class_names, pa.string())
-        pred, label = _nullable(self.prediction, n), _nullable(self.target, n)
+        pred, label = nullable_codes(self.prediction, n), nullable_codes(self.target, n)
         try:
             columns = {
                 "row_id": pa.array(np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)),
@@ -178,13 +210,14 @@ class Outcomes:
                 "label": label,
                 "label_name": pa.nulls(n, pa.string()) if names is None else names.take(label),
                 "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
-                "failure": _nullable(self.failure, n).cast(pa.int8()),
+                "failure": nullable_codes(self.failure, n).cast(pa.int8()),
                 "reason": pa.nulls(n, pa.string()) if self.reason is None else pa.array(self.reason, pa.string()),
                 "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
+                **extra_columns(self.failure_probability, {name: getattr(self, name) for name in DECISION}),
             }
         except UnicodeError as error:
             raise DataError(f"ids, class_names and reason must be valid Unicode: {error}") from error
-        present = [name for name in ("prediction", "target", "ids", "reason") if getattr(self, name) is not None]
+        present = [name for name in OPTIONAL if getattr(self, name) is not None]
         metadata = {name: getattr(self, name) for name in ("class_names", *KINDS)}
         return columns, {"kind": "outcomes", "present": present, **metadata}
 
@@ -211,61 +244,17 @@ class Outcomes:
         def read(name: str, kind: str) -> pa.ChunkedArray:
             return read_column(path, table, name, kind)
 
-        columns = {
-            "prediction": read("pred", "int64"),
-            "target": read("label", "int64"),
-            "ids": read("key", "string"),
-            "reason": read("reason", "string"),
-        }
+        stored = {"prediction": "pred", "target": "label", "ids": "key"}
+        columns = {name: read(stored.get(name, name), kind) for name, kind in OPTIONAL.items()}
         filled = [name for name, column in columns.items() if column.null_count < len(table)]
         present = metadata.get("present")
         present = present if isinstance(present, list) else filled
         methods = read("score_name", "string").unique().to_pylist()
         known: dict[str, Any] = {"method": methods[0] if len(methods) == 1 else None, **metadata}
+        plain: dict[str, Any] = {name: plain_values(column) for name, column in columns.items() if name in present}
         return cls(
             uncertainty=read("uncertainty", "float64").fill_null(np.nan).to_numpy(),
-            failure=_filled(read("failure", "int64")),
-            prediction=_filled(columns["prediction"]) if "prediction" in present else None,
-            target=_filled(columns["target"]) if "target" in present else None,
-            ids=columns["ids"].to_pylist() if "ids" in present else None,
-            reason=columns["reason"].to_pylist() if "reason" in present else None,
+            failure=read("failure", "int64").fill_null(UNKNOWN).to_numpy(),
+            **plain,
             **{name: known[name] for name in ("class_names", *KINDS) if name in known},
         )
-
-
-def _codes(values: ArrayLike, name: str, last: int | None) -> NDArray[np.int64]:
-    """Whole numbers (N,) from -1 to ``last`` (None: no upper bound)."""
-    numbers = real_vector(values, name)
-    top = np.inf if last is None else last
-    bad = np.flatnonzero(~((numbers >= UNKNOWN) & (numbers <= top) & (numbers == np.rint(numbers))))
-    if len(bad):
-        raise DataError(
-            f"{name} must hold whole numbers from {UNKNOWN} (unknown) to {top:g}. "
-            f"Got {numbers[bad[0]]:g} in row {bad[0]} instead."
-        )
-    return numbers.astype(np.int64)
-
-
-def _texts(values: Sequence[str | None] | None, name: str, *, optional: bool = False) -> tuple[str | None, ...] | None:
-    if values is None:
-        return None
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
-    texts = tuple(values)
-    for row, text in enumerate(texts):
-        if not (isinstance(text, str) or (optional and text is None)):
-            raise DataError(f"{name} must hold texts. Got {text!r} in row {row} instead.")
-    return texts
-
-
-def _nullable(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
-    """Arrow int32 column, null where unknown."""
-    import pyarrow as pa
-
-    if codes is None:
-        return pa.nulls(n, pa.int32())
-    return pa.array(codes, pa.int32(), mask=codes == UNKNOWN)
-
-
-def _filled(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    return np.asarray(column.fill_null(UNKNOWN).to_numpy(), dtype=np.int64)

@@ -8,10 +8,12 @@ import typer
 
 import vilu
 from vilu.cli.benchmarking import benchmark, render
+from vilu.cli.calibrating import calibrate
 from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.datasets import datasets
 from vilu.cli.embedding import embed
+from vilu.cli.explaining import explain
 from vilu.cli.fitting import fit
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
@@ -57,8 +59,10 @@ app.command()(demo)
 app.command()(embed)
 app.command()(inspect)
 app.command()(fit)
+app.command()(calibrate)
 app.command()(score)
 app.command()(evaluate)
+app.command()(explain)
 app.command()(pools)
 app.command()(benchmark)
 app.command()(render)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vilu.cli.console import next_step
-from vilu.cli.sources import Data, Direction, Fold, Hard, LogitScale, NearDuplicates, PoolSize, choose_pools
-
-if TYPE_CHECKING:
-    from vilu.types import EmbeddingSource
+from vilu.cli.sources import Data, Direction, Fold, Hard, LogitScale, NearDuplicates, PoolSize, choose_pools, split_of
 
 Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")]
@@ -35,23 +32,28 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
 
-    A folder is written part by part in bounded memory; interrupted, the same command does what is missing.
+    Of a predictor that `vilu calibrate` has calibrated also the probability of failure, accept or abstain with the
+    reason, and label sets. A folder is written part by part in bounded memory; interrupted, the same command does what
+    is missing.
     """
+    from vilu.decision.apply import Decider
     from vilu.errors import UsageError
     from vilu.predictors.storage import load
+    from vilu.scores.identity import predictor_fingerprint
     from vilu.scores.write import score_parts
     from vilu.scoring import score as score_rows
     from vilu.store.open import open_source
 
     pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
     data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
-    fitted, split = load(predictor), fold or _split(data)
+    fitted, split = load(predictor), fold or split_of(data)
+    decider = Decider.of_folder(fitted, predictor_fingerprint(fitted), predictor)
     if output.suffix.lower() in {".parquet", ".csv"}:
-        score_rows(fitted, data, dataset=store.name, split=split).save(output)
+        score_rows(fitted, data, dataset=store.name, split=split, decider=decider).save(output)
     elif output.suffix and not output.is_dir():
         raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
     else:
-        score_parts(fitted, data, output, dataset=store.name, split=split, overwrite=overwrite)
+        score_parts(fitted, data, output, dataset=store.name, split=split, overwrite=overwrite, decider=decider)
     typer.echo(output)
     next_step(f"{len(data):,} rows scored; next, where failures are known: vilu evaluate {output}")
 
@@ -93,10 +95,3 @@ def convert(
     predictor.save(output)
     typer.echo(output)
     next_step(f"a {predictor.name} head; next: vilu score {output} STORE -o scores.parquet")
-
-
-def _split(data: EmbeddingSource) -> str | None:
-    from vilu.store.pairs import CaptionStore
-    from vilu.store.reader import EmbeddingStore
-
-    return data.manifest.split if isinstance(data, EmbeddingStore | CaptionStore) else None

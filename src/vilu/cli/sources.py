@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from vilu.pairs import Pools
+    from vilu.types import EmbeddingSource
 
 Data = Annotated[
     Path,
@@ -45,3 +46,11 @@ def choose_pools(
     from vilu.pairs import Pools
 
     return Pools(Pools.size if size is None else size, direction, hard, near_duplicates)
+
+
+def split_of(data: EmbeddingSource) -> str | None:
+    """Name of the part that a store holds; None where it does not say."""
+    from vilu.store.pairs import CaptionStore
+    from vilu.store.reader import EmbeddingStore
+
+    return data.manifest.split if isinstance(data, EmbeddingStore | CaptionStore) else None

@@ -158,7 +158,10 @@ def _why_nothing(
         if n < fewest:
             return f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes", fewest
         return f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong", None
-    needed = rows_needed(counts, max_risk, delta)
+    needed, fewest = rows_needed(counts, max_risk, delta), rows_without_error(max_risk, delta) + 1
+    if n < fewest:
+        why = f"{n} rows are too few: {max_risk:.2%} takes {fewest} accepted answers, without a wrong one among them"
+        return why, max(needed or 0, fewest)
     if needed is None:
         best = int(np.argmin(shrunk_rates(counts)))
         found = f"{int(counts.accepted_wrong[best])} of the {int(counts.accepted[best])} most trusted answers are wrong"

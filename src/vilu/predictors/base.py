@@ -19,16 +19,19 @@ from vilu.columns import HOW
 from vilu.device import resolve_device
 from vilu.errors import DataError, NotFittedError, UsageError
 from vilu.nn.train import SCORING_BATCH
+from vilu.predictors.calibrated import Calibrated
+from vilu.predictors.free.posterior import log_posterior as zero_shot_log_posterior
 from vilu.predictors.parameters import check_parameters
 from vilu.predictors.sketch import RowSketch
 from vilu.space import EmbeddingSpace
-from vilu.types import Batch, EmbeddingSource
+from vilu.types import UNKNOWN, Batch, EmbeddingSource
+from vilu.validate import RowNumbers
 
 SIMILARITY_ROWS = 100
 
 
 @dataclasses.dataclass
-class FailurePredictor(ABC):
+class FailurePredictor(Calibrated, ABC):
     """Says per image how likely the zero-shot answer is wrong, from embeddings alone.
 
     A subclass is a dataclass of hyper-parameters. What ``fit`` finds ends in an underscore. Higher uncertainty means
@@ -44,7 +47,6 @@ class FailurePredictor(ABC):
         optional_columns: What it makes use of where the data carry all of it.
         no_captions: Why it cannot work on image-caption pairs; None where it can.
         closed_set: Whether it scores the classes that it was fitted on and no others.
-        is_probability: Whether the uncertainty estimates P(failure).
         space_: Embedding space of the training data; None when never fitted.
         seen_: Sketch of the identifiers of the rows used by ``fit``; None when they had none.
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when never fitted.
@@ -59,8 +61,6 @@ class FailurePredictor(ABC):
     optional_columns: ClassVar[tuple[str, ...]] = ()
     no_captions: ClassVar[str | None] = None
     closed_set: ClassVar[bool] = False
-    is_probability: ClassVar[bool] = False
-
     space_: EmbeddingSpace | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     seen_: RowSketch | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     similarity_: tuple[float, float] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -78,7 +78,7 @@ class FailurePredictor(ABC):
             DataError: If the data lack a column that the method needs.
         """
         self._check_source(train, self.columns_to_fit(train))
-        self.space_ = train.space
+        self.space_, self.calibrator_ = train.space, None
         return self
 
     @property
@@ -148,14 +148,44 @@ class FailurePredictor(ABC):
             yield batch, score
 
     def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
-        """P(failure) (N,) float64 of every row, where the method estimates one; else as ``predict_uncertainty``.
+        """P(failure) (N,) float64 of every row; see ``failure_probability``. Else as ``predict_uncertainty``.
 
         Raises:
-            UsageError: If the uncertainty of this method is a score without a scale.
+            UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
         """
-        if not self.is_probability:
-            raise UsageError(f"{self.name} gives a score, not a probability of failure. Take vilu_plus for one.")
-        return self.predict_uncertainty(data)
+        if self.calibrator_ is None and not self.is_probability:
+            self.raw_failure_probability([])  # says why not, before anything is computed
+        return self.failure_probability(self.predict_uncertainty(data))
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot."""
+        return zero_shot_log_posterior(batch)
+
+    def calibrate(self, calibration: EmbeddingSource) -> Self:
+        """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
+
+        Raises:
+            DataError: If rows were used to fit, or none has an uncertainty and a known failure.
+        """
+        self.refuse_seen(calibration, "calibration")
+        uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
+        for batch, scores in self.scored(calibration):
+            rows = batch.index.numpy(force=True)
+            uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
+        return self.calibrate_scores(uncertainty, failure)
+
+    def refuse_seen(self, data: EmbeddingSource, role: str) -> None:
+        """Refuse rows that were used to fit.
+
+        Raises:
+            DataError: If there are some; their number.
+        """
+        seen = 0 if self.seen_ is None or isinstance(data.ids, RowNumbers) else self.seen_.overlap(data.ids)
+        if seen:
+            raise DataError(
+                f"{seen} of the {len(data)} {role} rows were used to fit this {self.name}: it knows their answers, so "
+                "nothing measured on them holds for others. Take rows that it has not seen."
+            )
 
     def require_fitted(self) -> None:
         """Refuse to go on without ``fit``, where it is needed."""

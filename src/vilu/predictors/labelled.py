@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
+from itertools import chain
 from typing import ClassVar, Self
 
 import numpy as np
@@ -56,8 +57,13 @@ class LabelledPredictor(FailurePredictor):
         refuse_overlap(train, validation)
         rows, failure = trainable_rows(train, "training")
         self._learn(Rows(train, rows, columns), failure, validation)
-        self.space_ = train.space
-        self.seen_ = None if isinstance(train.ids, RowNumbers) else RowSketch.of(train.ids)
+        self.space_, self.calibrator_ = train.space, None
+        seen = [
+            source.ids
+            for source in (train, validation)
+            if source is not None and not isinstance(source.ids, RowNumbers)
+        ]
+        self.seen_ = RowSketch.of(chain(*seen)) if seen else None
         self.similarity_ = similarity_range(train)
         self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **self._notes()}
         return self

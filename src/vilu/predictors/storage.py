@@ -17,6 +17,7 @@ from vilu.files import atomic_write, make_folder, write_json
 from vilu.predictors import PREDICTORS
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.parameters import build, parameters
+from vilu.predictors.probability import read_calibrator
 from vilu.predictors.sketch import RowSketch
 from vilu.space import EmbeddingSpace, digest
 
@@ -62,6 +63,7 @@ def describe(predictor: FailurePredictor) -> dict[str, Any]:
         "similarity": predictor.similarity_,
         "n_seen": predictor.seen_.n_rows if predictor.seen_ else None,
         "notes": predictor.notes_,
+        **({} if predictor.calibrator_ is None else {"calibrator": predictor.calibrator_.model_dump(mode="json")}),
     }
 
 
@@ -86,6 +88,7 @@ def load(folder: str | Path) -> FailurePredictor:
     predictor.similarity_ = tuple(record["similarity"]) if record["similarity"] else None
     predictor.seen_ = RowSketch(tensors.pop(SEEN), record["n_seen"]) if SEEN in tensors else None
     predictor.notes_ = record["notes"]
+    predictor.calibrator_ = read_calibrator(record["calibrator"]) if "calibrator" in record else None
     predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
     return predictor
 

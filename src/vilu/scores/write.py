@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.decision.apply import Decider
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files import write_json
 from vilu.metrics.counts import Floats, Ints
 from vilu.metrics.histogram import Histogram
 from vilu.nn.train import SCORING_BATCH
-from vilu.outcomes import UNKNOWN, Outcomes
+from vilu.outcome_columns import UNKNOWN
+from vilu.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.progress import track
 from vilu.scores.claim import begin, claim, unseal
@@ -41,6 +43,7 @@ def score_parts(
     dataset: str | None = None,
     split: str | None = None,
     overwrite: bool = False,
+    decider: Decider | None = None,
 ) -> ScoreFolder:
     """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
 
@@ -60,6 +63,7 @@ def score_parts(
         dataset: Name of the data set.
         split: Name of its part.
         overwrite: Remove the scores of another run.
+        decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator alone.
 
     Warns:
         If rows of ``source`` were used to fit the predictor.
@@ -68,14 +72,17 @@ def score_parts(
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the folder holds another run, or the data come from another embedding space.
-        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1.
+        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the rule needs all
+            rows at once.
         BusyError: If another process scores into it.
         StorageError: If the file system refuses.
     """
     if not len(source):
         raise DataError("there is nothing to score: the set has no rows.")
     predictor.require_fitted()
-    work = _Work.of(predictor, source, rows_per_part, dataset, split)
+    decider = decider or Decider(predictor)
+    decider.require_streaming()
+    work = _Work.of(decider, source, rows_per_part, (dataset, split))
     root = Path(folder)
     with claim(root):
         begin(root, work.run, overwrite=overwrite)
@@ -101,20 +108,20 @@ class _Work:
     """A run with what it is made from; ``rows`` are scored, ``rest`` are not."""
 
     run: Run
-    predictor: FailurePredictor
+    decider: Decider
     source: EmbeddingSource
     rows: Tensor
     rest: Ints
 
+    @property
+    def predictor(self) -> FailurePredictor:
+        return self.decider.predictor
+
     @classmethod
     def of(
-        cls,
-        predictor: FailurePredictor,
-        source: EmbeddingSource,
-        rows_per_part: int,
-        dataset: str | None,
-        split: str | None,
+        cls, decider: Decider, source: EmbeddingSource, rows_per_part: int, names: tuple[str | None, str | None]
     ) -> _Work:
+        predictor, (dataset, split) = decider.predictor, names
         if rows_per_part < 1:
             raise UsageError(f"rows_per_part must be at least 1. Got {rows_per_part} instead.")
         unit = source.pool_size or SCORING_BATCH
@@ -140,9 +147,10 @@ class _Work:
                 "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
                 "n_candidates": source.n_candidates,
                 "pool_size": source.pool_size,
+                **decider.provenance,
             },
         )
-        return cls(run, predictor, source, rows, np.flatnonzero(left_out))
+        return cls(run, decider, source, rows, np.flatnonzero(left_out))
 
     def write(self, root: Path, part: Part) -> None:
         """Score the rows of a part and write its files, the receipt last."""
@@ -172,13 +180,14 @@ class _Work:
 
     def _outcomes(self, part: Part) -> tuple[Ints, Outcomes]:
         """Rows of the source and what is said of them."""
+        sets: list[str | None] | None = None
         if part.start < len(self.rows):
-            rows, uncertainty, failure, prediction, target = self._scored(self.rows[part.start : part.stop])
+            (rows, uncertainty, failure, prediction, target), sets = self._scored(self.rows[part.start : part.stop])
         else:
             rows = self.rest[part.start - len(self.rows) : part.stop - len(self.rows)]
             uncertainty, failure = np.full(len(rows), np.nan), np.full(len(rows), UNKNOWN)
             prediction, target = failure, self.source.target.numpy()[rows]
-        return rows, Outcomes(
+        outcomes = Outcomes(
             uncertainty=uncertainty,
             failure=failure,
             prediction=prediction,
@@ -188,16 +197,20 @@ class _Work:
             reason=self._reasons(rows, uncertainty),
             **{name: getattr(self.run, name) for name in ("method", "dataset", "split", "seed", "is_probability")},
             provenance=self.run.provenance,
+            label_set=sets,
         )
+        return rows, self.decider.decide(outcomes)
 
-    def _scored(self, rows: Tensor) -> tuple[Ints, Floats, Ints, Ints, Ints]:
-        """Place in the source, uncertainty, failure, answer and target of the rows, in one pass."""
-        blocks = [
-            (b.index.cpu(), torch.from_numpy(scores), b.failure.cpu(), b.prediction.cpu(), b.target.cpu())
-            for b, scores in self.predictor.scored(self.source, rows)
-        ]
+    def _scored(self, rows: Tensor) -> tuple[tuple[Ints, Floats, Ints, Ints, Ints], list[str | None] | None]:
+        """Place in the source, uncertainty, failure, answer and target of the rows, in one pass; and label sets."""
+        blocks, sets = [], list[str | None]()
+        for b, scores in self.predictor.scored(self.source, rows):
+            blocks.append(
+                (b.index.cpu(), torch.from_numpy(scores), b.failure.cpu(), b.prediction.cpu(), b.target.cpu())
+            )
+            sets += self.decider.label_sets(b, scores, self.source.class_names) or ()
         index, uncertainty, failure, prediction, target = (torch.cat(c).numpy() for c in zip(*blocks, strict=True))
-        return index, uncertainty, failure, prediction, target
+        return (index, uncertainty, failure, prediction, target), sets or None
 
     def _reasons(self, rows: Ints, uncertainty: Floats) -> list[str | None] | None:
         """Per row why it has no score; None where all have one."""

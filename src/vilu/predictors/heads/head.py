@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from abc import abstractmethod
 from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
@@ -15,7 +16,7 @@ from vilu.device import resolve_device
 from vilu.errors import DataError
 from vilu.nn.checkpoint import current_session, data_fingerprint
 from vilu.nn.heads import HIDDEN, FailureHead
-from vilu.nn.losses import FailureWeight, weighted_bce
+from vilu.nn.losses import FailureWeight, adaptive_weight, weighted_bce
 from vilu.nn.position import History
 from vilu.nn.train import HeadTrainer, Loss, Rows, TrainConfig
 from vilu.predictors.learned import SelectingPredictor
@@ -144,6 +145,20 @@ class HeadPredictor(SelectingPredictor):
         """(B,) float64 sigmoid(g)."""
         logit: Tensor = head(batch)
         return torch.sigmoid(logit.cpu().double())  # some devices have no float64
+
+    def _log_weight(self) -> float:
+        """Log w, w that of the training set's error rate: weighted BCE is least at the odds w p / (1 - p)."""
+        n, n_failures = self.notes_.get("n_train"), self.notes_.get("n_failures")
+        if not self.learns_failure or self.constant_ is not None or not n or n_failures is None:
+            return 0.0  # a converted checkpoint does not say what it was trained on
+        rate = torch.tensor(n_failures / n)
+        weight = FailureWeight(self.weighting, float(rate), self.static_weight)
+        return math.log(float(adaptive_weight(rate) if weight.constant is None else weight.constant))
+
+    @property
+    @abstractmethod
+    def learns_failure(self) -> bool:
+        """Whether the loss is weighted BCE on the failure itself, and not a regression of something else."""
 
     def _notes(self) -> dict[str, object]:
         notes: dict[str, object] = {}

@@ -46,6 +46,11 @@ class LVU(HeadPredictor):
     def _build_head(self, dim: int) -> FailureHead:
         return FailureHead(dim, self.hidden, attention=None, predicted_caption=False)
 
+    @property
+    def learns_failure(self) -> bool:
+        """Whether the loss is weighted BCE."""
+        return self.loss == "bce"
+
     def _loss(self, weight: FailureWeight) -> Loss:
         return LOSSES[self.loss](weight)
 

@@ -46,5 +46,10 @@ class ViLU(HeadPredictor):
             dim, self.hidden, attention=self.attention, predicted_caption=self.predicted_caption, mcm=self.mcm_input
         )
 
+    @property
+    def learns_failure(self) -> bool:
+        """Whether the loss is weighted BCE."""
+        return self.loss == "bce"
+
     def _loss(self, weight: FailureWeight) -> Loss:
         return LOSSES[self.loss](weight)

@@ -146,11 +146,19 @@ class ViLUPlus(LabelledPredictor):
         return adapter.eval()
 
     def _uncertainty(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(failure_log_odds(self._pooled(batch), batch))
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """(B, K) float64, of the pooled experts."""
+        return self._pooled(batch).log_softmax(dim=-1)
+
+    def _pooled(self, batch: Batch) -> Tensor:
+        """(B, K) weighted log probabilities of the experts."""
         if self.experts_ is None or self.pool_ is None:
             raise DataError(f"this {self.name} holds no experts; its file is damaged.")
         log_p = float64(self.experts_.to(batch.image.device)(batch)).log_softmax(dim=-1)
         weights = self.pool_.to(log_p.device) if log_p.shape[1] > 1 else torch.ones_like(log_p[0, :1, 0])
-        return torch.sigmoid(failure_log_odds(torch.einsum("m,bmk->bk", weights, log_p), batch))
+        return torch.einsum("m,bmk->bk", weights, log_p)
 
     def _notes(self) -> dict[str, object]:
         return {"pool": None if self.pool_ is None else self.pool_.tolist()}

@@ -1,0 +1,131 @@
+"""From a fitted predictor and labelled rows that it has not seen to probabilities and a rule with a stated risk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from vilu.decision import record
+from vilu.decision.calibrate import calibrate
+from vilu.decision.label_sets import Kind, LabelSets, fit_label_sets
+from vilu.decision.record import Record, Rule
+from vilu.decision.selection import select
+from vilu.decision.selector import Selector
+from vilu.errors import InfeasibleError, UsageError
+from vilu.outcomes import Outcomes
+from vilu.predictors.storage import load
+from vilu.scores.identity import predictor_fingerprint, source_fingerprint
+from vilu.scoring import score
+from vilu.types import EmbeddingSource
+
+Method = Literal["ltt", "sgr", "crc", "selection"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is to be promised.
+
+    Attributes:
+        max_risk: Largest error rate among accepted answers; None for probabilities alone, or for a coverage.
+        min_coverage: Least share to accept; None for any.
+        confidence: 1 - delta.
+        method: "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.decision.selection``).
+        per_class: A threshold for every predicted class with enough rows.
+        label_sets: "lac" or "aps"; None for none.
+        max_miss: Largest share of label sets without the right label.
+    """
+
+    max_risk: float | None = None
+    min_coverage: float | None = None
+    confidence: float = 0.95
+    method: Method = "ltt"
+    per_class: bool = False
+    label_sets: Kind | None = None
+    max_miss: float = 0.1
+
+    def rule(self, rows: Outcomes) -> Rule | None:
+        """The rule that calibration rows support.
+
+        Raises:
+            InfeasibleError: If there is none; with the number of rows that would be needed.
+            UsageError: If the target cannot be.
+        """
+        if self.max_risk is None and self.min_coverage is None:
+            return None
+        if self.method == "selection":
+            if self.max_risk is None or self.min_coverage is not None or self.per_class:
+                raise UsageError("selection takes a max_risk, and neither a min_coverage nor a threshold per class.")
+            return select(rows, max_risk=self.max_risk)
+        selector = calibrate(
+            rows,
+            max_risk=self.max_risk,
+            min_coverage=self.min_coverage,
+            confidence=self.confidence,
+            method=self.method,
+            groups="prediction" if self.per_class else None,
+        )
+        if not selector.feasible:
+            raise InfeasibleError(_infeasible(selector))
+        return selector
+
+
+def calibrate_predictor(
+    folder: str | Path, data: EmbeddingSource, target: Target, *, dataset: str | None = None, split: str | None = None
+) -> Record:
+    """Calibrate a saved predictor on labelled rows and leave the result in its folder.
+
+    ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
+    and what it was made from; that comes last, so that a crash leaves a folder that ``vilu score`` refuses or takes as
+    before. Where the target is out of reach nothing is written.
+
+    Args:
+        folder: Of the predictor.
+        data: Calibration rows.
+        target: What is to be promised.
+        dataset: Name of the data set.
+        split: Name of its part.
+
+    Raises:
+        DataError: If rows were used to fit, or none has an uncertainty and a known failure.
+        InfeasibleError: If these rows cannot support the target.
+        ProvenanceError: If the rows come from another embedding space.
+        UsageError: If the target cannot be.
+        StorageError: If the file system refuses.
+    """
+    predictor = load(folder)
+    predictor.calibrator_ = None
+    predictor.refuse_seen(data, "calibration")
+    rows = score(predictor, data, dataset=dataset, split=split)
+    predictor.calibrate_scores(rows.uncertainty, rows.failure)
+    rule = target.rule(rows)
+    sets: LabelSets | None = None
+    if target.label_sets is not None:
+        sets = fit_label_sets(predictor, data, max_miss=target.max_miss, method=target.label_sets)
+    rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
+    predictor.save(folder)
+    return record.save(
+        Path(folder),
+        rows,
+        predictor=predictor_fingerprint(predictor),
+        source=source_fingerprint(data),
+        dataset=dataset,
+        split=split,
+        n=int(rows.evaluable.sum()),
+        rule=rule,
+        label_sets=sets,
+    )
+
+
+def _infeasible(selector: Selector) -> str:
+    """Why nothing can be accepted, and how many rows it would take."""
+    reasons = []
+    for name, one in selector.certificates.items():
+        needed = "" if one.n_needed is None else f" About {one.n_needed:,} calibration rows like these would be needed."
+        reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
+    goal = "" if selector.max_risk is None else f"a risk of at most {selector.max_risk:.2%} "
+    goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
+    return (
+        f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)} Nothing was written. "
+        "Add calibration rows, or ask for less: a larger --max-risk, a lower --confidence or --min-coverage."
+    )

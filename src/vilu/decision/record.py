@@ -1,0 +1,136 @@
+"""``risk.json``: what was promised, on which rows, for which predictor; it lies beside ``predictor.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+import vilu
+from vilu.decision.label_sets import LabelSets
+from vilu.decision.selection import BatchSelector
+from vilu.decision.selector import Selector
+from vilu.errors import DataError, ProvenanceError, StorageError
+from vilu.files import atomic_write, write_json
+from vilu.outcomes import Outcomes
+from vilu.store.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
+from vilu.tables import parquet_bytes
+
+RISK, ROWS = "risk.json", "calibration.parquet"
+AGAIN = "Run `vilu calibrate` again"
+
+Rule = Selector | BatchSelector
+
+
+class Record(Model):
+    """The calibration of a predictor.
+
+    Attributes:
+        vilu: Version that made it.
+        predictor: Fingerprint of the predictor, its weights and its calibrator.
+        source: Fingerprint of the calibration data.
+        dataset: Their name.
+        split: Name of their part.
+        n: Calibration rows with an uncertainty and a known failure.
+        rows_sha256: Of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
+        rule: Accepts or abstains; None when only probabilities were calibrated.
+        label_sets: Sets of labels; None without.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["risk"] = "risk"
+    vilu: str = vilu.__version__
+    predictor: str
+    source: str
+    dataset: str | None
+    split: str | None
+    n: int = Field(ge=0)
+    rows_sha256: str
+    rule: Annotated[Rule, Field(discriminator="kind")] | None
+    label_sets: LabelSets | None = None
+
+    def require_predictor(self, fingerprint: str, folder: Path) -> None:
+        """Refuse another predictor.
+
+        Raises:
+            ProvenanceError: If the record was made for another one, naming both.
+        """
+        if self.predictor != fingerprint:
+            raise ProvenanceError(
+                f"{folder / RISK} was made for the predictor {self.predictor}, and {folder} holds {fingerprint}: its "
+                f"thresholds say nothing here. {AGAIN}, or remove the file."
+            )
+
+
+def save(folder: Path, rows: Outcomes, **fields: object) -> Record:
+    """Write the calibration rows, and the record that vouches for them last.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    content = parquet_bytes(*rows.table())
+    with atomic_write(folder / ROWS) as handle:
+        handle.write(content)
+    record = Record.model_validate({**fields, "rows_sha256": hashlib.sha256(content).hexdigest()})
+    write_json(folder / RISK, record.model_dump(mode="json"))
+    return record
+
+
+def has_record(folder: Path) -> bool:
+    """Whether a predictor's folder holds a calibration."""
+    return (folder / RISK).is_file()
+
+
+def load(folder: str | Path) -> Record:
+    """The record in a predictor's folder, checked.
+
+    Raises:
+        DataError: If there is none, or it is damaged.
+        ProvenanceError: If a newer vilu wrote it.
+        StorageError: If it cannot be read.
+    """
+    path = Path(folder) / RISK
+    content = _read(path)
+    try:
+        raw = json.loads(content)
+        version = raw.get("schema_version") if isinstance(raw, dict) else None
+        if version != SCHEMA_VERSION and isinstance(version, int):
+            raise ProvenanceError(f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. {AGAIN}.")
+        return Record.model_validate(raw)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {explain(error)}. {AGAIN}.") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
+
+
+def load_rows(folder: str | Path, record: Record) -> Outcomes:
+    """The calibration rows behind a record.
+
+    Raises:
+        DataError: If they are missing, or others than it names.
+        StorageError: If they cannot be read.
+    """
+    path = Path(folder) / ROWS
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing. {AGAIN}.") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+    if found != record.rows_sha256:
+        raise DataError(f"{path} does not hold the rows that {RISK} names. {AGAIN}.")
+    return Outcomes.load(path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_DOCUMENT_BYTES:
+            raise DataError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, so it is no file of vilu.")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path.parent} is not calibrated. Run `vilu calibrate` first.") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error

@@ -1,0 +1,88 @@
+"""Conformal selection: which answers of a whole batch to accept, so that few of the accepted ones are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from vilu.errors import DataError, UsageError
+from vilu.metrics.counts import Floats, real_vector
+from vilu.outcomes import Outcomes
+from vilu.store.document import Model
+
+
+class BatchSelector(Model):
+    """Accepts part of a batch such that E[share of wrong ones among the accepted] <= max_risk.
+
+    The p-value of an answer is p = (1 + #{wrong calibration answers with u_i <= u}) / (1 + #wrong): how rarely a wrong
+    answer is trusted as much. Benjamini-Hochberg at level max_risk over the batch then bounds the mean share of wrong
+    answers among the accepted (0 where none is), over draws of calibration rows and batch; by max_risk times the share
+    of wrong answers in the batch, in fact. The batch decides the threshold, so a row's decision depends on its
+    neighbours, and rows must be judged together.
+
+    Source: Bates et al., Testing for Outliers with Conformal p-values (2023), Theorem 2.6; Jin & Candès, Selection by
+    Prediction with Conformal p-values (2023), with nulls "the answer is wrong".
+
+    Attributes:
+        max_risk: Level of the false discovery rate.
+        n: Calibration rows.
+        wrong: Uncertainties of the wrong ones, ascending.
+    """
+
+    kind: Literal["selection"] = "selection"
+    needs_batch: ClassVar[bool] = True
+    grouped_by: ClassVar[None] = None
+
+    max_risk: float = Field(gt=0, lt=1)
+    n: int = Field(ge=1)
+    wrong: tuple[float, ...]
+
+    def p_values(self, uncertainty: ArrayLike) -> Floats:
+        """(N,) conformal p-values; NaN where there is no uncertainty."""
+        scores = real_vector(uncertainty, "uncertainty")
+        p: Floats = (1 + np.searchsorted(self.wrong, scores, side="right")) / (1 + len(self.wrong))
+        return np.where(np.isnan(scores), np.nan, p)
+
+    def accept(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> NDArray[np.bool_]:  # noqa: ARG002
+        """(N,) which answers of this batch are accepted; one without an uncertainty is not, and does not count."""
+        p = self.p_values(uncertainty)
+        scored = np.isfinite(p)
+        ordered = np.sort(p[scored])
+        m = len(ordered)
+        passed = np.flatnonzero(ordered <= self.max_risk * np.arange(1, m + 1) / max(m, 1))
+        cut = ordered[passed[-1]] if len(passed) else -np.inf
+        accepted: NDArray[np.bool_] = scored & (p <= cut)
+        return accepted
+
+    def reasons(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> list[str | None]:
+        """Per row why it is not accepted: "not_selected"; else None."""
+        return [None if accepted else "not_selected" for accepted in self.accept(uncertainty, groups)]
+
+    def __str__(self) -> str:
+        return (
+            f"accepts a part of every batch, of which on average at most {self.max_risk:.2%} are wrong "
+            f"({len(self.wrong)} wrong of {self.n} calibration rows)"
+        )
+
+
+def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
+    """Conformal selection from calibration outcomes; see ``BatchSelector``.
+
+    Raises:
+        UsageError: If ``max_risk`` is not in (0, 1).
+        DataError: If no row has both an uncertainty and a known failure.
+    """
+    if not 0 < max_risk < 1:
+        raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
+    keep = outcomes.evaluable
+    if not keep.any():
+        raise DataError(
+            "calibration needs rows with an uncertainty and a known failure. "
+            f"None of the {len(outcomes)} rows has both."
+        )
+    wrong = np.sort(outcomes.uncertainty[keep & (outcomes.failure == 1)])
+    return BatchSelector(max_risk=max_risk, n=int(keep.sum()), wrong=tuple(wrong.tolist()))

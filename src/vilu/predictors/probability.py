@@ -1,0 +1,187 @@
+"""From a score to a probability of failure, learned on calibration rows: temperature, Platt, beta, isotonic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from scipy import special
+
+from vilu.errors import DataError
+from vilu.metrics.counts import Floats
+
+FOLDS = 10
+FEW_OF_A_KIND = 20
+"""With fewer failures, or fewer successes, the smoothest form is taken without a choice."""
+FEW_ROWS = 1000
+"""With fewer rows no isotonic regression, whose steps would follow the noise."""
+
+
+class Form(NamedTuple):
+    """A logistic form: what the log-odds of failure are linear in, and whether a constant is added."""
+
+    features: Callable[[Floats], Floats]
+    intercept: bool
+    of_probability: bool
+
+
+def _itself(score: Floats) -> Floats:
+    return score[:, None]
+
+
+def _logarithms(score: Floats) -> Floats:
+    """The two logarithms ln p and -ln(1 - p) of log-odds."""
+    return np.stack([-np.logaddexp(0, -score), np.logaddexp(0, score)], axis=1)
+
+
+FORMS = {
+    "temperature": Form(_itself, intercept=False, of_probability=True),
+    "platt": Form(_itself, intercept=True, of_probability=False),
+    "beta": Form(_logarithms, intercept=True, of_probability=True),
+}
+"""Smoothest first. Temperature and beta start from a probability (Guo et al. 2017; Kull et al. 2017)."""
+
+
+class _Fitted(BaseModel):
+    """What every calibrator tells of its fit.
+
+    Attributes:
+        n: Calibration rows.
+        n_failures: How many of them are failures.
+        log_loss: Mean log-loss in cross-validation of every form that was tried.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    n: int = Field(ge=1)
+    n_failures: int = Field(ge=0)
+    log_loss: dict[str, float] = Field(default_factory=dict)
+
+
+class Logistic(_Fitted):
+    """p = sigmoid(weights . features(s) + intercept) of a score s (of log-odds s, where the method gives them)."""
+
+    form: Literal["temperature", "platt", "beta"]
+    weights: tuple[float, ...] = Field(min_length=1, max_length=2)
+    intercept: float
+
+    def __call__(self, score: Floats) -> Floats:
+        """(N,) probabilities of scores (N,)."""
+        log_odds = FORMS[self.form].features(score) @ np.array(self.weights) + self.intercept
+        probability: Floats = special.expit(log_odds)
+        return probability
+
+
+class Isotonic(_Fitted):
+    """p rises with the score in straight lines between knots, and is level outside them."""
+
+    form: Literal["isotonic"]
+    score: tuple[float, ...] = Field(min_length=1)
+    probability: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+
+    def __call__(self, score: Floats) -> Floats:
+        """(N,) probabilities of scores (N,)."""
+        return np.interp(score, self.score, self.probability)
+
+
+Calibrator = Logistic | Isotonic
+_READER: TypeAdapter[Calibrator] = TypeAdapter(Annotated[Calibrator, Field(discriminator="form")])
+
+
+def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bool) -> Calibrator:
+    """The form with the least log-loss in 10-fold cross-validation, or a smoother one within a standard error of it.
+
+    Temperature and beta are tried where the scores are log-odds, isotonic regression with at least 1,000 rows. With
+    fewer than 20 failures or successes there is nothing to choose by: temperature, or Platt for other scores.
+
+    Args:
+        score: (N,) finite scores, higher = more likely wrong; log-odds of failure where the method gives probabilities.
+        failure: (N,) 0 or 1.
+        is_log_odds: Which of the two.
+
+    Example:
+        >>> calibrator = fit_calibrator(np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True)
+        >>> calibrator.form
+        'temperature'
+    """
+    forms = [name for name, form in FORMS.items() if is_log_odds or not form.of_probability]
+    if min(failure.sum(), (1 - failure).sum()) < FEW_OF_A_KIND:
+        return _fit(forms[0], score, failure)
+    forms += ["isotonic"] if len(score) >= FEW_ROWS else []
+    losses = {name: _held_out_losses(name, score, failure) for name in forms}
+    best = min(losses.values(), key=np.mean)
+    near = (name for name in forms if _is_near(losses[name] - best))
+    chosen = _fit(next(near), score, failure)
+    return chosen.model_copy(update={"log_loss": {name: float(loss.mean()) for name, loss in losses.items()}})
+
+
+def read_calibrator(value: object) -> Calibrator:
+    """A calibrator from plain JSON.
+
+    Raises:
+        DataError: If it is none.
+    """
+    try:
+        found = _READER.validate_python(value)
+    except ValidationError as error:
+        raise DataError(f"this is no calibrator of probabilities: {error.errors()[0]['msg']}.") from error
+    if isinstance(found, Isotonic) and (
+        len(found.score) != len(found.probability) or bool((np.diff(found.score) <= 0).any())
+    ):
+        raise DataError("this is no calibrator of probabilities: its knots are not in order.")
+    return found
+
+
+def _is_near(excess: Floats) -> bool:
+    """Whether a mean excess loss over the best form is within its standard error."""
+    return bool(excess.mean() <= excess.std(ddof=1) / np.sqrt(len(excess)))
+
+
+def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
+    """(N,) log-loss of every row under a fit without its fold."""
+    from sklearn.model_selection import StratifiedKFold
+
+    losses = np.empty(len(score))
+    for fit, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(score, failure):
+        p = _fit(form, score[fit], failure[fit])(score[held_out])
+        losses[held_out] = -np.log(np.where(failure[held_out] == 1, p, 1 - p).clip(1e-12))
+    return losses
+
+
+def _fit(form: str, score: Floats, failure: NDArray[np.int64]) -> Calibrator:
+    counts: dict[str, Any] = {"n": len(score), "n_failures": int(failure.sum())}
+    if form == "isotonic":
+        return _fit_isotonic(score, failure, counts)
+    return _fit_logistic(form, score, failure, counts)
+
+
+def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Isotonic:
+    """Isotonic regression by scikit-learn, its ends kept 1 / (N + 2) away from certainty."""
+    from sklearn.isotonic import IsotonicRegression
+
+    end = 1 / (len(score) + 2)
+    model = IsotonicRegression(y_min=end, y_max=1 - end, out_of_bounds="clip").fit(score, failure)
+    knots, probability = model.X_thresholds_.tolist(), model.y_thresholds_.tolist()
+    return Isotonic(form="isotonic", score=knots, probability=probability, **counts)
+
+
+def _fit_logistic(form: Any, score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Logistic:  # noqa: ANN401 - a key of FORMS
+    """Logistic regression by scikit-learn, without a penalty.
+
+    Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the weights finite where
+    the scores separate them (Platt 1999, Sec. 2.2).
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    features = FORMS[form].features(score)
+    scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
+    n_failures = counts["n_failures"]
+    target = np.where(failure == 1, (n_failures + 1) / (n_failures + 2), 1 / (len(failure) - n_failures + 2))
+    model = LogisticRegression(C=np.inf, fit_intercept=FORMS[form].intercept, tol=1e-8, max_iter=1000)
+    rows, sides = np.concatenate([features, features]) / scale, np.repeat([1, 0], len(score))
+    model.fit(rows, sides, sample_weight=np.concatenate([target, 1 - target]))
+    weights = (model.coef_[0] / scale).tolist()
+    return Logistic(form=form, weights=weights, intercept=float(np.ravel(model.intercept_)[0]), **counts)
