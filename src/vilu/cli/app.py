@@ -15,6 +15,7 @@ from vilu.cli.datasets import datasets
 from vilu.cli.embedding import embed
 from vilu.cli.explaining import explain
 from vilu.cli.fitting import fit
+from vilu.cli.monitoring import monitor
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
 from vilu.cli.showing import demo
@@ -63,6 +64,7 @@ app.command()(calibrate)
 app.command()(score)
 app.command()(evaluate)
 app.command()(explain)
+app.command()(monitor)
 app.command()(pools)
 app.command()(benchmark)
 app.command()(render)

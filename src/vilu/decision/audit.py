@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -103,7 +103,7 @@ class Audit:
 
     def more(self, failure: Ints) -> Audit:
         """With further audited answers (B,), 1 = wrong."""
-        return Audit(self.promise, self.delta, self.n + len(failure), self.wrong + int(failure.sum()))
+        return replace(self, n=self.n + len(failure), wrong=self.wrong + int(failure.sum()))
 
     def n_needed(self) -> int | None:
         """About how many more audited answers would tell, if errors go on at the rate so far; None where none would.

@@ -25,15 +25,18 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from vilu.decision import record
 from vilu.decision.audit import Audit
 from vilu.decision.calibrate import group_names
 from vilu.decision.conformal import Reference
 from vilu.decision.monitor_status import Acceptance, Audited, Status, Test, TestName, conclude
+from vilu.decision.record import Rule
 from vilu.decision.selector import Selector
 from vilu.decision.watch import PARTS, Watch
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes import UNKNOWN, Outcomes
+from vilu.outcome_columns import UNKNOWN
+from vilu.outcomes import Outcomes
 from vilu.space import digest
 
 
@@ -51,6 +54,7 @@ class Monitor:
         rows: Rows monitored.
         unscored: How many of them have no uncertainty; they are left out.
         accepted: How many of them are accepted.
+        risk: Hash of the record of the calibration, which scores made with it carry; None without a record.
 
     Raises:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
@@ -70,7 +74,7 @@ class Monitor:
     def __init__(
         self,
         calibration: Outcomes,
-        rule: Selector | None = None,
+        rule: Rule | None = None,
         *,
         groups: Sequence[str] | None = None,
         false_alarm: float = 0.05,
@@ -83,7 +87,8 @@ class Monitor:
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again.")
         self.calibration, self.false_alarm, self.seed = calibration, false_alarm, seed
-        self.rule = None if rule is None or rule.needs_batch else rule
+        self.rule = rule if isinstance(rule, Selector) else None
+        self.risk: str | None = None
         self.rows = self.unscored = self.accepted = 0
         values = self._columns(calibration, self._accepted(calibration, groups))
         promise = self._promise()
@@ -95,6 +100,19 @@ class Monitor:
         self.audited = None if promise is None else Audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
+
+    @classmethod
+    def of_folder(cls, folder: str | Path, *, false_alarm: float = 0.05, seed: int = 0) -> Self:
+        """A monitor of the calibration that ``vilu calibrate`` left in the folder of a predictor.
+
+        Raises:
+            DataError: If there is none, or it is damaged.
+            ProvenanceError: If a newer vilu wrote it.
+        """
+        found = record.load(folder)
+        monitor = cls(record.load_rows(folder, found), found.rule, false_alarm=false_alarm, seed=seed)
+        monitor.risk = digest(found.model_dump(mode="json"))
+        return monitor
 
     def update(self, outcomes: Outcomes, groups: Sequence[str] | None = None) -> Status:
         """Take in the next rows, in the order of their arrival; those whose failure is known are audited too.
@@ -229,6 +247,12 @@ class Monitor:
                     f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
                     "Score with the predictor that was calibrated."
                 )
+        theirs = outcomes.provenance.get("risk")
+        if None not in (self.risk, theirs) and self.risk != theirs:
+            raise ProvenanceError(
+                f"these scores were decided on by the calibration {theirs}, the one monitored is {self.risk}. "
+                "Score again with the predictor as it is calibrated now."
+            )
 
     def _acceptance(self) -> Acceptance | None:
         n = self.rows - self.unscored
