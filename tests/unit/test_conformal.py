@@ -23,7 +23,8 @@ def test_worked_by_hand() -> None:
     """Calibration 1, 2, 2, 4; then 2 arrives, 5, and 2 again, with U = 1/2."""
     reference = Reference.of(np.array([1.0, 2.0, 2.0, 4.0]))
     p = reference.p_values(np.array([2.0, 5.0, 2.0]), np.full(3, 0.5))
-    # one is greater, two are equal, of 4: (1 + 3/2) / 5; none is greater: (1/2) / 6; 4 and 5 are, three are equal: 4 / 7
+    # one is greater and two are equal, of 4: (1 + 3/2) / 5; none is greater: (1/2) / 6;
+    # two are greater and three are equal, of 6: (2 + 4/2) / 7
     assert p.tolist() == pytest.approx([2.5 / 5, 0.5 / 6, 4 / 7], abs=1e-15)
 
 
@@ -35,9 +36,7 @@ def test_batches_of_any_size_equal_brute_force(ties: int) -> None:
     expected = brute(values[:30].tolist(), values[30:].tolist(), uniform.tolist())
     for size in (1, 7, 64, 200):
         reference = Reference.of(values[:30])
-        parts = [
-            reference.p_values(values[30 + i : 30 + i + size], uniform[i : i + size]) for i in range(0, 200, size)
-        ]
+        parts = [reference.p_values(values[30 + i : 30 + i + size], uniform[i : i + size]) for i in range(0, 200, size)]
         assert np.concatenate(parts).tolist() == pytest.approx(expected, abs=1e-15)
         assert reference.n == 230
         distinct, counts = np.unique(values, return_counts=True)
@@ -64,7 +63,7 @@ def test_sorted_runs_stay_few() -> None:
 
 
 def test_uniform_and_independent_under_exchangeability_even_with_ties() -> None:
-    """Neighbouring p-values of many short streams: the joint distribution is that of two independent uniform numbers."""
+    """Neighbouring p-values of many short streams: jointly they are two independent uniform numbers."""
     rng = np.random.default_rng(1)
     pairs = []
     for _ in range(2000):

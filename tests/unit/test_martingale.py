@@ -25,7 +25,8 @@ from vilu.decision.martingale import (
 def nodes() -> tuple[np.ndarray, np.ndarray]:
     """Points and weights of an integral over [0, 1] that is exact up to rounding for what the bets are.
 
-    They are smooth within the cells of the histograms, with an integrable pole at either end, which p = c s^8 takes away.
+    They are smooth within the cells of the histograms, with an integrable pole at either end, which p = c s^8 takes
+    away.
     """
     cells = lcm(*(cells for cells, _ in HISTOGRAMS))
     x, w = np.polynomial.legendre.leggauss(24)

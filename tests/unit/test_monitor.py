@@ -187,9 +187,7 @@ def test_neither_batches_nor_a_saved_state_change_the_result(
     assert monitor.rows == 500
 
 
-def test_a_state_of_something_else_is_refused(
-    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
-) -> None:
+def test_a_state_of_something_else_is_refused(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
     path = tmp_path / "state.parquet"
     monitor = vilu.Monitor(calibration, rule)
     monitor.update(draw(np.random.default_rng(8), 100))
