@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vilu.explaining.prompts import prompt_gains
     from vilu.explaining.risk import risk_map
     from vilu.outcomes import Outcomes
+    from vilu.page.build import report_page
     from vilu.pairs import Pools
     from vilu.predictors import (
         LVU,
@@ -61,6 +62,7 @@ _HOME = {
     "prompt_gains": "vilu.explaining.prompts",
     "risk_map": "vilu.explaining.risk",
     "Outcomes": "vilu.outcomes",
+    "report_page": "vilu.page.build",
     "Doctor": "vilu.predictors",
     "Entropy": "vilu.predictors",
     "FailurePredictor": "vilu.predictors",
@@ -126,6 +128,7 @@ __all__ = [
     "open_dataset",
     "open_source",
     "prompt_gains",
+    "report_page",
     "risk_map",
     "score",
     "score_parts",

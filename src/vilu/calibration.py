@@ -14,7 +14,7 @@ from vilu.decision.selection import select
 from vilu.decision.selector import Selector
 from vilu.errors import InfeasibleError, UsageError
 from vilu.outcomes import Outcomes
-from vilu.predictors.storage import load
+from vilu.predictors.storage import load, write_card
 from vilu.scores.identity import predictor_fingerprint, source_fingerprint
 from vilu.scoring import score
 from vilu.types import EmbeddingSource
@@ -104,7 +104,7 @@ def calibrate_predictor(
         sets = fit_label_sets(predictor, data, max_miss=target.max_miss, method=target.label_sets)
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
-    return record.save(
+    made = record.save(
         Path(folder),
         rows,
         predictor=predictor_fingerprint(predictor),
@@ -112,9 +112,12 @@ def calibrate_predictor(
         dataset=dataset,
         split=split,
         n=int(rows.evaluable.sum()),
+        promise=None if rule is None else str(rule),
         rule=rule,
         label_sets=sets,
     )
+    write_card(folder)
+    return made
 
 
 def _infeasible(selector: Selector) -> str:

@@ -21,6 +21,7 @@ from vilu.evaluation import compare, evaluate
 from vilu.files import atomic_write, make_folder
 from vilu.metrics import risk_at_coverage
 from vilu.outcomes import Outcomes
+from vilu.page.build import report_page
 from vilu.predictors import PREDICTORS
 from vilu.predictors.storage import load
 from vilu.report import figures, style
@@ -77,11 +78,19 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
         shown = pick_photos(outcomes[0], photos)
+        page = report_page(
+            outcomes,
+            images=open_dataset(photos, split="test"),
+            embeddings=stores["test"],
+            title="Clothes, by a compact vision-language model",
+        )
     table = evaluate(outcomes, seed=seed)
     table.save(output / "results.json")
     outcomes[0].save(output / "scores.csv")
     with atomic_write(output / "results.md") as handle:
         handle.write((table.to_markdown() + "\n").encode())
+    with atomic_write(output / "report.html") as handle:
+        handle.write(page.encode())
     drawings = {
         "histograms": figures.score_histograms({str(one.method): one for one in outcomes}),
         "roc": figures.roc_curves(outcomes),
@@ -90,7 +99,8 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
     }
     for name, figure in drawings.items():
         style.save(figure, output / f"{name}.png")
-    return DemoResult(describe(outcomes, table, [output / f"{name}.png" for name in drawings]), table)
+    files = [*(output / f"{name}.png" for name in drawings), output / "report.html"]
+    return DemoResult(describe(outcomes, table, files), table)
 
 
 def cache_key(photos: Path, seed: int) -> str:
@@ -159,7 +169,7 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
         f"Photos to distrust most, by {best.method} (all in scores.csv):",
         *doubted_lines(best),
         "",
-        "Figures:",
+        "Figures, and a page to open in a browser:",
         *(f"  {path}" for path in drawn),
     ]
     return "\n".join(lines)

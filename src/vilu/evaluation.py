@@ -146,7 +146,7 @@ def compare(
         UsageError: If the metric is unknown or a setting cannot be.
     """
     chosen = get_metric(metric)
-    _require_same_rows(a, b)
+    require_same_rows(a, b)
     for one in (a, b):
         if chosen.of_probability and not one.is_probability:
             raise DataError(f"{metric} needs failure probabilities, but the scores of {_name(one)} are not.")
@@ -220,7 +220,12 @@ def _evaluable(outcomes: Outcomes, rows: NDArray[np.bool_]) -> tuple[NDArray[np.
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
-def _require_same_rows(a: Outcomes, b: Outcomes) -> None:
+def require_same_rows(a: Outcomes, b: Outcomes) -> None:
+    """Refuse outcomes of other rows or answers.
+
+    Raises:
+        ProvenanceError: If number, ids or failures differ; the message names both.
+    """
     names = f"{_name(a)} and {_name(b)}"
     if len(a) != len(b):
         raise ProvenanceError(f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead.")

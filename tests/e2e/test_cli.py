@@ -18,6 +18,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import vilu
+from vilu.space import digest
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 NAMES = """dress\tdress
@@ -60,7 +61,19 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_names_every_command() -> None:
     text = run("--help").stdout
-    for command in ("demo", "embed", "inspect", "fit", "score", "evaluate", "pools", "benchmark", "list", "convert"):
+    for command in (
+        "demo",
+        "embed",
+        "inspect",
+        "fit",
+        "score",
+        "evaluate",
+        "report",
+        "pools",
+        "benchmark",
+        "list",
+        "convert",
+    ):
         assert command in text
         assert "Usage" in run(command, "--help").stdout
     assert "datasets" in text
@@ -89,6 +102,29 @@ def test_the_command_line_does_what_the_library_does(work: Path) -> None:
     run("score", work / "vilu", work / "test", "-o", work / "again.parquet")
     scored = vilu.Outcomes.load(work / "again.parquet").uncertainty
     assert np.array_equal(scored, predictor.predict_uncertainty(test))
+
+
+def test_the_card_and_the_onnx_file_of_a_fit(work: Path) -> None:
+    import onnxruntime
+
+    card = (work / "vilu" / "README.md").read_text()
+    names = [line.split("\t")[1] for line in NAMES.splitlines()]
+    for fact in (
+        "training rows: `240`",
+        "classes: `10`",
+        f"in their order: `{digest(names)}`",
+        "--backbone compact:64",
+    ):
+        assert fact in card
+    done = run("export", work / "vilu", "-o", work / "head.onnx", "--onnx")
+    assert done.stdout.strip() == str(work / "head.onnx")
+    run("score", work / "vilu", work / "test", "-o", work / "torch.parquet")
+    expected, test = vilu.Outcomes.load(work / "torch.parquet"), vilu.EmbeddingStore(work / "test")
+    rows = torch.arange(len(test))
+    feed = {"image": test.image_rows(rows).numpy(), "text": test.candidates(rows[:1]).text.numpy()}
+    uncertainty, prediction = onnxruntime.InferenceSession((work / "head.onnx").read_bytes()).run(None, feed)
+    assert np.abs(uncertainty - expected.uncertainty).max() <= 1e-5
+    assert np.array_equal(prediction, expected.prediction)
 
 
 def test_validation_store_and_zero_shot_methods(work: Path) -> None:

@@ -18,6 +18,8 @@ from vilu.cli.fitting import fit
 from vilu.cli.monitoring import monitor
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
+from vilu.cli.reporting import report
+from vilu.cli.sharing import export, pull, push
 from vilu.cli.showing import demo
 from vilu.progress import reporting
 
@@ -63,6 +65,7 @@ app.command()(fit)
 app.command()(calibrate)
 app.command()(score)
 app.command()(evaluate)
+app.command()(report)
 app.command()(explain)
 app.command()(monitor)
 app.command()(pools)
@@ -70,4 +73,7 @@ app.command()(benchmark)
 app.command()(render)
 app.command("list")(list_catalogue)
 app.command()(convert)
+app.command()(export)
+app.command()(push)
+app.command()(pull)
 app.add_typer(datasets, name="datasets")

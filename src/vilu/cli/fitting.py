@@ -75,6 +75,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
         checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes, restart)
         predictor.fit(train, chosen)
+        predictor.notes_ |= _candidates(train)
         if team.leads:
             predictor.save(output)
             if checkpoints is not None:
@@ -119,6 +120,16 @@ def _training_set(
     if n_shots is not None:
         sources = [few_shot(source, n_shots, seed) for source in sources]
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
+
+
+def _candidates(train: EmbeddingSource) -> dict[str, object]:
+    """What the images chose from, for the model card."""
+    from vilu.space import digest
+
+    if train.pool_size is not None:
+        return {"pool_size": train.pool_size}
+    names = {} if train.class_names is None else {"classes": digest(train.class_names)}
+    return {"n_candidates": train.n_candidates, **names}
 
 
 def _checkpoints(

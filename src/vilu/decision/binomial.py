@@ -43,14 +43,15 @@ def rows_without_error(risk: float, delta: float) -> int:
 
 
 def rows_for_rate(rate: float, risk: float, delta: float) -> int | None:
-    """About the smallest m such that m accepted answers, a share ``rate`` of them wrong (rounded up), certify ``risk``.
+    """About the smallest m such that m accepted answers, of which a share ``rate`` is wrong, mostly certify ``risk``.
 
-    None where ``rate`` is not below ``risk``, or it would take more than 2^40 rows. The rounding makes the tail rise
-    at some steps of m; bisection finds one m that is enough while m - 1 is not.
+    Mostly: with a standard deviation more of wrong answers than expected, rounded up. None where ``rate`` is not below
+    ``risk``, or it would take more than 2^40 rows. The rounding makes the tail rise at some steps of m; bisection finds
+    one m that is enough while m - 1 is not.
     """
 
     def enough(m: int) -> bool:
-        wrong = np.asarray(math.ceil(rate * m))
+        wrong = np.asarray(min(math.ceil(rate * m + math.sqrt(rate * (1 - rate) * m)), m))
         return bool(tail(wrong, np.asarray(m), risk) <= delta)
 
     if rate >= risk:

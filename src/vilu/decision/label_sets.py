@@ -37,8 +37,7 @@ class LabelSets(Model):
     ceil((n + 1)(1 - max_miss))-th smallest s_i. "lac": s = 1 - q_j, the smallest sets on average. "aps": s = the mass
     of all candidates more probable than j, whose coverage is more even over easy and hard rows. Ties only make sets
     larger. A set can be empty under "lac" (nothing is probable enough), never under "aps". f is taken as it was before
-    ``calibrate``:
-    the rows that set the limit must not have shaped the score.
+    ``calibrate``: the rows that set the limit must not have shaped the score.
 
     Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets, whose last label is here
     always in and not by chance, so that a set is a function of the row. The posterior q is ours.

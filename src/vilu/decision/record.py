@@ -36,6 +36,7 @@ class Record(Model):
         split: Name of their part.
         n: Calibration rows with an uncertainty and a known failure.
         rows_sha256: Of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
+        promise: What the rule promises, in words.
         rule: Accepts or abstains; None when only probabilities were calibrated.
         label_sets: Sets of labels; None without.
     """
@@ -49,6 +50,7 @@ class Record(Model):
     split: str | None
     n: int = Field(ge=0)
     rows_sha256: str
+    promise: str | None
     rule: Annotated[Rule, Field(discriminator="kind")] | None
     label_sets: LabelSets | None = None
 
@@ -93,17 +95,17 @@ def load(folder: str | Path) -> Record:
         StorageError: If it cannot be read.
     """
     path = Path(folder) / RISK
-    content = _read(path)
     try:
-        raw = json.loads(content)
-        version = raw.get("schema_version") if isinstance(raw, dict) else None
-        if version != SCHEMA_VERSION and isinstance(version, int):
-            raise ProvenanceError(f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. {AGAIN}.")
+        raw = json.loads(_read(path))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION and isinstance(version, int):
+        raise ProvenanceError(f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. {AGAIN}.")
+    try:
         return Record.model_validate(raw)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {explain(error)}. {AGAIN}.") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
 
 
 def load_rows(folder: str | Path, record: Record) -> Outcomes:

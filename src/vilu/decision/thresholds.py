@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from vilu.decision.binomial import lower_bound, rows_for_rate, rows_without_error, tail, upper_bound
 from vilu.metrics.counts import Floats, Ints, TieCounts
 
-STARTS = (1 / 16, 1 / 4)
-"""Shares of the calibration rows at which fixed sequences begin."""
+STARTS = ((1 / 16, 0.3), (1 / 4, 0.5), (1.0, 0.2))
+"""Where fixed sequences begin, as shares of the calibration rows, and their shares of delta."""
 
 LOOKED_AT = 500
 """Thresholds that are looked at for an estimate of the rows needed."""
@@ -36,21 +37,20 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point |
 
     H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict to lax every t is
     tested at the full level until one is not rejected; R need not be monotone. A sequence has to begin where enough is
-    accepted for a rejection to be possible, and one unlucky wrong answer near the beginning ends it; so there are two
-    beginnings, at 1/16 and 1/4 of the rows, each with half of delta, and a sequence that reaches the next one's
-    beginning hands its level on (the fallback procedure). Where 1/16 of the rows are too few to reject with no error
-    at all, it begins where they are enough. The beginnings depend on the scores alone.
+    accepted for a rejection to be possible, and one unlucky wrong answer near the beginning ends it; so there are
+    three beginnings, at 1/16, 1/4 and all of the rows, with 0.3, 0.5 and 0.2 of delta, and a sequence that reaches the
+    next one's beginning hands its level on (the fallback procedure). Where the rows are too few for that, there is one
+    sequence with all of delta, which begins where a rejection is just possible. The beginnings depend on the scores
+    alone. Other beginnings were tried on seven simulated predictors: ``benchmarks/thresholds.py``.
 
     Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni procedure (2003).
-    Coverage against other beginnings: ``benchmarks/thresholds.py``.
     """
-    begins = _beginnings(counts.accepted, max_risk, delta)
-    if not begins:
-        return None
+    levels = _beginnings(counts.accepted, max_risk, delta)
+    begins = sorted(levels)
     p_values = tail(counts.accepted_wrong, counts.accepted, max_risk)
     carried, best = 0.0, None
-    for begin, end in zip(begins, [*begins[1:], len(p_values)], strict=True):
-        level = carried + delta / len(begins)
+    for begin, end in pairwise([*begins, len(p_values)]):
+        level = carried + levels[begin]
         failed = np.flatnonzero(p_values[begin:end] > level)
         last = begin + int(failed[0]) if len(failed) else end
         best = last - 1 if last > begin else best
@@ -58,17 +58,20 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point |
     return None if best is None else Point(best, max_risk)
 
 
-def _beginnings(accepted: Ints, max_risk: float, delta: float) -> list[int]:
-    """Positions where sequences begin; one more than the fewest rows, since the last row is not a random one."""
-    n = int(accepted[-1])
-    for share in (delta / len(STARTS), delta):
-        fewest = rows_without_error(max_risk, share) + 1
-        wanted = STARTS if share < delta else STARTS[:1]
-        rows = [max(math.ceil(n * start), fewest) for start in wanted]
-        begins = sorted({int(np.searchsorted(accepted, m)) for m in rows if m <= n})
-        if len(begins) == len(wanted):
-            return begins
-    return []
+def _beginnings(accepted: Ints, max_risk: float, delta: float) -> dict[int, float]:
+    """Positions where sequences begin, and their levels; empty where no rejection is possible.
+
+    Each has one row more than the fewest that can be rejected, since the last row is not a random one.
+    """
+    n, levels = int(accepted[-1]), dict[int, float]()
+    starts = [(max(math.ceil(n * at), rows_without_error(max_risk, delta * w) + 1), delta * w) for at, w in STARTS]
+    if any(rows > n for rows, _ in starts):
+        starts = [(rows_without_error(max_risk, delta) + 1, delta)]
+    for rows, level in starts:
+        if rows <= n:
+            begin = int(np.searchsorted(accepted, rows))
+            levels[begin] = levels.get(begin, 0.0) + level
+    return levels
 
 
 def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
@@ -143,7 +146,7 @@ def rows_needed(counts: TieCounts, max_risk: float, delta: float) -> int | None:
     low = np.flatnonzero(rates < max_risk)
     best: float | None = None
     for index in low[:: max(len(low) // LOOKED_AT, 1)]:
-        rows = rows_for_rate(float(rates[index]), max_risk, delta / len(STARTS))
+        rows = rows_for_rate(float(rates[index]), max_risk, delta / 2)
         if rows is not None:
             total = (rows + 1) * int(counts.n) / int(counts.accepted[index])
             best = total if best is None else min(best, total)

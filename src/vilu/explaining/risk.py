@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike
 from vilu.errors import DataError, UsageError
 from vilu.explaining.explanation import SCHEMA_VERSION, save_json
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes import UNKNOWN, Outcomes
+from vilu.outcome_columns import UNKNOWN
+from vilu.outcomes import Outcomes
 
 
 @dataclass(frozen=True)

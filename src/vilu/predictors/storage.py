@@ -1,4 +1,4 @@
-"""Saved predictors: a folder of ``weights.safetensors`` and ``predictor.json``, nothing that can execute."""
+"""Saved predictors: a folder of ``weights.safetensors``, ``predictor.json`` and a card, nothing that can execute."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
 import vilu
+from vilu.card import Method, model_card
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files import atomic_write, make_folder, write_json
 from vilu.predictors import PREDICTORS
@@ -23,6 +24,7 @@ from vilu.space import EmbeddingSpace, digest
 
 SCHEMA = 1
 MAX_JSON_BYTES = 64 << 20
+PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN = "seen"
 
@@ -30,7 +32,8 @@ SEEN = "seen"
 def save(predictor: FailurePredictor, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
 
-    Weights go first and ``predictor.json``, which holds their hash, last: a folder torn by a crash is refused.
+    Weights go first and ``predictor.json``, which holds their hash, last: a folder torn by a crash is refused. The card
+    between them says nothing of a calibration: what lies in the folder was made for another fit (``write_card``).
 
     Raises:
         NotFittedError: If it needs ``fit`` first.
@@ -42,12 +45,13 @@ def save(predictor: FailurePredictor, folder: str | Path) -> str:
     if predictor.seen_ is not None:
         tensors[SEEN] = predictor.seen_.hashes
     weights = safetensors_torch.save(tensors)
-    with atomic_write(path / "weights.safetensors") as handle:
+    with atomic_write(path / WEIGHTS) as handle:
         handle.write(weights)
     record = describe(predictor)
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     record["fingerprint"] = digest(record)
-    write_json(path / "predictor.json", record)
+    _write_card(path, record, predictor, None)
+    write_json(path / PREDICTOR, record)
     return str(record["fingerprint"])
 
 
@@ -75,8 +79,8 @@ def load(folder: str | Path) -> FailurePredictor:
         ProvenanceError: If it was written by a newer schema.
     """
     path = Path(folder)
-    record = read_record(path / "predictor.json")
-    weights = read_bytes(path / "weights.safetensors")
+    record = read_record(path / PREDICTOR)
+    weights = read_bytes(path / WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != record["weights_sha256"]:
         raise DataError(f"{path / 'weights.safetensors'} is not the file that predictor.json names. Save it again.")
     try:
@@ -93,14 +97,37 @@ def load(folder: str | Path) -> FailurePredictor:
     return predictor
 
 
+def write_card(folder: str | Path) -> None:
+    """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it.
+
+    Raises:
+        DataError: If the folder holds no predictor, or ``risk.json`` is not a JSON object.
+        StorageError: If the file system refuses.
+    """
+    path = Path(folder)
+    predictor, risk = load(path), None
+    if (path / RISK).exists():
+        risk = _read_object(path / RISK)
+    _write_card(path, read_record(path / PREDICTOR), predictor, risk)
+
+
+def _write_card(path: Path, record: dict[str, Any], predictor: FailurePredictor, risk: dict[str, Any] | None) -> None:
+    method = Method(
+        summary=predictor.summary,
+        reference=predictor.reference,
+        is_probability=predictor.is_probability,
+        closed_set=predictor.closed_set,
+        needs_fit=predictor.needs_fit,
+        columns=predictor.columns_to_score,
+    )
+    with atomic_write(path / CARD) as handle:
+        handle.write(model_card(record, method, risk).encode())
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """``predictor.json``, checked for schema, method and keys."""
-    content = read_bytes(path, MAX_JSON_BYTES)
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
+    record = _read_object(path)
+    if not isinstance(record.get("schema"), int):
         raise DataError(f"{path} does not describe a predictor.")
     if record["schema"] > SCHEMA:
         raise ProvenanceError(f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu.")
@@ -110,6 +137,17 @@ def read_record(path: Path) -> dict[str, Any]:
     if record["method"] not in PREDICTORS:
         raise DataError(f"{path} is for the method {record['method']!r}. Known: {', '.join(PREDICTORS)}.")
     return record
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} does not describe a predictor: it is no JSON object.")
+    return found
 
 
 def read_bytes(path: Path, limit: int | None = None) -> bytes:

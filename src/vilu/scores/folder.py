@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vilu.errors import DataError, ProvenanceError
 from vilu.metrics.histogram import Histogram
-from vilu.outcomes import Outcomes
+from vilu.outcome_columns import UNKNOWN
+from vilu.outcomes import OPTIONAL, Outcomes
 from vilu.scores.content import read_histogram, require_hash
 from vilu.scores.documents import AGAIN, MANIFEST, RUN, Counts, Manifest, Run, read, read_receipt
 from vilu.tables import read_column, read_table
@@ -88,16 +91,12 @@ class ScoreFolder:
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}.")
-        ids = [key for part in parts for key in part.ids or ()]
-        reason = [text for part in parts for text in part.reason or [None] * len(part)]
-        none = np.empty(0, np.int64)
+        optional = {name: _joined(parts, name, kind, order) for name, kind in OPTIONAL.items()}
+        optional["reason"] = optional["reason"] or [None] * len(order)
         return Outcomes(
             uncertainty=np.concatenate([part.uncertainty for part in parts])[order],
             failure=np.concatenate([part.failure for part in parts])[order],
-            prediction=np.concatenate([none if part.prediction is None else part.prediction for part in parts])[order],
-            target=np.concatenate([none if part.target is None else part.target for part in parts])[order],
-            ids=[ids[place] for place in order],
-            reason=[reason[place] for place in order],
+            **{name: values for name, values in optional.items() if values is not None},
             class_names=parts[0].class_names,
             **{name: getattr(self.run, name) for name in ("method", "dataset", "split", "seed", "is_probability")},
             provenance={**self.run.provenance, "n_seen_in_fit": self.counts.n_seen},
@@ -116,3 +115,16 @@ class ScoreFolder:
     def _row_ids(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         table, _ = read_table(self.path / name, ())
         return np.asarray(read_column(self.path / name, table, "row_id", "int64").to_numpy(), dtype=np.int64)
+
+
+def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64]) -> Any:  # noqa: ANN401 - by its kind
+    """What the parts say of every row, in the order of the data; a part without it says nothing of its rows."""
+    found = [getattr(part, name) for part in parts]
+    if all(values is None for values in found):
+        return None
+    if kind == "string":
+        texts = [text for part, values in zip(parts, found, strict=True) for text in values or [None] * len(part)]
+        return [texts[place] for place in order]
+    missing = np.nan if kind == "float64" else UNKNOWN
+    numbers = [np.full(len(p), missing) if v is None else v for p, v in zip(parts, found, strict=True)]
+    return np.concatenate(numbers)[order]

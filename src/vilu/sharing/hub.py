@@ -1,0 +1,220 @@
+"""Predictors on a model hub, or in a folder that stands for one: push, and pull."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote, urlsplit
+
+from vilu.backbones.loading import hub_reachable, import_extra, quiet
+from vilu.errors import DataError, MissingModelError, StorageError, UsageError
+from vilu.predictors.storage import PREDICTOR, WEIGHTS
+from vilu.sharing.folders import FILES, beside, copy_files, place, require_ours, require_same, require_size
+
+REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+REASONS = {
+    "GatedRepoError": "it is gated; ask for access on its page, and set HF_TOKEN",
+    "RepositoryNotFoundError": "the hub has no such name, or it is private and HF_TOKEN is not of one who may see it",
+    "RevisionNotFoundError": "it has no such revision",
+    "LocalEntryNotFoundError": "it is not complete in the cache of the hub, and the hub is not asked (HF_HUB_OFFLINE) "
+    "or cannot be reached",
+    "HFValidationError": "that is no name of a repository",
+}
+"""What the errors of huggingface_hub mean, by their names."""
+
+A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
+"""How a folder begins: with /, ./, ../, ~/ or a drive."""
+
+
+def push(
+    folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None,
+    overwrite: bool = False,
+) -> str:  # fmt: skip
+    """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
+
+    Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are removed.
+
+    Args:
+        folder: A saved predictor, which is loaded once before anything leaves.
+        repository: ORG/NAME, which is made where it is missing; or a folder, as ./DIR, /DIR or file:///DIR.
+        private: Whether a repository that is made can be seen by its owner alone; None: as the owner's settings say.
+        revision: Branch of the repository; by default main.
+        overwrite: Replace another predictor in a folder; the hub keeps what was there.
+
+    Raises:
+        UsageError: If the repository is neither, there is no token, it may not write there, or the folder is taken.
+        DataError: If the folder holds no predictor, or a damaged one.
+        MissingModelError: If huggingface_hub is not installed, or the hub is offline or refuses.
+        StorageError: If the file system refuses.
+    """
+    local = local_folder(repository)
+    if local is not None:
+        require_no_revision(repository, revision)
+        return str(_place_copy(Path(folder), local, links=False, overwrite=overwrite))
+    require_repository(repository)
+    with tempfile.TemporaryDirectory() as staged:
+        copy_files(Path(folder), Path(staged), links=False)
+        return _upload(Path(staged), repository, private, revision)
+
+
+def pull(repository: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False) -> Path:
+    """Copy a predictor from a repository of the model hub, or from a folder; returns where it is.
+
+    Only the files of ``FILES`` come. They are loaded once beside ``folder`` and then take its place together.
+
+    Args:
+        repository: ORG/NAME, or a folder, as for ``push``.
+        folder: Where to put it.
+        revision: Branch, tag or commit of the repository; by default main.
+        overwrite: Replace another predictor in ``folder``.
+
+    Raises:
+        UsageError: If the repository is neither, or the folder is taken.
+        DataError: If the repository holds no predictor, or a damaged one, or a file is too large.
+        ProvenanceError: If a newer vilu wrote it.
+        MissingModelError: If huggingface_hub is not installed, or there is no such repository or revision, or it is
+            not in the cache and the hub is offline.
+        StorageError: If the file system refuses.
+    """
+    source = local_folder(repository)
+    require_ours(Path(folder))
+    if source is not None:
+        require_no_revision(repository, revision)
+    else:
+        require_repository(repository)
+        source = _download(repository, revision)
+    return _place_copy(source, Path(folder), links=True, overwrite=overwrite)
+
+
+def local_folder(repository: str) -> Path | None:
+    """The folder that a repository's name means, None where it is not written as one.
+
+    Raises:
+        UsageError: If it is a file URL of another machine.
+    """
+    if repository.startswith("file://"):
+        parts = urlsplit(repository)
+        if parts.netloc not in {"", "localhost"}:
+            raise UsageError(f"a file URL of this machine begins with file:///. Got {repository!r} instead.")
+        return Path(unquote(parts.path))
+    return Path(repository).expanduser() if A_FOLDER.match(repository) else None
+
+
+def require_repository(repository: str) -> None:
+    """Refuse what is neither ORG/NAME nor written as a folder.
+
+    Raises:
+        UsageError: Naming both forms.
+    """
+    if not REPOSITORY.fullmatch(repository):
+        raise UsageError(
+            f"expected ORG/NAME on the model hub, or a folder that begins with ./ or /. Got {repository!r} instead."
+        )
+
+
+def require_no_revision(repository: str, revision: str | None) -> None:
+    """Refuse a revision of a folder.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    if revision is not None:
+        raise UsageError(f"{repository} is a folder, which has no revisions. Leave --revision out.")
+
+
+def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> Path:
+    require_ours(target)
+    place_at = target.resolve()
+    with beside(place_at) as staged:
+        fingerprint = copy_files(source, staged, links=links)
+        if not overwrite:
+            require_same(place_at, fingerprint)
+        place(staged, place_at)
+    return target
+
+
+def _upload(staged: Path, repository: str, private: bool | None, revision: str | None) -> str:
+    hub = _client(repository, "pushed to")
+    if hub.get_token() is None:
+        raise UsageError(f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`.")
+    with quiet(), _explained(repository, revision):
+        api = hub.HfApi(library_name="vilu")
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=staged,
+            revision=revision,
+            allow_patterns=list(FILES),
+            delete_patterns=[name for name in FILES if not (staged / name).exists()],
+            commit_message="A predictor of vilu",
+        )
+    return str(commit.commit_url)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    """The folder of a revision in the hub's cache; offline, what the cache has."""
+    hub = import_extra("huggingface_hub", "hub")
+    from huggingface_hub import constants
+
+    with _explained(repository, revision):
+        if not constants.HF_HUB_OFFLINE:
+            _client(repository, "pulled from")
+            info = hub.HfApi(library_name="vilu").model_info(repository, revision=revision, files_metadata=True)
+            _require_sizes(repository, {entry.rfilename: entry.size for entry in info.siblings or ()})
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+
+
+def _client(repository: str, doing: str) -> ModuleType:
+    """The hub's library, where the hub can be reached."""
+    hub = import_extra("huggingface_hub", "hub")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise MissingModelError(f"{repository} cannot be {doing}: HF_HUB_OFFLINE is set. Unset it.")
+    if not hub_reachable():
+        raise MissingModelError(
+            f"{repository} cannot be {doing}: {constants.ENDPOINT} cannot be reached. Check the network. What is in "
+            "the cache of the hub is pulled with HF_HUB_OFFLINE=1, and a folder (./DIR) serves as a hub."
+        )
+    return hub
+
+
+def _require_sizes(repository: str, sizes: dict[str, int | None]) -> None:
+    """Refuse before anything is downloaded."""
+    missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
+    if missing:
+        raise DataError(f"{repository} holds no predictor: it has no {' and no '.join(missing)}.")
+    for name, limit in FILES.items():
+        require_size(f"{name} of {repository}", sizes.get(name) or 0, limit)
+
+
+@contextmanager
+def _explained(repository: str, revision: str | None) -> Iterator[None]:
+    """The errors of the hub's client as ours."""
+    from huggingface_hub import errors
+
+    lost: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whatever client it has
+    try:
+        yield
+    except (OSError, errors.HFValidationError, lost, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system; the hub's have no number
+            raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        reason = next((REASONS[kind] for kind in kinds if kind in REASONS), None)
+        if reason is None and status in {401, 403}:
+            raise UsageError(
+                f"the hub refuses {repository} (HTTP {status}): HF_TOKEN is not of one who may."
+            ) from error
+        reason = reason or f"the hub or the way to it failed: {_first_line(error)}"
+        raise MissingModelError(f"{repository}, revision {revision or 'main'}: {reason}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,218 @@
+"""A predictor as one ONNX file, which is compared with the predictor before it is there."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+import vilu
+from vilu.backbones.loading import import_extra, quiet
+from vilu.embeddings import Embeddings
+from vilu.errors import DataError, UsageError
+from vilu.files import atomic_write
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.heads.vilu_plus import ViLUPlus
+from vilu.predictors.storage import load, read_record
+from vilu.sharing.exportable import score_graph
+from vilu.sharing.graphs import PlainBatch
+from vilu.space import EmbeddingSpace
+
+TOLERANCE = 1e-5
+"""Largest difference of an uncertainty from torch's that is put down to rounding without a further look."""
+
+ROUNDINGS = 4
+"""How many times the rounding of the formula in float32 (its distance from float64, both in torch) is allowed else."""
+
+TIE = 1e-4
+"""Gap of the two largest logits, over the logit scale times the largest cosine, below which rounding may decide."""
+
+SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
+"""Numbers of images and of candidates that an export is tried with."""
+
+MAX_ONNX_BYTES = 2**31 - 1
+"""A protocol buffer holds no more."""
+
+
+class Trial(NamedTuple):
+    """Inputs of a graph: ``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F)."""
+
+    image: Tensor
+    text: Tensor
+    columns: dict[str, Tensor]
+
+
+def export_onnx(folder: str | Path, path: str | Path) -> float:
+    """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
+
+    Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N, F) where the
+    predictor was fitted on them; N >= 1 and K >= 2 are open. Outputs are ``uncertainty`` (N,) float64 and
+    ``prediction`` (N,) int64. Logit scale and bias are constants. The file is run by onnxruntime on random rows of
+    several numbers, and is written only where every answer is the same, and every uncertainty within ``TOLERANCE`` or,
+    where the formula itself rounds more than that in float32 (a large logit scale, a memory), ``ROUNDINGS`` times that.
+
+    Args:
+        folder: A saved predictor.
+        path: The file, which is replaced.
+
+    Raises:
+        MissingModelError: If onnx, onnxscript or onnxruntime is not installed.
+        UsageError: If the method cannot be exported, or nothing says which embedding space it is for.
+        DataError: If the folder holds no predictor, or the file would not say what the predictor says.
+        StorageError: If the file system refuses.
+    """
+    for module in ("onnx", "onnxscript"):  # torch imports them
+        import_extra(module, "onnx")
+    predictor = load(folder)
+    content = to_onnx(predictor, read_record(Path(folder) / "predictor.json")["fingerprint"])
+    worst = largest_difference(predictor, content)
+    with atomic_write(path) as handle:
+        handle.write(content)
+    return worst
+
+
+def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
+    """The score of a predictor as ONNX, with what it was made from in its metadata; errors as ``export_onnx``."""
+    graph = score_graph(predictor)
+    example = next(trials(predictor, ((3, 5),)))
+    names = ["image", "text", *example.columns]
+    rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
+    inputs = (example.image, example.text, *example.columns.values())
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph,
+            inputs,
+            dynamo=True,
+            verbose=False,
+            input_names=names,
+            output_names=["uncertainty", "prediction"],
+            dynamic_shapes=({0: rows}, {0: texts}, *({0: rows} for _ in example.columns)),
+        )
+    if program is None:
+        raise DataError(f"torch made no ONNX program of this {predictor.name}.")
+    program.model.metadata_props.update(metadata(predictor, graph.space, fingerprint))
+    model = program.model_proto
+    if model.ByteSize() > MAX_ONNX_BYTES:
+        raise UsageError(f"this {predictor.name} has {model.ByteSize()} bytes as ONNX; at most {MAX_ONNX_BYTES} fit.")
+    return bytes(model.SerializeToString())
+
+
+def metadata(predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str) -> dict[str, str]:
+    """What binds a file to its predictor and to the embedding space, as texts."""
+    return {
+        "vilu.version": vilu.__version__,
+        "vilu.method": predictor.name,
+        "vilu.fingerprint": fingerprint,
+        "vilu.is_probability": str(predictor.is_probability).lower(),
+        "vilu.space": space.fingerprint,
+        "vilu.backbone": space.backbone or "",
+        "vilu.embed_dim": str(space.embed_dim),
+        "vilu.logit_scale": repr(space.logit_scale),
+        "vilu.logit_bias": repr(space.logit_bias),
+    }
+
+
+def largest_difference(predictor: FailurePredictor, content: bytes) -> float:
+    """The largest difference of an ONNX file's uncertainties from the predictor's, over ``trials``.
+
+    Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
+
+    Raises:
+        DataError: If one is more than rounding, or an answer differs.
+    """
+    onnxruntime = import_extra("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    plain = score_graph(predictor)
+    exact = copy.deepcopy(plain).double()
+    plain.batch = PlainBatch
+    gaps, roundings = [], []
+    for trial in trials(predictor, SIZES):
+        inputs = (trial.image, trial.text, *trial.columns.values())
+        uncertainty, answer = session.run(None, dict(zip(names, (rows.numpy() for rows in inputs), strict=True)))
+        expected, prediction, clear = reference(predictor, trial)
+        if (answer != prediction)[clear].any():
+            raise DataError(f"the exported {predictor.name} gives other zero-shot answers. Nothing was written.")
+        with torch.no_grad():
+            rounded = plain(*inputs)[0] - exact(*(rows.double() for rows in inputs))[0]
+        gaps.append(largest(uncertainty - expected, clear))
+        roundings.append(largest(rounded.numpy(), clear))
+    worst, allowed = float(np.max(gaps)), max(TOLERANCE, ROUNDINGS * max(roundings))
+    if not worst <= allowed:
+        raise DataError(
+            f"the exported {predictor.name} differs by {worst:.2g} from the predictor, and rounding explains "
+            f"{allowed:.2g} of it. Nothing was written."
+        )
+    return worst
+
+
+def largest(differences: NDArray[np.float64], rows: NDArray[np.bool_]) -> float:
+    """The largest absolute value among some rows; NaN where one is."""
+    return float(np.abs(differences)[rows].max(initial=0.0))
+
+
+def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
+    source = Embeddings(trial.image, trial.text, space=predictor.space_, columns=trial.columns)
+    found = list(predictor.scored(source))
+    uncertainty = np.concatenate([scores for _, scores in found])
+    prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in found])
+    distinct = trial.text.unique(dim=0)
+    first, second = (trial.image @ distinct.T).topk(2, dim=1).values.unbind(dim=1)
+    return uncertainty, prediction, (first - second > TIE * first.abs()).numpy()
+
+
+def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
+    """Random rows of unit norm: half of the images near a candidate; of many candidates the last equals the first.
+
+    A predictor that knows its classes also meets those alone, in another order, and beside others.
+    """
+    space = predictor.space_
+    if space is None:
+        raise UsageError(f"this {predictor.name} knows no embedding space.")
+    generator = torch.Generator().manual_seed(0)
+    groups = [random_rows(k, space.embed_dim, generator) for _, k in sizes]
+    for (n, _), text in zip(sizes, groups, strict=True):
+        if len(text) > 2:
+            text[-1] = text[0]
+        yield trial_of(predictor, n, text, generator)
+    classes = class_texts(predictor)
+    if len(classes) > 1:
+        order = classes[torch.randperm(len(classes), generator=generator)]
+        for text in (classes, order, order[:2], torch.cat([order, groups[0]])):
+            yield trial_of(predictor, 9, text, generator)
+
+
+def trial_of(predictor: FailurePredictor, n: int, text: Tensor, generator: torch.Generator) -> Trial:
+    """``n`` images for some candidates."""
+    image = random_rows(n, text.shape[1], generator)
+    near = text[torch.randint(len(text), (n,), generator=generator)]
+    image[::2] = functional.normalize(near + image / 2, dim=1)[::2]
+    columns = {}
+    if isinstance(predictor, ViLUPlus) and predictor.experts_ is not None and predictor.columns_to_score:
+        width = len(predictor.experts_.attention.inputs.features.mean)
+        columns = {name: torch.randn(n, width, generator=generator) for name in predictor.columns_to_score}
+    return Trial(image, text, columns)
+
+
+def class_texts(predictor: FailurePredictor) -> Tensor:
+    """(C, D) texts of the classes that a predictor treats unlike others; none for most."""
+    if isinstance(predictor, ViLUPlus) and predictor.experts_ is not None:
+        return predictor.experts_.attention.classes.cpu()
+    return torch.empty(0, 0)
+
+
+def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:
+    """(n, D) of unit norm."""
+    return functional.normalize(torch.randn(n, dim, generator=generator), dim=1)

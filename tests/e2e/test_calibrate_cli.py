@@ -1,0 +1,158 @@
+"""``vilu calibrate`` and the decisions of ``vilu score``, through the real command line, on stores of noise."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.e2e.test_cli import run as run_process
+from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
+from vilu.cli import main
+from vilu.outcomes import Outcomes
+from vilu.store.embed import embed
+
+
+@pytest.fixture
+def run(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., CompletedProcess[str]]]:
+    """The command line in this process: importing torch takes longer than any of these commands."""
+
+    def call(*args: object, code: int = 0) -> CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["vilu", *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        found = capfd.readouterr()
+        assert left.value.code == code, found.err
+        return CompletedProcess(args, code, found.out, found.err)
+
+    handler, handlers = signal.getsignal(signal.SIGTERM), logging.getLogger("vilu").handlers[:]
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    logging.getLogger("vilu").handlers[:] = handlers
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores of training, calibration and new rows, and a fitted predictor."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    for name, first, n in (("train", 0, 90), ("calibration", 90, 120), ("new", 210, 40)):
+        data = dataset(n)
+        data.blobs = dataset(first + n).blobs[first:]
+        data.keys = [f"{name}/{i}.png" for i in range(n)]
+        embed(data, FakeBackbone(), folder / name, names=NAMES)
+    vilu.ViLU(hidden=(8,), epochs=2).fit(vilu.open_source(folder / "train")).save(folder / "fitted")
+    return folder
+
+
+@pytest.fixture
+def predictor(work: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(work / "fitted", tmp_path / "predictor"))
+
+
+def test_calibrated_scores_say_what_to_do(run, work: Path, predictor: Path) -> None:
+    target = ("--max-risk", 0.8, "--confidence", 0.9)  # noise has an error rate of two thirds
+    done = run("calibrate", predictor, work / "calibration", *target)
+    assert "probability: platt (log-loss in cross-validation: temperature 0." in done.stdout
+    assert "with confidence 90% at most 80.00% of the accepted answers are wrong" in done.stdout
+    record = json.loads((predictor / "risk.json").read_text())
+    rows = Outcomes.load(predictor / "calibration.parquet")
+    selector = vilu.calibrate(rows, max_risk=0.8, confidence=0.9)
+    assert record["rule"] == selector.model_dump(mode="json")
+    assert (record["n"], record["dataset"]) == (120, "calibration")
+
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
+    scores = Outcomes.load(predictor / "scores.parquet")
+    accepted = selector.accept(scores.uncertainty)
+    assert scores.decision == tuple(np.where(accepted, "accept", "abstain"))
+    assert scores.decision_reason == tuple(None if yes else "above_threshold" for yes in accepted)
+    loaded = vilu.load(predictor)
+    assert scores.failure_probability == pytest.approx(loaded.failure_probability(scores.uncertainty), abs=0)
+    assert scores.provenance["risk"]
+
+    run("score", predictor, work / "new", "-o", predictor / "folder")  # part by part, and as text
+    run("score", predictor, work / "new", "-o", predictor / "scores.csv")
+    for other in (vilu.ScoreFolder(predictor / "folder").outcomes(), Outcomes.load(predictor / "scores.csv")):
+        assert (other.decision, other.decision_reason) == (scores.decision, scores.decision_reason)
+        assert other.failure_probability == pytest.approx(scores.failure_probability, rel=1e-12)
+
+
+def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
+    before = {path.name: path.read_bytes() for path in predictor.iterdir()}
+    done = run_process("calibrate", predictor, work / "calibration", "--max-risk", 0.001, code=4)
+    assert "120 rows are too few: 0.10% takes 2996 accepted answers" in done.stderr
+    assert "calibration rows like these would be needed" in done.stderr
+    assert done.stdout == ""
+    assert {path.name: path.read_bytes() for path in predictor.iterdir()} == before
+
+
+def test_training_rows_are_refused(run, work: Path, predictor: Path) -> None:
+    done = run("calibrate", predictor, work / "train", "--max-risk", 0.8, code=3)
+    assert "90 of the 90 calibration rows were used to fit this vilu" in done.stderr
+
+
+def test_a_rule_of_another_predictor_is_refused(run, work: Path, predictor: Path) -> None:
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
+    vilu.ViLU(hidden=(8,), epochs=1).fit(vilu.open_source(work / "train")).save(predictor)
+    done = run("score", predictor, work / "new", "-o", predictor / "scores.parquet", code=6)
+    assert "was made for the predictor" in done.stderr
+    assert not (predictor / "scores.parquet").exists()
+
+
+def test_selection_label_sets_and_classes(run, work: Path, predictor: Path) -> None:
+    done = run(
+        "calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--method", "selection", "--label-sets", "aps"
+    )
+    assert "accepts a part of every batch" in done.stdout
+    assert "label sets: aps" in done.stdout
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
+    scores = Outcomes.load(predictor / "scores.parquet")
+    assert {text for text in scores.decision_reason if text} <= {"not_selected"}
+    sets = [json.loads(text) for text in scores.label_set]
+    assert all(set(one) <= set(NAMES) and one for one in sets)
+    done = run("score", predictor, work / "new", "-o", predictor / "folder", code=2)
+    assert "judges all rows of a batch together" in done.stderr
+
+    done = run("calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--per-class", "--json")
+    rule = json.loads(done.stdout)["rule"]
+    assert rule["grouped_by"] == "prediction"
+    assert set(rule["certificates"]) <= {*NAMES, "(other)"}
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
+    scores = Outcomes.load(predictor / "scores.parquet")
+    limits = {name: one["threshold"] for name, one in rule["certificates"].items()}
+    for row, code in enumerate(scores.prediction):
+        limit = limits.get(NAMES[code], limits.get("(other)"))
+        assert (scores.decision[row] == "accept") == (limit is not None and scores.uncertainty[row] <= limit)
+
+
+def test_probabilities_alone_and_a_coverage(run, work: Path, predictor: Path) -> None:
+    assert "decision" not in run("calibrate", predictor, work / "calibration").stdout
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
+    scores = Outcomes.load(predictor / "scores.parquet")
+    assert scores.decision is None
+    assert scores.failure_probability is not None
+    done = run("calibrate", predictor, work / "calibration", "--min-coverage", 0.5)
+    assert "of the accepted answers are wrong" in done.stdout
+
+
+def test_wrong_arguments(run, work: Path, predictor: Path) -> None:
+    assert "Usage" in run("calibrate", "--help").stdout
+    run("calibrate", predictor, work / "calibration", "--max-risk", 1.5, code=2)
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.0, code=2)
+    run("calibrate", predictor, work / "nothing", "--max-risk", 0.1, code=3)
+    run("calibrate", predictor, work / "calibration", "--method", "selection", "--min-coverage", 0.5, code=2)
+    (predictor / "risk.json").write_text('{"schema_version": 1, "kind": "risk"}')
+    done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
+    assert "risk.json is damaged" in done.stderr
+    (predictor / "risk.json").write_text('{"schema_version": 7}')
+    assert "schema version 7" in run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=6).stderr

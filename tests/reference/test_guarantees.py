@@ -1,0 +1,159 @@
+"""What is promised, over 2,000 simulated calibrations each, and how much is accepted beside MAPIE."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from vilu.decision.thresholds import METHODS, conformal_risk_control, coverage_first
+from vilu.metrics.counts import tie_counts
+
+N_DRAWS = 2000
+DELTA = 0.1
+
+
+class Smooth:
+    """u ~ Beta(1/2, 3/2), an answer wrong with probability u."""
+
+    exact = True
+
+    def draw(self, rng: np.random.Generator, n: int):
+        u = rng.beta(0.5, 1.5, n)
+        return u, (rng.random(n) < u).astype(int)
+
+    def coverage(self, t):
+        return stats.beta.cdf(t, 0.5, 1.5)
+
+    def risk(self, t):
+        return (
+            0.25 * stats.beta.cdf(t, 1.5, 1.5) / stats.beta.cdf(t, 0.5, 1.5)
+        )  # E[u; u <= t] = E[u] P(Beta(3/2, 3/2) <= t)
+
+
+class Steep:
+    """u uniform, an error rate of 1.5 % up to a cliff at u = 0.6: what a strong predictor looks like."""
+
+    def draw(self, rng: np.random.Generator, n: int):
+        u = rng.random(n)
+        return u, (rng.random(n) < self.rate(u)).astype(int)
+
+    def rate(self, u):
+        return 0.015 + 0.98 * special.expit(12 * (u - 0.6))
+
+    def coverage(self, t):
+        return np.asarray(t, dtype=float)
+
+    def risk(self, t):
+        integral = 0.015 * t + 0.98 / 12 * (np.logaddexp(0, 12 * (t - 0.6)) - np.logaddexp(0, -7.2))
+        return integral / t
+
+
+class Tied:
+    """Eleven scores, whose error rates rise, fall and rise: ties, atoms, and a risk that is not monotone."""
+
+    value = np.arange(11) / 10
+    mass = np.array([0.2, 0.15, 0.1, 0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05, 0.05])
+    wrong = np.array([0.01, 0.06, 0.02, 0.08, 0.03, 0.15, 0.2, 0.4, 0.1, 0.7, 0.9])
+
+    def draw(self, rng: np.random.Generator, n: int):
+        score = rng.choice(11, size=n, p=self.mass)
+        return self.value[score], (rng.random(n) < self.wrong[score]).astype(int)
+
+    def coverage(self, t):
+        return np.cumsum(self.mass)[np.rint(np.asarray(t) * 10).astype(int)]
+
+    def risk(self, t):
+        place = np.rint(np.asarray(t) * 10).astype(int)
+        return (np.cumsum(self.mass * self.wrong) / np.cumsum(self.mass))[place]
+
+
+WORLDS = {"smooth": Smooth(), "steep": Steep(), "tied": Tied()}
+
+
+def thresholds(world, method, n: int, target: float, seed: int, n_draws: int = N_DRAWS):
+    """(M,) thresholds of the draws that accept anything, and their promised bounds."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n_draws):
+        counts = tie_counts(*world.draw(rng, n))
+        point = method(counts, target, DELTA)
+        if point is not None:
+            found.append((counts.value[point.index], point.risk_bound))
+    return np.array(found).reshape(-1, 2).T
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["ltt", "sgr"])
+@pytest.mark.parametrize("n", [24, 45, 150, 1000])
+@pytest.mark.parametrize("name", list(WORLDS))
+def test_the_promised_risk_holds(name: str, n: int, method: str) -> None:
+    world = WORLDS[name]
+    found, bound = thresholds(world, METHODS[method], n, 0.1, seed=n)
+    violated = np.count_nonzero(world.risk(found) > bound + 1e-12) if len(found) else 0
+    assert violated / N_DRAWS <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / N_DRAWS)
+    if n == 1000:
+        assert len(found) > 0.9 * N_DRAWS  # and not by accepting nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(WORLDS))
+def test_coverage_and_risk_hold_together(name: str) -> None:
+    world = WORLDS[name]
+    found, bound = thresholds(world, coverage_first, 200, 0.4, seed=5)
+    assert len(found) == N_DRAWS
+    violated = np.mean((world.coverage(found) < 0.4 - 1e-12) | (world.risk(found) > bound + 1e-12))
+    assert violated <= DELTA + 3 * np.sqrt(DELTA * (1 - DELTA) / N_DRAWS)
+
+
+@pytest.mark.parametrize("name", list(WORLDS))
+def test_the_mean_joint_risk_is_controlled_and_used_up(name: str) -> None:
+    world, target, n = WORLDS[name], 0.05, 200
+    found, _ = thresholds(world, conformal_risk_control, n, target, seed=7, n_draws=800)
+    joint = np.zeros(800)
+    joint[: len(found)] = world.risk(found) * world.coverage(found)
+    error = joint.std() / np.sqrt(len(joint))
+    assert joint.mean() <= target + 3 * error
+    if name != "tied":  # there a step of the loss is larger than what is left
+        assert joint.mean() >= target - 2 / (n + 1) - 3 * error  # the known slack of a monotone loss bounded by one
+
+
+def certified_by_mapie(u, f, risk: float, delta: float, fwer: str):
+    """MAPIE's threshold on the confidence 1 - u, as a threshold on u; None where it certifies nothing."""
+    from mapie.risk_control import BinaryClassificationController
+
+    controller = BinaryClassificationController(
+        predict_function=lambda confidence: np.stack([1 - confidence, confidence], axis=1),
+        risk="precision",
+        target_level=1 - risk,
+        confidence_level=1 - delta,
+        list_predict_params=np.linspace(0.95, 0, 96),
+        fwer_method=fwer,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of fixed sequences, and where it finds nothing
+        controller.calibrate(1 - u, 1 - f)
+    valid = np.asarray(controller.valid_predict_params)
+    return None if not len(valid) else 1 - valid.min()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [150, 1000])
+@pytest.mark.parametrize("name", list(WORLDS))
+def test_as_much_is_accepted_as_by_mapie(name: str, n: int) -> None:
+    """Mean coverage, against the best of MAPIE's procedures (known afterwards, per setting)."""
+    world, rng, risk, draws = WORLDS[name], np.random.default_rng(11), 0.1, 40
+    ours, theirs = [], {fwer: [] for fwer in ("bonferroni", "bonferroni_holm", "fixed_sequence")}
+    for _ in range(draws):
+        u, f = world.draw(rng, n)
+        counts = tie_counts(u, f)
+        point = METHODS["ltt"](counts, risk, DELTA)
+        ours.append(0.0 if point is None else float(world.coverage(counts.value[point.index])))
+        for fwer, coverages in theirs.items():
+            limit = certified_by_mapie(u, f, risk, DELTA, fwer)
+            inside = u[u <= limit + 1e-9] if limit is not None else u[:0]
+            coverages.append(float(world.coverage(inside.max())) if len(inside) else 0.0)
+    best = max(np.mean(coverages) for coverages in theirs.values())
+    assert np.mean(ours) >= best - 0.03

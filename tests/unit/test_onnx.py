@@ -1,0 +1,147 @@
+"""Exported graphs in onnxruntime against the predictors, on data with failures, ties, and any numbers of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import vilu
+from tests.conftest import toy_embeddings, toy_pairs
+from vilu.embeddings import Embeddings
+from vilu.errors import DataError, UsageError
+from vilu.predictors import (
+    MCM,
+    FailurePredictor,
+    KNNVote,
+    MaxLogit,
+    ViLU,
+    ViLUPlus,
+)
+from vilu.predictors.heads.mc_dropout import MCDropout
+from vilu.predictors.parameters import parameters
+from vilu.sharing import exportable
+from vilu.sharing.graphs import GraphBatch
+from vilu.sharing.onnx import export_onnx
+
+HEAD = {"hidden": (32, 16), "epochs": 4}
+PLUS = {"width": 8, "epochs": 2}
+PREDICTORS = {
+    "mcm": MCM(),
+    "vilu": ViLU(**HEAD),
+    "vilu paper mcm": ViLU(attention="paper", mcm_input=True, **HEAD),
+    "vilu_plus features": ViLUPlus(**PLUS),
+    "vilu_plus captions": ViLUPlus(features=False),
+}
+
+
+def answers(path: Path, data: Embeddings, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """What onnxruntime makes of the first rows."""
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    every = {"image": data.image, "text": data.text, "features": data.column("features", torch.arange(len(data)))}
+    feed = {entry.name: every[entry.name].numpy() for entry in session.get_inputs()}
+    assert [entry.shape[1:] for entry in session.get_inputs()][:2] == [[16], [16]]
+    return session.run(["uncertainty", "prediction"], {k: v if k == "text" else v[:n] for k, v in feed.items()})
+
+
+def candidates(data: Embeddings) -> dict[str, torch.Tensor]:
+    """Other texts for the same images: in another order, fewer, foreign, many, twice the same."""
+    foreign = torch.nn.functional.normalize(torch.randn(700, 16, generator=torch.Generator().manual_seed(3)), dim=1)
+    return {
+        "as fitted": data.text,
+        "turned": data.text.flip(0),
+        "two": data.text[1:3],
+        "one foreign": torch.cat([data.text, foreign[:1]]),
+        "foreign": foreign[:3],
+        "many": torch.cat([foreign, data.text]),
+        "twice": torch.cat([data.text.flip(0), data.text, data.text]),
+    }
+
+
+@pytest.mark.parametrize("name", PREDICTORS)
+def test_onnxruntime_says_what_the_predictor_says(name: str, tmp_path: Path, test: Embeddings) -> None:
+    predictor: FailurePredictor = PREDICTORS[name].fit(toy_pairs() if "captions" in name else toy_embeddings())
+    fingerprint = predictor.save(tmp_path / "p")
+    assert export_onnx(tmp_path / "p", tmp_path / "head.onnx") <= 1e-5
+    for kind, text in candidates(test).items():
+        columns = {"features": test.column("features", torch.arange(len(test)))}
+        data = Embeddings(test.image, text, space=predictor.space_, columns=columns)
+        expected, zero_shot = predictor.predict_uncertainty(data), vilu.score(predictor, data).prediction
+        for n in (1, len(test)):
+            uncertainty, prediction = answers(tmp_path / "head.onnx", data, n)
+            assert uncertainty.dtype == np.float64
+            assert np.abs(uncertainty - expected[:n]).max() <= 1e-5, kind
+            assert np.array_equal(prediction, zero_shot[:n]), kind
+        if kind == "twice":
+            assert prediction.max() < len(test.text)
+    session = onnxruntime.InferenceSession((tmp_path / "head.onnx").read_bytes())
+    found = session.get_modelmeta().custom_metadata_map
+    assert found["vilu.fingerprint"] == fingerprint
+    assert found["vilu.space"] == predictor.space_.fingerprint
+    assert (found["vilu.method"], found["vilu.logit_scale"]) == (predictor.name, "20.0")
+    assert found["vilu.version"] == vilu.__version__
+
+
+def test_equal_texts_have_the_place_of_the_first() -> None:
+    text = torch.eye(6)[[4, 1, 4, 0, 1, 4, 2]]
+    batch = GraphBatch(text, text, torch.zeros(7), torch.arange(7), 1.0)
+    assert batch.first_equal.tolist() == [0, 1, 0, 3, 1, 0, 6]
+    assert batch.prediction.tolist() == [0, 1, 0, 3, 1, 0, 6]
+
+
+def test_large_logits_are_rounded_once(tmp_path: Path) -> None:
+    """A float32 just below 100 is within half an ulp, 4e-6, of the number that it stands for."""
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(200, 512)).astype(np.float32)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    image = text[:64] + rng.normal(size=(64, 512)).astype(np.float32) / 100
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    data = Embeddings(image, text, np.arange(64), 100.0)
+    MaxLogit().fit(data).save(tmp_path / "p")
+    export_onnx(tmp_path / "p", tmp_path / "head.onnx")
+    session = onnxruntime.InferenceSession((tmp_path / "head.onnx").read_bytes())
+    found, _ = session.run(None, {"image": data.image.numpy(), "text": data.text.numpy()})
+    exact = -100 * (data.image.double() @ data.text.double().T).amax(dim=1).numpy()
+    assert exact.max() < -90
+    assert np.abs(found - exact).max() <= np.spacing(np.float32(100)) / 2
+
+
+@pytest.mark.parametrize("method", exportable.GRAPHS, ids=lambda cls: cls.name)
+def test_every_graph_has_the_formula_of_its_method(method: type[FailurePredictor], test: Embeddings) -> None:
+    settings = HEAD | PLUS | {"members": 2, "attention": None, "typicality": "residual", "largest": 3}
+    predictor = method(**{key: settings[key] for key in parameters(method) if key in settings}).fit(toy_embeddings())
+    columns = [test.column(name, torch.arange(len(test))) for name in predictor.columns_to_score]
+    for text in candidates(test).values():
+        data = Embeddings(test.image, text, space=predictor.space_, columns={"features": columns[0]} if columns else {})
+        with torch.no_grad():
+            found, _ = exportable.score_graph(predictor)(test.image, text, *columns)
+        expected = predictor.predict_uncertainty(data)
+        assert np.abs(found.numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("shift", [2e-5, float("nan")])
+def test_a_graph_that_says_something_else_is_not_written(
+    shift: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor = MCM().fit(toy_embeddings(20))
+    predictor.save(tmp_path / "p")
+    (tmp_path / "head.onnx").write_text("the old one")
+    monkeypatch.setitem(exportable.GRAPHS, MCM, lambda p: lambda batch: p._uncertainty(batch) + shift)
+    with pytest.raises(DataError, match="rounding explains 1e-05"):
+        export_onnx(tmp_path / "p", tmp_path / "head.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == {"p", "head.onnx"}
+    assert (tmp_path / "head.onnx").read_text() == "the old one"
+
+
+@pytest.mark.parametrize("predictor", [KNNVote(), MCDropout(passes=2, **HEAD)])
+def test_what_cannot_be_exported_is_told(predictor: FailurePredictor, tmp_path: Path) -> None:
+    predictor.fit(toy_embeddings()).save(tmp_path / "p")
+    with pytest.raises(UsageError, match=rf"{predictor.name} cannot be exported.*These can: .*vilu, vilu_plus"):
+        export_onnx(tmp_path / "p", tmp_path / "head.onnx")
+    MCM().save(tmp_path / "q")
+    with pytest.raises(UsageError, match="knows no embedding space"):
+        export_onnx(tmp_path / "q", tmp_path / "head.onnx")
+    assert not (tmp_path / "head.onnx").exists()

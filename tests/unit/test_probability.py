@@ -1,0 +1,229 @@
+"""Probabilities of failure: every form against scikit-learn or a known truth, and the choice among them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.frozen import FrozenEstimator
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+
+import vilu
+from tests.conftest import toy_embeddings
+from vilu.embeddings import Embeddings
+from vilu.errors import DataError, UsageError
+from vilu.metrics import brier, ece
+from vilu.predictors.probability import Isotonic, Logistic, _fit, fit_calibrator, read_calibrator
+
+
+def sample(n: int, truth, seed: int = 0):
+    """Scores around zero, and failures with probability ``truth(score)``."""
+    rng = np.random.default_rng(seed)
+    score = rng.normal(0, 2, n)
+    return score, (rng.random(n) < truth(score)).astype(np.int64)
+
+
+def test_platt_is_logistic_regression_on_smoothed_targets() -> None:
+    score, failure = sample(20_000, lambda s: special.expit(0.7 * s - 1))
+    found = _fit("platt", score, failure)
+    plain = LogisticRegression(C=np.inf, tol=1e-10).fit(score[:, None], failure)
+    # the smoothing moves each target by less than 1 / 1,000
+    assert found.weights[0] == pytest.approx(plain.coef_[0, 0], abs=2e-3)
+    assert found.intercept == pytest.approx(plain.intercept_[0], abs=2e-3)
+    assert found(score[:5]) == pytest.approx(special.expit(found.weights[0] * score[:5] + found.intercept))
+
+
+def test_temperature_is_scikit_learns() -> None:
+    score, failure = sample(20_000, lambda s: special.expit(s / 2.5))
+
+    class Given(ClassifierMixin, BaseEstimator):
+        """A classifier whose log-odds are its input."""
+
+        def fit(self, X, y):
+            self.classes_ = np.unique(y)
+            return self
+
+        def decision_function(self, X):
+            return X[:, 0]
+
+        def predict(self, X):
+            return (X[:, 0] > 0).astype(int)
+
+    theirs = CalibratedClassifierCV(
+        FrozenEstimator(Given().fit(score[:, None], failure)), method="temperature", ensemble=False
+    )
+    expected = theirs.fit(score[:, None], failure).predict_proba(score[:50, None])[:, 1]
+    found = _fit("temperature", score, failure)
+    assert found.intercept == 0
+    assert 1 / found.weights[0] == pytest.approx(2.5, rel=0.05)
+    assert found(score[:50]) == pytest.approx(expected, abs=2e-3)
+
+
+def test_beta_recovers_its_own_form() -> None:
+    a, b, c = 0.5, 2.0, 0.3
+    logs = lambda s: a * special.log_expit(s) - b * special.log_expit(-s) + c  # noqa: E731
+    score, failure = sample(100_000, lambda s: special.expit(logs(s)))
+    found = _fit("beta", score, failure)
+    # standard errors of the three are about 0.02 (from the Fisher information at these values)
+    assert (*found.weights, found.intercept) == pytest.approx((a, b, c), abs=0.1)
+
+
+def test_isotonic_is_scikit_learns_within_its_ends() -> None:
+    score, failure = sample(3000, special.expit)
+    found = _fit("isotonic", score, failure)
+    grid = np.linspace(-9, 9, 200)
+    plain = IsotonicRegression(out_of_bounds="clip").fit(score, failure)
+    assert found(grid) == pytest.approx(
+        plain.predict(grid).clip(1 / 3002, 1 - 1 / 3002), abs=1 / 3002
+    )  # ends bend the last lines
+    assert np.isnan(found(np.array([np.nan]))[0])
+
+
+@pytest.mark.parametrize(
+    ("truth", "n", "form"),
+    [
+        (lambda s: special.expit(0.5 * s), 3000, "temperature"),
+        (lambda s: special.expit(0.5 * s - 1.5), 3000, "platt"),
+        (lambda s: 0.1 + 0.35 * (s > -1) + 0.5 * (s > 1), 6000, "isotonic"),
+        (lambda s: 0.1 + 0.35 * (s > -1) + 0.5 * (s > 1), 600, "platt"),  # too few rows for steps
+        (lambda s: special.expit(0.5 * s - 9), 300, "temperature"),  # hardly a failure: nothing to choose by
+    ],
+)
+def test_the_form_follows_the_data(truth, n: int, form: str) -> None:
+    found = fit_calibrator(*sample(n, truth), is_log_odds=True)
+    assert found.form in ({form, "beta"} if form == "platt" else {form})
+    if found.log_loss:
+        best = min(found.log_loss.values())
+        assert found.log_loss[found.form] < best + 0.02
+
+
+def test_the_choice_is_by_held_out_loss() -> None:
+    """The reported loss is that of rows left out: fits on the other nine folds, by hand."""
+    from sklearn.model_selection import StratifiedKFold
+
+    score, failure = sample(400, special.expit)
+    found = fit_calibrator(score, failure, is_log_odds=False)
+    losses = []
+    for fit, out in StratifiedKFold(10, shuffle=True, random_state=0).split(score, failure):
+        p = _fit("platt", score[fit], failure[fit])(score[out])
+        losses += (-np.log(np.where(failure[out] == 1, p, 1 - p))).tolist()
+    assert found.log_loss == {"platt": pytest.approx(np.mean(losses), rel=1e-9)}
+
+
+def test_separated_scores_and_one_kind_alone_stay_short_of_certainty() -> None:
+    score = np.linspace(-3, 3, 100)
+    apart = fit_calibrator(score, (score > 0).astype(np.int64), is_log_odds=False)
+    assert 0.9 < apart(np.array([3.0]))[0] < 1
+    alone = fit_calibrator(score, np.zeros(100, dtype=np.int64), is_log_odds=False)
+    assert alone(score).max() < 2 / 102
+    # Platt's target of a success is 1 / (N + 2), which a constant fits exactly
+    assert alone(score) == pytest.approx(np.full(100, 1 / 102), rel=1e-2)
+
+
+def test_a_calibrator_is_read_as_it_was_written() -> None:
+    for made in (_fit("beta", *sample(200, special.expit)), _fit("isotonic", *sample(200, special.expit))):
+        again = read_calibrator(json.loads(made.model_dump_json()))
+        assert again == made
+        assert type(again) in {Logistic, Isotonic}
+    good = json.loads(_fit("isotonic", *sample(200, special.expit)).model_dump_json())
+    bad = [
+        {"form": "guess"},
+        {**good, "score": good["score"][::-1]},
+        {**good, "probability": good["probability"][:-1]},
+        {**good, "probability": [2.0] * len(good["score"])},
+        {"form": "platt", "weights": [], "intercept": 0, "n": 1, "n_failures": 0},
+        [],
+    ]
+    for value in bad:
+        with pytest.raises(DataError, match="no calibrator"):
+            read_calibrator(value)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Embeddings:
+    return toy_embeddings(n=500, seed=5, ids_from=50_000)
+
+
+def test_a_calibrated_predictor_is_better_calibrated(
+    train: Embeddings, test: Embeddings, calibration: Embeddings
+) -> None:
+    predictor = vilu.MCM()
+    failure = vilu.score(predictor, test).failure
+    before = predictor.predict_failure_probability(test)
+    after = predictor.calibrate(calibration).predict_failure_probability(test)
+    assert ece(after, failure, binning="mass") < 0.7 * ece(before, failure, binning="mass")
+    assert brier(after, failure) < brier(before, failure)
+    order = np.argsort(before, kind="stable")
+    assert (np.diff(after[order]) >= -1e-12).all()
+    assert np.array_equal(predictor.predict_uncertainty(test), vilu.MCM().predict_uncertainty(test))
+
+
+def test_a_score_becomes_a_probability(train: Embeddings, test: Embeddings, calibration: Embeddings, tmp_path) -> None:
+    predictor = vilu.Entropy()
+    with pytest.raises(UsageError, match="a score, not a probability"):
+        predictor.predict_failure_probability(test)
+    predictor.calibrate(calibration)
+    probability = predictor.predict_failure_probability(test)
+    assert probability.mean() == pytest.approx(
+        vilu.score(predictor, test).failure.mean(), abs=0.06
+    )  # 3 sigma of 500 rows
+    fingerprint = predictor.save(tmp_path)
+    assert np.array_equal(vilu.load(tmp_path).predict_failure_probability(test), probability)
+    assert vilu.Entropy().fit(train).save(tmp_path) != fingerprint
+    assert predictor.fit(train).calibrator_ is None
+
+
+def test_the_bias_of_a_weighted_loss_is_removed(train: Embeddings, test: Embeddings) -> None:
+    quick = {"hidden": (16, 8), "epochs": 12, "batch_size": 64, "weighting": "static", "static_weight": 5.0}
+    predictor = vilu.ViLU(**quick).fit(train)
+    u = predictor.predict_uncertainty(test)
+    odds = special.logit(predictor.predict_failure_probability(test))
+    assert odds == pytest.approx(special.logit(u.clip(1e-15, 1 - 1e-15)) - np.log(5), abs=1e-9)
+    failure = vilu.score(predictor, test).failure
+    assert abs(special.expit(odds).mean() - failure.mean()) < abs(u.mean() - failure.mean())
+    regression = vilu.LVU(loss="mse", **quick).fit(train)
+    assert regression.predict_failure_probability(test) == pytest.approx(
+        regression.predict_uncertainty(test), abs=1e-12
+    )
+    # as published the weight is -log e of a batch, whose e is that of the training set on average
+    published = vilu.ViLU(**{**quick, "weighting": "batch"}).fit(train)
+    e = published.notes_["n_failures"] / published.notes_["n_train"]
+    shift = special.logit(published.predict_uncertainty(test)) - special.logit(
+        published.predict_failure_probability(test)
+    )
+    assert shift == pytest.approx(np.full(len(test), np.log(-np.log(e))), abs=1e-6)
+
+
+def test_rows_that_were_fitted_on_are_refused(train: Embeddings, calibration: Embeddings) -> None:
+    validation = toy_embeddings(n=100, seed=8, ids_from=70_000)
+    predictor = vilu.ViLU(hidden=(8,), epochs=2).fit(train, validation)
+    for used in (train, validation):
+        with pytest.raises(DataError, match=f"{len(used)} of the {len(used)} calibration rows were used to fit"):
+            predictor.calibrate(used)
+    assert predictor.calibrate(calibration).calibrator_ is not None
+    unlabelled = Embeddings(calibration.image, calibration.text, logit_scale=20.0)
+    with pytest.raises(DataError, match="none of the 500 calibration rows"):
+        predictor.calibrate(unlabelled)
+
+
+def test_a_damaged_calibrator_is_refused(calibration: Embeddings, tmp_path) -> None:
+    vilu.MCM().calibrate(calibration).save(tmp_path)
+    record = json.loads((tmp_path / "predictor.json").read_text())
+    record["calibrator"]["weights"] = "many"
+    (tmp_path / "predictor.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match="no calibrator"):
+        vilu.load(tmp_path)
+
+
+def test_unusable_rows_have_no_probability(calibration: Embeddings) -> None:
+    image = calibration.image.clone()
+    image[3] = torch.nan
+    broken = Embeddings(image, calibration.text, calibration.target, logit_scale=20.0)
+    probability = vilu.MCM().calibrate(broken).predict_failure_probability(broken)
+    assert np.flatnonzero(np.isnan(probability)).tolist() == [3]

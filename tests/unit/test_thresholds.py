@@ -1,0 +1,257 @@
+"""Thresholds with a stated risk, against scipy's binomial and cases worked by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import vilu
+from vilu.decision import binomial
+from vilu.decision.thresholds import (
+    conformal_risk_control,
+    coverage_first,
+    learn_then_test,
+    rows_needed,
+    selection_with_guaranteed_risk,
+)
+from vilu.errors import DataError, UsageError
+from vilu.metrics.counts import tie_counts
+from vilu.outcomes import Outcomes
+
+
+def counts(blocks: list[tuple[int, int]]):
+    """Tie counts of blocks of (right, wrong) answers, from the most trusted one on."""
+    u = np.repeat(np.arange(len(blocks)), [sum(block) for block in blocks])
+    f = np.concatenate([np.r_[np.zeros(right), np.ones(wrong)] for right, wrong in blocks])
+    return tie_counts(u, f)
+
+
+@given(st.integers(1, 400), st.data(), st.floats(0.001, 0.999))
+def test_tail_is_the_binomials(m: int, data: st.DataObject, risk: float) -> None:
+    k = data.draw(st.integers(0, m))
+    found = binomial.tail(np.array([k]), np.array([m]), risk)[0]
+    assert found == pytest.approx(stats.binom.cdf(k, m, risk), rel=1e-9, abs=1e-300)
+
+
+@given(st.integers(1, 400), st.data(), st.floats(0.001, 0.5))
+def test_bounds_are_clopper_pearson(m: int, data: st.DataObject, delta: float) -> None:
+    k = data.draw(st.integers(0, m))
+    exact = stats.binomtest(k, m).proportion_ci(1 - 2 * delta, method="exact")
+    assert binomial.upper_bound(k, m, delta) == pytest.approx(exact.high, abs=1e-9)
+    assert binomial.lower_bound(k, m, delta) == pytest.approx(exact.low, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("risk", "delta", "rows"), [(0.05, 0.05, 59), (0.1, 0.1, 22), (0.5, 0.5, 1), (0.01, 0.05, 299)]
+)
+def test_rows_without_error(risk: float, delta: float, rows: int) -> None:
+    assert binomial.rows_without_error(risk, delta) == rows
+    assert (1 - risk) ** rows <= delta * (1 + 1e-9)
+    assert rows == 1 or (1 - risk) ** (rows - 1) > delta
+
+
+def test_rows_for_rate_is_enough_and_one_less_is_not() -> None:
+    for rate, risk in ((0.02, 0.05), (0.0, 0.05), (0.09, 0.1)):
+        m = binomial.rows_for_rate(rate, risk, 0.05)
+        wrong = [int(np.ceil(rate * rows + np.sqrt(rate * (1 - rate) * rows))) for rows in (m, m - 1)]
+        assert stats.binom.cdf(wrong[0], m, risk) <= 0.05 < stats.binom.cdf(wrong[1], m - 1, risk)
+    assert binomial.rows_for_rate(0.05, 0.05, 0.05) is None
+
+
+def by_hand_ltt(c, risk: float, delta: float) -> int:
+    """The fallback procedure, one threshold at a time; at least 600 rows."""
+    n = int(c.n)
+    starts = {}
+    for at, share in ((1 / 16, 0.3), (1 / 4, 0.5), (1, 0.2)):
+        fewest = next(m for m in range(1, 10_000) if (1 - risk) ** m <= delta * share) + 1
+        position = int(np.flatnonzero(c.accepted >= max(np.ceil(n * at), fewest))[0])
+        starts[position] = starts.get(position, 0) + share * delta
+    best, level, alive = -1, 0.0, False
+    for position in range(min(starts), len(c.value)):
+        if position in starts:
+            level, alive = starts[position] + (level if alive else 0), True
+        alive = alive and bool(stats.binom.cdf(c.accepted_wrong[position], c.accepted[position], risk) <= level)
+        best = position if alive else best
+    return best
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_fixed_sequence_against_one_threshold_at_a_time(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(600, 1500))
+    u = np.round(rng.beta(0.6, 1.5, n), 2 if seed % 2 else 9)
+    c = tie_counts(u, (rng.random(n) < u).astype(int))
+    found = learn_then_test(c, 0.1, 0.1)
+    assert (found.index if found else -1) == by_hand_ltt(c, 0.1, 0.1)
+
+
+def test_few_rows_have_one_sequence_at_full_level() -> None:
+    assert learn_then_test(counts([(1, 0)] * 59), 0.05, 0.05) is None  # 60 are needed: the last is no random row
+    assert learn_then_test(counts([(1, 0)] * 60), 0.05, 0.05).index == 59
+    assert learn_then_test(counts([(1, 0)] * 59 + [(0, 1)] + [(1, 0)] * 5), 0.05, 0.05) is None
+
+
+def test_a_tied_block_is_accepted_or_left_out() -> None:
+    assert learn_then_test(counts([(100, 0), (200, 100)]), 0.05, 0.05).index == 0
+    assert learn_then_test(counts([(100, 60)]), 0.05, 0.05) is None
+
+
+def test_a_good_model_is_accepted_as_a_whole_whatever_the_order() -> None:
+    # 3 % wrong, the wrong ones first: no sequence from above passes
+    assert learn_then_test(counts([(0, 1)] * 30 + [(1, 0)] * 970), 0.05, 0.05).index == 999
+
+
+def test_an_unlucky_beginning_ends_one_sequence_only() -> None:
+    # 5 wrong among the first 70 of 1,000: the sequence from 1/16 fails, that from 1/4 goes on
+    c = counts([(65, 5), *[(1, 0)] * 930])
+    found = learn_then_test(c, 0.05, 0.05)
+    assert found.index == len(c.value) - 1
+
+
+def test_sgr_takes_the_laxest_it_has_seen() -> None:
+    c = counts([(1, 0)] * 150 + [(0, 1)] * 50)
+    found = selection_with_guaranteed_risk(c, 0.05, 0.05)
+    steps = 8  # ceil(log2(201))
+    assert found.risk_bound == pytest.approx(
+        stats.beta.ppf(
+            1 - 0.05 / steps, c.accepted_wrong[found.index] + 1, c.accepted[found.index] - c.accepted_wrong[found.index]
+        )
+    )
+    assert found.risk_bound <= 0.05
+    assert selection_with_guaranteed_risk(counts([(1, 0)] * 20), 0.05, 0.05) is None
+
+
+def test_conformal_risk_control_by_hand() -> None:
+    # (k + 1) / (n + 1) <= 0.2 with n = 9: k <= 1
+    c = counts([(1, 0), (0, 1), (2, 0), (0, 1), (4, 0)])
+    found = conformal_risk_control(c, 0.2, 0.05)
+    assert (found.index, found.risk_bound) == (2, pytest.approx(0.2))
+    assert conformal_risk_control(c, 0.05, 0.05) is None
+
+
+def test_coverage_first_bounds_both() -> None:
+    c = counts([(1, 0)] * 80 + [(0, 1)] * 20)
+    found = coverage_first(c, 0.5, 0.1)
+    accepted = int(c.accepted[found.index])
+    assert stats.binomtest(accepted, 100).proportion_ci(0.9, method="exact").low >= 0.5
+    assert stats.binomtest(accepted - 1, 100).proportion_ci(0.9, method="exact").low < 0.5
+    assert found.risk_bound == pytest.approx(1 - 0.05 ** (1 / (accepted - 1)))  # none wrong
+    assert coverage_first(c, 0.99, 0.05) is None
+
+
+def test_public_selector() -> None:
+    u = np.r_[np.linspace(0, 0.5, 300), np.linspace(0.5, 1, 100)]
+    f = np.r_[np.zeros(300), np.ones(100)]
+    selector = vilu.calibrate(Outcomes(u, f), max_risk=0.05, confidence=0.95)
+    assert selector.feasible
+    assert 0.5 <= selector.threshold < 0.55  # about 5 % of the accepted may be wrong
+    assert selector.risk_bound == 0.05
+    accepted = selector.accept(np.array([0.1, selector.threshold, np.nextafter(selector.threshold, 1), np.nan]))
+    assert accepted.tolist() == [True, True, False, False]
+    assert selector.coverage == pytest.approx(np.mean(u <= selector.threshold))
+    assert type(selector).model_validate_json(selector.model_dump_json()) == selector
+
+
+def test_out_of_reach_says_how_many_rows() -> None:
+    rng = np.random.default_rng(0)
+    u = rng.random(30)
+    short = vilu.calibrate(Outcomes(u, (rng.random(30) < 0.5 * u).astype(int)), max_risk=0.05)
+    assert (short.feasible, short.threshold, short.coverage, short.risk_bound) == (False, None, 0.0, None)
+    assert "30 rows are too few" in short.certificates[""].why
+    assert not short.accept([0.0]).any()
+    hopeless = vilu.calibrate(Outcomes(rng.random(500), rng.integers(2, size=500)), max_risk=0.05)
+    assert hopeless.certificates[""].n_needed is None
+    assert "do not single out" in hopeless.certificates[""].why
+
+
+def test_the_rows_needed_are_mostly_enough() -> None:
+    """The estimate from small samples, tried with samples of that size."""
+
+    def draw(rng, n: int):
+        u = rng.random(n)
+        return tie_counts(u, (rng.random(n) < 0.02 + 0.3 * np.maximum(u - 0.4, 0)).astype(int))
+
+    rng = np.random.default_rng(1)
+    needed = [rows_needed(draw(rng, 80), 0.05, 0.05) for _ in range(40)]
+    known = [n for n in needed if n is not None]
+    assert len(known) >= 30
+    attained = [learn_then_test(draw(rng, n), 0.05, 0.05) is not None for n in known]
+    assert np.mean(attained) >= 0.5
+
+
+def test_groups_share_delta_and_the_small_are_together() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(["a", "b", "c", "d"], [400, 300, 20, 25])
+    u = rng.random(len(groups))
+    f = (rng.random(len(groups)) < np.where(groups == "a", 0.02, 0.5 * u)).astype(int)
+    selector = vilu.calibrate(Outcomes(u, f), max_risk=0.1, groups=groups.tolist())
+    assert set(selector.certificates) == {"a", "b", "(other)"}
+    assert selector.certificates["(other)"].n == 45
+    # by itself each group is certified at a third of delta
+    alone = vilu.calibrate(Outcomes(u[:400], f[:400]), max_risk=0.1, confidence=1 - 0.05 / 3)
+    assert selector.certificates["a"].threshold == alone.threshold
+    limit = {name: one.threshold for name, one in selector.certificates.items()}
+    names = ["a", "b", "c", "never seen"]
+    expected = [(limit.get(name, limit["(other)"]) or -1) >= 0.3 for name in names]
+    assert selector.accept([0.3] * 4, names).tolist() == expected
+    with pytest.raises(UsageError, match="threshold per group"):
+        _ = selector.threshold
+    with pytest.raises(UsageError, match="needs the group of each"):
+        selector.accept(u)
+
+
+def test_groups_by_prediction_are_names() -> None:
+    outcomes = Outcomes([0.1] * 100, [0] * 100, prediction=[0] * 70 + [1] * 30, class_names=["cat", "dog"])
+    assert set(vilu.calibrate(outcomes, max_risk=0.05, groups="prediction").certificates) == {"cat", "(other)"}
+    with pytest.raises(DataError, match="what was answered"):
+        vilu.calibrate(Outcomes([0.1], [0]), max_risk=0.05, groups="prediction")
+
+
+def test_coverage_that_the_risk_does_not_allow() -> None:
+    u = np.linspace(0, 1, 400)
+    outcomes = Outcomes(u, (u > 0.5).astype(int))
+    both = vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.9)
+    assert not both.feasible
+    assert "less than the 90.0% asked for" in both.certificates[""].why
+    assert vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.4).feasible
+
+
+def test_rows_that_cannot_be_used_are_left_out() -> None:
+    u = np.r_[np.linspace(0, 1, 100), np.nan, 0.5]
+    outcomes = Outcomes(u, np.r_[np.zeros(100), 1, -1], reason=[None] * 100 + ["nonfinite", None])
+    assert vilu.calibrate(outcomes, max_risk=0.05).n == 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "what is to be promised"),
+        ({"max_risk": 0.0}, "max_risk must be in"),
+        ({"max_risk": 0.1, "confidence": 1.0}, "confidence must be in"),
+        ({"min_coverage": 0.0}, "min_coverage must be in"),
+        ({"max_risk": 0.1, "method": "guess"}, "method must be one of"),
+    ],
+)
+def test_targets_that_cannot_be(arguments: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        vilu.calibrate(Outcomes([0.1, 0.2], [0, 1]), **arguments)
+
+
+def test_nothing_to_calibrate_on() -> None:
+    with pytest.raises(DataError, match="None of the 2 rows"):
+        vilu.calibrate(Outcomes([0.1, 0.2], [-1, -1]), max_risk=0.1)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.2, 0.5]), st.integers(0, 1)), min_size=1, max_size=120), st.data()
+)
+def test_the_order_of_rows_does_not_matter(rows: list[tuple[float, int]], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations(rows))
+    first, second = (
+        vilu.calibrate(Outcomes(*zip(*some, strict=True)), max_risk=0.2, confidence=0.9) for some in (rows, shuffled)
+    )
+    assert first == second
