@@ -225,6 +225,7 @@ def test_a_damaged_state_is_refused(calibration: vilu.Outcomes, rule: vilu.Selec
         {"rows": -1},
         {"audited": [1, 2]},
         {"tests": metadata["tests"][:-1]},
+        {"tests": [{**test, "level": 0.5} for test in metadata["tests"]]},
         {"wealth": {**wealth, "scores": None}},
         {"wealth": {**wealth, "scores": {**wealth["scores"], "growth": [0.0]}}},
         {"wealth": {**wealth, "scores": {**wealth["scores"], "counts": [[0.0]]}}},
@@ -271,6 +272,28 @@ def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Sel
         vilu.Monitor(calibration, rule, seed=-1)
     with pytest.raises(DataError, match="none of the 1 calibration rows"):
         vilu.Monitor(vilu.Outcomes([np.nan], [0], reason=["nonfinite"]))
+
+
+def test_a_csv_that_does_not_name_its_classes_is_read_with_those_of_the_calibration(
+    calibration: vilu.Outcomes, tmp_path: Path
+) -> None:
+    per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
+    rows = draw(np.random.default_rng(15), 300)
+    rows.save(tmp_path / "rows.csv")
+    read = vilu.Outcomes.load(tmp_path / "rows.csv")
+    assert read.class_names is None
+    status = vilu.Monitor(calibration, per_class).update(read)
+    assert status == vilu.Monitor(calibration, per_class).update(rows)
+    assert status.acceptance is not None
+    assert status.acceptance.since == pytest.approx(per_class.coverage, abs=0.1)
+
+
+def test_calibration_rows_in_the_stream_are_told(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+    rows = dataclasses.replace(calibration, ids=[f"row-{i}" for i in range(len(calibration))])
+    monitor = vilu.Monitor(rows, rule)
+    with pytest.warns(UserWarning, match="2000 of 2000 rows are calibration rows"):
+        monitor.update(rows)
+    monitor.update(dataclasses.replace(rows, uncertainty=rows.uncertainty / 2))  # the same keys of other data
 
 
 def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(calibration: vilu.Outcomes) -> None:

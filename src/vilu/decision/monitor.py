@@ -29,11 +29,12 @@ from vilu.decision import record
 from vilu.decision.audit import Audit
 from vilu.decision.calibrate import group_names
 from vilu.decision.conformal import Reference
+from vilu.decision.monitor_input import admit
 from vilu.decision.monitor_status import Acceptance, Audited, Status, Test, TestName, conclude
 from vilu.decision.record import Rule
 from vilu.decision.selector import Selector
 from vilu.decision.watch import PARTS, Watch
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcome_columns import UNKNOWN
 from vilu.outcomes import Outcomes
@@ -121,12 +122,15 @@ class Monitor:
             outcomes: Scores of the same predictor.
             groups: N names of groups, for a rule that was given its groups.
 
+        Warns:
+            If some of them are calibration rows.
+
         Raises:
-            ProvenanceError: If they are scores of another predictor, or their candidates are others.
+            ProvenanceError: If they are scores of another predictor or calibration, or their candidates are others.
             DataError: If the calibration rows have answers, and these do not.
             UsageError: If groups are needed and not given.
         """
-        self._check(outcomes)
+        outcomes = admit(outcomes, self.calibration, self.risk)
         accepted = self._accepted(outcomes, groups)
         scored = np.isfinite(outcomes.uncertainty)
         rows = self.rows + np.arange(len(outcomes))
@@ -147,7 +151,7 @@ class Monitor:
         """
         if self.audited is None:
             raise UsageError("there is no promise to audit: the rule accepts nothing, or it judges whole batches.")
-        self._check(outcomes)
+        outcomes = admit(outcomes, self.calibration, self.risk)
         rows = np.full(len(outcomes), max(self.rows - 1, 0))
         self._take_labels(outcomes, self._accepted(outcomes, groups), rows)
         return self.status
@@ -238,21 +242,6 @@ class Monitor:
         wrong = (outcomes.failure[known] == 1) & accepted[known]
         self.audit_test = self.audit_test.after(self.audited.path(wrong), rows[known])
         self.audited = self.audited.more(wrong)
-
-    def _check(self, outcomes: Outcomes) -> None:
-        for name in ("method", "class_names"):
-            ours, theirs = getattr(self.calibration, name), getattr(outcomes, name)
-            if None not in (ours, theirs) and ours != theirs:
-                raise ProvenanceError(
-                    f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
-                    "Score with the predictor that was calibrated."
-                )
-        theirs = outcomes.provenance.get("risk")
-        if None not in (self.risk, theirs) and self.risk != theirs:
-            raise ProvenanceError(
-                f"these scores were decided on by the calibration {theirs}, the one monitored is {self.risk}. "
-                "Score again with the predictor as it is calibrated now."
-            )
 
     def _acceptance(self) -> Acceptance | None:
         n = self.rows - self.unscored

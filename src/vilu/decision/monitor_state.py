@@ -136,10 +136,12 @@ def _wealth(martingale: Martingale) -> Wealth | None:
 
 def _restore(monitor: Monitor, state: State, values: dict[TestName, tuple[Floats, Ints]], path: str | Path) -> None:
     tests = {test.name: test for test in state.tests}
-    expected = [*monitor.watches, *([] if monitor.audit_test is None else [monitor.audit_test.name])]
+    levels = {test.name: test.level for test in monitor.status.tests}
     n, wrong = state.audited
-    if list(tests) != expected or set(state.wealth) != set(monitor.watches) or wrong > n:
-        raise DataError(f"{path} is damaged: its tests are not {', '.join(expected)}. Begin a new monitor.")
+    if tests.keys() != levels.keys() or state.wealth.keys() != monitor.watches.keys() or wrong > n:
+        raise DataError(f"{path} is damaged: its tests are not {', '.join(levels)}. Begin a new monitor.")
+    if any(tests[name].level != level for name, level in levels.items()):
+        raise DataError(f"{path} is damaged: its tests have other levels. Begin a new monitor.")
     for name, watch in monitor.watches.items():
         column, count = values[name]
         wealth, calibrated = state.wealth[name], watch.reference.n
