@@ -111,6 +111,8 @@ def test_rows_in_no_order_are_shuffled_on_request(
     capsys.readouterr()
     command("monitor", work / "mcm", tmp_path / "sorted.parquet", "--shuffle", "--json")
     assert json.loads(capsys.readouterr().out)["verdict"] == "holds"
+    with pytest.warns(UserWarning, match="3000 of 3000 rows are calibration rows"):
+        command("monitor", work / "mcm", work / "mcm" / "calibration.parquet", "--shuffle")
 
 
 def test_mapie_on_the_same_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

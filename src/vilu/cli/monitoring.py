@@ -115,6 +115,7 @@ def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
         uncertainty=outcomes.uncertainty[order],
         failure=outcomes.failure[order],
         prediction=None if outcomes.prediction is None else outcomes.prediction[order],
+        ids=None if outcomes.ids is None else [outcomes.ids[row] for row in order],
         reason=None if outcomes.reason is None else [outcomes.reason[row] for row in order],
         class_names=outcomes.class_names,
         method=outcomes.method,
