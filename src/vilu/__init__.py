@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vilu.backbones.catalog import load_backbone
     from vilu.datasets.catalog import open_dataset
     from vilu.decision.calibrate import calibrate
+    from vilu.decision.monitor import Monitor
     from vilu.decision.selector import Selector
     from vilu.embeddings import Embeddings, PairEmbeddings
     from vilu.evaluation import compare, evaluate
@@ -53,6 +54,7 @@ _HOME = {
     "load_backbone": "vilu.backbones.catalog",
     "open_dataset": "vilu.datasets.catalog",
     "calibrate": "vilu.decision.calibrate",
+    "Monitor": "vilu.decision.monitor",
     "Selector": "vilu.decision.selector",
     "compare": "vilu.evaluation",
     "evaluate": "vilu.evaluation",
@@ -103,6 +105,7 @@ __all__ = [
     "FailurePredictor",
     "Margin",
     "MaxLogit",
+    "Monitor",
     "Outcomes",
     "PairEmbeddings",
     "Pools",

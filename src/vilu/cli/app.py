@@ -15,6 +15,7 @@ from vilu.cli.datasets import datasets
 from vilu.cli.embedding import embed
 from vilu.cli.explaining import explain
 from vilu.cli.fitting import fit
+from vilu.cli.monitoring import monitor
 from vilu.cli.pools import pools
 from vilu.cli.prediction import convert, evaluate, score
 from vilu.cli.reporting import report
@@ -66,6 +67,7 @@ app.command()(score)
 app.command()(evaluate)
 app.command()(report)
 app.command()(explain)
+app.command()(monitor)
 app.command()(pools)
 app.command()(benchmark)
 app.command()(render)

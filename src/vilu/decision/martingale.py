@@ -1,0 +1,126 @@
+"""Test martingales: bets against uniform p-values, whose wealth grows only when the p-values are not uniform.
+
+A bet is a density f on [0, 1]; it turns wealth M into M f(p). If p is uniform whatever came before, the wealth keeps
+its mean, and P(it ever reaches 1/alpha) <= alpha (Ville 1939): an alarm at 1/alpha is false with probability alpha at
+most, however long one watches (Vovk, Nouretdinov and Gammerman, ICML 2003).
+
+Which bet pays is not known, so the wealth is divided among many. When it begins to pay is not known either, and a bet
+that has lost for a thousand rows is slow to notice that the next one would win, so the wealth is divided among starts
+as well: of each bet a share sleeps until row 0, 50, 100, ... The sum of all shares is a martingale that starts at 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+from scipy import signal, special
+
+from vilu.metrics.counts import Floats
+
+SHAPES: Final = tuple(1.3**power for power in (-2, -1, 0, 1, 2, 3))
+"""Of beta densities: both below 1 for more spread, both above 1 for less, unequal for a shift."""
+
+BETAS: Final = tuple((a, b) for a in SHAPES for b in SHAPES if (a, b) != (1, 1))
+
+HISTOGRAMS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
+"""Cells of the bets that learn, and for how many p-values their uniform beginning counts."""
+
+DECAY: Final = 1 - 1 / 400
+"""What is left of a learnt p-value one row later."""
+
+SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS), len(HISTOGRAMS)])
+"""(K,) share of the wealth of every bet."""
+
+EVERY: Final = 50
+"""Rows between two starts."""
+
+BLOCK: Final = 4096
+"""Rows that are worked on at once."""
+
+EPS: Final = 2.0**-53
+
+
+def beta_bets(p: Floats) -> Floats:
+    """(B, K') log densities of ``BETAS`` at p-values in (0, 1)."""
+    a, b = np.array(BETAS).T
+    found: Floats = (a - 1) * np.log(p)[:, None] + (b - 1) * np.log1p(-p)[:, None] - special.betaln(a, b)
+    return found
+
+
+def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Floats]:
+    """A bet that learns: the density of the last few hundred p-values in m equal cells, drawn towards the uniform one.
+
+    f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t), where N_t counts the p-values before t and keeps
+    ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et al., ICML 2012).
+
+    Args:
+        p: (B,) p-values.
+        counts: (m,) N after the rows before.
+        weight: For how many p-values the uniform density counts.
+
+    Returns:
+        (B,) log densities, each before its p-value is learnt from, and (m,) the counts after the last row.
+    """
+    m, row = len(counts), np.arange(len(p))
+    cell = np.minimum((p * m).astype(np.int64), m - 1)
+    ones = np.zeros((len(p), m))
+    ones[row, cell] = 1
+    after, _ = signal.lfilter([1.0], [1.0, -DECAY], ones, axis=0, zi=DECAY * counts[None])
+    before = np.concatenate([counts[None], after[:-1]])
+    density = m * (weight / m + before[row, cell]) / (weight + before.sum(axis=1))
+    return np.log(density), after[-1]
+
+
+def asleep(start: Floats) -> Floats:
+    """(start + 2)^(-1/2): share of the wealth that sleeps on after start number 0, 1, 2, ...; before all it is 1."""
+    found: Floats = 1 / np.sqrt(start + 2)
+    return found
+
+
+@dataclass
+class Martingale:
+    """Wealth of all bets and all starts together.
+
+    Bet j that started at row s has wealth prod f_j over the rows from s on. With L_t the sum of log f_j up to t, all
+    starts of j together have exp(L_t) sum_s share_s exp(-L_{s-1}): two running sums in place of a number per start.
+
+    Attributes:
+        n: Rows so far.
+        growth: (K,) L_t.
+        started: (K,) log sum_s share_s exp(-L_{s-1}).
+        counts: Of each of ``HISTOGRAMS`` what it has learnt.
+    """
+
+    n: int = 0
+    growth: Floats = field(default_factory=lambda: np.zeros(len(SHARES)))
+    started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
+    counts: list[Floats] = field(default_factory=lambda: [np.zeros(cells) for cells, _ in HISTOGRAMS])
+
+    def update(self, p: Floats) -> Floats:
+        """(B,) log wealth after each of the next p-values; it does not depend on how they are divided into calls."""
+        blocks = [self._update(p[start : start + BLOCK]) for start in range(0, len(p), BLOCK)]
+        return np.concatenate(blocks) if blocks else np.empty(0)
+
+    def _update(self, p: Floats) -> Floats:
+        p = np.clip(p, EPS, 1 - EPS)  # the ends have probability 0, but not in float64
+        growth = np.cumsum(np.concatenate([self.growth[None], self._bets(p)]), axis=0)
+        row = self.n + np.arange(len(p))
+        start = (row // EVERY).astype(np.float64)
+        share = np.where(start > 0, asleep(start - 1), 1.0) - asleep(start)
+        with np.errstate(divide="ignore"):  # where nothing starts
+            new = np.log(np.where(row % EVERY == 0, share, 0.0))[:, None] - growth[:-1]
+        started = np.logaddexp.accumulate(np.concatenate([self.started[None], new]), axis=0)
+        self.n, self.growth, self.started = self.n + len(p), growth[-1], started[-1]
+        awake = special.logsumexp(growth[1:] + started[1:] + np.log(SHARES), axis=1)
+        found: Floats = np.logaddexp(awake, np.log(asleep(start)))
+        return found
+
+    def _bets(self, p: Floats) -> Floats:
+        """(B, K) log densities of all bets."""
+        learnt = []
+        for number, (_, weight) in enumerate(HISTOGRAMS):
+            bets, self.counts[number] = histogram_bets(p, self.counts[number], weight)
+            learnt.append(bets)
+        return np.concatenate([beta_bets(p), np.stack(learnt, axis=1)], axis=1)

@@ -1,0 +1,132 @@
+"""The monitor with the tests of MAPIE (``pip install 'vilu[mapie]'``), for comparison on the same rows.
+
+Exchangeability: ``OnlineMartingaleTest``, the simple jumper martingale. Audit: ``RiskMonitoring``, an empirical
+Bernstein bound from below that holds at all times (Podkopaev and Ramdas, ICLR 2022); it has no bound from above. Every
+row is compared with all before it, one by one, so this is for thousands of rows; and there is no state to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from vilu.decision.audit import Audit, AuditVerdict
+from vilu.decision.monitor import Monitor
+from vilu.decision.record import Rule
+from vilu.decision.watch import Watch
+from vilu.errors import MissingModelError, UsageError
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes import Outcomes
+
+
+@dataclass
+class JumperWatch(Watch):
+    """MAPIE's p-values and its simple jumper martingale."""
+
+    jumper: Any = None
+    seen: list[float] = field(default_factory=list)
+
+    @classmethod
+    def in_place_of(cls, watch: Watch, seed: int) -> Self:
+        """The same test before its first row."""
+        from mapie.exchangeability_testing import OnlineMartingaleTest
+
+        jumper = OnlineMartingaleTest(
+            test_method="jumper_martingale", test_level=watch.test.level, warn=False, random_state=seed
+        )
+        values, counts = watch.reference.table()
+        return cls(watch.test, watch.reference, jumper=jumper, seen=np.repeat(values, counts).tolist())
+
+    def update(self, values: Floats, rows: Ints, seed: int) -> None:  # noqa: ARG002 - MAPIE has its own random numbers
+        """Take in the next values."""
+        wealth = np.empty(len(values))
+        for place, value in enumerate(values.tolist()):
+            p = self.jumper.compute_p_value(value, np.asarray(self.seen))
+            wealth[place] = self.jumper.update_simple_jumper_martingale(p)
+            self.seen.append(value)
+        self.test = self.test.after(np.log(wealth), rows)
+
+
+@dataclass(frozen=True)
+class BernsteinAudit(Audit):
+    """MAPIE's lower bound of the error rate."""
+
+    monitoring: Any = None
+
+    @classmethod
+    def in_place_of(cls, audit: Audit) -> Self:
+        """The same audit before its first answer."""
+        from mapie.exchangeability_testing import RiskMonitoring
+        from mapie.risk_control import BinaryRisk
+
+        error = BinaryRisk(
+            risk_occurrence=lambda y_true, y_pred: y_pred != y_true,
+            risk_condition=lambda y_true, y_pred: np.full(len(y_true), True),  # noqa: ARG005 - MAPIE's signature
+            higher_is_better=False,
+        )
+        # half of MAPIE's level is for a threshold that is estimated; ours is given
+        monitoring = RiskMonitoring(error, test_level=2 * audit.delta, threshold=audit.promise, warn=False)
+        return cls(audit.promise, audit.delta, monitoring=monitoring)
+
+    @property
+    def lower(self) -> float:
+        """Lower bound of the error rate."""
+        return float(self.monitoring.online_risk_lower_bound_latest or 0.0)
+
+    @property
+    def upper(self) -> float:
+        """There is none."""
+        return 1.0
+
+    @property
+    def verdict(self) -> AuditVerdict:
+        """What the answers so far show."""
+        return "broken" if self.lower > self.promise else "not enough audited answers"
+
+    def path(self, failure: Ints) -> Floats:
+        """(B,) log(1/delta) where the bound is above the promise, else 0: MAPIE gives a bound and no wealth."""
+        wrong = np.asarray(failure, dtype=np.int64)
+        self.monitoring.update(np.zeros_like(wrong), wrong)
+        bounds = self.monitoring.online_risk_lower_bound_sequence_history[self.n :]
+        return np.where(bounds > self.promise, -math.log(self.delta), 0.0)
+
+    def n_needed(self) -> int | None:
+        """Not known."""
+        return None
+
+
+class MapieMonitor(Monitor):
+    """``Monitor`` with the tests of MAPIE.
+
+    Raises:
+        MissingModelError: If MAPIE is not installed.
+    """
+
+    def __init__(
+        self,
+        calibration: Outcomes,
+        rule: Rule | None = None,
+        *,
+        groups: Sequence[str] | None = None,
+        false_alarm: float = 0.05,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(calibration, rule, groups=groups, false_alarm=false_alarm, seed=seed)
+        try:
+            self.watches = {name: JumperWatch.in_place_of(watch, seed) for name, watch in self.watches.items()}
+            self.audited = None if self.audited is None else BernsteinAudit.in_place_of(self.audited)
+        except ImportError as error:
+            raise MissingModelError(f"this needs: pip install 'vilu[mapie]' ({error}).") from error
+
+    def save(self, path: str | Path) -> None:
+        """Refused: the tests of MAPIE keep their state in memory."""
+        raise UsageError(f"the tests of MAPIE keep no state, so {path} cannot be written. Leave it out.")
+
+    def resume(self, path: str | Path) -> Self:
+        """Refused, as ``save`` is."""
+        raise UsageError(f"the tests of MAPIE keep no state, so {path} cannot be read. Leave it out.")

@@ -1,0 +1,122 @@
+"""``vilu monitor`` through the real command line: calibrated predictor, scores, state, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.conftest import toy_embeddings
+from tests.e2e.test_cli import run
+from vilu.calibration import Target, calibrate_predictor
+from vilu.cli.app import app
+from vilu.decision.apply import Decider
+from vilu.errors import MissingModelError, ProvenanceError, UsageError
+from vilu.scores.identity import predictor_fingerprint
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibrated predictor, scores of calm rows without labels and of blurred rows, and what the labels say later."""
+    folder = tmp_path_factory.mktemp("monitor")
+    vilu.MCM().fit(toy_embeddings()).save(folder / "mcm")
+    data = toy_embeddings(3000, seed=1, ids_from=10_000)
+    calibrate_predictor(folder / "mcm", data, Target(max_risk=0.2), dataset="toy", split=None)
+    predictor = vilu.load(folder / "mcm")
+    decider = Decider.of_folder(predictor, predictor_fingerprint(predictor), folder / "mcm")
+
+    def scored(seed: int) -> vilu.Outcomes:
+        return vilu.score(predictor, toy_embeddings(800, seed=seed, ids_from=20_000), decider=decider)
+
+    calm, rows = scored(2), scored(3)
+    unlabelled = np.full(800, -1)
+    dataclasses.replace(calm, failure=unlabelled).save(folder / "calm.parquet")
+    calm.save(folder / "labels.parquet")
+    hard = np.argsort(rows.uncertainty)[400:]
+    vilu.Outcomes(
+        rows.uncertainty[hard],
+        unlabelled[hard],
+        prediction=rows.prediction[hard],
+        class_names=rows.class_names,
+        method=rows.method,
+        provenance=rows.provenance,
+    ).save(folder / "hard.parquet")
+    return folder
+
+
+def test_a_monitor_goes_on_from_its_state(work: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.parquet"
+    first = run("monitor", work / "mcm", work / "calm.parquet", "--state", state, "-o", tmp_path / "first.json")
+    assert first.stdout.startswith("holds: no sign of a shift")
+    assert "next rows: vilu monitor" in first.stderr
+    told = json.loads((tmp_path / "first.json").read_text())
+    assert (told["verdict"], told["rows"], told["raised_at"], told["audit"]["n"]) == ("holds", 800, None, 0)
+    labels = run("monitor", work / "mcm", "--late-labels", work / "labels.parquet", "--state", state, "--json")
+    told = json.loads(labels.stdout)
+    expected = vilu.Outcomes.load(work / "labels.parquet")
+    accepted = np.array([decision == "accept" for decision in expected.decision or ()])
+    assert (told["audit"]["n"], told["audit"]["wrong"]) == (accepted.sum(), expected.failure[accepted].sum())
+    assert told["rows"] == 800
+    alarm = run("monitor", work / "mcm", work / "hard.parquet", "--state", state, "--json", code=8)
+    told = json.loads(alarm.stdout)
+    assert told["verdict"] == "shifted: guarantee void"
+    assert 800 <= told["raised_at"] < 1200
+    assert told["batches"] == [{"scores": str(work / "hard.parquet"), "rows": 1200, "verdict": told["verdict"]}]
+    at_once = vilu.Monitor.of_folder(work / "mcm")
+    at_once.update(vilu.Outcomes.load(work / "calm.parquet"))
+    at_once.audit(expected)
+    assert at_once.update(vilu.Outcomes.load(work / "hard.parquet")).model_dump(mode="json").items() <= told.items()
+    with pytest.raises(ProvenanceError, match="belongs to the monitor"):
+        command("monitor", work / "mcm", work / "calm.parquet", "--state", state, "--false-alarm", 0.01)
+
+
+def command(*args: object) -> None:
+    """The same command in this process."""
+    app([str(arg) for arg in args], standalone_mode=False)
+
+
+def test_scores_of_another_calibration_are_refused(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "mcm", tmp_path / "mcm")
+    data = toy_embeddings(3000, seed=9, ids_from=10_000)
+    calibrate_predictor(tmp_path / "mcm", data, Target(max_risk=0.2), dataset="toy", split=None)
+    with pytest.raises(ProvenanceError, match="decided on by the calibration"):
+        command("monitor", tmp_path / "mcm", work / "calm.parquet")
+
+
+def test_usage(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="nothing to monitor"):
+        command("monitor", work / "mcm")
+    with pytest.raises(UsageError, match="keep no state"):
+        command("monitor", work / "mcm", work / "calm.parquet", "--backend", "mapie", "--state", tmp_path / "s.parquet")
+    monkeypatch.setitem(sys.modules, "mapie.exchangeability_testing", None)
+    with pytest.raises(MissingModelError, match=r"pip install 'vilu\[mapie\]'"):
+        command("monitor", work / "mcm", work / "calm.parquet", "--backend", "mapie")
+
+
+def test_rows_in_no_order_are_shuffled_on_request(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file sorted by uncertainty is no sequence of arrivals; in random order it says what it has to say."""
+    calm = vilu.Outcomes.load(work / "calm.parquet")
+    order = np.argsort(calm.uncertainty)
+    columns = {name: getattr(calm, name)[order] for name in ("uncertainty", "failure", "prediction")}
+    vilu.Outcomes(**columns, class_names=calm.class_names, method=calm.method).save(tmp_path / "sorted.parquet")
+    assert app(["monitor", str(work / "mcm"), str(tmp_path / "sorted.parquet")], standalone_mode=False) == 8
+    capsys.readouterr()
+    command("monitor", work / "mcm", tmp_path / "sorted.parquet", "--shuffle", "--json")
+    assert json.loads(capsys.readouterr().out)["verdict"] == "holds"
+    with pytest.warns(UserWarning, match="3000 of 3000 rows are calibration rows"):
+        command("monitor", work / "mcm", work / "mcm" / "calibration.parquet", "--shuffle")
+
+
+def test_mapie_on_the_same_rows(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["monitor", str(work / "mcm"), str(work / "calm.parquet"), str(work / "hard.parquet"), "--json"]
+    assert app([*arguments, "--backend", "mapie"], standalone_mode=False) == 8
+    told = json.loads(capsys.readouterr().out)
+    assert [batch["verdict"] for batch in told["batches"]] == ["holds", "shifted: guarantee void"]

@@ -1,0 +1,345 @@
+"""The monitor as a whole: false alarms and power by simulation, verdicts, refusals, and its state."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import vilu
+from vilu.decision.monitor_mapie import MapieMonitor
+from vilu.decision.selection import select
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.tables import read_table, write_table
+
+NAMES = ("a", "b", "c")
+
+
+def draw(rng: np.random.Generator, n: int, shift: float = 0.0, *, digits: int = 16, audited: float = 0.2):
+    """Answers that are wrong with probability u^2 / 2; a shift moves u up, and the answers towards the last class."""
+    u = rng.random(n)
+    u = (u ** (1 / (1 + shift))).round(digits)
+    failure = np.where(rng.random(n) < audited, rng.random(n) < u**2 / 2, -1)
+    prediction = np.minimum((rng.random(n) + shift / 2) * 3, 2).astype(int)
+    return vilu.Outcomes(u, failure.astype(int), prediction=prediction, class_names=NAMES, method="toy")
+
+
+def part(outcomes: vilu.Outcomes, rows: slice) -> vilu.Outcomes:
+    columns = {name: getattr(outcomes, name)[rows] for name in ("uncertainty", "failure", "prediction")}
+    return dataclasses.replace(outcomes, **columns)
+
+
+@pytest.fixture(scope="module")
+def calibration() -> vilu.Outcomes:
+    return draw(np.random.default_rng(100), 2000, audited=1)
+
+
+@pytest.fixture(scope="module")
+def rule(calibration: vilu.Outcomes) -> vilu.Selector:
+    return vilu.calibrate(calibration, max_risk=0.1)
+
+
+@pytest.mark.parametrize("digits", [16, 1])
+def test_false_alarms_are_as_rare_as_stated(digits: int) -> None:
+    """300 streams with a calibration and a threshold of their own, with and without ties: each test within its level.
+
+    Audited are answers that keep the promise: rules that do not are the calibration's own share of failures.
+    """
+    level, streams = 0.4, 300
+    raised: dict[str, int] = dict.fromkeys(("any", "scores", "acceptance", "answers", "audit"), 0)
+    for seed in range(streams):
+        rng = np.random.default_rng([seed, digits])
+        rows = draw(rng, 200, digits=digits, audited=1)
+        rule = vilu.calibrate(rows, max_risk=0.3)
+        monitor = vilu.Monitor(rows, rule, false_alarm=level, seed=seed)
+        status = monitor.update(draw(rng, 600, digits=digits))
+        tests = {test.name: test for test in status.tests}
+        assert sum(test.level for test in status.tests) == pytest.approx(level)
+        assert [tests[name].level for name in ("scores", "acceptance")] == pytest.approx([level * 2 / 5, level / 5])
+        for name, test in tests.items():
+            raised[name] += test.raised_at is not None
+        raised["any"] += status.alarm
+    levels = {"any": level, "scores": level * 2 / 5, **dict.fromkeys(("acceptance", "answers", "audit"), level / 5)}
+    for name, share in levels.items():
+        allowed = share + 3 * np.sqrt(share * (1 - share) / streams)
+        assert raised[name] / streams <= allowed, (name, raised)
+    assert raised["any"] > 0  # the bound is not kept by a test that never speaks
+
+
+def test_a_shift_is_seen_and_said(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+    rng = np.random.default_rng(0)
+    monitor = vilu.Monitor(calibration, rule)
+    before = monitor.update(draw(rng, 1500))
+    assert (before.verdict, before.raised_at, before.alarm) == ("holds", None, False)
+    after = monitor.update(draw(rng, 500, shift=0.6, audited=0))
+    assert after.verdict == "shifted: guarantee void"
+    assert after.raised_at is not None
+    assert 1500 <= after.raised_at < 2000
+    assert "uncertainties are no longer distributed" in after.reason
+    assert "vilu calibrate" in after.advice
+    raised = {test.name: test.raised_at for test in after.tests}
+    assert raised["audit"] is None
+    assert min(row for row in raised.values() if row is not None) == after.raised_at
+    again = monitor.update(draw(rng, 500))
+    assert again.raised_at == after.raised_at  # an alarm is not taken back
+    assert str(again).startswith(f"shifted: guarantee void (since row {after.raised_at:,})")
+
+
+@pytest.mark.parametrize("change", ["lower", "narrower", "wider"])
+def test_other_changes_of_the_scores_are_seen(calibration: vilu.Outcomes, change: str) -> None:
+    rng = np.random.default_rng(1)
+    shapes = {"lower": (1, 1.7), "narrower": (2, 2), "wider": (0.6, 0.6)}
+    new = vilu.Outcomes(rng.beta(*shapes[change], 600), np.full(600, -1))
+    scores = dataclasses.replace(calibration, class_names=None, method=None)
+    assert vilu.Monitor(scores).update(new).verdict == "shifted: guarantee void"
+
+
+def test_acceptance_and_answers_are_seen_alone(calibration: vilu.Outcomes) -> None:
+    """Scores that all tie say nothing; the answers, or the shares per class that are accepted, still change."""
+    rng = np.random.default_rng(2)
+    flat = dataclasses.replace(calibration, uncertainty=np.full(len(calibration), 0.5))
+    new = draw(rng, 800, shift=0.4, audited=0)
+    status = vilu.Monitor(flat).update(dataclasses.replace(new, uncertainty=np.full(800, 0.5)))
+    assert {t.name: t.raised_at is not None for t in status.tests} == {"scores": False, "answers": True}
+    per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
+    assert per_class.grouped_by == "prediction"
+    status = vilu.Monitor(calibration, per_class).update(new)
+    assert {t.name for t in status.tests if t.raised_at is not None} >= {"acceptance", "answers"}
+    assert status.acceptance is not None
+    assert status.acceptance.since == pytest.approx(
+        per_class.accept(new.uncertainty, [NAMES[c] for c in new.prediction.tolist()]).mean()
+    )
+
+
+def test_a_broken_promise_is_seen_through_labels_alone(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+    """The same scores, but 30 % of the accepted answers are wrong; first without labels, then with late ones."""
+    rng = np.random.default_rng(3)
+    rows = draw(rng, 1000, audited=0)
+    monitor = vilu.Monitor(calibration, rule)
+    silent = monitor.update(rows)
+    assert silent.verdict == "holds"
+    assert silent.audit is not None
+    assert (silent.audit.n, silent.audit.verdict) == (0, "not enough audited answers")
+    assert f"label about {silent.audit.n_needed} more" in silent.advice
+    known = dataclasses.replace(rows, failure=(rng.random(1000) < 0.3).astype(int))
+    told = monitor.audit(known)
+    accepted = rule.accept(rows.uncertainty)
+    assert told.audit is not None
+    assert (told.audit.n, told.audit.wrong) == (accepted.sum(), known.failure[accepted].sum())
+    assert (told.verdict, told.raised_at, told.rows) == ("broken", 999, 1000)
+    assert told.audit.lower > 0.1
+
+
+def test_a_kept_promise_is_said(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+    rng = np.random.default_rng(4)
+    rows = dataclasses.replace(draw(rng, 1500), failure=(rng.random(1500) < 0.02).astype(int))
+    status = vilu.Monitor(calibration, rule).update(rows)
+    assert status.audit is not None
+    assert (status.verdict, status.audit.verdict) == ("holds", "holds so far")
+    assert status.audit.upper < 0.1
+    assert "keep the promise" in status.reason
+
+
+def test_a_promise_on_all_answers_audits_all_answers(calibration: vilu.Outcomes) -> None:
+    crc = vilu.calibrate(calibration, max_risk=0.05, method="crc")
+    rows = draw(np.random.default_rng(5), 400)
+    status = vilu.Monitor(calibration, crc).update(rows)
+    known, accepted = rows.failure >= 0, crc.accept(rows.uncertainty)
+    assert status.audit is not None
+    assert (status.audit.of, status.audit.n) == ("all", known.sum())
+    assert status.audit.wrong == ((rows.failure == 1) & accepted).sum()
+
+
+def test_rows_without_an_uncertainty_are_left_out_and_counted(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+    rng = np.random.default_rng(6)
+    rows = draw(rng, 300)
+    u = rows.uncertainty.copy()
+    u[::3] = np.nan
+    holes = dataclasses.replace(rows, uncertainty=u, reason=["nonfinite" if np.isnan(x) else None for x in u])
+    with_holes, without = (vilu.Monitor(calibration, rule) for _ in range(2))
+    status = with_holes.update(holes)
+    kept = np.isfinite(u)
+    same = without.update(
+        dataclasses.replace(rows, uncertainty=u[kept], failure=rows.failure[kept], prediction=rows.prediction[kept])
+    )
+    assert (status.rows, status.unscored) == (300, 100)
+    assert status.tests == same.tests
+    assert status.acceptance == same.acceptance
+
+
+@pytest.mark.parametrize("size", [1, 37, 500])
+def test_neither_batches_nor_a_saved_state_change_the_result(
+    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path, size: int
+) -> None:
+    rng = np.random.default_rng(7)
+    rows = draw(rng, 500, shift=0.15, digits=2)
+    whole = vilu.Monitor(calibration, rule).update(rows)
+    monitor = vilu.Monitor(calibration, rule)
+    for start in range(0, 500, size):
+        if start in {0, 37 * 5, 250}:
+            monitor.save(tmp_path / "state.parquet")
+            monitor = vilu.Monitor(calibration, rule).resume(tmp_path / "state.parquet")
+        status = monitor.update(part(rows, slice(start, start + size)))
+    assert status == whole
+    assert monitor.rows == 500
+
+
+def test_a_state_of_something_else_is_refused(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
+    path = tmp_path / "state.parquet"
+    monitor = vilu.Monitor(calibration, rule)
+    monitor.update(draw(np.random.default_rng(8), 100))
+    monitor.save(path)
+    other = [
+        vilu.Monitor(calibration, rule, false_alarm=0.01),
+        vilu.Monitor(calibration, rule, seed=1),
+        vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.2)),
+        vilu.Monitor(part(calibration, slice(0, 1000)), rule),
+    ]
+    for one in other:
+        with pytest.raises(ProvenanceError, match="another calibration, probability of a false alarm, or seed"):
+            one.resume(path)
+    with pytest.raises(UsageError, match="has seen 100 rows"):
+        monitor.resume(path)
+    with pytest.raises(UsageError, match=r"\.parquet file"):
+        monitor.save(tmp_path / "state.csv")
+    with pytest.raises(StorageError, match="does not exist"):
+        vilu.Monitor(calibration, rule).resume(tmp_path / "none.parquet")
+    calibration.save(tmp_path / "scores.parquet")
+    with pytest.raises(DataError, match="not the state of a monitor"):
+        vilu.Monitor(calibration, rule).resume(tmp_path / "scores.parquet")
+
+
+def test_a_damaged_state_is_refused(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
+    path = tmp_path / "state.parquet"
+    monitor = vilu.Monitor(calibration, rule)
+    monitor.update(draw(np.random.default_rng(9), 100))
+    monitor.save(path)
+    table, metadata = read_table(path, ("test",))
+    columns = {name: table[name] for name in table.column_names}
+    wealth = dict(metadata["wealth"])
+    damages = [
+        {"rows": 101},
+        {"rows": -1},
+        {"audited": [1, 2]},
+        {"tests": metadata["tests"][:-1]},
+        {"tests": [{**test, "level": 0.5} for test in metadata["tests"]]},
+        {"wealth": {**wealth, "scores": None}},
+        {"wealth": {**wealth, "scores": {**wealth["scores"], "growth": [0.0]}}},
+        {"wealth": {**wealth, "scores": {**wealth["scores"], "counts": [[0.0]]}}},
+        {"surprise": 1},
+    ]
+    for damage in damages:
+        write_table(path, columns, {**metadata, **damage})
+        with pytest.raises(DataError, match="is damaged"):
+            vilu.Monitor(calibration, rule).resume(path)
+    write_table(path, {name: column[:-1] for name, column in columns.items()}, metadata)
+    with pytest.raises(DataError, match="answers must hold 2100 numbers"):
+        vilu.Monitor(calibration, rule).resume(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="not a readable"):
+        vilu.Monitor(calibration, rule).resume(path)
+
+
+def test_a_state_is_a_table_that_others_can_read(
+    calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path
+) -> None:
+    monitor = vilu.Monitor(calibration, rule)
+    rows = draw(np.random.default_rng(10), 50)
+    monitor.update(rows)
+    monitor.save(tmp_path / "state.parquet")
+    frame = pq.read_table(tmp_path / "state.parquet").to_pydict()
+    answers = {v: c for t, v, c in zip(frame["test"], frame["value"], frame["count"], strict=True) if t == "answers"}
+    both = np.concatenate([calibration.prediction, rows.prediction])
+    assert answers == {float(c): int((both == c).sum()) for c in range(3)}
+
+
+def test_what_does_not_fit_is_refused(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+    rows = draw(np.random.default_rng(11), 10)
+    monitor = vilu.Monitor(calibration, rule)
+    with pytest.raises(ProvenanceError, match="method"):
+        monitor.update(dataclasses.replace(rows, method="other"))
+    with pytest.raises(ProvenanceError, match="class_names"):
+        monitor.update(dataclasses.replace(rows, class_names=("a", "c", "b")))
+    with pytest.raises(DataError, match="what was answered"):
+        monitor.update(dataclasses.replace(rows, prediction=None))
+    assert monitor.rows == 0
+    with pytest.raises(UsageError, match="false_alarm"):
+        vilu.Monitor(calibration, rule, false_alarm=1.0)
+    with pytest.raises(UsageError, match="seed"):
+        vilu.Monitor(calibration, rule, seed=-1)
+    with pytest.raises(DataError, match="none of the 1 calibration rows"):
+        vilu.Monitor(vilu.Outcomes([np.nan], [0], reason=["nonfinite"]))
+
+
+def test_a_csv_that_does_not_name_its_classes_is_read_with_those_of_the_calibration(
+    calibration: vilu.Outcomes, tmp_path: Path
+) -> None:
+    per_class = vilu.calibrate(calibration, max_risk=0.1, groups="prediction")
+    rows = draw(np.random.default_rng(15), 300)
+    rows.save(tmp_path / "rows.csv")
+    read = vilu.Outcomes.load(tmp_path / "rows.csv")
+    assert read.class_names is None
+    status = vilu.Monitor(calibration, per_class).update(read)
+    assert status == vilu.Monitor(calibration, per_class).update(rows)
+    assert status.acceptance is not None
+    assert status.acceptance.since == pytest.approx(per_class.coverage, abs=0.1)
+
+
+def test_calibration_rows_in_the_stream_are_told(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:
+    rows = dataclasses.replace(calibration, ids=[f"row-{i}" for i in range(len(calibration))])
+    monitor = vilu.Monitor(rows, rule)
+    with pytest.warns(UserWarning, match="2000 of 2000 rows are calibration rows"):
+        monitor.update(rows)
+    monitor.update(dataclasses.replace(rows, uncertainty=rows.uncertainty / 2))  # the same keys of other data
+
+
+def test_without_a_rule_for_single_rows_there_is_nothing_to_audit(calibration: vilu.Outcomes) -> None:
+    nothing = vilu.calibrate(part(calibration, slice(0, 20)), max_risk=0.01)
+    assert not nothing.feasible
+    for rule, names in (
+        (None, ["scores", "answers"]),
+        (select(calibration, max_risk=0.1), ["scores", "answers"]),
+        (nothing, ["scores", "acceptance", "answers"]),
+    ):
+        monitor = vilu.Monitor(calibration, rule)
+        status = monitor.update(draw(np.random.default_rng(12), 100))
+        assert [test.name for test in status.tests] == names
+        assert sum(test.level for test in status.tests) == pytest.approx(0.05)
+        assert status.audit is None
+        with pytest.raises(UsageError, match="no promise to audit"):
+            monitor.audit(draw(np.random.default_rng(12), 1))
+
+
+def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:
+    groups = ["even" if i % 2 else "odd" for i in range(len(calibration))]
+    rule = vilu.calibrate(calibration, max_risk=0.1, groups=groups)
+    monitor = vilu.Monitor(calibration, rule, groups=groups)
+    rows = draw(np.random.default_rng(13), 200)
+    with pytest.raises(UsageError, match="needs the group of each"):
+        monitor.update(rows)
+    status = monitor.update(rows, groups[:200])
+    assert status.acceptance is not None
+    assert status.acceptance.since == rule.accept(rows.uncertainty, groups[:200]).mean()
+
+
+def test_mapie_agrees_on_clear_cases(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
+    """An independent implementation on the same rows: neither alarms without a change, both soon after a large one."""
+    rng = np.random.default_rng(14)
+    few = part(calibration, slice(0, 800))
+    calm, shifted = draw(rng, 300), draw(rng, 500, shift=1.0, audited=1)
+    ours, theirs = vilu.Monitor(few, rule), MapieMonitor(few, rule)
+    assert ours.update(calm).verdict == theirs.update(calm).verdict == "holds"
+    found, reference = ours.update(shifted), theirs.update(shifted)
+    for name in ("scores", "answers"):
+        rows = [next(t.raised_at for t in status.tests if t.name == name) for status in (found, reference)]
+        assert all(row is not None and 300 <= row < 800 for row in rows), (name, rows)
+    assert found.audit is not None
+    assert reference.audit is not None
+    assert (found.audit.n, found.audit.wrong) == (reference.audit.n, reference.audit.wrong)
+    assert 0 < reference.audit.lower < found.audit.wrong / found.audit.n
+    assert found.audit.lower >= reference.audit.lower  # a bound made for Bernoulli numbers is no looser here
+    with pytest.raises(UsageError, match="keep no state"):
+        theirs.save(tmp_path / "state.parquet")

@@ -1,0 +1,72 @@
+"""Replays of real scores: ViLU on CIFAR-10's test images, of which a fifth is also there corrupted (severity 3).
+
+``tests/data/cifar_shift_scores.npz`` holds uncertainty, failure and answer of ViLU (fitted on the training images;
+small offline backbone), and which clean row each corrupted one was. ``python -m benchmarks.monitor_replay`` made the
+measurement of docs/monitor.md from such scores.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks.monitor_replay import LIMIT, replay, report
+
+import vilu
+
+DATA = Path(__file__).resolve().parents[1] / "data" / "cifar_shift_scores.npz"
+REPLAYS = 25
+
+
+@pytest.fixture(scope="module")
+def scores() -> tuple[vilu.Outcomes, vilu.Outcomes]:
+    """Clean and shifted rows, under the same keys."""
+    with np.load(DATA) as data:
+        keys = {"clean": range(len(data["clean_failure"])), "shifted": data["shifted_row"].tolist()}
+        clean, shifted = (
+            vilu.Outcomes(
+                data[f"{name}_uncertainty"],
+                data[f"{name}_failure"],
+                prediction=data[f"{name}_prediction"],
+                class_names=[str(i) for i in range(10)],
+                ids=[str(key) for key in rows],
+            )
+            for name, rows in keys.items()
+        )
+    return clean, shifted
+
+
+def test_a_corruption_that_sets_in_is_seen_within_500_images(
+    scores: tuple[vilu.Outcomes, vilu.Outcomes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 25 replays all; and of 25 undisturbed ones at most 5 % and three standard deviations raise an alarm."""
+    clean, shifted = scores
+    alarms = [replay(clean, [shifted], seed) for seed in range(REPLAYS)]
+    undisturbed, disturbed = (report(str(which), [both[which] for both in alarms]) for which in (0, 1))
+    assert undisturbed["ever"] <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / REPLAYS)
+    assert disturbed["within"] == 1
+    delays = [both[1]["scores"] for both in alarms]
+    assert all(delay is not None and delay < LIMIT for delay in delays)
+    assert f"within {LIMIT} rows 100.0%" in capsys.readouterr().out
+
+
+def test_the_promise_is_broken_by_the_corruption(scores: tuple[vilu.Outcomes, vilu.Outcomes]) -> None:
+    """What the alarm is about: clean rows keep a promise of 20 %, corrupted ones do not, and labels show it."""
+    clean, shifted = scores
+    rng = np.random.default_rng(0)
+    order = np.setdiff1d(rng.permutation(len(clean)), [int(key) for key in shifted.ids or ()], assume_unique=True)
+
+    def rows(outcomes: vilu.Outcomes, chosen: np.ndarray) -> vilu.Outcomes:
+        return vilu.Outcomes(outcomes.uncertainty[chosen], outcomes.failure[chosen])
+
+    calibration = rows(clean, order[:4000])
+    rule = vilu.calibrate(calibration, max_risk=0.2)
+    calm, hard = vilu.Monitor(calibration, rule), vilu.Monitor(calibration, rule)
+    kept = calm.update(rows(clean, order[4000:]))
+    assert kept.audit is not None
+    assert kept.audit.verdict != "broken"
+    broken = hard.update(rows(shifted, rng.permutation(len(shifted))))
+    assert broken.verdict == "broken"
+    assert broken.audit is not None
+    assert broken.audit.lower > 0.2
