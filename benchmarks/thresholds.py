@@ -1,0 +1,69 @@
+"""Where fixed-sequence testing should begin: ``python -m benchmarks.thresholds``.
+
+Mean coverage of the certified threshold over 150 calibrations of seven simulated predictors, for several beginnings
+(shares of the calibration rows, with their shares of delta). One list of beginnings has to do for all: predictors whose
+most trusted answers hold some wrong ones, those that reach the target at a small coverage only, and models that are
+good enough as a whole. ``vilu.decision.thresholds.STARTS`` is the list that is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from unittest import mock
+
+import numpy as np
+from scipy import special
+
+from vilu.decision import thresholds
+from vilu.metrics.counts import Floats, tie_counts
+
+DRAWS, DELTA = 150, 0.05
+Rate = Callable[[Floats], Floats]
+
+PREDICTORS: dict[str, Rate] = {
+    "even": lambda u: u**2,
+    "steep": lambda u: 0.015 + 0.98 * special.expit(12 * (u - 0.6)),
+    "unlucky top": lambda u: np.where(u < 0.02, 0.3, 0.02 + 0.6 * np.clip(u - 0.3, 0, 1)),
+    "weak": lambda u: 0.03 + 0.5 * u,
+    "easy": lambda u: 0.02 + 0.05 * u**2,
+    "flat": lambda u: np.full_like(u, 0.03),
+    "tied": lambda u: 0.01 + 0.9 * (np.floor(10 * u) / 10) ** 1.3,
+}
+"""Failure rate at the quantile u of the uncertainty."""
+
+BEGINNINGS = {
+    "where possible": ((0.0, 1.0),),
+    "1/4": ((1 / 4, 1.0),),
+    "1/16, 1/4": ((1 / 16, 0.5), (1 / 4, 0.5)),
+    "1/8, 1/2": ((1 / 8, 0.5), (1 / 2, 0.5)),
+    "1/16, 1/4, all": thresholds.STARTS,
+    "even weights": ((1 / 16, 1 / 3), (1 / 4, 1 / 3), (1.0, 1 / 3)),
+}
+
+
+def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
+    """Of the thresholds of many calibrations."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        u = rng.random(n)
+        counts = tie_counts(np.floor(10 * u) if tied else u, (rng.random(n) < rate(u)).astype(int))
+        point = thresholds.learn_then_test(counts, max_risk, DELTA)
+        found.append(0.0 if point is None else float(counts.accepted[point.index]) / n)
+    return float(np.mean(found))
+
+
+def main() -> None:
+    """Print a line per predictor, size and target."""
+    print(f"{'predictor':12} {'rows':>6} {'risk':>5}  " + "  ".join(f"{name:>15}" for name in BEGINNINGS))
+    for name, rate in PREDICTORS.items():
+        for n in (100, 400, 2000, 10_000):
+            for max_risk in (0.05, 0.1):
+                cells = []
+                for starts in BEGINNINGS.values():
+                    with mock.patch.object(thresholds, "STARTS", starts):
+                        cells.append(mean_coverage(rate, tied=name == "tied", n=n, max_risk=max_risk))
+                print(f"{name:12} {n:6} {max_risk:5.2f}  " + "  ".join(f"{cell:15.3f}" for cell in cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
