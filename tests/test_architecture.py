@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "vilu"
 
-BASE = {"errors", "space", "validate", "files", "progress", "device", "columns", "similarity"}
+BASE = {"errors", "document", "space", "validate", "files", "progress", "device", "columns", "similarity"}
 TABLES = {"tables", "layout", "outcomes", "outcome_columns", "results", "evaluation", "metrics", "tally"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE, BASE),
@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "metrics": {"errors"},
     **dict.fromkeys(TABLES - {"metrics"}, BASE | TABLES),
     "nn": BASE | {"types", "metrics"},
-    "scoring": BASE | {"types", "predictors", "outcomes", "nn", "decision"},
+    "scoring": BASE | TABLES | {"types", "predictors", "nn", "decision"},
     "calibration": BASE | {"types", "predictors", "outcomes", "decision", "scoring", "scores"},
     "card": {"backbones"},
     "predictors": BASE | {"types", "pairs", "embeddings", "metrics", "nn", "card"},
@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "executors": BASE | {"store", "datasets", "backbones", "types"},
     "pool_sizes": BASE | {"types", "pairs", "predictors", "scoring", "evaluation", "results"},
     "scores": BASE | TABLES | {"types", "pairs", "predictors", "nn", "store", "decision"},
-    "decision": BASE | TABLES | {"types", "pairs", "predictors", "store"},
+    "decision": BASE | TABLES | {"types", "predictors"},
     "explaining": BASE | TABLES | {"types", "predictors", "nn"},
     "sharing": BASE | {"types", "embeddings", "nn", "predictors", "backbones"},
     "report": BASE | TABLES,

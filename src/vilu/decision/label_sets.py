@@ -21,10 +21,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vilu.document import Model
 from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats
 from vilu.predictors.base import FailurePredictor
-from vilu.store.document import Model
 from vilu.types import UNKNOWN, Batch, EmbeddingSource
 
 Kind = Literal["lac", "aps"]

@@ -17,9 +17,9 @@ from vilu.decision.conformal import Reference
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale
 from vilu.decision.monitor import Monitor
 from vilu.decision.monitor_status import Test, TestName
+from vilu.document import Model, explain
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics.counts import Floats, Ints
-from vilu.store.document import Model, explain
 from vilu.tables import read_column, read_table, table_suffix, write_table
 
 Count = Annotated[int, Field(ge=0)]

@@ -10,8 +10,8 @@ import numpy as np
 from pydantic import Field
 
 from vilu.decision.audit import Audit, AuditVerdict
+from vilu.document import Model
 from vilu.metrics.counts import Floats, Ints
-from vilu.store.document import Model
 
 TestName = Literal["scores", "acceptance", "answers", "audit"]
 Verdict = Literal["holds", "shifted: guarantee void", "broken"]

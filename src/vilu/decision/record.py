@@ -13,10 +13,10 @@ import vilu
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import BatchSelector
 from vilu.decision.selector import Selector
+from vilu.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files import atomic_write, write_json
 from vilu.outcomes import Outcomes
-from vilu.store.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
 from vilu.tables import parquet_bytes
 
 RISK, ROWS = "risk.json", "calibration.parquet"

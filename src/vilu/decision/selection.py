@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from vilu.document import Model
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, real_vector
 from vilu.outcomes import Outcomes
-from vilu.store.document import Model
 
 
 class BatchSelector(Model):

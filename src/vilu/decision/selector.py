@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from vilu.document import Model
 from vilu.errors import UsageError
 from vilu.metrics.counts import Floats, real_vector
-from vilu.store.document import Model
 
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""

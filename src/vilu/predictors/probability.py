@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from scipy import special
 
+from vilu.document import Model
 from vilu.errors import DataError
 from vilu.metrics.counts import Floats
 
@@ -45,7 +46,7 @@ FORMS = {
 """Smoothest first. Temperature and beta start from a probability (Guo et al. 2017; Kull et al. 2017)."""
 
 
-class _Fitted(BaseModel):
+class _Fitted(Model):
     """What every calibrator tells of its fit.
 
     Attributes:
@@ -53,8 +54,6 @@ class _Fitted(BaseModel):
         n_failures: How many of them are failures.
         log_loss: Mean log-loss in cross-validation of every form that was tried.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     n: int = Field(ge=1)
     n_failures: int = Field(ge=0)

@@ -9,9 +9,9 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from vilu.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.space import digest
-from vilu.store.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
 from vilu.store.manifest import Count, FileInfo
 
 RUN, MANIFEST = "run.json", "manifest.json"

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import BaseModel, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from vilu.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
 from vilu.errors import ProvenanceError, StorageError
-
-SCHEMA_VERSION: Final = 1
-MAX_DOCUMENT_BYTES = 64 * 2**20
-"""No document of ours comes near; a larger one is not read."""
-
-
-class Model(BaseModel):
-    """Immutable, refuses unknown fields, NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Document(Model):
@@ -72,10 +62,3 @@ def read_document(path: Path, kind: type[D]) -> D:
         return kind.model_validate_json(content)
     except ValidationError as error:
         raise StorageError(f"{path} is damaged: {explain(error)}. Run `vilu embed` again to repair it.") from error
-
-
-def explain(error: ValidationError) -> str:
-    """First finding of pydantic, on one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(step) for step in first["loc"])
-    return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"

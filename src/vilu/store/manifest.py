@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vilu.document import Model
 from vilu.errors import ProvenanceError
 from vilu.space import EmbeddingSpace, digest
-from vilu.store.document import Document, Model
+from vilu.store.document import Document
 from vilu.store.views import Views
 
 RUN, CLASSES, MANIFEST = "run.json", "classes.json", "manifest.json"

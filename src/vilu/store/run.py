@@ -16,12 +16,13 @@ import vilu
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset
+from vilu.document import explain
 from vilu.errors import DataError, UsageError, ViLUError
 from vilu.files import write_json
 from vilu.space import EmbeddingSpace, digest
 from vilu.store.classes import class_columns
 from vilu.store.content import read_classes
-from vilu.store.document import explain, read_document
+from vilu.store.document import read_document
 from vilu.store.folder import prepare
 from vilu.store.manifest import CLASSES, MANIFEST, RUN, Inputs, Manifest, Receipt, Run
 from vilu.store.parts import Part, content_hash, plan, read_receipt

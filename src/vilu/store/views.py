@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from vilu.store.document import Model
+from vilu.document import Model
 
 SMALLEST = 0.5
 """Smallest share of the area that a view shows."""
