@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,16 @@ def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):
     image = text + noise
     norm = np.linalg.norm(image, axis=1, keepdims=True)
     return PairEmbeddings(image / norm, text, pool, 20.0, columns=toy_columns(image, text, rng))
+
+
+@pytest.fixture(autouse=True)
+def quiet_logger() -> Iterator[None]:
+    """A command that runs in this process leaves the logger as it was."""
+    logger = logging.getLogger("vilu")
+    handlers, level = logger.handlers[:], logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

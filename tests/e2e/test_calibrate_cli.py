@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import signal
 import sys
@@ -36,10 +35,9 @@ def run(
         assert left.value.code == code, found.err
         return CompletedProcess(args, code, found.out, found.err)
 
-    handler, handlers = signal.getsignal(signal.SIGTERM), logging.getLogger("vilu").handlers[:]
+    handler = signal.getsignal(signal.SIGTERM)
     yield call
     signal.signal(signal.SIGTERM, handler)
-    logging.getLogger("vilu").handlers[:] = handlers
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
     from vilu.predictors.base import FailurePredictor
 
 
@@ -45,18 +48,27 @@ def build(cls: type[FailurePredictor], values: Mapping[str, object]) -> FailureP
 
 def convert(cls: type[FailurePredictor], name: str, value: object, *, strict: bool) -> object:
     """The value as its annotated type; strict: no conversion from strings."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    hint = get_type_hints(cls, include_extras=True)[name]
+    hint, adapter = _checker(cls, name)
     if not strict and value in ("none", "None", "null"):
         value = None
     if not strict and isinstance(value, str) and "tuple" in str(hint):
         value = [part for part in value.strip("()[]").split(",") if part.strip()]
     try:
-        return cast("object", TypeAdapter(hint).validate_python(value, strict=False))
+        return cast("object", adapter.validate_python(value, strict=False))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Input should be", "must be")
         raise UsageError(f"the {name!r} parameter of {cls.name} {reason}. Got {value!r} instead.") from error
+
+
+@cache
+def _checker(cls: type[FailurePredictor], name: str) -> tuple[Any, TypeAdapter[Any]]:
+    """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
+    from pydantic import TypeAdapter
+
+    hint = get_type_hints(cls, include_extras=True)[name]
+    return hint, TypeAdapter(hint)
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
