@@ -149,7 +149,8 @@ def test_an_interrupted_benchmark_goes_on(data: Path, tmp_path: Path, jobs: int)
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 130, stderr
+    # Python kills itself by the signal if the exception passed through the exec of a string; a shell shows 130 for both
+    assert process.returncode in {130, -signal.SIGINT}, stderr
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("seed-*.json")}
     quick = write(tmp_path, STORES + "\n[methods.mcm]\n")
     run(quick, "--data", data, "-o", tmp_path / "out")

@@ -149,6 +149,8 @@ def test_wrong_arguments(run, work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.0, code=2)
     run("calibrate", predictor, work / "nothing", "--max-risk", 0.1, code=3)
     run("calibrate", predictor, work / "calibration", "--method", "selection", "--min-coverage", 0.5, code=2)
+    done = run("monitor", predictor, work / "nothing.parquet", code=3)
+    assert "is not calibrated. Run `vilu calibrate` first.\n" in done.stderr
     (predictor / "risk.json").write_text('{"schema_version": 1, "kind": "risk"}')
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr

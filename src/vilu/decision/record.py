@@ -95,8 +95,9 @@ def load(folder: str | Path) -> Record:
         StorageError: If it cannot be read.
     """
     path = Path(folder) / RISK
+    content = _read(path)
     try:
-        raw = json.loads(_read(path))
+        raw = json.loads(content)
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
