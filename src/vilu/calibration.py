@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Literal
 
 from vilu.decision import record
-from vilu.decision.calibrate import calibrate
-from vilu.decision.label_sets import Kind, LabelSets, fit_label_sets
+from vilu.decision.calibrate import calibrate, check_target
+from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.decision.record import Record, Rule
 from vilu.decision.selection import select
 from vilu.decision.selector import Selector
 from vilu.errors import InfeasibleError, UsageError
 from vilu.outcomes import Outcomes
-from vilu.predictors.storage import load, write_card
-from vilu.scores.identity import predictor_fingerprint, source_fingerprint
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.storage import fit_fingerprint, load, write_card
+from vilu.scores.identity import source_fingerprint
 from vilu.scoring import score
 from vilu.types import EmbeddingSource
+
+SAID = 3
+"""Groups of which a message says why nothing is accepted."""
 
 Method = Literal["ltt", "sgr", "crc", "selection"]
 
@@ -44,6 +48,24 @@ class Target:
     label_sets: Kind | None = None
     max_miss: float = 0.1
 
+    def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
+        """Refuse what cannot be promised, before anything is computed.
+
+        Raises:
+            UsageError: If a target is out of range, or options do not go together.
+        """
+        if self.max_risk is None and self.min_coverage is None:
+            if self.per_class or self.method != "ltt":
+                raise UsageError(
+                    "without max_risk or min_coverage there is no decision: leave method and per_class out."
+                )
+        elif self.method != "selection":
+            check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
+        elif self.max_risk is None or self.min_coverage is not None or self.per_class:
+            raise UsageError("selection takes a max_risk, and neither a min_coverage nor a threshold per class.")
+        if self.label_sets is not None:
+            check_label_sets(predictor, data, self.max_miss)
+
     def rule(self, rows: Outcomes) -> Rule | None:
         """The rule that calibration rows support.
 
@@ -54,9 +76,7 @@ class Target:
         if self.max_risk is None and self.min_coverage is None:
             return None
         if self.method == "selection":
-            if self.max_risk is None or self.min_coverage is not None or self.per_class:
-                raise UsageError("selection takes a max_risk, and neither a min_coverage nor a threshold per class.")
-            return select(rows, max_risk=self.max_risk)
+            return select(rows, max_risk=self.max_risk or 0.0)
         selector = calibrate(
             rows,
             max_risk=self.max_risk,
@@ -76,8 +96,8 @@ def calibrate_predictor(
     """Calibrate a saved predictor on labelled rows and leave the result in its folder.
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
-    and what it was made from; that comes last, so that a crash leaves a folder that ``vilu score`` refuses or takes as
-    before. Where the target is out of reach nothing is written.
+    and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
+    refused, or without a rule. Where the target is out of reach nothing is written.
 
     Args:
         folder: Of the predictor.
@@ -95,6 +115,7 @@ def calibrate_predictor(
     """
     predictor = load(folder)
     predictor.calibrator_ = None
+    target.check(predictor, data)
     predictor.refuse_seen(data, "calibration")
     rows = score(predictor, data, dataset=dataset, split=split)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
@@ -107,7 +128,8 @@ def calibrate_predictor(
     made = record.save(
         Path(folder),
         rows,
-        predictor=predictor_fingerprint(predictor),
+        predictor=fit_fingerprint(folder),
+        **record.problem(data),
         source=source_fingerprint(data),
         dataset=dataset,
         split=split,
@@ -122,13 +144,15 @@ def calibrate_predictor(
 
 def _infeasible(selector: Selector) -> str:
     """Why nothing can be accepted, and how many rows it would take."""
-    reasons = []
-    for name, one in selector.certificates.items():
+    reasons, few = [], list(selector.certificates.items())[:SAID]
+    for name, one in few:
         needed = "" if one.n_needed is None else f" About {one.n_needed:,} calibration rows like these would be needed."
         reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
+    more = f" And {len(selector.certificates) - SAID} more groups." if len(selector.certificates) > SAID else ""
     goal = "" if selector.max_risk is None else f"a risk of at most {selector.max_risk:.2%} "
     goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
     return (
-        f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)} Nothing was written. "
+        f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)}{more} Nothing was "
+        "written. "
         "Add calibration rows, or ask for less: a larger --max-risk, a lower --confidence or --min-coverage."
     )

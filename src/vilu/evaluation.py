@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -147,9 +147,8 @@ def compare(
     """
     chosen = get_metric(metric)
     require_same_rows(a, b)
-    for one in (a, b):
-        if chosen.of_probability and not one.is_probability:
-            raise DataError(f"{metric} needs failure probabilities, but the scores of {_name(one)} are not.")
+    if chosen.of_probability:
+        a, b = _as_probability(a, metric), _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
     (u_a, failure), (u_b, _) = _evaluable(a, rows), _evaluable(b, rows)
     result = paired_bootstrap(metric, u_a, u_b, failure, n_resamples=n_resamples, confidence=confidence, seed=seed)
@@ -157,6 +156,15 @@ def compare(
     n, n_failures = len(failure), int(failure.sum())
     why = _why(n, n_failures) if math.isnan(result.difference) else None
     return Comparison(metric, a.method, b.method, value_a, value_b, *result, n, n_failures, chosen.convention, why)
+
+
+def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
+    """The outcomes with the probability of failure, calibrated where it is, in place of the uncertainty."""
+    if outcomes.failure_probability is not None:
+        return replace(outcomes, uncertainty=outcomes.failure_probability)
+    if not outcomes.is_probability:
+        raise DataError(f"{metric} needs failure probabilities, but the scores of {_name(outcomes)} are not.")
+    return outcomes
 
 
 def _rows(
@@ -171,7 +179,7 @@ def _rows(
         )
     sources = {name: tally.probability if metric.of_probability else scores for name, metric in metrics.items()}
     measured: dict[str, Interval] = {}
-    for source in (scores, tally.probability):
+    for source in {id(one): one for one in (scores, tally.probability)}.values():
         kernels = {name: metric.kernel for name, metric in metrics.items() if sources[name] is source}
         if source is None or not kernels:
             continue

@@ -140,6 +140,8 @@ class Outcomes:
         values = self.uncertainty[~missing]
         if np.isinf(values).any():
             raise DataError(f"uncertainty must be finite. Got {np.count_nonzero(np.isinf(values))} infinite values.")
+        if self.failure_probability is not None and not np.array_equal(np.isnan(self.failure_probability), missing):
+            raise DataError("failure_probability must be there exactly where the uncertainty is.")
         if self.is_probability and len(values) and (values.min() < 0 or values.max() > 1):
             raise DataError(f"a probability must be in [0, 1]. Got {values.min():.6g} to {values.max():.6g} instead.")
 

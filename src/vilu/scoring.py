@@ -34,11 +34,13 @@ def score(
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space.
+        ProvenanceError: If the data come from another embedding space, or have other candidates than the rows that the
+            ``decider`` was calibrated on.
     """
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
     decider = decider or Decider(predictor)
+    decider.require_match(data)
     sets: list[str | None] = [None] * len(data)
     uncertainty, prediction, failure = np.full(len(data), np.nan), np.full(len(data), -1), np.full(len(data), -1)
     target = data.target.numpy().copy()

@@ -17,7 +17,11 @@ import vilu
 from tests.e2e.test_cli import run as run_process
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.cli import main
+from vilu.decision.apply import Decider
+from vilu.embeddings import Embeddings
+from vilu.errors import ProvenanceError
 from vilu.outcomes import Outcomes
+from vilu.page.choice import read_calibrated
 from vilu.store.embed import embed
 
 
@@ -96,7 +100,7 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
 
 def test_training_rows_are_refused(run, work: Path, predictor: Path) -> None:
     done = run("calibrate", predictor, work / "train", "--max-risk", 0.8, code=3)
-    assert "90 of the 90 calibration rows were used to fit this vilu" in done.stderr
+    assert "at least 90 of the 90 calibration rows were used to fit this vilu" in done.stderr
 
 
 def test_a_rule_of_another_predictor_is_refused(run, work: Path, predictor: Path) -> None:
@@ -105,13 +109,33 @@ def test_a_rule_of_another_predictor_is_refused(run, work: Path, predictor: Path
     done = run("score", predictor, work / "new", "-o", predictor / "scores.parquet", code=6)
     assert "was made for the predictor" in done.stderr
     assert not (predictor / "scores.parquet").exists()
+    with pytest.raises(ProvenanceError, match="was made for the predictor"):
+        vilu.Monitor.of_folder(predictor)
+    with pytest.raises(ProvenanceError, match="was made for the predictor"):
+        read_calibrated(predictor)
+
+
+def test_a_calibration_outlives_an_upgrade(run, work: Path, predictor: Path, monkeypatch) -> None:
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
+    monkeypatch.setattr(vilu, "__version__", "99.0")
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
+    vilu.load(predictor).save(predictor)  # the same fit, written by the other version
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
+
+
+def test_other_candidates_are_another_problem(run, work: Path, predictor: Path) -> None:
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
+    loaded, new = vilu.load(predictor), vilu.open_source(work / "new")
+    fewer = Embeddings(new.image_rows(new.usable_rows), new.candidates(new.usable_rows).text[:2], space=new.space)
+    with pytest.raises(ProvenanceError, match=r"with 3 candidates \(names [0-9a-f]+\), and these have 2 candidates"):
+        vilu.score(loaded, fewer, decider=Decider.of_folder(loaded, predictor))
 
 
 def test_selection_label_sets_and_classes(run, work: Path, predictor: Path) -> None:
     done = run(
         "calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--method", "selection", "--label-sets", "aps"
     )
-    assert "accepts a part of every batch" in done.stdout
+    assert "accepts what it can of a batch" in done.stdout
     assert "label sets: aps" in done.stdout
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
     scores = Outcomes.load(predictor / "scores.parquet")
@@ -145,12 +169,15 @@ def test_probabilities_alone_and_a_coverage(run, work: Path, predictor: Path) ->
 
 def test_wrong_arguments(run, work: Path, predictor: Path) -> None:
     assert "Usage" in run("calibrate", "--help").stdout
+    done = run("monitor", predictor, work / "nothing.parquet", code=3)
+    assert "is not calibrated. Run `vilu calibrate` first.\n" in done.stderr
     run("calibrate", predictor, work / "calibration", "--max-risk", 1.5, code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.0, code=2)
     run("calibrate", predictor, work / "nothing", "--max-risk", 0.1, code=3)
     run("calibrate", predictor, work / "calibration", "--method", "selection", "--min-coverage", 0.5, code=2)
-    done = run("monitor", predictor, work / "nothing.parquet", code=3)
-    assert "is not calibrated. Run `vilu calibrate` first.\n" in done.stderr
+    run("calibrate", predictor, work / "calibration", "--per-class", code=2)
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection", "--max-miss", 0.5)
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.001, "--method", "selection", code=4)
     (predictor / "risk.json").write_text('{"schema_version": 1, "kind": "risk"}')
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr

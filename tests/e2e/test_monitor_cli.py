@@ -18,7 +18,6 @@ from vilu.calibration import Target, calibrate_predictor
 from vilu.cli.app import app
 from vilu.decision.apply import Decider
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.scores.identity import predictor_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = toy_embeddings(3000, seed=1, ids_from=10_000)
     calibrate_predictor(folder / "mcm", data, Target(max_risk=0.2), dataset="toy", split=None)
     predictor = vilu.load(folder / "mcm")
-    decider = Decider.of_folder(predictor, predictor_fingerprint(predictor), folder / "mcm")
+    decider = Decider.of_folder(predictor, folder / "mcm")
 
     def scored(seed: int) -> vilu.Outcomes:
         return vilu.score(predictor, toy_embeddings(800, seed=seed, ids_from=20_000), decider=decider)

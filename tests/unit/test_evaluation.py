@@ -84,6 +84,10 @@ def test_a_calibrated_probability_is_what_its_metrics_are_about() -> None:
     assert found["brier"].convention.endswith("of the calibrated failure_probability")
     assert found["auroc"].value == metrics.auroc(plain.uncertainty[known], failure)
     assert "calibrated" not in found["auroc"].convention
+    calibrated = replace(plain, failure_probability=probability)
+    assert compare(calibrated, calibrated, metric="brier", n_resamples=5).value_a == found["brier"].value
+    with pytest.raises(DataError, match="exactly where the uncertainty is"):
+        replace(plain, failure_probability=np.full(len(plain), np.nan))
 
 
 def test_every_row_says_what_it_is_about() -> None:

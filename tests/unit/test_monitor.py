@@ -143,14 +143,14 @@ def test_a_kept_promise_is_said(calibration: vilu.Outcomes, rule: vilu.Selector)
     assert "keep the promise" in status.reason
 
 
-def test_a_promise_on_all_answers_audits_all_answers(calibration: vilu.Outcomes) -> None:
+def test_a_mean_over_calibrations_is_no_promise_to_audit(calibration: vilu.Outcomes) -> None:
     crc = vilu.calibrate(calibration, max_risk=0.05, method="crc")
-    rows = draw(np.random.default_rng(5), 400)
-    status = vilu.Monitor(calibration, crc).update(rows)
-    known, accepted = rows.failure >= 0, crc.accept(rows.uncertainty)
-    assert status.audit is not None
-    assert (status.audit.of, status.audit.n) == ("all", known.sum())
-    assert status.audit.wrong == ((rows.failure == 1) & accepted).sum()
+    monitor = vilu.Monitor(calibration, crc)
+    status = monitor.update(draw(np.random.default_rng(5), 400))
+    assert status.audit is None
+    assert "audit" not in {test.name for test in status.tests}
+    with pytest.raises(UsageError, match=r"bounds a mean \(crc\)"):
+        monitor.audit(draw(np.random.default_rng(6), 10))
 
 
 def test_rows_without_an_uncertainty_are_left_out_and_counted(calibration: vilu.Outcomes, rule: vilu.Selector) -> None:

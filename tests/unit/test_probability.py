@@ -74,6 +74,14 @@ def test_beta_recovers_its_own_form() -> None:
     assert (*found.weights, found.intercept) == pytest.approx((a, b, c), abs=0.1)
 
 
+def test_beta_never_falls() -> None:
+    """A failure rate that falls again at high scores: a part with a negative weight is left out, as Kull et al. do."""
+    score, failure = sample(20_000, lambda s: np.where(s < 2, special.expit(s), 0.1))
+    found = _fit("beta", score, failure)
+    assert min(found.weights) == 0
+    assert (np.diff(found(np.linspace(-6, 6, 100))) >= 0).all()
+
+
 def test_isotonic_is_scikit_learns_within_its_ends() -> None:
     score, failure = sample(3000, special.expit)
     found = _fit("isotonic", score, failure)
@@ -204,7 +212,9 @@ def test_rows_that_were_fitted_on_are_refused(train: Embeddings, calibration: Em
     validation = toy_embeddings(n=100, seed=8, ids_from=70_000)
     predictor = vilu.ViLU(hidden=(8,), epochs=2).fit(train, validation)
     for used in (train, validation):
-        with pytest.raises(DataError, match=f"{len(used)} of the {len(used)} calibration rows were used to fit"):
+        with pytest.raises(
+            DataError, match=f"at least {len(used)} of the {len(used)} calibration rows were used to fit"
+        ):
             predictor.calibrate(used)
     assert predictor.calibrate(calibration).calibrator_ is not None
     unlabelled = Embeddings(calibration.image, calibration.text, logit_scale=20.0)

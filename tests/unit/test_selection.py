@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from vilu.decision.selection import select
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.outcomes import Outcomes
 
 
@@ -47,6 +47,13 @@ def test_false_discoveries_stay_below_the_level() -> None:
         shares.append(np.sum(wrong & accepted) / max(np.sum(accepted), 1))
     error = np.std(shares) / np.sqrt(n_draws)
     assert level / 2 < np.mean(shares) <= level + 3 * error
+
+
+def test_too_few_rows_to_select_anything() -> None:
+    rows = Outcomes(np.linspace(0, 1, 19), np.zeros(19))
+    assert select(rows, max_risk=0.05).accept([0.5]).all()  # p = 1 / 20
+    with pytest.raises(InfeasibleError, match="19 rows are needed"):
+        select(Outcomes(np.linspace(0, 1, 18), np.zeros(18)), max_risk=0.05)
 
 
 def test_refusals() -> None:

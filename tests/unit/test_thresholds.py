@@ -128,7 +128,7 @@ def test_conformal_risk_control_by_hand() -> None:
     # (k + 1) / (n + 1) <= 0.2 with n = 9: k <= 1
     c = counts([(1, 0), (0, 1), (2, 0), (0, 1), (4, 0)])
     found = conformal_risk_control(c, 0.2, 0.05)
-    assert (found.index, found.risk_bound) == (2, pytest.approx(0.2))
+    assert (found.index, found.risk_bound) == (2, 0.2)
     assert conformal_risk_control(c, 0.05, 0.05) is None
 
 
@@ -203,8 +203,34 @@ def test_groups_share_delta_and_the_small_are_together() -> None:
         selector.accept(u)
 
 
+def test_groups_of_their_own_have_enough_rows_for_their_share_of_delta() -> None:
+    # 20 perfect classes of 90 rows: alone each would take 60 rows, with a twentieth of delta 117 + 1
+    groups = np.repeat([f"class {i:02d}" for i in range(20)], 90).tolist()
+    rng = np.random.default_rng(0)
+    selector = vilu.calibrate(Outcomes(rng.random(1800), np.zeros(1800)), max_risk=0.05, groups=groups)
+    assert selector.coverage == 1
+    # three of their own and the others: 0.95^89 is at most 0.05 / 4, but more than 0.05 / 5
+    assert sorted(one.n for one in selector.certificates.values()) == [90, 90, 90, 1530]
+
+
+def test_a_least_coverage_is_that_of_all_groups_together() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(["a", "b"], 1000)
+    u = rng.random(2000)
+    f = (groups == "b") & (u > 0.5)
+    outcomes = Outcomes(u, f.astype(int))
+    free = vilu.calibrate(outcomes, max_risk=0.05, groups=groups.tolist())
+    assert free.certificates["b"].coverage < 0.6 < free.coverage
+    assert vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.6, groups=groups.tolist()).coverage == free.coverage
+    assert not vilu.calibrate(outcomes, max_risk=0.05, min_coverage=0.9, groups=groups.tolist()).feasible
+    many = np.r_[np.repeat("big", 600), np.repeat([f"small {i}" for i in range(100)], 4)].tolist()
+    alone = vilu.calibrate(Outcomes(rng.random(1000), np.zeros(1000)), min_coverage=0.8, groups=many)
+    assert set(alone.certificates) == {"big", "(other)"}
+    assert min(one.coverage for one in alone.certificates.values()) >= 0.8
+
+
 def test_groups_by_prediction_are_names() -> None:
-    outcomes = Outcomes([0.1] * 100, [0] * 100, prediction=[0] * 70 + [1] * 30, class_names=["cat", "dog"])
+    outcomes = Outcomes([0.1] * 110, [0] * 110, prediction=[0] * 80 + [1] * 30, class_names=["cat", "dog"])
     assert set(vilu.calibrate(outcomes, max_risk=0.05, groups="prediction").certificates) == {"cat", "(other)"}
     with pytest.raises(DataError, match="what was answered"):
         vilu.calibrate(Outcomes([0.1], [0]), max_risk=0.05, groups="prediction")

@@ -82,16 +82,12 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:
     """The monitor of a folder whose calibration belongs to its predictor, where the last call left it."""
-    from vilu.decision import record
     from vilu.decision.monitor import Monitor
     from vilu.decision.monitor_mapie import MapieMonitor
     from vilu.errors import UsageError
-    from vilu.predictors.storage import load
-    from vilu.scores.identity import predictor_fingerprint
 
     if state is not None and backend == "mapie":
         raise UsageError("the tests of MAPIE keep no state. Leave out --state, or take --backend vilu.")
-    record.load(predictor).require_predictor(predictor_fingerprint(load(predictor)), predictor)
     kind = MapieMonitor if backend == "mapie" else Monitor
     found = kind.of_folder(predictor, false_alarm=false_alarm, seed=seed)
     return found.resume(state) if state is not None and state.exists() else found

@@ -39,7 +39,6 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.decision.apply import Decider
     from vilu.errors import UsageError
     from vilu.predictors.storage import load
-    from vilu.scores.identity import predictor_fingerprint
     from vilu.scores.write import score_parts
     from vilu.scoring import score as score_rows
     from vilu.store.open import open_source
@@ -47,7 +46,7 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
     pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
     data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
     fitted, split = load(predictor), fold or split_of(data)
-    decider = Decider.of_folder(fitted, predictor_fingerprint(fitted), predictor)
+    decider = Decider.of_folder(fitted, predictor)
     if output.suffix.lower() in {".parquet", ".csv"}:
         score_rows(fitted, data, dataset=store.name, split=split, decider=decider).save(output)
     elif output.suffix and not output.is_dir():

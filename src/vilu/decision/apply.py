@@ -17,7 +17,7 @@ from vilu.metrics.counts import Floats
 from vilu.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.space import digest
-from vilu.types import Batch
+from vilu.types import Batch, EmbeddingSource
 
 ACCEPT, ABSTAIN = "accept", "abstain"
 
@@ -35,23 +35,28 @@ class Decider:
     record: Record | None = None
 
     @classmethod
-    def of_folder(cls, predictor: FailurePredictor, fingerprint: str, folder: Path) -> Decider:
-        """The calibration beside a saved predictor, if there is one.
+    def of_folder(cls, predictor: FailurePredictor, folder: Path) -> Decider:
+        """The calibration beside a predictor that was loaded from a folder, if there is one.
 
         Raises:
             ProvenanceError: If it was made for another predictor.
             DataError: If it is damaged.
         """
-        if not record.has_record(folder):
-            return cls(predictor)
-        found = record.load(folder)
-        found.require_predictor(fingerprint, folder)
-        return cls(predictor, found)
+        return cls(predictor, record.load(folder) if record.has_record(folder) else None)
 
     @property
     def provenance(self) -> dict[str, str]:
         """What binds decisions to their calibration; empty without."""
         return {} if self.record is None else {"risk": digest(self.record.model_dump(mode="json"))}
+
+    def require_match(self, data: EmbeddingSource) -> None:
+        """Refuse rows with other candidates than the calibration rows had.
+
+        Raises:
+            ProvenanceError: If they have.
+        """
+        if self.record is not None:
+            self.record.require_candidates(data)
 
     def require_streaming(self) -> None:
         """Refuse a rule that needs all rows at once.
@@ -66,8 +71,8 @@ class Decider:
             )
 
     def label_sets(self, batch: Batch, uncertainty: Floats, outcomes_names: tuple[str, ...] | None) -> list[str] | None:
-        """The label sets of a batch; None where there are none."""
-        if self.record is None or self.record.label_sets is None:
+        """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
+        if self.record is None or self.record.label_sets is None or len(batch.text) < 2:
             return None
         return named_sets(self.record.label_sets, self.predictor, batch, uncertainty, outcomes_names)
 

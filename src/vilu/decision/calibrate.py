@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -42,13 +43,14 @@ def calibrate(
             alone, the strictest threshold that accepts so much, with the bound of its risk.
         method: "ltt", "sgr" or "crc"; see ``vilu.decision.thresholds``.
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough rows, the others
-            together; delta is divided among them, so that all promises hold at once.
+            together; delta is divided among them, so that all promises hold at once. A least coverage alone is that
+            of every group.
 
     Raises:
         UsageError: If neither target is given or one is out of range.
         DataError: If no row can be used, or there is not one group per row.
     """
-    _check(max_risk, min_coverage, confidence, method)
+    check_target(max_risk, min_coverage, confidence, method)
     keep = outcomes.evaluable
     if not keep.any():
         raise DataError(
@@ -56,13 +58,14 @@ def calibrate(
             f"None of the {len(outcomes)} rows has both."
         )
     uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
-    least = 1 if max_risk is None else rows_without_error(max_risk, 1 - confidence) + 1
-    members = _members(_names(outcomes, groups, keep), len(failure), least)
+    fewest = partial(_fewest, max_risk, min_coverage, method)
+    members = _members(_names(outcomes, groups, keep), len(failure), 1 - confidence, fewest)
     delta = (1 - confidence) / len(members)
     certificates = {
         name: _certify(tie_counts(uncertainty[rows], failure[rows]), max_risk, min_coverage, delta, method)
         for name, rows in members.items()
     }
+    certificates = _all_or_none(certificates, max_risk, min_coverage)
     return Selector(
         method=method,
         max_risk=max_risk,
@@ -95,7 +98,12 @@ def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bo
     return [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]
 
 
-def _check(max_risk: float | None, min_coverage: float | None, confidence: float, method: str) -> None:
+def check_target(max_risk: float | None, min_coverage: float | None, confidence: float, method: str) -> None:
+    """Refuse what cannot be promised.
+
+    Raises:
+        UsageError: If there is no target, or one is out of range.
+    """
     if max_risk is None and min_coverage is None:
         raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
     if max_risk is not None and not 0 < max_risk < 1:
@@ -108,16 +116,51 @@ def _check(max_risk: float | None, min_coverage: float | None, confidence: float
         raise UsageError(f"method must be one of {', '.join(METHODS)}. Got {method!r} instead.")
 
 
-def _members(names: list[str] | None, n: int, least: int) -> dict[str, Ints]:
-    """Rows of each group; groups of fewer than ``least`` rows are one group together."""
+def _fewest(max_risk: float | None, min_coverage: float | None, method: Promise, delta: float) -> int:
+    """Fewest rows of a group for which anything can be promised at level delta."""
+    if max_risk is None:
+        return 1 if min_coverage in {None, 1.0} else rows_for_coverage(min_coverage or 1.0, delta)
+    return math.ceil(1 / max_risk) - 1 if method == "crc" else rows_without_error(max_risk, delta) + 1
+
+
+def _members(names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]) -> dict[str, Ints]:
+    """Rows of each group: as many groups of their own as have enough rows for their share of delta, the largest first.
+
+    The others are one group together. Only the sizes of the groups decide.
+    """
     if names is None:
         return {ALL: np.arange(n)}
     sizes = Counter(names)
-    own = sorted(name for name, size in sizes.items() if size >= least)
-    group = np.array([name if sizes[name] >= least else OTHER for name in names], dtype=object)
-    members = {name: np.flatnonzero(group == name) for name in own}
-    rest = np.flatnonzero(group == OTHER)
-    return {**members, OTHER: rest} if len(rest) else members
+    ranked = sorted(sizes, key=lambda name: (-sizes[name], name))
+    # with g groups of their own there are g + 1 shares, but g where nothing is left over
+    enough = [g for g in range(1, len(ranked) + 1) if sizes[ranked[g - 1]] >= fewest(delta / min(g + 1, len(ranked)))]
+    own = set(ranked[: max(enough, default=0)])
+    group = np.array([name if name in own else OTHER for name in names], dtype=object)
+    found = {name: np.flatnonzero(group == name) for name in [*sorted(own), OTHER]}
+    return {name: rows for name, rows in found.items() if len(rows)}
+
+
+def _all_or_none(
+    certificates: dict[str, Certificate], max_risk: float | None, min_coverage: float | None
+) -> dict[str, Certificate]:
+    """The certificates, or none of them where together they fall short of the coverage that was asked for."""
+    if min_coverage is None:
+        return certificates
+    n, accepted = (sum(getattr(one, field) for one in certificates.values()) for field in ("n", "n_accepted"))
+    missing = [one for one in certificates.values() if one.threshold is None]
+    if max_risk is None:
+        why = missing[0].why if missing else None
+    elif 0 < accepted < min_coverage * n:
+        why = f"the risk is attained at {accepted / n:.1%} coverage at most, less than the {min_coverage:.1%} asked for"
+    else:
+        why = None
+    if why is None:
+        return certificates
+    return {name: _nothing(one.n, why, one.n_needed) for name, one in certificates.items()}
+
+
+def _nothing(n: int, why: str, n_needed: int | None = None) -> Certificate:
+    return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed)
 
 
 def _certify(
@@ -130,12 +173,8 @@ def _certify(
     else:
         point = coverage_first(counts, min_coverage or 1.0, delta)
     if point is None:
-        why, n_needed = _why_nothing(counts, max_risk, min_coverage, delta, method)
-        return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed)
+        return _nothing(n, *_why_nothing(counts, max_risk, min_coverage, delta, method))
     accepted = int(counts.accepted[point.index])
-    if max_risk is not None and min_coverage is not None and accepted < min_coverage * n:
-        why = f"the risk is attained at {accepted / n:.1%} coverage at most, less than the {min_coverage:.1%} asked for"
-        return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why)
     return Certificate(
         threshold=float(counts.value[point.index]),
         n=n,

@@ -93,12 +93,7 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
         InfeasibleError: If there are fewer than 1 / max_miss - 1 calibration rows.
         DataError: If rows were used to fit, or none has a label.
     """
-    if not 0 < max_miss < 1:
-        raise UsageError(f"max_miss must be in (0, 1). Got {max_miss} instead.")
-    if data.pool_size is not None:
-        raise UsageError(
-            "label sets need classes; these are image-caption pairs, each with candidates of its own pool."
-        )
+    check_label_sets(predictor, data, max_miss)
     predictor.refuse_seen(data, "calibration")
     true = [scores.gather(1, target[:, None]).squeeze(1) for scores, target in _labelled(predictor, data, method)]
     scores = torch.cat(true) if true else torch.empty(0)
@@ -114,6 +109,21 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
         mean_size=float(torch.cat(sizes).double().mean()),
         empirical_miss=float((scores > limit).double().mean()),
     )
+
+
+def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_miss: float) -> None:
+    """Refuse what no sets can be made of.
+
+    Raises:
+        UsageError: As ``fit_label_sets``, or if the uncertainty of the method is no probability.
+    """
+    if not 0 < max_miss < 1:
+        raise UsageError(f"max_miss must be in (0, 1). Got {max_miss} instead.")
+    if data.pool_size is not None:
+        raise UsageError(
+            "label sets need classes; these are image-caption pairs, each with candidates of its own pool."
+        )
+    predictor.raw_failure_probability([])
 
 
 def _limit(scores: Tensor, max_miss: float) -> float:

@@ -150,7 +150,9 @@ class Monitor:
             ProvenanceError: If they are scores of another predictor, or their candidates are others.
         """
         if self.audited is None:
-            raise UsageError("there is no promise to audit: the rule accepts nothing, or it judges whole batches.")
+            raise UsageError(
+                "there is no promise to audit: the rule accepts nothing, judges whole batches, or bounds a mean (crc)."
+            )
         outcomes = admit(outcomes, self.calibration, self.risk)
         rows = np.full(len(outcomes), max(self.rows - 1, 0))
         self._take_labels(outcomes, self._accepted(outcomes, groups), rows)
@@ -188,7 +190,7 @@ class Monitor:
         audited = None
         if self.audited is not None and self.audit_test is not None:
             tests.append(self.audit_test)
-            audited = Audited.from_audit(self.audited, "all" if self._of_all else "accepted")
+            audited = Audited.from_audit(self.audited)
         verdict, raised_at, reason, advice = conclude(tests, audited)
         return Status(
             verdict=verdict,
@@ -203,14 +205,12 @@ class Monitor:
             audit=audited,
         )
 
-    @property
-    def _of_all(self) -> bool:
-        """Whether the promise is on the share of all answers that is accepted and wrong."""
-        return self.rule is not None and self.rule.method == "crc"
-
     def _promise(self) -> float | None:
-        """The promised error rate; None where nothing is accepted or promised."""
-        if self.rule is None or not self.rule.feasible:
+        """The promised error rate; None where nothing is accepted, or a mean over calibrations is all that is promised.
+
+        Half of the thresholds of conformal risk control are above their target, so a rate above it breaks no promise.
+        """
+        if self.rule is None or not self.rule.feasible or self.rule.method == "crc":
             return None
         promise = self.rule.risk_bound if self.rule.max_risk is None else self.rule.max_risk
         return promise if promise is not None and 0 < promise < 1 else None
@@ -238,8 +238,8 @@ class Monitor:
     def _take_labels(self, outcomes: Outcomes, accepted: NDArray[np.bool_], rows: Ints) -> None:
         if self.audited is None or self.audit_test is None:
             return
-        known = (outcomes.failure != UNKNOWN) & (accepted | self._of_all)
-        wrong = (outcomes.failure[known] == 1) & accepted[known]
+        known = (outcomes.failure != UNKNOWN) & accepted
+        wrong = outcomes.failure[known] == 1
         self.audit_test = self.audit_test.after(self.audited.path(wrong), rows[known])
         self.audited = self.audited.more(wrong)
 

@@ -81,9 +81,8 @@ class Audited(Model):
     """What the labels that have arrived say.
 
     Attributes:
-        of: "accepted" answers, or "all" (rules that promise the share of all answers that is accepted and wrong).
-        n: Audited answers.
-        wrong: How many of them are (accepted and) wrong.
+        n: Audited accepted answers.
+        wrong: How many of them are wrong.
         promise: The largest error rate that was promised.
         lower: Bound of the error rate from below, at all times together; ``confidence`` is of each bound.
         upper: The same from above.
@@ -92,7 +91,6 @@ class Audited(Model):
         n_needed: About how many more audited answers would tell; None where no number is known to.
     """
 
-    of: Literal["accepted", "all"]
     n: int
     wrong: int
     promise: float
@@ -103,10 +101,9 @@ class Audited(Model):
     n_needed: int | None
 
     @classmethod
-    def from_audit(cls, audit: Audit, of: Literal["accepted", "all"]) -> Audited:
+    def from_audit(cls, audit: Audit) -> Audited:
         """The bounds in numbers."""
         return cls(
-            of=of,
             n=audit.n,
             wrong=audit.wrong,
             promise=audit.promise,
@@ -118,10 +115,7 @@ class Audited(Model):
         )
 
     def __str__(self) -> str:
-        what = "accepted answers" if self.of == "accepted" else "answers"
-        found = f"{self.wrong} of {self.n} audited {what} are wrong" + (
-            "" if self.of == "accepted" else " and accepted"
-        )
+        found = f"{self.wrong} of {self.n} audited accepted answers are wrong"
         bounds = f"rate {self.lower:.2%} to {self.upper:.2%}, each bound with confidence {self.confidence:.2%}"
         more = "" if not self.n_needed else f"; about {self.n_needed} more would tell"
         return f"{self.verdict}: {found} ({bounds}; promised: at most {self.promise:.2%}){more}"
@@ -193,6 +187,5 @@ def conclude(tests: Sequence[Test], audit: Audited | None) -> tuple[Verdict, int
     if audit.verdict == "holds so far":
         return "holds", None, "no sign of a shift, and the audited answers keep the promise", "Go on monitoring."
     more = "some" if audit.n_needed is None else f"about {audit.n_needed} more"
-    what = "accepted answers" if audit.of == "accepted" else "answers"
-    advice = f"Go on monitoring; to see the promise itself, label {more} {what}, drawn at random."
+    advice = f"Go on monitoring; to see the promise itself, label {more} accepted answers, drawn at random."
     return "holds", None, "no sign of a shift; too few answers are audited to see the promise itself", advice

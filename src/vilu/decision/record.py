@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -17,7 +17,10 @@ from vilu.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files import atomic_write, write_json
 from vilu.outcomes import Outcomes
+from vilu.predictors.storage import fit_fingerprint
+from vilu.space import digest
 from vilu.tables import parquet_bytes
+from vilu.types import EmbeddingSource
 
 RISK, ROWS = "risk.json", "calibration.parquet"
 AGAIN = "Run `vilu calibrate` again"
@@ -30,7 +33,10 @@ class Record(Model):
 
     Attributes:
         vilu: Version that made it.
-        predictor: Fingerprint of the predictor, its weights and its calibrator.
+        predictor: Hash of the predictor, its weights and its calibrator; not of the vilu that loads it.
+        n_candidates: Number of candidates that the rows had; None for pools.
+        classes: Hash of their names; None where they have none.
+        pool_size: Pairs of a pool; None for classes.
         source: Fingerprint of the calibration data.
         dataset: Their name.
         split: Name of their part.
@@ -45,6 +51,9 @@ class Record(Model):
     kind: Literal["risk"] = "risk"
     vilu: str = vilu.__version__
     predictor: str
+    n_candidates: int | None
+    classes: str | None
+    pool_size: int | None
     source: str
     dataset: str | None
     split: str | None
@@ -54,17 +63,34 @@ class Record(Model):
     rule: Annotated[Rule, Field(discriminator="kind")] | None
     label_sets: LabelSets | None = None
 
-    def require_predictor(self, fingerprint: str, folder: Path) -> None:
-        """Refuse another predictor.
+    def require_candidates(self, data: EmbeddingSource) -> None:
+        """Refuse rows with other candidates: another problem, of which nothing was promised.
 
         Raises:
-            ProvenanceError: If the record was made for another one, naming both.
+            ProvenanceError: Naming both sides.
         """
-        if self.predictor != fingerprint:
+        mine, theirs = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}, problem(data)
+        if mine != theirs:
             raise ProvenanceError(
-                f"{folder / RISK} was made for the predictor {self.predictor}, and {folder} holds {fingerprint}: its "
-                f"thresholds say nothing here. {AGAIN}, or remove the file."
+                f"the predictor was calibrated on rows with {_in_words(mine)}, and these have {_in_words(theirs)}: its "
+                f"thresholds say nothing of them. {AGAIN} on rows like these, or remove {RISK}."
             )
+
+
+def problem(data: EmbeddingSource) -> dict[str, Any]:
+    """What a promise depends on beside the rows: how many candidates there are, and which."""
+    names, pools = data.class_names, data.pool_size
+    return {
+        "n_candidates": data.n_candidates if pools is None else None,
+        "classes": None if names is None else digest(list(names)),
+        "pool_size": pools,
+    }
+
+
+def _in_words(found: dict[str, Any]) -> str:
+    if found["pool_size"] is not None:
+        return f"pools of {found['pool_size']}"
+    return f"{found['n_candidates']} candidates (names {found['classes'] or 'unknown'})"
 
 
 def save(folder: Path, rows: Outcomes, **fields: object) -> Record:
@@ -87,18 +113,28 @@ def has_record(folder: Path) -> bool:
 
 
 def load(folder: str | Path) -> Record:
-    """The record in a predictor's folder, checked.
+    """The record in a predictor's folder, checked, and that it is of the predictor that lies there.
 
     Raises:
         DataError: If there is none, or it is damaged.
-        ProvenanceError: If a newer vilu wrote it.
+        ProvenanceError: If a newer vilu wrote it, or it was made for another predictor.
         StorageError: If it cannot be read.
     """
     path = Path(folder) / RISK
+    found, fingerprint = _parse(path), fit_fingerprint(folder)
+    if found.predictor != fingerprint:
+        raise ProvenanceError(
+            f"{path} was made for the predictor {found.predictor}, and {folder} holds {fingerprint}: its thresholds "
+            f"say nothing here. {AGAIN}, or remove the file."
+        )
+    return found
+
+
+def _parse(path: Path) -> Record:
     content = _read(path)
     try:
         raw = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION and isinstance(version, int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -10,9 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from vilu.document import Model
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import Floats, real_vector
 from vilu.outcomes import Outcomes
+
+MAX_ROWS = 10**6
+"""Of a calibration; more would not move a p-value visibly, and they all stand in ``risk.json``."""
 
 
 class BatchSelector(Model):
@@ -65,16 +69,17 @@ class BatchSelector(Model):
 
     def __str__(self) -> str:
         return (
-            f"accepts a part of every batch, of which on average at most {self.max_risk:.2%} are wrong "
+            f"accepts what it can of a batch, of which on average at most {self.max_risk:.2%} are wrong "
             f"({len(self.wrong)} wrong of {self.n} calibration rows)"
         )
 
 
 def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
-    """Conformal selection from calibration outcomes; see ``BatchSelector``.
+    """Conformal selection from calibration outcomes, of the first million; see ``BatchSelector``.
 
     Raises:
         UsageError: If ``max_risk`` is not in (0, 1).
+        InfeasibleError: If there are fewer than 1 / max_risk - 1 rows: nothing could ever be selected.
         DataError: If no row has both an uncertainty and a known failure.
     """
     if not 0 < max_risk < 1:
@@ -85,5 +90,12 @@ def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
             "calibration needs rows with an uncertainty and a known failure. "
             f"None of the {len(outcomes)} rows has both."
         )
-    wrong = np.sort(outcomes.uncertainty[keep & (outcomes.failure == 1)])
-    return BatchSelector(max_risk=max_risk, n=int(keep.sum()), wrong=tuple(wrong.tolist()))
+    rows = np.flatnonzero(keep)[:MAX_ROWS]
+    fewest = math.ceil(1 / max_risk) - 1
+    if len(rows) < fewest:
+        raise InfeasibleError(
+            f"with {len(rows)} calibration rows no answer can be selected at a risk of {max_risk:.2%}: no p-value is "
+            f"below 1 / {len(rows) + 1}. {fewest} rows are needed."
+        )
+    wrong = np.sort(outcomes.uncertainty[rows][outcomes.failure[rows] == 1])
+    return BatchSelector(max_risk=max_risk, n=len(rows), wrong=tuple(wrong.tolist()))

@@ -8,6 +8,7 @@ seen and unseen, that t accepts. Beside each function stands what it promises.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -77,11 +78,11 @@ def _beginnings(accepted: Ints, max_risk: float, delta: float) -> dict[int, floa
 def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
     """SGR: bisection over the distinct scores, with a bound at every step: P[R(t) <= risk_bound] >= 1 - delta.
 
-    Each of the ceil(log2 G) steps computes the Clopper-Pearson bound b at level delta / ceil(log2 G), and goes to laxer
-    thresholds where b <= max_risk, else to stricter ones; the laxest passed is returned, with its b.
+    Of T = ceil(log2 (G + 1)) steps over G thresholds each computes the Clopper-Pearson bound b at level delta / T, and
+    goes to laxer thresholds where b <= max_risk, else to stricter ones; the laxest passed is returned, with its b.
 
-    Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm 1. There the number
-    of steps is ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
+    Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm 1. There T is
+    ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
     """
     steps = max(math.ceil(math.log2(len(counts.value) + 1)), 1)
     low, high, best = 0, len(counts.value) - 1, None
@@ -107,7 +108,7 @@ def conformal_risk_control(counts: TieCounts, max_risk: float, delta: float) -> 
     """
     joint = (counts.accepted_wrong + 1) / (counts.n + 1)
     inside = int(np.count_nonzero(joint <= max_risk))
-    return Point(inside - 1, float(joint[inside - 1])) if inside else None
+    return Point(inside - 1, max_risk) if inside else None
 
 
 def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Point | None:
@@ -116,13 +117,13 @@ def coverage_first(counts: TieCounts, min_coverage: float, delta: float) -> Poin
     Both hold together with probability >= 1 - delta, each with half of it. t is the first score below which so many
     rows lie that the Clopper-Pearson bound of the acceptance rate from below reaches the target. How many that is
     depends on n alone, so no wrong answer has a say in the choice, and the bound of the risk at t is that of a single
-    threshold. It counts the row at t as wrong if any is, but not as a trial: given t, only the others are random.
+    threshold (of scores without ties; those are simulated in the tests). It counts the row at t as wrong if any is, but
+    not as a trial: given t, only the others are random.
     """
     n = int(counts.n)
-    reached = [lower_bound(int(m), n, delta / 2) >= min_coverage for m in counts.accepted]
-    if not any(reached):
+    index = bisect_left(counts.accepted, min_coverage, key=lambda m: lower_bound(int(m), n, delta / 2))
+    if index == len(counts.accepted):
         return None
-    index = reached.index(True)
     wrong, others = int(counts.accepted_wrong[index]), int(counts.accepted[index]) - 1
     return Point(index, upper_bound(min(wrong, others), others, delta / 2))
 

@@ -112,7 +112,7 @@ def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverag
     if not len(rows):
         raise DataError(f"none of the {len(outcomes)} rows has both a score and an answer.")
     uncertainty = outcomes.uncertainty[rows]
-    weight = outcomes.failure[rows].astype(np.float64) if labelled else uncertainty
+    weight = outcomes.failure[rows].astype(np.float64) if labelled else _probability(outcomes)[rows]
     accepted, threshold = acceptance(uncertainty, coverage)
     pairs = outcomes.prediction[rows], instead[rows]
     confusions = _confusions(pairs, uncertainty, weight, accepted, outcomes.class_names)
@@ -128,17 +128,25 @@ def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverag
     )
 
 
+def _probability(outcomes: Outcomes) -> Floats:
+    """(N,) the calibrated probability of failure, or else an uncertainty that is one."""
+    if outcomes.failure_probability is not None:
+        return outcomes.failure_probability
+    if not outcomes.is_probability:
+        raise UsageError(
+            f"without labels failures are expected from probabilities, and {outcomes.method} gives a score. "
+            "Calibrate it (`vilu calibrate`), take vilu_plus, or give labels."
+        )
+    return outcomes.uncertainty
+
+
 def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool) -> Ints:
     """(N,) what else each row may be."""
     if labelled:
         if outcomes.target is None:
             raise DataError("a risk map needs the right answers, and these outcomes have failures but no targets.")
         return outcomes.target
-    if not outcomes.is_probability:
-        raise UsageError(
-            f"without labels failures are expected from probabilities, and {outcomes.method} gives a score. "
-            "Take vilu_plus, or give labels."
-        )
+    _probability(outcomes)
     if competitor is None:
         raise UsageError("without labels a risk map needs the strongest competitor of every answer.")
     found = np.asarray(competitor, dtype=np.int64)

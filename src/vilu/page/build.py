@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 RANKING = ("auroc", "fpr95", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc")
 DECIDING = ("risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1")
-PROBABILITY = ("ece", "ece_mass", "brier")
+PROBABILITY = ("ece", "ece_mass", "brier", "log_loss")
 
 MAX_RISK = 0.05
 """Error rate that is aimed at where no rule was calibrated."""

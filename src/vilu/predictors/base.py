@@ -175,16 +175,16 @@ class FailurePredictor(Calibrated, ABC):
         return self.calibrate_scores(uncertainty, failure)
 
     def refuse_seen(self, data: EmbeddingSource, role: str) -> None:
-        """Refuse rows that were used to fit.
+        """Refuse rows that were used to fit, as far as they are known: up to 16,384 all, of more a sample of so many.
 
         Raises:
-            DataError: If there are some; their number.
+            DataError: If there are some; how many are known.
         """
         seen = 0 if self.seen_ is None or isinstance(data.ids, RowNumbers) else self.seen_.overlap(data.ids)
         if seen:
             raise DataError(
-                f"{seen} of the {len(data)} {role} rows were used to fit this {self.name}: it knows their answers, so "
-                "nothing measured on them holds for others. Take rows that it has not seen."
+                f"at least {seen} of the {len(data)} {role} rows were used to fit this {self.name}: it knows their "
+                "answers, so nothing measured on them holds for others. Take rows that it has not seen."
             )
 
     def require_fitted(self) -> None:

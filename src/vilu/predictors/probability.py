@@ -173,14 +173,25 @@ def _fit_logistic(form: Any, score: Floats, failure: NDArray[np.int64], counts: 
     Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the weights finite where
     the scores separate them (Platt 1999, Sec. 2.2).
     """
+    features = FORMS[form].features(score)
+    weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
+    falling = np.flatnonzero(np.array(weights) < 0)
+    if form == "beta" and len(falling):  # the form has no falling parts: without the first one, once more (Kull et al.)
+        kept = [part for part in range(features.shape[1]) if part != falling[0]]
+        left, intercept = _least_log_loss(features[:, kept], failure, intercept=True)
+        weights = [0.0] * features.shape[1]
+        weights[kept[0]] = max(left[0], 0.0)
+    return Logistic(form=form, weights=tuple(weights), intercept=intercept, **counts)
+
+
+def _least_log_loss(features: Floats, failure: NDArray[np.int64], *, intercept: bool) -> tuple[list[float], float]:
+    """Weights and constant of a logistic regression without a penalty, on smoothed targets."""
     from sklearn.linear_model import LogisticRegression
 
-    features = FORMS[form].features(score)
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
-    n_failures = counts["n_failures"]
+    n_failures = int(failure.sum())
     target = np.where(failure == 1, (n_failures + 1) / (n_failures + 2), 1 / (len(failure) - n_failures + 2))
-    model = LogisticRegression(C=np.inf, fit_intercept=FORMS[form].intercept, tol=1e-8, max_iter=1000)
-    rows, sides = np.concatenate([features, features]) / scale, np.repeat([1, 0], len(score))
+    model = LogisticRegression(C=np.inf, fit_intercept=intercept, tol=1e-8, max_iter=1000)
+    rows, sides = np.concatenate([features, features]) / scale, np.repeat([1, 0], len(failure))
     model.fit(rows, sides, sample_weight=np.concatenate([target, 1 - target]))
-    weights = (model.coef_[0] / scale).tolist()
-    return Logistic(form=form, weights=weights, intercept=float(np.ravel(model.intercept_)[0]), **counts)
+    return (model.coef_[0] / scale).tolist(), float(np.ravel(model.intercept_)[0])

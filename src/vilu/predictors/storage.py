@@ -97,6 +97,16 @@ def load(folder: str | Path) -> FailurePredictor:
     return predictor
 
 
+def fit_fingerprint(folder: str | Path) -> str:
+    """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it.
+
+    Raises:
+        DataError: If the folder holds no predictor.
+    """
+    record = read_record(Path(folder) / PREDICTOR)
+    return digest({key: value for key, value in record.items() if key not in {"fingerprint", "vilu"}})
+
+
 def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it.
 

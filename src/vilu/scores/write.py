@@ -81,6 +81,7 @@ def score_parts(
         raise DataError("there is nothing to score: the set has no rows.")
     predictor.require_fitted()
     decider = decider or Decider(predictor)
+    decider.require_match(source)
     decider.require_streaming()
     work = _Work.of(decider, source, rows_per_part, (dataset, split))
     root = Path(folder)

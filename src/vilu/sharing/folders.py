@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vilu.document import MAX_DOCUMENT_BYTES
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.files import host_hash, make_folder
 from vilu.predictors.storage import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, load, read_record
@@ -17,7 +18,7 @@ FILES = {
     WEIGHTS: 4 << 30,
     PREDICTOR: MAX_JSON_BYTES,
     CARD: 1 << 20,
-    RISK: 1 << 20,
+    RISK: MAX_DOCUMENT_BYTES,
     "calibration.parquet": 1 << 30,
 }
 """All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
