@@ -122,3 +122,8 @@ def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:
         torch.where(higher, right.max_logit, left.max_logit),
         torch.logaddexp(left.log_norm, right.log_norm),
     )
+
+
+def float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -11,8 +11,8 @@ from torch import Tensor
 from vilu.errors import DataError
 from vilu.nn.experts import Experts
 from vilu.nn.supervised import FEATURES
-from vilu.predictors.free.posterior import float64
 from vilu.predictors.heads.vilu_plus import ViLUPlus
+from vilu.similarity import float64
 from vilu.types import Batch
 
 

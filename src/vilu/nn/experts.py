@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from vilu.nn.supervised import Inputs, SupervisedAttention
 from vilu.nn.train import Rows
+from vilu.similarity import float64
 from vilu.types import Batch
 
 RIDGE = 0.1
@@ -62,8 +63,12 @@ class Memory(nn.Module):
         self.values = nn.Buffer(torch.zeros(n_rows, n_classes))
 
     def kernel(self, rows: Tensor) -> Tensor:
-        """(N, M) of inputs (N, D + F) with the bank."""
-        squares = rows.square().sum(dim=1)[:, None] + self.bank.square().sum(dim=1) - 2 * rows @ self.bank.T
+        """(N, M) float64 of inputs (N, D + F) with the bank, on the CPU where the device has no float64.
+
+        Values of both signs and a size of ten cancel to what the rows are told apart by: in float32 an error of 1e-4.
+        """
+        x, bank = float64(rows), float64(self.bank)
+        squares = x.square().sum(dim=1)[:, None] + bank.square().sum(dim=1) - 2 * x @ bank.T
         return torch.exp(-squares.clamp_min(0) / 2)
 
     @classmethod
@@ -73,14 +78,15 @@ class Memory(nn.Module):
         memory = cls(attention.inputs, len(batch.index), len(batch.text)).to(attention.classes.device)
         memory.bank.copy_(attention.inputs(batch))
         missing = functional.one_hot(batch.target, len(batch.text)) - attention.offset(batch).softmax(dim=-1)
-        gram = memory.kernel(memory.bank).cpu().double()
+        gram = memory.kernel(memory.bank).cpu()
         gram.diagonal().add_(RIDGE)
         memory.values.copy_(GAIN * torch.cholesky_solve(missing.cpu().double(), torch.linalg.cholesky(gram)))
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, K) for the training classes in their order."""
-        return self.kernel(self.inputs(batch)) @ self.values
+        rows = self.inputs(batch)
+        return (self.kernel(rows) @ float64(self.values)).to(rows)
 
 
 class Experts(nn.Module):

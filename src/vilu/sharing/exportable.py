@@ -20,7 +20,7 @@ from vilu.predictors.free.kl_uniform import KLUniform
 from vilu.predictors.free.margin import Margin
 from vilu.predictors.free.max_logit import MaxLogit
 from vilu.predictors.free.mcm import MCM
-from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.predictors.free.prob_margin import ProbMargin
 from vilu.predictors.heads.deep_ensemble import DeepEnsemble
 from vilu.predictors.heads.head import HeadPredictor
@@ -30,6 +30,7 @@ from vilu.predictors.heads.pvu import FLOOR, PVU
 from vilu.predictors.heads.vilu import ViLU
 from vilu.predictors.heads.vilu_plus import ViLUPlus
 from vilu.sharing.graphs import HeadGraph, MeanGraph, NetworkGraph, PlusGraph, Score, ScoreGraph
+from vilu.similarity import float64
 from vilu.space import EmbeddingSpace
 from vilu.types import Batch
 

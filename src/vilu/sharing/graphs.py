@@ -19,8 +19,7 @@ from vilu.nn.experts import Experts
 from vilu.nn.heads import FailureHead
 from vilu.nn.supervised import FEATURES
 from vilu.predictors.bayes.answer import failure_log_odds
-from vilu.predictors.free.posterior import float64
-from vilu.similarity import ZeroShot, of_logits
+from vilu.similarity import ZeroShot, float64, of_logits
 from vilu.space import EmbeddingSpace
 from vilu.types import UNKNOWN, Batch
 

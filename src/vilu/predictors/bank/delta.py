@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from vilu.predictors.free.posterior import float64
+from vilu.similarity import float64
 from vilu.types import Batch
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -11,8 +11,8 @@ from torch import Tensor
 from vilu.nn.train import Rows
 from vilu.predictors.bank.delta import NO_CAPTIONS, MarginWeight, cosine_margin
 from vilu.predictors.bank.search import BankPredictor, Count, draw_rows, gather, nearest, squared_distance
-from vilu.predictors.free.posterior import float64
 from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.similarity import float64
 from vilu.types import Batch
 
 SMALLEST = 1e-6

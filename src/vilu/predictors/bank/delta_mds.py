@@ -19,8 +19,8 @@ from vilu.predictors.bank.gaussian import (
     whitener,
 )
 from vilu.predictors.bank.search import labels
-from vilu.predictors.free.posterior import float64
 from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.similarity import float64
 from vilu.types import Batch
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from vilu.nn.train import Rows
 from vilu.predictors.bank.gaussian import NO_SPREAD, class_means, scatter, squared_distances, whitener
 from vilu.predictors.bank.search import Count, image_blocks, labels
-from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.similarity import float64
 from vilu.types import Batch
 
 ABSENT, POOLED = 0, 1

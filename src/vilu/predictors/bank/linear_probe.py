@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vilu.nn.train import Rows
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels
-from vilu.predictors.free.posterior import float64
 from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.similarity import float64
 from vilu.types import Batch
 
 

@@ -13,8 +13,9 @@ from torch.nn.functional import normalize
 from vilu.errors import ProvenanceError
 from vilu.nn.train import Rows
 from vilu.predictors.bank.search import Count, labels
-from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.similarity import float64
 from vilu.types import Batch
 
 

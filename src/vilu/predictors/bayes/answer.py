@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vilu.predictors.free.posterior import float64
+from vilu.similarity import float64
 from vilu.types import Batch
 
 

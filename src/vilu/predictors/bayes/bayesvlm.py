@@ -16,10 +16,10 @@ from vilu.errors import DataError
 from vilu.nn.laplace import Factors, Layer, Posterior, cosine_moments, factors, posterior
 from vilu.nn.train import Rows, steps_per_epoch
 from vilu.predictors.bayes.answer import failure_log_odds
-from vilu.predictors.free.posterior import float64
 from vilu.predictors.heads.head import Count, Positive
 from vilu.predictors.labelled import TensorPredictor
 from vilu.progress import track
+from vilu.similarity import float64
 from vilu.types import Batch, EmbeddingSource
 
 FARTHEST = 1e-2

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vilu.errors import UsageError
 from vilu.nn.train import SCORING_BATCH, Rows
-from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.predictors.labelled import TensorPredictor
+from vilu.similarity import float64
 from vilu.types import Batch
 
 MIN_DEVIATION = 1e-6

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.free.posterior import float64
+from vilu.similarity import float64
 from vilu.types import Batch
 
 

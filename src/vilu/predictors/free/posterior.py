@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vilu.similarity import float64
 from vilu.types import Batch
 
 
@@ -23,8 +24,3 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     below = (logits - logits.gather(1, answer)) / temperature
     others = below.exp().scatter(1, answer, 0.0).sum(dim=-1, keepdim=True)
     return below - torch.log1p(others)
-
-
-def float64(tensor: Tensor) -> Tensor:
-    """The tensor in float64, on the CPU where its device has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

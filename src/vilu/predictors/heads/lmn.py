@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.nn.train import Rows
-from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.predictors.heads.head import Count, Positive
 from vilu.predictors.heads.network import NetworkPredictor, perceptron
+from vilu.similarity import float64
 from vilu.types import Batch, EmbeddingSource
 
 LIMIT = math.log(10.0)

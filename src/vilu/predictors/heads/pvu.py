@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.predictors.free.posterior import float64, log_posterior
+from vilu.predictors.free.posterior import log_posterior
 from vilu.predictors.heads.head import Count
 from vilu.predictors.heads.network import NetworkPredictor, perceptron
+from vilu.similarity import float64
 from vilu.types import Batch
 
 MARGIN = 0.1

@@ -19,10 +19,10 @@ from vilu.nn.supervised import FEATURES, Inputs, SupervisedAttention, fit_attent
 from vilu.nn.train import SCORING_BATCH, Rows, steps_per_epoch
 from vilu.predictors.bayes.answer import failure_log_odds
 from vilu.predictors.folds import cross_fitting
-from vilu.predictors.free.posterior import float64
 from vilu.predictors.heads.head import Count, NonNegative, Positive, with_weights
 from vilu.predictors.heads.pool import fit_pool
 from vilu.predictors.labelled import LabelledPredictor
+from vilu.similarity import float64
 from vilu.types import Batch, EmbeddingSource
 
 MEMORY_ROWS = 4_096

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.free.posterior import float64
+from vilu.similarity import float64
 from vilu.types import Batch
 
 Statistic = Literal["mean", "vote"]
