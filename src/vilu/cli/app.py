@@ -26,7 +26,7 @@ from vilu.progress import reporting
 app = typer.Typer(
     name="vilu",
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
-    epilog="New here: `vilu demo`. The flow: embed, fit, score, evaluate; every command has its own --help.",
+    epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command has its own --help.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -21,7 +21,7 @@ from vilu.metrics.counts import Floats, Ints, TieCounts
 STARTS = ((1 / 16, 0.3), (1 / 4, 0.5), (1.0, 0.2))
 """Where fixed sequences begin, as shares of the calibration rows, and their shares of delta."""
 
-LOOKED_AT = 500
+LOOKED_AT = 100
 """Thresholds that are looked at for an estimate of the rows needed."""
 
 
