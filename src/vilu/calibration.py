@@ -63,6 +63,8 @@ class Target:
             check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
         elif self.max_risk is None or self.min_coverage is not None or self.per_class:
             raise UsageError("selection takes a max_risk, and neither a min_coverage nor a threshold per class.")
+        if self.per_class and data.pool_size is not None:
+            raise UsageError("captions have no classes, so there are no thresholds per class. Leave per_class out.")
         if self.label_sets is not None:
             check_label_sets(predictor, data, self.max_miss)
 

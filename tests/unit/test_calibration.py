@@ -1,0 +1,68 @@
+"""What ``calibrate_predictor`` refuses before it computes anything, and captions from end to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.conftest import toy_embeddings, toy_pairs
+from vilu.calibration import Target, calibrate_predictor
+from vilu.decision.apply import Decider
+from vilu.errors import ProvenanceError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target(per_class=True), "leave method and per_class out"),
+        (Target(method="sgr"), "leave method and per_class out"),
+        (Target(max_risk=0.1, method="selection", per_class=True), "selection takes a max_risk"),
+        (Target(min_coverage=0.5, method="selection"), "selection takes a max_risk"),
+        (Target(max_risk=2.0), "max_risk must be in"),
+        (Target(max_risk=0.1, label_sets="lac", max_miss=1.0), "max_miss must be in"),
+    ],
+)
+def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path) -> None:
+    vilu.MCM().save(tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(UsageError, match=message):
+        calibrate_predictor(tmp_path, toy_embeddings(n=5), target)  # far too few rows for anything else
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_captions(tmp_path: Path) -> None:
+    pairs, new = toy_pairs(n=512, pool=32), toy_pairs(n=128, pool=32, seed=1)
+    vilu.MCM().save(tmp_path)
+    for target, message in (
+        (Target(max_risk=0.4, per_class=True), "no thresholds per class"),
+        (Target(max_risk=0.4, label_sets="aps"), "label sets need classes"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            calibrate_predictor(tmp_path, pairs, target)
+    record = calibrate_predictor(tmp_path, pairs, Target(max_risk=0.4))
+    assert (record.n, record.pool_size, record.n_candidates) == (512, 32, None)
+    predictor = vilu.load(tmp_path)
+    decider = Decider.of_folder(predictor, tmp_path)
+    outcomes = vilu.score(predictor, new, decider=decider)
+    accepted = outcomes.uncertainty <= record.rule.threshold
+    assert outcomes.decision == tuple(np.where(accepted, "accept", "abstain"))
+    with pytest.raises(ProvenanceError, match="pools of 32, and these have pools of 16"):
+        vilu.score(predictor, toy_pairs(n=128, pool=16), decider=decider)
+
+
+def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> None:
+    data = toy_embeddings(n=300, k=2, ids_from=None)
+    vilu.MCM().save(tmp_path)
+    calibrate_predictor(tmp_path, data, Target(max_risk=0.5, label_sets="lac"))
+    predictor = vilu.load(tmp_path)
+    decider = Decider.of_folder(predictor, tmp_path)
+    broken = toy_embeddings(n=20, k=2, ids_from=None)
+    broken.image[4] = np.nan
+    holes = vilu.Embeddings(broken.image, broken.text, logit_scale=20.0, class_names=broken.class_names)
+    outcomes = vilu.score(predictor, holes, decider=decider)
+    assert (outcomes.decision[4], outcomes.decision_reason[4], outcomes.label_set[4]) == ("abstain", "nonfinite", None)
+    assert np.isnan(outcomes.failure_probability[4])
+    assert {text for row, text in enumerate(outcomes.decision) if row != 4} <= {"accept", "abstain"}
