@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.metrics.histogram import Histogram
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -70,6 +71,13 @@ def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):
     image = text + noise
     norm = np.linalg.norm(image, axis=1, keepdims=True)
     return PairEmbeddings(image / norm, text, pool, 20.0, columns=toy_columns(image, text, rng))
+
+
+def same_histogram(one: Histogram, other: Histogram) -> bool:
+    """Whether two histograms hold the same, to the last bit."""
+    mine, theirs = ((h.level, h.low, h.high) for h in (one, other))
+    columns = ((one.bins, other.bins), (one.correct, other.correct), (one.wrong, other.wrong))
+    return mine == theirs and all(np.array_equal(a, b) for a, b in columns)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -166,7 +165,6 @@ class PairEmbeddings(PairSource):
             )
         self.space = space or EmbeddingSpace(self.image.shape[1], float(logit_scale), float(logit_bias))
         self.target = torch.arange(len(self.image)) % self.pool_size
-        self.status = np.zeros(len(self.image), dtype=np.uint8)
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(columns, len(self.image), len(self.text))
         self.columns = frozenset(self._columns)

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -54,7 +53,6 @@ class PseudoCaptions(PairSource):
         require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
         self._text, self._caption = class_captions(sources, chosen)
         self.target = torch.arange(len(self._row)) % self.pool_size
-        self.status = np.zeros(len(self._row), dtype=np.uint8)
         anonymous = any(isinstance(source.ids, RowNumbers) for source in sources)
         self.ids: Sequence[str] = RowNumbers(len(self._row)) if anonymous else PrefixedIds(self, names)
 

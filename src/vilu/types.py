@@ -158,7 +158,6 @@ class EmbeddingSource(ABC):
         class_names: Names of the candidates, or None (captions, or bare arrays).
         ids: (N,) row identifiers.
         target: (N,) int64 targets, -1 where unknown.
-        status: (N,) uint8, 0 where the embedding is usable, else a position in ``validate.STATUS``.
         pool_size: Number of rows whose captions are the candidates of each of them, or None when candidates are shared.
         columns: Names of what there is beside the embeddings (``vilu.columns``).
     """
@@ -167,7 +166,6 @@ class EmbeddingSource(ABC):
     class_names: tuple[str, ...] | None
     ids: Sequence[str]
     target: Tensor
-    status: NDArray[np.uint8]
     pool_size: int | None
     columns: frozenset[str] = frozenset()
 
@@ -194,6 +192,11 @@ class EmbeddingSource(ABC):
             DataError: If there is no such column.
         """
         raise DataError(f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`.")
+
+    @cached_property
+    def status(self) -> NDArray[np.uint8]:
+        """(N,) 0 where the embedding is usable, as all are by default, else a position in ``validate.STATUS``."""
+        return np.full(len(self), VALID, dtype=np.uint8)
 
     @cached_property
     def usable_rows(self) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 import vilu
-from tests.conftest import toy_embeddings, toy_pairs, variant
+from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
 from vilu.embeddings import Embeddings, PairEmbeddings
 from vilu.errors import BusyError, DataError, NotFittedError, ProvenanceError, StorageError, UsageError
 from vilu.metrics import METRICS, histogram
@@ -127,7 +127,7 @@ def test_values_do_not_depend_on_the_size_of_a_part(data: Embeddings, done: Path
     one = score_parts(vilu.MCM(), data, tmp_path / "s", dataset="toy", split="test")
     assert len(one.run.parts) == 2
     assert_same_outcomes(one.outcomes(), ScoreFolder(done).outcomes())
-    assert one.histogram == ScoreFolder(done).histogram
+    assert same_histogram(one.histogram, ScoreFolder(done).histogram)
 
 
 def test_evaluation_of_a_folder_is_that_of_the_rows(data: Embeddings, done: Path) -> None:

@@ -32,7 +32,8 @@ class Worker:
                 self._job = pickle.loads(self._payload)  # noqa: S301 - from our own driver
                 self._payload = b""
             return pickle.dumps(self._job.process(part))
-        except Exception as error:  # noqa: BLE001 - the driver raises it
+        # not swallowed: this is the end of a worker, and whatever it is travels as bytes to the driver, which raises it
+        except Exception as error:  # noqa: BLE001
             return _pack(error)
 
 
@@ -73,7 +74,9 @@ def _pack(error: Exception) -> bytes:
     try:
         packed = pickle.dumps(error)
         pickle.loads(packed)  # noqa: S301 - our own bytes; classes with other arguments than a message fail here
-    except Exception:  # noqa: BLE001 - whatever a foreign class raises in its __reduce__ or __init__
+    # pickling runs the __reduce__ and __init__ of a foreign class, which may raise anything; what the part itself
+    # raised is what counts, and still reaches the driver, as text
+    except Exception:  # noqa: BLE001
         packed = pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
     return packed
 

@@ -125,7 +125,8 @@ class _Action:
         try:
             self._context.setJobGroup(self._group, "vilu")
             self._tasks.collect()
-        except Exception as error:  # noqa: BLE001 - check() raises it in the driver's thread
+        # not swallowed: an exception ends with its thread unless it is handed over; check() raises it in the driver's
+        except Exception as error:  # noqa: BLE001
             self._error = error
 
     def goes_on(self) -> bool:

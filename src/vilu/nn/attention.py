@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,8 +68,8 @@ def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
     """
     if text.requires_grad:
         raise ValueError("an attention over so many texts gives them no gradient. Detach them.")
-    result: Tensor = _Attend.apply(query, text, scale)  # type: ignore[no-untyped-call]  # torch gives it no type
-    return result
+    apply: Callable[[Tensor, Tensor, float], Tensor] = _Attend.apply  # torch gives it no type
+    return apply(query, text, scale)
 
 
 class _Attend(torch.autograd.Function):

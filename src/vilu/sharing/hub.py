@@ -199,10 +199,12 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
     """The errors of the hub's client as ours."""
     from huggingface_hub import errors
 
-    lost: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]  # of whatever client it has
+    # the hub's own error derives from that of its HTTP client, whichever that is, for what is lost on the way
+    lost = [kind for kind in errors.HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
+    known: tuple[type[Exception], ...] = (OSError, errors.HFValidationError, RuntimeError, *lost)
     try:
         yield
-    except (OSError, errors.HFValidationError, lost, RuntimeError) as error:
+    except known as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system; the hub's have no number
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
         status = getattr(getattr(error, "response", None), "status_code", None)

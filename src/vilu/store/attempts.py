@@ -119,6 +119,8 @@ def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> Pa
     if listing:
         try:
             found = [(position, record.key) for position, record in place_records(run, part, dataset)]
-        except Exception as error:  # noqa: BLE001 - whatever is wrong with these images, it must not stop the others
+        # these images have killed workers, so their listing may raise anything of a foreign reader; it is logged, every
+        # row is recorded as a crash, and the other parts go on
+        except Exception as error:  # noqa: BLE001
             logger.warning("part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error)
     return PartRows(errors=[ErrorRow(key, at, "process", "crash", None, MESSAGE, None) for at, key in found])

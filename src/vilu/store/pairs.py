@@ -86,7 +86,7 @@ class MappedPairs(PairSource, MappedSource):
         return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
 
     @cached_property
-    def status(self) -> NDArray[np.uint8]:  # type: ignore[override]  # computed late; elsewhere stored
+    def status(self) -> NDArray[np.uint8]:
         """(N,) status of the rows; it takes the order of the pools to know it."""
         status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
         status[self.usable_rows.numpy()] = VALID

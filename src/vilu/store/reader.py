@@ -20,7 +20,6 @@ from vilu.store.mapped import MappedSource
 from vilu.store.parts import Part
 from vilu.store.sealed import Sealed
 from vilu.types import UNKNOWN, Candidates
-from vilu.validate import VALID
 
 
 class EmbeddingStore(MappedSource):
@@ -58,7 +57,6 @@ class EmbeddingStore(MappedSource):
         self.columns = frozenset(self.manifest.arrays) - {IMAGE} | frozenset(self._classes.columns)
         targets = map(self._read_targets, self._sealed.parts)
         self.target = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
-        self.status = np.full(len(self.target), VALID, dtype=np.uint8)  # the writer keeps unusable rows out
         self.ids = self._sealed.keys()
 
     @property
