@@ -94,7 +94,7 @@ class Attributor:
         self.game = game_of(predictor)
         rows = draw_rows(background, n, seed, leave_out)
         self.n_background = len(rows)
-        self.game.see(list(scored_rows(predictor, background, rows)))
+        self.game.see(list(scored_rows(predictor, background, rows, self.game.step)))
 
     def of(self, scored: Scored) -> list[Attribution]:
         """One attribution per row of a batch."""

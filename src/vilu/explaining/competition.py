@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vilu.errors import UsageError
 from vilu.explaining.pooled import pooled
-from vilu.explaining.rows import ROWS
 from vilu.nn.attention import CrossAttention
 from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
@@ -85,11 +84,10 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
     weights = weights_of(predictor)
     found = np.full(len(data), UNKNOWN, dtype=np.int64)
     with torch.no_grad():
-        for batch in data.batches(ROWS, columns=predictor.columns_to_score):
-            moved = batch.to(predictor.device_)
-            given = weights.of(moved)
+        for batch, _ in predictor.scored(data):  # its answers are those of ``vilu.score``
+            given = weights.of(batch)
             # equal texts are one answer, whatever their number
-            answer = moved.first_equal[None] == moved.first_equal[moved.prediction][:, None]
+            answer = batch.first_equal[None] == batch.first_equal[batch.prediction][:, None]
             best = given.masked_fill(answer.to(given.device), -1.0).argmax(dim=1)
-            found[batch.index.numpy()] = best.cpu().numpy()
+            found[batch.index.numpy(force=True)] = best.cpu().numpy()
     return found

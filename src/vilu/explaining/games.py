@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vilu.explaining.pooled import Pooled, pooled
 from vilu.nn.heads import FailureHead, project_rows
+from vilu.nn.train import SCORING_BATCH
 from vilu.predictors.bayes.answer import failure_log_odds
 from vilu.predictors.heads.vilu_plus import ViLUPlus
 from vilu.similarity import TILE_CELLS
@@ -37,11 +38,13 @@ class Game(ABC):
         players: Names of the groups of inputs.
         unit: What the score is.
         meaning: What is compared with what, in words.
+        step: Rows of the source scored with each background row (``scored_rows``); 1 where no score is looked at.
     """
 
     players: tuple[str, ...]
     unit: str
     meaning: str
+    step = 1
 
     @abstractmethod
     def see(self, background: list[Scored]) -> None:
@@ -56,6 +59,7 @@ class SingleGame(Game):
     """A score that looks at one group of inputs alone: all of its distance from the background mean is that group's."""
 
     unit = "uncertainty"
+    step = SCORING_BATCH
 
     def __init__(self, player: str) -> None:
         self.players = (player,)

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from vilu.columns import IMAGE_COLUMNS
 from vilu.errors import DataError
+from vilu.nn.train import SCORING_BATCH
 from vilu.predictors.base import FailurePredictor
+from vilu.similarity import ZeroShot
 from vilu.types import Batch, EmbeddingSource
 from vilu.validate import SHORT_POOL, STATUS, VALID
 
@@ -27,45 +29,46 @@ MAX_POOLS = 8
 
 
 def scored_rows(
-    predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor
+    predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor, step: int = SCORING_BATCH
 ) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-    """Batches of the wanted rows, each with its uncertainty (B,) float64; with captions in the order of their pools.
+    """Batches of the wanted rows, each with its uncertainty (B,) float64, in the order of the source (or of its pools).
+
+    A matrix product rounds by the shape of its block. So whole blocks of ``vilu.score`` are scored, whatever is wanted
+    of them: uncertainty and answer are the very numbers that it gives.
 
     Args:
         predictor: Ready to score.
         data: The rows' source.
         rows: (M,) int64 distinct positions of usable rows.
+        step: Rows per block; 1, where the uncertainties are not looked at, scores no others.
     """
-    for part in [rows] if data.pool_size else rows.split(ROWS):
-        for batch, scores in predictor.scored(data, whole_pools(data, part)):
-            places = torch.isin(batch.index.cpu(), part).nonzero().squeeze(1)
+    for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
+        for places in torch.isin(batch.index.cpu(), rows).nonzero().squeeze(1).split(ROWS):
             if len(places):
                 yield select(batch, places.to(batch.index.device)), scores[places.numpy()]
 
 
 def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
     """Batches of the wanted rows, as ``scored_rows`` without scores."""
-    for part in [rows] if data.pool_size else rows.split(ROWS):
-        for batch in data.batches(ROWS, rows=whole_pools(data, part)):
-            places = torch.isin(batch.index, part).nonzero().squeeze(1)
-            if len(places):
-                yield select(batch, places)
+    for batch in data.batches(ROWS, rows=whole_steps(data, rows, 1)):
+        places = torch.isin(batch.index, rows).nonzero().squeeze(1)
+        if len(places):
+            yield select(batch, places)
 
 
 def select(batch: Batch, places: Tensor) -> Batch:
-    """The rows at some places of a batch, against all of its candidates."""
+    """The rows at some places of a batch, with their zero-shot answers, against all of its candidates."""
     columns = {name: rows[places] if name in IMAGE_COLUMNS else rows for name, rows in batch.columns.items()}
     image, target, index = batch.image[places], batch.target[places], batch.index[places]
-    return dataclasses.replace(batch, image=image, target=target, index=index, columns=columns)
+    selected = dataclasses.replace(batch, image=image, target=target, index=index, columns=columns)
+    selected.__dict__["zero_shot"] = ZeroShot(*(of_rows[places] for of_rows in batch.zero_shot))
+    return selected
 
 
-def whole_pools(data: EmbeddingSource, rows: Tensor) -> Tensor:
-    """The rows themselves; with captions all rows of the pools that they are in, pool by pool."""
-    if data.pool_size is None:
-        return rows
-    place = torch.isin(data.usable_rows, rows).nonzero().squeeze(1)
-    pools = (place // data.pool_size).unique()
-    return torch.cat([data.usable_rows[:0], *(_pool(data, int(pool)) for pool in pools)])
+def whole_steps(data: EmbeddingSource, rows: Tensor, size: int) -> Tensor:
+    """All rows of the steps that the rows are in, in order: a pool each, or ``size`` usable rows."""
+    step = torch.arange(len(data.usable_rows)) // (data.pool_size or size)
+    return data.usable_rows[torch.isin(step, step[torch.isin(data.usable_rows, rows)])]
 
 
 def _pool(data: EmbeddingSource, number: int) -> Tensor:
