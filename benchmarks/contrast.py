@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.memory import peak_mb
-from vilu.embeddings import PairEmbeddings
-from vilu.nn.attention import attend
-from vilu.nn.heads import HIDDEN, FailureHead
-from vilu.nn.losses import FailureWeight, weighted_bce
-from vilu.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.embeddings.memory import PairEmbeddings
 from vilu.predictors.heads.head import bce_loss
+from vilu.predictors.nn.head import HIDDEN, FailureHead, attend
+from vilu.predictors.nn.losses import FailureWeight, weighted_bce
+from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 
 D, SCALE, REPEATS = 512, 100.0, 5
 LARGE, LABELS, TIMED = 32_768, 8_192, 4_096

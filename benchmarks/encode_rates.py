@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from vilu.backbones.catalog import load_backbone
-from vilu.backbones.loading import import_extra, quiet
-from vilu.backbones.named import NAMED
+from vilu.backbones.catalog import NAMED, load_backbone
+from vilu.extras import import_extra, quiet
 
 IMAGES, TEXTS = 16, 16
 COMPACT_SIZES = (128, 224)

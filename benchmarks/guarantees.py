@@ -19,7 +19,7 @@ import vilu
 from vilu.decision.selection import select
 from vilu.metrics import coverage_at_risk
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 SPLITS = 200
 

@@ -15,11 +15,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from vilu.embeddings import Embeddings
-from vilu.nn.heads import HIDDEN, FailureHead
-from vilu.nn.losses import FailureWeight
-from vilu.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.embeddings.memory import Embeddings
 from vilu.predictors.heads.head import bce_loss
+from vilu.predictors.nn.head import HIDDEN, FailureHead
+from vilu.predictors.nn.losses import FailureWeight
+from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 
 D, K, REPEATS = 512, 10, 7
 Shape = tuple[int, int, int]

@@ -18,13 +18,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.encode_rates import IMAGES, named, seconds
-from vilu.backbones.named import NAMED
+from vilu.backbones.catalog import NAMED
 from vilu.datasets.known import KNOWN
-from vilu.embeddings import Embeddings
-from vilu.nn.heads import FailureHead
-from vilu.nn.losses import FailureWeight
-from vilu.nn.train import HeadTrainer, Rows, TrainConfig
+from vilu.embeddings.memory import Embeddings
 from vilu.predictors.heads.head import bce_loss
+from vilu.predictors.nn.head import FailureHead
+from vilu.predictors.nn.losses import FailureWeight
+from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 
 D, BATCH, EPOCHS, REPEATS = 512, 1024, 300, 3
 BACKBONE = "clip-vit-b32"

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 ATTEMPTS = 3
-"""Deaths in a part before it is set aside (``vilu.store.attempts.MAX_ATTEMPTS``)."""
+"""Deaths in a part before it is set aside (``vilu.store.job.MAX_ATTEMPTS``)."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.metrics.histogram import Histogram
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 import vilu
-from vilu.benchmark.estimate import estimate
-from vilu.benchmark.estimate_text import describe
-from vilu.benchmark.loading import load_config
+from vilu.benchmark.dry_run import describe, estimate
+from vilu.benchmark.load import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -12,8 +12,8 @@ import csv
 import sys
 from pathlib import Path
 
-from vilu.benchmark.rates import passed_rows
-from vilu.studies.archive import load_studies
+from vilu.benchmark.dry_run import passed_rows
+from vilu.benchmark.study import load_studies
 
 ASSET = Path(__file__).resolve().parents[1] / "src" / "vilu" / "assets" / "rates.csv"
 

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from vilu import metrics
     from vilu.backbones.catalog import load_backbone
     from vilu.datasets.catalog import open_dataset
-    from vilu.decision.calibrate import calibrate
+    from vilu.decision.calibrate import Selector, calibrate
     from vilu.decision.monitor import Monitor
-    from vilu.decision.selector import Selector
-    from vilu.embeddings import Embeddings, PairEmbeddings
-    from vilu.evaluation import compare, evaluate
-    from vilu.explaining.explain import explain
-    from vilu.explaining.prompts import prompt_gains
-    from vilu.explaining.risk import risk_map
-    from vilu.outcomes import Outcomes
-    from vilu.page.build import report_page
-    from vilu.pairs import Pools
+    from vilu.decision.score import score, score_parts
+    from vilu.decision.score_folder import ScoreFolder
+    from vilu.embeddings.memory import Embeddings, PairEmbeddings
+    from vilu.embeddings.pairs import Pools, PseudoCaptions
+    from vilu.embeddings.source import Batch, EmbeddingSource
+    from vilu.embeddings.space import EmbeddingSpace
+    from vilu.outcomes.evaluate import compare, evaluate
+    from vilu.outcomes.outcomes import Outcomes
+    from vilu.outcomes.results import ResultTable
     from vilu.predictors import (
         LVU,
         MCM,
@@ -37,16 +37,13 @@ if TYPE_CHECKING:
     )
     from vilu.predictors.convert import convert_official
     from vilu.predictors.storage import load
-    from vilu.pseudo import PseudoCaptions
-    from vilu.results import ResultTable
-    from vilu.scores.folder import ScoreFolder
-    from vilu.scores.write import score_parts
-    from vilu.scoring import score
-    from vilu.space import EmbeddingSpace
+    from vilu.report.explain.explain import explain
+    from vilu.report.explain.prompts import prompt_gains
+    from vilu.report.explain.risk import risk_map
+    from vilu.report.page.build import report_page
     from vilu.store.embed import embed
     from vilu.store.open import open_source
     from vilu.store.reader import EmbeddingStore
-    from vilu.types import Batch, EmbeddingSource
 
 __version__ = "0.1.0"
 
@@ -55,14 +52,14 @@ _HOME = {
     "open_dataset": "vilu.datasets.catalog",
     "calibrate": "vilu.decision.calibrate",
     "Monitor": "vilu.decision.monitor",
-    "Selector": "vilu.decision.selector",
-    "compare": "vilu.evaluation",
-    "evaluate": "vilu.evaluation",
-    "explain": "vilu.explaining.explain",
-    "prompt_gains": "vilu.explaining.prompts",
-    "risk_map": "vilu.explaining.risk",
-    "Outcomes": "vilu.outcomes",
-    "report_page": "vilu.page.build",
+    "Selector": "vilu.decision.calibrate",
+    "compare": "vilu.outcomes.evaluate",
+    "evaluate": "vilu.outcomes.evaluate",
+    "explain": "vilu.report.explain.explain",
+    "prompt_gains": "vilu.report.explain.prompts",
+    "risk_map": "vilu.report.explain.risk",
+    "Outcomes": "vilu.outcomes.outcomes",
+    "report_page": "vilu.report.page.build",
     "Doctor": "vilu.predictors",
     "Entropy": "vilu.predictors",
     "FailurePredictor": "vilu.predictors",
@@ -75,20 +72,20 @@ _HOME = {
     "ViLUPlus": "vilu.predictors",
     "convert_official": "vilu.predictors.convert",
     "load": "vilu.predictors.storage",
-    "ResultTable": "vilu.results",
-    "score": "vilu.scoring",
-    "EmbeddingSpace": "vilu.space",
+    "ResultTable": "vilu.outcomes.results",
+    "score": "vilu.decision.score",
+    "EmbeddingSpace": "vilu.embeddings.space",
     "embed": "vilu.store.embed",
     "open_source": "vilu.store.open",
-    "Pools": "vilu.pairs",
-    "PseudoCaptions": "vilu.pseudo",
-    "ScoreFolder": "vilu.scores.folder",
-    "score_parts": "vilu.scores.write",
+    "Pools": "vilu.embeddings.pairs",
+    "PseudoCaptions": "vilu.embeddings.pairs",
+    "ScoreFolder": "vilu.decision.score_folder",
+    "score_parts": "vilu.decision.score",
     "EmbeddingStore": "vilu.store.reader",
-    "Batch": "vilu.types",
-    "EmbeddingSource": "vilu.types",
-    "Embeddings": "vilu.embeddings",
-    "PairEmbeddings": "vilu.embeddings",
+    "Batch": "vilu.embeddings.source",
+    "EmbeddingSource": "vilu.embeddings.source",
+    "Embeddings": "vilu.embeddings.memory",
+    "PairEmbeddings": "vilu.embeddings.memory",
 }
 
 __all__ = [

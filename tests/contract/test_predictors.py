@@ -12,14 +12,13 @@ import torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import PREDICTORS
-from vilu.columns import HOW, TEXT_COLUMNS
-from vilu.embeddings import Embeddings
+from vilu.embeddings.columns import HOW, TEXT_COLUMNS
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.labelled import LabelledPredictor
-from vilu.predictors.learned import LearnedPredictor
+from vilu.predictors.labelled import LabelledPredictor, LearnedPredictor
 from vilu.predictors.parameters import build, parameters
-from vilu.space import EmbeddingSpace
 
 QUICK = {"hidden": (16, 8), "epochs": 12, "batch_size": 64}
 LABELLED = [name for name, cls in PREDICTORS.items() if issubclass(cls, LabelledPredictor)]

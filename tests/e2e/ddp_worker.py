@@ -15,17 +15,15 @@ import numpy as np
 import torch
 
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import PairEmbeddings
-from vilu.nn.checkpoint import checkpointing
-from vilu.nn.heads import FailureHead
-from vilu.nn.losses import FailureWeight
-from vilu.nn.train import HeadTrainer, Rows, TrainConfig
-from vilu.nn.world import World, world
-from vilu.pairs import Pools
+from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.pairs import Pools
 from vilu.predictors.heads.head import HeadPredictor, bce_loss
-from vilu.predictors.heads.lvu import LVU
-from vilu.predictors.heads.mc_dropout import MCDropout
-from vilu.predictors.heads.vilu import ViLU
+from vilu.predictors.heads.vilu import LVU, MCDropout, ViLU
+from vilu.predictors.nn.checkpoint import checkpointing
+from vilu.predictors.nn.head import FailureHead
+from vilu.predictors.nn.losses import FailureWeight
+from vilu.predictors.nn.processes import World, world
+from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 from vilu.progress import Task, reporting
 
 QUICK = {"hidden": (16, 8), "epochs": 3, "freeze_epochs": 1, "batch_size": 64, "device": "cpu"}

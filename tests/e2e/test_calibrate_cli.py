@@ -18,10 +18,10 @@ from tests.e2e.test_cli import run as run_process
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.cli import main
 from vilu.decision.apply import Decider
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
-from vilu.outcomes import Outcomes
-from vilu.page.choice import read_calibrated
+from vilu.outcomes.outcomes import Outcomes
+from vilu.report.page.choice import read_calibrated
 from vilu.store.embed import embed
 
 

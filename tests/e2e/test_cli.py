@@ -18,7 +18,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import vilu
-from vilu.space import digest
+from vilu.embeddings.space import digest
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 NAMES = """dress\tdress

@@ -19,10 +19,9 @@ import torch
 
 from tests.unit.known_trees import make_tree, make_trees, wnids
 from tests.unit.tiny_models import write_tiny
-from vilu.backbones.catalog import load_backbone
-from vilu.backbones.named import NAMED
+from vilu.backbones.catalog import NAMED, load_backbone
 from vilu.backbones.zeroshot import class_texts
-from vilu.benchmark.loading import load_config
+from vilu.benchmark.load import load_config
 from vilu.datasets.images import decode_image
 from vilu.datasets.known import KNOWN, open_known
 

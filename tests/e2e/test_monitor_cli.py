@@ -14,9 +14,9 @@ import pytest
 import vilu
 from tests.conftest import toy_embeddings
 from tests.e2e.test_cli import run
-from vilu.calibration import Target, calibrate_predictor
 from vilu.cli.app import app
 from vilu.decision.apply import Decider
+from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 
 

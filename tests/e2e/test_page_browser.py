@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.unit.page_data import outcomes_of, write_pictures
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 ARGUMENTS = [
     "--headless=new",

@@ -15,8 +15,8 @@ from pathlib import Path
 from tests.conftest import toy_embeddings
 from tests.e2e.ddp_worker import QUICK, Brake
 from tests.e2e.embed_killer import die, die_in_sync
-from vilu.nn.checkpoint import checkpointing
-from vilu.predictors.heads.mc_dropout import MCDropout
+from vilu.predictors.heads.vilu import MCDropout
+from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.progress import reporting
 
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.executors.fakes import N_PARTS, SETTINGS, Clumsy, die, pictures
-from vilu.executors import make_executor
-from vilu.executors.rank import RankExecutor
 from vilu.store.embed import embed
+from vilu.store.executors import make_executor
+from vilu.store.executors.local import RankExecutor
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1"}
 

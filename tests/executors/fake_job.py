@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vilu.errors import DataError
 from vilu.files import atomic_write
-from vilu.store.manifest import Receipt
+from vilu.store.documents import Receipt
 
 ATTEMPTS = 3
 

@@ -17,9 +17,9 @@ import pytest
 from tests.executors.fakes import BAD, N_PARTS, PER_PART, SETTINGS, Clumsy, pictures, pictures_seen
 from tests.unit.store_fakes import FakeBackbone, tree
 from vilu.errors import BusyError, DataError, ProvenanceError
-from vilu.executors import EXECUTORS, make_executor
-from vilu.executors.rank import RankExecutor
 from vilu.store.embed import embed
+from vilu.store.executors import EXECUTORS, make_executor
+from vilu.store.executors.local import RankExecutor
 from vilu.store.folder import claim
 from vilu.store.inspect import inspect
 from vilu.store.reader import EmbeddingStore

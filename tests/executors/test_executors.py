@@ -10,8 +10,8 @@ import pytest
 from tests.executors.conftest import require
 from tests.executors.fake_job import FileJob, calls
 from vilu.errors import DataError, MissingModelError, UsageError
-from vilu.executors import EXECUTORS, make_executor
-from vilu.executors.rank import Rank, RankExecutor
+from vilu.store.executors import EXECUTORS, make_executor
+from vilu.store.executors.local import Rank, RankExecutor
 
 
 def test_names(monkeypatch):

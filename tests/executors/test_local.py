@@ -14,9 +14,9 @@ import pytest
 from tests.executors.fake_job import EmptyJob, FileJob, calls
 from tests.executors.test_acceptance import CHECKOUT, wait_for_death
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.executors import local, make_executor
-from vilu.executors.base import threads_per_process
-from vilu.store.attempts import MAX_ATTEMPTS
+from vilu.store.executors import local, make_executor
+from vilu.store.executors.local import threads_per_process
+from vilu.store.job import MAX_ATTEMPTS
 
 
 def done(job, parts, processes=2):

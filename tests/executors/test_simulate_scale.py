@@ -8,7 +8,7 @@ import math
 import pytest
 from benchmarks.simulate_scale import ATTEMPTS, Plan, Replay, main, parse, summary
 
-from vilu.store.attempts import MAX_ATTEMPTS
+from vilu.store.job import MAX_ATTEMPTS
 
 
 @pytest.mark.parametrize(("parts", "workers"), [(1, 1), (10, 3), (12, 4), (413, 32), (3, 8)])

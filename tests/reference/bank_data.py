@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 
 SCALE = 20.0
 

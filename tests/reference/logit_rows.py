@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vilu.types import Batch
+from vilu.embeddings.source import Batch
 
 
 def batch_of(logits: list[list[float]], target: list[int] | None = None) -> Batch:

@@ -11,10 +11,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.test_similarity import noisy, unit
-from vilu.nn import attention
-from vilu.nn.attention import ATTENTION, CrossAttention, attend
-from vilu.nn.heads import FailureHead
-from vilu.types import Batch
+from vilu.embeddings.source import Batch
+from vilu.predictors.nn import head as attention
+from vilu.predictors.nn.head import ATTENTION, CrossAttention, FailureHead, attend
 
 D, H, SCALE = 32, 24, 20.0
 
@@ -110,7 +109,7 @@ def test_no_tensor_is_as_large_as_rows_times_candidates(
 ) -> None:
     """Forward and backward of the whole head on a pool of 600 pairs; where it fits into one tile, one such tensor."""
     monkeypatch.setattr(attention, "TILE_CELLS", cells)
-    monkeypatch.setattr("vilu.similarity.TILE_CELLS", cells)
+    monkeypatch.setattr("vilu.embeddings.similarity.TILE_CELLS", cells)
     torch.manual_seed(0)
     head, text = FailureHead(D, (H, 8)), unit(600, D, 0)
     batch = Batch(noisy(text, 600), text, torch.arange(600), torch.arange(600), SCALE)

@@ -9,12 +9,9 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from tests.reference.bank_data import answers, clusters, images, unit, with_targets
-from vilu.embeddings import Embeddings
-from vilu.predictors.bank.delta_knn import DeltaKNN, DeltaKNNMargin
-from vilu.predictors.bank.knn_distance import KNNDistance
-from vilu.predictors.bank.knn_vote import KNNVote
-from vilu.predictors.bank.trine import TRINE
-from vilu.predictors.bank.trust_score import TrustScore
+from vilu.embeddings.memory import Embeddings
+from vilu.predictors.bank.delta import DeltaKNN, DeltaKNNMargin
+from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore
 
 # Cosines are float32 sums of six products: off by less than 6 * 2^-24 < 4e-7. Nothing below divides by less than 0.1.
 ATOL = 1e-5

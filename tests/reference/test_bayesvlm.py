@@ -11,12 +11,19 @@ from torch.autograd.functional import hessian, jacobian
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.nn import laplace
-from vilu.nn.laplace import Factors, Layer, Posterior, best_prior_precision, cosine_moments, factors, log_evidence
-from vilu.predictors import BayesVLM
-from vilu.space import EmbeddingSpace
+from vilu.predictors import BayesVLM, bayesvlm
+from vilu.predictors.bayesvlm import (
+    Factors,
+    Layer,
+    Posterior,
+    best_prior_precision,
+    cosine_moments,
+    factors,
+    log_evidence,
+)
 
 FEATURES = ("features", "text_features", "image_projection", "text_projection")
 
@@ -95,7 +102,7 @@ def siglip(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "loss"), [("infonce", infonce), ("siglip", siglip)])
 def test_output_factor_against_autograd(name: str, loss, monkeypatch) -> None:
     """Gauss-Newton: Jacobian of the logits in g, Hessian of the loss in the logits, both by autograd."""
-    monkeypatch.setattr(laplace, "ROWS", 2)
+    monkeypatch.setattr(bayesvlm, "ROWS", 2)
     g, phi, count = draw(4, 5, seed=10) * 3, draw(4, 3, seed=11), torch.tensor([1.0, 2.0, 0.0, 1.0]).double()
     found = factors(Layer(phi, g, count), CANDIDATES, SCALE, BIAS, name)
     expected = torch.zeros(5, 5, dtype=torch.float64)
@@ -149,7 +156,7 @@ def test_prior_precision_against_a_grid(rank_a: int, rank_b: int) -> None:
 
 def test_posterior_variance_against_the_dense_covariance() -> None:
     found = Factors(semidefinite(4, 4, 3), semidefinite(3, 2, 4), 50)
-    learned, prior = laplace.posterior(found, squared_norm=6.0, pseudo_count=10.0)
+    learned, prior = bayesvlm.posterior(found, squared_norm=6.0, pseudo_count=10.0)
     a, b = (math.sqrt(10 / 50) * factor for factor in (found.inputs, found.outputs))
     precision = torch.kron(a + math.sqrt(prior) * eye(4), b + math.sqrt(prior) * eye(3))
     covariance = torch.linalg.inv(precision).reshape(4, 3, 4, 3)
@@ -162,7 +169,7 @@ def test_variance_shrinks_with_more_data() -> None:
     sums = semidefinite(4, 4, 3), semidefinite(3, 3, 4)
     variances = []
     for times in (1, 4, 16):
-        learned, _ = laplace.posterior(Factors(times * sums[0], times * sums[1], 20 * times), 6.0, 10.0)
+        learned, _ = bayesvlm.posterior(Factors(times * sums[0], times * sums[1], 20 * times), 6.0, 10.0)
         variances.append(float(learned.variance(draw(5, 4, seed=7)).mean()))
     assert variances[0] > variances[1] > variances[2]
     rows = torch.arange(60)

@@ -11,11 +11,9 @@ from scipy.special import softmax
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.errors import UsageError
-from vilu.predictors.views.disagreement import improbability
-from vilu.predictors.views.prompt_disagreement import PromptDisagreement
-from vilu.predictors.views.tta import TTA
+from vilu.predictors.views import TTA, PromptDisagreement, improbability
 
 METHODS = {"views": TTA, "prompts": PromptDisagreement}
 

@@ -11,11 +11,10 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import Embeddings
-from vilu.explaining.attribution import NoAttribution, game_of
-from vilu.explaining.explain import Depth
-from vilu.explaining.rows import draw_rows
-from vilu.explaining.shapley import shapley
+from vilu.embeddings.memory import Embeddings
+from vilu.report.explain.attribution import NoAttribution, game_of, shapley
+from vilu.report.explain.explain import Depth
+from vilu.report.explain.rows import draw_rows
 
 ROWS = [3, 141, 59, 26]
 M = 24
@@ -253,7 +252,7 @@ def test_scores_of_one_input_are_all_of_it(train, test, name: str, player: str) 
 
 def test_what_is_said_to_be_of_one_input_is(train: Embeddings, test: Embeddings) -> None:
     """Of the logits alone: the same for two images of the same logits. Of the image alone: whatever the texts."""
-    from vilu.explaining.attribution import OF_IMAGES, OF_LOGITS
+    from vilu.report.explain.attribution import OF_IMAGES, OF_LOGITS
 
     plane = torch.linalg.qr(train.text.T, mode="complete").Q  # its last columns are orthogonal to all texts
     off = torch.linalg.qr(torch.randn(11, 11, generator=torch.Generator().manual_seed(0))).Q

@@ -11,7 +11,7 @@ from scipy import special, stats
 import vilu
 from vilu.decision.thresholds import METHODS, conformal_risk_control, coverage_first
 from vilu.metrics.counts import tie_counts
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 N_DRAWS = 2000
 DELTA = 0.1

@@ -9,15 +9,12 @@ import pytest
 import torch
 
 from tests.conftest import toy_embeddings
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
-from vilu.nn.dropout import Dropout
-from vilu.nn.heads import FailureHead
-from vilu.predictors.heads.deep_ensemble import DeepEnsemble
-from vilu.predictors.heads.mc_dropout import MCDropout
-from vilu.predictors.heads.vilu import ViLU
-from vilu.types import Batch
+from vilu.predictors.heads.vilu import DeepEnsemble, MCDropout, ViLU
+from vilu.predictors.nn.head import Dropout, FailureHead
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from vilu.embeddings import Embeddings
-from vilu.nn.heads import FailureHead
-from vilu.nn.losses import FailureWeight, weighted_bce, weighted_mse
-from vilu.types import Batch
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.source import Batch
+from vilu.predictors.nn.head import FailureHead
+from vilu.predictors.nn.losses import FailureWeight, weighted_bce, weighted_mse
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = [(file, a, c) for file in ("d24", "k100") for a in (0, 1) for c in (0, 1)]

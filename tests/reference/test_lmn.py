@@ -12,8 +12,8 @@ from scipy import special
 import vilu
 from tests.conftest import toy_embeddings
 from tests.reference.logit_rows import batch_of
-from vilu.embeddings import Embeddings
-from vilu.predictors.heads.lmn import LIMIT, LMN, logit_gaps, target_curve
+from vilu.embeddings.memory import Embeddings
+from vilu.predictors.heads.networks import LIMIT, LMN, logit_gaps, target_curve
 
 
 @pytest.mark.parametrize("steepness", [0.05, 0.3, 2.0])

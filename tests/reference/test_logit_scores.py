@@ -11,15 +11,9 @@ from scipy import special, stats
 
 from tests.conftest import toy_embeddings
 from tests.reference.logit_rows import batch_of
+from vilu.embeddings.source import Batch, log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.free.energy import Energy
-from vilu.predictors.free.entropy import Entropy
-from vilu.predictors.free.gen import GEN
-from vilu.predictors.free.kl_uniform import KLUniform
-from vilu.predictors.free.max_logit import MaxLogit
-from vilu.predictors.free.posterior import log_posterior
-from vilu.predictors.free.prob_margin import ProbMargin
-from vilu.types import Batch
+from vilu.predictors.zero_shot import GEN, Energy, Entropy, KLUniform, MaxLogit, ProbMargin
 
 RTOL = 1e-12
 """Both sides are float64 functions of the same float32 logits; a few roundings of 1e-16 at K = 40."""

@@ -12,11 +12,11 @@ from scipy import optimize, special
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from tests.reference.logit_rows import batch_of
-from vilu.embeddings import Embeddings
-from vilu.nn.train import Rows
-from vilu.predictors.fitted import mcm_ts
-from vilu.predictors.fitted.mcm_ts import MCMTS, calibration_errors, golden_section, likelihood_terms
-from vilu.types import EmbeddingSource
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.source import EmbeddingSource
+from vilu.predictors import fitted
+from vilu.predictors.fitted import MCMTS, calibration_errors, golden_section, likelihood_terms
+from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
 
@@ -72,7 +72,7 @@ def test_a_known_temperature_is_found(objective: str) -> None:
 def test_streaming_in_small_batches_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = toy_embeddings()
     whole = [float(MCMTS(objective=o).fit(data).learned_["log_multiplier"]) for o in ("nll", "ece")]
-    monkeypatch.setattr(mcm_ts, "SCORING_BATCH", 37)
+    monkeypatch.setattr(fitted, "SCORING_BATCH", 37)
     parts = [float(MCMTS(objective=o).fit(data).learned_["log_multiplier"]) for o in ("nll", "ece")]
     assert parts == pytest.approx(whole, abs=1e-6)
 
@@ -100,7 +100,7 @@ def test_the_calibration_optimum_is_at_least_as_good_as_the_grid() -> None:
 def test_golden_section(centre: float) -> None:
     for function in (lambda x: (x - centre) ** 2, lambda x: abs(x - centre)):
         point, value = golden_section(function, -1.0, 1.0)
-        assert point == pytest.approx(centre, abs=mcm_ts.TOLERANCE)
+        assert point == pytest.approx(centre, abs=fitted.TOLERANCE)
         assert value == function(point)
 
 
@@ -123,6 +123,6 @@ def test_labels_that_contradict_the_logits_end_at_the_bound() -> None:
 def test_the_temperature_changes_the_order_of_rows() -> None:
     """One strong rival against many weak ones, whose number counts for more the flatter the posterior."""
     batch = batch_of([[0.0, -0.5, -9, -9, -9, -9], [0.0, -2.0, -2, -2, -2, -2]])
-    order = [int(mcm_ts.uncertainty(batch, math.log(m)).argmax()) for m in (2.0, 0.5)]
+    order = [int(fitted.uncertainty(batch, math.log(m)).argmax()) for m in (2.0, 0.5)]
     # 1 / u - 1 is one over the sum of exp(m l_j) of the rivals: e^-1 + 4 e^-18 > 5 e^-4 and e^-.25 + 4 e^-4.5 < 5 e^-1.
     assert order == [0, 1]

@@ -11,12 +11,10 @@ from scipy import integrate, special, stats
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import Embeddings
-from vilu.nn.adapters import ProbabilisticAdapter, dropout_masks
-from vilu.nn.generalised_gaussian import GeneralisedGaussian
-from vilu.predictors import ProbVLM
-from vilu.predictors.bayes import probvlm
-from vilu.types import Batch
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.source import Batch
+from vilu.predictors import ProbVLM, probvlm
+from vilu.predictors.probvlm import GeneralisedGaussian, ProbabilisticAdapter, dropout_masks
 
 SHAPES = [(0.5, 0.3), (1.0, 2.0), (2.0, 1.0), (4.5, 0.05)]
 QUICK = {"epochs": 3, "width": 8, "batch_size": 64}

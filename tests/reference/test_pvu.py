@@ -9,11 +9,10 @@ from scipy import stats
 from torch import nn
 
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import PairEmbeddings
+from vilu.embeddings.memory import PairEmbeddings
 from vilu.errors import DataError
-from vilu.nn.adamw import AdamWConfig, train_adamw
-from vilu.nn.train import Rows
-from vilu.predictors.heads.pvu import PVU, ImageNetwork, ranking_loss
+from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
+from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
 
 CONFIG = AdamWConfig(epochs=3, batch_size=64, learning_rate=0.01, weight_decay=0.1, seed=5, device=torch.device("cpu"))
 

@@ -12,9 +12,9 @@ from scipy import special
 
 from tests.conftest import toy_embeddings, variant
 from tests.reference.logit_rows import batch_of
-from vilu.embeddings import Embeddings
-from vilu.predictors.fitted import rel_u
-from vilu.predictors.fitted.rel_u import RelU, best_penalty
+from vilu.embeddings.memory import Embeddings
+from vilu.predictors import fitted
+from vilu.predictors.fitted import RelU, best_penalty
 
 
 def posterior(data: Embeddings, temperature: float) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +63,7 @@ def test_where_nothing_is_to_be_gained_the_penalty_is_constant() -> None:
 
 
 def test_score_is_the_quadratic_form_of_every_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rel_u, "SCORING_BATCH", 77)
+    monkeypatch.setattr(fitted, "SCORING_BATCH", 77)
     data, test = toy_embeddings(), toy_embeddings(seed=1, ids_from=1000)
     predictor = RelU().fit(data)
     p, _ = posterior(test, 0.5)

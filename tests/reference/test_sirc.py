@@ -11,9 +11,9 @@ from scipy import special
 
 from tests.conftest import toy_embeddings, variant
 from tests.reference.logit_rows import batch_of
+from vilu.embeddings.source import log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.fitted.sirc import DOUBT, SIRC
-from vilu.predictors.free.posterior import log_posterior
+from vilu.predictors.fitted import DOUBT, SIRC
 
 CONFIDENCES = {
     "msp": lambda p: 1 - p.max(axis=1),

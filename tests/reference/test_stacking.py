@@ -11,11 +11,11 @@ from sklearn.linear_model import LogisticRegression
 import vilu
 from tests.conftest import toy_embeddings
 from vilu import PREDICTORS
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
-from vilu.nn.train import Rows
-from vilu.predictors import folds
-from vilu.predictors.fitted.stacking import Stacking
+from vilu.predictors import labelled as folds
+from vilu.predictors.nn.train import Rows
+from vilu.predictors.stacking import Stacking
 
 MEMBERS = ("mcm", "max_logit", "knn_vote", "linear_probe", "mahalanobis")
 

@@ -11,13 +11,11 @@ from sklearn.kernel_ridge import KernelRidge
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
-from vilu.nn.experts import Memory
-from vilu.nn.supervised import Inputs, fit_attention, fit_temperature
-from vilu.nn.train import Rows
-from vilu.predictors.heads.pool import POOL_SD, fit_pool
-from vilu.predictors.heads.vilu_plus import ViLUPlus
+from vilu.predictors.heads.vilu_plus import POOL_SD, ViLUPlus, fit_pool
+from vilu.predictors.nn.experts import Inputs, Memory, fit_attention, fit_temperature
+from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
 VARIANCE, SHARING = 10.0, 0.5

@@ -10,10 +10,10 @@ import numpy as np
 
 from tests.unit.store_fakes import FakeBackbone, FakeDataset, picture
 from vilu.benchmark.config import Config
-from vilu.benchmark.loading import parse_config
-from vilu.benchmark.summary import Summary, summarise
+from vilu.benchmark.load import parse_config
+from vilu.benchmark.ranking import Summary, summarise
+from vilu.benchmark.study import run_studies
 from vilu.store.embed import embed
-from vilu.studies.run import run_studies
 
 WORDS = ("cat", "dog", "car", "cup", "hat", "sea")
 

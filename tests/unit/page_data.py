@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 NAMES = ("ant", "bee", "cat", "dog")
 

@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vilu.space import EmbeddingSpace, digest
-from vilu.store.content import CAPTION_FIELD, METADATA, file_hash
-from vilu.store.manifest import FileInfo, Inputs, Manifest, Receipt, Run
-from vilu.store.parts import content_hash, plan
+from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.store.documents import FileInfo, Inputs, Manifest, Receipt, Run
+from vilu.store.parts import CAPTION_FIELD, METADATA, content_hash, file_hash, plan
 
 DIM = 8
 SPACE = EmbeddingSpace(DIM, 20.0, backbone="fake", weights="w", preprocess="p", tokenizer="t", precision="fp32")

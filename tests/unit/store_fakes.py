@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vilu.datasets.base import Record
-from vilu.space import EmbeddingSpace, digest
+from vilu.embeddings.space import EmbeddingSpace, digest
 
 NAMES = ("cat", "dog", "car")
 DIM = 16

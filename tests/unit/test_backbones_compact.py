@@ -12,6 +12,7 @@ from scipy.stats import norm
 from torch import nn
 
 from vilu.backbones import compact
+from vilu.backbones.base import DualEncoder
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.compact import (
     ClosedFormHead,
@@ -20,7 +21,6 @@ from vilu.backbones.compact import (
     imagenet_class_names,
     to_pixels,
 )
-from vilu.backbones.dual import DualEncoder
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 
 timm = pytest.importorskip("timm")

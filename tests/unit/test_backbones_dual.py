@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vilu.backbones.dual import TEXT_BATCH, DualEncoder, encode_in_batches
-from vilu.space import EmbeddingSpace
+from vilu.backbones.base import TEXT_BATCH, DualEncoder, encode_in_batches
+from vilu.embeddings.space import EmbeddingSpace
 
 WIDTH = 4
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vilu.backbones.projection import detach_projection
+from vilu.backbones.base import detach_projection
 
 PROBE = torch.randn(1, 6, generator=torch.Generator().manual_seed(0))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vilu.backbones import zeroshot
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
-from vilu.space import EmbeddingSpace
 
 WIDTH = 6
 

@@ -10,13 +10,12 @@ import torch
 from tests.conftest import toy_embeddings
 from tests.unit.bench_fakes import config, make_stores
 from vilu.benchmark.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
-from vilu.benchmark.rows import class_halves, draw_rows, of_classes, select
+from vilu.benchmark.data import Workbench, across_preprocessing, class_halves, draw_rows, of_classes, select
 from vilu.benchmark.stores import Part
-from vilu.benchmark.workbench import Workbench, across_preprocessing
-from vilu.columns import TEXT_COLUMNS
+from vilu.embeddings.columns import TEXT_COLUMNS
+from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
-from vilu.space import EmbeddingSpace
-from vilu.types import EmbeddingSource
 
 
 @pytest.fixture(scope="module")

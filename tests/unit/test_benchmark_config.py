@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from tests.unit.bench_fakes import config, tables
-from vilu.benchmark.config import Config
-from vilu.benchmark.loading import load_config, parse_config
-from vilu.benchmark.settings import Labels, Transfer, Unseen
-from vilu.benchmark.smoke import shrink
-from vilu.embeddings import Embeddings
+from vilu.benchmark.config import Config, Labels, Transfer, Unseen
+from vilu.benchmark.load import load_config, parse_config, shrink
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
 from vilu.predictors.parameters import parameters

@@ -9,12 +9,10 @@ import pytest
 
 from tests.unit.bench_fakes import config, make_stores
 from tests.unit.known_trees import make_tree
-from vilu.backbones.named import NAMED
-from vilu.benchmark import rates
+from vilu.backbones.catalog import NAMED
+from vilu.benchmark import dry_run
 from vilu.benchmark.config import Config
-from vilu.benchmark.estimate import estimate
-from vilu.benchmark.estimate_text import describe
-from vilu.benchmark.rates import Cost, image_rate, passed_rows
+from vilu.benchmark.dry_run import Cost, describe, estimate, image_rate, passed_rows
 from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
 
@@ -24,7 +22,7 @@ ALL = {"all": {"kind": "labels"}}
 @pytest.fixture(autouse=True)
 def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {"mcm": Cost(0.0, 1e-3), "lvu": Cost(1e-2, 1e-3)}
-    monkeypatch.setattr(rates, "costs", lambda: costs)
+    monkeypatch.setattr(dry_run, "costs", lambda: costs)
 
 
 def made(entry: dict[str, Any], **changes: Any) -> Config:
@@ -125,7 +123,7 @@ def test_rates_of_models() -> None:
 
 def test_every_method_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    found = rates.costs()
+    found = dry_run.costs()
     assert set(found) == set(PREDICTORS)
     assert all(cost.score > 0 for cost in found.values())
     assert {name for name, cost in found.items() if cost.fit == 0} == {

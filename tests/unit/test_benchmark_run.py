@@ -15,18 +15,18 @@ from filelock import FileLock
 
 import vilu
 from tests.unit.bench_fakes import Report, benchmark, config, make_stores
-from vilu.benchmark import code, facts
+from vilu.benchmark import facts
 from vilu.benchmark.cells import Cell, needed_parts, plan
 from vilu.benchmark.config import Config
+from vilu.benchmark.data import Workbench
 from vilu.benchmark.result import load_result
 from vilu.benchmark.stores import find_stores
-from vilu.benchmark.workbench import Workbench
+from vilu.embeddings.source import Batch
 from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
 from vilu.files import host_hash
+from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
-from vilu.predictors.free.mcm import MCM
-from vilu.results import ResultTable
-from vilu.types import Batch
+from vilu.predictors.zero_shot import MCM
 
 
 @pytest.fixture(scope="module")
@@ -167,19 +167,19 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (predictors / "mine.py").write_text(f"from vilu.predictors import helper\nimport vilu.outside\n{method}")
         (predictors / "helper.py").write_text(helper)
         (predictors / "__init__.py").write_text(f"from vilu.predictors.other import x  # {method}{helper}")
-        code._read.cache_clear()
-        code.code_digest.cache_clear()
-        return code.code_digest("vilu.predictors.mine")
+        facts._read.cache_clear()
+        facts.code_digest.cache_clear()
+        return facts.code_digest("vilu.predictors.mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(code, "PACKAGE", tmp_path)
+        patch.setattr(facts, "PACKAGE", tmp_path)
         first = digest_with("def f():\n    return 1\n", "A = 1\n")
         assert digest_with('"""Says."""\ndef f():\n    """So."""\n    return 1  # one\n', "A = 1\n") == first
         assert digest_with("def f():\n    return 2\n", "A = 1\n") != first
         assert digest_with("def f():\n    return 1\n", "A = 2\n") != first
-    code._read.cache_clear()
-    code.code_digest.cache_clear()
-    assert code.code_digest("vilu.predictors.free.mcm") != code.code_digest("vilu.predictors.free.entropy")
+    facts._read.cache_clear()
+    facts.code_digest.cache_clear()
+    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.zero_shot")
 
 
 @pytest.mark.slow
@@ -322,7 +322,7 @@ def test_scores_hold_the_rows_of_the_test_set(first: tuple[Path, Report]) -> Non
 def test_what_else_decides_a_fit_is_in_its_fingerprint(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The members of a stacking, the start of an adaptation, the captions of a union."""
     stacking = PREDICTORS["stacking"]()
-    assert {"vilu.predictors.fitted.stacking", "vilu.predictors.free.mcm"} <= set(stacking.modules)
+    assert {"vilu.predictors.stacking", "vilu.predictors.zero_shot"} <= set(stacking.modules)
     settings = {
         "all": {"kind": "labels"},
         "adapt": {"kind": "adapt", "source": "one", "budget": 2, "across_preprocessing": True},
@@ -335,4 +335,4 @@ def test_what_else_decides_a_fit_is_in_its_fingerprint(data: Path, monkeypatch: 
     for setting in settings:
         facts.decided_by(bench, Cell("lvu", "two", setting, 0))
     lvu = type(PREDICTORS["lvu"]()).__module__
-    assert asked == [(lvu,), (lvu, "vilu.predictors.init"), (lvu, "vilu.pseudo")]
+    assert asked == [(lvu,), (lvu, "vilu.predictors.init"), (lvu, "vilu.embeddings.pairs")]

@@ -13,13 +13,11 @@ from tests.unit.bench_fakes import benchmark, config, make_store, make_stores
 from tests.unit.store_fakes import FakeBackbone, FakeDataset, picture
 from vilu.benchmark.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
 from vilu.benchmark.config import Config
-from vilu.benchmark.rows import draw_share, held_out
+from vilu.benchmark.data import Workbench, draw_share, held_out
 from vilu.benchmark.stores import find_stores
-from vilu.benchmark.workbench import Workbench
+from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.errors import UsageError
-from vilu.pairs import Pools
 from vilu.predictors.init import initialise
-from vilu.pseudo import PseudoCaptions
 from vilu.store.embed import embed
 from vilu.store.open import open_source
 

@@ -10,10 +10,9 @@ from tests.unit.bench_fakes import config
 from tests.unit.store_fakes import FakeBackbone, dataset
 from tests.unit.tar_files import pair, tar_bytes, write_shard
 from vilu.benchmark import stores
+from vilu.benchmark.load import shrink
 from vilu.benchmark.parts import Data
-from vilu.benchmark.smoke import shrink
-from vilu.benchmark.stores import make_stores, open_images
-from vilu.benchmark.thinning import EvenlySpaced, thinned
+from vilu.benchmark.stores import EvenlySpaced, make_stores, open_images, thinned
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import ProvenanceError, UsageError

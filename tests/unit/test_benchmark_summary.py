@@ -6,12 +6,11 @@ import pytest
 from tests.unit.bench_fakes import config
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import Cell
-from vilu.benchmark.layout import layout
+from vilu.benchmark.ranking import Standing, layout, standings, summarise
 from vilu.benchmark.resampling import RANKED_BY, Floats, Interval, Quantity, mean_over_seeds, resampled_metrics
 from vilu.benchmark.result import CellResult, Refusal, Timing
-from vilu.benchmark.summary import Standing, standings, summarise
 from vilu.metrics import METRICS, auroc, bootstrap_interval, paired_bootstrap
-from vilu.results import ResultRow
+from vilu.outcomes.results import ResultRow
 
 ROWS = "00c0ffee" * 4
 """A name of test rows; its number seeds the resamples."""

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from tests.conftest import toy_embeddings, variant
-from vilu.card import GUARANTEE, Method, code, hub_id, model_card
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors import LVU, MCM, KNNVote, storage
-from vilu.space import EmbeddingSpace
+from vilu.predictors.card import GUARANTEE, Method, code, hub_id, model_card
 
 EVIL = 'x`` ---\n# owned\n<script>alert(1)</script> | `` \x1b[31m {{ "a": *b }} 🦊'
 

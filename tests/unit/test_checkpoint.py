@@ -15,18 +15,22 @@ from filelock import FileLock
 
 from tests.conftest import toy_embeddings, toy_pairs
 from tests.e2e.ddp_worker import QUICK, Brake, Stop, stop
-from vilu.embeddings import PairEmbeddings
+from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.pairs import Pools
 from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
-from vilu.nn.checkpoint import checkpointing, current_session, data_fingerprint
-from vilu.nn.keeper import Checkpoint, FolderKeeper, read_checked
-from vilu.nn.position import unpack
-from vilu.nn.train import HeadTrainer, Rows, TrainConfig
-from vilu.nn.world import Group, World
-from vilu.pairs import Pools
-from vilu.predictors.heads.deep_ensemble import DeepEnsemble
 from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.mc_dropout import MCDropout
-from vilu.predictors.heads.vilu import ViLU
+from vilu.predictors.heads.vilu import DeepEnsemble, MCDropout, ViLU
+from vilu.predictors.nn.checkpoint import (
+    Checkpoint,
+    FolderKeeper,
+    checkpointing,
+    current_session,
+    data_fingerprint,
+    read_checked,
+    unpack,
+)
+from vilu.predictors.nn.processes import Group, World
+from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 from vilu.progress import reporting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,7 +296,7 @@ def test_training_leaves_the_global_generator_alone(tmp_path: Path) -> None:
 
 def test_a_keeper_is_due_after_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("vilu.nn.keeper.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vilu.predictors.nn.checkpoint.time.monotonic", lambda: now[0])
     keeper = FolderKeeper(tmp_path / "run", {}, 2, World())
     for later, due in ((0, False), (119, False), (1, True)):
         now[0] += later

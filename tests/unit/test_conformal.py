@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from vilu.decision.conformal import Reference, earlier
+from vilu.decision.martingale import Reference, earlier
 
 
 def brute(before: list[float], values: list[float], uniform: list[float]) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vilu
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 
 DATA = Path(__file__).parents[1] / "data"

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from tests.e2e import ddp_worker
 from vilu.errors import UsageError
-from vilu.nn.train import require_shares
-from vilu.nn.world import VARIABLES, Group, World, current_world, read_environment, world
+from vilu.predictors.nn.processes import VARIABLES, Group, World, current_world, read_environment, world
+from vilu.predictors.nn.train import require_shares
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = "tests.e2e.ddp_worker"

@@ -13,8 +13,8 @@ from sklearn.metrics import brier_score_loss, log_loss
 
 from vilu import metrics
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.evaluation import compare, evaluate
-from vilu.outcomes import Outcomes
+from vilu.outcomes.evaluate import compare, evaluate
+from vilu.outcomes.outcomes import Outcomes
 
 
 def sample(n: int = 200, seed: int = 0, **fields: object) -> Outcomes:
@@ -249,7 +249,7 @@ def test_compare_of_one_class_is_undefined_with_a_reason() -> None:
 
 def test_evaluation_needs_neither_torch_nor_pandas() -> None:
     code = (
-        "import sys, vilu.evaluation as e, vilu.outcomes as o\n"
+        "import sys, vilu.outcomes.evaluate as e, vilu.outcomes.outcomes as o\n"
         "str(e.evaluate(o.Outcomes([0.1, 0.2] * 30, [0, 1] * 30), n_resamples=5))\n"
         "print([m for m in ('torch', 'pandas', 'sklearn', 'pyarrow', 'rich') if m in sys.modules])"
     )

@@ -12,14 +12,14 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
-from vilu.explaining.attribution import OF_IMAGES, OF_LOGITS
-from vilu.explaining.competition import strongest_competitor
-from vilu.explaining.explain import Depth
-from vilu.nn.train import SCORING_BATCH
-from vilu.pairs import Pools
 from vilu.predictors.bank import search
+from vilu.predictors.nn.train import SCORING_BATCH
+from vilu.report.explain.attribution import OF_IMAGES, OF_LOGITS
+from vilu.report.explain.competitors import strongest_competitor
+from vilu.report.explain.explain import Depth
 
 QUICK = {"hidden": (16, 8), "epochs": 3, "width": 16}
 

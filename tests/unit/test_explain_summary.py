@@ -8,11 +8,11 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
-from vilu.explaining.competition import strongest_competitor
-from vilu.explaining.prompts import FOLDS, MIXES, paired_interval
 from vilu.metrics import risk_at_coverage
+from vilu.report.explain.competitors import strongest_competitor
+from vilu.report.explain.prompts import FOLDS, MIXES, paired_interval
 
 NAMES = ("cat", "dog", "car")
 

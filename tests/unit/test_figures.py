@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.report import figures, style
 
 

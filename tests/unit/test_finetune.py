@@ -14,8 +14,7 @@ from vilu import PREDICTORS
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.init import FINE_TUNING, WITH_A_HEAD, initialise
-from vilu.predictors.shots import few_shot, shots
-from vilu.predictors.sketch import RowSketch
+from vilu.predictors.rows import RowSketch, few_shot, shots
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}
 

@@ -18,8 +18,8 @@ from tests.unit.fake_hub import TOKEN, Hub, serve
 from vilu.cli.app import app
 from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.predictors import MCM, KNNVote
-from vilu.sharing import folders
-from vilu.sharing.hub import pull, push
+from vilu.predictors import hub as folders
+from vilu.predictors.hub import pull, push
 
 OURS = {"README.md", "predictor.json", "weights.safetensors"}
 WAITING = 120

@@ -24,9 +24,7 @@ from tests.unit.image_files import (
     pixels,
     png,
 )
-from vilu.datasets.formats import MAX_FRAMES
-from vilu.datasets.images import ImageFlag, decode_image
-from vilu.datasets.tiff import count_directories, orientation
+from vilu.datasets.images import MAX_FRAMES, ImageFlag, count_directories, decode_image, orientation
 
 
 @pytest.mark.parametrize("name", sorted(LOSSLESS))

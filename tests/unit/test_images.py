@@ -25,8 +25,7 @@ from tests.unit.image_files import (
     with_png_size,
 )
 from vilu.datasets.base import Record
-from vilu.datasets.formats import OPENERS, sniff
-from vilu.datasets.images import BadImage, ImageLimits, decode_image, read_image
+from vilu.datasets.images import OPENERS, BadImage, ImageLimits, decode_image, read_image, sniff
 from vilu.errors import DataError, UsageError, ViLUError
 
 SEEDS = seeds()

@@ -15,8 +15,8 @@ from tests.unit.known_images import Row, save
 from tests.unit.known_trees import CIFAR10, make_tree, make_trees
 from tests.unit.tar_files import pair, tar_bytes, write_shard
 from vilu.datasets.known import KNOWN, check
-from vilu.datasets.known.archives import missing_numbers
 from vilu.datasets.known.check import check_entry
+from vilu.datasets.known.layouts import missing_numbers
 from vilu.errors import StorageError, UsageError
 
 COOP = {"eurosat", "stanford_cars", "oxford_pets", "flowers102", "caltech101", "dtd", "ucf101"}

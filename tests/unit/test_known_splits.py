@@ -16,8 +16,8 @@ from tests.unit.image_files import listed
 from tests.unit.known_images import Row, save
 from tests.unit.known_trees import make_tree, wnids
 from vilu.datasets.known import KNOWN, open_known
-from vilu.datasets.known.coop import shipped_list
-from vilu.datasets.known.imagenet import clip_names
+from vilu.datasets.known.layouts import clip_names
+from vilu.datasets.known.read import shipped_list
 from vilu.errors import DataError
 
 FILES = {

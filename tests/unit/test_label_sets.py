@@ -9,9 +9,9 @@ import torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.decision.label_sets import LabelSets, failure_aware_posterior, fit_label_sets, nonconformity
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.source import Batch
 from vilu.errors import DataError, InfeasibleError, UsageError
-from vilu.types import Batch
 
 MADE = {"max_miss": 0.1, "n": 10, "mean_size": 1.0, "empirical_miss": 0.0}
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 
 from tests.unit.pair_files import DIM, LAYOUTS, unit_pairs, write_shards
 from tests.unit.test_store_pairs import require_equal
-from vilu.embeddings import PairEmbeddings
+from vilu.embeddings.checks import NONFINITE, SHORT_POOL, ZERO_NORM, RowNumbers
+from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.pairs import Pools
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.pairs import Pools
 from vilu.progress import reporting
-from vilu.space import EmbeddingSpace
 from vilu.store.folds import fold_of
 from vilu.store.laion import LaionPairs
-from vilu.validate import NONFINITE, SHORT_POOL, ZERO_NORM, RowNumbers
 
 N = 60
 IMAGE, TEXT = unit_pairs(N, seed=1)

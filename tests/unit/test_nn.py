@@ -14,14 +14,12 @@ from torch.nn import functional
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
+from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
-from vilu.nn.attention import ATTENTION
-from vilu.nn.heads import FailureHead
-from vilu.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
-from vilu.nn.plan import Plan, schedule
-from vilu.nn.train import HeadTrainer, Rows, TrainConfig, auroc_standard_error
 from vilu.predictors.heads.head import bce_loss
-from vilu.types import Batch
+from vilu.predictors.nn.head import ATTENTION, FailureHead
+from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
+from vilu.predictors.nn.train import HeadTrainer, Plan, Rows, TrainConfig, auroc_standard_error, schedule
 
 CONFIG = TrainConfig(
     epochs=3,
@@ -98,7 +96,7 @@ def test_official_attention_starts_as_the_zero_shot_posterior() -> None:
 @pytest.mark.parametrize("cells", [1, 2**22])
 def test_a_batch_without_rows(monkeypatch: pytest.MonkeyPatch, k: int, cells: int) -> None:
     """The share of a process that has none: no logits, and gradients of zero."""
-    monkeypatch.setattr("vilu.nn.attention.TILE_CELLS", cells)
+    monkeypatch.setattr("vilu.predictors.nn.head.TILE_CELLS", cells)
     head = make_head()
     logit = head(first_batch(k=k).rows(slice(0, 0)))
     assert logit.shape == (0,)

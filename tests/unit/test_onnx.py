@@ -11,7 +11,7 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.predictors import (
     MCM,
@@ -20,12 +20,11 @@ from vilu.predictors import (
     MaxLogit,
     ViLU,
     ViLUPlus,
+    onnx,
 )
-from vilu.predictors.heads.mc_dropout import MCDropout
+from vilu.predictors.heads.vilu import MCDropout
+from vilu.predictors.onnx import GraphBatch, export_onnx
 from vilu.predictors.parameters import parameters
-from vilu.sharing import exportable
-from vilu.sharing.graphs import GraphBatch
-from vilu.sharing.onnx import export_onnx
 
 HEAD = {"hidden": (32, 16), "epochs": 4}
 PLUS = {"width": 8, "epochs": 2}
@@ -80,7 +79,7 @@ def test_onnxruntime_says_what_the_predictor_says(name: str, tmp_path: Path, tes
     session = onnxruntime.InferenceSession((tmp_path / "head.onnx").read_bytes())
     found = session.get_modelmeta().custom_metadata_map
     assert found["vilu.fingerprint"] == fingerprint
-    assert found["vilu.space"] == predictor.space_.fingerprint
+    assert found["vilu.embeddings.space"] == predictor.space_.fingerprint
     assert (found["vilu.method"], found["vilu.logit_scale"]) == (predictor.name, "20.0")
     assert found["vilu.version"] == vilu.__version__
 
@@ -109,7 +108,7 @@ def test_large_logits_are_rounded_once(tmp_path: Path) -> None:
     assert np.abs(found - exact).max() <= np.spacing(np.float32(100)) / 2
 
 
-@pytest.mark.parametrize("method", exportable.GRAPHS, ids=lambda cls: cls.name)
+@pytest.mark.parametrize("method", onnx.GRAPHS, ids=lambda cls: cls.name)
 def test_every_graph_has_the_formula_of_its_method(method: type[FailurePredictor], test: Embeddings) -> None:
     settings = HEAD | PLUS | {"members": 2, "attention": None, "typicality": "residual", "largest": 3}
     predictor = method(**{key: settings[key] for key in parameters(method) if key in settings}).fit(toy_embeddings())
@@ -117,7 +116,7 @@ def test_every_graph_has_the_formula_of_its_method(method: type[FailurePredictor
     for text in candidates(test).values():
         data = Embeddings(test.image, text, space=predictor.space_, columns={"features": columns[0]} if columns else {})
         with torch.no_grad():
-            found, _ = exportable.score_graph(predictor)(test.image, text, *columns)
+            found, _ = onnx.score_graph(predictor)(test.image, text, *columns)
         expected = predictor.predict_uncertainty(data)
         assert np.abs(found.numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
 
@@ -129,7 +128,7 @@ def test_a_graph_that_says_something_else_is_not_written(
     predictor = MCM().fit(toy_embeddings(20))
     predictor.save(tmp_path / "p")
     (tmp_path / "head.onnx").write_text("the old one")
-    monkeypatch.setitem(exportable.GRAPHS, MCM, lambda p: lambda batch: p._uncertainty(batch) + shift)
+    monkeypatch.setitem(onnx.GRAPHS, MCM, lambda p: lambda batch: p._uncertainty(batch) + shift)
     with pytest.raises(DataError, match="rounding explains 1e-05"):
         export_onnx(tmp_path / "p", tmp_path / "head.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"p", "head.onnx"}

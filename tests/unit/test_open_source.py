@@ -6,13 +6,12 @@ import pytest
 
 from tests.unit.pair_files import LAYOUTS, SPACE, unit_pairs, write_shards, write_store
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
+from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.pairs import Pools
 from vilu.store.embed import embed
 from vilu.store.laion import LaionPairs
 from vilu.store.open import open_source
-from vilu.store.pairs import CaptionStore
-from vilu.store.reader import EmbeddingStore
+from vilu.store.reader import CaptionStore, EmbeddingStore
 
 N = 30
 CAPTIONS = [f"caption {i}" for i in range(N)]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vilu.errors import DataError
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 FIELDS = tuple(Outcomes.__dataclass_fields__)
 

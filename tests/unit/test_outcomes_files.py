@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 HOSTILE = {
     "empty file": (b"", "not a readable csv"),

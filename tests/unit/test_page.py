@@ -15,17 +15,14 @@ import scipy.stats
 from tests.conftest import toy_embeddings
 from tests.unit.page_data import NAMES, outcomes_of, write_pictures
 from vilu import MCM, calibrate, load, open_dataset, report_page, score
-from vilu.calibration import Target, calibrate_predictor
+from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.selection import select
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.page import text
-from vilu.page.axes import round_ticks, thin
-from vilu.page.build import _csp_hash
-from vilu.page.choice import Calibrated, by_hindsight, by_rule, read_calibrated
-from vilu.page.classes import Rate, class_rows
-from vilu.page.gallery import pick_rows
-from vilu.page.points import operating_points
-from vilu.page.scores import choose_main, read_scores
+from vilu.report.page import build
+from vilu.report.page.build import _csp_hash, operating_points
+from vilu.report.page.charts import Rate, class_rows, round_ticks, thin
+from vilu.report.page.choice import Calibrated, by_hindsight, by_rule, choose_main, read_calibrated, read_scores
+from vilu.report.page.gallery import pick_rows
 
 
 class Reader(HTMLParser):
@@ -249,7 +246,7 @@ def test_hostile_names_are_harmless() -> None:
     assert [s.get("type") for s in read.all("script")] == ["application/json", None]
     assert "alert(1)" not in "".join(read.texts["script"])
     assert not any(key.startswith("on") or key == "style" for _, attributes in read.elements for key in attributes)
-    assert not set(page) & (text.BIDI | {"\x00"})
+    assert not set(page) & (build.BIDI | {"\x00"})
     assert "x" * 301 not in page
     assert "\\u202e" in page
     assert len(page) < 400_000

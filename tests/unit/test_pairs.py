@@ -12,10 +12,11 @@ from torch import Tensor
 import vilu
 from tests.conftest import toy_columns
 from tests.unit.test_similarity import noisy, unit
-from vilu import PREDICTORS, pairs, similarity
-from vilu.embeddings import PairEmbeddings
+from vilu import PREDICTORS
+from vilu.embeddings import pairs, similarity
+from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.pairs import Pools, first_alike, hard_order, require_full_pools
 from vilu.errors import DataError, UsageError
-from vilu.pairs import Pools, first_alike, hard_order, require_full_pools
 from vilu.predictors.parameters import parameters
 
 QUICK = {"hidden": (16, 8), "epochs": 12, "batch_size": 64}

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 import vilu
 from tests.conftest import toy_embeddings
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.metrics import brier, ece
 from vilu.predictors.probability import Isotonic, Logistic, _fit, fit_calibrator, read_calibrator

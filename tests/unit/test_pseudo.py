@@ -10,14 +10,12 @@ from hypothesis import strategies as st
 
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import PREDICTORS
-from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.nn.train import Rows
-from vilu.pairs import Pools
-from vilu.predictors.labelled import with_failures
-from vilu.predictors.learned import caption_groups, hold_out, whole_groups
-from vilu.pseudo import PseudoCaptions
+from vilu.predictors.labelled import caption_groups, hold_out, whole_groups, with_failures
+from vilu.predictors.nn.train import Rows
 
 
 def animals(n: int = 90, *, seed: int = 0, names: tuple[str, ...] = ("cat", "dog", "cow"), text_seed: int = 1):
@@ -160,7 +158,7 @@ def test_a_zero_has_no_sign_and_blocks_do_not_matter(monkeypatch: pytest.MonkeyP
     text = torch.eye(4).repeat(3, 1)
     text[4:8][text[4:8] == 0] = -0.0
     pairs = PairEmbeddings(torch.eye(4).repeat(3, 1), text, 4)
-    monkeypatch.setattr("vilu.predictors.learned.GROUP_BLOCK", 5)
+    monkeypatch.setattr("vilu.predictors.labelled.GROUP_BLOCK", 5)
     groups = caption_groups(pairs, torch.arange(12))
     assert groups.tolist() == groups[:4].tolist() * 3
     assert len(groups.unique()) == 4

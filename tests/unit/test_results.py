@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.results import COLUMNS, ResultRow, ResultTable
+from vilu.outcomes.results import COLUMNS, ResultRow, ResultTable
 
 ROW = ResultRow(
     method="vilu",

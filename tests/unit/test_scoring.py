@@ -7,9 +7,9 @@ import pytest
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
-from vilu.predictors.sketch import SIZE, RowSketch
+from vilu.predictors.rows import SIZE, RowSketch
 
 
 def test_outcomes_say_what_was_answered_and_where_from(test: Embeddings) -> None:

@@ -8,7 +8,7 @@ from scipy import stats
 
 from vilu.decision.selection import select
 from vilu.errors import DataError, InfeasibleError, UsageError
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 
 def test_p_values_by_hand() -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu import similarity
-from vilu.similarity import first_equal, of_logits, row_blocks, zero_shot
-from vilu.types import Batch
+from vilu.embeddings import similarity
+from vilu.embeddings.similarity import first_equal, of_logits, row_blocks, zero_shot
+from vilu.embeddings.source import Batch
 
 
 def unit(n: int, d: int, seed: int) -> Tensor:

@@ -12,14 +12,12 @@ import torch
 from PIL import Image
 
 from tests.unit.store_fakes import DIM, MAX_WORDS, NAMES, FakeBackbone, dataset, picture, tree
-from vilu.datasets.images import BadImage, decode_image
-from vilu.datasets.pixels import ImageFlag
+from vilu.datasets.images import BadImage, ImageFlag, decode_image
 from vilu.errors import DataError, UsageError
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
-from vilu.store.pairs import CaptionStore
 from vilu.store.pipeline import TEXT_TRUNCATED
-from vilu.store.reader import EmbeddingStore
+from vilu.store.reader import CaptionStore, EmbeddingStore
 
 SETTINGS = {"batch_size": 4, "part_size": 10}
 N = 23

@@ -19,16 +19,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
 from tests.unit.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
-from vilu.columns import COLUMNS
 from vilu.datasets.images import decode_image
-from vilu.embeddings import Embeddings
+from vilu.embeddings.columns import COLUMNS
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files import host_hash
+from vilu.store.documents import ClassTable, Views
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
-from vilu.store.manifest import ClassTable
 from vilu.store.reader import EmbeddingStore
-from vilu.store.views import Views
 
 N, F, V = 23, 192, 3
 BAD = {2: b"", 5: b"<html>", 14: b"x"}

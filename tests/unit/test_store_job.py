@@ -15,17 +15,15 @@ import torch
 
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset, shards, tree
 from vilu.datasets.images import DEFAULT_LIMITS
+from vilu.embeddings.checks import VALID
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import reporting
 from vilu.store import embed as embed_module
-from vilu.store.attempts import MAX_ATTEMPTS
 from vilu.store.embed import embed
-from vilu.store.folder import claim
+from vilu.store.folder import begin, claim, describe
 from vilu.store.inspect import inspect
-from vilu.store.job import BackboneSpec, EmbedJob, ShardTask, process_shard
+from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob, ShardTask, process_shard
 from vilu.store.parts import SHARD
-from vilu.store.run import begin, describe
-from vilu.validate import VALID
 
 BAD = {2: b"", 15: b"<html>"}
 LENGTHS = (3, 2, 5, 1, 4)

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vilu.embeddings.space import EmbeddingSpace, digest
 from vilu.errors import ProvenanceError, StorageError, ViLUError
-from vilu.space import EmbeddingSpace, digest
-from vilu.store.document import read_document
-from vilu.store.manifest import MAX_PARTS, ClassTable, FileInfo, Inputs, Manifest, Receipt, Run
+from vilu.store.documents import MAX_PARTS, ClassTable, FileInfo, Inputs, Manifest, Receipt, Run, read_document
 from vilu.store.parts import plan, positions
 
 SPACE = EmbeddingSpace(8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32")
@@ -164,7 +163,7 @@ def test_another_schema_is_named(tmp_path):
 
 
 def test_a_huge_document_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("vilu.store.document.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("vilu.store.documents.MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "run.json").write_text(altered())
     with pytest.raises(StorageError, match="larger than 100 bytes"):
         read_document(tmp_path / "run.json", Run)

@@ -15,17 +15,16 @@ from hypothesis import strategies as st
 import vilu
 from tests.unit.pair_files import DIM, SPACE, reseal, unit_pairs, write_shards, write_store
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
-from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.decision.score import score
+from vilu.embeddings.checks import SHORT_POOL
+from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.pairs import Pools
-from vilu.scoring import score
 from vilu.store.embed import embed
 from vilu.store.folds import fold_of, read_captions
 from vilu.store.laion import LaionPairs
 from vilu.store.mapped import MappedParts
-from vilu.store.pairs import CaptionStore
-from vilu.store.reader import EmbeddingStore
-from vilu.validate import SHORT_POOL
+from vilu.store.reader import CaptionStore, EmbeddingStore
 
 N, LOST = 53, (3, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29)  # part 2 has no row
 IMAGE, TEXT = unit_pairs(N)
@@ -157,7 +156,7 @@ def test_less_than_a_pool_is_refused_when_it_matters(root):
 
 
 def test_hard_pools_are_made_of_bounded_blocks(root, monkeypatch):
-    monkeypatch.setattr("vilu.pairs.HARD_ROWS", 13)
+    monkeypatch.setattr("vilu.embeddings.pairs.HARD_ROWS", 13)
     asked = []
     take = MappedParts.take
     monkeypatch.setattr(MappedParts, "take", lambda self, name, rows: asked.append(len(rows)) or take(self, name, rows))

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
-from vilu.embeddings import Embeddings
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
@@ -139,8 +139,8 @@ def test_opening_reads_no_vector(tmp_path):
 
 def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
-    from vilu.space import digest
-    from vilu.store.manifest import Inputs, Manifest, Receipt, Run
+    from vilu.embeddings.space import digest
+    from vilu.store.documents import Inputs, Manifest, Receipt, Run
     from vilu.store.parts import content_hash, plan
 
     old = Manifest.model_validate_json((root / "manifest.json").read_bytes())

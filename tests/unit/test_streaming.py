@@ -14,17 +14,16 @@ from filelock import FileLock
 
 import vilu
 from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
-from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.decision.score import predictor_fingerprint, score_parts, source_fingerprint
+from vilu.decision.score_folder import Counts, Part, Run, ScoreFolder
+from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.pairs import Pools
 from vilu.errors import BusyError, DataError, NotFittedError, ProvenanceError, StorageError, UsageError
 from vilu.metrics import METRICS, histogram
-from vilu.nn.train import SCORING_BATCH
-from vilu.outcomes import Outcomes
-from vilu.pairs import Pools
+from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
+from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.progress import Silence, reporting
-from vilu.scores import ScoreFolder, score_parts
-from vilu.scores.documents import Counts, Part, Run
-from vilu.scores.identity import predictor_fingerprint, source_fingerprint
 
 N = 2 * SCORING_BATCH + 900
 """Three parts of one batch of scoring each."""
@@ -145,7 +144,7 @@ def test_evaluation_of_a_folder_is_that_of_the_rows(data: Embeddings, done: Path
 def test_evaluation_says_when_it_is_of_bins(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = vilu.evaluate(ScoreFolder(done), n_resamples=0)
     monkeypatch.setattr(histogram, "MAX_BINS", 4096)
-    monkeypatch.setattr("vilu.scores.content.MAX_BINS", N)
+    monkeypatch.setattr("vilu.decision.score_folder.MAX_BINS", N)
     folder = ScoreFolder(done)
     coarse = vilu.evaluate(folder, n_resamples=0)
     assert "ties count half; histogram of at most 4,096 bins" in coarse.filter(metric="auroc").rows[0].convention
@@ -197,9 +196,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
 def test_a_run_that_dies_in_the_middle_leaves_whole_parts(
     data: Embeddings, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vilu.scores import write
+    from vilu.decision import score
 
-    real, calls = write.write_hashed, []
+    real, calls = score.write_hashed, []
 
     def dying(path: Path, content: memoryview) -> object:
         calls.append(path)
@@ -207,7 +206,7 @@ def test_a_run_that_dies_in_the_middle_leaves_whole_parts(
             raise KeyboardInterrupt
         return real(path, content)
 
-    monkeypatch.setattr(write, "write_hashed", dying)
+    monkeypatch.setattr(score, "write_hashed", dying)
     with pytest.raises(KeyboardInterrupt):
         score_parts(vilu.MCM(), data, tmp_path / "s", rows_per_part=1, dataset="toy", split="test")
     assert [p.name for p in (tmp_path / "s" / "receipts").iterdir()] == ["00000.json"]
@@ -304,9 +303,8 @@ def test_verify_reads_every_byte(done: Path, tmp_path: Path) -> None:
 
 
 def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
-    from vilu.scores.content import histogram_bytes, read_histogram
-    from vilu.scores.documents import Receipt
-    from vilu.store.writer import write_hashed
+    from vilu.decision.score_folder import Receipt, histogram_bytes, read_histogram
+    from vilu.store.parts import write_hashed
 
     receipt = Receipt.model_validate_json((done / "receipts" / "00000.json").read_bytes())
     good = read_histogram(done, receipt)
@@ -350,12 +348,12 @@ def test_scores_that_are_not_finite_are_refused(test: Embeddings, train: Embeddi
 
 def test_answers_are_computed_once(test: Embeddings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A score that looks at the logits leaves them to the answer: no second product, no second pass."""
-    from vilu import types
+    from vilu.embeddings import source
 
     def never(*_: object) -> None:
         raise AssertionError("the answers were computed again")
 
-    monkeypatch.setattr(types, "zero_shot", never)
+    monkeypatch.setattr(source, "zero_shot", never)
     assert score_parts(vilu.MCM(), test, tmp_path / "s").counts.n_scored == len(test)
 
 

@@ -16,21 +16,18 @@ import pytest
 from tests.unit.bench_fakes import config, make_stores
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import Cell, plan
+from vilu.benchmark.claims import decide
 from vilu.benchmark.config import Config
-from vilu.benchmark.presentation import Better, Steeper, TableView, Trend
+from vilu.benchmark.exhibits import exhibit
+from vilu.benchmark.pivot import table_sheet
 from vilu.benchmark.resampling import RANKED_BY
 from vilu.benchmark.result import CellResult, Refusal, Timing
+from vilu.benchmark.sheet import to_csv, to_latex, to_markdown, to_text
+from vilu.benchmark.study import claims_table, load_studies, render, render_studies, run_studies
+from vilu.benchmark.views import Better, Steeper, TableView, Trend
 from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS
-from vilu.results import ResultRow
-from vilu.studies.archive import load_studies
-from vilu.studies.claims import decide
-from vilu.studies.exhibits import exhibit
-from vilu.studies.formats import to_csv, to_latex, to_markdown, to_text
-from vilu.studies.page import claims_table
-from vilu.studies.pivot import table_sheet
-from vilu.studies.render import render
-from vilu.studies.run import render_studies, run_studies
+from vilu.outcomes.results import ResultRow
 
 B = 400
 VALUES = {

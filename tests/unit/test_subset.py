@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from tests.conftest import toy_embeddings, toy_pairs, variant
+from vilu.embeddings.checks import RowNumbers
+from vilu.embeddings.source import Subset
 from vilu.errors import UsageError
 from vilu.predictors import PREDICTORS
-from vilu.subset import Subset
-from vilu.validate import RowNumbers
 
 ROWS = np.array([3, 4, 10, 41, 59])
 

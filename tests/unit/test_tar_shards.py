@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 
 from tests.unit.image_files import encode, picture
 from tests.unit.tar_files import PICTURE, entry, outcomes, pair, tar_bytes, write_shard
-from vilu.datasets import captions, tar_samples
+from vilu.datasets import captions, tar
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage
-from vilu.datasets.shards import expand_braces
-from vilu.datasets.tar import SHARD_SHIFT, TarShards
-from vilu.datasets.tar_samples import split_name
+from vilu.datasets.tar import SHARD_SHIFT, TarShards, expand_braces, split_name
 from vilu.errors import UsageError
 
 
@@ -151,13 +149,13 @@ def test_interleaved_samples_are_errors_as_a_whole(tmp_path):
 
 
 def test_members_that_are_too_large(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar_samples, "MAX_FILE_BYTES", len(PICTURE) - 1)
+    monkeypatch.setattr(tar, "MAX_FILE_BYTES", len(PICTURE) - 1)
     small = encode(picture(size=(8, 8)).convert("L"), "PNG")
     assert len(small) < len(PICTURE)
     found = shard_outcomes(tmp_path, *pair("a"), ("b.png", small), ("b.txt", b"x"))
     assert found == [("0.tar#a", "open:too_large"), ("0.tar#b", "x")]
     monkeypatch.setattr(captions, "MAX_CAPTION_BYTES", 3)
-    monkeypatch.setattr(tar_samples, "MAX_CAPTION_BYTES", 3)
+    monkeypatch.setattr(tar, "MAX_CAPTION_BYTES", 3)
     found = shard_outcomes(tmp_path, ("a.png", small), ("a.txt", b"four"), ("b.png", small), ("b.txt", b"x"))
     assert found == [("0.tar#a", "text:too_large"), ("0.tar#b", "x")]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.tar_files import PICTURE, outcomes, pair, tar_bytes, write_shard
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.folder import FolderDataset
-from vilu.datasets.shards import expand_braces
+from vilu.datasets.tar import expand_braces
 from vilu.errors import DataError, UsageError
 
 

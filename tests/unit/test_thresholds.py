@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import vilu
-from vilu.decision import binomial
+from vilu.decision import thresholds
 from vilu.decision.thresholds import (
     conformal_risk_control,
     coverage_first,
@@ -19,7 +19,7 @@ from vilu.decision.thresholds import (
 )
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import tie_counts
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 
 def counts(blocks: list[tuple[int, int]]):
@@ -32,7 +32,7 @@ def counts(blocks: list[tuple[int, int]]):
 @given(st.integers(1, 400), st.data(), st.floats(0.001, 0.999))
 def test_tail_is_the_binomials(m: int, data: st.DataObject, risk: float) -> None:
     k = data.draw(st.integers(0, m))
-    found = binomial.tail(np.array([k]), np.array([m]), risk)[0]
+    found = thresholds.tail(np.array([k]), np.array([m]), risk)[0]
     assert found == pytest.approx(stats.binom.cdf(k, m, risk), rel=1e-9, abs=1e-300)
 
 
@@ -40,25 +40,25 @@ def test_tail_is_the_binomials(m: int, data: st.DataObject, risk: float) -> None
 def test_bounds_are_clopper_pearson(m: int, data: st.DataObject, delta: float) -> None:
     k = data.draw(st.integers(0, m))
     exact = stats.binomtest(k, m).proportion_ci(1 - 2 * delta, method="exact")
-    assert binomial.upper_bound(k, m, delta) == pytest.approx(exact.high, abs=1e-9)
-    assert binomial.lower_bound(k, m, delta) == pytest.approx(exact.low, abs=1e-9)
+    assert thresholds.upper_bound(k, m, delta) == pytest.approx(exact.high, abs=1e-9)
+    assert thresholds.lower_bound(k, m, delta) == pytest.approx(exact.low, abs=1e-9)
 
 
 @pytest.mark.parametrize(
     ("risk", "delta", "rows"), [(0.05, 0.05, 59), (0.1, 0.1, 22), (0.5, 0.5, 1), (0.01, 0.05, 299)]
 )
 def test_rows_without_error(risk: float, delta: float, rows: int) -> None:
-    assert binomial.rows_without_error(risk, delta) == rows
+    assert thresholds.rows_without_error(risk, delta) == rows
     assert (1 - risk) ** rows <= delta * (1 + 1e-9)
     assert rows == 1 or (1 - risk) ** (rows - 1) > delta
 
 
 def test_rows_for_rate_is_enough_and_one_less_is_not() -> None:
     for rate, risk in ((0.02, 0.05), (0.0, 0.05), (0.09, 0.1)):
-        m = binomial.rows_for_rate(rate, risk, 0.05)
+        m = thresholds.rows_for_rate(rate, risk, 0.05)
         wrong = [int(np.ceil(rate * rows + np.sqrt(rate * (1 - rate) * rows))) for rows in (m, m - 1)]
         assert stats.binom.cdf(wrong[0], m, risk) <= 0.05 < stats.binom.cdf(wrong[1], m - 1, risk)
-    assert binomial.rows_for_rate(0.05, 0.05, 0.05) is None
+    assert thresholds.rows_for_rate(0.05, 0.05, 0.05) is None
 
 
 def by_hand_ltt(c, risk: float, delta: float) -> int:

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import toy_embeddings
-from vilu.embeddings import Embeddings, PairEmbeddings
+from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.space import EmbeddingSpace
 
 EYE = np.eye(3)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from tests.unit.tiny_tokenizers import clip_tokenizer, siglip_ids, siglip_tokenizer, t5_tokenizer, vocabulary_size
 from tests.unit.tiny_weights import draw_weights, to_transformers
-from vilu.backbones.loading import quiet
 from vilu.backbones.open_clip import CONFIG
+from vilu.extras import quiet
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")

@@ -1,14 +1,16 @@
-"""What the rest of vilu needs of a vision-language model."""
+"""What a backbone is: two encoders of one embedding space, and the projections behind them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from vilu.space import EmbeddingSpace
+from vilu.embeddings.space import EmbeddingSpace
 
 
 class Backbone(Protocol):
@@ -43,3 +45,156 @@ class Backbone(Protocol):
 
     def encode_text_features(self, texts: Sequence[str]) -> Tensor:
         """(M, F_t) float32 output of the text tower before its projection, where ``projections`` has one."""
+
+
+TEXT_BATCH = 64
+
+
+def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str]) -> Tensor:
+    """(M, D) rows of at least one text, ``TEXT_BATCH`` at a time; texts of like length together need less padding."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
+    rows = torch.cat([encode([texts[i] for i in batch]) for batch in batches])
+    return rows[torch.tensor(order).argsort().to(rows.device)]
+
+
+class DualEncoder:
+    """A frozen dual encoder (the ``Backbone`` protocol), put together from what a loader found.
+
+    Args:
+        space: Identity of the joint space; its ``precision`` "bf16" runs the image tower under autocast.
+        device: Where the towers are.
+        transform: Image to (3, H, W) pixels; thread-safe.
+        image_tower: (B, 3, H, W) pixels to (B, F) features.
+        text_tower: M texts to (M, F_t) features, always in float32.
+        truncates: M texts to M answers, whether the tower's tokenizer cuts the text off.
+        image_head: Image features in float32 to (B, D) embeddings of any norm; None where the tower ends in them.
+        image_projection: The same as a matrix (D, F), where it is one.
+        text_projection: (D, F_t) from text features to embeddings of any norm; None where the tower ends in them.
+        feature_dim: F; not needed where there is no ``image_head``.
+    """
+
+    def __init__(  # noqa: PLR0913 - one argument per part
+        self,
+        space: EmbeddingSpace,
+        device: torch.device,
+        *,
+        transform: Callable[[Image.Image], Tensor],
+        image_tower: Callable[[Tensor], Tensor],
+        text_tower: Callable[[list[str]], Tensor],
+        truncates: Callable[[list[str]], list[bool]],
+        image_head: Callable[[Tensor], Tensor] | None = None,
+        image_projection: Tensor | None = None,
+        text_projection: Tensor | None = None,
+        feature_dim: int | None = None,
+    ) -> None:
+        self.space = space
+        self.device = device
+        self.projections: tuple[Tensor, Tensor] | None = None
+        if image_projection is not None and text_projection is not None:
+            self.projections = (image_projection.float().cpu(), text_projection.float().cpu())
+        self.feature_dim = feature_dim or (space.embed_dim if image_projection is None else image_projection.shape[1])
+        self._transform = transform
+        self._image_tower = image_tower
+        self._image_head = image_head or _linear(image_projection)
+        self._text_tower = text_tower
+        self._text_head = _linear(text_projection)
+        self._truncates = truncates
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """(3, H, W) float32 pixels on the CPU."""
+        return self._transform(image)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """(B, D) float32 unit-norm embeddings on the CPU of (B, 3, H, W) pixels."""
+        return _unit(self._run_image_tower(pixels)[0])
+
+    def encode_images_and_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the features (B, F) float32 behind them on the CPU."""
+        rows, features = self._run_image_tower(pixels)
+        return _unit(rows), features.clone().cpu()
+
+    def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        bf16 = self.space.precision == "bf16"
+        with torch.inference_mode():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                features = self._image_tower(pixels.to(self.device)).float()
+            with torch.autocast(self.device.type, enabled=False):
+                return self._image_head(features), features
+
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
+        """(M, D) float32 unit-norm embeddings on the CPU."""
+        if not texts:
+            return torch.empty(0, self.space.embed_dim)
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            rows = encode_in_batches(lambda batch: self._text_head(self._text_tower(batch)), texts)
+        return _unit(rows)
+
+    def truncates(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether the tokenizer cuts it off."""
+        return self._truncates(list(texts)) if texts else []
+
+    def encode_text_features(self, texts: Sequence[str]) -> Tensor:
+        """(M, F_t) float32 features on the CPU of at least one text."""
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
+            rows = encode_in_batches(self._text_tower, texts)
+        return rows.float().clone().cpu()
+
+
+def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The map of a matrix (D, F); without one, the identity."""
+    return (lambda rows: rows) if projection is None else (lambda rows: rows @ projection.T)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of unit norm; made outside inference mode, so that a predictor can train on them."""
+    return functional.normalize(rows.float(), dim=-1).cpu()
+
+
+ROUNDING = 1e-4
+"""Largest difference, of the largest entry, by which two orders of the same float32 sums may differ."""
+
+
+def detach_projection(network: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]) -> Tensor | None:
+    """Take the last map out of a tower, which from then on gives what went into it.
+
+    A map counts only if it is linear without bias and what the tower gives on a probe is its image: nothing in a
+    library says that a member called ``proj`` is applied last.
+
+    Args:
+        network: The model; changed in place where a map is found.
+        paths: Where the map may be, as dotted names: a matrix (F, D) applied from the right, or an ``nn.Linear``.
+        run: The tower on a probe, (1, D).
+
+    Returns:
+        The map (D, F); None where there is no such map, and the network is as it was.
+    """
+    modules = dict(network.named_modules())
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        owner = modules.get(parent)
+        found = getattr(owner, name, None)
+        weight = _matrix(found)
+        if owner is None or weight is None:
+            continue
+        expected = run()
+        setattr(owner, name, nn.Identity() if isinstance(found, nn.Linear) else None)
+        if _maps(weight, run(), expected):
+            return weight
+        setattr(owner, name, found)
+    return None
+
+
+def _matrix(found: object) -> Tensor | None:
+    """(D, F) of a member that may be a linear map without bias."""
+    if isinstance(found, nn.Linear):
+        return found.weight.detach() if [name for name, _ in found.named_parameters()] == ["weight"] else None
+    return found.detach().T if isinstance(found, nn.Parameter) and found.ndim == 2 else None
+
+
+def _maps(weight: Tensor, features: Tensor, expected: Tensor) -> bool:
+    """Whether the probe's embedding is the image of its features."""
+    if features.shape[-1] != weight.shape[1] or expected.shape[-1] != weight.shape[0]:
+        return False
+    difference = (features @ weight.T - expected).abs().max()
+    return bool(difference < ROUNDING * expected.abs().max())

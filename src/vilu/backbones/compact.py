@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.backbones.dual import DualEncoder, encode_in_batches
-from vilu.backbones.loading import import_extra, quiet
+from vilu.backbones.base import DualEncoder, encode_in_batches
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
-from vilu.space import EmbeddingSpace
+from vilu.extras import import_extra, quiet
 
 EMBED_DIM = 768
 FEATURE_DIM = 1280

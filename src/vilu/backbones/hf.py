@@ -12,18 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vilu.backbones.dual import DualEncoder
-from vilu.backbones.loading import (
-    import_extra,
-    load_cached_first,
-    load_local,
-    require_hub_id,
-    tensors_sha256,
-    tokenizer_identity,
-)
-from vilu.backbones.projection import detach_projection
+from vilu.backbones.base import DualEncoder, detach_projection
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
-from vilu.space import EmbeddingSpace
+from vilu.extras import import_extra, load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
 
 MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 """What a model of transformers must have to be a dual encoder with a temperature of its own."""

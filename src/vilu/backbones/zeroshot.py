@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from vilu.backbones.base import Backbone
+from vilu.embeddings.checks import check_class_names
 from vilu.errors import DataError, UsageError
-from vilu.validate import check_class_names
 
 DEFAULT_TEMPLATE = "a photo of a {}."
 

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vilu.benchmark.config import Config
+from vilu.benchmark.config import Adapt, Config, FromOther, Transfer, Union, Unseen
 from vilu.benchmark.parts import Role
-from vilu.benchmark.settings import Adapt, FromOther, Transfer, Union, Unseen
 
 
 @dataclass(frozen=True)

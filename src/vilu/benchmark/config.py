@@ -1,22 +1,266 @@
-"""What a benchmark consists of."""
+"""The TOML file of a study: its models and their checks."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from vilu.benchmark.checks import check_claims, check_views
 from vilu.benchmark.parts import Count, Data, Model, Name, Names, require_known
-from vilu.benchmark.presentation import AnyClaim, AnyView, Study
 from vilu.benchmark.resampling import RANKED_BY
-from vilu.benchmark.settings import Adapt, AnySetting, Union, Unseen
+from vilu.benchmark.views import (
+    AnyClaim,
+    AnyView,
+    Better,
+    CurveView,
+    GridView,
+    RankingView,
+    ScatterView,
+    Steeper,
+    Study,
+    TableView,
+    Trend,
+    View,
+)
 from vilu.metrics.catalog import METRICS
 from vilu.predictors import PREDICTORS
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.parameters import build, check_parameters, parameters
+
+
+class Setting(Model):
+    """What is fitted on, and what is tested on.
+
+    Attributes:
+        budget: Labelled rows per class to fit on, a share of all of them (0.025), or "all".
+        data: Data sets to test on; by default all that make sense.
+        test_on: Which rows to test on; "validation" for choosing among methods.
+        pool_size: Captions that an image of the test set has to choose from; by default that of the data set.
+        title: For tables and figures, instead of the name.
+        x: Where the setting stands on the axis of a curve.
+        published: What publications call it.
+    """
+
+    budget: int | float | Literal["all"] = "all"
+    data: Names | None = None
+    test_on: Literal["validation", "test"] = "test"
+    pool_size: Annotated[int, Field(ge=2)] | None = None
+    title: str | None = None
+    x: float | None = None
+    published: str | None = None
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _check_budget(cls, value: object) -> object:
+        number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if value != "all" and not number and not (isinstance(value, float) and 0 < value < 1):
+            raise ValueError('must be "all", a number of labels per class, at least 1, or a share of all, below 1')
+        return value
+
+    @property
+    def sources(self) -> Names:
+        """Data sets to fit on that are not the one to test on."""
+        return ()
+
+    @property
+    def amount(self) -> str:
+        """The budget in words."""
+        if self.budget == "all":
+            return "all labels"
+        return f"{self.budget} labels per class" if isinstance(self.budget, int) else f"{self.budget:.3g} of all labels"
+
+    def describe(self, fitted: str = "") -> str:
+        """In words: what is fitted on, then what else is not as usual."""
+        on = ", tested on the validation rows" if self.test_on == "validation" else ""
+        pool = f", pools of {self.pool_size}" if self.pool_size else ""
+        return f"{fitted or self.amount}{on}{pool}"
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+class Labels(Setting):
+    """Fitted and tested on one data set."""
+
+    kind: Literal["labels"]
+
+
+class FromOther(Setting):
+    """Fitted on another data set.
+
+    Attributes:
+        source: The data set to fit on.
+        across_preprocessing: Allow the two to be embedded by one model at different picture sizes, which is refused
+            otherwise.
+    """
+
+    source: str
+    across_preprocessing: bool = False
+
+    @property
+    def sources(self) -> Names:
+        """The source."""
+        return (self.source,)
+
+
+class Transfer(FromOther):
+    """Fitted on another data set and tested as it is."""
+
+    kind: Literal["transfer"]
+
+    def __str__(self) -> str:
+        return self.describe(f"fitted on {self.source} with {self.amount}")
+
+
+class Adapt(FromOther):
+    """Fitted on another data set with all its labels, then from those weights on ``budget`` labels of this one."""
+
+    kind: Literal["adapt"]
+
+    @model_validator(mode="after")
+    def _check_few(self) -> Self:
+        if self.budget == "all":
+            raise ValueError("to adapt, give a budget: labels per class, or a share of them")
+        return self
+
+    def __str__(self) -> str:
+        return self.describe(f"fitted on {self.source} with all labels, then on {self.amount} of its own")
+
+
+class Union(Setting):
+    """Fitted on several data sets at once, whose class texts serve as captions (supplement, C.6).
+
+    Attributes:
+        of: The data sets to fit on.
+        train_pool_size: Captions that an image has to choose from in training.
+        across_preprocessing: As for a transfer.
+    """
+
+    kind: Literal["union"]
+    of: Annotated[Names, Field(min_length=1)]
+    train_pool_size: Annotated[int, Field(ge=2)] = 1024
+    across_preprocessing: bool = False
+
+    @property
+    def sources(self) -> Names:
+        """All of them."""
+        return self.of
+
+    def __str__(self) -> str:
+        return self.describe(f"fitted on the union of {', '.join(self.of)} in pools of {self.train_pool_size}")
+
+
+class Unseen(Setting):
+    """Fitted on one half of the classes, tested on rows and candidates of the other; the seed draws the halves."""
+
+    kind: Literal["unseen"]
+
+    def __str__(self) -> str:
+        return self.describe(f"fitted on the other half of the classes with {self.amount}")
+
+
+AnySetting = Annotated[Labels | Transfer | Unseen | Adapt | Union, Field(discriminator="kind")]
+
+
+def check_views(config: Config) -> None:
+    """Refuse views that name what is not there, or could not be shown.
+
+    Raises:
+        ValueError: Naming the view.
+    """
+    twice = [name for name, count in Counter(view.name for view in config.views).items() if count > 1]
+    if twice:
+        raise ValueError(f"two views are called {twice[0]}, and would be one file")
+    for view in config.views:
+        where = f"(view {view.name})"
+        _require_names(config, view, where)
+        _require_showable(config, view, where)
+
+
+def _require_showable(config: Config, view: AnyView, where: str) -> None:
+    match view:
+        case CurveView():
+            require_known(f"metric with an interval {where}", view.metrics, RANKED_BY)
+            if all(x is None for x in _places(config, view)):
+                raise ValueError(f"no {view.x} has an x to stand on the axis {where}")
+        case ScatterView():
+            require_known(f"metric with an interval {where}", view.metrics, RANKED_BY)
+        case GridView():
+            require_known(f"metric with an interval {where}", view.metrics[:1], RANKED_BY)
+            require_known(f"setting {where}", (view.select_on, view.report_on), config.settings)
+        case RankingView() if view.methods or view.data or view.settings or view.metrics != RANKED_BY:
+            raise ValueError(f"a ranking is of everything, so there is nothing to choose {where}")
+        case TableView():
+            require_known(f"data set {where}", view.mean, config.data)
+            _require_fields(config, view)
+
+
+def check_claims(config: Config) -> None:
+    """Refuse claims that name what is not there, or could not be decided.
+
+    Raises:
+        ValueError: Naming what is wrong.
+    """
+    for claim in config.claims:
+        require_known("data set (claim)", claim.data or (), config.data)
+        require_known("metric (claim)", [claim.metric], RANKED_BY)
+        methods, settings = _subjects(claim)
+        require_known("method (claim)", methods, config.entries)
+        require_known("setting (claim)", settings, config.settings)
+        if isinstance(claim, Trend):
+            x = [config.settings[name].x for name in settings]
+            if any(value is None or value <= 0 for value in x) or len(set(x)) < 2:
+                raise ValueError(f"the trend of {claim.method} needs settings with different x above zero")
+
+
+def _require_names(config: Config, view: View, where: str) -> None:
+    require_known(f"method {where}", view.methods or (), config.entries)
+    require_known(f"data set {where}", view.data or (), config.data)
+    require_known(f"setting {where}", view.settings or (), config.settings)
+    require_known(f"metric {where}", view.metrics, config.metrics)
+
+
+def _places(config: Config, view: CurveView) -> Iterable[float | None]:
+    match view.x:
+        case "method":
+            return [config.entries[name].x for name in view.methods or config.entries]
+        case "data":
+            return [config.data[name].x for name in view.data or config.data]
+        case "setting":
+            return [config.settings[name].x for name in view.settings or config.settings]
+
+
+def _require_fields(config: Config, view: TableView) -> None:
+    """Refuse a table in which two numbers would stand in one cell."""
+    several = {
+        "method": view.methods or tuple(config.entries),
+        "data": view.data or tuple(config.data),
+        "setting": view.settings or tuple(config.settings),
+        "metric": view.metrics,
+    }
+    for field, names in several.items():
+        if field not in (*view.rows, *view.columns) and len(names) > 1:
+            raise ValueError(
+                f"the view {view.name} has several values of {field} ({', '.join(names)}), and neither rows nor "
+                "columns name it"
+            )
+
+
+def _subjects(claim: AnyClaim) -> tuple[Names, Names]:
+    """Methods and settings that a claim is about."""
+    match claim:
+        case Better():
+            both = claim.better, claim.than
+            return tuple(subject.method for subject in both), tuple(subject.setting for subject in both)
+        case Trend():
+            return (claim.method,), claim.settings
+        case Steeper():
+            return (claim.steeper, claim.than), claim.settings
+
 
 MAX_EPOCHS = 300
 """However few the training rows are; the heads' own limit."""

@@ -20,7 +20,7 @@ class Published:
 
     Attributes:
         value: The metric, as a fraction.
-        backbone: The model behind it (``vilu.backbones.named``).
+        backbone: The model behind it (``vilu.backbones.catalog``).
         source: Where it stands.
         doubt: Why it is doubtful; "" where nothing speaks against it.
     """

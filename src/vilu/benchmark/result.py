@@ -16,8 +16,8 @@ from vilu.benchmark.parts import Model
 from vilu.benchmark.resampling import Floats
 from vilu.errors import StorageError
 from vilu.files import atomic_write, make_folder, write_json
-from vilu.outcomes import Outcomes
-from vilu.results import ResultRow
+from vilu.outcomes.outcomes import Outcomes
+from vilu.outcomes.results import ResultRow
 
 logger = logging.getLogger(__name__)
 

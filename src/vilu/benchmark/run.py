@@ -1,25 +1,252 @@
-"""Benchmarks as one function: embed what is missing, run what is missing, show everything."""
+"""Running the cells of a study, in this process or in several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import concurrent.futures
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from types import TracebackType
 
+import torch
 from filelock import FileLock, Timeout
 
 from vilu.benchmark.board import Board
-from vilu.benchmark.cells import Cell, needed_parts, plan, sharing_a_fit
+from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, plan, sharing_a_fit
 from vilu.benchmark.config import Config
+from vilu.benchmark.data import Truth, Workbench
 from vilu.benchmark.facts import decided_by, fingerprint_of
-from vilu.benchmark.pool import run_cells
-from vilu.benchmark.result import CellResult, load_bootstrap, load_result
+from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
+from vilu.benchmark.resampling import resampled_metrics
+from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result
 from vilu.benchmark.stores import Part, find_stores, make_stores, require_complete
-from vilu.benchmark.workbench import Workbench
+from vilu.embeddings.source import SAME_TEXT
+from vilu.embeddings.space import digest
 from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
 from vilu.files import is_leftover, make_folder
+from vilu.outcomes.evaluate import evaluate
+from vilu.outcomes.outcomes import Outcomes
+from vilu.progress import Silence, reporting, track
+
+logger = logging.getLogger(__name__)
+
+
+def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
+    """Score, evaluate and write each of the cells that share a fit, fitting once; a refusal is a result, too.
+
+    Raises:
+        Exception: Whatever else goes wrong, with a note that names the cell.
+    """
+    fits: dict[Origin, Fitted] = {}
+    for cell in cells:
+        with Naming(cell), one_thread(), reporting(Silence()):
+            refused = refuse_other_classes(bench, cell)
+            if refused is not None:
+                write(bench, cell, Fitted(predictor_of(bench, cell), refused), root)
+            else:
+                write(bench, cell, fit(bench, cell, origin_of(bench.config, cell), fits), root)
+        yield cell
+
+
+def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
+    """What a closed-set method would say after its fit, before the time for that is spent."""
+    candidates = bench.candidates(cell) if bench.config.class_of(cell.method).closed_set else None
+    if candidates is None:
+        return None
+    known, asked = candidates
+    if known.shape[1] != asked.shape[1]:
+        reason = f"it is fitted on embeddings of width {known.shape[1]}, and these have {asked.shape[1]}."
+        return Refusal(error=ProvenanceError.__name__, reason=reason)
+    others = int(((asked @ known.T).amax(dim=1) < SAME_TEXT).sum())
+    reason = (
+        f"it scores the {len(known)} classes that it is fitted on, and {others} of the {len(asked)} candidates here "
+        "are others."
+    )
+    return Refusal(error=ProvenanceError.__name__, reason=reason) if others else None
+
+
+def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
+    """Score, evaluate and write a cell."""
+    facts, truth = decided_by(bench, cell), bench.truth(cell)
+    result = CellResult(
+        fingerprint=digest(facts),
+        decided_by=facts,
+        method=cell.method,
+        data=cell.data,
+        setting=cell.setting,
+        seed=cell.seed,
+        test_rows=truth.rows,
+        n_train=fitted.n_train,
+        refused=fitted.refused,
+        warnings=fitted.warnings,
+    )
+    if result.refused is not None:
+        result.save(root)
+        return
+    with collected_warnings() as said:
+        try:
+            outcomes, timing = measure(bench, cell, fitted, truth)
+            rows = evaluate(outcomes, metrics=bench.config.metrics, n_resamples=0).rows
+        except REFUSALS as error:
+            result.model_copy(update={"refused": refusal(error)}).save(root)
+            return
+    scored = outcomes.evaluable
+    bootstrap = resampled_metrics(
+        outcomes.uncertainty[scored], outcomes.failure[scored], bench.config.resamples, truth.rows
+    )
+    variant = fitted.predictor.label.removeprefix(fitted.predictor.name)
+    found = {"results": rows, "timing": timing, "variant": variant, "warnings": (*fitted.warnings, *said)}
+    result.model_copy(update=found).save(root, outcomes, bootstrap)
+
+
+def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
+    """Scores of a cell's test rows, and how long they took.
+
+    Raises:
+        UsageError: If the method does not work on such data.
+        DataError: If the data lack something that it needs.
+        ProvenanceError: If it was fitted on other classes or another space.
+    """
+    predictor = fitted.predictor
+    test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
+    begun = time.perf_counter()
+    uncertainty = predictor.predict_uncertainty(test)
+    seconds = time.perf_counter() - begun
+    outcomes = Outcomes(
+        uncertainty=uncertainty,
+        failure=truth.failure,
+        method=cell.method,
+        dataset=cell.data,
+        split=cell.setting,
+        seed=cell.seed,
+        reason=truth.reason,
+        is_probability=predictor.is_probability,
+    )
+    return outcomes, Timing(
+        fit_seconds=fitted.seconds, score_seconds=seconds, rows_per_second=len(test) / max(seconds, 1e-9)
+    )
+
+
+class Naming(AbstractContextManager[None]):
+    """Adds the cell to whatever exception leaves the block, and to the log."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._cell = cell
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Name the cell."""
+        if isinstance(error, Exception):
+            error.add_note(f"in the cell: {self._cell}")
+            logger.error("the benchmark stops at %s", self._cell)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for torch, BLAS and OpenMP, so that results do not depend on the number of cores or jobs."""
+    import sklearn.linear_model  # noqa: F401 - brings the libraries that are to be limited
+    from threadpoolctl import threadpool_limits
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_bench: dict[str, Workbench] = {}
+"""What a worker process has open."""
+
+
+def run_cells(
+    bench: Workbench, folders: Mapping[Part, Path], cells: Sequence[Cell], root: Path, jobs: int, n_done: int
+) -> None:
+    """Run cells and write their files, showing progress; those that are finished stay when it is interrupted.
+
+    Args:
+        bench: For this process.
+        folders: For the workers to open.
+        cells: What to run.
+        root: Folder of the results.
+        jobs: Worker processes; with 1 there is none.
+        n_done: Cells that were finished before, for the progress.
+
+    Raises:
+        Exception: The first fault, with a note that names its cell.
+    """
+    groups = sharing_a_fit(bench.config, cells)
+    started = time.monotonic()
+    running = _in_workers(bench.config, folders, groups, root, jobs) if jobs > 1 else _here(bench, groups, root)
+    with track("benchmark", n_done + len(cells), "cells") as task, closing(running):
+        task.advance(n_done)
+        for number, cell in enumerate(running, start=1):
+            pace = (time.monotonic() - started) / number
+            left = timedelta(seconds=round(pace * (len(cells) - number)))
+            task.advance(1, f"{60 / pace:.0f} a minute, {left} left; {cell}")
+
+
+def _here(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path) -> Generator[Cell]:
+    for cells in groups:
+        yield from run_group(bench, cells, root)
+
+
+def _in_workers(
+    config: Config, folders: Mapping[Part, Path], groups: Sequence[Sequence[Cell]], root: Path, jobs: int
+) -> Generator[Cell]:
+    with _workers(config, folders, jobs) as pool:
+        running = [pool.submit(_run_in_worker, cells, root) for cells in groups]
+        for future in concurrent.futures.as_completed(running):
+            yield from future.result()
+
+
+@contextmanager
+def _workers(
+    config: Config, folders: Mapping[Part, Path], jobs: int
+) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """A pool whose processes are ended at once where the block is left by an exception."""
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (config, dict(folders)))
+    through = False
+    try:
+        yield pool
+        through = True
+    finally:
+        pool.shutdown(wait=through, cancel_futures=True)
+        for worker in () if through else set(multiprocessing.active_children()) - others:
+            worker.terminate()
+            worker.join()
+
+
+def _start_worker(config: Config, folders: Mapping[Part, Path]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _bench["mine"] = Workbench(config, folders)
+
+
+def _follow_parent() -> None:
+    """End with the parent, however it ends."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run_in_worker(cells: Sequence[Cell], root: Path) -> list[Cell]:
+    return list(run_group(_bench["mine"], cells, root))
+
 
 LOCK = ".lock"
 

@@ -7,20 +7,11 @@ from typing import Annotated
 import typer
 
 import vilu
-from vilu.cli.benchmarking import benchmark, render
-from vilu.cli.calibrating import calibrate
-from vilu.cli.catalogues import inspect, list_catalogue
 from vilu.cli.console import make_reporter, set_verbosity
-from vilu.cli.datasets import datasets
-from vilu.cli.embedding import embed
-from vilu.cli.explaining import explain
-from vilu.cli.fitting import fit
-from vilu.cli.monitoring import monitor
-from vilu.cli.pools import pools
-from vilu.cli.prediction import convert, evaluate, score
-from vilu.cli.reporting import report
-from vilu.cli.sharing import export, pull, push
-from vilu.cli.showing import demo
+from vilu.cli.images import datasets, embed, inspect, list_catalogue
+from vilu.cli.looking import explain, monitor, report
+from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
+from vilu.cli.studies import benchmark, demo, pools, render
 from vilu.progress import reporting
 
 app = typer.Typer(

@@ -1,10 +1,19 @@
-"""The contract between readers of images and ``vilu embed``."""
+"""What every data set offers, its splits, and some of its rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+import difflib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from vilu.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
@@ -60,3 +69,111 @@ class ShardedDataset(ImageDataset, Protocol):
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         """Hash of sizes and times of modification of shards start ... stop - 1."""
+
+
+def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
+    """The names in ``split``, each once and each available.
+
+    Raises:
+        UsageError: If one is empty, repeated, or unknown; the message lists what there is.
+    """
+    names = tuple(name.strip() for name in split.split("+"))
+    if not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"--split must name each split once, joined by '+'. Got {split!r} instead.")
+    unknown = next((name for name in names if name not in available), None)
+    if unknown is None:
+        return names
+    if not available:
+        raise UsageError(f"{source} has no splits. Leave --split {split} out.")
+    nearest = difflib.get_close_matches(unknown, available, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise UsageError(f"{source} has no split {unknown!r}; it has {', '.join(sorted(available))}.{hint}")
+
+
+CAPTIONS_OR_CLASSES: Final = "captions take the place of classes. Give --captions or --classes, not both."
+SHOWN: Final = 10
+"""Values of a column that a message lists."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is asked of a table.
+
+    Attributes:
+        split: Names of splits joined by ``+``; None for all rows.
+        classes: A classes file; None where the table names its classes itself.
+        captions: Whether captions are asked for even where there are labels.
+        where: Only rows that hold these values, by column; values are compared as text.
+    """
+
+    split: str | None = None
+    classes: Path | None = None
+    captions: bool = False
+    where: Mapping[str, str] = field(default_factory=dict)
+
+    def columns(self, names: Sequence[str], source: str) -> list[str]:
+        """The columns of ``where``.
+
+        Raises:
+            UsageError: If one is not there.
+            DataError: If one is there twice.
+        """
+        for name in self.where:
+            if name not in names:
+                raise UsageError(f"{source} has no column {name!r} for --where; it has {_listed(names)}.")
+            if names.count(name) > 1:
+                raise DataError(f"{source}: column {name!r} occurs {names.count(name)} times. Rename all but one.")
+        return list(self.where)
+
+    def fingerprint(self) -> dict[str, object]:
+        """What of it decides which rows there are, beside the split; empty for all rows."""
+        return {"where": sorted(self.where.items())} if self.where else {}
+
+    def rows(self, table: pa.Table, source: str, split_column: str | None) -> NDArray[np.int64]:
+        """(N,) positions of the rows.
+
+        Raises:
+            UsageError: If a split is not there, or no row has the values of ``where``.
+        """
+        chosen = np.ones(len(table), dtype=bool)
+        if self.split is not None:
+            column = pa.array([], pa.string()) if split_column is None else table[split_column].cast(pa.string())
+            wanted = parse_split(self.split, [value for value in column.unique().to_pylist() if value], source)
+            chosen &= pc.is_in(column, value_set=pa.array(wanted)).to_numpy()
+        for name, value in self.where.items():
+            cells = bytes_of(table[name], f"{source}, column {name!r}")
+            kept = chosen & pc.is_in(cells, value_set=pa.array([value.encode()], cells.type)).to_numpy(False)
+            if not kept.any():
+                present = pc.unique(cells.filter(pa.array(chosen)).drop_null()).slice(0, SHOWN + 1).to_pylist()
+                raise UsageError(
+                    f"{source} has no row with {name}={value}"
+                    f"{' among those chosen so far' if not chosen.all() else ''}; column {name!r} has "
+                    f"{_listed([data.decode('utf-8', 'backslashreplace') for data in present])}."
+                )
+            chosen = kept
+        return np.flatnonzero(chosen).astype(np.int64)
+
+
+def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
+    """The cells of a column as the UTF-8 bytes of their text. Strings are not checked: their bytes are what they are.
+
+    Raises:
+        DataError: If the cells are lists or structs.
+    """
+    kind = column.type
+    if pa.types.is_nested(kind):
+        raise DataError(f"{where}: text is expected, one per row. Found {kind}. Write one row for each.")
+    if pa.types.is_dictionary(kind):
+        column = column.cast(kind.value_type)
+    if not _is_binary(column.type):
+        column = column.cast(pa.large_string())
+    return column.cast(pa.large_binary()).combine_chunks()
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(repr(name) if not name.isprintable() or not name else name for name in list(names)[:SHOWN])
+    return (shown or "nothing") + (", ..." if len(names) > SHOWN else "")

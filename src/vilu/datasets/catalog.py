@@ -7,16 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from vilu.datasets.base import ImageDataset, Record, ShardedDataset
+from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, Record, Selection, ShardedDataset
+from vilu.datasets.cifar import CifarDataset, find_layout
 from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
-from vilu.datasets.selection import CAPTIONS_OR_CLASSES, Selection
-from vilu.datasets.shards import SUFFIX, find_shards
 from vilu.datasets.table import open_table
-from vilu.datasets.tar import TarShards
-from vilu.datasets.torchvision_layout import CifarDataset, find_layout
+from vilu.datasets.tar import SUFFIX, TarShards, find_shards
+from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
-from vilu.space import digest
 
 DATASETS: Final[dict[str, str]] = {
     "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",

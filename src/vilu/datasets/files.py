@@ -12,11 +12,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
-from vilu.datasets.formats import SUFFIXES
 from vilu.errors import StorageError
 
 MAX_FILE_BYTES: Final = 64 * 2**20
 """Larger files are not read at all."""
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg", ".psd"),
+)
+"""File name endings that mean an image; those of the last line so that it is reported as unsupported, not missed."""
 
 MISSING: Final = -1
 

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from vilu.datasets.base import Record
+from vilu.datasets.base import Record, parse_split
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import ListingHash, portable_name, read_file, subfolders, walk_images
-from vilu.datasets.splits import parse_split
 from vilu.errors import DataError, UsageError
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})

@@ -1,22 +1,222 @@
-"""Untrusted bytes to an RGB picture: one function, one exception, and no setting that other threads can see."""
+"""Encoded images, hostile until decoded: formats, sizes, orientation, pixels."""
 
 from __future__ import annotations
 
 import errno
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntFlag
 from io import BytesIO
 from typing import Final, Literal
 
-from PIL import Image, ImageFile
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 from vilu.datasets.base import Record
 from vilu.datasets.files import MAX_FILE_BYTES
-from vilu.datasets.formats import OPENERS, count_frames, sniff
-from vilu.datasets.pixels import MODES, ImageFlag, to_rgb
-from vilu.datasets.tiff import ORIENTATION, orientation
 from vilu.errors import DataError, UsageError
+
+ORIENTATION: Final = 0x0112
+_INTEGERS: Final = {1: "B", 3: "H", 4: "I"}  # type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
+BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
+
+
+def orientation(block: bytes) -> int | None:
+    """The orientation, 1 to 8, of a TIFF file or an EXIF block (EXIF 3.0, tag 0x0112); None where there is none.
+
+    Raises:
+        ValueError: If the block is damaged.
+    """
+    block = block.removeprefix(b"Exif\0\0")
+    try:
+        order, count, entry, pointer = _layout(block)
+        (offset,) = struct.unpack_from(order + pointer, block, 8 if pointer == "Q" else 4)
+        (entries,) = struct.unpack_from(order + count, block, offset)
+        for position in range(offset + struct.calcsize(count), len(block), entry)[:entries]:
+            tag, kind = struct.unpack_from(order + "HH", block, position)
+            if tag == ORIENTATION:
+                (value,) = struct.unpack_from(order + _INTEGERS[kind], block, position + 4 + struct.calcsize(pointer))
+                break
+        else:
+            return None
+    except (struct.error, KeyError, OverflowError) as error:
+        raise ValueError(f"damaged EXIF block: {error!r}") from error
+    if not 0 <= value <= 8:
+        raise ValueError(f"EXIF orientation must be 1 to 8. Got {value} instead.")
+    return int(value) or None  # 0 is written for "unknown"
+
+
+def count_directories(data: bytes, limit: int) -> int:
+    """Number of pages of a TIFF file; counting stops at ``limit``, at a loop, and where the chain leaves the file."""
+    seen: set[int] = set()
+    try:
+        order, count, entry, pointer = _layout(data)
+        (offset,) = struct.unpack_from(order + pointer, data, 8 if pointer == "Q" else 4)
+        while offset and offset not in seen and len(seen) < limit:
+            (entries,) = struct.unpack_from(order + count, data, offset)
+            seen.add(offset)
+            (offset,) = struct.unpack_from(order + pointer, data, offset + struct.calcsize(count) + entries * entry)
+    except (struct.error, OverflowError):
+        return len(seen)
+    return len(seen)
+
+
+def _layout(block: bytes) -> tuple[str, str, int, str]:
+    """Byte order, code of the entry count, bytes per entry, code of an offset; classic TIFF or BigTIFF."""
+    order = BYTE_ORDER[block[:4]]
+    return (order, "Q", 20, "Q") if b"+" in block[:4] else (order, "H", 12, "I")
+
+
+class _JpegFile(JpegImagePlugin.JpegImageFile):
+    """A JPEG whose EXIF block is left alone on opening, where a damaged one would warn."""
+
+    def _read_dpi_from_exif(self) -> None:
+        """The resolution in print, which nothing here needs."""
+
+
+OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
+    "JPEG": _JpegFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WebP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
+}
+"""The formats that are decoded."""
+
+MAX_FRAMES = 10_000
+"""Counting stops here: a hostile file can hold millions of empty frames."""
+
+_SIGNATURES = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (8, b"WEBP", "WebP"),
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"),
+    (0, b"BM", "BMP"),
+    *((0, magic, "TIFF") for magic in BYTE_ORDER),
+    *((0, magic, "PPM") for magic in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")),
+    *((4, b"ftyp" + brand, "AVIF") for brand in (b"avif", b"avis")),
+    *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")),
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"8BPS", "PSD"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"%!PS", "EPS"),
+    (0, b"%PDF", "PDF"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"#?RADIANCE", "Radiance HDR"),
+    (0, b"qoif", "QOI"),
+    (0, b"DDS ", "DDS"),
+)
+
+
+def sniff(data: bytes) -> str | None:
+    """Name of the format (a key of ``OPENERS``, or one that is not decoded); None if it looks like no image."""
+    for offset, magic, name in _SIGNATURES:
+        if data.startswith(magic, offset):
+            return name
+    head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
+    is_svg = head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--")) and b"<svg" in head)
+    return "SVG" if is_svg else None
+
+
+def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
+    """Number of frames, at most ``MAX_FRAMES``, without decoding any.
+
+    GIF and TIFF are counted here: Pillow's count is quadratic in the frames of a TIFF and has no limit.
+    """
+    if name == "GIF":
+        return _count_gif_frames(data)
+    if name == "TIFF":
+        return max(count_directories(data, MAX_FRAMES), 1)
+    return min(getattr(image, "n_frames", 1), MAX_FRAMES)
+
+
+def _count_gif_frames(data: bytes) -> int:
+    def colour_table(flags: int) -> int:
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    frames = 0
+    try:
+        position = 13 + colour_table(data[10])
+        while frames < MAX_FRAMES and data[position] in b"\x2c\x21":
+            if data[position] == 0x2C:
+                frames += 1
+                position += 11 + colour_table(data[position + 9])
+            else:
+                position += 2
+            while data[position]:
+                position += data[position] + 1
+            position += 1
+    except IndexError:  # no trailer: what came before it counts
+        return max(frames, 1)
+    return max(frames, 1)
+
+
+DEEP_MODES: Final = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I", "F"})
+MODES: Final = DEEP_MODES | {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+"""The modes that are converted."""
+
+
+class ImageFlag(IntFlag):
+    """What was done to an image, or noticed; stored as a bit mask."""
+
+    ANIMATED = 1  # more than one frame; the first was taken
+    ALPHA = 2  # transparency composited on white
+    DEEP = 4  # more than 8 bits a channel, scaled down
+    STRETCHED = 8  # values of no known range: the lowest to black, the highest to white
+    BAD_EXIF = 16  # EXIF present and unreadable
+
+
+def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
+    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them.
+
+    Raises:
+        ValueError: If pixel values are not finite, or (from Pillow, which has other exceptions too) a palette or a
+            transparency entry does not fit the pixels.
+    """
+    if image.mode in DEEP_MODES:
+        gray, flags = _deep_to_gray(image)
+        return gray.convert("RGB"), flags
+    if image.has_transparency_data:
+        pixels = image.convert("RGBA")
+        white = Image.new("RGBA", pixels.size, "white")
+        return Image.alpha_composite(white, pixels).convert("RGB"), ImageFlag.ALPHA
+    return image.convert("RGB"), ImageFlag(0)
+
+
+def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
+    """8-bit grey of whole numbers 0 ... 65535 (value / 257, rounded) or floats 0 ... 1; other ranges are stretched.
+
+    Pillow's own conversion saturates: nearly all of a 16-bit photo turns white.
+    """
+    values = np.asarray(image.copy())  # until then, a TIFF gives the size that it would have when turned
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("pixel values that are not finite")
+    start, span, flags = 0.0, 1.0 if values.dtype.kind == "f" else 65535.0, ImageFlag.DEEP
+    if low < 0 or high > span:
+        start, span, flags = low, high - low or 1.0, flags | ImageFlag.STRETCHED
+    scaled = np.subtract(values, start, dtype=np.float64)
+    scaled *= 255 / span
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8)), flags
+
 
 Stage = Literal["open", "decode", "geometry", "text"]
 Kind = Literal[

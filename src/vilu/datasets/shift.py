@@ -19,8 +19,8 @@ from PIL import Image, ImageFilter
 
 from vilu.datasets.base import ImageDataset, Record
 from vilu.datasets.images import decode_image
+from vilu.embeddings.space import digest
 from vilu.errors import UsageError
-from vilu.space import digest
 
 SEVERITIES: Final = 5
 REFERENCE_SIDE: Final = 32

@@ -12,12 +12,12 @@ from vilu.decision import record
 from vilu.decision.calibrate import group_names
 from vilu.decision.label_sets import named_sets
 from vilu.decision.record import Record
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.space import digest
 from vilu.errors import UsageError
 from vilu.metrics.counts import Floats
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.space import digest
-from vilu.types import Batch, EmbeddingSource
 
 ACCEPT, ABSTAIN = "accept", "abstain"
 

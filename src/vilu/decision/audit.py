@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special
 
-from vilu.decision.binomial import MAX_ROWS
+from vilu.decision.thresholds import MAX_ROWS
 from vilu.metrics.counts import Floats, Ints
 
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]

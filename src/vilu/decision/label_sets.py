@@ -21,11 +21,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vilu.document import Model
+from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError, InfeasibleError, UsageError
+from vilu.files import Model
 from vilu.metrics.counts import Floats
 from vilu.predictors.base import FailurePredictor
-from vilu.types import UNKNOWN, Batch, EmbeddingSource
 
 Kind = Literal["lac", "aps"]
 

@@ -1,13 +1,4 @@
-"""Test martingales: bets against uniform p-values, whose wealth grows only when the p-values are not uniform.
-
-A bet is a density f on [0, 1]; it turns wealth M into M f(p). If p is uniform whatever came before, the wealth keeps
-its mean, and P(it ever reaches 1/alpha) <= alpha (Ville 1939): an alarm at 1/alpha is false with probability alpha at
-most, however long one watches (Vovk, Nouretdinov and Gammerman, ICML 2003).
-
-Which bet pays is not known, so the wealth is divided among many. When it begins to pay is not known either, and a bet
-that has lost for a thousand rows is slow to notice that the next one would win, so the wealth is divided among starts
-as well: of each bet a share sleeps until row 0, 50, 100, ... The sum of all shares is a martingale that starts at 1.
-"""
+"""Conformal test martingales: p-values that are uniform while nothing changes, and the wager against them."""
 
 from __future__ import annotations
 
@@ -17,7 +8,7 @@ from typing import Final
 import numpy as np
 from scipy import signal, special
 
-from vilu.metrics.counts import Floats
+from vilu.metrics.counts import Floats, Ints
 
 SHAPES: Final = tuple(1.3**power for power in (-2, -1, 0, 1, 2, 3))
 """Of beta densities: both below 1 for more spread, both above 1 for less, unequal for a shift."""
@@ -124,3 +115,116 @@ class Martingale:
             bets, self.counts[number] = histogram_bets(p, self.counts[number], weight)
             learnt.append(bets)
         return np.concatenate([beta_bets(p), np.stack(learnt, axis=1)], axis=1)
+
+
+@dataclass
+class Run:
+    """Distinct values in rising order, and how many values are at most each."""
+
+    values: Floats
+    up_to: Ints
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def n(self) -> int:
+        """Values, repeated ones as often as they came."""
+        return int(self.up_to[-1])
+
+    @classmethod
+    def of(cls, values: Floats, counts: Ints) -> Run:
+        """The run of values, in any order, that came so often each."""
+        distinct, place = np.unique(values, return_inverse=True)
+        total = np.zeros(len(distinct), np.int64)
+        np.add.at(total, place, counts)
+        return cls(distinct, np.cumsum(total))
+
+    def counts(self) -> Ints:
+        """How often each value came."""
+        return np.diff(self.up_to, prepend=0)
+
+    def compare(self, values: Floats) -> tuple[Ints, Ints]:
+        """Per value how many of the run are greater, and how many equal."""
+        padded = np.concatenate([[0], self.up_to])
+        up_to = padded[np.searchsorted(self.values, values, "right")]
+        below = padded[np.searchsorted(self.values, values, "left")]
+        return self.n - up_to, up_to - below
+
+
+@dataclass
+class Reference:
+    """All values so far, in sorted runs of falling length: a new one costs O(log^2 n), and repeats cost no memory."""
+
+    runs: list[Run] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, values: Floats, counts: Ints | None = None) -> Reference:
+        """What holds these values, each once or as often as ``counts`` says."""
+        reference = cls()
+        reference.add(values, counts)
+        return reference
+
+    @property
+    def n(self) -> int:
+        """Values so far."""
+        return sum(run.n for run in self.runs)
+
+    def add(self, values: Floats, counts: Ints | None = None) -> None:
+        """Take values in, each once or as often as ``counts`` says."""
+        if not len(values):
+            return
+        run = Run.of(values, np.ones(len(values), np.int64) if counts is None else counts)
+        while self.runs and len(self.runs[-1]) <= len(run):
+            last = self.runs.pop()
+            run = Run.of(np.concatenate([last.values, run.values]), np.concatenate([last.counts(), run.counts()]))
+        self.runs.append(run)
+
+    def table(self) -> tuple[Floats, Ints]:
+        """Distinct values in rising order, and how often each came."""
+        if not self.runs:
+            return np.empty(0), np.empty(0, np.int64)
+        every = Run.of(
+            np.concatenate([run.values for run in self.runs]), np.concatenate([run.counts() for run in self.runs])
+        )
+        return every.values, every.counts()
+
+    def p_values(self, values: Floats, uniform: Floats) -> Floats:
+        """(B,) p-values of new values in the order of their arrival, which are then taken in.
+
+        Args:
+            values: (B,) finite.
+            uniform: (B,) in [0, 1), one for each value, independent of everything.
+        """
+        greater, equal = earlier(values)
+        for run in self.runs:
+            more, same = run.compare(values)
+            greater, equal = greater + more, equal + same
+        before = self.n + np.arange(len(values))
+        self.add(values)
+        return (greater + uniform * (equal + 1)) / (before + 1)
+
+
+def earlier(values: Floats) -> tuple[Ints, Ints]:
+    """Per value how many of those before it are greater, and how many equal, in O(B log^2 B).
+
+    Blocks of 1, 2, 4, ... values: those of every odd block are looked up among those of the block before it.
+    """
+    n = len(values)
+    greater, equal = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    rank = np.unique(values, return_inverse=True)[1].astype(np.int64)
+    place = np.arange(n)
+    width = 1
+    while width < n:
+        pair, odd = place // (2 * width), (place // width) % 2 == 1
+        # one sorted array of all even blocks: the block is the leading part of the key
+        key = pair * n + rank
+        left = np.sort(key[~odd])
+        asked = key[odd]
+        up_to = np.searchsorted(left, asked, "right")
+        below = np.searchsorted(left, asked, "left")
+        # where an odd block has values, its even one is full
+        greater[odd] += (pair[odd] + 1) * width - up_to
+        equal[odd] += up_to - below
+        width *= 2
+    return greater, equal

@@ -1,44 +1,94 @@
-"""When a guarantee that was calibrated should be considered void: rows that shift, or a promise that is broken.
-
-A guarantee of ``calibrate`` holds for rows that are drawn as the calibration rows were. Up to four tests watch that,
-each with a share of the probability of a false alarm, so that their sum bounds it (Bonferroni):
-
-- scores (2 parts): the uncertainty of each row among those of all rows before it, calibration rows included, as a
-  conformal p-value, and a test martingale on these;
-- acceptance (1 part): the same on "accepted or not";
-- answers (1 part): the same on the zero-shot answer, where there are classes;
-- audit (1 part): bets against "the error rate is at most what was promised" on accepted answers with known labels.
-
-Exchangeable rows make every p-value uniform and independent of the earlier ones, so the shares of scores and answers
-are exact for any distribution and any ties. That of acceptance is for a threshold that was not chosen on the rows that
-it is compared on; how little the choice does is simulated in the tests. That of the audit is for a promise that is
-kept; with the probability that its own confidence leaves, it is not.
-"""
+"""Whether the promise still holds on the answers that come in."""
 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from vilu.decision import record
 from vilu.decision.audit import Audit
-from vilu.decision.calibrate import group_names
-from vilu.decision.conformal import Reference
-from vilu.decision.monitor_input import admit
-from vilu.decision.monitor_status import Acceptance, Audited, Status, Test, TestName, conclude
+from vilu.decision.calibrate import Selector, group_names
+from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
 from vilu.decision.record import Rule
-from vilu.decision.selector import Selector
-from vilu.decision.watch import PARTS, Watch
-from vilu.errors import DataError, UsageError
+from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
+from vilu.embeddings.space import digest
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.files import Model, explain, read_column, read_table, table_suffix, write_table
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcome_columns import UNKNOWN
-from vilu.outcomes import Outcomes
-from vilu.space import digest
+from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+
+
+def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
+    """Scores of new rows, checked; what a CSV does not say about the candidates is taken from the calibration.
+
+    Args:
+        outcomes: Scores of new rows.
+        calibration: Those of the calibration rows.
+        risk: Hash of the record of the calibration; None without.
+
+    Warns:
+        If some of the rows are calibration rows: those say nothing about new ones.
+
+    Raises:
+        ProvenanceError: If the scores are of another predictor or calibration, or their candidates are others.
+    """
+    for name in ("method", "class_names"):
+        ours, theirs = getattr(calibration, name), getattr(outcomes, name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise ProvenanceError(
+                f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
+                "Score with the predictor that was calibrated."
+            )
+    theirs = outcomes.provenance.get("risk")
+    if None not in (risk, theirs) and risk != theirs:
+        raise ProvenanceError(
+            f"these scores were decided on by the calibration {theirs}, the one monitored is {risk}. "
+            "Score again with the predictor as it is calibrated now."
+        )
+    known = _n_known(outcomes, calibration)
+    if known:
+        warnings.warn(
+            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
+        )
+    if outcomes.class_names is None and outcomes.prediction is not None:
+        return replace(outcomes, class_names=calibration.class_names)
+    return outcomes
+
+
+def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
+    """Rows with the key and the uncertainty of a calibration row; a key alone may be of another data set."""
+    if outcomes.ids is None or calibration.ids is None:
+        return 0
+    rows = set(zip(calibration.ids, calibration.uncertainty.tolist(), strict=True))
+    return sum(row in rows for row in zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True))
+
+
+PARTS: Final[dict[TestName, int]] = {"scores": 2, "acceptance": 1, "answers": 1, "audit": 1}
+"""Parts of the probability of a false alarm; those of tests that do not run go to the others."""
+
+
+@dataclass
+class Watch:
+    """A test of whether one number per row stays exchangeable."""
+
+    test: Test
+    reference: Reference
+    martingale: Martingale = field(default_factory=Martingale)
+
+    def update(self, values: Floats, rows: Ints, seed: int) -> None:
+        """Take in the next values (B,), which are of these rows of the stream."""
+        generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
+        generator.advance(self.martingale.n)  # one draw a value: batches of any size see the same numbers
+        uniform = np.random.Generator(generator).random(len(values))
+        self.test = self.test.after(self.martingale.update(self.reference.p_values(values, uniform)), rows)
 
 
 class Monitor:
@@ -165,8 +215,6 @@ class Monitor:
             UsageError: If the file has another suffix.
             StorageError: If the file system refuses.
         """
-        from vilu.decision.monitor_state import save
-
         save(self, path)
 
     def resume(self, path: str | Path) -> Self:
@@ -178,8 +226,6 @@ class Monitor:
             DataError: If it is no state, or a damaged one.
             ProvenanceError: If it belongs to another calibration, level or seed.
         """
-        from vilu.decision.monitor_state import resume
-
         resume(self, path)
         return self
 
@@ -256,3 +302,146 @@ class Monitor:
                 content.update(column.tobytes())
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
+
+
+Count = Annotated[int, Field(ge=0)]
+Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))]
+
+
+class Wealth(Model):
+    """A martingale; see there."""
+
+    n: Annotated[int, Field(ge=1)]
+    growth: Bets
+    started: Bets
+    counts: tuple[tuple[Annotated[FiniteFloat, Field(ge=0)], ...], ...]
+
+    @model_validator(mode="after")
+    def _check_cells(self) -> Self:
+        if [len(cells) for cells in self.counts] != [cells for cells, _ in HISTOGRAMS]:
+            raise ValueError("the histograms have other cells")
+        return self
+
+
+class State(Model):
+    """All of a monitor but its calibration and the values that came.
+
+    Attributes:
+        fingerprint: Of the monitor that it belongs to.
+        wealth: Per test the martingale; None before its first row.
+        audited: Audited answers, and how many of them are wrong.
+    """
+
+    kind: Literal["monitor"] = "monitor"
+    fingerprint: str
+    rows: Count
+    unscored: Count
+    accepted: Count
+    tests: tuple[Test, ...]
+    wealth: dict[str, Wealth | None]
+    audited: tuple[Count, Count]
+
+
+def save(monitor: Monitor, path: str | Path) -> None:
+    """Write the state atomically.
+
+    Raises:
+        UsageError: If the file is not a ``.parquet`` file.
+        StorageError: If the file system refuses.
+    """
+    import pyarrow as pa
+
+    _require_parquet(path)
+    tables = {name: watch.reference.table() for name, watch in monitor.watches.items()}
+    columns = {
+        "test": pa.array([name for name, (values, _) in tables.items() for _ in range(len(values))], pa.string()),
+        "value": pa.array(np.concatenate([values for values, _ in tables.values()])),
+        "count": pa.array(np.concatenate([counts for _, counts in tables.values()])),
+    }
+    write_table(path, columns, _state(monitor).model_dump(mode="json"))
+
+
+def resume(monitor: Monitor, path: str | Path) -> None:
+    """Bring a new monitor to where the saved one stopped.
+
+    Raises:
+        UsageError: If the file is not a ``.parquet`` file, or the monitor has seen rows.
+        StorageError: If it cannot be opened.
+        DataError: If it is no state, or a damaged one.
+        ProvenanceError: If it belongs to another calibration, level or seed.
+    """
+    _require_parquet(path)
+    if monitor.rows:
+        raise UsageError(f"only a new monitor can go on from a state. This one has seen {monitor.rows} rows.")
+    table, metadata = read_table(path, ("test",))
+    if metadata.get("kind") != "monitor":
+        raise DataError(f"{path} is not the state of a monitor. Give another file, or one that does not exist yet.")
+    try:
+        state = State.model_validate(metadata)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {explain(error)}. Restore it, or begin a new monitor.") from error
+    if state.fingerprint != monitor.fingerprint:
+        raise ProvenanceError(
+            f"{path} belongs to the monitor {state.fingerprint}, this one is {monitor.fingerprint}: another "
+            "calibration, probability of a false alarm, or seed. After a new calibration begin a new state."
+        )
+    name = np.asarray(read_column(path, table, "test", "string").to_pylist(), dtype=object)
+    value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
+    count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
+    _restore(monitor, state, {test: (value[name == test], count[name == test]) for test in monitor.watches}, path)
+
+
+def _state(monitor: Monitor) -> State:
+    tests = [watch.test for watch in monitor.watches.values()]
+    audited = monitor.audited
+    return State(
+        fingerprint=monitor.fingerprint,
+        rows=monitor.rows,
+        unscored=monitor.unscored,
+        accepted=monitor.accepted,
+        tests=(*tests, *([] if monitor.audit_test is None else [monitor.audit_test])),
+        wealth={name: _wealth(watch.martingale) for name, watch in monitor.watches.items()},
+        audited=(0, 0) if audited is None else (audited.n, audited.wrong),
+    )
+
+
+def _wealth(martingale: Martingale) -> Wealth | None:
+    if not martingale.n:
+        return None
+    return Wealth(
+        n=martingale.n,
+        growth=tuple(martingale.growth.tolist()),
+        started=tuple(martingale.started.tolist()),
+        counts=tuple(tuple(cells.tolist()) for cells in martingale.counts),
+    )
+
+
+def _restore(monitor: Monitor, state: State, values: dict[TestName, tuple[Floats, Ints]], path: str | Path) -> None:
+    tests = {test.name: test for test in state.tests}
+    levels = {test.name: test.level for test in monitor.status.tests}
+    n, wrong = state.audited
+    if tests.keys() != levels.keys() or state.wealth.keys() != monitor.watches.keys() or wrong > n:
+        raise DataError(f"{path} is damaged: its tests are not {', '.join(levels)}. Begin a new monitor.")
+    if any(tests[name].level != level for name, level in levels.items()):
+        raise DataError(f"{path} is damaged: its tests have other levels. Begin a new monitor.")
+    for name, watch in monitor.watches.items():
+        column, count = values[name]
+        wealth, calibrated = state.wealth[name], watch.reference.n
+        watch.test, watch.reference = tests[name], Reference.of(column, count)
+        if wealth is not None:
+            counts = [np.array(cells) for cells in wealth.counts]
+            watch.martingale = Martingale(wealth.n, np.array(wealth.growth), np.array(wealth.started), counts)
+        expected_n = calibrated + state.rows - state.unscored
+        if not np.isfinite(column).all() or (count < 1).any() or watch.reference.n != expected_n:
+            raise DataError(f"{path} is damaged: {name} must hold {expected_n} numbers. Begin a new monitor.")
+        if watch.martingale.n != state.rows - state.unscored:
+            raise DataError(f"{path} is damaged: {name} has bet on {watch.martingale.n} rows. Begin a new monitor.")
+    monitor.rows, monitor.unscored, monitor.accepted = state.rows, state.unscored, state.accepted
+    if monitor.audited is not None:
+        monitor.audited = replace(monitor.audited, n=n, wrong=wrong)
+        monitor.audit_test = tests["audit"]
+
+
+def _require_parquet(path: str | Path) -> None:
+    if table_suffix(path) != ".parquet":
+        raise UsageError(f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead.")

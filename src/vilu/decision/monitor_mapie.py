@@ -16,12 +16,11 @@ from typing import Any, Self
 import numpy as np
 
 from vilu.decision.audit import Audit, AuditVerdict
-from vilu.decision.monitor import Monitor
+from vilu.decision.monitor import Monitor, Watch
 from vilu.decision.record import Rule
-from vilu.decision.watch import Watch
 from vilu.errors import MissingModelError, UsageError
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 
 @dataclass

@@ -10,17 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 import vilu
+from vilu.decision.calibrate import Selector
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import BatchSelector
-from vilu.decision.selector import Selector
-from vilu.document import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
+from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files import atomic_write, write_json
-from vilu.outcomes import Outcomes
+from vilu.files import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, atomic_write, explain, parquet_bytes, write_json
+from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.storage import fit_fingerprint
-from vilu.space import digest
-from vilu.tables import parquet_bytes
-from vilu.types import EmbeddingSource
 
 RISK, ROWS = "risk.json", "calibration.parquet"
 AGAIN = "Run `vilu calibrate` again"

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from vilu.document import Model
 from vilu.errors import DataError, InfeasibleError, UsageError
+from vilu.files import Model
 from vilu.metrics.counts import Floats, real_vector
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 MAX_ROWS = 10**6
 """Of a calibration; more would not move a p-value visibly, and they all stand in ``risk.json``."""

@@ -5,41 +5,21 @@ from __future__ import annotations
 import difflib
 
 from vilu.errors import UsageError
-from vilu.predictors.bank.delta_knn import DeltaKNN, DeltaKNNMargin
-from vilu.predictors.bank.delta_mds import DeltaMDS, DeltaMDSMargin
+from vilu.predictors.bank.delta import DeltaKNN, DeltaKNNMargin, DeltaMDS, DeltaMDSMargin
 from vilu.predictors.bank.icpe import ICPE
-from vilu.predictors.bank.knn_distance import KNNDistance
-from vilu.predictors.bank.knn_vote import KNNVote
 from vilu.predictors.bank.linear_probe import LinearProbe
 from vilu.predictors.bank.mahalanobis import Mahalanobis, RelativeMahalanobis
-from vilu.predictors.bank.trine import TRINE
-from vilu.predictors.bank.trust_score import TrustScore
-from vilu.predictors.bank.trustvlm import TrustVLM
+from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore, TrustVLM
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.bayes.bayesvlm import BayesVLM
-from vilu.predictors.bayes.probvlm import ProbVLM
-from vilu.predictors.fitted.mcm_ts import MCMTS
-from vilu.predictors.fitted.rel_u import RelU
-from vilu.predictors.fitted.sirc import SIRC
-from vilu.predictors.fitted.stacking import Stacking
-from vilu.predictors.free.doctor import Doctor
-from vilu.predictors.free.energy import Energy
-from vilu.predictors.free.entropy import Entropy
-from vilu.predictors.free.gen import GEN
-from vilu.predictors.free.kl_uniform import KLUniform
-from vilu.predictors.free.margin import Margin
-from vilu.predictors.free.max_logit import MaxLogit
-from vilu.predictors.free.mcm import MCM
-from vilu.predictors.free.prob_margin import ProbMargin
-from vilu.predictors.heads.deep_ensemble import DeepEnsemble
-from vilu.predictors.heads.lmn import LMN
-from vilu.predictors.heads.lvu import LVU
-from vilu.predictors.heads.mc_dropout import MCDropout
-from vilu.predictors.heads.pvu import PVU
-from vilu.predictors.heads.vilu import ViLU
+from vilu.predictors.bayesvlm import BayesVLM
+from vilu.predictors.fitted import MCMTS, SIRC, RelU
+from vilu.predictors.heads.networks import LMN, PVU
+from vilu.predictors.heads.vilu import LVU, DeepEnsemble, MCDropout, ViLU
 from vilu.predictors.heads.vilu_plus import ViLUPlus
-from vilu.predictors.views.prompt_disagreement import PromptDisagreement
-from vilu.predictors.views.tta import TTA
+from vilu.predictors.probvlm import ProbVLM
+from vilu.predictors.stacking import Stacking
+from vilu.predictors.views import TTA, PromptDisagreement
+from vilu.predictors.zero_shot import GEN, MCM, Doctor, Energy, Entropy, KLUniform, Margin, MaxLogit, ProbMargin
 
 PREDICTORS: dict[str, type[FailurePredictor]] = {
     "vilu_plus": ViLUPlus,

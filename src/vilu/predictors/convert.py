@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.lvu import LVU
-from vilu.predictors.heads.vilu import ViLU
-from vilu.space import EmbeddingSpace
+from vilu.predictors.heads.vilu import LVU, ViLU
 
 
 def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None) -> HeadPredictor:

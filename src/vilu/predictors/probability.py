@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 from scipy import special
 
-from vilu.document import Model
 from vilu.errors import DataError
+from vilu.files import Model
 from vilu.metrics.counts import Floats
 
 FOLDS = 10

@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
 import vilu
-from vilu.card import Method, model_card
+from vilu.embeddings.space import EmbeddingSpace, digest
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files import atomic_write, make_folder, write_json
 from vilu.predictors import PREDICTORS
 from vilu.predictors.base import FailurePredictor
+from vilu.predictors.card import Method, model_card
 from vilu.predictors.parameters import build, parameters
 from vilu.predictors.probability import read_calibrator
-from vilu.predictors.sketch import RowSketch
-from vilu.space import EmbeddingSpace, digest
+from vilu.predictors.rows import RowSketch
 
 SCHEMA = 1
 MAX_JSON_BYTES = 64 << 20

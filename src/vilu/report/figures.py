@@ -1,7 +1,4 @@
-"""Figures of outcomes, as matplotlib figures that the caller saves.
-
-Colours and saving are in ``style``.
-"""
+"""Figures: histograms, curves, scatters and grids."""
 
 from __future__ import annotations
 
@@ -14,13 +11,29 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vilu.metrics import aurc, auroc, fpr_at_tpr, risk_coverage_curve, roc_curve_points
-from vilu.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.report.style import COLOURS, CORRECT, WRONG, house_style, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from PIL import Image
+
+
+from typing import TYPE_CHECKING, Any
+
+from vilu.report.style import looks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 COLUMNS = 3
 
@@ -122,3 +135,179 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
     for spine in axes.spines.values():
         spine.set_edgecolor(WRONG if wrong else CORRECT)
         spine.set_linewidth(3 if wrong else 1)
+
+
+CURVE_COLUMNS = 2
+CURVE_WIDTH, CURVE_HEIGHT = 4.4, 3.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """Values along an axis, as fractions.
+
+    Attributes:
+        label: For the legend.
+        x: Where.
+        y: Values.
+        low: Lower ends of their intervals.
+        high: Upper ends.
+        published: (x, y) of a publication.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+    published: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        title: Above it.
+        y_label: Of the vertical axis.
+        lines: What is in it.
+    """
+
+    title: str
+    y_label: str
+    lines: Sequence[Line]
+
+
+def curves(panels: Sequence[Panel], x_label: str, *, log: bool) -> Figure:
+    """A line for every series, intervals as bars; one legend for all panels."""
+    with house_style():
+        figure, axes = _panels(panels)
+        styles = _styles(panels)
+        for axis, panel in zip(axes, panels, strict=True):
+            for line in panel.lines:
+                _bars(axis, line, styles[line.label])
+                if line.published:
+                    _published(axis, line, styles[line.label])
+            ticks = sorted({x for line in panel.lines for x in line.x})
+            if log:
+                axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
+            axis.minorticks_off()
+            axis.set_xlabel(x_label)
+        _legend(figure, axes, len(styles))
+    return figure
+
+
+def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
+    """Points with intervals, and the least-squares line through those of each series."""
+    with house_style():
+        figure, axes = _panels(panels)
+        styles = _styles(panels)
+        for axis, panel in zip(axes, panels, strict=True):
+            for line in panel.lines:
+                style = styles[line.label]
+                _bars(axis, line, {**style, "linestyle": "none"})
+                if len(set(line.x)) > 1:
+                    ends = np.array([min(line.x), max(line.x)])
+                    slope, offset = np.polyfit(line.x, line.y, 1)
+                    axis.plot(100 * ends, 100 * (slope * ends + offset), color=style["color"], ls=style["linestyle"])
+            axis.set_xlabel(x_label)
+        _legend(figure, axes, len(styles))
+    return figure
+
+
+def _panels(panels: Sequence[Panel]) -> tuple[Figure, list[Axes]]:
+    columns = min(CURVE_COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(CURVE_WIDTH * columns, CURVE_HEIGHT * rows + 0.5)
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels))]
+    for axis, panel in zip(axes, panels, strict=True):
+        axis.set_title(panel.title)
+        axis.set_ylabel(f"{panel.y_label} (%)")
+        axis.grid(alpha=0.25, linewidth=0.5)
+    return figure, axes
+
+
+def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
+    """One look for a label in all panels."""
+    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
+    return dict(zip(labels, looks(), strict=False))
+
+
+def _bars(axis: Axes, line: Line, style: dict[str, Any]) -> None:
+    order = np.argsort(line.x, kind="stable")
+    x, y, low, high = (np.asarray(values, dtype=np.float64)[order] for values in (line.x, line.y, line.low, line.high))
+    scaled = x if style["linestyle"] != "none" else 100 * x
+    around = 100 * np.stack([np.maximum(y - low, 0), np.maximum(high - y, 0)])
+    axis.errorbar(
+        scaled, 100 * y, around, label=line.label, linewidth=1.3, markersize=4.5, elinewidth=0.8, capsize=2, **style
+    )
+
+
+def _published(axis: Axes, line: Line, style: dict[str, Any]) -> None:
+    x, y = zip(*sorted(line.published), strict=True)
+    look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
+    axis.plot(x, 100 * np.asarray(y), markerfacecolor="white", markersize=5, label=f"{line.label}, published", **look)
+
+
+def _legend(figure: Figure, axes: Sequence[Axes], n_labels: int) -> None:
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside lower center", ncols=min(max(n_labels, 1), 4), fontsize=8
+    )
+
+
+GRID_COLUMNS = 2
+GRID_WIDTH, GRID_HEIGHT = 4.2, 2.6
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One panel.
+
+    Attributes:
+        title: Above it.
+        rows: Labels from top to bottom.
+        columns: Labels from left to right.
+        values: Fractions by number of row and column; what is missing is left white.
+        chosen: The pair that was selected.
+    """
+
+    title: str
+    rows: Sequence[str]
+    columns: Sequence[str]
+    values: Mapping[tuple[int, int], float]
+    chosen: tuple[int, int] | None
+
+
+def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
+    """Darker is higher; the number stands in every field, the chosen one is framed."""
+    with house_style():
+        columns = min(GRID_COLUMNS, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = new_figure(GRID_WIDTH * columns, GRID_HEIGHT * rows)
+        for number, panel in enumerate(panels):
+            axis = figure.add_subplot(rows, columns, number + 1)
+            field = np.full((len(panel.rows), len(panel.columns)), np.nan)
+            for place, value in panel.values.items():
+                field[place] = value
+            low, high = float(np.nanmin(field)), float(np.nanmax(field))
+            axis.imshow(field, cmap="Greys", vmin=low - (high - low) / 4, vmax=high + (high - low), aspect="auto")
+            for (row, column), value in panel.values.items():
+                axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
+            if panel.chosen is not None:
+                row, column = panel.chosen
+                axis.plot(*_frame(row, column), color=WRONG, linewidth=2)
+            axis.set_xticks(range(len(panel.columns)), panel.columns)
+            axis.set_yticks(range(len(panel.rows)), panel.rows)
+            axis.set_title(panel.title)
+            axis.set_xlabel(column_label)
+            axis.set_ylabel(row_label)
+    return figure
+
+
+def _frame(row: int, column: int) -> tuple[list[float], list[float]]:
+    left, right, top, bottom = column - 0.48, column + 0.48, row - 0.48, row + 0.48
+    return [left, right, right, left, left], [top, top, bottom, bottom, top]

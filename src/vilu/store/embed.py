@@ -17,17 +17,14 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.embeddings.checks import check_class_names
 from vilu.errors import DataError, UsageError
 from vilu.progress import track
-from vilu.store.attempts import forget_attempts
-from vilu.store.folder import claim, clean, clear, require_room, unseal
-from vilu.store.job import BackboneSpec, EmbedJob, Executor
-from vilu.store.manifest import Receipt
-from vilu.store.pairs import CaptionStore
+from vilu.store.documents import Receipt
+from vilu.store.folder import begin, claim, clean, clear, describe, require_room, seal, survey, unseal
+from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
 from vilu.store.parts import Part
-from vilu.store.reader import EmbeddingStore
-from vilu.store.run import begin, describe, seal, survey
-from vilu.validate import check_class_names
+from vilu.store.reader import CaptionStore, EmbeddingStore
 
 PATIENCE = 600.0
 """Seconds that one of several drivers waits for another one, which may be embedding the texts of many classes."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.progress import track
-from vilu.store.content import UNREADABLE_PARQUET
+from vilu.store.parts import UNREADABLE_PARQUET
 
 Fold = Literal["train", "validation", "test"]
 

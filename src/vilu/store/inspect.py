@@ -12,14 +12,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.errors import DataError, ViLUError
-from vilu.store.content import ERRORS, file_hash, map_rows, metadata_schema, read_classes, read_columns
-from vilu.store.document import read_document
-from vilu.store.manifest import MANIFEST, RUN, Receipt, Run
-from vilu.store.pairs import CaptionStore
-from vilu.store.parts import SHARD, Part, plan, positions, read_receipt
-from vilu.store.reader import EmbeddingStore
-from vilu.validate import NORM_TOLERANCE
+from vilu.store.documents import MANIFEST, RUN, Receipt, Run, read_document
+from vilu.store.parts import (
+    ERRORS,
+    SHARD,
+    Part,
+    file_hash,
+    map_rows,
+    metadata_schema,
+    plan,
+    positions,
+    read_classes,
+    read_columns,
+    read_receipt,
+)
+from vilu.store.reader import CaptionStore, EmbeddingStore
 
 CHUNK = 8192
 """Rows looked at together."""

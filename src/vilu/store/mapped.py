@@ -1,23 +1,66 @@
-"""Rows in memory-mapped parts: gathered in the order of the disk, shuffled so that a pass stays among few blocks.
-
-Shapes: N rows over all parts, B rows asked for.
-"""
+"""Parts of a store, mapped into memory and read by several threads."""
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import overload
+from typing import TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from vilu.store.threads import in_threads
-from vilu.types import Batch, EmbeddingSource
+from vilu.embeddings.source import Batch, EmbeddingSource
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@contextmanager
+def in_threads(function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[Iterator[R]]:
+    """Results of ``function`` in the order of ``items``, worked out by threads, at most ``ahead`` of them in advance.
+
+    On leaving the block, also by an exception, nothing more is begun.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="vilu-decode", initializer=_stay_on_one_core)
+
+    def results() -> Iterator[R]:
+        pending: deque[Future[R]] = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    try:
+        yield results()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _stay_on_one_core() -> None:
+    """Otherwise every decoding thread has a team of threads for its tensors, and they all fight with the model's.
+
+    ``torch.set_num_threads`` would change the whole process, the limit of OpenMP is this thread's own.
+    """
+    torch.get_num_threads()  # at its first use in a thread torch sets the limit itself
+    threadpool_limits(1, user_api="openmp")
+
+
+def default_workers() -> int:
+    """Decoding threads: one per core that this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
+
 
 OPEN_PARTS = 256
 """Parts kept mapped at a time; each takes a file descriptor, of which a process often has 1024."""

@@ -5,16 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vilu.embeddings.pairs import Pools
+from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError
-from vilu.pairs import Pools
-from vilu.store.document import read_document
+from vilu.store.documents import RUN, Run, read_document
 from vilu.store.folds import Fold
-from vilu.store.laion import LaionPairs
-from vilu.store.manifest import RUN, Run
-from vilu.store.pairs import CaptionStore
-from vilu.store.reader import EmbeddingStore
-from vilu.store.shards import find_shards
-from vilu.types import EmbeddingSource
+from vilu.store.laion import LaionPairs, find_shards
+from vilu.store.reader import CaptionStore, EmbeddingStore
 
 
 def open_source(

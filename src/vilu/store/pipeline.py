@@ -17,13 +17,11 @@ from vilu.backbones.base import Backbone
 from vilu.datasets.base import ImageDataset, Record
 from vilu.datasets.captions import read_caption
 from vilu.datasets.images import BadImage, ImageLimits, read_image
+from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import Task
-from vilu.store.manifest import CAPTION, IMAGE, Run
-from vilu.store.parts import Part, positions
-from vilu.store.views import Views
-from vilu.store.writer import MESSAGE_LENGTH, ErrorRow, PartRows, Row
-from vilu.validate import NONFINITE, STATUS, VALID, unit_rows
+from vilu.store.documents import CAPTION, IMAGE, Run, Views
+from vilu.store.parts import MESSAGE_LENGTH, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16
 """Flag of a row whose caption is longer than the model reads; the flags below are ``ImageFlag``."""

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from vilu.datasets.base import ImageDataset
-from vilu.datasets.known.captioned import CAPTIONED
+from vilu.datasets.known.catalogue import CAPTIONED, LABELLED, SHIFTED
 from vilu.datasets.known.check import Presence, check_entry
 from vilu.datasets.known.entry import KnownDataset, Request, require_place
-from vilu.datasets.known.labelled import LABELLED
-from vilu.datasets.known.shifted import SHIFTED
 from vilu.errors import UsageError
 
 __all__ = ["KNOWN", "KnownDataset", "Presence", "check", "find_known", "open_known"]

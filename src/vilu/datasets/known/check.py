@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final, Literal
 
-from vilu.datasets.known.entry import KnownDataset, Place, find_place
-from vilu.datasets.known.survey import Count, Survey
+from vilu.datasets.known.entry import Count, KnownDataset, Place, Survey, find_place
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.progress import track
 

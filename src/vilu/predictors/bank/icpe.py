@@ -10,13 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vilu.nn.train import Rows
-from vilu.predictors.bank.gaussian import NO_SPREAD, class_means, scatter, squared_distances, whitener
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, log_posterior
+from vilu.predictors.bank.mahalanobis import NO_SPREAD, class_means, scatter, squared_distances, whitener
 from vilu.predictors.bank.search import Count, image_blocks, labels
-from vilu.predictors.free.posterior import log_posterior
 from vilu.predictors.labelled import ClosedSetPredictor
-from vilu.similarity import float64
-from vilu.types import Batch
+from vilu.predictors.nn.train import Rows
 
 ABSENT, POOLED = 0, 1
 """Covariances that are no class's own: that of all images, and the mean one within classes."""

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vilu.nn.train import Rows
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels
 from vilu.predictors.labelled import ClosedSetPredictor
-from vilu.similarity import float64
-from vilu.types import Batch
+from vilu.predictors.nn.train import Rows
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Mahalanobis distance to the predicted class."""
+"""Gaussians of classes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,96 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vilu.nn.train import Rows
-from vilu.predictors.bank.gaussian import (
-    class_means,
-    shared_covariance,
-    spherical_covariance,
-    whitener,
-)
-from vilu.predictors.bank.search import labels
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch
+from vilu.predictors.bank.search import image_blocks, labels
 from vilu.predictors.labelled import ClosedSetPredictor
-from vilu.similarity import float64
-from vilu.types import Batch
+from vilu.predictors.nn.train import Rows
+
+NO_SPREAD = 1e-12
+"""Variance of unit vectors up to which they are the same image, up to rounding."""
+FLOOR = 1e-9
+"""Added to a covariance before it is inverted, as a share of its mean variance: embeddings may span a subspace only."""
+
+
+def class_means(train: Rows, label: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """Mean (K, D) and number (K,) of the images of each class; where there is none, the mean of all images."""
+    total = torch.zeros(n_classes, train.source.space.embed_dim, dtype=torch.float64)
+    for block, image in image_blocks(train):
+        total.index_add_(0, label[block], image.double())
+    count = torch.bincount(label, minlength=n_classes)
+    mean = total / count.clamp(min=1)[:, None]
+    mean[count == 0] = total.sum(dim=0) / max(len(label), 1)
+    return mean, count
+
+
+def scatter(train: Rows, label: Tensor, mean: Tensor) -> tuple[Tensor, float]:
+    """Sum (D, D) of x x^T and sum of |x|^4, over x = image - mean of its class."""
+    matrix, fourth = torch.zeros(mean.shape[1], mean.shape[1], dtype=torch.float64), 0.0
+    for block, image in image_blocks(train):
+        x = image.double() - mean[label[block]]
+        matrix += x.T @ x
+        fourth += float(x.square().sum(dim=1).square().sum())
+    return matrix, fourth
+
+
+def shared_covariance(train: Rows, label: Tensor, mean: Tensor) -> Tensor | None:
+    """Covariance (D, D) of the images around the mean (K, D) of their class, shrunk; None where there is no spread.
+
+    Ledoit and Wolf's estimate, scaled by M / (M - number of classes with images) for the means that were fitted. There
+    is no spread when no class has two different images.
+    """
+    matrix, fourth = scatter(train, label, mean)
+    n, n_means = len(label), len(label.unique())
+    if n == n_means or float(matrix.trace()) <= NO_SPREAD * n:
+        return None
+    return ledoit_wolf(matrix, fourth, n) * (n / (n - n_means))
+
+
+def spherical_covariance(train: Rows) -> Tensor:
+    """The mean variance per coordinate of all images, times the identity; the identity itself where it is zero."""
+    everything = torch.zeros_like(train.index)
+    mean, _ = class_means(train, everything, 1)
+    matrix, _ = scatter(train, everything, mean)
+    variance = float(matrix.trace()) / (max(len(everything) - 1, 1) * len(matrix))
+    return torch.eye(len(matrix), dtype=torch.float64) * (variance if variance > NO_SPREAD else 1.0)
+
+
+def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
+    """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows.
+
+    The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is enough.
+
+    Args:
+        matrix: (D, D) sum of x x^T.
+        fourth: Sum of |x|^4.
+        n: Number of rows.
+
+    Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
+    """
+    covariance, d = matrix / n, len(matrix)
+    variance = covariance.trace() / d
+    squares = covariance.square().sum()
+    dispersion = squares - d * variance**2
+    error = (fourth / n - squares) / n
+    shrinkage = (error / dispersion).clamp(0, 1) if float(dispersion) > 0 else torch.ones(())
+    identity = torch.eye(d, dtype=torch.float64)
+    return (1 - shrinkage) * covariance + shrinkage * variance * identity
+
+
+def whitener(covariance: Tensor) -> Tensor:
+    """W (D, D) with |x W|^2 = x^T covariance^-1 x."""
+    identity = torch.eye(len(covariance), dtype=covariance.dtype)
+    floor = FLOOR * covariance.diagonal().mean()
+    lower = torch.linalg.cholesky(covariance + floor * identity)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.T.contiguous()
+
+
+def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
+    """(B, K) squared Euclidean distances of whitened queries (B, D) and whitened means (K, D)."""
+    squares = whitened.square().sum(dim=1)[:, None] + means.square().sum(dim=1)
+    return (squares - 2 * whitened @ means.T).clamp(min=0)
 
 
 @dataclasses.dataclass

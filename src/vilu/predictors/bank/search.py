@@ -16,8 +16,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vilu.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.labelled import TensorPredictor
+from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
 Allowed = Callable[[slice, slice], Tensor]

@@ -13,16 +13,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from vilu.device import resolve_device
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError
-from vilu.nn.checkpoint import current_session, data_fingerprint
-from vilu.nn.heads import HIDDEN, FailureHead
-from vilu.nn.losses import FailureWeight, adaptive_weight, weighted_bce
-from vilu.nn.position import History
-from vilu.nn.train import HeadTrainer, Loss, Rows, TrainConfig
-from vilu.predictors.learned import SelectingPredictor
+from vilu.predictors.labelled import SelectingPredictor
+from vilu.predictors.nn.checkpoint import History, current_session, data_fingerprint
+from vilu.predictors.nn.head import HIDDEN, FailureHead
+from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, weighted_bce
+from vilu.predictors.nn.train import HeadTrainer, Loss, Rows, TrainConfig
 from vilu.predictors.parameters import parameters
-from vilu.predictors.sketch import RowSketch
-from vilu.types import Batch, EmbeddingSource
+from vilu.predictors.rows import RowSketch
 
 Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -35,8 +34,9 @@ Network = TypeVar("Network", bound=nn.Module)
 class HeadPredictor(SelectingPredictor):
     """A predictor whose uncertainty is sigmoid(g), g the output of a trained ``FailureHead``.
 
-    Its training can be shared by several processes (``vilu.nn.world``), leave checkpoints (``vilu.nn.checkpoint``), and
-    begin from fitted weights (``vilu.predictors.init``); the learning rate depends on none of these.
+    Its training can be shared by several processes (``vilu.predictors.nn.processes``), leave checkpoints
+    (``vilu.predictors.nn.checkpoint``), and begin from fitted weights (``vilu.predictors.init``); the learning rate
+    depends on none of these.
 
     Args:
         hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
@@ -49,7 +49,7 @@ class HeadPredictor(SelectingPredictor):
         freeze_epochs: Epochs before the attention starts to learn; None: one (the paper), or as many as make 1,000
             steps where that is longer (the released code), but at most half of them.
         patience: Stop after so many epochs clearly below the best validation AUROC; None: never.
-        weighting: Weight of failures in the loss (see ``vilu.nn.losses.FailureWeight``).
+        weighting: Weight of failures in the loss (see ``vilu.predictors.nn.losses.FailureWeight``).
         static_weight: The weight of mode "static".
         precision: Arithmetic of the MLP's products in training.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.

@@ -1,4 +1,4 @@
-"""ViLU+, the predictor to use where labels are at hand, few or many."""
+"""ViLU+: a learned posterior, and a head on how it differs from the zero-shot answer."""
 
 from __future__ import annotations
 
@@ -7,23 +7,49 @@ import math
 from collections.abc import Callable
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError
-from vilu.nn.adamw import AdamWConfig, train_adamw
-from vilu.nn.experts import Adapter, Experts, Memory
-from vilu.nn.supervised import FEATURES, Inputs, SupervisedAttention, fit_attention
-from vilu.nn.train import SCORING_BATCH, Rows, steps_per_epoch
-from vilu.predictors.bayes.answer import failure_log_odds
-from vilu.predictors.folds import cross_fitting
 from vilu.predictors.heads.head import Count, NonNegative, Positive, with_weights
-from vilu.predictors.heads.pool import fit_pool
-from vilu.predictors.labelled import LabelledPredictor
-from vilu.similarity import float64
-from vilu.types import Batch, EmbeddingSource
+from vilu.predictors.labelled import LabelledPredictor, cross_fitting, failure_log_odds
+from vilu.predictors.nn.experts import FEATURES, Adapter, Experts, Inputs, Memory, SupervisedAttention, fit_attention
+from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, steps_per_epoch, train_adamw
+
+POOL_SD = 0.2
+"""Prior standard deviation of the weights, around the first expert alone."""
+
+
+def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Weights w >= 0 of a log-linear pool, of largest posterior for the targets under the prior N((1, 0, ...), 0.2^2).
+
+    Args:
+        log_p: (N, M, K) log probabilities of M experts.
+        target: (N,) true classes.
+    """
+    from scipy.optimize import minimize
+
+    rows = np.arange(len(target))
+    prior = np.eye(log_p.shape[1])[0]
+
+    def objective(weights: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        mixed = np.einsum("m,nmk->nk", weights, log_p)
+        log_q = mixed - np.logaddexp.reduce(mixed, axis=1, keepdims=True)
+        slope = np.einsum("nk,nmk->m", np.exp(log_q), log_p) - log_p[rows, :, target].sum(axis=0)
+        distance = weights - prior
+        value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
+        return float(value), slope + distance / POOL_SD**2
+
+    found = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior))
+    weights: NDArray[np.float64] = found.x
+    return weights
+
 
 MEMORY_ROWS = 4_096
 """Up to so many rows are remembered; with more, the network has enough to learn from (docs/methods/vilu_plus.md)."""

@@ -1,0 +1,142 @@
+"""Claims of a publication: its numbers, and whether finished cells agree."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from vilu.benchmark.board import Board, Entrant, Mean
+from vilu.benchmark.resampling import Interval, Quantity
+from vilu.benchmark.views import AnyClaim, Better, Steeper, Trend
+from vilu.metrics.catalog import METRICS
+
+LEAST_POINTS = 3
+"""Of a trend line whose slope is to say something."""
+
+Ruling = Literal["holds", "does not hold", "open", "not tested"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a claim.
+
+    Attributes:
+        claim: The claim.
+        ruling: "holds" where the interval of the number is above zero, "does not hold" where it is below, "open" where
+            zero is in it, "not tested" where a method has no result or the number is undefined.
+        number: What decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an accuracy of 1).
+        interval: Of the number.
+        what: The number in words.
+        reason: Why it was not tested.
+    """
+
+    claim: AnyClaim
+    ruling: Ruling
+    number: float | None
+    interval: Interval | None
+    what: str
+    reason: str | None = None
+
+
+def decide(board: Board, claim: AnyClaim) -> Verdict:
+    """The verdict on a claim by the results of a board."""
+    match claim:
+        case Better():
+            return _better(board, claim)
+        case Trend():
+            return _trend(board, claim)
+        case Steeper():
+            return _steeper(board, claim)
+
+
+def _better(board: Board, claim: Better) -> Verdict:
+    data = claim.data or tuple(board.config.data)
+    a = [board.find(claim.better.method, name, claim.better.setting) for name in data]
+    b = [board.find(claim.than.method, name, claim.than.setting) for name in data]
+    title, sign = METRICS[claim.metric].title, 1 if METRICS[claim.metric].higher_is_better else -1
+    what = (
+        f"{title} of {_name(board, claim.better.method, claim.better.setting)} "
+        f"{'less' if sign > 0 else 'below'} that of {_name(board, claim.than.method, claim.than.setting)}, {_on(data)}"
+    )
+    if not _all_there(a) or not _all_there(b):
+        return _not_tested(claim, what)
+    first, second = (Mean(tuple(one for one in side if one is not None)) for side in (a, b))
+    difference = first.less(second, claim.metric)
+    if difference is None:
+        return _not_tested(claim, what, "the methods have no seed in common")
+    what += _on_seeds(first, second)
+    return _rule(board, claim, Quantity(sign * difference.value, sign * difference.draws), what)
+
+
+def _trend(board: Board, claim: Trend) -> Verdict:
+    data = claim.data or tuple(board.config.data)
+    x = [board.config.settings[name].x for name in claim.settings]
+    what = f"change of the {METRICS[claim.metric].title} of {claim.method} per doubling, going {claim.metric_goes}"
+    slopes = []
+    for name in data:
+        points = [board.find(claim.method, name, setting) for setting in claim.settings]
+        if not _all_there(points):
+            return _not_tested(claim, what)
+        logs = np.log2(np.array(x, dtype=np.float64))
+        slopes.append(Quantity.slope(logs, [one.quantity(claim.metric) for one in points if one is not None]))
+    sign = 1 if claim.metric_goes == "up" else -1
+    slope = Quantity.mean(slopes)
+    return _rule(board, claim, Quantity(sign * slope.value, sign * slope.draws), f"{what}, {_on(data)}")
+
+
+def _steeper(board: Board, claim: Steeper) -> Verdict:
+    data = claim.data or tuple(board.config.data)
+    places = [(name, setting) for name in data for setting in claim.settings]
+    sign = 1 if METRICS[claim.metric].higher_is_better else -1
+    what = (
+        f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, {claim.steeper} less "
+        f"{claim.than}, over {len(places)} places"
+    )
+    slopes = []
+    for method in (claim.steeper, claim.than):
+        points = [found for found in (board.find(method, *place) for place in places) if found is not None]
+        if len(points) < len(places):
+            return _not_tested(claim, what)
+        if len(points) < LEAST_POINTS:
+            return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} places")
+        x = np.array([point.accuracy for point in points])
+        slopes.append(Quantity.slope(x, [point.quantity(claim.metric) for point in points]))
+    difference = slopes[0] - slopes[1]
+    return _rule(board, claim, Quantity(sign * difference.value, sign * difference.draws), what)
+
+
+def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:
+    ends = number.interval(board.config.confidence)
+    if not (math.isfinite(ends.low) and math.isfinite(ends.high)):
+        return _not_tested(claim, what, "the number is undefined")
+    ruling: Ruling = "holds" if ends.low > 0 else "does not hold" if ends.high < 0 else "open"
+    return Verdict(claim, ruling, number.value, ends, what)
+
+
+def _not_tested(claim: AnyClaim, what: str, reason: str = "a method has no result there") -> Verdict:
+    return Verdict(claim, "not tested", None, None, what, reason)
+
+
+def _on_seeds(a: Mean, b: Mean) -> str:
+    """Which seeds decide, where a method has others, too, that enter its mean in a table."""
+    sides = [(set(one.found), set(two.found)) for one, two in zip(a.parts, b.parts, strict=True)]
+    if all(one == two for one, two in sides):
+        return ""
+    common = sorted(set.union(*(one & two for one, two in sides)))
+    return f", on the seeds that both have ({', '.join(map(str, common))})"
+
+
+def _all_there(entrants: list[Entrant | None]) -> bool:
+    return all(entrant is not None for entrant in entrants)
+
+
+def _name(board: Board, method: str, setting: str) -> str:
+    """The method, and the setting where there are several."""
+    return f"{method} ({setting})" if len(board.config.settings) > 1 else method
+
+
+def _on(data: tuple[str, ...]) -> str:
+    return data[0] if len(data) == 1 else f"mean of {', '.join(data)}"

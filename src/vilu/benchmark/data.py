@@ -1,0 +1,305 @@
+"""The rows of a cell: which embeddings a fit sees, and which are scored."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.benchmark.cells import Cell, Origin, ScoredSet, needed_parts, origin_of, plan, scored_set_of, selects
+from vilu.benchmark.config import Config, Unseen
+from vilu.benchmark.parts import ROLES, Role
+from vilu.benchmark.stores import Part, evenly_spaced
+from vilu.embeddings.checks import STATUS, VALID, RowNumbers
+from vilu.embeddings.columns import TEXT_COLUMNS
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.pairs import Pools, PseudoCaptions
+from vilu.embeddings.source import UNKNOWN, EmbeddingSource, Subset
+from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.errors import DataError, ProvenanceError
+from vilu.predictors.nn.train import SCORING_BATCH
+from vilu.store.open import open_source
+from vilu.store.reader import CaptionStore, EmbeddingStore
+
+DRAW, HALVES = 1, 2
+"""What a generator is for: two draws of one seed must not go together."""
+
+
+def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:
+    """Sorted positions of ``per_class`` labelled rows of every class, or of all where a class has fewer.
+
+    The rows for a smaller number are among those for a larger one of the same seed.
+    """
+    rng = np.random.default_rng([DRAW, seed])
+    order = rng.permutation(len(target))
+    chosen = [order[target[order] == label][:per_class] for label in np.unique(target[target != UNKNOWN])]
+    return np.sort(np.concatenate([np.empty(0, np.int64), *chosen]))
+
+
+def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np.int64]:
+    """Sorted positions of a share of the labelled rows, at least one; those of a smaller share are among them."""
+    rows = np.random.default_rng([DRAW, seed]).permutation(np.flatnonzero(target != UNKNOWN))
+    return np.sort(rows[: max(round(share * len(rows)), 1)])
+
+
+def held_out(ids: Iterable[str], share: float) -> NDArray[np.bool_]:
+    """(N,) whether a row is held out: where 8 bytes of the BLAKE2b hash of its identifier are below the share."""
+    digests = b"".join(blake2b(i.encode(errors="surrogatepass"), digest_size=8).digest() for i in ids)
+    mask: NDArray[np.bool_] = np.frombuffer(digests, dtype=">u8") < share * 2.0**64
+    return mask
+
+
+def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Classes to fit on and classes to test on, each sorted; the second half is the larger one of an odd number.
+
+    Raises:
+        DataError: If there are fewer than four classes: each half needs a choice.
+    """
+    if n_classes < 4:
+        raise DataError(f"unseen classes need at least 4 classes, 2 to fit on and 2 to test on. Got {n_classes}.")
+    order = np.random.default_rng([HALVES, seed]).permutation(n_classes)
+    return np.sort(order[: n_classes // 2]), np.sort(order[n_classes // 2 :])
+
+
+def of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions of the rows that belong to some classes."""
+    return np.flatnonzero(np.isin(source.target.numpy(), classes))
+
+
+def select(
+    source: EmbeddingSource,
+    rows: NDArray[np.int64],
+    classes: NDArray[np.int64] | None,
+    columns: tuple[str, ...],
+) -> Embeddings:
+    """A copy in memory of some rows with some candidates (None: all of them) and those of ``columns`` that there are.
+
+    Targets count the chosen candidates; a row of another class has none of them as its target.
+    """
+    index = torch.from_numpy(rows)
+    found = source.candidates(index)
+    kept = torch.arange(len(found.text)) if classes is None else torch.from_numpy(classes)
+    position = torch.full((len(found.text) + 1,), UNKNOWN)
+    position[kept] = torch.arange(len(kept))  # the last entry stays: it is where -1 points
+    present = [name for name in columns if name in source.columns]
+    names = source.class_names
+    return Embeddings(
+        source.image_rows(index),
+        found.text[kept],
+        position[found.target],
+        class_names=None if names is None else [names[i] for i in kept.tolist()],
+        ids=None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()],
+        space=source.space,
+        columns={name: _column(source, name, index, kept) for name in present},
+    )
+
+
+def _column(source: EmbeddingSource, name: str, rows: Tensor, classes: Tensor) -> Tensor:
+    values = source.column(name, rows)
+    return values[classes] if name in TEXT_COLUMNS else values
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of the rows of a test set, whatever the method.
+
+    Attributes:
+        rows: Names these rows and candidates; what has the same name may be compared row by row.
+        failure: (N,) int64, 1 where the zero-shot answer is wrong, 0 where it is right, -1 where that is unknown.
+        reason: Per row why it cannot have an uncertainty, or None.
+    """
+
+    rows: str
+    failure: NDArray[np.int64]
+    reason: tuple[str | None, ...]
+
+
+class Workbench:
+    """Opens each store once and cuts the sets of a cell from it.
+
+    Args:
+        config: The benchmark.
+        folders: Complete stores by data set and role.
+    """
+
+    def __init__(self, config: Config, folders: Mapping[Part, Path]) -> None:
+        self.config = config
+        self._folders = folders
+        self._open = cache(self._open_part)
+        self._truth = cache(self._truth_of)
+
+    def source(self, data: str, role: Role, pool_size: int | None = None) -> EmbeddingSource:
+        """The rows of a role, or what ``limit`` leaves of them."""
+        return self._open(data, role, pool_size)[0]
+
+    def fingerprint(self, data: str, role: Role, pool_size: int | None = None) -> str:
+        """Hash of everything in it."""
+        return self._open(data, role, pool_size)[1]
+
+    def _open_part(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
+        entry = self.config.data[data]
+        if isinstance(entry.validation, float) and role != "test":
+            return self._share_of_training_rows(data, role, entry.validation)
+        return self._open_store(data, role, pool_size)
+
+    def _share_of_training_rows(self, data: str, role: Role, share: float) -> tuple[EmbeddingSource, str]:
+        whole, name = self._open_store(data, "train", None)
+        chosen = held_out(whole.ids, share) == (role == "validation")
+        return Subset(whole, np.flatnonzero(chosen)), digest([name, role, share])
+
+    def _open_store(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
+        entry, folder = self.config.data[data], self._folders[data, role]
+        pools = Pools(pool_size or entry.pool_size) if entry.captions else None
+        source = open_source(folder, pools=pools, fold=role if entry.captions else None)
+        if not isinstance(source, EmbeddingStore | CaptionStore):
+            raise ProvenanceError(f"{folder} was not made by vilu embed, so nothing says what is in it.")
+        manifest, limit = source.manifest, entry.limit_of(role)
+        what = [manifest.fingerprint, manifest.classes, manifest.content]
+        if pools is not None:
+            return source, digest([*what, role, dataclasses.asdict(pools)])
+        cut = limit if limit is not None and limit < len(source) else None
+        name = digest([*what, cut])
+        return (source if cut is None else Subset(source, evenly_spaced(len(source), cut))), name
+
+    def check(self) -> None:
+        """Refuse data sets whose parts do not belong together.
+
+        Raises:
+            ProvenanceError: If they differ in their classes or their space.
+            DataError: If rows are in two parts, or there are too few classes for a setting.
+        """
+        parts = needed_parts(self.config, plan(self.config))
+        for data in self.config.data:
+            roles = [role for role in ROLES if (data, role) in parts]
+            for name, setting in self.config.settings.items():
+                if isinstance(setting, Unseen) and self.config.is_tested_on(name, data):
+                    class_halves(self.source(data, "test").n_candidates, 0)
+            for number, mine in enumerate(roles):
+                for other in roles[:number]:
+                    self._check_pair(data, other, mine)
+
+    def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
+        a, b = self.source(data, role_a), self.source(data, role_b)
+        names = tuple(f"the {'training' if role == 'train' else role} set of {data}" for role in (role_a, role_b))
+        a.space.require_match(b.space, mine=names[0], theirs=names[1])
+        if a.class_names != b.class_names:
+            raise ProvenanceError(
+                f"{names[0]} has the classes {a.class_names}, {names[1]} {b.class_names}. Embed both with "
+                "the same names in the same order."
+            )
+        if self.config.data[data].captions:
+            return  # folds of one store: what they have in common is decided by a hash
+        common = set(a.ids) & set(b.ids)
+        if common:
+            raise DataError(
+                f"{len(common)} rows are in both the {role_a} and the {role_b} part of {data}, for example "
+                f"{min(common)!r}."
+            )
+
+    def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
+        """What a method is fitted on; ``origin`` names some data set."""
+        if origin.pool_size is not None:
+            sources = [self.source(data, "train") for data in origin.train]
+            space = sources[0].space
+            if origin.across_preprocessing:
+                sources = [across_preprocessing(source, space) for source in sources]
+            return PseudoCaptions(sources, origin.pool_size, origin.train)
+        source = self.source(origin.train[0], "train")
+        if origin.halves_seed is None and origin.budget == "all":
+            return source
+        target = np.where(source.status == VALID, source.target.numpy(), UNKNOWN)
+        if origin.halves_seed is None:
+            return Subset(source, drawn(target, origin))
+        classes = class_halves(source.n_candidates, origin.halves_seed)[0]
+        rows = drawn(np.where(np.isin(target, classes), target, UNKNOWN), origin)
+        return select(source, rows, classes, columns)
+
+    def validation_set(self, origin: Origin) -> EmbeddingSource | None:
+        """What a method may select on; None where it has to hold out rows of its own (a small share may hold none)."""
+        if not selects(origin) or self.config.data[origin.train[0]].validation is None:
+            return None
+        found = self.source(origin.train[0], "validation")
+        return found if len(found) else None
+
+    def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
+        """What the method of a cell is tested on."""
+        origin, scored = origin_of(self.config, cell), scored_set_of(self.config, cell)
+        source = self.source(scored.data, scored.role, scored.pool_size)
+        if scored.across_preprocessing:
+            source = across_preprocessing(source, self.source(origin.train[0], "train").space)
+        if scored.halves_seed is None:
+            return source
+        classes = class_halves(source.n_candidates, scored.halves_seed)[1]
+        return select(source, of_classes(source, classes), classes, columns)
+
+    def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
+        """Texts (K, D) of the training set's candidates and of the test set's, without their rows; None of captions."""
+        origin, scored, nothing = origin_of(self.config, cell), scored_set_of(self.config, cell), torch.arange(0)
+        train, test = self.source(origin.train[0], "train"), self.source(scored.data, scored.role, scored.pool_size)
+        if train.pool_size is not None or test.pool_size is not None or origin.pool_size is not None:
+            return None
+        known, asked = train.candidates(nothing).text, test.candidates(nothing).text
+        if scored.halves_seed is None:
+            return known, asked
+        seen, unseen = class_halves(len(asked), scored.halves_seed)
+        return known[seen], asked[unseen]
+
+    def truth(self, cell: Cell) -> Truth:
+        """Which zero-shot answers of a cell's test set are wrong; computed once per test set."""
+        return self._truth(scored_set_of(self.config, cell))
+
+    def _truth_of(self, scored: ScoredSet) -> Truth:
+        source = self.source(scored.data, scored.role, scored.pool_size)
+        name = digest([self.fingerprint(scored.data, scored.role, scored.pool_size), scored.halves_seed])
+        if scored.halves_seed is not None:
+            classes = class_halves(source.n_candidates, scored.halves_seed)[1]
+            source = select(source, of_classes(source, classes), classes, ())
+        return truth_of(source, name)
+
+
+def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
+    """Positions of the labelled rows that the budget and the seed choose."""
+    if origin.rows_seed is None:
+        return np.flatnonzero(target != UNKNOWN)
+    if isinstance(origin.budget, int):
+        return draw_rows(target, origin.budget, origin.rows_seed)
+    return draw_share(target, float(origin.budget), origin.rows_seed)
+
+
+def truth_of(source: EmbeddingSource, name: str) -> Truth:
+    """Failures of the zero-shot answers of a source, and why rows have no uncertainty."""
+    failure = torch.full((len(source),), UNKNOWN)
+    for batch in source.batches(SCORING_BATCH):
+        failure[batch.index] = batch.failure
+    reason = tuple(None if code == VALID else STATUS[code] for code in source.status)
+    return Truth(name, failure.numpy(), reason)
+
+
+def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
+    """Whether two spaces are of one model with other preprocessing, such as another picture size."""
+    return a is not None and a != b and _as(a, b) == b
+
+
+def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
+    """The source as if embedded with the preprocessing of ``space``, where nothing but that differs.
+
+    A source of another model is left as it is, and refused by whoever compares the two.
+    """
+    if not differs_in_preprocessing(source.space, space):
+        return source
+    moved = copy.copy(source)
+    moved.space = space
+    return moved
+
+
+def _as(space: EmbeddingSpace, other: EmbeddingSpace) -> EmbeddingSpace:
+    return dataclasses.replace(space, backbone=other.backbone, preprocess=other.preprocess)

@@ -1,0 +1,242 @@
+"""From views to exhibits: a table or a figure each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vilu.benchmark.board import Board, Mean
+from vilu.benchmark.pivot import Key, chosen, notes_of, show, title_of
+from vilu.benchmark.sheet import Sheet
+from vilu.benchmark.views import GridView
+from vilu.errors import DataError
+from vilu.metrics.catalog import METRICS
+
+if TYPE_CHECKING:
+    from vilu.report.style import Figure
+
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vilu.benchmark.board import Entrant
+from vilu.benchmark.pivot import published_of, table_sheet
+from vilu.benchmark.ranking import layout, summarise
+from vilu.benchmark.views import AnyView, CurveView, HistogramView, RankingView, ScatterView, TableView
+from vilu.outcomes.outcomes import Outcomes
+
+if TYPE_CHECKING:
+    from vilu.report.figures import Line, Panel
+    from vilu.report.style import Figure
+
+
+@dataclass(frozen=True)
+class _Field:
+    """The methods of a data set by their two values, and the one that was chosen."""
+
+    methods: dict[tuple[str, str], str]
+    chosen: tuple[str, str]
+
+
+def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figure]]:
+    """The sheet and the figure of a grid.
+
+    Data sets without a result are left out; the notes tell why.
+
+    Raises:
+        DataError: If there is none with one.
+    """
+    config, found = board.config, chosen(board, view)
+    best = view.metrics[0]
+    tried = {data: _field(board, view, data, best) for data in dict.fromkeys(key.data for key in found)}
+    fields = {data: field for data, field in tried.items() if field is not None}
+    if not fields:
+        raise DataError(f"the view {view.name} has nothing to show: no result with {' and '.join(view.parameters)}.")
+    columns = [(setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics]
+    rows, cells = [], {}
+    for data, field in fields.items():
+        for values, method in field.methods.items():
+            rows.append((title_of(config, "data", data), *values, "chosen" if values == field.chosen else ""))
+            for number, (setting, metric) in enumerate(columns):
+                entrant = board.find(method, data, setting)
+                if entrant is not None:
+                    key = Key(method, data, setting, metric)
+                    cells[len(rows) - 1, number] = show(config, key, Mean((entrant,)))
+    selected = title_of(config, "setting", view.select_on)
+    note = f"Chosen: the best {METRICS[best].title} in {selected!r}; the other columns had no say."
+    sheet = Sheet(
+        name=view.name,
+        title=view.title,
+        row_fields=("data", *view.parameters, "choice"),
+        column_fields=("setting", "metric"),
+        rows=tuple(rows),
+        columns=tuple((title_of(config, "setting", s), METRICS[m].title) for s, m in columns),
+        cells=cells,
+        notes=(note, *notes_of(board, view, cells.values(), found.values())),
+    )
+    return sheet, lambda: _draw(board, view, fields, best)
+
+
+def _field(board: Board, view: GridView, data: str, best: str) -> _Field | None:
+    """What there is of a data set; None where there is no result."""
+    methods = {}
+    for label in view.methods or board.config.entries:
+        values = [board.config.entries[label].params.get(name) for name in view.parameters]
+        if None not in values and board.find(label, data, view.select_on) is not None:
+            methods[str(values[0]), str(values[1])] = label
+    scores = {values: _mean(board, label, data, view.select_on, best) for values, label in methods.items()}
+    sign = 1 if METRICS[best].higher_is_better else -1
+    return _Field(methods, max(scores, key=lambda values: sign * scores[values])) if scores else None
+
+
+def _mean(board: Board, method: str, data: str, setting: str, metric: str) -> float:
+    entrant = board.entrants[method, data, setting]
+    return entrant.quantity(metric).value
+
+
+def _draw(board: Board, view: GridView, fields: dict[str, _Field], best: str) -> Figure:
+    from vilu.report.figures import Grid, grids
+
+    panels = []
+    for data, field in fields.items():
+        rows, columns = ([*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1))
+        for setting in (view.select_on, view.report_on):
+            values = {
+                (rows.index(a), columns.index(b)): _mean(board, method, data, setting, best)
+                for (a, b), method in field.methods.items()
+                if board.find(method, data, setting) is not None
+            }
+            names = title_of(board.config, "data", data), title_of(board.config, "setting", setting)
+            place = rows.index(field.chosen[0]), columns.index(field.chosen[1])
+            panels.append(Grid(f"{names[0]}, {names[1]}: {METRICS[best].title}", rows, columns, values, place))
+    return grids(panels, *view.parameters)
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """What a view shows.
+
+    Attributes:
+        name: Of its files.
+        title: Its caption.
+        body: The table, or the numbers behind the figure; or a text.
+        draw: Makes the figure; None where there is none.
+    """
+
+    name: str
+    title: str
+    body: Sheet | str
+    draw: Callable[[], Figure] | None = None
+
+
+def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
+    """What a view shows of a board.
+
+    Args:
+        board: The results.
+        view: What to show.
+        root: Folder of the cells, for the scores behind histograms.
+
+    Raises:
+        UsageError: If something varies that a table does not name.
+        DataError: If there is nothing to show.
+    """
+    match view:
+        case TableView():
+            return Exhibit(view.name, view.title, table_sheet(board, view))
+        case RankingView():
+            return Exhibit(view.name, view.title, layout(board.config, summarise(board)))
+        case GridView():
+            sheet, draw = grid_exhibit(board, view)
+            return Exhibit(view.name, view.title, sheet, draw)
+        case HistogramView():
+            return _histograms(board, view, root)
+        case CurveView():
+            return _curves(board, view)
+        case ScatterView():
+            return _scatter(board, view)
+
+
+def _curves(board: Board, view: CurveView) -> Exhibit:
+    from vilu.report.figures import curves
+
+    config = board.config
+    places = {
+        "method": {label: entry.x for label, entry in config.entries.items()},
+        "data": {label: entry.x for label, entry in config.data.items()},
+        "setting": {label: entry.x for label, entry in config.settings.items()},
+    }[view.x]
+    panels = _panels(board, view, lambda key: places[key.of([view.x])[0]], view.panel, view.line)
+    sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
+    return Exhibit(view.name, view.title, sheet, lambda: curves(panels, view.x_label, log=view.log))
+
+
+def _scatter(board: Board, view: ScatterView) -> Exhibit:
+    from vilu.report.figures import scatter
+
+    def accuracy(key: Key) -> float | None:
+        entrant = board.find(key.method, key.data, key.setting)
+        return None if entrant is None else entrant.accuracy
+
+    panels = _panels(board, view, accuracy, "metric", "method")
+    sheet = table_sheet(board, view.as_table(("data", "setting"), ("method", "metric")))
+    return Exhibit(view.name, view.title, sheet, lambda: scatter(panels, "zero-shot accuracy (%)"))
+
+
+def _panels(
+    board: Board, view: CurveView | ScatterView, place: Callable[[Key], float | None], panel: str, line: str
+) -> list[Panel]:
+    """Panels of a metric each, and of what ``panel`` names; lines of what ``line`` names, at ``place``."""
+    from vilu.report.figures import Panel
+
+    groups: dict[tuple[str, str], dict[str, list[tuple[Key, float, Entrant]]]] = {}
+    for key, entrant in chosen(board, view).items():
+        at = place(key)
+        if entrant.found and at is not None:
+            series = groups.setdefault((key.of([panel])[0], key.metric), {})
+            series.setdefault(key.of([line])[0], []).append((key, at, entrant))
+    if not groups:
+        raise DataError(f"the view {view.name} has nothing to show: no result with a place on its axis.")
+    made = []
+    for (name, metric), series in groups.items():
+        lines = [_line(board, title_of(board.config, line, label), points) for label, points in series.items()]
+        made.append(Panel(title_of(board.config, panel, name), METRICS[metric].title, lines))
+    return made
+
+
+def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) -> Line:
+    from vilu.report.figures import Line
+
+    numbers = [entrant.quantity(key.metric) for key, _, entrant in points]
+    intervals = [number.interval(board.config.confidence) for number in numbers]
+    published = [(at, published_of(board.config, key)) for key, at, _ in points]
+    return Line(
+        label=label,
+        x=[at for _, at, _ in points],
+        y=[number.value for number in numbers],
+        low=[ends.low for ends in intervals],
+        high=[ends.high for ends in intervals],
+        published=[(at, number.value) for at, number in published if number is not None],
+    )
+
+
+def _histograms(board: Board, view: HistogramView, root: Path) -> Exhibit:
+    from vilu.report.figures import score_histograms
+
+    keys = [key for key, entrant in chosen(board, view).items() if entrant.found and key.metric == view.metrics[0]]
+    fields = ["data", "method", *(["setting"] if len({key.setting for key in keys}) > 1 else [])]
+    panels: dict[str, Path] = {}
+    for key in keys:
+        runs = board.entrants[key.method, key.data, key.setting].runs
+        title = ", ".join(title_of(board.config, field, key.of([field])[0]) for field in fields)
+        panels[title] = (root / runs[min(runs)].path).with_suffix(".parquet")
+    if not panels:
+        raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
+    sheet = table_sheet(board, view.as_table(("data", "method"), ("setting", "metric")))
+    return Exhibit(
+        view.name,
+        view.title,
+        sheet,
+        lambda: score_histograms({title: Outcomes.load(path) for title, path in panels.items()}),
+    )

@@ -1,0 +1,151 @@
+"""Reading the file of a study, with what it includes."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vilu.benchmark.config import AnySetting, Config, Method, Union
+from vilu.benchmark.parts import ROLES, Data
+from vilu.errors import UsageError
+from vilu.predictors.parameters import parameters
+
+TABLES = ("data", "settings", "methods")
+"""What can be taken from an included file, entry by entry."""
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a benchmark file; its name is that of the file unless it says another.
+
+    Raises:
+        UsageError: If it or what it includes cannot be read, is not TOML, or says something that cannot be.
+    """
+    return parse_config({"name": path.stem, **_with_included(_read(path), path)}, path.name)
+
+
+def load_configs(paths: Sequence[Path]) -> list[Config]:
+    """Several files.
+
+    Raises:
+        UsageError: As ``load_config``, and if two have one name.
+    """
+    configs = [load_config(path) for path in paths]
+    twice = [name for name, count in Counter(config.name for config in configs).items() if count > 1]
+    if twice:
+        raise UsageError(f"two benchmarks are called {twice[0]!r}. Give one another name, as name = ... in its file.")
+    return configs
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}.") from error
+
+
+def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a file with what it takes from the one that it includes.
+
+    ``include`` names a file beside it, whose keys hold unless the including file gives them itself; of its tables
+    (``data``, ``settings``, ``methods``) those entries hold that ``[use]`` lists, or all of a table that it does not.
+
+    Raises:
+        UsageError: If the included file cannot be read, or has no such entry.
+    """
+    name, use = content.pop("include", None), content.pop("use", {})
+    if name is None and use:
+        raise UsageError(f"{path.name} has [use], and no include to take from.")
+    if name is None:
+        return content
+    if not isinstance(name, str) or not isinstance(use, dict):
+        raise UsageError(f"{path.name}: include must be the name of a file, and [use] a table.")
+    included = _read(path.parent / name)
+    for table in use:
+        if table not in TABLES:
+            raise UsageError(f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {table!r} instead.")
+    merged = {**included, **content}
+    for table in TABLES:
+        given = included.get(table, {})
+        chosen = use.get(table, list(given))
+        unknown = [entry for entry in chosen if entry not in given]
+        if unknown:
+            near = difflib.get_close_matches(str(unknown[0]), given, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(given)}."
+            raise UsageError(f"{path.name}: {name} has no {unknown[0]!r} in its {table}. {hint}")
+        merged[table] = {**{entry: given[entry] for entry in chosen}, **content.get(table, {})}
+    return {key: value for key, value in merged.items() if value or key not in TABLES}
+
+
+def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Config:
+    """A benchmark from plain tables; ``name`` is for the messages.
+
+    Raises:
+        UsageError: If something in it cannot be.
+    """
+    try:
+        config = Config.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{name}{_explain(error)}") from error
+    for label in config.entries:
+        try:
+            config.predictor(label)
+        except UsageError as error:
+            raise UsageError(f"{name}, methods.{label}: {error}") from error
+    return config
+
+
+def _explain(error: ValidationError) -> str:
+    """The first finding of pydantic, with the keys that lead to it as they stand in the file."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    steps = [str(step) for step in first["loc"] if step != "[key]"]
+    if steps[:1] in (["settings"], ["views"], ["claims"]):
+        del steps[2:3]  # the kind, which is no key on the way
+    where = f", {'.'.join(steps)}" if steps else ""
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {reason}" + ("" if reason.endswith(("?", ".")) else ".")
+
+
+SEEDS, RESAMPLES, IMAGES, VIEWS, EPOCHS, POOL = 1, 50, 120, 2, 2, 4
+
+
+def shrink(config: Config) -> Config:
+    """Few images (or one tar file), seeds, resamples and epochs, small pools; all data, settings and methods stay."""
+    changes: dict[str, Any] = {
+        "seeds": min(config.seeds, SEEDS),
+        "resamples": min(config.resamples, RESAMPLES),
+        "data": {name: _small(entry) for name, entry in config.data.items()},
+        "settings": {name: _shallow(setting) for name, setting in config.settings.items()},
+        "methods": {label: _quick(config, label, entry) for label, entry in config.entries.items()},
+        "all_methods": False,
+    }
+    return Config(**{name: getattr(config, name) for name in Config.model_fields} | changes)
+
+
+def _small(entry: Data) -> Data:
+    """Few images and views; the compact model sees smaller pictures, any other stays as it is."""
+    backbone = "compact:64" if entry.backbone.partition(":")[0] == "compact" else entry.backbone
+    limit = min([IMAGES, *filter(None, (entry.limit_of(role) for role in ROLES))])
+    pool_size, views = min(entry.pool_size, POOL), min(entry.views, VIEWS)
+    changes = {"limit": limit, "shards": 1, "views": views, "backbone": backbone, "pool_size": pool_size}
+    return entry.model_copy(update=changes)
+
+
+def _shallow(setting: AnySetting) -> AnySetting:
+    changes: dict[str, Any] = {"pool_size": setting.pool_size and min(setting.pool_size, POOL)}
+    if isinstance(setting, Union):
+        changes["train_pool_size"] = min(setting.train_pool_size, POOL)
+    return setting.model_copy(update=changes)
+
+
+def _quick(config: Config, label: str, entry: Method) -> Method:
+    if "epochs" not in parameters(config.class_of(label)):
+        return entry
+    return entry.model_copy(update={"params": {**entry.params, "epochs": EPOCHS}, "steps": None})

@@ -1,0 +1,281 @@
+"""A table of a study, and how it is written: text, Markdown, LaTeX, CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+from vilu.benchmark.published import Published
+from vilu.benchmark.ranking import aligned
+from vilu.benchmark.resampling import Interval
+from vilu.metrics.catalog import METRICS
+
+Labels = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A number as a table shows it.
+
+    Attributes:
+        metric: Which.
+        value: As a fraction; None where it is undefined.
+        interval: Bootstrap over test rows and seeds; None where the metric has none.
+        n: Numbers of test rows that occur.
+        n_failures: Numbers of wrong answers that occur.
+        n_runs: Different results behind it.
+        rank: "best" or "second" among those that compete; None for others, or where nothing competes.
+        tied: Whether the paired bootstrap cannot tell it from the best (p of at least 0.05).
+        published: What a publication has.
+        why: Why there is no value.
+    """
+
+    metric: str
+    value: float | None
+    interval: Interval | None = None
+    n: tuple[int, ...] = ()
+    n_failures: tuple[int, ...] = ()
+    n_runs: int = 0
+    rank: Literal["best", "second"] | None = None
+    tied: bool = False
+    published: Published | None = None
+    why: str | None = None
+
+    @property
+    def difference(self) -> float | None:
+        """Ours less the published one."""
+        return None if self.published is None or self.value is None else self.value - self.published.value
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table.
+
+    Attributes:
+        name: Of its files.
+        title: Its caption.
+        row_fields: What the labels of a row are.
+        column_fields: What the labels of a column are.
+        rows: Labels of every row.
+        columns: Labels of every column.
+        cells: What is shown, by number of row and column; nothing where there is no such result.
+        notes: To be read with it.
+    """
+
+    name: str
+    title: str
+    row_fields: Labels
+    column_fields: Labels
+    rows: tuple[Labels, ...]
+    columns: tuple[Labels, ...]
+    cells: Mapping[tuple[int, int], Shown]
+    notes: tuple[str, ...]
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Why published numbers of the table are doubtful, each once, in the order of their marks."""
+        found = (shown.published.doubt for _, shown in sorted(self.cells.items()) if shown.published is not None)
+        return tuple(dict.fromkeys(doubt for doubt in found if doubt))
+
+
+NOTHING = "-"
+CSV_FIELDS = (
+    *("metric", "value", "ci_low", "ci_high", "n", "n_failures", "runs", "rank", "tied_with_best", "published"),
+    *("difference", "published_source", "published_doubt", "convention", "why"),
+)
+
+
+TIED = "≈: the paired bootstrap does not tell it from the best (p ≥ 0.05, not corrected for picking the best of many)."
+
+
+def to_text(sheet: Sheet) -> str:
+    """Aligned plain text, the notes last."""
+    heading = [" / ".join(sheet.row_fields), *(" / ".join(labels) for labels in sheet.columns)]
+    rows = _rows(sheet, " / ".join, lambda shown: _plain(shown, sheet.doubts))
+    return "\n".join([sheet.title, *aligned([heading, *rows]), *_all_notes(sheet, "*: best; +: second best")])
+
+
+def to_markdown(sheet: Sheet) -> str:
+    """A table of Markdown, the notes below."""
+    heading = [*sheet.row_fields, *("<br>".join(map(in_markdown, labels)) for labels in sheet.columns)]
+    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
+    for row, labels in enumerate(sheet.rows):
+        cells = [_markdown_cell(sheet.cells.get((row, column)), sheet.doubts) for column in range(len(sheet.columns))]
+        lines.append("| " + " | ".join([*map(in_markdown, labels), *cells]) + " |")
+    notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
+    return "\n".join([f"**{in_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""])
+
+
+def to_latex(sheet: Sheet) -> str:
+    """A ``table`` that needs the package booktabs; a column field that spans several columns is written once."""
+    n_labels, n_columns = len(sheet.row_fields), len(sheet.columns)
+    heading = [
+        " & ".join([*(_in_latex(field) if last else "" for field in sheet.row_fields), *_spans(level)]) + r" \\"
+        for last, level in _levels(sheet)
+    ]
+    body = [" & ".join(cells) + r" \\" for cells in _latex_rows(sheet)]
+    notes = [f"  {_in_latex(note)}" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{_in_latex(sheet.title)}}}",
+            rf"\begin{{tabular}}{{{'l' * n_labels}{'c' * n_columns}}}",
+            r"\toprule",
+            *heading,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\par\footnotesize",
+            *notes,
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def to_csv(sheet: Sheet) -> str:
+    """One line per number, with everything that belongs to it; numbers are fractions."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    others = [field for field in (*sheet.row_fields, *sheet.column_fields) if field != "metric"]
+    writer.writerow([*others, *CSV_FIELDS])
+    for (row, column), shown in sorted(sheet.cells.items()):
+        labels = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
+        labels |= dict(zip(sheet.column_fields, sheet.columns[column], strict=True))
+        writer.writerow([*(_harmless(labels[field]) for field in others), *_csv_values(shown)])
+    return buffer.getvalue()
+
+
+def _rows(sheet: Sheet, joined: Callable[[Sequence[str]], str], written: Callable[[Shown], str]) -> list[list[str]]:
+    """Cells of every row, its labels joined to one."""
+    return [
+        [joined(labels), *(_cell(sheet.cells.get((row, column)), written) for column in range(len(sheet.columns)))]
+        for row, labels in enumerate(sheet.rows)
+    ]
+
+
+def _cell(shown: Shown | None, written: Callable[[Shown], str]) -> str:
+    return "" if shown is None else written(shown)
+
+
+def _number(shown: Shown) -> str:
+    return NOTHING if shown.value is None else f"{100 * shown.value:.1f}"
+
+
+def _interval(shown: Shown) -> str:
+    ends = shown.interval
+    return "" if ends is None else f"[{100 * ends.low:.1f}, {100 * ends.high:.1f}]"
+
+
+def _theirs(shown: Shown, doubts: Sequence[str]) -> str:
+    """The published number and the difference from it."""
+    if shown.published is None:
+        return ""
+    mark = f"?{doubts.index(shown.published.doubt) + 1}" if shown.published.doubt else ""
+    difference = "" if shown.difference is None else f"; {100 * shown.difference:+.1f}"
+    return f"({100 * shown.published.value:.1f}{mark}{difference})"
+
+
+def _plain(shown: Shown, doubts: Sequence[str]) -> str:
+    marks = {"best": "*", "second": "+", None: ""}[shown.rank] + ("≈" if shown.tied else "")
+    return " ".join(filter(None, [_number(shown) + marks, _interval(shown), _theirs(shown, doubts)]))
+
+
+def _markdown_cell(shown: Shown | None, doubts: Sequence[str]) -> str:
+    if shown is None:
+        return ""
+    number = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank].format(_number(shown))
+    more = " ".join(filter(None, [_interval(shown), _theirs(shown, doubts)]))
+    return f"{number}{'≈' if shown.tied else ''}" + (f" <sub>{more}</sub>" if more else "")
+
+
+def _latex_rows(sheet: Sheet) -> list[list[str]]:
+    rows = []
+    for row, labels in enumerate(sheet.rows):
+        cells = [sheet.cells.get((row, column)) for column in range(len(sheet.columns))]
+        rows.append([*map(_in_latex, labels), *(_latex_cell(shown, sheet.doubts) for shown in cells)])
+    return rows
+
+
+def _latex_cell(shown: Shown | None, doubts: Sequence[str]) -> str:
+    if shown is None:
+        return ""
+    number = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % _number(shown)
+    more = " ".join(filter(None, [_interval(shown), _theirs(shown, doubts)]))
+    return number + (r"$\approx$" if shown.tied else "") + (rf" {{\scriptsize {more}}}" if more else "")
+
+
+def _levels(sheet: Sheet) -> list[tuple[bool, list[tuple[str, ...]]]]:
+    """Labels of the columns down to each field; the last level stands above the rows."""
+    last = len(sheet.column_fields) - 1
+    return [(level == last, [labels[: level + 1] for labels in sheet.columns]) for level in range(last + 1)]
+
+
+def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
+    """Heads of one level, one over neighbours that agree down to it."""
+    runs = [(_in_latex(label[-1]), len(list(run))) for label, run in groupby(labels)]
+    return [head if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{head}}}" for head, n in runs]
+
+
+def _csv_values(shown: Shown) -> list[object]:
+    ends, theirs = shown.interval, shown.published
+    return [
+        shown.metric,
+        shown.value,
+        None if ends is None else ends.low,
+        None if ends is None else ends.high,
+        "/".join(map(str, shown.n)),
+        "/".join(map(str, shown.n_failures)),
+        shown.n_runs,
+        shown.rank,
+        shown.tied,
+        None if theirs is None else theirs.value,
+        shown.difference,
+        None if theirs is None else theirs.source,
+        None if theirs is None else theirs.doubt or None,
+        METRICS[shown.metric].convention,
+        None if shown.why is None else _harmless(shown.why),
+    ]
+
+
+def _all_notes(sheet: Sheet, marks: str) -> list[str]:
+    """The notes, what the marks mean where there are some, and why published numbers are doubtful."""
+    ranked = any(shown.rank for shown in sheet.cells.values())
+    doubts = (f"?{number}: {doubt}." for number, doubt in enumerate(sheet.doubts, start=1))
+    return [*sheet.notes, *([f"{marks}; {TIED}"] if ranked else []), *doubts]
+
+
+def _harmless(text: str) -> str:
+    """Text that no spreadsheet runs as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def in_markdown(text: str) -> str:
+    """Text in which Markdown sees no marks."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*")
+
+
+def _in_latex(text: str) -> str:
+    for sign, written in LATEX.items():
+        text = text.replace(sign, written)
+    return text
+
+
+LATEX = {
+    "\\": r"\textbackslash ",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    "~": r"\textasciitilde ",
+    "^": r"\textasciicircum ",
+    "≈": r"$\approx$",
+    "≥": r"$\geq$",
+    "→": r"$\rightarrow$",
+    "×": r"$\times$",
+    "…": r"\ldots ",
+    "±": r"$\pm$",
+}
+"""Signs that mean something in LaTeX, or nothing; the backslash first."""

@@ -1,0 +1,331 @@
+"""From finished cells to the tables, figures and pages of a study."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vilu.benchmark.board import Board
+from vilu.benchmark.cells import plan
+from vilu.benchmark.claims import Verdict, decide
+from vilu.benchmark.config import Config
+from vilu.benchmark.exhibits import Exhibit, exhibit
+from vilu.benchmark.load import parse_config
+from vilu.benchmark.parts import Model
+from vilu.benchmark.ranking import summarise
+from vilu.benchmark.result import load_bootstrap, load_result
+from vilu.benchmark.run import Share, run_all
+from vilu.benchmark.sheet import Sheet, in_markdown, to_csv, to_latex, to_markdown, to_text
+from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
+from vilu.errors import DataError, StorageError
+from vilu.files import atomic_write, make_folder, write_json
+from vilu.report.style import require_matplotlib, save
+
+DOCUMENT = "study.json"
+STUDIES = "studies"
+
+
+class Archive(Model):
+    """The document.
+
+    Attributes:
+        vilu: Version that wrote it.
+        config: The benchmark, with every method named.
+        fingerprints: Of every cell that is run, by its path.
+    """
+
+    schema_version: int = 1
+    kind: str = "study"
+    vilu: str
+    config: dict[str, Any]
+    fingerprints: dict[str, str]
+
+
+def save_study(board: Board, output: Path) -> Path:
+    """Write ``study.json``; returns its folder.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    import vilu
+
+    config = board.config
+    archive = Archive(
+        vilu=vilu.__version__,
+        config=config.complete().model_dump(mode="json"),
+        fingerprints={cell.path.as_posix(): result.fingerprint for cell, result in board.results.items()},
+    )
+    folder = make_folder(output / STUDIES / config.name)
+    write_json(folder / DOCUMENT, archive.model_dump(mode="json"))
+    return folder
+
+
+def load_studies(output: Path) -> list[Board]:
+    """The studies of a run folder, by name.
+
+    Raises:
+        DataError: If there is none, or a cell is missing or was made anew since.
+        StorageError: If a file cannot be read.
+    """
+    found = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
+    if not found:
+        raise DataError(
+            f"{output} holds no study (no {STUDIES}/NAME/{DOCUMENT}). Make one: vilu benchmark CONFIG.toml."
+        )
+    return [_load(path, output) for path in found]
+
+
+def _load(path: Path, output: Path) -> Board:
+    try:
+        archive = Archive.model_validate(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+    except (ValueError, ValidationError) as error:
+        raise DataError(f"{path} is not the document of a study: {error}") from error
+    config: Config = parse_config(archive.config, str(path))
+    cells = plan(config)
+    results = {}
+    for cell in cells:
+        if cell.same_as is None:
+            fingerprint = archive.fingerprints.get(cell.path.as_posix())
+            result = None if fingerprint is None else load_result(output, cell, fingerprint)
+            if result is None:
+                raise DataError(
+                    f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. Run its "
+                    "`vilu benchmark` again."
+                )
+            results[cell] = result
+    return Board(config, cells, results, cache(lambda cell: load_bootstrap(output, cell)))
+
+
+RULINGS = {
+    "holds": "**holds**",
+    "does not hold": "**does not hold**",
+    "open": "**open**: zero is in the interval",
+    "not tested": "**not tested**",
+}
+
+
+HEADINGS = {
+    "holds": "**Holds**",
+    "does not hold": "**Does not hold**",
+    "open": "**Open**, since zero is in the interval",
+    "not tested": "**Not tested**",
+}
+
+
+def page(
+    config: Config,
+    exhibits: Sequence[Exhibit],
+    verdicts: Sequence[Verdict],
+    figure: Callable[[str], str],
+) -> str:
+    """Markdown of a study, to stand below a heading of level one.
+
+    Args:
+        config: The benchmark.
+        exhibits: Its tables and figures.
+        verdicts: On its claims.
+        figure: From the name of a view to the link of its figure.
+    """
+    parts = [f"## {config.study.title if config.study else config.name}", *_about(config)]
+    if verdicts:
+        parts += ["What the paper says, and what is found here:", claims_table(config, verdicts)]
+    for one in exhibits:
+        if one.draw is not None:
+            parts.append(f"![{in_markdown(one.title)}]({figure(one.name)})")
+        parts.append(f"```\n{one.body}\n```" if isinstance(one.body, str) else to_markdown(one.body).rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
+    """Every claim of several studies under what became of it."""
+    found: dict[str, list[Verdict]] = {ruling: [] for ruling in HEADINGS}
+    for verdict in (one for several in verdicts for one in several):
+        found[verdict.ruling].append(verdict)
+    parts = []
+    for ruling, heading in HEADINGS.items():
+        lines = [f"- {in_markdown(one.claim.says)} ({in_markdown(one.claim.source)})" for one in found[ruling]]
+        if lines:
+            parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
+    return "\n\n".join(["## The paper's claims here", *parts, ""]) if parts else ""
+
+
+def _about(config: Config) -> list[str]:
+    """What the study reproduces, how, and the command."""
+    study = config.study
+    if study is None:
+        return []
+    lines = [f"Reproduces: {study.reproduces}." if study.reproduces else "", study.protocol]
+    return [" ".join(filter(None, lines))] if any(lines) else []
+
+
+def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
+    """Claims with what decides them, as Markdown."""
+    lines = ["| claim | here | by | source |", "|---|---|---|---|"]
+    for verdict in verdicts:
+        ends = verdict.interval
+        number = str(verdict.reason)
+        if verdict.number is not None and ends is not None:
+            number = (
+                f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} [{100 * ends.low:+.1f}, "
+                f"{100 * ends.high:+.1f}] points"
+            )
+        cells = [in_markdown(verdict.claim.says), RULINGS[verdict.ruling], number, in_markdown(verdict.claim.source)]
+        lines.append("| " + " | ".join(cells) + " |")
+    note = f"Brackets: {100 * config.confidence:g} % bootstrap interval; a positive number speaks for the claim."
+    return "\n".join([*lines, "", f"<sub>{note}</sub>"])
+
+
+FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
+FIGURE_SUFFIXES = (".png", ".svg")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a study looks like.
+
+    Attributes:
+        board: Its results.
+        exhibits: Tables and figures.
+        verdicts: On its claims.
+        text: For a terminal.
+    """
+
+    board: Board
+    exhibits: tuple[Exhibit, ...]
+    verdicts: tuple[Verdict, ...]
+    text: str
+
+
+def render(board: Board, output: Path) -> Rendered:
+    """Write everything that a study shows, below ``output/studies/NAME``.
+
+    Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page), ``table.txt`` (what
+    is printed), ``results.json`` and ``results.parquet`` (every number and the configuration).
+
+    Raises:
+        UsageError: If a view does not fit the results.
+        MissingModelError: If there are figures and matplotlib is not installed.
+        StorageError: If the file system refuses.
+    """
+    config, folder = board.config, output / STUDIES / board.config.name
+    exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
+    verdicts = tuple(decide(board, claim) for claim in config.claims)
+    text = "\n\n".join([*(_in_text(one) for one in exhibits), *_in_words(verdicts)])
+    done = Rendered(board, exhibits, verdicts, text)
+    _write_results(board, folder)
+    for one in exhibits:
+        _write_exhibit(one, folder)
+    _write(folder / "table.txt", text + "\n")
+    _write(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
+    return done
+
+
+def write_document(studies: Sequence[Rendered], document: Path, title: str, intro: str) -> None:
+    """One Markdown file of several studies, its figures in a folder of its name beside it.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    figures = make_folder(document.with_suffix(""))
+    parts = [f"# {title}", "", *([intro, ""] if intro else []), all_claims([study.verdicts for study in studies])]
+    for study in studies:
+        name = study.board.config.name
+        for one in study.exhibits:
+            if one.draw is not None:
+                save(one.draw(), figures / f"{name}-{one.name}.svg")
+        parts.append(page(study.board.config, study.exhibits, study.verdicts, f"{figures.name}/{name}-{{}}.svg".format))
+    _write(document, "\n".join(parts))
+
+
+def views_of(config: Config) -> tuple[AnyView, ...]:
+    """The views of a study; a ranking where it names none."""
+    return config.views or (RankingView(kind="ranking", name="ranking", title="Every method, best first"),)
+
+
+def _in_text(one: Exhibit) -> str:
+    return one.body if isinstance(one.body, str) else to_text(one.body)
+
+
+def _in_words(verdicts: Sequence[Verdict]) -> list[str]:
+    lines = [f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})" for verdict in verdicts]
+    return ["\n".join(["claims:", *lines])] if lines else []
+
+
+def _write_results(board: Board, folder: Path) -> None:
+    summary = summarise(board)
+    config = board.config.complete().model_dump(mode="json")
+    content = {"schema_version": 1, "kind": "benchmark", "config": config}
+    write_json(folder / "results.json", {**content, **summary.to_dict()})
+    summary.results.save(folder / "results.parquet")
+
+
+def _write_exhibit(one: Exhibit, folder: Path) -> None:
+    if isinstance(one.body, Sheet):
+        tables = make_folder(folder / "tables")
+        for suffix, written in FORMATS.items():
+            _write(tables / f"{one.name}{suffix}", written(one.body))
+    if one.draw is not None:
+        figures = make_folder(folder / "figures")
+        for suffix in FIGURE_SUFFIXES:
+            save(one.draw(), figures / f"{one.name}{suffix}")
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as handle:
+        handle.write(text.encode())
+
+
+DRAWN = (CurveView, ScatterView, HistogramView, GridView)
+"""Views that are drawn."""
+
+
+def run_studies(
+    configs: Sequence[Config],
+    data: Path,
+    output: Path,
+    *,
+    jobs: int = 1,
+    models: Path | None = None,
+    share: Share | None = None,
+    embed_only: bool = False,
+) -> list[Rendered]:
+    """Run some benchmarks and write what they show; arguments and errors as ``vilu.benchmark.run.run_all``.
+
+    Raises:
+        MissingModelError: Also if there are figures to draw and no matplotlib, before anything runs.
+    """
+    if any(isinstance(view, DRAWN) for config in configs for view in config.views):
+        require_matplotlib()
+    boards = run_all(configs, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only)
+    for board in boards:
+        save_study(board, output)
+    return [render(board, output) for board in boards]
+
+
+def render_studies(
+    output: Path, document: Path | None = None, title: str = "Results", intro: str = ""
+) -> list[Rendered]:
+    """Write everything anew from the cells of a run folder, without data, embeddings or computation.
+
+    Args:
+        output: The run folder.
+        document: A Markdown file for all studies together, its figures in a folder of its name beside it.
+        title: Of the document.
+        intro: Its first paragraph.
+
+    Raises:
+        DataError: If the folder holds no study, or cells are missing.
+        StorageError: If the file system refuses.
+    """
+    studies = [render(board, output) for board in load_studies(output)]
+    if document is not None:
+        write_document(studies, document, title, intro)
+    return studies

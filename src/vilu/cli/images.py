@@ -1,0 +1,397 @@
+"""Commands on images: embed, inspect, list, datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vilu.cli.console import next_step
+from vilu.errors import UsageError
+
+if TYPE_CHECKING:
+    from vilu.store.job import Executor
+
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vilu.cli.console import columns, printable
+
+if TYPE_CHECKING:
+    from vilu.datasets.known import KnownDataset, Presence
+    from vilu.datasets.known.check import SplitPresence
+
+
+from dataclasses import asdict
+from typing import Any
+
+
+def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as 'DIR/{000..099}.tar'; see "
+            "`vilu list datasets`. With --dataset: the folder that holds data sets, or that one."
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
+    backbone: Annotated[
+        str,
+        typer.Option(help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER."),
+    ] = "compact",
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder with a sub-folder for each named backbone, in place of the model hub."
+        ),
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A data set by its name, as in `vilu datasets list`.")
+    ] = None,
+    raw_names: Annotated[
+        bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
+    ] = False,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, one a line, or folder<TAB>name; needed where data have none.")
+    ] = None,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Take the captions of a table that has labels too.")
+    ] = False,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
+    ] = None,
+    views: Annotated[int, typer.Option(min=0, help="Also keep so many augmented views of each image.")] = 0,
+    features: Annotated[
+        bool, typer.Option("--features", help="Also keep what goes into the model's last map.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of what is random in the views.")] = 0,
+    split: Annotated[str | None, typer.Option(help="Only this split, or several joined by +.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the fixed order.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Decoding threads of a process. [one per core, shared out among --processes]"),
+    ] = None,
+    part_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]"),
+    ] = None,
+    executor: Annotated[
+        Literal["local", "ray", "spark", "rank"] | None,
+        typer.Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Of the executor. [one per core, or what the cluster has]")
+    ] = None,
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Numbers in the store.")] = "float16",
+    max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
+    on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store instead of resuming it.")] = False,
+) -> None:
+    """Embed images once with a frozen model; resumes where an earlier run stopped.
+
+    Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and counted; they end
+    the command with exit code 3 when they are more than --max-error-rate. --features, --views and --prompts keep what
+    some methods need beside the embeddings (see `vilu list predictors`). Images with captions need no classes: the
+    captions are embedded too.
+    """
+    from vilu.backbones.zeroshot import named_templates
+    from vilu.datasets.catalog import open_dataset
+    from vilu.store.embed import embed as embed_images
+    from vilu.store.job import BackboneSpec
+
+    images = open_dataset(
+        source,
+        split=split,
+        limit=limit,
+        classes=classes,
+        captions=captions,
+        where=_conditions(where),
+        dataset=dataset,
+        raw_names=raw_names,
+    )
+    if images.class_names is None and not images.captioned:
+        raise UsageError(
+            f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
+        )
+    store = embed_images(
+        images,
+        BackboneSpec(backbone, device, precision, models and models.absolute()),
+        output,
+        names=images.class_names or (),
+        templates=named_templates(template) if template else None,
+        prompts=named_templates(prompts or []),
+        views=views,
+        features=features,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        part_size=part_size,
+        dtype=dtype,
+        max_error_rate=max_error_rate,
+        on_error=on_error,
+        split=split,
+        overwrite=overwrite,
+        executor=_executor(executor, processes),
+        shared=executor == "rank",
+    )
+    typer.echo(output)
+    if store is None:
+        next_step("this rank's parts are done; the rank that ends last makes the store complete")
+    else:
+        errors = store.manifest.n_error
+        next_step(f"{len(store):,} embeddings, {errors:,} bad images; next: vilu fit {output} -o predictor")
+
+
+def _conditions(where: list[str] | None) -> dict[str, str]:
+    """COLUMN=VALUE, ... as a dictionary.
+
+    Raises:
+        UsageError: If one is no such pair, or a column comes twice.
+    """
+    pairs = [text.partition("=") for text in where or ()]
+    for (column, sign, _), text in zip(pairs, where or (), strict=True):
+        if not (column and sign):
+            raise UsageError(f"--where must be COLUMN=VALUE. Got {text!r} instead.")
+    conditions = {column: value for column, _, value in pairs}
+    if len(conditions) < len(pairs):
+        raise UsageError("--where can name a column only once: its rows hold one value.")
+    return conditions
+
+
+def _executor(name: str | None, processes: int | None) -> Executor | None:
+    if name is None:
+        if processes is not None:
+            raise UsageError("--processes is of an executor. Give --executor local too, or leave it out.")
+        return None
+    from vilu.store.executors import make_executor
+
+    return make_executor(name, processes=processes)
+
+
+datasets = typer.Typer(help="Data sets that vilu knows by name: what they are, and which are on this disk.")
+BELOW = ("folder", "archives", "trouble", "to do")
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@datasets.command("list")
+def list_known(as_json: AsJson = False) -> None:
+    """The data sets of the catalogue: classes, images by split, size of the download, licence, where to get them.
+
+    Splits are named as in `vilu embed --dataset NAME --split SPLIT`. Sizes of downloads are approximate.
+    """
+    from vilu.datasets.known import KNOWN
+
+    entries = list(KNOWN.values())
+    if as_json:
+        typer.echo(json.dumps([_facts(entry) for entry in entries], indent=2))
+    else:
+        typer.echo(columns([_dataset_in_brief(entry) for entry in entries], below=("how", "url")))
+    next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
+
+
+@datasets.command("check")
+def check_known(
+    path: Annotated[Path, typer.Argument(help="Folder that holds data sets, or one data set's own.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Which data sets. [all]", metavar="NAME")] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also compare checksums of archives, and count the pairs in tars.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What is present, what is missing, and how to get it. Exit code 3 when a data set that is named is not whole."""
+    from vilu.datasets.known import check
+    from vilu.errors import DataError
+
+    found = check(path, names or None, deep=deep)
+    if as_json:
+        typer.echo(json.dumps([presence.to_dict() for presence in found], indent=2))
+    else:
+        typer.echo(columns([_row(presence) for presence in found], below=BELOW))
+    short = [presence.name for presence in found if presence.state in {"absent", "incomplete"}]
+    if names and short:
+        raise DataError(f"not whole: {', '.join(short)} ({len(short)} of {len(found)} data sets). See above.")
+    next_step(f"{len(found) - len(short)} of {len(found)} data sets are here and whole")
+
+
+def _facts(entry: KnownDataset) -> dict[str, object]:
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "n_classes": entry.n_classes,
+        "captioned": entry.captioned,
+        "sizes": dict(entry.sizes),
+        "official_sizes": dict(entry.official_sizes),
+        "licence": entry.licence,
+        "n_bytes": entry.n_bytes,
+        "url": entry.url,
+        "how": entry.how,
+        "folders": list(entry.folders),
+        "archives": dict(entry.archives),
+        "template": entry.template,
+        "coop_template": entry.coop_template,
+        "reference": entry.reference,
+    }
+
+
+def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
+    return {
+        "name": entry.name,
+        "classes": "captions" if entry.n_classes is None else str(entry.n_classes),
+        "images": " ".join(f"{split} {n:,}" for split, n in entry.sizes.items()),
+        "download": _size(entry.n_bytes),
+        "licence": entry.licence,
+        "how": entry.how,
+        "url": f"{entry.url}  {entry.reference}",
+    }
+
+
+def _size(n_bytes: int | None) -> str:
+    if n_bytes is None:
+        return "?"
+    unit, name = next((unit, name) for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n_bytes >= unit)
+    return f"{n_bytes / unit:.3g} {name}"
+
+
+def _row(presence: Presence) -> dict[str, str]:
+    missing = [name for split in presence.splits.values() for name in split.missing]
+    said = [presence.problem, *(split.problem for split in presence.splits.values())]
+    said += [f"missing: {', '.join(missing)}"] if missing else []
+    row = {
+        "name": presence.name,
+        "state": presence.state,
+        "images": " ".join(f"{name} {_counts(split)}" for name, split in presence.splits.items()) or "-",
+        "folder": f"{presence.folder}: {presence.origin}" if presence.origin else str(presence.folder or ""),
+        "archives": "; ".join(f"{state}: {', '.join(names)}" for state, names in _by_state(presence.archives).items()),
+        "trouble": " ".join(dict.fromkeys(text for text in said if text)),
+        "to do": presence.advice,
+    }
+    return {key: printable(text) for key, text in row.items()}
+
+
+def _by_state(archives: Mapping[str, str]) -> dict[str, list[str]]:
+    return {state: [name for name in archives if archives[name] == state] for state in dict.fromkeys(archives.values())}
+
+
+def _counts(split: SplitPresence) -> str:
+    """Found of listed, and what was published where that is another number."""
+    found = "?" if split.found is None else f"{split.found:,}"
+    listed = split.expected if split.listed is None else split.listed
+    said = found if listed is None else f"{found}/{listed:,}"
+    return said if split.expected in {None, listed} else f"{said} (published {split.expected:,})"
+
+
+def list_catalogue(
+    what: Annotated[Literal["predictors", "backbones", "datasets"], typer.Argument(help="Which catalogue.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What there is: predictors, backbones or data set layouts (data sets by name: `vilu datasets list`).
+
+    Of a predictor: whether it needs labels, works on image-caption pairs, and on any classes or those that it was
+    fitted on; what `vilu embed` must keep for it (in brackets: may), where it comes from, what it is, what it costs.
+    """
+    rows = {"predictors": _predictors, "backbones": _backbones, "datasets": _datasets}[what]()
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    elif what == "predictors":
+        typer.echo(columns(list(map(_predictor_in_brief, rows)), below=("what it is", "cost")))
+    else:
+        typer.echo(columns(rows, below=("what it is",) if what == "backbones" else ()))
+    if what == "datasets":
+        next_step("these are layouts; ImageNet, CIFAR, DTD and others by name: vilu datasets list")
+
+
+def _predictors() -> list[dict[str, Any]]:
+    from vilu.predictors import PREDICTORS
+
+    return [
+        {
+            "name": name,
+            "needs labels": "yes" if cls.needs_fit else "no",
+            "needs columns": list(cls.columns),
+            "uses columns": list(cls.optional_columns),
+            "captions": "no" if cls.no_captions else "yes",
+            "why no captions": cls.no_captions,
+            "classes": "those of training" if cls.closed_set else "any",
+            "probability": "yes" if cls.is_probability else "no",
+            "cost": cls.cost,
+            "reference": cls.reference,
+            "what it is": cls.summary,
+        }
+        for name, cls in PREDICTORS.items()
+    ]
+
+
+def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
+    """A predictor for a table of 120 columns."""
+    from vilu.embeddings.columns import HOW
+
+    needed, used = (
+        list(dict.fromkeys(HOW[column].removeprefix("vilu embed ") for column in row[key]))
+        for key in ("needs columns", "uses columns")
+    )
+    return {
+        "name": row["name"],
+        "labels": row["needs labels"],
+        "captions": row["captions"],
+        "classes": "fitted" if row["classes"] != "any" else "any",
+        "embed with": " ".join([*needed, *(f"[{flag}]" for flag in used)]) or "-",
+        "reference": row["reference"],
+        "what it is": row["what it is"],
+        "cost": "" if row["cost"] == "none" else row["cost"],
+    }
+
+
+def _backbones() -> list[dict[str, Any]]:
+    from vilu.backbones.catalog import BACKBONES, NAMED
+
+    kinds = [
+        {"name": name, "install": f"vilu[{kind.extra}]", "what it is": kind.description}
+        for name, kind in BACKBONES.items()
+    ]
+    named = [
+        {
+            "name": name,
+            "install": "vilu[clip]",
+            "what it is": f"{model.title}, {model.image_size} px: open_clip:{model.open_clip}, or by {name}@hf "
+            f"hf:{model.hf}",
+            **asdict(model),
+        }
+        for name, model in NAMED.items()
+    ]
+    return [*kinds, *named]
+
+
+def _datasets() -> list[dict[str, Any]]:
+    from vilu.datasets.catalog import DATASETS
+
+    return [{"name": name, "what it is": text} for name, text in DATASETS.items()]
+
+
+def inspect(
+    store: Annotated[Path, typer.Argument(help="Folder that `vilu embed` wrote, finished or not.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: hashes, norms, labels.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is in a store, and whether it is sound. Exit code 7 when something is wrong."""
+    from vilu.errors import StorageError
+    from vilu.store.inspect import inspect as inspect_store
+
+    report = inspect_store(store, deep=deep)
+    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+    if report.problems:
+        raise StorageError(f"{len(report.problems)} problems in {store}; the first: {report.problems[0]}")

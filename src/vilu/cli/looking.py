@@ -1,0 +1,269 @@
+"""Commands that look at scores: explain, monitor, report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vilu.cli.console import (
+    Data,
+    Direction,
+    Fold,
+    Hard,
+    LogitScale,
+    NearDuplicates,
+    PoolSize,
+    choose_pools,
+    next_step,
+    printable,
+)
+
+if TYPE_CHECKING:
+    from vilu.embeddings.source import EmbeddingSource
+    from vilu.predictors.base import FailurePredictor
+    from vilu.report.explain.prompts import PromptGains
+    from vilu.report.explain.risk import RiskMap
+
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vilu.decision.monitor import Monitor
+    from vilu.outcomes.outcomes import Outcomes
+
+
+def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    predictor: Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")],
+    store: Data,
+    train: Annotated[
+        Path | None, typer.Option(help="Labelled store that the predictor was fitted on: for the nearest rows in it.")
+    ] = None,
+    key: Annotated[list[str] | None, typer.Option(help="Explain the row with this key; repeatable.")] = None,
+    row: Annotated[list[int] | None, typer.Option(min=0, help="Explain the row of this number; repeatable.")] = None,
+    n: Annotated[int, typer.Option("-n", "--most-uncertain", min=1, help="Else the so many most uncertain.")] = 10,
+    candidates: Annotated[int, typer.Option(min=1, help="Competitors of each answer to show.")] = 5,
+    neighbours: Annotated[int, typer.Option(min=1, help="Training failures, and successes, to show.")] = 3,
+    background: Annotated[int, typer.Option(min=1, help="Rows that an attribution compares with.")] = 128,
+    seed: Annotated[int, typer.Option(help="Of the background, or of the folds of --summary.")] = 0,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
+    ] = False,
+    coverage: Annotated[float, typer.Option(help="With --summary: share of answers that are accepted.")] = 0.8,
+    pool_size: PoolSize = None,
+    direction: Direction = "image_to_text",
+    hard_negatives: Hard = False,
+    near_duplicates: NearDuplicates = None,
+    fold: Fold = None,
+    logit_scale: LogitScale = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+) -> None:
+    """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
+    from vilu.predictors.storage import load
+    from vilu.report.explain.explain import Depth, require_json, save_json
+    from vilu.report.explain.explain import explain as explain_rows
+    from vilu.store.open import open_source
+
+    if output is not None:
+        require_json(output)
+    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
+    data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
+    fitted = load(predictor)
+    if summary:
+        _refuse_rows(train, key, row)
+        risk, gains = _summary(fitted, data, coverage, seed)
+        content: dict[str, Any] = {"risk_map": risk.to_dict(), "prompt_gains": gains and gains.to_dict()}
+        text = str(risk) if gains is None else f"{risk}\n\n{gains}"
+        following = f"to see single rows: vilu explain {predictor} {store}"
+    else:
+        known = (
+            None if train is None else open_source(train, pools=pools, fold=fold and "train", logit_scale=logit_scale)
+        )
+        wanted = [*(key or ()), *(row or ())]
+        depth = Depth(candidates, neighbours, background, seed)
+        found = explain_rows(fitted, data, known, wanted or None, n=n, depth=depth)
+        content, text = found.to_dict(), str(found)
+        following = f"{len(found)} rows explained; where the failures are: vilu explain {predictor} {store} --summary"
+    if output is not None:
+        save_json(output, content)
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text))
+    next_step(following)
+
+
+def _refuse_rows(train: Path | None, key: list[str] | None, row: list[int] | None) -> None:
+    from vilu.errors import UsageError
+
+    if train is not None or key or row:
+        raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
+
+
+def _summary(
+    predictor: FailurePredictor, data: EmbeddingSource, coverage: float, seed: int
+) -> tuple[RiskMap, PromptGains | None]:
+    """The risk map and, where there are labels, what better texts would gain."""
+    from vilu.decision.score import score
+    from vilu.embeddings.source import UNKNOWN
+    from vilu.report.explain.competitors import strongest_competitor
+    from vilu.report.explain.prompts import prompt_gains
+    from vilu.report.explain.risk import risk_map
+
+    outcomes = score(predictor, data)
+    if bool((data.target != UNKNOWN).any()):
+        return risk_map(outcomes, coverage=coverage), prompt_gains(data, seed=seed)
+    return risk_map(outcomes, strongest_competitor(predictor, data), coverage=coverage), None
+
+
+ALARM = 8
+"""Exit code: the guarantee should no longer be relied on."""
+
+
+def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    predictor: Annotated[Path, typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.")],
+    scores: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Files or folders that `vilu score` wrote, in the order in which the rows arrived."),
+    ] = None,
+    late_labels: Annotated[
+        list[Path] | None,
+        typer.Option(help="Scores of rows monitored before, with failures that were not known then; repeatable."),
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="File, .parquet: go on from it if it is there, and leave the new state in it.")
+    ] = None,
+    false_alarm: Annotated[
+        float, typer.Option(min=0, max=1, help="Probability of any alarm without cause, however long one watches.")
+    ] = 0.05,
+    shuffle: Annotated[
+        bool,
+        typer.Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival."),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers that break ties, and of --shuffle.")] = 0,
+    backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+) -> None:
+    """Say whether the calibrated promise still holds for the rows that arrive, as far as scores and labels show.
+
+    Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is broken; the first row of
+    the alarm, the reason and what to do are printed. Rows with a known failure are audited; they must be a random
+    sample of the accepted ones.
+    """
+    from vilu.errors import UsageError
+    from vilu.files import locked, write_json
+    from vilu.progress import track
+
+    new, late = scores or [], late_labels or []
+    if not new and not late:
+        raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
+    with ExitStack() as stack:
+        if state is not None and state.parent.is_dir():
+            stack.enter_context(locked(state.parent, "monitoring with a state in"))
+        watching = _open(predictor, backend, state, false_alarm, seed)
+        batches: list[dict[str, Any]] = []
+        task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
+        for path, take in [*((path, watching.update) for path in new), *((path, watching.audit) for path in late)]:
+            outcomes = _scores(path)
+            status = take(_shuffled(outcomes, [seed, watching.rows]) if shuffle else outcomes)
+            batches.append({"scores": str(path), "rows": status.rows, "verdict": status.verdict})
+            task.advance(1, status.verdict)
+        if state is not None:
+            watching.save(state)
+    document = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
+    if output is not None:
+        write_json(output, document)
+    typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
+    if watching.status.alarm:
+        raise typer.Exit(ALARM)
+    if state is not None:
+        next_step(f"next rows: vilu monitor {predictor} SCORES --state {state}")
+
+
+def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:
+    """The monitor of a folder whose calibration belongs to its predictor, where the last call left it."""
+    from vilu.decision.monitor import Monitor
+    from vilu.decision.monitor_mapie import MapieMonitor
+    from vilu.errors import UsageError
+
+    if state is not None and backend == "mapie":
+        raise UsageError("the tests of MAPIE keep no state. Leave out --state, or take --backend vilu.")
+    kind = MapieMonitor if backend == "mapie" else Monitor
+    found = kind.of_folder(predictor, false_alarm=false_alarm, seed=seed)
+    return found.resume(state) if state is not None and state.exists() else found
+
+
+def _scores(path: Path) -> Outcomes:
+    from vilu.decision.score_folder import ScoreFolder
+    from vilu.outcomes.outcomes import Outcomes
+
+    return ScoreFolder(path).outcomes() if path.is_dir() else Outcomes.load(path)
+
+
+def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
+    """What a monitor looks at, in random order."""
+    import numpy as np
+
+    from vilu.outcomes.outcomes import Outcomes
+
+    order = np.random.default_rng(seed).permutation(len(outcomes))
+    return Outcomes(
+        uncertainty=outcomes.uncertainty[order],
+        failure=outcomes.failure[order],
+        prediction=None if outcomes.prediction is None else outcomes.prediction[order],
+        ids=None if outcomes.ids is None else [outcomes.ids[row] for row in order],
+        reason=None if outcomes.reason is None else [outcomes.reason[row] for row in order],
+        class_names=outcomes.class_names,
+        method=outcomes.method,
+        provenance=outcomes.provenance,
+    )
+
+
+def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    run: Annotated[Path, typer.Argument(help="Folder of .parquet files that `vilu score` wrote, or one of them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page, .html.")],
+    main: Annotated[
+        str | None, typer.Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]")
+    ] = None,
+    predictor: Annotated[
+        Path | None, typer.Option(help="Folder of a calibrated predictor: its rule accepts and abstains.")
+    ] = None,
+    max_risk: Annotated[
+        float, typer.Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
+    ] = 0.05,
+    images: Annotated[
+        str | None, typer.Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="Store that was scored, for the classes that compete with an answer.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the page. [data set and split]")] = None,
+) -> None:
+    """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
+    from vilu.datasets.catalog import open_dataset
+    from vilu.errors import UsageError
+    from vilu.files import atomic_write
+    from vilu.report.page.build import report_page
+    from vilu.report.page.choice import read_calibrated, read_scores
+    from vilu.store.open import open_source
+
+    if output.suffix.lower() not in {".html", ".htm"}:
+        raise UsageError(f"the page is an .html file. Got {output} instead.")
+    if split is not None and images is None:
+        raise UsageError("--split is of --images. Give both, or neither.")
+    page = report_page(
+        read_scores(run),
+        main=main,
+        calibrated=None if predictor is None else read_calibrated(predictor),
+        max_risk=max_risk,
+        images=None if images is None else open_dataset(images, split=split),
+        embeddings=None if store is None else open_source(store),
+        title=title,
+    )
+    with atomic_write(output) as handle:
+        handle.write(page.encode())
+    typer.echo(output)
+    next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")

@@ -1,0 +1,369 @@
+"""Commands on predictors: fit, score, evaluate, calibrate, export, push, pull, convert."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from vilu.cli.console import Direction, Fold, Hard, LogitScale, NearDuplicates, PoolSize, choose_pools, next_step
+
+if TYPE_CHECKING:
+    from vilu.embeddings.pairs import Pools
+    from vilu.embeddings.source import EmbeddingSource
+    from vilu.predictors.base import FailurePredictor
+    from vilu.predictors.nn.checkpoint import FolderSession
+
+
+import json
+from typing import TYPE_CHECKING
+
+from vilu.cli.console import (
+    Data,
+    split_of,
+)
+
+if TYPE_CHECKING:
+    from vilu.decision.record import Record
+    from vilu.predictors.probability import Calibrator
+
+
+def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    stores: Annotated[
+        list[Path],
+        typer.Argument(help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")],
+    method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu_plus",
+    validation: Annotated[
+        Path | None, typer.Option(help="Store to select on; without it a part of the training rows is held out.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    pool_size: PoolSize = None,
+    direction: Direction = "image_to_text",
+    hard_negatives: Hard = False,
+    near_duplicates: NearDuplicates = None,
+    fold: Fold = None,
+    logit_scale: LogitScale = None,
+    init: Annotated[
+        Path | None, typer.Option(metavar="PREDICTOR", help="Begin with the weights of a fitted predictor.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(min=1, help="Only so many labelled rows of each class.")] = None,
+    pseudo: Annotated[
+        bool, typer.Option("--pseudo", help="Class texts as captions, of one or several stores mixed in pools.")
+    ] = False,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch.")
+    ] = 10.0,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop the checkpoints of an interrupted fit.")] = False,
+) -> None:
+    """Fit a failure predictor on labelled embeddings. Prints the folder of the predictor.
+
+    Interrupted, the same command goes on where the last checkpoint (beside OUTPUT) was. Under torchrun heads are
+    trained by all processes together; the result does not depend on how many there are.
+    """
+    from vilu.predictors import find_method
+    from vilu.predictors.nn.processes import world
+    from vilu.store.open import open_source
+
+    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
+    with ExitStack() as stack:
+        team = stack.enter_context(world(device))
+        predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
+        train = _training_set(stores, pools, fold, logit_scale, (shots, seed), pseudo)
+        chosen = (
+            None
+            if validation is None
+            else open_source(
+                validation, pools=pools, fold=None if fold is None else "validation", logit_scale=logit_scale
+            )
+        )
+        checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes, restart)
+        predictor.fit(train, chosen)
+        predictor.notes_ |= _candidates(train)
+        if team.leads:
+            predictor.save(output)
+            if checkpoints is not None:
+                checkpoints.remove()
+            typer.echo(output)
+            next_step(
+                f"{predictor.name} fitted on {len(train):,} rows; next: vilu score {output} STORE -o scores.parquet"
+            )
+
+
+def _new_predictor(
+    cls: type[FailurePredictor], defaults: dict[str, object], settings: list[str], init: Path | None
+) -> FailurePredictor:
+    from vilu.predictors.init import initialise
+    from vilu.predictors.parameters import build, parameters, parse_settings
+    from vilu.predictors.storage import load
+
+    values = {key: value for key, value in defaults.items() if key in parameters(cls)} | parse_settings(settings)
+    return build(cls, values) if init is None else initialise(cls, load(init), values)
+
+
+def _training_set(
+    stores: list[Path],
+    pools: Pools | None,
+    fold: Literal["train", "validation", "test"] | None,
+    logit_scale: float | None,
+    few: tuple[int | None, int],
+    pseudo: bool,
+) -> EmbeddingSource:
+    """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
+    from vilu.embeddings.pairs import Pools, PseudoCaptions
+    from vilu.errors import UsageError
+    from vilu.predictors.rows import few_shot
+    from vilu.store.open import open_source
+
+    n_shots, seed = few
+    if not pseudo and len(stores) > 1:
+        raise UsageError(f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add --pseudo.")
+    of_pairs = None if pseudo else pools
+    sources = [open_source(store, pools=of_pairs, fold=fold, logit_scale=logit_scale) for store in stores]
+    if n_shots is not None:
+        sources = [few_shot(source, n_shots, seed) for source in sources]
+    return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
+
+
+def _candidates(train: EmbeddingSource) -> dict[str, object]:
+    """What the images chose from, for the model card."""
+    from vilu.embeddings.space import digest
+
+    if train.pool_size is not None:
+        return {"pool_size": train.pool_size}
+    names = {} if train.class_names is None else {"classes": digest(train.class_names)}
+    return {"n_candidates": train.n_candidates, **names}
+
+
+def _checkpoints(
+    stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float, restart: bool
+) -> FolderSession | None:
+    """Checkpoints beside the output of what is trained step by step."""
+    from vilu.predictors.heads.head import HeadPredictor
+    from vilu.predictors.nn.checkpoint import checkpointing
+
+    if not isinstance(predictor, HeadPredictor):
+        return None
+    folder = output.with_name(f"{output.name}.checkpoints")
+    session = stack.enter_context(checkpointing(folder, minutes, resume=True))
+    if restart:
+        session.remove()
+    return session
+
+
+Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")]
+
+
+def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    predictor: Predictor,
+    store: Data,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File, .parquet or .csv; or a folder, for any number of rows."),
+    ],
+    pool_size: PoolSize = None,
+    direction: Direction = "image_to_text",
+    hard_negatives: Hard = False,
+    near_duplicates: NearDuplicates = None,
+    fold: Fold = None,
+    logit_scale: LogitScale = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder of scores of another run.")] = False,
+) -> None:
+    """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
+
+    Of a predictor that `vilu calibrate` has calibrated also the probability of failure, accept or abstain with the
+    reason, and label sets. A folder is written part by part in bounded memory; interrupted, the same command does what
+    is missing.
+    """
+    from vilu.decision.apply import Decider
+    from vilu.decision.score import score as score_rows
+    from vilu.decision.score import score_parts
+    from vilu.errors import UsageError
+    from vilu.predictors.storage import load
+    from vilu.store.open import open_source
+
+    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
+    data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
+    fitted, split = load(predictor), fold or split_of(data)
+    decider = Decider.of_folder(fitted, predictor)
+    if output.suffix.lower() in {".parquet", ".csv"}:
+        score_rows(fitted, data, dataset=store.name, split=split, decider=decider).save(output)
+    elif output.suffix and not output.is_dir():
+        raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
+    else:
+        score_parts(fitted, data, output, dataset=store.name, split=split, overwrite=overwrite, decider=decider)
+    typer.echo(output)
+    next_step(f"{len(data):,} rows scored; next, where failures are known: vilu evaluate {output}")
+
+
+def evaluate(
+    scores: Annotated[list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print tidy rows as JSON instead of a table.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples behind each interval.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Failure-prediction metrics with bootstrap intervals, one line per file."""
+    from vilu.decision.score_folder import ScoreFolder
+    from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
+    from vilu.outcomes.outcomes import Outcomes
+
+    found = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
+    table = evaluate_outcomes(found, n_resamples=resamples, seed=seed)
+    if output is not None:
+        table.save(output)
+    typer.echo(json.dumps(table.to_dicts(), indent=2) if as_json else str(table))
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint (.ckpt) of the reference implementation.")],
+    output: Output,
+    logit_scale: Annotated[float, typer.Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
+    embed_dim: Annotated[
+        int | None,
+        typer.Option(min=1, help="Embedding width; only for a head without attention that sees the caption."),
+    ] = None,
+) -> None:
+    """Read a checkpoint of the reference implementation, executing nothing in it. Prints the predictor's folder."""
+    from vilu.predictors.convert import convert_official
+
+    predictor = convert_official(checkpoint, logit_scale, embed_dim=embed_dim)
+    predictor.save(output)
+    typer.echo(output)
+    next_step(f"a {predictor.name} head; next: vilu score {output} STORE -o scores.parquet")
+
+
+def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    predictor: Annotated[Path, typer.Argument(help="Folder of a fitted predictor; the result is written into it.")],
+    store: Data,
+    max_risk: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05.")
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="With which the promise holds, over draws of the calibration rows.")
+    ] = 0.95,
+    min_coverage: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk.")
+    ] = None,
+    method: Annotated[
+        Literal["ltt", "sgr", "crc", "selection"],
+        typer.Option(
+            help="ltt: Learn then Test. sgr: selection with guaranteed risk. crc: bounds the mean share of all answers "
+            "that is accepted and wrong. selection: bounds the mean share of wrong ones among the accepted of a batch."
+        ),
+    ] = "ltt",
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="A threshold for every predicted class with enough rows.")
+    ] = False,
+    label_sets: Annotated[
+        Literal["lac", "aps"] | None, typer.Option(help="Also sets of labels that hold the right one.")
+    ] = None,
+    max_miss: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest share of label sets without the right label.")
+    ] = 0.1,
+    pool_size: PoolSize = None,
+    direction: Direction = "image_to_text",
+    hard_negatives: Hard = False,
+    near_duplicates: NearDuplicates = None,
+    fold: Fold = None,
+    logit_scale: LogitScale = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print risk.json instead of a summary.")] = False,
+) -> None:
+    """Probabilities, and a threshold with a stated risk, from labelled embeddings that the predictor has not seen.
+
+    `vilu score` then writes failure_probability and accept or abstain beside every answer. Without a target only
+    probabilities are calibrated. The promise is for rows drawn as the calibration rows were; `vilu monitor` watches it.
+    Exit code 4: the target is out of reach; the message says how many rows it would take.
+    """
+    from vilu.decision.calibration import Target, calibrate_predictor
+    from vilu.predictors.storage import load
+    from vilu.store.open import open_source
+
+    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
+    data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
+    target = Target(max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss)
+    record = calibrate_predictor(predictor, data, target, dataset=store.name, split=fold or split_of(data))
+    calibrator = load(predictor).calibrator_
+    typer.echo(json.dumps(record.model_dump(mode="json"), indent=2) if as_json else _summary(record, calibrator))
+    next_step(f"calibrated on {record.n:,} rows; next: vilu score {predictor} STORE -o scores.parquet")
+
+
+def _summary(record: Record, calibrator: Calibrator | None) -> str:
+    lines = []
+    if calibrator is not None:
+        tried = ", ".join(f"{name} {loss:.4f}" for name, loss in calibrator.log_loss.items())
+        lines.append(f"probability: {calibrator.form}" + (f" (log-loss in cross-validation: {tried})" if tried else ""))
+    if record.rule is not None:
+        lines.append(f"decision: {record.rule}")
+    if (sets := record.label_sets) is not None:
+        lines.append(
+            f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most {sets.max_miss:.1%} miss the "
+            f"right one ({sets.empirical_miss:.1%} of {sets.n} calibration rows)"
+        )
+    return "\n".join(lines)
+
+
+Repository = Annotated[
+    str, typer.Argument(metavar="REPO", help="ORG/NAME on the model hub; or a folder, as ./DIR or /DIR.")
+]
+Revision = Annotated[str | None, typer.Option(help="On the hub. [main]")]
+
+
+def export(
+    predictor: Predictor,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File, .onnx.")],
+    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX, whatever the name of the file.")] = False,
+) -> None:
+    """Write the score of a predictor for other runtimes, checked against the predictor. Prints the file.
+
+    Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,).
+    """
+    from vilu.errors import UsageError
+    from vilu.predictors.onnx import export_onnx
+
+    if not onnx and output.suffix.lower() != ".onnx":
+        raise UsageError(f"a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got {output}.")
+    difference = export_onnx(predictor, output)
+    typer.echo(output)
+    next_step(f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most")
+
+
+def push(
+    predictor: Predictor,
+    repository: Repository,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a repository that is made. [as its owner has it]")
+    ] = None,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another predictor in a folder.")] = False,
+) -> None:
+    """Copy a predictor and its card to the model hub (HF_TOKEN), or to a folder. Prints where it is."""
+    from vilu.predictors.hub import push as push_predictor
+
+    place = push_predictor(predictor, repository, private=private, revision=revision, overwrite=overwrite)
+    typer.echo(place)
+    next_step(f"pushed; elsewhere: vilu pull {repository} -o predictor")
+
+
+def pull(
+    repository: Repository,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")],
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another predictor.")] = False,
+) -> None:
+    """Copy a predictor from the model hub, or from a folder, and check it. Prints the folder of the predictor."""
+    from vilu.predictors.hub import pull as pull_predictor
+
+    typer.echo(pull_predictor(repository, output, revision=revision, overwrite=overwrite))
+    next_step(f"next: vilu score {output} STORE -o scores.parquet")

@@ -1,0 +1,194 @@
+"""Commands on studies: benchmark, render, pool sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vilu.cli.console import next_step
+
+if TYPE_CHECKING:
+    from vilu.benchmark.study import Rendered
+
+
+from typing import TYPE_CHECKING
+
+from vilu.cli.console import Data, Direction, Fold, Hard, LogitScale, NearDuplicates
+
+if TYPE_CHECKING:
+    from vilu.predictors.base import FailurePredictor
+
+
+def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    configs: Annotated[
+        list[Path],
+        typer.Argument(metavar="CONFIG.toml...", help="Files such as configs/here/*.toml (see docs/benchmark.md)."),
+    ],
+    data: Annotated[Path, typer.Option(help="Folder that the paths in the files are relative to.")] = Path(
+        "../shared/data"
+    ),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")
+    ] = Path("benchmark-output"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; the number changes no result.")] = 1,
+    models: Annotated[
+        Path | None, typer.Option(help="Folder with named backbones, in place of the model hub's cache.")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Only share I of N of the cells, for one of N machines; then run without."),
+    ] = None,
+    embed_only: Annotated[bool, typer.Option("--embed-only", help="Make the embeddings and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be embedded and run, its bytes and time; do nothing.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Everything, but tiny: few images, seeds and epochs; in OUTPUT/smoke.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer: the studies of the paper.
+
+    Prints tables and writes them, with figures, to OUTPUT/studies. Interrupt it at any moment: the next run does what
+    is missing. Studies in one output share embeddings and cells.
+    """
+    from vilu.benchmark.load import load_configs, shrink
+    from vilu.benchmark.run import Share
+    from vilu.benchmark.study import run_studies
+
+    chosen = load_configs(configs)
+    if smoke:
+        chosen, output = [shrink(config) for config in chosen], output / "smoke"
+    if dry_run:
+        from vilu.benchmark.dry_run import describe, estimate
+
+        plans = [estimate(config, data, output) for config in chosen]
+        typer.echo(json.dumps([plan.to_dict() for plan in plans], indent=2) if as_json else describe(plans))
+        return
+    share = None if shard is None else Share.parse(shard)
+    studies = run_studies(chosen, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only)
+    _print(studies, as_json=as_json)
+    if embed_only:
+        next_step(f"the embeddings are in {output / 'stores'}")
+    elif share is not None and share.of > 1:
+        next_step(f"share {shard} is done; when all are, run the same without --shard to see the results")
+    else:
+        next_step(f"tables and figures are in {output / 'studies'}, every cell in {output / 'cells'}")
+
+
+def render(
+    run: Annotated[Path, typer.Argument(help="Output folder of `vilu benchmark`; its stores are not needed.")],
+    document: Annotated[
+        Path | None, typer.Option(help="Also write all studies as one Markdown file, figures in a folder beside it.")
+    ] = None,
+    title: Annotated[str, typer.Option(help="Of that file.")] = "Results",
+    intro: Annotated[str, typer.Option(help="First paragraph of that file.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Make the tables and figures of finished studies anew, from their cells alone."""
+    from vilu.benchmark.study import render_studies
+
+    _print(render_studies(run, document, title, intro), as_json=as_json)
+    next_step(f"tables and figures are in {run / 'studies'}" + (f", all of them in {document}" if document else ""))
+
+
+def _print(studies: list[Rendered], *, as_json: bool) -> None:
+    from vilu.benchmark.ranking import summarise
+
+    if as_json:
+        found = {study.board.config.name: summarise(study.board).to_dict() for study in studies}
+        typer.echo(json.dumps(found, indent=2))
+    elif studies:
+        many = len(studies) > 1
+        parts = [f"{f'=== {study.board.config.name} ===' + chr(10) if many else ''}{study.text}" for study in studies]
+        typer.echo("\n\n".join(parts))
+
+
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the table, the figures and the cache.")
+    ] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Real photos, end to end: embed 10 kinds of clothes with a small model, and see which answers to distrust.
+
+    Takes minutes the first time on two cores, and seconds the second time. Prints a table; figures are saved.
+    """
+    from vilu.cli.demo import run
+
+    result = run(output, seed=seed)
+    typer.echo(result.text)
+    next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")
+
+
+PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
+
+
+def pools(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    store: Data,
+    predictors: Annotated[
+        list[str],
+        typer.Argument(help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin)."),
+    ],
+    sizes: Annotated[str, typer.Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
+    draws: Annotated[int, typer.Option(min=1, help="Drawings of the pools, which are averaged.")] = 1,
+    direction: Direction = "image_to_text",
+    hard_negatives: Hard = False,
+    near_duplicates: NearDuplicates = None,
+    fold: Fold = None,
+    logit_scale: LogitScale = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print tidy rows as JSON instead of a table.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples behind each interval.")] = 1000,
+) -> None:
+    """Failure prediction on image-caption pairs against the number of captions to choose from: AUROC / FPR95.
+
+    A method that does not work on pairs is refused with the reason. Sizes that the pairs do not fill are left out.
+    """
+    from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
+    from vilu.embeddings.pairs import Pools
+    from vilu.store.open import open_source
+
+    found = over_pool_sizes(
+        {Path(name).name: _predictor(name) for name in predictors},
+        lambda pools: open_source(store, pools=pools, fold=fold, logit_scale=logit_scale),
+        _sizes(sizes),
+        pools=Pools(direction=direction, hard=hard_negatives, near_duplicates=near_duplicates),
+        draws=draws,
+        dataset=store.name,
+        n_resamples=resamples,
+    )
+    if output is not None:
+        found.save(output)
+    typer.echo(json.dumps(found.to_dicts(), indent=2) if as_json else size_table(found))
+    next_step("AUROC / FPR95 in percent; positive=correct for FPR95" + (f", ± over {draws} draws" if draws > 1 else ""))
+
+
+def _predictor(name: str) -> FailurePredictor:
+    """A saved predictor, or a method by its name."""
+    from vilu.errors import UsageError
+    from vilu.predictors import find_method
+    from vilu.predictors.storage import load
+
+    if Path(name).name != name or Path(name).is_dir():
+        return load(name)
+    cls = find_method(name)
+    if cls.needs_fit:
+        raise UsageError(
+            f"{name} must be fitted first: vilu fit STORE -o {name} --method {name}, then give its folder."
+        )
+    return cls()
+
+
+def _sizes(text: str) -> list[int]:
+    from vilu.errors import UsageError
+
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and int(word) > 1 for word in words):
+        raise UsageError(f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead.")
+    return sorted({int(word) for word in words})

@@ -1,0 +1,340 @@
+"""Layouts of known data sets that need code of their own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from hashlib import blake2b
+from importlib import resources
+from os import stat_result
+from pathlib import Path
+from typing import Final
+
+from vilu.datasets.cifar import CifarDataset, Layout
+from vilu.datasets.classes import clean_name
+from vilu.datasets.files import portable_name, subfolders, walk_images
+from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
+from vilu.datasets.known.read import Entry, Listing, SplitLists, read_json_object, read_lines, refuse, user_list
+from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
+from vilu.errors import DataError, UsageError
+from vilu.progress import track
+
+Files = Sequence[tuple[str, stat_result]]
+"""Paths of one class's images below the class's folder, and their status."""
+
+RENAMED: Final = {744: "projectile", 836: "sunglass"}
+"""CLIP names classes 657 and 744 "missile", 836 and 837 "sunglasses"; of equal prompts one can never be the answer.
+These are the first words of WordNet's synsets n04008634 and n04355933."""
+
+UNPACK: Final = "Unpack the archive of each class into a folder of its name."
+SORT: Final = (
+    "ImageNet's archive of validation images is flat, and only its devkit says what they show: "
+    "torchvision.datasets.ImageNet(FOLDER, 'val') sorts them, given ILSVRC2012_img_val.tar and "
+    "ILSVRC2012_devkit_t12.tar.gz in FOLDER."
+)
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """Images in folders of classes; iterating lists them, class by class.
+
+    Attributes:
+        root: The data set's folder.
+        part: The folder below it that holds the classes; "" for itself.
+        labels: Labels by name of class folder.
+        choose: Which of a class's images are taken, given the class folder and its images.
+    """
+
+    root: Path
+    part: str
+    labels: Mapping[str, int]
+    choose: Callable[[str, Files], Files] = lambda _, files: files
+
+    def __iter__(self) -> Iterator[Entry]:
+        folder = self.root / self.part
+        prefix = f"{self.part}/" if self.part else ""
+        for name in self._classes(folder):
+            files = list(walk_images(folder / name, Counter()))
+            for path, status in self.choose(name, files):
+                yield f"{prefix}{name}/{path}", self.labels[name], status
+
+    def _classes(self, folder: Path) -> list[str]:
+        """Class folders in label order."""
+        if not folder.is_dir():
+            raise DataError(f"{folder} is missing. Unpack it there, or choose another split.")
+        names = subfolders(folder)
+        unknown = next((name for name in names if name not in self.labels), None)
+        if unknown is not None:
+            raise DataError(
+                f"{folder / portable_name(unknown)} is no class: expected the {len(self.labels)} folders "
+                f"{next(iter(self.labels))}, ... Move it out."
+            )
+        if not names:
+            flat = next(walk_images(folder, Counter()), None)
+            found = "nothing" if flat is None else f"images without class folders ({portable_name(flat[0])}, ...)"
+            hint = SORT if self.part == "val" else UNPACK
+            raise DataError(f"{folder} holds {found}; expected a folder per class. {hint}")
+        return sorted(names, key=self.labels.__getitem__)
+
+
+def imagenet(place: Place) -> Listing:
+    """Training and validation images by wnid; as in CoOp, the validation images are the test split."""
+    labels = {wnid: label for label, wnid in enumerate(wnids())}
+    splits = {"train": ClassFolders(place.folder, "train", labels), "test": ClassFolders(place.folder, "val", labels)}
+    return _listing(wnids(), splits, "official split, its validation images as test")
+
+
+def imagenet_v2(place: Place) -> Listing:
+    """Ten test images per class, in folders named by the class's number."""
+    return _halves(place, tuple(map(str, range(len(wnids())))))
+
+
+def imagenet_sketch(place: Place) -> Listing:
+    """About fifty sketches per class, in folders named by wnid."""
+    return _halves(place, wnids())
+
+
+def half(name: str, files: Files, *, first: bool) -> Files:
+    """The images of a class that come first, or last, by the hash of their path; of an odd number more are last.
+
+    Which images the paper's few shots were is not known. The hash is BLAKE2b (8 bytes) of ``class/path``, so that no
+    half depends on the order of files, on the machine, or on what other classes hold.
+    """
+    keys = [blake2b(f"{name}/{path}".encode("utf-8", "surrogateescape"), digest_size=8).digest() for path, _ in files]
+    order = sorted(range(len(files)), key=keys.__getitem__)
+    middle = len(files) // 2
+    chosen = order[:middle] if first else order[middle:]
+    return [files[number] for number in sorted(chosen)]
+
+
+@cache
+def wnids() -> tuple[str, ...]:
+    """WordNet ids of the 1,000 classes in label order, which is their own."""
+    return tuple(_asset("imagenet_wnids.txt").split())
+
+
+@cache
+def clip_names() -> tuple[str, ...]:
+    """CLIP's names of the 1,000 classes, in label order, but for the two of ``RENAMED``."""
+    names: list[str] = json.loads(_asset("imagenet_class_names.json"))
+    return tuple(RENAMED.get(label, name) for label, name in enumerate(names))
+
+
+def _halves(place: Place, folders: tuple[str, ...]) -> Listing:
+    labels = {name: label for label, name in enumerate(folders)}
+    splits = {
+        split: ClassFolders(place.folder, "", labels, partial(half, first=first))
+        for split, first in (("shots", True), ("test", False))
+    }
+    return _listing(folders, splits, "halves of each class by the hash of the path")
+
+
+def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origin: str) -> Listing:
+    return Listing(folders, splits, origin, names=clip_names(), raw=clip_names())
+
+
+def _asset(name: str) -> str:
+    return resources.files("vilu").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+OFFICIAL: Final = "official split"
+
+
+def fgvc_aircraft(place: Place) -> Listing:
+    """100 variants; the official training, validation and test images."""
+    files = {"train": "train", "validation": "val", "test": "test"}
+    variants = _require(place, "variants.txt")
+    lists = _of_classes(files, read_lines(variants), variants)
+    labels = {name: label for label, name in enumerate(lists.names())}
+
+    def parse(line: str) -> tuple[str, int]:
+        number, _, variant = line.partition(" ")
+        return f"{number}.jpg", _label(labels, variant)
+
+    for split, key in files.items():
+        file = _require(place, f"images_variant_{key}.txt")
+        lists.fill(split, file, read_lines(file), parse)
+    return lists.listing(place.folder, "images", OFFICIAL, binding=True)
+
+
+def food101(place: Place) -> Listing:
+    """101 dishes; the user's CoOp list, else the official split, which has no validation images."""
+    own = user_list(place, "split_zhou_Food101.json", "images")
+    return _food101_official(place) if own is None else own
+
+
+def sun397(place: Place) -> Listing:
+    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
+    own = user_list(place, "split_zhou_SUN397.json", "")
+    return _sun397_official(place) if own is None else own
+
+
+def _food101_official(place: Place) -> Listing:
+    files = {split: _require(place, f"meta/{split}.json") for split in ("train", "test")}
+    content = {split: read_json_object(file) for split, file in files.items()}
+    lists = _of_classes(files, sorted({name for dishes in content.values() for name in dishes}), files["train"])
+    labels = {name: label for label, name in enumerate(lists.names())}
+
+    def parse(entry: tuple[str, object]) -> tuple[str, int]:
+        name, path = entry
+        if not isinstance(path, str):
+            raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004 - told with the entry
+        return f"{path}.jpg", labels[name]
+
+    for split, file in files.items():
+        lists.fill(split, file, _flat(content[split], file), parse)
+    return lists.listing(place.folder, "images", OFFICIAL, binding=True)
+
+
+def _sun397_official(place: Place) -> Listing:
+    wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
+    files = {split: _require(place, name, f"Partitions/{name}") for split, name in wanted.items()}
+    scenes = _require(place, "ClassName.txt", "Partitions/ClassName.txt")
+    lists = _of_classes(files, read_lines(scenes), scenes)
+    labels = {name: label for label, name in enumerate(lists.names())}
+
+    def parse(line: str) -> tuple[str, int]:
+        return line.removeprefix("/"), _label(labels, line.rpartition("/")[0])
+
+    for split, file in files.items():
+        lists.fill(split, file, read_lines(file), parse)
+    found = lists.listing(place.folder, "", OFFICIAL, binding=True)
+    below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
+    raw = tuple("/".join(parts) for parts in below_letter)
+    return replace(found, classes=raw, names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter))
+
+
+def _of_classes(splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
+    """Empty lists of these splits and classes, which ``file`` names."""
+    lists = SplitLists({split: [] for split in splits})
+    try:
+        for label, name in enumerate(names):
+            lists.name(label, name)
+        lists.names()
+    except ValueError as error:
+        refuse(file, error)
+    return lists
+
+
+def _label(labels: dict[str, int], name: str) -> int:
+    if name not in labels:
+        raise ValueError(f"{name[:80]!r} is none of the {len(labels)} classes")
+    return labels[name]
+
+
+def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
+    for name, paths in content.items():
+        if not isinstance(paths, list):
+            raise DataError(f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}.")
+        yield from ((name, path) for path in paths)
+
+
+def _require(place: Place, *names: str) -> Path:
+    path = place.find(*names)
+    if path is None:
+        raise DataError(
+            f"{place.entry.title} in {place.folder} has no {' or '.join(names)}, so nothing says which image is in "
+            f"which split. {place.entry.how} ({place.entry.url})"
+        )
+    return path
+
+
+@dataclass(frozen=True)
+class CifarReader:
+    """CIFAR-10 or CIFAR-100, read without running its pickles."""
+
+    layout: Layout
+
+    def open(self, place: Place, request: Request) -> CifarDataset:
+        """The pictures of the splits asked for."""
+        dataset = CifarDataset(
+            place.folder,
+            self.layout,
+            split=request.split,
+            classes=request.classes,
+            raw_names=request.raw_names,
+        )
+        dataset.source = f"{place.folder} (official split)"
+        return dataset
+
+    def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002 - its files are small: always read
+        """Pictures in each file that is there."""
+        return Survey("official split", {split: self._count(place, split) for split in self.layout.splits})
+
+    def _count(self, place: Place, split: str) -> Count:
+        expected = place.entry.sizes[split]
+        names = (*self.layout.splits[split], self.layout.meta)
+        missing = tuple(name for name in names if not (place.folder / name).is_file())
+        if missing:
+            return Count(0, expected, missing)
+        try:
+            found = len(self.open(place, Request(split)))
+        except DataError as error:  # told with the split, so that the other is counted too
+            return Count(None, expected, (), str(error))
+        return Count(found, found)
+
+
+class ShardReader:
+    """Image-caption pairs in tars, in a data set's folder or one below it, as img2dataset writes them."""
+
+    def open(self, place: Place, request: Request) -> TarShards:
+        """All pairs; folds go by the hash of the caption, later."""
+        unfit = request.unfit()
+        if unfit:
+            raise UsageError(f"{place.entry.title} has captions, no classes and no splits. Leave {unfit[0]} out.")
+        return TarShards(f"{place.folder} (all pairs)", find_known_shards(place.folder))
+
+    def survey(self, place: Place, *, deep: bool) -> Survey:
+        """Tars and gaps in their numbers; ``deep`` lists their members, so that it counts pairs and finds damage."""
+        shards = find_known_shards(place.folder)
+        found, problem = _count_pairs(place, shards) if deep else (None, None)
+        gaps = missing_numbers(place.folder, shards)
+        return Survey(f"{len(shards)} tar files", {"all": Count(found, None, gaps, problem)}, binding=False)
+
+
+def find_known_shards(folder: Path) -> list[Path]:
+    """The tars in a folder, else those in the folders below it (train, validation), in the order of their names.
+
+    Raises:
+        DataError: If there is none.
+        UsageError: If a folder holds something else to read as well.
+    """
+    parts = [folder, *(folder / name for name in subfolders(folder))]
+    shards = find_shards(folder) or [shard for part in parts[1:] for shard in find_shards(part) or ()]
+    if not shards:
+        raise DataError(f"{folder} holds no tar files. Expected 00000.tar, 00001.tar, ... as img2dataset writes them.")
+    return shards
+
+
+def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
+    """The first names that a sequence of numbered shards leaves out."""
+    numbers: dict[tuple[Path, str, int], set[int]] = defaultdict(set)
+    for shard in shards:
+        match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
+        if match is not None:
+            numbers[shard.parent, match[1], len(match[2])].add(int(match[2]))
+    gaps: list[str] = []
+    for (parent, prefix, width), present in numbers.items():
+        for number in range(min(max(present), MAX_SHARDS)):
+            if number not in present:
+                gaps.append(str((parent / f"{prefix}{number:0{width}}.tar").relative_to(folder).as_posix()))
+                if len(gaps) == SHOWN:
+                    return tuple(gaps)
+    return tuple(gaps)
+
+
+def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
+    """Whole pairs in all shards, and what is wrong with the first damaged one."""
+    found, problem = 0, None
+    with track(f"checking {place.entry.name}", len(shards), "shards") as task:
+        for shard in shards:
+            samples, trouble = list_samples(shard, CAPTION)
+            found += sum(sample.is_whole(CAPTION) for sample in samples)
+            if trouble is not None and problem is None:
+                problem = f"{shard.relative_to(place.folder)}: {trouble}. Download this shard again."
+            task.advance(1)
+    return found, problem

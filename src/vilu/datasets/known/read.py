@@ -1,0 +1,390 @@
+"""From the lists of a known data set to its rows."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib import resources
+from os import stat_result
+from pathlib import Path, PurePosixPath
+from stat import S_ISREG
+from typing import Final, NoReturn, TypeVar
+
+from vilu.datasets.base import Record, parse_split
+from vilu.datasets.classes import class_table
+from vilu.datasets.files import ListingHash, portable_name, read_below, read_file, status_below, stays_below
+from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
+from vilu.errors import DataError
+from vilu.progress import Task, track
+
+Entry = tuple[str, int, stat_result | None]
+"""Path below the data set's folder, label, and status; None where the file is missing."""
+
+STEP: Final = 1000
+"""Images between two signs of life."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a data set says of itself.
+
+    Attributes:
+        classes: What its files or lists call the classes, in label order.
+        splits: The images by split; iterating may list folders, and raises DataError where a split cannot be listed.
+        origin: Where the splits come from, for people.
+        names: Names for prompts, cleaned; None for ``classes`` with underscores turned into spaces.
+        raw: Names as the data have them; None for ``classes``.
+        binding: Whether the published sizes must be met.
+    """
+
+    classes: tuple[str, ...]
+    splits: Mapping[str, Iterable[Entry]]
+    origin: str
+    names: tuple[str, ...] | None = None
+    raw: tuple[str, ...] | None = None
+    binding: bool = True
+
+
+@dataclass(frozen=True)
+class ListReader:
+    """A reader that needs only to be told how a data set lists itself."""
+
+    read: Callable[[Place], Listing]
+
+    def open(self, place: Place, request: Request) -> ListedDataset:
+        """The images of the splits asked for."""
+        return ListedDataset(place, self.read(place), request)
+
+    def survey(self, place: Place, *, deep: bool) -> Survey:  # noqa: ARG002 - deep is for archives and tars
+        """Files listed and files found."""
+        listing = self.read(place)
+        with track(f"checking {place.entry.name}", sum(place.entry.sizes.values()), "images") as task:
+            counts = {name: _count(entries, task) for name, entries in listing.splits.items()}
+        return Survey(listing.origin, counts, listing.binding)
+
+
+class PathList:
+    """Images of a list, in the byte order of their paths, so that one list in any order is one data set.
+
+    Iterating costs one stat per image.
+    """
+
+    def __init__(self, folder: Path, entries: Iterable[tuple[str, int]]) -> None:
+        self._folder = folder
+        self._entries = sorted(entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for path, label in self._entries:
+            yield path, label, status_below(self._folder, path)
+
+
+class ListedDataset:
+    """Images that a data set lists; a listed file that is missing is the read error of its row.
+
+    Keys are paths below the data set's folder; labels follow its one class table, whatever the splits.
+
+    Args:
+        place: Where it lies.
+        listing: What it says of itself.
+        request: What is asked of it.
+
+    Attributes:
+        classes: What the data call the classes, and names for prompts.
+
+    Raises:
+        DataError: If a split cannot be listed or has no image, or the class table is not one.
+        UsageError: If there is no such split, or the classes file cannot be read.
+    """
+
+    def __init__(self, place: Place, listing: Listing, request: Request) -> None:
+        self.source = f"{place.folder} ({listing.origin})"
+        self.captioned = False
+        names = (listing.raw or listing.classes) if request.raw_names else listing.names
+        self.classes = class_table(listing.classes, request.classes, by_position=True, names=names)
+        self.class_names: tuple[str, ...] | None = self.classes.names
+        self._folder = place.folder
+        self._paths: list[str] = []
+        self._labels = array("i")
+        splits = tuple(listing.splits)
+        splits = splits if request.split is None else parse_split(request.split, splits, self.source)
+        hashed = ListingHash(*listing.classes, *splits)
+        with track(f"listing {place.entry.name}", None, "images") as task:
+            counts = {split: self._add(listing.splits[split], hashed, task) for split in splits}
+        empty = [split for split, count in counts.items() if count == 0]
+        if not self._paths or (request.split is not None and empty):
+            raise DataError(f"split {empty[0]!r} of {self.source} has no image. Choose another, or mend its list.")
+        self.fingerprint = hashed.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def records(self, start: int, stop: int) -> Iterator[Record]:
+        """The images at positions start ... stop - 1."""
+        for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
+            yield Record(portable_name(path), label, partial(read_below, self._folder, path))
+
+    def _add(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
+        before = len(self._paths)
+        for path, label, status in _showing(entries, task):
+            self._paths.append(path)
+            self._labels.append(label)
+            hashed.add(path, label, status)
+        return len(self._paths) - before
+
+
+def _count(entries: Iterable[Entry], task: Task) -> Count:
+    found, listed = 0, 0
+    missing: list[str] = []
+    try:
+        for path, _, status in _showing(entries, task):
+            listed += 1
+            if status is not None and S_ISREG(status.st_mode):
+                found += 1
+            elif len(missing) < SHOWN:
+                missing.append(portable_name(path))
+    except DataError as error:  # told with the split, so that the others are counted too
+        return Count(found, None, (), str(error))
+    return Count(found, listed, tuple(missing))
+
+
+def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
+    number = 0
+    for number, entry in enumerate(entries, start=1):
+        yield entry
+        if number % STEP == 0:
+            task.advance(STEP)
+    task.advance(number % STEP)
+
+
+MAX_PATH: Final = 1024
+
+T = TypeVar("T")
+
+
+@dataclass
+class SplitLists:
+    """Paths and labels by split, no image twice; labels are 0 ... K-1 and each has one name.
+
+    Attributes:
+        splits: Pairs of path and label, by split.
+    """
+
+    splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    _names: dict[int, str] = field(default_factory=dict)
+    _labels: dict[str, int] = field(default_factory=dict)
+    _seen: set[str] = field(default_factory=set)
+
+    def add(self, split: str, path: str, label: int) -> None:
+        """One image.
+
+        Raises:
+            ValueError: If its path leads out of the folder, could be spelt shorter or holds control characters, or was
+                added before.
+        """
+        plain = len(path) <= MAX_PATH and path.isprintable() and "\\" not in path
+        if not (plain and stays_below(path) and str(PurePosixPath(path)) == path):
+            raise ValueError(f"the path {path[:80]!r} must be relative, plain, and stay below its folder")
+        if path in self._seen:
+            raise ValueError(f"{path!r} is listed more than once")
+        self._seen.add(path)
+        self.splits[split].append((path, label))
+
+    def fill(self, split: str, file: Path, entries: Iterable[T], parse: Callable[[T], tuple[str, int]]) -> None:
+        """All entries of a file.
+
+        Args:
+            split: Which split.
+            file: Where they come from.
+            entries: As they stand in the file.
+            parse: Path and label of an entry; raises ValueError where it is none.
+
+        Raises:
+            DataError: If an entry is none or cannot be added; the message names file and entry.
+        """
+        for number, entry in enumerate(entries, start=1):
+            try:
+                self.add(split, *parse(entry))
+            except ValueError as error:
+                refuse(f"{file}, {split} entry {number} (counting from 1)", error)
+
+    def name(self, label: int, name: str) -> None:
+        """The name of a class.
+
+        Raises:
+            ValueError: If it has another, another class has this one, or it is blank or holds control characters.
+        """
+        if not name.strip() or not name.isprintable():
+            raise ValueError(f"the class name {name[:80]!r} must be text")
+        if self._names.setdefault(label, name) != name:
+            raise ValueError(f"label {label} is {name!r} here and {self._names[label]!r} before")
+        if self._labels.setdefault(name, label) != label:
+            raise ValueError(f"{name!r} is label {label} here and label {self._labels[name]} before")
+
+    def names(self) -> tuple[str, ...]:
+        """Names in label order.
+
+        Raises:
+            ValueError: If there is none, or labels leave a number out.
+        """
+        if not self._names:
+            raise ValueError("it names no class")
+        gap = next((label for label in range(len(self._names)) if label not in self._names), None)
+        if gap is not None:
+            raise ValueError(f"labels must be 0 to K - 1, each with images; {gap} has none. Number them again")
+        return tuple(self._names[label] for label in range(len(self._names)))
+
+    def listing(self, folder: Path, images: str, origin: str, *, binding: bool) -> Listing:
+        """The listing of a data set whose images lie in the folder ``images`` of its folder."""
+        names = self.names()
+        prefix = f"{images}/" if images else ""
+        splits = {
+            split: PathList(folder, ((prefix + path, label) for path, label in entries))
+            for split, entries in self.splits.items()
+        }
+        return Listing(names, splits, origin, binding=binding)
+
+
+def read_json_object(file: Path) -> dict[str, object]:
+    """The object in a JSON file.
+
+    Raises:
+        DataError: If it cannot be read, is no JSON object, or names something twice.
+    """
+    try:
+        content = json.loads(read_file(file), object_pairs_hook=_each_once)
+    except (OSError, ValueError, RecursionError) as error:
+        refuse(file, f"cannot be read as JSON: {error}")
+    if not isinstance(content, dict):
+        refuse(file, f"expected an object of lists; found {type(content).__name__}")
+    return content
+
+
+def read_lines(file: Path) -> Iterator[str]:
+    """The lines of a text file, without those that are blank.
+
+    Raises:
+        DataError: If it cannot be read or is not UTF-8.
+    """
+    try:
+        text = read_file(file).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        refuse(file, error)
+    return (line.strip() for line in text.splitlines() if line.strip())
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return content
+
+
+def refuse(where: object, why: object) -> NoReturn:
+    """Say what is wrong with a list.
+
+    Raises:
+        DataError: Always.
+    """
+    raise DataError(f"{where}: {why}. Mend it or get it again.")
+
+
+ASSET: Final = "coop_splits.txt.xz"
+SPLITS: Final = ("train", "validation", "test")
+KEYS: Final = {"train": "train", "val": "validation", "test": "test"}
+"""Keys of a ``split_zhou_*.json``, and our names of splits."""
+
+LETTERS: Final = {"t": "train", "v": "validation", "e": "test"}
+
+
+def user_list(place: Place, file: str, images: str) -> Listing | None:
+    """The listing by the user's own ``split_zhou_*.json``; None where there is none.
+
+    Raises:
+        DataError: If it is no such list; the message names file and entry.
+    """
+    path = place.find(file)
+    if path is None:
+        return None
+    lists = read_split_file(path)
+    try:
+        return lists.listing(place.folder, images, f"{file} of the user", binding=False)
+    except ValueError as error:
+        refuse(path, error)
+
+
+def read_split_file(file: Path) -> SplitLists:
+    """A ``split_zhou_*.json``: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
+
+    Raises:
+        DataError: If it is anything else.
+    """
+    lists = SplitLists({split: [] for split in SPLITS})
+
+    def named(entry: object) -> tuple[str, int]:
+        match entry:
+            case [str(path), int(label), str(name)] if not isinstance(label, bool) and label >= 0:
+                lists.name(label, name)
+                return path, label
+        raise ValueError(f"expected [relative path, class index, class name]; found {entry!r:.80}")
+
+    for key, entries in read_json_object(file).items():
+        if key not in KEYS or not isinstance(entries, list):
+            refuse(file, f"expected lists named train, val and test; found {key[:20]!r}: {type(entries).__name__}")
+        lists.fill(KEYS[key], file, entries, named)
+    return lists
+
+
+@cache
+def shipped_list(dataset: str) -> SplitLists:
+    """CoOp's list of a data set, by our name of it; made by ``tools/make_split_asset.py``.
+
+    The asset has per data set a line with its name and its number of classes; per class a line with its name, a line
+    with a letter (t, v, e: train, validation, test) for each of its images, and the images' paths, a line each.
+
+    Raises:
+        KeyError: If there is none.
+    """
+    data = resources.files("vilu").joinpath("assets", ASSET).read_bytes()
+    lines = iter(lzma.decompress(data).decode().splitlines())
+    for head in lines:
+        name, n_classes = head.split("\t")
+        lists = SplitLists({split: [] for split in SPLITS})
+        for label in range(int(n_classes)):
+            class_name, letters = next(lines), next(lines)
+            images = list(zip(letters, lines, strict=False))  # strict would take a line more
+            if name == dataset:
+                lists.name(label, class_name)
+                for letter, path in images:
+                    lists.add(LETTERS[letter], path, label)
+        if name == dataset:
+            return lists
+    raise KeyError(dataset)
+
+
+@dataclass(frozen=True)
+class CoopListing:
+    """Listing of a data set by CoOp's list: the user's own where there is one, else the shipped one.
+
+    Attributes:
+        file: Name of the user's list.
+        images: Folder of the images; "" where paths in the list begin at the data set's folder.
+    """
+
+    file: str
+    images: str
+
+    def __call__(self, place: Place) -> Listing:
+        """What the list says.
+
+        Raises:
+            DataError: If the user's list is damaged.
+        """
+        own = user_list(place, self.file, self.images)
+        if own is not None:
+            return own
+        lists = shipped_list(place.entry.name)
+        return lists.listing(place.folder, self.images, "CoOp list shipped with vilu", binding=True)

@@ -1,0 +1,158 @@
+"""From a fitted predictor and labelled rows that it has not seen to probabilities and a rule with a stated risk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from vilu.decision import record
+from vilu.decision.calibrate import Selector, calibrate, check_target
+from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
+from vilu.decision.record import Record, Rule
+from vilu.decision.score import score, source_fingerprint
+from vilu.decision.selection import select
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import InfeasibleError, UsageError
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.storage import fit_fingerprint, load, write_card
+
+SAID = 3
+"""Groups of which a message says why nothing is accepted."""
+
+Method = Literal["ltt", "sgr", "crc", "selection"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is to be promised.
+
+    Attributes:
+        max_risk: Largest error rate among accepted answers; None for probabilities alone, or for a coverage.
+        min_coverage: Least share to accept; None for any.
+        confidence: 1 - delta.
+        method: "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.decision.selection``).
+        per_class: A threshold for every predicted class with enough rows.
+        label_sets: "lac" or "aps"; None for none.
+        max_miss: Largest share of label sets without the right label.
+    """
+
+    max_risk: float | None = None
+    min_coverage: float | None = None
+    confidence: float = 0.95
+    method: Method = "ltt"
+    per_class: bool = False
+    label_sets: Kind | None = None
+    max_miss: float = 0.1
+
+    def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
+        """Refuse what cannot be promised, before anything is computed.
+
+        Raises:
+            UsageError: If a target is out of range, or options do not go together.
+        """
+        if self.max_risk is None and self.min_coverage is None:
+            if self.per_class or self.method != "ltt":
+                raise UsageError(
+                    "without max_risk or min_coverage there is no decision: leave method and per_class out."
+                )
+        elif self.method != "selection":
+            check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
+        elif self.max_risk is None or self.min_coverage is not None or self.per_class:
+            raise UsageError("selection takes a max_risk, and neither a min_coverage nor a threshold per class.")
+        if self.per_class and data.pool_size is not None:
+            raise UsageError("captions have no classes, so there are no thresholds per class. Leave per_class out.")
+        if self.label_sets is not None:
+            check_label_sets(predictor, data, self.max_miss)
+
+    def rule(self, rows: Outcomes) -> Rule | None:
+        """The rule that calibration rows support.
+
+        Raises:
+            InfeasibleError: If there is none; with the number of rows that would be needed.
+            UsageError: If the target cannot be.
+        """
+        if self.max_risk is None and self.min_coverage is None:
+            return None
+        if self.method == "selection":
+            return select(rows, max_risk=self.max_risk or 0.0)
+        selector = calibrate(
+            rows,
+            max_risk=self.max_risk,
+            min_coverage=self.min_coverage,
+            confidence=self.confidence,
+            method=self.method,
+            groups="prediction" if self.per_class else None,
+        )
+        if not selector.feasible:
+            raise InfeasibleError(_infeasible(selector))
+        return selector
+
+
+def calibrate_predictor(
+    folder: str | Path, data: EmbeddingSource, target: Target, *, dataset: str | None = None, split: str | None = None
+) -> Record:
+    """Calibrate a saved predictor on labelled rows and leave the result in its folder.
+
+    ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
+    and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
+    refused, or without a rule. Where the target is out of reach nothing is written.
+
+    Args:
+        folder: Of the predictor.
+        data: Calibration rows.
+        target: What is to be promised.
+        dataset: Name of the data set.
+        split: Name of its part.
+
+    Raises:
+        DataError: If rows were used to fit, or none has an uncertainty and a known failure.
+        InfeasibleError: If these rows cannot support the target.
+        ProvenanceError: If the rows come from another embedding space.
+        UsageError: If the target cannot be.
+        StorageError: If the file system refuses.
+    """
+    predictor = load(folder)
+    predictor.calibrator_ = None
+    target.check(predictor, data)
+    predictor.refuse_seen(data, "calibration")
+    rows = score(predictor, data, dataset=dataset, split=split)
+    predictor.calibrate_scores(rows.uncertainty, rows.failure)
+    rule = target.rule(rows)
+    sets: LabelSets | None = None
+    if target.label_sets is not None:
+        sets = fit_label_sets(predictor, data, max_miss=target.max_miss, method=target.label_sets)
+    rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
+    predictor.save(folder)
+    made = record.save(
+        Path(folder),
+        rows,
+        predictor=fit_fingerprint(folder),
+        **record.problem(data),
+        source=source_fingerprint(data),
+        dataset=dataset,
+        split=split,
+        n=int(rows.evaluable.sum()),
+        promise=None if rule is None else str(rule),
+        rule=rule,
+        label_sets=sets,
+    )
+    write_card(folder)
+    return made
+
+
+def _infeasible(selector: Selector) -> str:
+    """Why nothing can be accepted, and how many rows it would take."""
+    reasons, few = [], list(selector.certificates.items())[:SAID]
+    for name, one in few:
+        needed = "" if one.n_needed is None else f" About {one.n_needed:,} calibration rows like these would be needed."
+        reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
+    more = f" And {len(selector.certificates) - SAID} more groups." if len(selector.certificates) > SAID else ""
+    goal = "" if selector.max_risk is None else f"a risk of at most {selector.max_risk:.2%} "
+    goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
+    return (
+        f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)}{more} Nothing was "
+        "written. "
+        "Add calibration rows, or ask for less: a larger --max-risk, a lower --confidence or --min-coverage."
+    )

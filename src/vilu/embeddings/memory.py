@@ -1,0 +1,189 @@
+"""Embeddings in memory, as a source: with shared candidates, or as image-caption pairs.
+
+Shapes: N rows, K candidate texts, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from vilu.embeddings.checks import RowNumbers, check_class_names, check_ids, check_targets, require_usable, unit_rows
+from vilu.embeddings.columns import IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
+from vilu.embeddings.pairs import PairSource, Pools
+from vilu.embeddings.source import Candidates, EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import DataError
+
+
+class Embeddings(EmbeddingSource):
+    """Embeddings in memory, with K candidates shared by all rows.
+
+    Args:
+        image: (N, D) image embeddings, numpy or torch, any float dtype.
+        text: (K, D) embeddings of the candidates.
+        target: (N,) integer rows of ``text``, -1 where unknown; None when no label is known.
+        logit_scale: Multiplier of the cosine.
+        logit_bias: Added to every logit.
+        class_names: K distinct names.
+        ids: N row identifiers; by default the row numbers.
+        space: Full identity of the space, when known; then ``logit_scale`` and ``logit_bias`` are taken from it.
+        columns: What some methods need beside the embeddings, by name (``vilu.embeddings.columns``).
+
+    Rows are brought to unit norm (said once as a warning if they were not). An image row with NaN, infinity or zero
+    norm is kept but marked in ``status``: it is never trained on, and its uncertainty is NaN.
+
+    Raises:
+        DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or names repeat.
+
+    Example:
+        >>> import numpy as np
+        >>> data = Embeddings(np.eye(3), np.eye(3), [0, 1, 1])
+        >>> next(data.batches(8)).failure.tolist()
+        [0, 0, 1]
+    """
+
+    pool_size: int | None = None
+
+    def __init__(  # noqa: PLR0913 - one argument per property of the data
+        self,
+        image: ArrayLike | Tensor,
+        text: ArrayLike | Tensor,
+        target: ArrayLike | Tensor | None = None,
+        logit_scale: float = 100.0,
+        logit_bias: float = 0.0,
+        class_names: Sequence[str] | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        space: EmbeddingSpace | None = None,
+        columns: Mapping[str, ArrayLike | Tensor] | None = None,
+    ) -> None:
+        self.image, self.status = unit_rows(image, "image")
+        self.text = require_usable(text, "text")
+        self.space = space or EmbeddingSpace(self.image.shape[1], float(logit_scale), float(logit_bias))
+        for name, rows in (("image", self.image), ("text", self.text)):
+            if rows.shape[1] != self.space.embed_dim:
+                raise DataError(
+                    f"image and text must share one width. Got {self.space.embed_dim}, but {name} has {rows.shape[1]}."
+                )
+        self.target = check_targets(target, len(self.image), len(self.text))
+        self.class_names = check_class_names(class_names, len(self.text))
+        self.ids = check_ids(ids, len(self.image))
+        self._columns = check_columns(columns, len(self.image), len(self.text))
+        self.columns = frozenset(self._columns)
+
+    @property
+    def n_candidates(self) -> int:
+        """K."""
+        return len(self.text)
+
+    def image_rows(self, index: Tensor) -> Tensor:
+        """(B, D) rows of ``image``."""
+        return self.image[index]
+
+    def candidates(self, index: Tensor) -> Candidates:
+        """The same (K, D) texts for every batch, and the targets of the rows."""
+        return Candidates(self.text, self.target[index])
+
+    def column(self, name: str, index: Tensor) -> Tensor:
+        """Column ``name``: rows of it where it is of the images."""
+        if name not in self._columns:
+            return super().column(name, index)
+        return self._columns[name][index] if name in IMAGE_COLUMNS else self._columns[name]
+
+    @classmethod
+    def from_rows(cls, source: EmbeddingSource, rows: Tensor) -> Embeddings:
+        """A copy in memory of some rows of a source with shared candidates."""
+        found = source.candidates(rows)
+        ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
+        names = source.class_names
+        columns = {name: source.column(name, rows) for name in sorted(source.columns)}
+        image = source.image_rows(rows)
+        return cls(image, found.text, found.target, class_names=names, ids=ids, space=source.space, columns=columns)
+
+    @staticmethod
+    def pairs(
+        image: ArrayLike | Tensor, text: ArrayLike | Tensor, pool_size: int | Pools = 1024, logit_scale: float = 100.0
+    ) -> PairEmbeddings:
+        """Image-caption pairs: row i of ``image`` belongs to row i of ``text`` (see ``PairEmbeddings``)."""
+        return PairEmbeddings(image, text, pool_size, logit_scale)
+
+
+class PairEmbeddings(PairSource):
+    """Image-caption pairs in memory: each image is matched against the captions of its pool.
+
+    Args:
+        image: (N, D) image embeddings.
+        text: (N, D) embeddings of their captions.
+        pool_size: Pairs of a pool; or ``Pools`` for all choices. A number takes the rows as they come.
+        logit_scale: Multiplier of the cosine.
+        logit_bias: Added to every logit.
+        ids: N row identifiers; by default the row numbers.
+        space: Full identity of the space, when known.
+        columns: What some methods need beside the embeddings, by name (``vilu.embeddings.columns``).
+
+    Raises:
+        DataError: If the numbers of images and captions differ, a row is unusable, or the pool size does not divide N
+            (a short last pool would be an easier problem).
+
+    Example:
+        >>> import numpy as np
+        >>> data = Embeddings.pairs(np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2)
+        >>> [batch.failure.tolist() for batch in data.batches(2)]
+        [[0, 0], [1, 1]]
+    """
+
+    def __init__(
+        self,
+        image: ArrayLike | Tensor,
+        text: ArrayLike | Tensor,
+        pool_size: int | Pools = 1024,
+        logit_scale: float = 100.0,
+        logit_bias: float = 0.0,
+        *,
+        ids: Sequence[str] | None = None,
+        space: EmbeddingSpace | None = None,
+        columns: Mapping[str, ArrayLike | Tensor] | None = None,
+    ) -> None:
+        self.image, self.text = require_usable(image, "image"), require_usable(text, "text")
+        if self.image.shape != self.text.shape:
+            raise DataError(
+                "image and text must be pairs of one shape. "
+                f"Got {tuple(self.image.shape)} and {tuple(self.text.shape)} instead."
+            )
+        self.pools = Pools(pool_size, seed=None) if isinstance(pool_size, int) else pool_size
+        self.pool_size = self.pools.size
+        if len(self.image) % self.pool_size:
+            raise DataError(
+                f"the number of pairs must be a multiple of pool_size={self.pool_size}, since a short last pool has "
+                f"fewer distractors. Got {len(self.image)}: leave out {len(self.image) % self.pool_size} or change "
+                "pool_size."
+            )
+        self.space = space or EmbeddingSpace(self.image.shape[1], float(logit_scale), float(logit_bias))
+        self.target = torch.arange(len(self.image)) % self.pool_size
+        self.ids = check_ids(ids, len(self.image))
+        self._columns = check_columns(columns, len(self.image), len(self.text))
+        self.columns = frozenset(self._columns)
+
+    @cached_property
+    def usable_rows(self) -> Tensor:
+        """(N,) all rows, in the order of their pools."""
+        return self._order(torch.arange(len(self.image)))
+
+    def picture_rows(self, index: Tensor) -> Tensor:
+        """(B, D) rows of ``image``."""
+        return self.image[index]
+
+    def caption_rows(self, index: Tensor) -> Tensor:
+        """(B, D) rows of ``text``."""
+        return self.text[index]
+
+    def column(self, name: str, index: Tensor) -> Tensor:
+        """Column ``name``: rows of it where it is of the images or of their captions."""
+        if name not in self._columns:
+            return super().column(name, index)
+        return self._columns[name][index] if name in IMAGE_COLUMNS | TEXT_COLUMNS else self._columns[name]

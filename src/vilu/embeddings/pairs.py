@@ -1,0 +1,349 @@
+"""Images and captions, each matched against a pool; class texts as captions."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilu.embeddings.checks import RowNumbers
+from vilu.embeddings.similarity import first_equal
+from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
+from vilu.errors import DataError, UsageError
+
+Direction = Literal["image_to_text", "text_to_image"]
+
+HARD_ROWS = 2**17
+"""Rows among which hard pools are sought; their captions are in memory together, 256 MiB at a width of 512."""
+
+NEAR_ROWS = 1024
+"""Rows whose likeness with as many others is looked at together."""
+
+
+@dataclass(frozen=True)
+class Pools:
+    """What image-caption pairs are matched against; part of the problem, so fixed and recorded, whatever loads it.
+
+    Attributes:
+        size: Rows of a pool: their captions (or images) are the candidates of each of them.
+        direction: "image_to_text" asks for the caption of an image, "text_to_image" for the image of a caption.
+        hard: Whether the rows of a pool are alike (``hard_order`` of each ``HARD_ROWS``), else they are a random
+            choice.
+        near_duplicates: Cosine from which on two captions of a pool are the same answer; None: only equal captions.
+        seed: Of the choice of pools in scoring; None takes the rows as they are stored.
+    """
+
+    size: int = 1024
+    direction: Direction = "image_to_text"
+    hard: bool = False
+    near_duplicates: float | None = None
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"pool_size must be at least 1. Got {self.size} instead.")
+        if self.direction not in get_args(Direction):
+            raise UsageError(
+                f"direction must be one of {', '.join(get_args(Direction))}. Got {self.direction!r} instead."
+            )
+        if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
+            raise UsageError(f"near_duplicates must be a cosine in (0, 1]. Got {self.near_duplicates} instead.")
+
+
+class PairSource(EmbeddingSource):
+    """Image-caption pairs: row i of the images belongs to row i of the captions.
+
+    Equal captions of a pool are one answer. Image to text they are one candidate, the first of them; text to image the
+    images of equal captions are all right (``Candidates.same``).
+
+    Columns are by what a row is here: those of images belong to what asks, those of candidates to what is found. Text
+    to image, "features" are of captions and "text_features" of images: else a caption would bring its picture along.
+
+    Attributes:
+        pools: What is matched against what.
+    """
+
+    class_names = None
+    pools: Pools
+
+    @property
+    def pair_rows(self) -> Tensor:
+        """(M,) int64 positions of the usable pairs, ascending, whether or not they fill a pool."""
+        return torch.arange(len(self))
+
+    @abstractmethod
+    def picture_rows(self, index: Tensor) -> Tensor:
+        """(B, D) float32 unit-norm image embeddings."""
+
+    @abstractmethod
+    def caption_rows(self, index: Tensor) -> Tensor:
+        """(B, D) float32 unit-norm caption embeddings."""
+
+    def of_classes(self, index: Tensor) -> Tensor:
+        """(B,) bool: whether a caption is the text of a class, which many images have, and not of an image alone."""
+        return torch.zeros(len(index), dtype=torch.bool)
+
+    @property
+    def n_candidates(self) -> int:
+        """K, at most: the pool size."""
+        return self.pools.size
+
+    def image_rows(self, index: Tensor) -> Tensor:
+        """(B, D) what asks: images, or captions where the direction is text to image."""
+        return self.picture_rows(index) if self.pools.direction == "image_to_text" else self.caption_rows(index)
+
+    def candidates(self, index: Tensor) -> Candidates:
+        """The captions of the rows themselves, or their images."""
+        caption = self.caption_rows(index)
+        first = first_alike(caption, self.pools.near_duplicates)
+        everyone = torch.arange(len(index))
+        same = None if torch.equal(first, everyone) else first
+        if self.pools.direction == "text_to_image":
+            return Candidates(self.picture_rows(index), everyone, same, index)
+        if same is None:
+            return Candidates(caption, everyone, None, index)
+        distinct, target = torch.unique(first, return_inverse=True)
+        return Candidates(caption[distinct], target, None, index[distinct])
+
+    def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Rows in new pools for one pass of training."""
+        rows = super().shuffled(rows, generator)
+        return self._alike(rows, generator) if self.pools.hard else rows
+
+    def _order(self, rows: Tensor) -> Tensor:
+        """The rows in the order of their pools in scoring; without those that fill no last pool."""
+        generator = torch.Generator().manual_seed(self.pools.seed or 0)
+        if self.pools.seed is not None:
+            rows = super().shuffled(rows, generator)
+        rows = rows[: len(rows) // self.pools.size * self.pools.size]
+        return self._alike(rows, generator) if self.pools.hard else rows
+
+    def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        blocks = rows.split(max(HARD_ROWS // self.pools.size, 1) * self.pools.size)
+        return torch.cat([block[hard_order(self.caption_rows(block), self.pools.size, generator)] for block in blocks])
+
+
+def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
+    """(N,) int64: for every row the first one that is alike: equal, or of at least that cosine to a first one.
+
+    With a cosine rows are taken in order, and one that is near none of the firsts before it is a first itself, so that
+    likeness does not chain. Memory: N times the number of firsts, in blocks.
+
+    Args:
+        rows: (N, D) unit-norm.
+        cosine: In (0, 1]; None for equality.
+    """
+    first = first_equal(rows)
+    if cosine is None:
+        return first
+    leaders = first.unique()
+    leader_of, kept = torch.arange(len(rows)), leaders[:0]
+    for block in leaders.split(NEAR_ROWS):
+        found = torch.full_like(block, -1)
+        for start in range(0, len(kept), NEAR_ROWS):
+            tile = kept[start : start + NEAR_ROWS]
+            near = (rows[block] @ rows[tile].T >= cosine) & (found < 0)[:, None]
+            found = torch.where(near.any(dim=1), tile[near.byte().argmax(dim=1)], found)
+        old, new = block[found >= 0], block[found < 0]
+        leader_of[old] = found[found >= 0]
+        leader_of[new] = new[_greedy(rows[new] @ rows[new].T >= cosine)]
+        kept = torch.cat([kept, leader_of[new].unique()])
+    return leader_of[first]
+
+
+def _greedy(near: Tensor) -> Tensor:
+    """(N,) int64: for every row of a symmetric relation (N, N) the first leader it is near, else itself, a leader."""
+    relation = near.numpy()
+    if not len(relation):
+        return torch.arange(0)
+    np.fill_diagonal(relation, val=True)
+    leader = np.ones(len(relation), dtype=bool)
+    # most rows are near no row before them, and need no look
+    for row in np.flatnonzero(relation.argmax(axis=1) < np.arange(len(relation))):
+        leader[row] = not (relation[row, :row] & leader[:row]).any()
+    relation &= leader
+    return torch.from_numpy(relation.argmax(axis=1))
+
+
+def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
+    """(N,) an order in which each ``pool_size`` consecutive rows are alike: hard negatives of one another.
+
+    The rows are halved, at a multiple of the pool size, by their projection on the direction between two of them that
+    are far apart, and the halves again: N D log(N / pool_size) operations, no matrix of similarities.
+
+    Args:
+        rows: (N, D) unit-norm, N a multiple of ``pool_size``, else the last pool is short.
+        pool_size: Rows of a pool.
+        generator: Chooses the rows that the direction starts from.
+    """
+    pending, done = [torch.arange(len(rows))], []
+    while pending:
+        part = pending.pop()
+        if len(part) <= pool_size:
+            done.append(part)
+            continue
+        block = rows[part]
+        start = int(torch.randint(len(part), (1,), generator=generator))
+        far = int((block @ block[start]).argmin())
+        farther = int((block @ block[far]).argmin())
+        along = (block @ (block[far] - block[farther])).argsort(stable=True)
+        middle = max(len(part) // pool_size // 2, 1) * pool_size
+        pending += [part[along[middle:]], part[along[:middle]]]
+    return torch.cat(done)
+
+
+def require_full_pools(n_rows: int, pool_size: int, what: str) -> None:
+    """Refuse pairs that do not fill one pool.
+
+    Raises:
+        DataError: If there are fewer than ``pool_size``.
+    """
+    if n_rows < pool_size:
+        raise DataError(
+            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}: its size is the number of candidates, "
+            "so it is never cut short. Give more pairs or a smaller --pool-size."
+        )
+
+
+class PseudoCaptions(PairSource):
+    """The labelled usable images of several sources, each with the text of its class ("a photo of a ...") as caption.
+
+    Sources that have captions bring their own. Images of all sources are in one order, which the seed of ``pools``
+    mixes, so that a pool holds captions of all of them. A class that several sources have by the same name is one
+    caption, with the text of the first source; so is one text under several names.
+
+    Args:
+        sources: Rows with shared candidates or image-caption pairs, all in one embedding space.
+        pools: Their size, or ``Pools`` for all choices.
+        names: What the identifiers of each source's rows begin with ("name/identifier"); by default its number.
+
+    Raises:
+        UsageError: If there is no source, or the names are not one for each, all different.
+        ProvenanceError: If the embedding spaces differ.
+        DataError: If the labelled rows do not fill a pool.
+
+    Source: ViLU (ICCV 2025), supplement C.6, which says "This is a photo of a ...".
+    """
+
+    def __init__(
+        self, sources: Sequence[EmbeddingSource], pools: int | Pools = 1024, names: Sequence[str] | None = None
+    ) -> None:
+        names = [str(i) for i in range(len(sources))] if names is None else list(names)
+        check_sources(sources, names)
+        self.sources = tuple(sources)
+        self.pools = Pools(pools) if isinstance(pools, int) else pools
+        self.pool_size = self.pools.size
+        self.space = sources[0].space
+        chosen = [labelled_rows(source) for source in sources]
+        self._row = torch.cat(chosen)
+        self._source = torch.repeat_interleave(torch.tensor([len(rows) for rows in chosen]))
+        require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
+        self._text, self._caption = class_captions(sources, chosen)
+        self.target = torch.arange(len(self._row)) % self.pool_size
+        anonymous = any(isinstance(source.ids, RowNumbers) for source in sources)
+        self.ids: Sequence[str] = RowNumbers(len(self._row)) if anonymous else PrefixedIds(self, names)
+
+    @cached_property
+    def usable_rows(self) -> Tensor:
+        """(M,) the rows in the order of their pools, without those that fill no last one."""
+        return self._order(torch.arange(len(self._row)))
+
+    def picture_rows(self, index: Tensor) -> Tensor:
+        """(B, D) image embeddings, from the sources."""
+        found = torch.empty(len(index), self.space.embed_dim)
+        for i, source in enumerate(self.sources):
+            here, rows = self._of_source(i, index)
+            found[here] = source.picture_rows(rows) if isinstance(source, PairSource) else source.image_rows(rows)
+        return found
+
+    def caption_rows(self, index: Tensor) -> Tensor:
+        """(B, D) texts of the classes, and captions where the source has some."""
+        found = self._text[self._caption[index]]
+        for i, source in enumerate(self.sources):
+            if isinstance(source, PairSource):
+                here, rows = self._of_source(i, index)
+                found[here] = source.caption_rows(rows)
+        return found
+
+    def of_classes(self, index: Tensor) -> Tensor:
+        """(B,) bool: those whose source has no captions of its own."""
+        return self._caption[index] > 0
+
+    def _of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Places in ``index`` that hold rows of a source, and which of its rows."""
+        here = (self._source[index] == number).nonzero().squeeze(1)
+        return here, self._row[index[here]]
+
+    def origin(self, row: int) -> tuple[int, int]:
+        """(number of the source, row in it) of a row."""
+        return int(self._source[row]), int(self._row[row])
+
+
+class PrefixedIds(Sequence[str]):
+    """Identifiers of the rows of several sources, made when asked for."""
+
+    def __init__(self, rows: PseudoCaptions, names: Sequence[str]) -> None:
+        self._rows, self._names = rows, names
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        source, row = self._rows.origin(range(len(self))[index])
+        return f"{self._names[source]}/{self._rows.sources[source].ids[row]}"
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[i] for i in range(len(self)))
+
+
+def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> None:
+    """Refuse sources that cannot be one (see ``PseudoCaptions``)."""
+    if not sources:
+        raise UsageError("pseudo-captions need at least one data set.")
+    if len(names) != len(sources) or len(set(names)) < len(names):
+        raise UsageError(f"{len(sources)} data sets need as many different names. Got {', '.join(names)}.")
+    for name, source in zip(names, sources, strict=True):
+        sources[0].space.require_match(source.space, mine=f"data set {names[0]!r}", theirs=f"data set {name!r}")
+        if source.pool_size is None and not (source.target != UNKNOWN).any():
+            raise DataError(f"the data set {name!r} has no labels, so its images have no captions.")
+
+
+def labelled_rows(source: EmbeddingSource) -> Tensor:
+    """(M,) sorted rows whose caption is known: labelled ones, or all pairs."""
+    if isinstance(source, PairSource):
+        return source.pair_rows
+    rows = source.usable_rows.sort().values
+    return rows[source.target[rows] != UNKNOWN]
+
+
+def class_captions(sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Texts (sum of K, D) of all classes, and for every chosen row which is its caption; 0 for rows of pairs."""
+    names: list[str | None] = [None]
+    texts, captions = [torch.zeros(1, sources[0].space.embed_dim)], []
+    for source, rows in zip(sources, chosen, strict=True):
+        if isinstance(source, PairSource):
+            captions.append(torch.zeros(len(rows), dtype=torch.int64))
+            continue
+        captions.append(source.target[rows] + len(names))
+        texts.append(source.candidates(rows[:0]).text)
+        names += source.class_names or [None] * source.n_candidates
+    return torch.cat(texts), first_of_name(names)[torch.cat(captions)]
+
+
+def first_of_name(names: Sequence[str | None]) -> Tensor:
+    """(K,) int64: for every class the first one of the same name; itself where it has none."""
+    first: dict[str, int] = {}
+    found = [i if name is None else first.setdefault(name, i) for i, name in enumerate(names)]
+    return torch.tensor(found, dtype=torch.int64)

@@ -1,0 +1,315 @@
+"""What predictors see: batches of embeddings, a source of them, and some of its rows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import compress
+from typing import overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.embeddings.checks import VALID, RowNumbers
+from vilu.embeddings.columns import HOW, IMAGE_COLUMNS
+from vilu.embeddings.similarity import ZeroShot, first_equal, float64, of_logits, row_blocks, zero_shot
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import DataError, UsageError
+
+UNKNOWN = -1
+"""Target of a row whose label is not known, and its failure."""
+
+SAME_TEXT = 0.999
+"""Cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The texts that some rows are matched against.
+
+    Attributes:
+        text: (K, D) float32 unit-norm candidates.
+        target: (B,) int64 rows of ``text`` that are right, -1 where unknown.
+        same: (K,) int64: for every candidate the first one that is the same answer (so an answer is right when it and
+            the target have the same number); None where all candidates are different answers.
+        members: (K,) int64 positions in the source that the candidates belong to; None where they are shared.
+    """
+
+    text: Tensor
+    target: Tensor
+    same: Tensor | None = None
+    members: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images and the candidate texts they are matched against, all in float32 on one device.
+
+    Shared candidates (K class prompts) and in-batch candidates (the captions of the pool) look the same: targets are
+    rows of ``text``. Where texts are matched against images, ``image`` holds the texts and ``text`` the images.
+
+    Attributes:
+        image: (B, D) unit-norm image embeddings.
+        text: (K, D) unit-norm candidate embeddings.
+        target: (B,) int64 rows of ``text``; -1 where unknown.
+        index: (B,) int64 positions in the source.
+        logit_scale: Multiplier of the cosine.
+        logit_bias: Added to every logit.
+        columns: What else was asked for, by name (``vilu.embeddings.columns``).
+        same: As in ``Candidates``.
+    """
+
+    image: Tensor
+    text: Tensor
+    target: Tensor
+    index: Tensor
+    logit_scale: float
+    logit_bias: float = 0.0
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    same: Tensor | None = None
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast.
+
+        For methods that look at all of them; batches from ``EmbeddingSource.batches`` are small enough.
+        """
+        with torch.autocast(self.image.device.type, enabled=False):
+            return (self.image @ self.text.T).mul_(self.logit_scale).add_(self.logit_bias)
+
+    @cached_property
+    def zero_shot(self) -> ZeroShot:
+        """Answers, largest logits and log-normalisers, in bounded memory."""
+        if "logits" in self.__dict__:
+            return of_logits(self.logits, self.first_equal)
+        return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
+
+    @cached_property
+    def first_equal(self) -> Tensor:
+        """(K,) int64: for every candidate the first one that equals it."""
+        return first_equal(self.text)
+
+    @property
+    def prediction(self) -> Tensor:
+        """(B,) int64 zero-shot answer; among equal logits the lowest index wins."""
+        return self.zero_shot.prediction
+
+    @cached_property
+    def failure(self) -> Tensor:
+        """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where the target is unknown."""
+        known = self.target != UNKNOWN
+        right = self.prediction, self.target.clamp(min=0)
+        if self.same is not None:
+            right = self.same[right[0]], self.same[right[1]]
+        return torch.where(known, (right[0] != right[1]).long(), UNKNOWN)
+
+    @property
+    def target_log_probability(self) -> Tensor:
+        """(B,) float32 log p_y of the target under the zero-shot posterior; of a row without target, of candidate 0."""
+        target = self.target.clamp(min=0)
+        with torch.autocast(self.image.device.type, enabled=False):
+            if self.same is not None:
+                parts = [self.rows(part) for part in row_blocks(len(target), len(self.text), len(target))]
+                return torch.cat([part.log_probability(part.logits, part.target.clamp(min=0)) for part in parts])
+            cosine = (self.image * self.text[target]).sum(dim=1)
+            return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
+
+    def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
+        """(B,) log of the mass that softmax(logits) gives to an answer: to all candidates that are the same.
+
+        Args:
+            logits: (B, K) of any posterior.
+            answer: (B,) int64 candidates.
+        """
+        answer = answer.to(logits.device)
+        if self.same is None:
+            return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        return logits.masked_fill(~self.alike(answer), -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
+
+    def alike(self, answer: Tensor) -> Tensor:
+        """(B, K) bool, which candidates are the same answer as the candidate ``answer`` (B,)."""
+        same = (torch.arange(len(self.text)) if self.same is None else self.same).to(answer.device)
+        return same == same[answer][:, None]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        tensors = {name: getattr(self, name) for name in ("image", "text", "target", "index", "same")}
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
+        columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
+        return replace(self, **moved, columns=columns)
+
+    def rows(self, part: slice) -> Batch:
+        """Some of the rows against all candidates."""
+        columns = {name: rows[part] if name in IMAGE_COLUMNS else rows for name, rows in self.columns.items()}
+        image, target, index = self.image[part], self.target[part], self.index[part]
+        return replace(self, image=image, target=target, index=index, columns=columns)
+
+
+class EmbeddingSource(ABC):
+    """Rows of image embeddings with their candidate texts; what predictors are fitted on and score.
+
+    Attributes:
+        space: The embedding space.
+        class_names: Names of the candidates, or None (captions, or bare arrays).
+        ids: (N,) row identifiers.
+        target: (N,) int64 targets, -1 where unknown.
+        pool_size: Number of rows whose captions are the candidates of each of them, or None when candidates are shared.
+        columns: Names of what there is beside the embeddings (``vilu.embeddings.columns``).
+    """
+
+    space: EmbeddingSpace
+    class_names: tuple[str, ...] | None
+    ids: Sequence[str]
+    target: Tensor
+    pool_size: int | None
+    columns: frozenset[str] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    @abstractmethod
+    def n_candidates(self) -> int:
+        """K; with in-batch candidates at most so many."""
+
+    @abstractmethod
+    def image_rows(self, index: Tensor) -> Tensor:
+        """(B, D) float32 image embeddings of the rows ``index`` (int64)."""
+
+    @abstractmethod
+    def candidates(self, index: Tensor) -> Candidates:
+        """Candidates of the rows ``index``; with in-batch candidates these rows are the pool."""
+
+    def column(self, name: str, index: Tensor) -> Tensor:  # noqa: ARG002 - for sources that have some
+        """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model.
+
+        Raises:
+            DataError: If there is no such column.
+        """
+        raise DataError(f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`.")
+
+    @cached_property
+    def status(self) -> NDArray[np.uint8]:
+        """(N,) 0 where the embedding is usable, as all are by default, else a position in ``validate.STATUS``."""
+        return np.full(len(self), VALID, dtype=np.uint8)
+
+    @cached_property
+    def usable_rows(self) -> Tensor:
+        """(M,) int64 positions of the usable rows, in the order in which they are scored (and make pools)."""
+        return torch.from_numpy(np.flatnonzero(self.status == VALID))
+
+    def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """The rows in a random order for one pass of training."""
+        return rows[torch.randperm(len(rows), generator=generator)]
+
+    def batches(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+        """Batches of at most ``size`` of the ``rows`` (by default all usable ones), in order, with named ``columns``.
+
+        A batch is small enough for a method to look at all its logits (``similarity.MAX_CELLS``). With in-batch
+        candidates consecutive ``rows`` make a pool: its rows may come in several batches, its candidates never do,
+        since the number of distractors is part of the problem; rows that do not fill a last pool are left out.
+        """
+        for step in self.steps(self.pool_size or size, rows=rows, columns=columns):
+            for part in row_blocks(len(step.index), len(step.text), size):
+                yield step.rows(part)
+
+    def steps(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+        """Batches as a step of training takes them: ``size`` rows, or with in-batch candidates whole pools."""
+        rows = self.usable_rows if rows is None else rows
+        size = self.pool_size or size
+        end = len(rows) // size * size if self.pool_size else len(rows)
+        for start in range(0, end, size):
+            yield self._batch(rows[start : start + size], columns)
+
+    def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
+        found = self.candidates(index)
+        more = {
+            name: self.column(name, found.members if found.members is not None and name not in IMAGE_COLUMNS else index)
+            for name in columns
+        }
+        scale, bias = self.space.logit_scale, self.space.logit_bias
+        return Batch(self.image_rows(index), found.text, found.target, index, scale, bias, more, found.same)
+
+
+class Subset(EmbeddingSource):
+    """The rows of a source with shared candidates that are at some positions.
+
+    Args:
+        source: The whole.
+        rows: (M,) positions in it, ascending.
+
+    Raises:
+        UsageError: If the source has captions: its pools are made of all its rows.
+    """
+
+    pool_size: int | None = None
+
+    def __init__(self, source: EmbeddingSource, rows: NDArray[np.int64]) -> None:
+        if source.pool_size is not None:
+            raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
+        self._source, self._rows = source, torch.from_numpy(rows)
+        self.space, self.class_names, self.columns = source.space, source.class_names, source.columns
+        self.target, self.status = source.target[self._rows], source.status[rows]
+        self.ids: Sequence[str] = RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else Picked(source, rows)
+
+    @property
+    def n_candidates(self) -> int:
+        """K."""
+        return self._source.n_candidates
+
+    def image_rows(self, index: Tensor) -> Tensor:
+        """(B, D) rows of the whole."""
+        return self._source.image_rows(self._rows[index])
+
+    def candidates(self, index: Tensor) -> Candidates:
+        """The (K, D) texts of the whole, and the targets of the rows."""
+        return self._source.candidates(self._rows[index])
+
+    def column(self, name: str, index: Tensor) -> Tensor:
+        """Column ``name`` of the whole: rows of it where it is of the images."""
+        return self._source.column(name, self._rows[index] if name in IMAGE_COLUMNS else index)
+
+
+class Picked(Sequence[str]):
+    """Identifiers of some rows of a source, read when asked for."""
+
+    def __init__(self, source: EmbeddingSource, rows: NDArray[np.int64]) -> None:
+        self._ids, self._rows = source.ids, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        chosen = np.zeros(len(self._ids), dtype=bool)
+        chosen[self._rows] = True
+        return compress(self._ids, chosen)  # one pass: identifiers on disk are read part by part
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._ids[row] for row in self._rows[index].tolist()]
+        return self._ids[int(self._rows[index])]
+
+
+def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
+    """(B, K) float64 log p, p = softmax(logits / temperature).
+
+    log p_max = -log1p(sum of the other exponentials), so confident rows keep their order where p_max itself rounds to
+    one: at CLIP's scale a float32 softmax ties many of them.
+
+    Args:
+        batch: Some rows and their candidates.
+        temperature: Positive number, or one per row (B, 1).
+    """
+    logits = float64(batch.logits)
+    answer = batch.prediction[:, None].to(logits.device)
+    below = (logits - logits.gather(1, answer)) / temperature
+    others = below.exp().scatter(1, answer, 0.0).sum(dim=-1, keepdim=True)
+    return below - torch.log1p(others)

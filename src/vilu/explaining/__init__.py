@@ -1,1 +1,0 @@
-"""Why an answer is suspicious, and where the failures of a data set are; from embeddings alone."""

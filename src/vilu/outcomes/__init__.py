@@ -1,0 +1,1 @@
+"""What was said, whether it was wrong, and every table of it."""

@@ -1,0 +1,268 @@
+"""From outcomes to results: every metric with its interval, and the comparison of two methods."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.metrics.bootstrap import Interval, paired_bootstrap
+from vilu.metrics.catalog import DEFAULT_METRICS, Metric, get_metric
+from vilu.metrics.counts import tie_counts
+from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Tallied, Tally
+from vilu.outcomes.results import ResultRow, ResultTable
+
+FEW = 30
+"""With fewer wrong (or right) answers an interval says little."""
+
+
+def evaluate(
+    outcomes: Tallied | Iterable[Tallied],
+    *,
+    metrics: Sequence[str] | None = None,
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> ResultTable:
+    """Metrics of one or several methods, over the rows that have both an uncertainty and a known failure.
+
+    Args:
+        outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may differ in method, data
+            set, split and seed.
+        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS``, of which those of a probability only
+            where there is one: the calibrated ``failure_probability``, or else an uncertainty that is a probability.
+        n_resamples: Bootstrap resamples; 0 for no intervals.
+        confidence: Coverage of the intervals, in (0, 1).
+        seed: Seed of the resampling.
+
+    Returns:
+        One row per outcomes and metric. A metric that is undefined is None with the reason.
+
+    Raises:
+        DataError: If some outcomes have no row to evaluate.
+        UsageError: If a metric is unknown or a setting cannot be.
+    """
+    several = [one.tally() for one in ([outcomes] if isinstance(outcomes, Tallied) else outcomes)]
+    if not several:
+        raise UsageError("evaluate needs at least one set of outcomes. Got none.")
+    if n_resamples < 0:
+        raise UsageError(f"n_resamples must be at least 0. Got {n_resamples} instead.")
+    rows: list[ResultRow] = []
+    scarce: list[str] = []
+    for one in several:
+        chosen = {name: get_metric(name) for name in (DEFAULT_METRICS if metrics is None else metrics)}
+        if metrics is None and one.probability is None:
+            chosen = {name: metric for name, metric in chosen.items() if not metric.of_probability}
+        rows += _rows(one, chosen, n_resamples=n_resamples, confidence=confidence, seed=seed)
+        scarce += _scarce(one)
+    if scarce:
+        told = list(dict.fromkeys(scarce))
+        more = f"; and {len(told) - 3} more like these" if len(told) > 3 else ""
+        warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=2)
+    return ResultTable(tuple(rows))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A metric of two methods on the same rows, and the paired bootstrap of its difference; NaN where undefined.
+
+    Attributes:
+        metric: Name of the metric.
+        method_a: Name of one method.
+        method_b: Name of the other.
+        value_a: Its metric.
+        value_b: The other's.
+        difference: ``value_a - value_b``.
+        ci_low: Lower end of its interval.
+        ci_high: Upper end.
+        p_value: Two-sided, of no difference.
+        n: Number of rows.
+        n_failures: How many of them are wrong.
+        convention: What was chosen where the literature differs.
+        why: Why the metric is undefined, if it is.
+    """
+
+    metric: str
+    method_a: str | None
+    method_b: str | None
+    value_a: float
+    value_b: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    n: int
+    n_failures: int
+    convention: str
+    why: str | None = None
+
+    def __str__(self) -> str:
+        names = f"{get_metric(self.metric).title}, {self.method_a or 'a'} against {self.method_b or 'b'}"
+        if self.why is not None:
+            return f"{names}: undefined, {self.why}"
+        return (
+            f"{names}: {100 * self.value_a:.1f} against {100 * self.value_b:.1f} %, difference "
+            f"{100 * self.difference:+.1f} [{100 * self.ci_low:+.1f}, {100 * self.ci_high:+.1f}], "
+            f"p = {self.p_value:.3g} ({self.n} answers, {self.n_failures} wrong)"
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain dictionary; None where undefined."""
+        return {name: _null(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
+
+def compare(
+    a: Outcomes,
+    b: Outcomes,
+    *,
+    metric: str = "auroc",
+    n_resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Comparison:
+    """Difference of a metric between two methods on the same rows, by paired bootstrap.
+
+    Rows that either method could not score are left out for both.
+
+    Args:
+        a: Outcomes of one method.
+        b: Outcomes of the other, same rows.
+        metric: A name of ``vilu.metrics.METRICS``.
+        n_resamples: Bootstrap resamples.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the resampling.
+
+    Raises:
+        ProvenanceError: If the rows are not the same: other number, ids, or failures.
+        DataError: If no row is left, or the metric needs probabilities and one of the two has none.
+        UsageError: If the metric is unknown or a setting cannot be.
+    """
+    chosen = get_metric(metric)
+    require_same_rows(a, b)
+    if chosen.of_probability:
+        a, b = _as_probability(a, metric), _as_probability(b, metric)
+    rows = a.evaluable & b.evaluable
+    (u_a, failure), (u_b, _) = _evaluable(a, rows), _evaluable(b, rows)
+    result = paired_bootstrap(metric, u_a, u_b, failure, n_resamples=n_resamples, confidence=confidence, seed=seed)
+    value_a, value_b = (float(chosen.kernel(tie_counts(scores, failure))) for scores in (u_a, u_b))
+    n, n_failures = len(failure), int(failure.sum())
+    why = _why(n, n_failures) if math.isnan(result.difference) else None
+    return Comparison(metric, a.method, b.method, value_a, value_b, *result, n, n_failures, chosen.convention, why)
+
+
+def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
+    """The outcomes with the probability of failure, calibrated where it is, in place of the uncertainty."""
+    if outcomes.failure_probability is not None:
+        return replace(outcomes, uncertainty=outcomes.failure_probability)
+    if not outcomes.is_probability:
+        raise DataError(f"{metric} needs failure probabilities, but the scores of {_name(outcomes)} are not.")
+    return outcomes
+
+
+def _rows(
+    tally: Tally, metrics: Mapping[str, Metric], *, n_resamples: int, confidence: float, seed: int
+) -> list[ResultRow]:
+    scores = tally.scores
+    n, n_failures = scores.n, scores.n_failures
+    if not n:
+        raise DataError(
+            f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an unknown failure and "
+            f"{tally.n_unusable} no uncertainty. Give labelled data."
+        )
+    sources = {name: tally.probability if metric.of_probability else scores for name, metric in metrics.items()}
+    measured: dict[str, Interval] = {}
+    for source in {id(one): one for one in (scores, tally.probability)}.values():
+        kernels = {name: metric.kernel for name, metric in metrics.items() if sources[name] is source}
+        if source is None or not kernels:
+            continue
+        if n_resamples and 0 < n_failures < n:
+            measured |= source.intervals(kernels, n_resamples=n_resamples, confidence=confidence, seed=seed)
+        else:  # nothing to resample: one class, or no interval is wanted
+            counts = source.counts()
+            measured |= {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
+    row = partial(
+        ResultRow,
+        method=tally.method,
+        dataset=tally.dataset,
+        split=tally.split,
+        seed=tally.seed,
+        n=n,
+        n_failures=n_failures,
+        accuracy=1 - n_failures / n,
+        n_unlabelled=tally.n_unlabelled,
+        n_unusable=tally.n_unusable,
+    )
+    rows = []
+    for name, metric in metrics.items():
+        value, low, high = (_null(x) for x in measured.get(name, Interval(math.nan, math.nan, math.nan)))
+        interval = None if low is None else f"{100 * confidence:g} % stratified bootstrap, {n_resamples} resamples"
+        why = _why(n, n_failures) if name in measured else "the uncertainty is not a probability"
+        rows.append(
+            row(
+                metric=name,
+                value=value,
+                ci_low=low,
+                ci_high=high,
+                convention="; ".join(text for text in (metric.convention, (sources[name] or scores).note) if text),
+                interval=interval,
+                why=why if value is None else None,
+            )
+        )
+    return rows
+
+
+def _null(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _evaluable(outcomes: Outcomes, rows: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    if not rows.any():
+        known = np.count_nonzero(outcomes.failure != UNKNOWN)
+        raise DataError(
+            f"the outcomes of {_name(outcomes)} have no row to evaluate: of {len(outcomes)}, {known} have a known "
+            f"failure and {np.count_nonzero(np.isfinite(outcomes.uncertainty))} an uncertainty. Give labelled data."
+        )
+    return outcomes.uncertainty[rows], outcomes.failure[rows]
+
+
+def require_same_rows(a: Outcomes, b: Outcomes) -> None:
+    """Refuse outcomes of other rows or answers.
+
+    Raises:
+        ProvenanceError: If number, ids or failures differ; the message names both.
+    """
+    names = f"{_name(a)} and {_name(b)}"
+    if len(a) != len(b):
+        raise ProvenanceError(f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead.")
+    if a.ids is not None and b.ids is not None and a.ids != b.ids:
+        row = next(i for i, (x, y) in enumerate(zip(a.ids, b.ids, strict=True)) if x != y)
+        raise ProvenanceError(
+            f"{names} must be of the same rows. Row {row} is {a.ids[row]!r} in one and {b.ids[row]!r} in the other."
+        )
+    different = np.flatnonzero(a.failure != b.failure)
+    if len(different):
+        raise ProvenanceError(
+            f"{names} must be of the same answers. {len(different)} failures differ, the first in row {different[0]}; "
+            "score both on one data set with one backbone."
+        )
+
+
+def _scarce(tally: Tally) -> list[str]:
+    """What to warn of: fewer than ``FEW`` wrong or right answers."""
+    n_failures = tally.scores.n_failures
+    kinds = {"wrong": n_failures, "right": tally.scores.n - n_failures}
+    return [f"{_name(tally)} has only {k} {kind} answers" for kind, k in kinds.items() if k < FEW]
+
+
+def _why(n: int, n_failures: int) -> str:
+    return f"none of {n} answers is wrong" if n_failures == 0 else f"all of {n} answers are wrong"
+
+
+def _name(outcomes: Outcomes | Tally) -> str:
+    return (outcomes.method or "the scores") + (f" on {outcomes.dataset}" if outcomes.dataset else "")

@@ -1,0 +1,401 @@
+"""What was said, how uncertain it was, and whether it was wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vilu.errors import DataError
+from vilu.metrics.counts import real_vector
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+
+from vilu.files import plain_json, read_column, read_table, write_table
+from vilu.metrics.bootstrap import Interval, Sample
+from vilu.metrics.catalog import Kernel
+from vilu.metrics.counts import TieCounts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+UNKNOWN = -1
+"""A failure, prediction or target that is not known."""
+
+
+def check_codes(values: ArrayLike, name: str, last: int | None) -> NDArray[np.int64]:
+    """Whole numbers (N,) from -1 to ``last`` (None: no upper bound)."""
+    numbers = real_vector(values, name)
+    top = np.inf if last is None else last
+    bad = np.flatnonzero(~((numbers >= UNKNOWN) & (numbers <= top) & (numbers == np.rint(numbers))))
+    if len(bad):
+        raise DataError(
+            f"{name} must hold whole numbers from {UNKNOWN} (unknown) to {top:g}. "
+            f"Got {numbers[bad[0]]:g} in row {bad[0]} instead."
+        )
+    return numbers.astype(np.int64)
+
+
+def check_texts(
+    values: Sequence[str | None] | None, name: str, *, optional: bool = False
+) -> tuple[str | None, ...] | None:
+    """Texts, each of which may be None where that is optional."""
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
+    texts = tuple(values)
+    for row, text in enumerate(texts):
+        if not (isinstance(text, str) or (optional and text is None)):
+            raise DataError(f"{name} must hold texts. Got {text!r} in row {row} instead.")
+    return texts
+
+
+def nullable_codes(codes: NDArray[np.int64] | None, n: int) -> pa.Array:
+    """Arrow int32 column, null where unknown."""
+    import pyarrow as pa
+
+    if codes is None:
+        return pa.nulls(n, pa.int32())
+    return pa.array(codes, pa.int32(), mask=codes == UNKNOWN)
+
+
+def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float64] | None:
+    """Numbers (N,) in [0, 1], or NaN where there is none."""
+    if values is None:
+        return None
+    numbers = real_vector(values, name)
+    if not bool((((numbers >= 0) & (numbers <= 1)) | np.isnan(numbers)).all()):
+        raise DataError(f"{name} must be in [0, 1], or NaN where there is none.")
+    return numbers
+
+
+def extra_columns(
+    probability: NDArray[np.float64] | None, texts: Mapping[str, Sequence[str | None] | None]
+) -> dict[str, pa.Array]:
+    """Columns of what there is of a probability and of texts."""
+    import pyarrow as pa
+
+    numbers = {} if probability is None else {"failure_probability": pa.array(probability, mask=np.isnan(probability))}
+    return numbers | {name: pa.array(values, pa.string()) for name, values in texts.items() if values is not None}
+
+
+def plain_values(column: pa.ChunkedArray) -> NDArray[np.int64] | NDArray[np.float64] | list[str | None]:
+    """Whole numbers with -1 for null, numbers with NaN, or texts with None."""
+    import pyarrow as pa
+
+    if pa.types.is_string(column.type):
+        texts: list[str | None] = column.to_pylist()
+        return texts
+    if pa.types.is_floating(column.type):
+        return np.asarray(column.fill_null(np.nan).to_numpy(), dtype=np.float64)
+    return np.asarray(column.fill_null(UNKNOWN).to_numpy(), dtype=np.int64)
+
+
+class Scores(Protocol):
+    """Scores with known failures: ``metrics.bootstrap.Sample`` of rows, or ``metrics.histogram.Histogram``."""
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+
+    @property
+    def n_failures(self) -> int:
+        """How many of them are wrong."""
+
+    @property
+    def note(self) -> str | None:
+        """What to say beside the metrics; None where they are exact."""
+
+    def counts(self) -> TieCounts:
+        """What every metric is computed from."""
+
+    def intervals(
+        self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
+    ) -> dict[str, Interval]:
+        """Metrics with stratified percentile bootstrap intervals."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The rows of one method on one data set.
+
+    Attributes:
+        scores: The rows that have both an uncertainty and a known failure.
+        n_unlabelled: Rows with an uncertainty whose failure is unknown.
+        n_unusable: Rows without an uncertainty.
+        probability: The same rows with a probability of failure in place of the uncertainty: the calibrated one, or the
+            uncertainty itself where that is one; None where there is none.
+        method: Name of the predictor.
+        dataset: Name of the data set.
+        split: Name of its part.
+        seed: Seed of the predictor.
+    """
+
+    scores: Scores
+    n_unlabelled: int
+    n_unusable: int
+    probability: Scores | None
+    method: str | None = None
+    dataset: str | None = None
+    split: str | None = None
+    seed: int | None = None
+
+
+@runtime_checkable
+class Tallied(Protocol):
+    """What can be evaluated: ``Outcomes``, or a ``ScoreFolder``."""
+
+    def tally(self) -> Tally:
+        """The counts."""
+
+
+TEXT_COLUMNS = (
+    *("key", "pred_name", "label_name", "reason", "score_name"),
+    *("decision", "decision_reason", "label_set"),
+)
+DECISION = ("decision", "decision_reason", "label_set")
+OPTIONAL = {
+    "prediction": "int64",
+    "target": "int64",
+    "ids": "string",
+    "reason": "string",
+    "failure_probability": "float64",
+    **dict.fromkeys(DECISION, "string"),
+}
+"""What need not be there, and the type of its column."""
+
+KINDS = {
+    "method": str | None,
+    "dataset": str | None,
+    "split": str | None,
+    "seed": int | None,
+    "provenance": Mapping,
+    "is_probability": bool,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Uncertainty and failure of N answers; these two are enough by themselves.
+
+    Attributes:
+        uncertainty: (N,) float64, higher = more likely wrong; NaN only where ``reason`` says why.
+        failure: (N,) int64, 1 where the answer is wrong, 0 where it is right, -1 where that is unknown.
+        prediction: (N,) int64 answers of the frozen model, -1 where there is none.
+        target: (N,) int64 right answers, -1 where unknown.
+        ids: N row identifiers.
+        class_names: Names of the candidates, which predictions and targets count.
+        method: Name of the predictor.
+        dataset: Name of the data set.
+        split: Name of its part.
+        seed: Seed of the predictor.
+        reason: Per row why it has no uncertainty ("nonfinite", "zero_norm", "k<2"), or None.
+        provenance: Plain JSON on what made the scores (fingerprints, number of candidates, pool size, ...).
+        is_probability: Whether the uncertainty is a probability of failure.
+        failure_probability: (N,) float64 calibrated probability of failure, NaN as the uncertainty; None without.
+        decision: Per row "accept" or "abstain"; None without a rule.
+        decision_reason: Per row why it is not accepted ("above_threshold", "not_certified", "not_selected", or its
+            ``reason``), or None.
+        label_set: Per row a JSON list of the candidates that may be right, or None where there is no uncertainty.
+
+    Raises:
+        DataError: If lengths disagree or a value cannot be.
+
+    Example:
+        >>> outcomes = Outcomes([0.1, 0.9, 0.4], [0, 1, -1])
+        >>> outcomes.evaluable.tolist()
+        [True, True, False]
+    """
+
+    uncertainty: NDArray[np.float64] = field(repr=False)
+    failure: NDArray[np.int64] = field(repr=False)
+    prediction: NDArray[np.int64] | None = field(default=None, repr=False)
+    target: NDArray[np.int64] | None = field(default=None, repr=False)
+    ids: Sequence[str] | None = field(default=None, repr=False)
+    class_names: Sequence[str] | None = field(default=None, repr=False)
+    method: str | None = None
+    dataset: str | None = None
+    split: str | None = None
+    seed: int | None = None
+    reason: Sequence[str | None] | None = field(default=None, repr=False)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    is_probability: bool = False
+    failure_probability: NDArray[np.float64] | None = field(default=None, repr=False)
+    decision: Sequence[str] | None = field(default=None, repr=False)
+    decision_reason: Sequence[str | None] | None = field(default=None, repr=False)
+    label_set: Sequence[str | None] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        uncertainty = real_vector(self.uncertainty, "uncertainty")
+        names = check_texts(self.class_names, "class_names")
+        last = None if names is None else len(names) - 1
+        checked = {
+            "uncertainty": uncertainty,
+            "failure": check_codes(self.failure, "failure", 1),
+            "prediction": None if self.prediction is None else check_codes(self.prediction, "prediction", last),
+            "target": None if self.target is None else check_codes(self.target, "target", last),
+            "ids": check_texts(self.ids, "ids"),
+            "reason": check_texts(self.reason, "reason", optional=True),
+            "failure_probability": check_probabilities(self.failure_probability, "failure_probability"),
+            **{name: check_texts(getattr(self, name), name, optional=True) for name in DECISION},
+        }
+        for name, column in checked.items():
+            if column is not None and len(column) != len(uncertainty):
+                raise DataError(
+                    f"{name} must have one entry per uncertainty ({len(uncertainty)}). Got {len(column)} instead."
+                )
+            object.__setattr__(self, name, column)
+        object.__setattr__(self, "class_names", names)
+        self._check_uncertainty()
+        self._check_labels()
+
+    def _check_uncertainty(self) -> None:
+        missing = np.isnan(self.uncertainty)
+        explained = np.array([bool(text) for text in self.reason or ()] or [False] * len(missing), dtype=bool)
+        unexplained = np.flatnonzero(missing & ~explained)
+        if len(unexplained):
+            raise DataError(
+                "uncertainty must be a number unless 'reason' says why there is none. "
+                f"Got {len(unexplained)} rows with neither, the first is row {unexplained[0]}."
+            )
+        values = self.uncertainty[~missing]
+        if np.isinf(values).any():
+            raise DataError(f"uncertainty must be finite. Got {np.count_nonzero(np.isinf(values))} infinite values.")
+        if self.failure_probability is not None and not np.array_equal(np.isnan(self.failure_probability), missing):
+            raise DataError("failure_probability must be there exactly where the uncertainty is.")
+        if self.is_probability and len(values) and (values.min() < 0 or values.max() > 1):
+            raise DataError(f"a probability must be in [0, 1]. Got {values.min():.6g} to {values.max():.6g} instead.")
+
+    def _check_labels(self) -> None:
+        for name, kind in KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise DataError(f"{name} must be {kind}. Got {getattr(self, name)!r:.100} instead.")
+        plain_json(dict(self.provenance))
+
+    def __len__(self) -> int:
+        return len(self.failure)
+
+    @property
+    def evaluable(self) -> NDArray[np.bool_]:
+        """(N,) whether a row has both an uncertainty and a known failure."""
+        evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
+        return evaluable
+
+    def tally(self) -> Tally:
+        """What ``vilu.evaluate`` needs."""
+        rows, scored = self.evaluable, np.isfinite(self.uncertainty)
+        scores = Sample(self.uncertainty[rows], self.failure[rows])
+        calibrated = self.failure_probability
+        return Tally(
+            scores=scores,
+            probability=(
+                Sample(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
+                if calibrated is not None
+                else scores
+                if self.is_probability
+                else None
+            ),
+            n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
+            n_unusable=int(np.count_nonzero(~scored)),
+            method=self.method,
+            dataset=self.dataset,
+            split=self.split,
+            seed=self.seed,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
+
+        In a CSV, text that a spreadsheet would run as a formula gets an apostrophe in front.
+
+        Raises:
+            UsageError: If the suffix is another.
+            DataError: If a text is not valid Unicode.
+            StorageError: If the file system refuses.
+        """
+        write_table(path, *self.table())
+
+    def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+        """What ``save`` writes: the columns, null where unknown, and the metadata.
+
+        Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name; and where
+        there are some: failure_probability, decision, decision_reason, label_set.
+
+        Args:
+            row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
+
+        Raises:
+            DataError: If a text is not valid Unicode.
+        """
+        import pyarrow as pa
+
+        n = len(self)
+        names = None if self.class_names is None else pa.array(self.class_names, pa.string())
+        pred, label = nullable_codes(self.prediction, n), nullable_codes(self.target, n)
+        try:
+            columns = {
+                "row_id": pa.array(np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)),
+                "key": pa.nulls(n, pa.string()) if self.ids is None else pa.array(self.ids, pa.string()),
+                "pred": pred,
+                "pred_name": pa.nulls(n, pa.string()) if names is None else names.take(pred),
+                "label": label,
+                "label_name": pa.nulls(n, pa.string()) if names is None else names.take(label),
+                "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
+                "failure": nullable_codes(self.failure, n).cast(pa.int8()),
+                "reason": pa.nulls(n, pa.string()) if self.reason is None else pa.array(self.reason, pa.string()),
+                "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
+                **extra_columns(self.failure_probability, {name: getattr(self, name) for name in DECISION}),
+            }
+        except UnicodeError as error:
+            raise DataError(f"ids, class_names and reason must be valid Unicode: {error}") from error
+        present = [name for name in OPTIONAL if getattr(self, name) is not None]
+        metadata = {name: getattr(self, name) for name in ("class_names", *KINDS)}
+        return columns, {"kind": "outcomes", "present": present, **metadata}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote, or any table with the columns ``uncertainty`` and ``failure``.
+
+        Parquet gives back exactly what was saved; a CSV only what its columns hold.
+
+        Raises:
+            UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
+            StorageError: If the file cannot be opened.
+            DataError: If it is not such a table.
+            ProvenanceError: If a newer version of vilu wrote it.
+        """
+        table, metadata = read_table(path, TEXT_COLUMNS)
+        missing = [name for name in ("uncertainty", "failure") if name not in table.column_names]
+        if missing:
+            raise DataError(
+                f"{path} must have the columns uncertainty and failure. Missing: {', '.join(missing)}; "
+                f"it has {', '.join(table.column_names):.200}."
+            )
+
+        def read(name: str, kind: str) -> pa.ChunkedArray:
+            return read_column(path, table, name, kind)
+
+        stored = {"prediction": "pred", "target": "label", "ids": "key"}
+        columns = {name: read(stored.get(name, name), kind) for name, kind in OPTIONAL.items()}
+        filled = [name for name, column in columns.items() if column.null_count < len(table)]
+        present = metadata.get("present")
+        present = present if isinstance(present, list) else filled
+        methods = read("score_name", "string").unique().to_pylist()
+        known: dict[str, Any] = {"method": methods[0] if len(methods) == 1 else None, **metadata}
+        plain: dict[str, Any] = {name: plain_values(column) for name, column in columns.items() if name in present}
+        return cls(
+            uncertainty=read("uncertainty", "float64").fill_null(np.nan).to_numpy(),
+            failure=read("failure", "int64").fill_null(UNKNOWN).to_numpy(),
+            **plain,
+            **{name: known[name] for name in ("class_names", *KINDS) if name in known},
+        )

@@ -1,0 +1,381 @@
+"""Results as tidy rows, and as tables for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any, Self
+
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.files import SCHEMA_VERSION, read_column, read_table, write_json, write_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from vilu.metrics.catalog import METRICS, get_metric
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """One metric of one method on one data set.
+
+    Attributes:
+        method: Name of the predictor.
+        dataset: Name of the data set.
+        split: Name of its part.
+        seed: Seed of the predictor.
+        metric: Name of the metric, as in ``vilu.metrics.METRICS``.
+        value: The metric, None where it is undefined.
+        ci_low: Lower end of its interval, None where there is none.
+        ci_high: Upper end.
+        n: Number of rows it was computed on.
+        n_failures: How many of them are wrong.
+        accuracy: Share of right answers of the frozen model.
+        n_unlabelled: Rows left out because their failure is unknown.
+        n_unusable: Rows left out because they have no uncertainty.
+        convention: What was chosen where the literature differs.
+        interval: How the interval was made, None where there is none.
+        why: Why ``value`` is None.
+
+    Raises:
+        DataError: If a number is NaN or infinite; what is undefined is None.
+    """
+
+    method: str | None
+    dataset: str | None
+    split: str | None
+    seed: int | None
+    metric: str
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    n: int
+    n_failures: int
+    accuracy: float
+    n_unlabelled: int
+    n_unusable: int
+    convention: str
+    interval: str | None = None
+    why: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("value", "ci_low", "ci_high", "accuracy"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                raise DataError(f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}.")
+
+
+TYPES = {
+    **dict.fromkeys(("method", "dataset", "split", "metric", "convention", "interval", "why"), "string"),
+    **dict.fromkeys(("seed", "n", "n_failures", "n_unlabelled", "n_unusable"), "int64"),
+    **dict.fromkeys(("value", "ci_low", "ci_high", "accuracy"), "float64"),
+}
+COLUMNS = tuple(ResultRow.__dataclass_fields__)
+COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
+REQUIRED = ("metric", *COUNTS, "accuracy", "convention")
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """Rows of results; prints as a table of methods by metrics, and ``+`` joins two.
+
+    Example:
+        >>> from vilu.outcomes.evaluate import evaluate
+        >>> from vilu.outcomes.outcomes import Outcomes
+        >>> perfect = Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+        >>> evaluate(perfect, metrics=["auroc"]).value("auroc", method="mine")
+        1.0
+    """
+
+    rows: tuple[ResultRow, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[ResultRow]:
+        return iter(self.rows)
+
+    def __add__(self, other: ResultTable) -> ResultTable:
+        return ResultTable(self.rows + other.rows)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def filter(self, **fields: object) -> ResultTable:
+        """The rows whose fields have the given values, such as ``method="mcm", seed=0``.
+
+        Raises:
+            UsageError: If there is no such field.
+        """
+        unknown = [name for name in fields if name not in COLUMNS]
+        if unknown:
+            raise UsageError(f"a result has no field {unknown[0]!r}. There are: {', '.join(COLUMNS)}.")
+        fits = (row for row in self.rows if all(getattr(row, name) == want for name, want in fields.items()))
+        return ResultTable(tuple(fits))
+
+    def value(self, metric: str, **fields: object) -> float | None:
+        """The value of a metric in the one row that fits; None where it is undefined.
+
+        Raises:
+            UsageError: If no row fits, or several do.
+        """
+        found = self.filter(metric=metric, **fields)
+        if len(found) != 1:
+            raise UsageError(
+                f"one row must fit metric={metric!r} and {fields}. {len(found)} of {len(self)} do; "
+                "narrow by method, dataset, split or seed."
+            )
+        return found.rows[0].value
+
+    def mean_over_seeds(self) -> ResultTable:
+        """One row per method, data set, split and metric: the mean over seeds, how many being told in ``interval``.
+
+        The ends of the interval are the mean less and plus the standard deviation over seeds. A mean is None where
+        the value of one seed is. What has one seed stays as it is.
+        """
+        groups: dict[tuple[object, ...], list[ResultRow]] = {}
+        for row in self.rows:
+            groups.setdefault((row.method, row.dataset, row.split, row.metric, row.convention), []).append(row)
+        return ResultTable(tuple(_mean(rows) for rows in groups.values()))
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries."""
+        return [asdict(row) for row in self.rows]
+
+    def table(self, metrics: Sequence[str] | None = None) -> str:
+        """Aligned text in percent: methods as rows, metrics (by default the main ones) as columns."""
+        return text_table(self.rows, metrics)
+
+    def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
+        """The same as ``table``, in Markdown."""
+        return markdown_table(self.rows, metrics)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
+
+        Raises:
+            UsageError: If the suffix is another.
+            StorageError: If the file system refuses.
+        """
+        import pyarrow as pa
+
+        if Path(path).suffix.lower() == ".json":
+            write_json(path, {"schema_version": SCHEMA_VERSION, "kind": "results", "rows": self.to_dicts()})
+            return
+        columns = {name: pa.array([getattr(r, name) for r in self.rows], TYPES[name]) for name in COLUMNS}
+        write_table(path, columns, {"kind": "results"})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            UsageError: If the suffix is none of the three.
+            StorageError: If the file cannot be opened.
+            DataError: If it is not such a table.
+            ProvenanceError: If another version of vilu wrote it.
+        """
+        if Path(path).suffix.lower() == ".json":
+            table = _table_of_json(path)
+        else:
+            table, _ = read_table(path, [name for name, kind in TYPES.items() if kind == "string"])
+        columns = {name: read_column(path, table, name, TYPES[name]).to_pylist() for name in COLUMNS}
+        for name in REQUIRED:
+            if None in columns[name]:
+                raise DataError(
+                    f"{path} is not a table of results: {name!r} is missing in row {columns[name].index(None)}."
+                )
+        return cls(tuple(ResultRow(*values) for values in zip(*columns.values(), strict=True)))
+
+
+def _table_of_json(path: str | Path) -> pa.Table:
+    import pyarrow as pa
+
+    try:
+        content = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise StorageError(f"cannot open {path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not (isinstance(content, dict) and isinstance(content.get("rows"), list)):
+        raise DataError(f"{path} must hold an object with a list 'rows'. Got {type(content).__name__} instead.")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise ProvenanceError(
+            f"{path} has schema version {content.get('schema_version')!r}, this vilu reads version {SCHEMA_VERSION}. "
+            "Install the vilu that wrote it."
+        )
+    if not all(isinstance(row, dict) for row in content["rows"]):
+        raise DataError(f"every entry of 'rows' in {path} must be an object.")
+    try:
+        return pa.Table.from_pylist(content["rows"], pa.schema([(n, pa.type_for_alias(TYPES[n])) for n in COLUMNS]))
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise DataError(f"{path} is not a table of results: {error}") from error
+
+
+def _mean(rows: Sequence[ResultRow]) -> ResultRow:
+    if len(rows) == 1:
+        return rows[0]
+    undefined = next((row for row in rows if row.value is None), None)
+    values = [row.value for row in rows if row.value is not None]
+    mean, spread = (None, 0.0) if undefined else (fmean(values), stdev(values))
+    counts: dict[str, Any] = {name: round(fmean(getattr(row, name) for row in rows)) for name in COUNTS}
+    return replace(
+        rows[0],
+        seed=None,
+        value=mean,
+        ci_low=None if mean is None else mean - spread,
+        ci_high=None if mean is None else mean + spread,
+        accuracy=fmean(row.accuracy for row in rows),
+        interval=None if mean is None else f"mean of {len(rows)} seeds, one standard deviation",
+        why=None if undefined is None else f"seed {undefined.seed} of {len(rows)} seeds: {undefined.why}",
+        **counts,
+    )
+
+
+MAIN_METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "coverage_at_risk_0.05", "ece")
+UNDEFINED = "undefined"
+
+
+@dataclass(frozen=True)
+class Block:
+    """The results on one data set: a title, a heading, and a line of cells per method."""
+
+    title: str
+    heading: list[str]
+    lines: list[list[str]]
+
+
+def text_table(rows: Sequence[ResultRow], metrics: Sequence[str] | None = None) -> str:
+    """Aligned plain text, one block per data set, the notes last."""
+    shown = _shown(rows, metrics)
+    parts = [_text(block) for block in _blocks(rows, shown)]
+    return "\n\n".join([*parts, "\n".join(_notes(rows, shown))])
+
+
+def markdown_table(rows: Sequence[ResultRow], metrics: Sequence[str] | None = None) -> str:
+    """Markdown, one table per data set, the notes last."""
+    shown = _shown(rows, metrics)
+    parts = [_markdown(block) for block in _blocks(rows, shown)]
+    return "\n\n".join([*parts, "\n".join(f"- {_escape(note)}" for note in _notes(rows, shown))])
+
+
+def _text(block: Block) -> str:
+    lines = [block.heading, *block.lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join([block.title, *aligned])
+
+
+def _printable(text: str) -> str:
+    """On one line and without terminal control: names come from files."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _markdown(block: Block) -> str:
+    head, *body = ("| " + " | ".join(map(_escape, line)) + " |" for line in (block.heading, *block.lines))
+    return "\n".join([f"**{_escape(block.title)}**", "", head, "|---" * len(block.heading) + "|", *body])
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
+    """The metrics asked for, or the main ones, or else whatever there is."""
+    if metrics is not None:
+        for name in metrics:
+            get_metric(name)
+        return metrics
+    present = list(dict.fromkeys(row.metric for row in rows))
+    return [name for name in MAIN_METRICS if name in present] or present
+
+
+def _blocks(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Block]:
+    groups: dict[str, list[ResultRow]] = {}
+    for row in rows:
+        groups.setdefault(_where(row), []).append(row)
+    return [_block(group, shown) for group in groups.values()]
+
+
+def _block(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Block:
+    lines: dict[tuple[str | None, int | None, int], dict[str, ResultRow]] = {}
+    repeats: Counter[tuple[str | None, int | None, str]] = Counter()
+    for row in rows:
+        key = (row.method, row.seed, row.metric)
+        lines.setdefault((row.method, row.seed, repeats[key]), {})[row.metric] = row
+        repeats[key] += 1  # a second row of the same name gets a line of its own
+    several_seeds = len({row.seed for row in rows}) > 1
+    return Block(
+        title=_title(rows),
+        heading=["method", *map(_heading, metrics)],
+        lines=[
+            [_label(method, seed if several_seeds else None), *(_cell(found.get(name)) for name in metrics)]
+            for (method, seed, _), found in lines.items()
+        ],
+    )
+
+
+def _heading(name: str) -> str:
+    """Title of a metric; of one that this version does not know, its name."""
+    return METRICS[name].title if name in METRICS else _printable(name)
+
+
+def _label(method: str | None, seed: int | None) -> str:
+    return _printable(method or "unnamed") + ("" if seed is None else f" (seed {seed})")
+
+
+def _cell(row: ResultRow | None) -> str:
+    if row is None:
+        return ""
+    if row.value is None:
+        return UNDEFINED
+    if row.ci_low is None or row.ci_high is None:
+        return f"{100 * row.value:.1f}"
+    return f"{100 * row.value:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
+
+
+def _title(rows: Sequence[ResultRow]) -> str:
+    counts = [
+        f"{_span(row.n for row in rows)} answers",
+        f"{_span(row.n_failures for row in rows)} wrong",
+        f"accuracy {_span(f'{100 * row.accuracy:.1f}' for row in rows)} %",
+    ]
+    if any(row.n_unlabelled for row in rows):
+        counts.append(f"{_span(row.n_unlabelled for row in rows)} unlabelled left out")
+    if any(row.n_unusable for row in rows):
+        counts.append(f"{_span(row.n_unusable for row in rows)} without a score left out")
+    return f"{_where(rows[0])}: {', '.join(counts)}"
+
+
+def _where(row: ResultRow) -> str:
+    return _printable(" ".join(text for text in (row.dataset, row.split) if text)) or "results"
+
+
+def _span(values: Iterable[object]) -> str:
+    return "/".join(dict.fromkeys(map(str, values)))
+
+
+def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
+    """Unit, intervals, conventions, and the reasons for what is undefined, each said once."""
+    if not rows:
+        return ["no results"]
+    rows = [row for row in rows if row.metric in shown]
+    methods: dict[str, dict[str, None]] = {}
+    for row in rows:
+        if row.interval:
+            methods.setdefault(row.interval, {})[_label(row.method, None)] = None
+    several = len(methods) > 1
+    intervals = [how + (f" ({', '.join(of)})" if several else "") for how, of in methods.items()]
+    notes = ["in percent" + (f"; in brackets: {'; '.join(intervals)}" if intervals else "")]
+    notes += [f"{_heading(row.metric)}: {row.convention}" for row in rows]
+    notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
+    return list(dict.fromkeys(map(_printable, notes)))

@@ -1,1 +1,0 @@
-"""Scores as one HTML page that needs nothing else: no network, no library, no server."""

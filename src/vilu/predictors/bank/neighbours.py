@@ -1,0 +1,261 @@
+"""Comparisons with the nearest labelled images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, log_posterior
+from vilu.errors import ProvenanceError
+from vilu.predictors.bank.search import (
+    Allowed,
+    BankPredictor,
+    Count,
+    distance,
+    draw_rows,
+    gather,
+    labels,
+    nearest,
+)
+from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.predictors.nn.train import Rows
+
+
+@dataclasses.dataclass
+class KNNVote(BankPredictor, ClosedSetPredictor):
+    """Share of the k nearest training images that are not of the predicted class.
+
+    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2. A predicted class
+    without training images gets u = 1. With fewer than k training images all of them vote: a uniform vote is then the
+    share of the class in the bank, the same for every image, and says nothing. Uniform votes take k + 1 values, so many
+    images tie.
+
+    Args:
+        k: Number of neighbours.
+        weighting: "uniform", or "similarity" for votes weighted by cosine.
+
+    Source: the confidence of a k-nearest-neighbour classifier (Cover and Hart, IEEE Trans. Inf. Theory 1967) in the
+    class that the VLM predicts.
+    """
+
+    name: ClassVar[str] = "knn_vote"
+    summary: ClassVar[str] = "share of the nearest training images not of the predicted class"
+    reference: ClassVar[str] = "Cover and Hart, IEEE Trans. Inf. Theory 1967"
+    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels")
+
+    k: Count = 20
+    weighting: Literal["uniform", "similarity"] = "uniform"
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        kept, _ = draw_rows(train, self.max_bank, self.seed)
+        return {"bank": gather(kept), "labels": labels(kept)}
+
+    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+        similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
+        other = self._tensor("labels", index.device)[index] != classes[batch.prediction][:, None]
+        weight = torch.ones_like(similarity) if self.weighting == "uniform" else (1 + similarity) / 2
+        return (weight * other).sum(dim=1) / weight.sum(dim=1)
+
+
+@dataclasses.dataclass
+class KNNDistance(BankPredictor):
+    """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
+
+    It says how unusual an image is, whatever the candidates are and whatever was answered: it uses no class labels and
+    works on captions. With fewer than k training images it is the distance to the farthest of them.
+
+    Args:
+        k: Which neighbour.
+
+    Source: Sun et al., ICML 2022. Failure-prediction benchmarks search only the first 1,000 training images; here all
+    of them, up to ``max_bank``.
+    """
+
+    name: ClassVar[str] = "knn_distance"
+    summary: ClassVar[str] = "distance to the k-th nearest training image (Sun et al. 2022)"
+    reference: ClassVar[str] = "Sun et al., ICML 2022"
+    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    tensors: ClassVar[tuple[str, ...]] = ("bank",)
+
+    k: Count = 50
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        return {"bank": gather(draw_rows(train, self.max_bank, self.seed)[0])}
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        similarity, _ = nearest(batch.image, self.learned_["bank"], self.k)
+        return distance(similarity[:, -1])
+
+
+@dataclasses.dataclass
+class TRINE(BankPredictor, ClosedSetPredictor):
+    """TRINE: margin of the support that the nearest training images and the texts give the predicted class.
+
+    Neighbour r = 0 ... k-1 of class y_r has the weight
+    w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(z_t̂, z_{t_{y_r}})) / 2,
+    a class the support S_c = sum_{r: y_r = c} w_r / sum_r w_r, and u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
+    A class without training images has no support, so that a prediction of it gets u > 1. With fewer than k training
+    images all of them count.
+
+    Args:
+        k: Number of neighbours.
+        decay: How fast a neighbour's weight falls with its rank.
+
+    Source: the repository sgchr273/TRINE (2026), its support margin. Differs from it: a bank smaller than k is used
+    whole instead of refused.
+    """
+
+    name: ClassVar[str] = "trine"
+    summary: ClassVar[str] = "margin of rank-weighted neighbours of the predicted class, with their texts (TRINE)"
+    reference: ClassVar[str] = "sgchr273/TRINE, 2026"
+    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels")
+
+    k: Count = 20
+    decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        kept, _ = draw_rows(train, self.max_bank, self.seed)
+        return {"bank": gather(kept), "labels": labels(kept)}
+
+    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+        similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
+        label = self._tensor("labels", index.device)[index]
+        text = self._tensor("classes", index.device)
+        answer = classes[batch.prediction]
+        text_similarity = (text[answer] @ text.T).gather(1, label)
+        rank = torch.arange(similarity.shape[1], device=index.device)
+        weight = torch.exp(-self.decay * rank) * (1 + similarity) / 2 * (1 + text_similarity) / 2
+        support = text.new_zeros(len(label), len(text))
+        for one in range(label.shape[1]):  # one neighbour a time: sums in one order on every device
+            support.scatter_add_(1, label[:, one : one + 1], weight[:, one : one + 1])
+        support = support / weight.sum(dim=1, keepdim=True)
+        mine = support.gather(1, answer[:, None]).squeeze(1)
+        rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
+        return 1 - (mine - rival)
+
+
+FARTHEST = 2.0
+"""Largest distance of two unit vectors."""
+TINY = 1e-6
+
+
+@dataclasses.dataclass
+class TrustScore(BankPredictor, ClosedSetPredictor):
+    """Inverse trust score: distance to the predicted class over distance to the nearest other class.
+
+    u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit vectors to the nearest
+    of a set, and H_c the training images of class c without the share ``alpha`` whose k-th nearest image of their class
+    (they count themselves first) is farthest. The distance to a class without images is 2, the largest there is.
+
+    Args:
+        alpha: Share of each class left out as its sparsest; 0 keeps all.
+        k: Neighbour whose distance tells how sparse the surroundings of an image are; at most the size of the class.
+
+    Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2 (alpha = 0 and k = 10 as in its released code). Differs from
+    that code: distances are to the nearest image, as in the paper; the code takes the second nearest.
+    """
+
+    name: ClassVar[str] = "trust_score"
+    summary: ClassVar[str] = "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
+    reference: ClassVar[str] = "Jiang et al., NeurIPS 2018"
+    cost: ClassVar[str] = "fit: copies the images; score: two products with the bank"
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels")
+
+    alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    k: Count = 10
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        kept, _ = draw_rows(train, self.max_bank, self.seed)
+        bank, label = gather(kept), labels(kept)
+        if self.alpha > 0:
+            dense = self._dense(bank, label)
+            bank, label = bank[dense], label[dense]
+        return {"bank": bank, "labels": label}
+
+    def _dense(self, bank: Tensor, label: Tensor) -> Tensor:
+        """Sorted positions of the images that are kept."""
+        kept = []
+        for c in label.unique():
+            members = (label == c).nonzero().squeeze(1)
+            radius = distance(nearest(bank[members], bank[members], self.k)[0][:, -1]).double()
+            kept.append(members[radius <= radius.quantile(1 - self.alpha)])
+        return torch.cat(kept).sort().values
+
+    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+        answer = classes[batch.prediction]
+        label = self._tensor("labels", answer.device)
+        mine = self._distance(batch.image, lambda queries, rows: answer[queries, None] == label[rows])
+        rival = self._distance(batch.image, lambda queries, rows: answer[queries, None] != label[rows])
+        return (mine + TINY) / (rival + TINY)
+
+    def _distance(self, image: Tensor, allowed: Allowed) -> Tensor:
+        """(B,) distance to the nearest image that counts."""
+        similarity, index = (found[:, 0] for found in nearest(image, self.learned_["bank"], 1, allowed))
+        closest = self.learned_["bank"][index.cpu()].to(image.device)
+        # From the coordinates: 2 - 2 cos has no digits left for near duplicates.
+        found = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)
+        return torch.where(similarity == -math.inf, FARTHEST, found)
+
+
+@dataclasses.dataclass
+class TrustVLM(ClosedSetPredictor):
+    """TrustVLM: zero-shot probability plus similarity to the predicted class's images in a second encoder.
+
+    u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder (column ``features``; the
+    VLM's own features make another method) and P_c the mean of the features of up to ``shots`` training images
+    of class c, drawn with ``seed``. A class without training images has the prototype 0, hence the cosine 0.
+
+    Args:
+        weight: Of the similarity.
+        shots: Most training images per class.
+
+    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2 features averaged
+    over tokens). Its starred variant answers anew, and is no score of the VLM's own answer.
+    """
+
+    name: ClassVar[str] = "trustvlm"
+    summary: ClassVar[str] = "zero-shot probability plus similarity to class prototypes of a second encoder (TrustVLM)"
+    reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
+    cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
+    columns: ClassVar[tuple[str, ...]] = ("features",)
+    tensors: ClassVar[tuple[str, ...]] = ("prototypes",)
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    shots: Count = 16
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        label = labels(train)
+        kept = few_per_class(label, self.shots, self.seed)
+        features = train.source.column("features", train.index[kept])
+        total = features.new_zeros(train.source.n_candidates, features.shape[1])
+        return {"prototypes": normalize(total.index_add_(0, label[kept], features), dim=1)}
+
+    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+        features = normalize(batch.columns["features"], dim=1)
+        prototypes = self._tensor("prototypes", features.device)
+        if features.shape[1] != prototypes.shape[1]:
+            raise ProvenanceError(
+                f"{self.name} was fitted on features of width {prototypes.shape[1]}, and those to score have "
+                f"{features.shape[1]}. Embed both with the same second encoder."
+            )
+        similarity = (features * prototypes[classes[batch.prediction]]).sum(dim=1)
+        failure = -torch.expm1(log_posterior(batch).amax(dim=1))
+        return failure + self.weight * (1 - float64(similarity))
+
+
+def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:
+    """Sorted positions of at most so many rows of each class, drawn at random."""
+    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
+    order = order[label[order].argsort(stable=True)]
+    first = torch.bincount(label).cumsum(0) - torch.bincount(label)
+    rank = torch.arange(len(label)) - first[label[order]]
+    return order[rank < most].sort().values

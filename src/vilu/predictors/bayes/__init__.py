@@ -1,1 +1,0 @@
-"""Predictors that put a distribution on the embeddings."""

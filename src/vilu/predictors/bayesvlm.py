@@ -1,0 +1,367 @@
+"""BayesVLM: a Laplace approximation of the projections."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import DataError
+from vilu.predictors.heads.head import Count, Positive
+from vilu.predictors.labelled import TensorPredictor, failure_log_odds
+from vilu.predictors.nn.train import Rows, steps_per_epoch
+from vilu.progress import track
+
+ROWS = 1_024
+"""Rows against all candidates at a time."""
+
+
+def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Curvature of InfoNCE in the logits (M, K), diag(p) - p p^T for each row, as p twice."""
+    p = logits.softmax(dim=-1)
+    return p, p
+
+
+def sigmoid_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Curvature of SigLIP's loss in the logits (M, K), diag(sigma (1 - sigma)) for each row: no outer product."""
+    p = logits.sigmoid()
+    return p * (1 - p), torch.zeros_like(p)
+
+
+LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"infonce": softmax_weights, "siglip": sigmoid_weights}
+"""Curvature diag(first) - second second^T of a contrastive loss in its logits, by the name of the loss."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The last layer of an encoder at some rows.
+
+    Attributes:
+        inputs: (M, F) phi.
+        outputs: (M, D) g = P phi, before they are brought to unit norm.
+        count: (M,) how often each row occurs.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    count: Tensor
+
+    @property
+    def directions(self) -> Tensor:
+        """(M, D) g / ‖g‖."""
+        return functional.normalize(self.outputs, dim=-1)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Kronecker factors of the curvature of a last layer over n pairs, before the root of n divides them.
+
+    Attributes:
+        inputs: (F, F) sum of phi phi^T.
+        outputs: (D, D) sum of the Gauss-Newton curvatures of the loss in g.
+        n: Number of pairs.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    n: int
+
+    def __add__(self, other: Factors) -> Factors:
+        return Factors(self.inputs + other.inputs, self.outputs + other.outputs, self.n + other.n)
+
+    def scaled(self, pseudo_count: float) -> tuple[Tensor, Tensor]:
+        """A and B times sqrt(pseudo_count): the pair of them weighs ``pseudo_count`` times the data."""
+        scale = math.sqrt(pseudo_count / self.n)
+        return scale * self.inputs, scale * self.outputs
+
+
+def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: str) -> Factors:
+    """What some rows, each against all of ``candidates`` (K, D), add to the factors of their layer.
+
+    The logits are scale * cosine + bias. With unit vectors u = g / ‖g‖ and c_j, the curvature in g of one row is
+    scale² J (sum_j a_j c_j c_j^T - m m^T) J, where J = (I - u u^T) / ‖g‖ and m = sum_j b_j c_j; a and b come from the
+    loss: a = b = p for InfoNCE, a = sigma (1 - sigma) and b = 0 for SigLIP.
+    """
+    outputs = torch.zeros(candidates.shape[1], candidates.shape[1], dtype=candidates.dtype, device=candidates.device)
+    weights = layer.count * (scale / layer.outputs.norm(dim=-1)).square()
+    for unit, weight in zip(layer.directions.split(ROWS), weights.split(ROWS), strict=True):
+        outputs += curvature_sum(unit, weight, candidates, *LOSSES[loss](scale * unit @ candidates.T + bias))
+    inputs = (layer.inputs * layer.count[:, None]).T @ layer.inputs
+    return Factors(inputs, outputs, int(layer.count.sum()))
+
+
+def curvature_sum(unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor) -> Tensor:
+    """(D, D) sum over rows of w (I - u u^T) M (I - u u^T), M = sum_j a_j c_j c_j^T - m m^T, m = sum_j b_j c_j.
+
+    The projections are multiplied out, so that nothing is larger than (M, K), (M, D) or (D, D).
+
+    Args:
+        unit: (M, D) u.
+        weight: (M,) w.
+        candidates: (K, D) c.
+        diagonal: (M, K) a.
+        outer: (M, K) b.
+    """
+    mean = outer @ candidates
+    along = (diagonal * (unit @ candidates.T)) @ candidates - mean * (mean * unit).sum(dim=-1, keepdim=True)  # M u
+    middle = candidates.T @ ((weight @ diagonal)[:, None] * candidates) - mean.T @ (weight[:, None] * mean)
+    cross = unit.T @ (weight[:, None] * along)
+    twice = unit.T @ ((weight * (along * unit).sum(dim=-1))[:, None] * unit)
+    return middle - cross - cross.T + twice
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Diagonal of the Gaussian posterior of a last layer's output: variance (phi^T inputs phi) * outputs.
+
+    Attributes:
+        inputs: (F, F) inverse of sqrt(tau) A + sqrt(lambda) I.
+        outputs: (D,) diagonal of the inverse of sqrt(tau) B + sqrt(lambda) I.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def variance(self, phi: Tensor) -> Tensor:
+        """(M, D) variances of the outputs at inputs (M, F)."""
+        return (phi @ self.inputs * phi).sum(dim=-1, keepdim=True) * self.outputs
+
+
+def posterior(found: Factors, squared_norm: float, pseudo_count: float) -> tuple[Posterior, float]:
+    """Posterior of a last layer of squared norm ‖P‖², and the prior precision lambda that the evidence chose."""
+    spectra = [torch.linalg.eigh(factor) for factor in found.scaled(pseudo_count)]
+    (a, a_vectors), (b, b_vectors) = ((values.clamp_min(0), vectors) for values, vectors in spectra)
+    prior = best_prior_precision(a, b, squared_norm)
+    inputs = (a_vectors / (a + math.sqrt(prior))) @ a_vectors.T
+    outputs = b_vectors.square() @ (1 / (b + math.sqrt(prior)))
+    return Posterior(inputs, outputs), prior
+
+
+def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) -> float:
+    """Log marginal likelihood of a Laplace approximation, but for what does not depend on the prior precision lambda.
+
+    (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2, with Ã = diag(a) + sqrt(lambda) I in the eigenbasis, B̃
+    likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃.
+
+    Args:
+        log_prior: log lambda.
+        a: (F,) eigenvalues of sqrt(tau) A.
+        b: (D,) eigenvalues of sqrt(tau) B.
+        squared_norm: ‖P‖².
+    """
+    root = math.exp(log_prior / 2)
+    log_det = float(len(b) * (a + root).log().sum() + len(a) * (b + root).log().sum())
+    return (len(a) * len(b) * log_prior - math.exp(log_prior) * squared_norm - log_det) / 2
+
+
+def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
+    """The lambda of the largest ``log_evidence``.
+
+    Its derivative in log lambda falls everywhere, so there is one maximum, and none above F D / ‖P‖², where the
+    derivative of the first two terms is zero.
+    """
+    from scipy.optimize import minimize_scalar
+
+    highest = math.log(len(a) * len(b) / squared_norm)
+    found = minimize_scalar(
+        lambda log_prior: -log_evidence(log_prior, a, b, squared_norm),
+        bounds=(highest - 60, highest),
+        method="bounded",
+        options={"xatol": 1e-6},
+    )
+    return math.exp(found.x)
+
+
+def cosine_moments(g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, K) of the cosine of independent Gaussian vectors of diagonal covariance.
+
+    The moments of g · h are exact; the product of the norms counts as the root of its expected square.
+
+    Args:
+        g: (B, D) means.
+        g_variance: (B, D) variances.
+        h: (K, D) means.
+        h_variance: (K, D) variances.
+    """
+    g_second, h_second = g.square() + g_variance, h.square() + h_variance
+    squared_norms = g_second.sum(dim=-1)[:, None] * h_second.sum(dim=-1)
+    mean = g @ h.T / squared_norms.sqrt()
+    variance = (g_second @ h_variance.T + g_variance @ h.square().T) / squared_norms
+    return mean, variance
+
+
+FARTHEST = 1e-2
+"""Largest distance of normalise(P phi) from the embedding; rounding both to float16 makes about 1e-3."""
+
+
+@dataclass
+class BayesVLM(TensorPredictor):
+    """Last-layer Laplace: u = 1 - p_t̂, p = softmax of the logits under a posterior over the last linear maps.
+
+    With g = P phi and h = Q psi the last layers of the image and the text encoder, P's posterior precision is
+    (sqrt(tau) A + sqrt(lambda) I) ⊗ (sqrt(tau) B + sqrt(lambda) I), A = n^(-1/2) sum_i phi_i phi_i^T (F, F) and
+    B = n^(-1/2) sum_i H_i (D, D), H_i the Gauss-Newton curvature in g_i of the contrastive loss; Q's likewise, with
+    images and texts in each other's place. lambda, one for each encoder, maximises the Laplace evidence. The variance
+    of g is (phi^T A^(-1) phi) times the diagonal of B^(-1), from which follow mean m_j and variance v_j of every logit,
+    and p = softmax_j(m_j / sqrt(1 + pi v_j / 8)). What is scored is the VLM's own answer t̂, which need not be the
+    largest p_j. The logit bias counts, since the root differs between candidates.
+
+    The n pairs are the training images, each with the text of its class or its caption. Images are matched against
+    all K candidates, texts against the images of their chunk; a text of many images counts as often. With captions a
+    chunk is a pool. A class without a training image keeps the prior's variance along its own direction.
+
+    Two kinds of fit, told apart in the method's label, and data to score must carry what the fit used:
+
+    - "bayesvlm (model)": phi, psi, P and Q are the columns ``features``, ``text_features``, ``image_projection`` and
+      ``text_projection``. Data whose normalise(P phi) is farther than 1e-2 from the embedding are refused, such as
+      features of a second encoder or texts averaged over prompts. A bias of the last layer is a column of P, and a
+      feature that is always one.
+    - "bayesvlm (embeddings-only)": the last layer counts as the identity on the embeddings, phi = g = z, P = I. This is
+      a construction of ours and not the published method.
+
+    Args:
+        mode: "model", "embeddings", or "auto": "model" where the training data carry all four columns.
+        loss: "infonce" (CLIP) or "siglip", what the VLM was trained with.
+        pseudo_count: tau, how many times the pairs count; 10 in the reference.
+        chunk: Pairs at a time, hence images that compete for a text.
+
+    Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The reference implementation
+    leaves the 1/2 before the log-determinants of the evidence out and swaps their Kronecker exponents; here they are as
+    derived. There the pairs come from the VLM's own training data; here from the data to fit on.
+    """
+
+    name: ClassVar[str] = "bayesvlm"
+    summary: ClassVar[str] = "Laplace posterior over the VLM's last layers, as a temperature per candidate (BayesVLM)"
+    reference: ClassVar[str] = "Baumann et al., ICLR 2026"
+    cost: ClassVar[str] = "fit: one pass, O(N D (K + D)); score: three products with the candidates"
+    optional_columns: ClassVar[tuple[str, ...]] = (
+        "features",
+        "text_features",
+        "image_projection",
+        "text_projection",
+    )
+    is_probability: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = (
+        "image_inputs",
+        "image_outputs",
+        "image_prior",
+        "text_inputs",
+        "text_outputs",
+        "text_prior",
+        "on_features",
+    )
+
+    mode: Literal["auto", "model", "embeddings"] = "auto"
+    loss: Literal["infonce", "siglip"] = "infonce"
+    pseudo_count: Positive = 10.0
+    chunk: Count = 4_096
+
+    @property
+    def label(self) -> str:
+        """The name with the kind of fit, once there is one."""
+        if not self.learned_:
+            return self.name
+        return f"{self.name} (model)" if self._on_features else f"{self.name} (embeddings-only)"
+
+    def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
+        """The four columns in mode "model", or in mode "auto" where they are there; else none."""
+        there = train.columns.issuperset(self.optional_columns)
+        return self.optional_columns if self.mode == "model" or (self.mode == "auto" and there) else ()
+
+    @property
+    def columns_to_score(self) -> tuple[str, ...]:
+        """What the fit used."""
+        return self.optional_columns if self.learned_ and self._on_features else ()
+
+    @property
+    def _on_features(self) -> bool:
+        return bool(self.learned_["on_features"])
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - pairs are what counts
+        sums = functools.reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), self._factors(train))
+        tensors = {"on_features": torch.tensor(bool(train.columns))}
+        for side, found in zip(("image", "text"), sums, strict=True):
+            layer = train.source.column(f"{side}_projection", train.index[:1]) if train.columns else None
+            squared_norm = train.source.space.embed_dim if layer is None else float(layer.double().square().sum())
+            learned, prior = posterior(found, squared_norm, self.pseudo_count)
+            tensors |= {f"{side}_inputs": learned.inputs.cpu(), f"{side}_outputs": learned.outputs.cpu()}
+            tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
+        return tensors
+
+    def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
+        """What every chunk of pairs adds to the factors of the image and the text layer."""
+        # Labelled rows often come class by class, and a text needs images of all classes to compete for it.
+        generator = None if train.source.pool_size else torch.Generator().manual_seed(self.seed)
+        with track("fit", steps_per_epoch(train, self.chunk), "chunks") as task:
+            for batch in train.steps(self.chunk, generator):
+                layers = last_layers(batch.to(self.device_), on_features=bool(train.columns))
+                (phi, g), (psi, h) = ((float64(inputs), float64(outputs)) for inputs, outputs in layers)
+                image = Layer(phi, g, g.new_ones(len(g)))
+                text = Layer(psi, h, torch.bincount(batch.target, minlength=len(h)).to(h))
+                logit = (batch.logit_scale, batch.logit_bias)
+                yield (
+                    factors(image, text.directions, *logit, loss=self.loss),
+                    factors(text, image.directions, *logit, loss=self.loss),
+                )
+                task.advance(1)
+
+    def _notes(self) -> dict[str, object]:
+        priors = {side: float(self.learned_[f"{side}_prior"]) for side in ("image", "text")}
+        return {"label": self.label, "prior_precision": priors}
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        (phi, g), (psi, h) = last_layers(batch, on_features=self._on_features)
+        image, text = (
+            Posterior(self.learned_[f"{side}_inputs"].to(g), self.learned_[f"{side}_outputs"].to(g))
+            for side in ("image", "text")
+        )
+        mean, variance = cosine_moments(g, image.variance(phi), h, text.variance(psi))
+        logits = probit(batch.logit_scale * mean + batch.logit_bias, batch.logit_scale**2 * variance)
+        return torch.sigmoid(failure_log_odds(logits, batch))
+
+
+def last_layers(batch: Batch, *, on_features: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Inputs and outputs, (B, F) and (B, D), of the last layer of the image encoder, and (K, F), (K, D) of the text's.
+
+    Raises:
+        DataError: If the columns do not give the embeddings.
+    """
+    if not on_features:
+        return (batch.image, batch.image), (batch.text, batch.text)
+    return (
+        last_layer(batch, "features", "image_projection", batch.image),
+        last_layer(batch, "text_features", "text_projection", batch.text),
+    )
+
+
+def last_layer(batch: Batch, features: str, projection: str, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs phi and outputs P phi of one encoder's last layer."""
+    phi, layer = batch.columns[features], batch.columns[projection]
+    if layer.shape != (embedding.shape[1], phi.shape[1]):
+        raise DataError(
+            f"the column {projection!r} must map {features!r} to the embeddings, with shape "
+            f"{(embedding.shape[1], phi.shape[1])}. Got {tuple(layer.shape)} instead. Make both with "
+            "`vilu embed --features`."
+        )
+    g = phi @ layer.T
+    distance = float((functional.normalize(g, dim=-1) - embedding).norm(dim=-1).max())
+    if distance > FARTHEST:
+        raise DataError(
+            f"{features!r} times {projection!r} must be the embeddings, up to {FARTHEST} after normalisation. An "
+            f"entry is {distance:.2g} away: are these the features of another encoder, or texts averaged over prompts? "
+            "Make the columns with `vilu embed --features`, or set mode=embeddings."
+        )
+    return phi, g
+
+
+def probit(mean: Tensor, variance: Tensor) -> Tensor:
+    """Logits whose softmax approximates the expected softmax of Gaussian logits: mean / sqrt(1 + pi variance / 8)."""
+    return mean / (1 + math.pi / 8 * variance).sqrt()

@@ -1,0 +1,213 @@
+"""The model card of a saved predictor, from plain JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vilu.backbones.catalog import NAMED
+
+TAGS = ("failure-prediction", "uncertainty-estimation", "selective-classification", "vision-language-model")
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+MAX_VALUE = 500
+"""Characters of a value that a card shows."""
+
+SPACE = {
+    "backbone": "backbone",
+    "weights": "SHA-256 of its weights",
+    "preprocess": "preprocessing",
+    "tokenizer": "tokenizer",
+    "precision": "arithmetic",
+    "embed_dim": "width D",
+    "logit_scale": "logit scale",
+    "logit_bias": "logit bias",
+}
+FIT = {
+    "n_train": "training rows",
+    "n_failures": "failures among them",
+    "start": "began from",
+    "converted_from": "converted from",
+    "pool_size": "pool size (captions that each image chose from)",
+    "n_candidates": "classes",
+    "classes": "hash of the class names, in their order",
+}
+GUARANTEE = {
+    "promise": "promise",
+    "n": "calibration rows",
+    "dataset": "from",
+    "split": "split",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the code knows of a method.
+
+    Attributes:
+        summary: One line.
+        reference: Where it comes from.
+        is_probability: Whether the uncertainty estimates P(failure).
+        closed_set: Whether it scores the classes that it was fitted on and no others.
+        needs_fit: Whether it learned from labels.
+        columns: What it looks at beside the embeddings.
+    """
+
+    summary: str
+    reference: str
+    is_probability: bool
+    closed_set: bool
+    needs_fit: bool
+    columns: tuple[str, ...]
+
+
+def model_card(record: Mapping[str, Any], method: Method, risk: Mapping[str, Any] | None = None) -> str:
+    """The text of a card; whatever the names in it contain, the header is YAML and the body shows them as they are.
+
+    Args:
+        record: The content of ``predictor.json``.
+        method: What the code knows of the method.
+        risk: The content of ``risk.json``, where the predictor was calibrated.
+    """
+    space = record["space"] or {}
+    notes, name = record["notes"], record["method"]
+    seed = {"seed": record["parameters"]["seed"]} if "seed" in record["parameters"] else {}
+    parameters = {key: value for key, value in record["parameters"].items() if key not in seed}
+    sections = [
+        header(space.get("backbone"), name),
+        f"# {name}, a failure predictor",
+        "For every image it says how likely the zero-shot answer of the frozen model below is wrong (higher = more "
+        f"likely wrong), from the embeddings alone. Made with vilu {code(record['vilu'])}.",
+        f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
+        section("Embedding space", facts(space, SPACE) or ["- unknown: it was made from bare arrays"]),
+        section("Fit", [*fit_facts(notes, method), *facts(seed, {"seed": "seed"})]),
+        section("Hyper-parameters", [f"- {code(key)}: {code(parameters[key])}" for key in parameters] or ["- none"]),
+        section("Guarantee", guarantee(risk)),
+        section("Use", usage(space, notes, method)),
+        section("Limits", limits(notes, method, risk)),
+        f"Fingerprint {code(record.get('fingerprint', 'none'))}.",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def header(backbone: str | None, method: str) -> str:
+    """The YAML block; its values are JSON in ASCII, which YAML is a superset of."""
+    entries: dict[str, object] = {"library_name": "vilu", "license": "unknown", "tags": [*TAGS, method]}
+    base = hub_id(backbone)
+    if base is not None:
+        entries["base_model"] = base
+    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in entries.items()), "---"])
+
+
+def hub_id(backbone: str | None) -> str | None:
+    """ORG/NAME of a backbone on the model hub; None where its spec does not tell."""
+    spec = backbone or ""
+    for name, model in NAMED.items():
+        if spec in {name, f"open_clip:{model.open_clip}"}:
+            return model.open_clip_hub
+        if spec == f"{name}@hf":
+            return model.hf
+    for prefix in ("hf:", "open_clip:hf-hub:"):
+        found = spec.removeprefix(prefix)
+        if found != spec and HUB_ID.fullmatch(found):
+            return found
+    return None
+
+
+def fit_facts(notes: Mapping[str, Any], method: Method) -> list[str]:
+    """Rows, failures, candidates."""
+    if not method.needs_fit:
+        return ["- nothing is learned from labels", *facts(notes, FIT)]
+    found = facts(notes, FIT)
+    n, failures = notes.get("n_train"), notes.get("n_failures")
+    if isinstance(n, int) and isinstance(failures, int) and n:
+        found.append(f"- error rate of the frozen model on these rows: {failures / n:.2%}")
+    return found or ["- training rows: unknown"]
+
+
+def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
+    """What a calibration promises."""
+    if risk is None:
+        return ["- none: `vilu calibrate` was not run on this predictor, so no threshold comes with it"]
+    if risk.get("promise") is None:
+        return ["- none: only the probabilities are calibrated", *facts(risk, GUARANTEE)]
+    return [
+        *facts(risk, GUARANTEE),
+        "- it holds for rows that are drawn as the calibration rows were, and for no others",
+    ]
+
+
+def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Method) -> list[str]:
+    """Commands."""
+    options = ["--backbone", shlex.quote(one_line(space.get("backbone") or "BACKBONE"))]
+    if space.get("precision") == "bf16":
+        options += ["--precision", "bf16"]
+    if "features" in method.columns:
+        options.append("--features")
+    pools = f" --pool-size {notes['pool_size']}" if isinstance(notes.get("pool_size"), int) else ""
+    return [
+        "```bash",
+        "pip install 'vilu[hub]'",
+        "vilu pull ORG/NAME -o predictor  # where you found this card",
+        f"vilu embed IMAGES -o store {' '.join(options)}",
+        f"vilu score predictor store -o scores.parquet{pools}",
+        "```",
+        "",
+        'In Python: `vilu.load("predictor").predict_uncertainty(vilu.open_source("store"))`.',
+    ]
+
+
+def limits(notes: Mapping[str, Any], method: Method, risk: Mapping[str, Any] | None) -> list[str]:
+    """What it does not say."""
+    found = ["It says nothing about other backbones, weights, preprocessing or logit scales; vilu refuses them."]
+    if method.is_probability:
+        found.append(
+            "Its score estimates P(failure) for images like those of the fit. It was "
+            + ("calibrated, see above." if risk else "not calibrated on rows of its own (`vilu calibrate`).")
+        )
+    else:
+        found.append("Its score orders answers; it is no probability.")
+    if method.closed_set:
+        found.append("It scores the classes that it was fitted on and no others.")
+    if method.columns:
+        found.append(f"It looks at {', '.join(map(code, method.columns))} beside the embeddings.")
+    if isinstance(notes.get("pool_size"), int):
+        found.append("Failures depend on the pool size: numbers at another one are not comparable.")
+    if method.needs_fit:
+        found.append(
+            "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, to warn who scores them."
+        )
+    found.append("The licence is for you to state; that of the backbone and of the images may bind it.")
+    return [f"- {sentence}" for sentence in found]
+
+
+def section(title: str, lines: Iterable[str]) -> str:
+    """A heading and what stands below."""
+    return f"## {title}\n\n" + "\n".join(lines)
+
+
+def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """A line for each of the named values that is known."""
+    return [f"- {name}: {code(values[key])}" for key, name in names.items() if values.get(key) is not None]
+
+
+def code(value: object) -> str:
+    """A code span that shows any text, or other JSON, as it is on one line."""
+    text = one_line(value if isinstance(value, str) else json.dumps(value))
+    text = text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]} ..."
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    pad = " " if not text.strip() or text[0] in "` " or text[-1] in "` " else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def one_line(text: str) -> str:
+    """The text with what does not print, line ends too, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def plain(text: str) -> str:
+    """Text of ours in Markdown: signs that would format it are escaped."""
+    return re.sub(r"([\\`*_<>\[\]|])", r"\\\1", text)

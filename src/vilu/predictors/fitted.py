@@ -1,0 +1,321 @@
+"""Zero-shot scores with a few fitted numbers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, log_posterior
+from vilu.errors import UsageError
+from vilu.predictors.labelled import ClosedSetPredictor, TensorPredictor
+from vilu.predictors.nn.train import SCORING_BATCH, Rows
+
+LIMIT = math.log(100.0)
+"""Largest |log m|; an optimum outside is one that any data set would doubt."""
+
+BINS = 15
+GRID = 41
+TOLERANCE = 1e-3
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass
+class MCMTS(TensorPredictor):
+    """MCM with one fitted temperature: u = 1 - max_j softmax_j(m l), m = exp(v) > 0 a number learned from labels.
+
+    m multiplies the VLM's own logit scale (1 / m is the temperature of Guo et al.), within a factor of 100 either way.
+    With K > 2 it changes the order of the rows, not only their calibration. Every pass streams over the rows, so memory
+    does not grow with them; captions are scored within their pools.
+
+    Where no answer is wrong, the likelihood grows with m for ever and nothing is identified: m stays 1, with a warning.
+
+    Args:
+        objective: "nll", the mean negative log-likelihood of the labels, by bounded LBFGS; or "ece", the expected
+            calibration error of max_j p_j in 15 bins of equal width. That one jumps whenever a row changes its bin, so
+            it is searched without gradients: a grid of 41 log m, then a golden section around its best point.
+
+    Source: Guo et al., ICML 2017; ViLU, supplement A.3, names the calibration error and LBFGS together, which cannot
+    be, since that error has no useful gradient.
+    """
+
+    name: ClassVar[str] = "mcm_ts"
+    summary: ClassVar[str] = "MCM at a temperature fitted to labels (Guo et al. 2017)"
+    reference: ClassVar[str] = "Guo et al., ICML 2017"
+    cost: ClassVar[str] = "fit: about 10 passes over the logits (nll); score: as mcm"
+    is_probability: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = ("log_multiplier",)
+
+    objective: Literal["nll", "ece"] = "nll"
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+        log_multiplier = 0.0
+        if failure.any():
+            log_multiplier = OBJECTIVES[self.objective](train, len(failure), self.device_)
+        else:
+            warnings.warn(
+                f"only 0 failures among {len(failure)} training rows: they identify no temperature, so {self.name} "
+                "scores as mcm.",
+                stacklevel=4,
+            )
+        return {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
+
+    def _notes(self) -> dict[str, object]:
+        return {"multiplier": math.exp(float(self.learned_["log_multiplier"]))}
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        return uncertainty(batch, float(self.learned_["log_multiplier"]))
+
+
+def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
+    """(B,) float64 one minus the largest probability at the multiplier exp(``log_multiplier``)."""
+    return -torch.expm1(log_posterior(batch, math.exp(-log_multiplier)).amax(dim=-1))
+
+
+def likelihood_optimum(train: Rows, n: int, device: torch.device) -> float:
+    """The log m of the least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS."""
+    from scipy.optimize import minimize
+
+    def objective(point: list[float]) -> tuple[float, list[float]]:
+        terms = [likelihood_terms(batch.to(device), float(point[0])) for batch in train.batches(SCORING_BATCH)]
+        value, slope = (torch.stack(terms).sum(dim=0) / n).tolist()
+        return value, [slope]
+
+    limits, precision = [(-LIMIT, LIMIT)], {"ftol": 1e-15, "gtol": 1e-8}
+    found = minimize(objective, [0.0], jac=True, method="L-BFGS-B", bounds=limits, options=precision)
+    return float(found.x[0])
+
+
+def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
+    """(2,) sums over a batch of -log p_target and of its derivative in log m, on the CPU.
+
+    With z = m l, p_target is the mass of the candidates that are right (one, as a rule), and the derivative of
+    log sum_j exp(z_j) over any of them in log m is their mean z_j under p.
+    """
+    logits = float64(batch.logits)
+    z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
+    right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
+    value = torch.logsumexp(z, dim=-1) - torch.logsumexp(right, dim=-1)
+    slope = mean_logit(z, z) - mean_logit(right, z)
+    return torch.stack([value.sum(), slope.sum()]).cpu()
+
+
+def mean_logit(chosen: Tensor, z: Tensor) -> Tensor:
+    """(B,) mean of z (B, K) under softmax(chosen), where ``chosen`` is z or minus infinity."""
+    return (torch.softmax(chosen, dim=-1) * z).sum(dim=-1)
+
+
+def calibration_optimum(train: Rows, n: int, device: torch.device) -> float:
+    """The log m of the least calibration error of ``n`` labelled rows."""
+    grid = torch.linspace(-LIMIT, LIMIT, GRID, dtype=torch.float64).tolist()
+    errors = calibration_errors(train, n, device, grid)
+    best = min(range(GRID), key=errors.__getitem__)
+    low, high = grid[max(best - 1, 0)], grid[min(best + 1, GRID - 1)]
+    found, error = golden_section(lambda point: calibration_errors(train, n, device, [point])[0], low, high)
+    return found if error < errors[best] else grid[best]
+
+
+def calibration_errors(train: Rows, n: int, device: torch.device, log_multipliers: list[float]) -> list[float]:
+    """Expected calibration error at each multiplier, in one pass: sum over the bins of |failures - sum of u| / n.
+
+    A bin of max_j p_j is one of u = 1 - max_j p_j, closed on the right as in ``vilu.metrics.ece``.
+    """
+    edges = torch.arange(1, BINS, dtype=torch.float64) / BINS
+    gaps = torch.zeros(len(log_multipliers), BINS, dtype=torch.float64)
+    for batch in train.batches(SCORING_BATCH):
+        moved = batch.to(device)
+        failure = moved.failure.cpu()
+        for gap, log_multiplier in zip(gaps, log_multipliers, strict=True):
+            u = uncertainty(moved, log_multiplier).cpu()
+            gap.index_add_(0, torch.bucketize(u, edges), failure - u)
+    errors: list[float] = (gaps.abs().sum(dim=1) / n).tolist()
+    return errors
+
+
+def golden_section(function: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
+    """The best point that a golden-section search of [low, high] meets, and its value."""
+    seen: dict[float, float] = {}
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    seen |= {left: function(left), right: function(right)}
+    while high - low > TOLERANCE:
+        if seen[left] <= seen[right]:
+            high, right, left = right, left, right - GOLDEN * (right - low)
+            seen[left] = function(left)
+        else:
+            low, left, right = left, right, left + GOLDEN * (high - left)
+            seen[right] = function(right)
+    best = min(seen, key=seen.__getitem__)
+    return best, seen[best]
+
+
+OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
+    "nll": likelihood_optimum,
+    "ece": calibration_optimum,
+}
+"""How log m is found, by the name of the objective."""
+
+
+@dataclass
+class RelU(ClosedSetPredictor):
+    """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
+
+    D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes] over symmetric
+    matrices without negative entries, with zero diagonal and Frobenius norm at most 1. That objective is <M, D> with
+    M = trade_off * E[p^T p over failures] - (1 - trade_off) * E[p^T p over successes], so D is the positive part of M
+    off the diagonal, over its norm. M is summed batch by batch as one product (K, B) x (B, K); nothing is N x K^2.
+
+    Where no entry of M is positive (always so without failures) nothing can be gained, and D is constant off the
+    diagonal: the Gini impurity, ordered as ``doctor`` at this temperature. Without successes M is the failures' part
+    alone.
+
+    Args:
+        trade_off: Weight lambda of the failures; the successes have 1 - lambda.
+        temperature: T, beside the VLM's own logit scale.
+
+    Source: Dadalto et al., "A Data-Driven Measure of Relative Uncertainty for Misclassification Detection", ICLR 2024;
+    defaults of ViLU, supplement A.3. Its code drops the last class whenever K is odd, keeps p^T p of every row, and
+    scores through an N x N matrix; none of that is done here. The columns of D follow the classes' texts, so candidates
+    may come in any order, and some of them may be missing.
+    """
+
+    name: ClassVar[str] = "rel_u"
+    summary: ClassVar[str] = "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
+    reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
+    cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
+    tensors: ClassVar[tuple[str, ...]] = ("penalty",)
+    no_captions: ClassVar[str | None] = "its penalty is one of confusing two classes, and captions have no classes"
+
+    trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+        n_failures = int(failure.sum())
+        gain = self.trade_off / max(n_failures, 1)
+        cost = (1 - self.trade_off) / max(len(failure) - n_failures, 1)
+        moment = torch.zeros(())
+        for batch in train.batches(SCORING_BATCH):
+            moved = batch.to(self.device_)
+            p = log_posterior(moved, self.temperature).exp()
+            weight = torch.where(moved.failure == 1, gain, -cost).to(p)
+            moment = moment.to(p) + p.T @ (weight[:, None] * p)
+        return {"penalty": best_penalty(moment).cpu()}
+
+    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+        p = log_posterior(batch, self.temperature).exp()
+        order = classes.to(p.device)
+        return (p @ self._tensor("penalty", p.device)[order][:, order] * p).sum(dim=-1)
+
+
+def best_penalty(moment: Tensor) -> Tensor:
+    """(K, K) maximiser of <moment, D>; constant off the diagonal where nothing is to be gained."""
+    positive = (moment + moment.T).relu().fill_diagonal_(0)
+    if not positive.any():
+        positive = torch.ones_like(moment).fill_diagonal_(0)
+    penalty: Tensor = positive / torch.linalg.matrix_norm(positive)
+    return penalty
+
+
+MIN_DEVIATION = 1e-6
+"""Least standard deviation of the typicality: what float32 leaves of the norm of a unit vector."""
+
+
+@dataclass
+class SIRC(TensorPredictor):
+    """Softmax information retaining combination: u = log(S1_max - S1) + log(1 + exp(-b (S2 - a))).
+
+    S1 is a confidence of the posterior and S2 a typicality of the image, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2)
+    over the training rows (sd at least 1e-6). While S2 is typical the second term is nearly constant and S1 decides; an
+    image far below a is uncertain whatever S1 says. This is the logarithm of the published product, so that nothing
+    underflows; S1_max - S1 is formed without cancellation.
+
+    The labels are not used. The rows are those of every fitted method, usable and labelled.
+
+    Args:
+        confidence: S1: "msp", max_j p_j; "entropy", -H(p); "doctor", sum_j p_j^2.
+        typicality: S2: "norm1", ||z_v||_1; "residual", minus the norm of the part of z_v outside the principal
+            subspace of the training embeddings (of their second moment, uncentred).
+        components: Dimension of that subspace; None: half of D, or of the number of rows if that is less.
+
+    Source: Xia and Bouganis, ACCV 2022. There S2 is of the features before the classifier; here z_v has unit 2-norm, so
+    its 1-norm says how evenly it spreads over the coordinates. The published code takes 512 components, which leaves no
+    residual of an embedding that narrow, and moves the origin by the classifier's bias, which a VLM has not.
+    """
+
+    name: ClassVar[str] = "sirc"
+    summary: ClassVar[str] = "zero-shot confidence, overruled where the image is untypical (SIRC, ACCV 2022)"
+    reference: ClassVar[str] = "Xia and Bouganis, ACCV 2022"
+    cost: ClassVar[str] = "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
+    tensors: ClassVar[tuple[str, ...]] = ("shift", "slope")
+
+    confidence: Literal["msp", "entropy", "doctor"] = "msp"
+    typicality: Literal["norm1", "residual"] = "norm1"
+    components: Annotated[int, Field(ge=1)] | None = None
+
+    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+        learned = {}
+        if self.typicality == "residual":
+            learned["complement"] = self._complement(train, len(failure))
+        parts = [self._typicality(batch.to(self.device_), learned).cpu() for batch in train.batches(SCORING_BATCH)]
+        typicality = torch.cat(parts)
+        deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
+        return learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation}
+
+    def _complement(self, train: Rows, n: int) -> Tensor:
+        """(D, D - components) orthonormal directions in which the second moment of the ``n`` images is least."""
+        dim = train.source.space.embed_dim
+        components = self.components or max(min(dim, n) // 2, 1)
+        if components >= dim:
+            raise UsageError(f"components must be less than the embedding width {dim}. Got {components} instead.")
+        moment = torch.zeros(dim, dim, dtype=torch.float64)
+        for batch in train.batches(SCORING_BATCH):
+            image = float64(batch.to(self.device_).image)
+            moment = moment.to(image.device) + image.T @ image
+        vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
+        return vectors[:, : dim - components].cpu().clone()
+
+    def _tensor_names(self) -> tuple[str, ...]:
+        return (*self.tensors, "complement") if self.typicality == "residual" else self.tensors
+
+    def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
+        """(B,) float64 S2."""
+        image = float64(batch.image)
+        if self.typicality == "norm1":
+            return image.abs().sum(dim=-1)
+        outside: Tensor = torch.linalg.vector_norm(image @ learned["complement"].to(image.device), dim=-1)
+        return -outside
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        doubt = DOUBT[self.confidence](log_posterior(batch))
+        shift, slope = (self._tensor(name, doubt.device) for name in self.tensors)
+        untypical = slope * (shift - self._typicality(batch, self.learned_))
+        return doubt + torch.logaddexp(untypical, torch.zeros_like(untypical))
+
+
+def log_gap_msp(log_p: Tensor) -> Tensor:
+    """(B,) log(1 - max_j p_j), the log of the sum of the other probabilities."""
+    return torch.logsumexp(log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1)
+
+
+def log_gap_entropy(log_p: Tensor) -> Tensor:
+    """(B,) log H(p)."""
+    return torch.logsumexp(log_p + torch.log(-log_p), dim=-1)
+
+
+def log_gap_doctor(log_p: Tensor) -> Tensor:
+    """(B,) log(1 - sum_j p_j^2) = log sum_j p_j (1 - p_j)."""
+    return torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1)
+
+
+DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
+    "msp": log_gap_msp,
+    "entropy": log_gap_entropy,
+    "doctor": log_gap_doctor,
+}
+"""log(S1_max - S1) of (B, K) log p, by the name of the confidence."""

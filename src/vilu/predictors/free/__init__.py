@@ -1,1 +1,0 @@
-"""Scores of the zero-shot logits alone: nothing is learned."""

@@ -1,0 +1,267 @@
+"""Small networks on other inputs: a meta-network of temperatures, predictive visual uncertainty."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.errors import DataError
+from vilu.predictors.heads.head import Count, NonNegative, Positive, with_weights
+from vilu.predictors.labelled import LabelledPredictor
+from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
+
+
+@dataclasses.dataclass
+class NetworkPredictor(LabelledPredictor):
+    """A predictor with a network that gives one number per row, trained by AdamW; the last epoch is kept.
+
+    Args:
+        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
+        batch_size: Rows per step.
+        learning_rate: At the start; a cosine takes it to zero.
+        weight_decay: Of AdamW.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
+    """
+
+    epochs: Count | None = None
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 1e-4
+    device: str = "auto"
+
+    network_: nn.Module | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    history_: list[float] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+
+    @abstractmethod
+    def _build(self, dim: int) -> nn.Module:
+        """A new network for embeddings of width ``dim``: a batch to (B,)."""
+
+    @abstractmethod
+    def _loss(self, batch: Batch, output: Tensor) -> Tensor:
+        """The training loss of the network's output (B,)."""
+
+    @abstractmethod
+    def _score(self, batch: Batch, output: Tensor) -> Tensor:
+        """(B,) uncertainty from the network's output (B,)."""
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:  # noqa: ARG002
+        config = AdamWConfig(
+            self.epochs, self.batch_size, self.learning_rate, self.weight_decay, self.seed, self.device_
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            network = self._build(train.source.space.embed_dim)
+        self.history_ = train_adamw(network, self._loss, train, config)
+        self.network_ = network.eval()
+
+    def _notes(self) -> dict[str, object]:
+        return {"history": {"loss": self.history_}}
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        if self.network_ is None:
+            raise DataError(f"this {self.name} holds no network; its file is damaged.")
+        return self._score(batch, self.network_.to(batch.image.device)(batch))
+
+    def state(self) -> dict[str, Tensor]:
+        """The network's weights."""
+        return {} if self.network_ is None else {name: t.cpu() for name, t in self.network_.state_dict().items()}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        if self.space_ is None:
+            raise DataError("the saved predictor has weights but no embedding space.")
+        self.network_ = with_weights(self._build(self.space_.embed_dim), state, self.name)
+
+
+def perceptron(widths: list[int]) -> nn.Sequential:
+    """Linear layers of these widths with leaky ReLUs between them."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.LeakyReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+MARGIN = 0.1
+FLOOR = 1e-6
+
+
+@dataclasses.dataclass
+class PVU(NetworkPredictor):
+    """Pretrained visual uncertainties: u = softplus(g(z_v)) + 1e-6, trained on the VLM's own loss L = -log p_target.
+
+    g is an MLP D -> 512 -> 512 -> 1 with leaky ReLUs on the image embedding alone. With loss="ranking" it learns only
+    the order of the losses: over consecutive pairs of a shuffled batch the mean of
+    max(0, -sign(L_1 - L_2) (u_1 - u_2) + 0.1); an odd last row is left out. With loss="mse" it learns the values, the
+    mean of (u - L)^2. Labels are needed, failures are not. Captions: the loss is that of the pool drawn.
+
+    Args:
+        hidden: Hidden widths of the MLP.
+        loss: "ranking" or "mse".
+
+    Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. Pretrained there on ImageNet-21k, here fitted to
+    the rows at hand: about 6,000 steps instead of 32 passes over 200,000 images, with the same AdamW (learning rate
+    1e-3, betas 0.8 and 0.95, decay 1e-4) and cosine. Embeddings have unit norm and go in times sqrt(D), so that their
+    coordinates have the size of features. The losses are float64, which keeps sure rows apart.
+    """
+
+    name: ClassVar[str] = "pvu"
+    summary: ClassVar[str] = "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
+    reference: ClassVar[str] = "Kirchhof et al., 2024"
+    cost: ClassVar[str] = "fit: 6,000 steps of an MLP; score: 1 MFLOP a row"
+
+    hidden: tuple[Count, ...] = (512, 512)
+    loss: Literal["ranking", "mse"] = "ranking"
+
+    def _build(self, dim: int) -> nn.Module:
+        return ImageNetwork(dim, self.hidden)
+
+    def _loss(self, batch: Batch, output: Tensor) -> Tensor:
+        backbone = -batch.log_probability(log_posterior(batch), batch.target)
+        return LOSSES[self.loss](functional.softplus(output) + FLOOR, backbone.to(output.device))
+
+    def _score(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the image
+        return functional.softplus(float64(output)) + FLOOR
+
+
+class ImageNetwork(nn.Module):
+    """An MLP on the image embedding."""
+
+    def __init__(self, dim: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scale = math.sqrt(dim)
+        self.layers = perceptron([dim, *hidden, 1])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B,) float32."""
+        output: Tensor = self.layers(batch.image * self.scale)
+        return output.squeeze(-1)
+
+
+def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
+    """Mean hinge of the consecutive pairs of (B,) uncertainties, against the order of the backbone's losses (B,)."""
+    pairs = len(backbone) // 2
+    (u_1, u_2), (loss_1, loss_2) = (part[: 2 * pairs].view(pairs, 2).unbind(dim=1) for part in (uncertainty, backbone))
+    sign = torch.sign(loss_1 - loss_2).to(uncertainty.dtype)
+    return functional.relu(MARGIN - sign * (u_1 - u_2)).sum() / max(pairs, 1)
+
+
+def regression_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
+    """Mean squared difference of the uncertainties (B,) from the backbone's losses (B,)."""
+    return functional.mse_loss(uncertainty, backbone.to(uncertainty.dtype))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ranking": ranking_loss, "mse": regression_loss}
+"""Of uncertainties and the backbone's losses, by name."""
+
+
+LIMIT = math.log(10.0)
+"""Largest |log T|: a hundredfold between two rows, and no posterior that rounds to one."""
+
+FAR = 20.0
+"""Gap to the largest logit, in nats, from which on a candidate is as good as absent."""
+
+
+@dataclasses.dataclass
+class LMN(NetworkPredictor):
+    """Lightweight meta-network: u = 1 - max_j softmax_j(l / T(x)), T(x) > 0 learned per row; the answer never changes.
+
+    log T is an MLP with 16 hidden units (about 17,000 parameters at D = 512) on (gaps of the next logits to the
+    largest, z_v, z_t̂). With s = max_j p_j after scaling, and psi the sigmoid (s - 1/2) / steepness brought to
+    psi(0) = 0 and psi(1) = 1, its loss is
+    balance * [1 - psi(s) - log s] where the answer is right, (1 - balance) * [psi(s) + KL(uniform || p)] where it is
+    wrong, averaged over the batch: right but unsure is sharpened, wrong but sure is flattened.
+
+    A training set without failures, or without successes, has one of the two forces only; that is said as a warning.
+
+    Args:
+        hidden: Hidden widths of the MLP.
+        n_logits: How many of the largest logits are inputs.
+        balance: Weight beta of the right answers.
+        steepness: lambda of psi; a large one gives the diagonal of ordinary calibration.
+
+    Source: Huang et al., "Revisiting Confidence Calibration for Misclassification Detection in VLMs", ICLR 2026. There
+    all K logits are inputs in the order of the classes, which fixes K and that order; here the sorted gaps of the
+    ``n_logits`` largest, cut at 20 nats, where an absent candidate counts as that far away. The last layer starts at
+    zero, so that the scores start as MCM's, and |log T| is bounded by log 10.
+    """
+
+    name: ClassVar[str] = "lmn"
+    summary: ClassVar[str] = "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
+    reference: ClassVar[str] = "Huang et al., ICLR 2026"
+    cost: ClassVar[str] = "fit: 6,000 steps of a small MLP; score: 40 kFLOP a row"
+
+    hidden: tuple[Count, ...] = (16,)
+    n_logits: Annotated[int, Field(ge=2)] = 16
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.6
+    steepness: Positive = 0.05
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
+        for count, what in ((int(failure.sum()), "failures"), (int((1 - failure).sum()), "successes")):
+            if not count:
+                warnings.warn(
+                    f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.", stacklevel=4
+                )
+        super()._learn(train, failure, validation)
+
+    def _build(self, dim: int) -> nn.Module:
+        return MetaNetwork(dim, self.hidden, self.n_logits)
+
+    def _loss(self, batch: Batch, output: Tensor) -> Tensor:
+        log_p = torch.log_softmax(batch.logits * torch.exp(-output)[:, None], dim=-1)
+        log_s = log_p.amax(dim=-1)
+        psi = target_curve(log_s.exp(), self.steepness)
+        flatness = -log_p.mean(dim=-1) - math.log(log_p.shape[-1])
+        right, wrong = self.balance * (1 - psi - log_s), (1 - self.balance) * (psi + flatness)
+        return torch.where(batch.failure == 1, wrong, right).mean()
+
+    def _score(self, batch: Batch, output: Tensor) -> Tensor:
+        log_p = log_posterior(batch, float64(output).exp()[:, None])
+        return -torch.expm1(log_p.amax(dim=-1))
+
+
+class MetaNetwork(nn.Module):
+    """log T of every row, from its largest logits, the image, and the zero-shot answer's text."""
+
+    def __init__(self, dim: int, hidden: tuple[int, ...], n_logits: int) -> None:
+        super().__init__()
+        self.n_logits, self.scale = n_logits, math.sqrt(dim)
+        self.layers = perceptron([2 * dim + n_logits - 1, *hidden, 1])
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B,) float32."""
+        answer = batch.text[batch.prediction]
+        inputs = [logit_gaps(batch.logits, self.n_logits), batch.image * self.scale, answer * self.scale]
+        output: Tensor = self.layers(torch.cat(inputs, dim=1)).squeeze(-1)
+        return LIMIT * torch.tanh(output / LIMIT)
+
+
+def logit_gaps(logits: Tensor, n: int) -> Tensor:
+    """(B, n - 1) sorted gaps of the n largest logits to the very largest, in units of 20 nats, at most one.
+
+    Absent candidates of (B, K) logits with K < n are one unit away.
+    """
+    largest = logits.topk(min(n, logits.shape[1]), dim=-1).values
+    gaps = ((largest[:, :1] - largest[:, 1:]) / FAR).clamp(max=1)
+    return functional.pad(gaps, (0, n - 1 - gaps.shape[1]), value=1.0)
+
+
+def target_curve(confidence: Tensor, steepness: float) -> Tensor:
+    """psi: the sigmoid of (confidence - 1/2) / steepness, brought to 0 at 0 and 1 at 1.
+
+    It is formed as (1 + tanh((s - 1/2) / (2 lambda)) / tanh(1 / (4 lambda))) / 2, which no lambda makes overflow.
+    """
+    return (1 + torch.tanh((confidence - 0.5) / (2 * steepness)) / math.tanh(1 / (4 * steepness))) / 2

@@ -1,0 +1,363 @@
+"""Predictors on a model hub, and in folders made for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote, urlsplit
+
+from vilu.errors import DataError, MissingModelError, StorageError, UsageError, ViLUError
+from vilu.extras import hub_reachable, import_extra, quiet
+from vilu.files import MAX_DOCUMENT_BYTES, host_hash, make_folder
+from vilu.predictors.storage import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, load, read_record
+
+FILES = {
+    WEIGHTS: 4 << 30,
+    PREDICTOR: MAX_JSON_BYTES,
+    CARD: 1 << 20,
+    RISK: MAX_DOCUMENT_BYTES,
+    "calibration.parquet": 1 << 30,
+}
+"""All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """An empty folder next to ``target``, on the same file system; it is gone after the block.
+
+    Raises:
+        StorageError: If the file system refuses.
+    """
+    make_folder(target.parent)
+    name = f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    folder = make_folder(target.with_name(name))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_files(source: Path, destination: Path, *, links: bool) -> str:
+    """Copy what ``FILES`` names, load the copy once, and return its fingerprint.
+
+    Args:
+        source: A saved predictor.
+        destination: A folder that is there and empty.
+        links: Whether symbolic links are followed, as a cache of the hub has them; else they are refused.
+
+    Raises:
+        UsageError: If a file is a symbolic link, and ``links`` is not set.
+        DataError: If a file is too large, or the files are not those of a predictor.
+        StorageError: If the file system refuses.
+    """
+    if not source.is_dir():
+        raise DataError(f"no predictor here: {source} is no folder. Make one with `vilu fit`.")
+    try:
+        for name, limit in FILES.items():
+            path = source / name
+            if path.is_symlink() and not links:
+                raise UsageError(f"{path} is a symbolic link, so it could be anything on this machine. Copy the file.")
+            if path.is_file():
+                _copy(path, destination / name, limit)
+    except ViLUError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot copy {source} to {destination}: {error.strerror or error}.") from error
+    return check(destination, source)
+
+
+def _copy(path: Path, target: Path, limit: int) -> None:
+    require_size(str(path), path.stat().st_size, limit)
+    with path.open("rb") as source, target.open("xb") as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
+def require_size(name: str, size: int, limit: int) -> None:
+    """Refuse a file that no predictor has.
+
+    Raises:
+        DataError: If it is larger than ``limit`` bytes.
+    """
+    if size > limit:
+        raise DataError(f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a predictor.")
+
+
+def check(folder: Path, name: object) -> str:
+    """Load a predictor once, and return its fingerprint.
+
+    Raises:
+        DataError: If it cannot be loaded, however it fails.
+        ProvenanceError: If a newer vilu wrote it.
+    """
+    try:
+        load(folder)
+        return str(read_record(folder / PREDICTOR)["fingerprint"])
+    except ViLUError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # foreign files, any content
+        raise DataError(
+            f"{name} holds a damaged predictor: {type(error).__name__}: {error}".rstrip(".") + "."
+        ) from error
+
+
+def require_ours(target: Path) -> None:
+    """Refuse a place that has other files than a predictor's: they would be lost.
+
+    Raises:
+        UsageError: Naming one of them.
+    """
+    if not target.exists():
+        return
+    foreign = [path.name for path in target.iterdir() if path.name not in FILES] if target.is_dir() else [target.name]
+    if foreign:
+        raise UsageError(f"{target} holds {min(foreign)!r}, which is none of a predictor's files. Give a new folder.")
+
+
+def require_same(target: Path, fingerprint: str) -> None:
+    """Refuse a place that has another predictor.
+
+    Raises:
+        UsageError: If it has.
+    """
+    if not target.exists() or not any(target.iterdir()):
+        return
+    found = read_record(target / PREDICTOR).get("fingerprint") if (target / PREDICTOR).is_file() else None
+    if found != fingerprint:
+        raise UsageError(f"{target} holds another predictor. Give a new folder, or --overwrite to replace it.")
+
+
+def place(staged: Path, target: Path) -> None:
+    """Put a finished folder in the place of ``target``; a reader sees the old one, the new one, or for a moment none.
+
+    Raises:
+        StorageError: If the file system refuses; the old folder is then back in its place.
+    """
+    try:
+        with beside(target) as aside:
+            old = aside / "old"
+            if target.exists():
+                target.rename(old)
+            try:
+                staged.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+    except OSError as error:
+        raise StorageError(f"cannot put the predictor into {target}: {error.strerror or error}.") from error
+
+
+REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
+REASONS = {
+    "GatedRepoError": "it is gated; ask for access on its page, and set HF_TOKEN",
+    "RepositoryNotFoundError": "the hub has no such name, or it is private and HF_TOKEN is not of one who may see it",
+    "RevisionNotFoundError": "it has no such revision",
+    "LocalEntryNotFoundError": "it is not complete in the cache of the hub, and the hub is not asked (HF_HUB_OFFLINE) "
+    "or cannot be reached",
+    "HFValidationError": "that is no name of a repository",
+}
+"""What the errors of huggingface_hub mean, by their names."""
+
+A_FOLDER = re.compile(r"(\.{1,2}|~)([/\\]|$)|[/\\]|[A-Za-z]:[/\\]")
+"""How a folder begins: with /, ./, ../, ~/ or a drive."""
+
+
+def push(
+    folder: str | Path, repository: str, *, private: bool | None = None, revision: str | None = None,
+    overwrite: bool = False,
+) -> str:  # fmt: skip
+    """Copy a saved predictor to a repository of the model hub, or to a folder; returns where it is.
+
+    Only the files of ``FILES`` go, as they are; those of an earlier push that this one lacks are removed.
+
+    Args:
+        folder: A saved predictor, which is loaded once before anything leaves.
+        repository: ORG/NAME, which is made where it is missing; or a folder, as ./DIR, /DIR or file:///DIR.
+        private: Whether a repository that is made can be seen by its owner alone; None: as the owner's settings say.
+        revision: Branch of the repository; by default main.
+        overwrite: Replace another predictor in a folder; the hub keeps what was there.
+
+    Raises:
+        UsageError: If the repository is neither, there is no token, it may not write there, or the folder is taken.
+        DataError: If the folder holds no predictor, or a damaged one.
+        MissingModelError: If huggingface_hub is not installed, or the hub is offline or refuses.
+        StorageError: If the file system refuses.
+    """
+    local = local_folder(repository)
+    if local is not None:
+        require_no_revision(repository, revision)
+        return str(_place_copy(Path(folder), local, links=False, overwrite=overwrite))
+    require_repository(repository)
+    with tempfile.TemporaryDirectory() as staged:
+        copy_files(Path(folder), Path(staged), links=False)
+        return _upload(Path(staged), repository, private, revision)
+
+
+def pull(repository: str, folder: str | Path, *, revision: str | None = None, overwrite: bool = False) -> Path:
+    """Copy a predictor from a repository of the model hub, or from a folder; returns where it is.
+
+    Only the files of ``FILES`` come. They are loaded once beside ``folder`` and then take its place together.
+
+    Args:
+        repository: ORG/NAME, or a folder, as for ``push``.
+        folder: Where to put it.
+        revision: Branch, tag or commit of the repository; by default main.
+        overwrite: Replace another predictor in ``folder``.
+
+    Raises:
+        UsageError: If the repository is neither, or the folder is taken.
+        DataError: If the repository holds no predictor, or a damaged one, or a file is too large.
+        ProvenanceError: If a newer vilu wrote it.
+        MissingModelError: If huggingface_hub is not installed, or there is no such repository or revision, or it is
+            not in the cache and the hub is offline.
+        StorageError: If the file system refuses.
+    """
+    source = local_folder(repository)
+    require_ours(Path(folder))
+    if source is not None:
+        require_no_revision(repository, revision)
+    else:
+        require_repository(repository)
+        source = _download(repository, revision)
+    return _place_copy(source, Path(folder), links=True, overwrite=overwrite)
+
+
+def local_folder(repository: str) -> Path | None:
+    """The folder that a repository's name means, None where it is not written as one.
+
+    Raises:
+        UsageError: If it is a file URL of another machine.
+    """
+    if repository.startswith("file://"):
+        parts = urlsplit(repository)
+        if parts.netloc not in {"", "localhost"}:
+            raise UsageError(f"a file URL of this machine begins with file:///. Got {repository!r} instead.")
+        return Path(unquote(parts.path))
+    return Path(repository).expanduser() if A_FOLDER.match(repository) else None
+
+
+def require_repository(repository: str) -> None:
+    """Refuse what is neither ORG/NAME nor written as a folder.
+
+    Raises:
+        UsageError: Naming both forms.
+    """
+    if not REPOSITORY.fullmatch(repository):
+        raise UsageError(
+            f"expected ORG/NAME on the model hub, or a folder that begins with ./ or /. Got {repository!r} instead."
+        )
+
+
+def require_no_revision(repository: str, revision: str | None) -> None:
+    """Refuse a revision of a folder.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    if revision is not None:
+        raise UsageError(f"{repository} is a folder, which has no revisions. Leave --revision out.")
+
+
+def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> Path:
+    require_ours(target)
+    place_at = target.resolve()
+    with beside(place_at) as staged:
+        fingerprint = copy_files(source, staged, links=links)
+        if not overwrite:
+            require_same(place_at, fingerprint)
+        place(staged, place_at)
+    return target
+
+
+def _upload(staged: Path, repository: str, private: bool | None, revision: str | None) -> str:
+    hub = _client(repository, "pushed to")
+    if hub.get_token() is None:
+        raise UsageError(f"pushing to {repository} needs a token: set HF_TOKEN, or run `hf auth login`.")
+    with quiet(), _explained(repository, revision):
+        api = hub.HfApi(library_name="vilu")
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=staged,
+            revision=revision,
+            allow_patterns=list(FILES),
+            delete_patterns=[name for name in FILES if not (staged / name).exists()],
+            commit_message="A predictor of vilu",
+        )
+    return str(commit.commit_url)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    """The folder of a revision in the hub's cache; offline, what the cache has."""
+    hub = import_extra("huggingface_hub", "hub")
+    from huggingface_hub import constants
+
+    with _explained(repository, revision):
+        if not constants.HF_HUB_OFFLINE:
+            _client(repository, "pulled from")
+            info = hub.HfApi(library_name="vilu").model_info(repository, revision=revision, files_metadata=True)
+            _require_sizes(repository, {entry.rfilename: entry.size for entry in info.siblings or ()})
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
+
+
+def _client(repository: str, doing: str) -> ModuleType:
+    """The hub's library, where the hub can be reached."""
+    hub = import_extra("huggingface_hub", "hub")
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise MissingModelError(f"{repository} cannot be {doing}: HF_HUB_OFFLINE is set. Unset it.")
+    if not hub_reachable():
+        raise MissingModelError(
+            f"{repository} cannot be {doing}: {constants.ENDPOINT} cannot be reached. Check the network. What is in "
+            "the cache of the hub is pulled with HF_HUB_OFFLINE=1, and a folder (./DIR) serves as a hub."
+        )
+    return hub
+
+
+def _require_sizes(repository: str, sizes: dict[str, int | None]) -> None:
+    """Refuse before anything is downloaded."""
+    missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
+    if missing:
+        raise DataError(f"{repository} holds no predictor: it has no {' and no '.join(missing)}.")
+    for name, limit in FILES.items():
+        require_size(f"{name} of {repository}", sizes.get(name) or 0, limit)
+
+
+@contextmanager
+def _explained(repository: str, revision: str | None) -> Iterator[None]:
+    """The errors of the hub's client as ours."""
+    from huggingface_hub import errors
+
+    # the hub's own error derives from that of its HTTP client, whichever that is, for what is lost on the way
+    lost = [kind for kind in errors.HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
+    known: tuple[type[Exception], ...] = (OSError, errors.HFValidationError, RuntimeError, *lost)
+    try:
+        yield
+    except known as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system; the hub's have no number
+            raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kinds = [kind.__name__ for kind in type(error).__mro__]
+        reason = next((REASONS[kind] for kind in kinds if kind in REASONS), None)
+        if reason is None and status in {401, 403}:
+            raise UsageError(
+                f"the hub refuses {repository} (HTTP {status}): HF_TOKEN is not of one who may."
+            ) from error
+        reason = reason or f"the hub or the way to it failed: {_first_line(error)}"
+        raise MissingModelError(f"{repository}, revision {revision or 'main'}: {reason}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,324 @@
+"""Linear experts on embeddings, solved by full-batch steps."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import SAME_TEXT, Batch
+from vilu.predictors.nn.train import SCORING_BATCH, Rows
+
+TEMPERATURE_SD = 0.5
+"""Prior standard deviation of the log of the zero-shot temperature, around zero."""
+
+LBFGS_STEPS = 150
+FEATURES = "features"
+TINY = 1e-6
+
+
+class Moments:
+    """Number, float64 sum (D,) and sum of squared norms of rows that come in blocks."""
+
+    def __init__(self) -> None:
+        self.n, self.total, self.squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+
+    def add(self, rows: Tensor) -> None:
+        """Count a block (N, D)."""
+        double = rows.cpu().double()
+        self.n += len(rows)
+        self.total = self.total + double.sum(dim=0)
+        self.squares = self.squares + double.square().sum()
+
+
+class Standard(nn.Module):
+    """Rows centred and divided by their root mean square norm, so that nothing learned depends on a model's scale."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mean, self.norm = nn.Buffer(torch.zeros(dim)), nn.Buffer(torch.ones(()))
+
+    def fit(self, moments: Moments) -> None:
+        """Take mean and norm from the rows that were added up."""
+        mean = moments.total / moments.n
+        variance = (moments.squares / moments.n - mean.square().sum()).clamp_min(0)
+        self.mean.copy_(mean)
+        self.norm.copy_(variance.sqrt() if variance > TINY else torch.ones(()))  # one row, or all alike
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(N, D) to (N, D)."""
+        scaled: Tensor = (rows - self.mean) / self.norm
+        return scaled
+
+
+class Inputs(nn.Module):
+    """What an image looks like to the experts: its embedding, and its features where there are any, of one weight.
+
+    Args:
+        dim: Embedding width D.
+        feature_dim: Width F of the column "features"; 0 for none.
+    """
+
+    def __init__(self, dim: int, feature_dim: int) -> None:
+        super().__init__()
+        self.width, self.on_features = dim + feature_dim, feature_dim > 0
+        self.image, self.features = Standard(dim), Standard(feature_dim)
+
+    def fit(self, rows: Rows) -> None:
+        """Mean and norm of the rows, from one pass."""
+        images, features = Moments(), Moments()
+        for batch in rows.batches(SCORING_BATCH):
+            images.add(batch.image)
+            if self.on_features:
+                features.add(batch.columns[FEATURES])
+        self.image.fit(images)
+        if self.on_features:
+            self.features.fit(features)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, D + F), of unit norm in the root mean square."""
+        if not self.on_features:
+            return cast("Tensor", self.image(batch.image))
+        both = [self.image(batch.image), self.features(batch.columns[FEATURES])]
+        return torch.cat(both, dim=1) / math.sqrt(2)
+
+
+class Match(NamedTuple):
+    """What candidates have to do with the training classes.
+
+    Attributes:
+        row: (K,) the class of each, where it is one.
+        known: (K,) whether it is one.
+        reach: (K,) 1 for a class, else the squared cosine of the standardised text with the nearest class's (0 where it
+            is negative): the share of its variance that the two have in common.
+    """
+
+    row: Tensor
+    known: Tensor
+    reach: Tensor
+
+
+class SupervisedAttention(nn.Module):
+    """Logits of K candidates: the zero-shot logits, tempered, plus a bilinear form in image and text.
+
+    l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the ``Inputs``, t
+    standardised texts. v_j belongs to class j of the training set and is zero for every other candidate, so any
+    candidates can be scored; A is what they have in common. It and the temperature count for other candidates as much
+    as their texts are like those of classes (``Match.reach``), so that foreign ones have their zero-shot logits. Starts
+    at the tempered zero-shot logits (A = v = 0).
+
+    Args:
+        inputs: Fitted.
+        dim: Embedding width D of the texts.
+        n_classes: Number of training classes; 0 for captions.
+        sharing: rho, the share of the prior variance that classes have in common.
+    """
+
+    def __init__(self, inputs: Inputs, dim: int, n_classes: int, sharing: float) -> None:
+        super().__init__()
+        self.sharing = sharing
+        self.temperature = nn.Buffer(torch.ones(()))
+        self.inputs, self.text = inputs, Standard(dim)
+        self.classes = nn.Buffer(torch.zeros(n_classes, dim))
+        self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim))
+        self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1))
+
+    def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
+        """(B, K) tempered zero-shot logits without the bias that all share; the more foreign, the less tempered."""
+        temperature = self.temperature if match is None else self.temperature ** match.reach.mean()
+        tempered: Tensor = temperature * (batch.logits - batch.logit_bias)
+        return tempered
+
+    def match(self, text: Tensor) -> Match:
+        """How candidates (K, D) relate to the training classes; captions have none, and nothing to be far from."""
+        if not len(self.classes):
+            nobody = torch.zeros(len(text), dtype=torch.long, device=text.device)
+            return Match(nobody, nobody.bool(), torch.ones_like(text[:, 0]))
+        cosine, index = (text @ self.classes.T).max(dim=1)
+        known = cosine >= SAME_TEXT
+        candidates, classes = (functional.normalize(self.text(rows), dim=1) for rows in (text, self.classes))
+        near = (candidates @ classes.T).amax(dim=1).clamp(0, 1).square()
+        return Match(index, known, torch.where(known, 1.0, near))
+
+    def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
+        """(B, K) logits; ``match`` as from ``match``, None where the candidates are the training classes in order."""
+        keys = math.sqrt(self.sharing) * (self.text(batch.text) @ self.shared.T)
+        if match is not None:
+            keys = keys * match.reach[:, None]
+        if len(self.own):
+            own = self.own if match is None else self.own[match.row] * match.known[:, None]
+            keys = keys + math.sqrt(1 - self.sharing) * own
+        learned: Tensor = functional.pad(self.inputs(batch), (0, 1), value=1.0) @ keys.T
+        return self.offset(batch, match) + learned
+
+
+def fit_attention(
+    inputs: Inputs, rows: Rows, n_classes: int, variance: float, sharing: float, device: torch.device
+) -> SupervisedAttention:
+    """The attention of largest posterior for labelled rows: a convex problem, solved by L-BFGS over streamed batches.
+
+    Args:
+        inputs: Fitted.
+        rows: Usable labelled rows.
+        n_classes: K of shared candidates; 0 for captions.
+        variance: Prior variance C of every weight: the penalty is |weights|^2 / (2 C) against the summed loss.
+        sharing: See ``SupervisedAttention``.
+        device: Where to fit.
+    """
+    attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
+    _take_texts(attention, rows)
+    attention.to(device)
+    attention.temperature.fill_(fit_temperature(rows, device))
+    parameters = [attention.shared, attention.own] if n_classes else [attention.shared]
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=LBFGS_STEPS,
+        history_size=10,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
+    )
+    n = len(rows.index)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        penalty = sum((p.square().sum() for p in parameters), torch.zeros((), device=device)) / (2 * variance * n)
+        penalty.backward()
+        total = penalty.detach()
+        for batch in rows.batches(SCORING_BATCH):
+            moved = batch.to(device)
+            loss = -moved.log_probability(attention(moved), moved.target).sum() / n
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    optimizer.step(closure)
+    optimizer.zero_grad()
+    return attention.eval().requires_grad_(requires_grad=False)
+
+
+def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
+    """The classes, and mean and norm of the candidates."""
+    texts = Moments()
+    for batch in rows.batches(SCORING_BATCH):
+        texts.add(batch.text)
+        if len(attention.classes):
+            attention.classes.copy_(batch.text)
+            break  # shared candidates are the same in every batch
+    attention.text.fit(texts)
+
+
+def fit_temperature(rows: Rows, device: torch.device) -> float:
+    """A > 0 of largest posterior for labels drawn from softmax(a l0), log a ~ N(0, 0.5^2): one for few labels."""
+    from scipy.optimize import minimize_scalar
+
+    def objective(log_a: float) -> float:
+        total = log_a**2 / (2 * TEMPERATURE_SD**2)
+        for batch in rows.batches(SCORING_BATCH):
+            moved = batch.to(device)
+            total -= float(moved.log_probability(math.exp(log_a) * moved.logits, moved.target).sum())
+        return total
+
+    return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))
+
+
+RIDGE = 0.1
+GAIN = 8.0
+"""From a residual probability to a logit; the pool weighs it anyway."""
+
+
+class Adapter(nn.Module):
+    """A small network of the image, to be added to the tempered zero-shot logits of the training classes.
+
+    Args:
+        inputs: Fitted.
+        n_classes: Number of training classes.
+        hidden: Width of the one hidden layer.
+        dropout: Rate after it.
+    """
+
+    def __init__(self, inputs: Inputs, n_classes: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
+        self.first, self.last = nn.Linear(inputs.width, hidden), nn.Linear(hidden, n_classes)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, K) for the training classes in their order."""
+        rows = self.inputs(batch) * math.sqrt(self.inputs.width)  # coordinates of variance one on average
+        logits: Tensor = self.last(self.dropout(functional.gelu(self.first(rows))))
+        return logits
+
+
+class Memory(nn.Module):
+    """Attention over labelled images: kernel ridge regression on what the zero-shot posterior gets wrong.
+
+    8 k(x) (K + 0.1 I)^-1 (Y - P), with k the Gaussian kernel exp(-|x - x'|^2 / 2) of ``Inputs``, Y the labels
+    and P the tempered zero-shot posterior of the M training images; to be added to the tempered zero-shot logits.
+
+    Args:
+        inputs: Fitted.
+        n_rows: M.
+        n_classes: Number of training classes.
+    """
+
+    def __init__(self, inputs: Inputs, n_rows: int, n_classes: int) -> None:
+        super().__init__()
+        self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
+        self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width))
+        self.values = nn.Buffer(torch.zeros(n_rows, n_classes))
+
+    def kernel(self, rows: Tensor) -> Tensor:
+        """(N, M) float64 of inputs (N, D + F) with the bank, on the CPU where the device has no float64.
+
+        Values of both signs and a size of ten cancel to what the rows are told apart by: in float32 an error of 1e-4.
+        """
+        x, bank = float64(rows), float64(self.bank)
+        squares = x.square().sum(dim=1)[:, None] + bank.square().sum(dim=1) - 2 * x @ bank.T
+        return torch.exp(-squares.clamp_min(0) / 2)
+
+    @classmethod
+    def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
+        """Remember labelled rows, all at once: there are few of them."""
+        (batch,) = (batch.to(attention.classes.device) for batch in rows.steps(len(rows.index)))
+        memory = cls(attention.inputs, len(batch.index), len(batch.text)).to(attention.classes.device)
+        memory.bank.copy_(attention.inputs(batch))
+        missing = functional.one_hot(batch.target, len(batch.text)) - attention.offset(batch).softmax(dim=-1)
+        gram = memory.kernel(memory.bank).cpu()
+        gram.diagonal().add_(RIDGE)
+        memory.values.copy_(GAIN * torch.cholesky_solve(missing.cpu().double(), torch.linalg.cholesky(gram)))
+        return memory
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, K) for the training classes in their order."""
+        rows = self.inputs(batch)
+        return (self.kernel(rows) @ float64(self.values)).to(rows)
+
+
+class Experts(nn.Module):
+    """Several opinions on which candidate is true.
+
+    Args:
+        attention: Scores any candidates.
+        companions: Adapters and memories, which know the training classes only.
+    """
+
+    def __init__(self, attention: SupervisedAttention, companions: dict[str, Adapter | Memory]) -> None:
+        super().__init__()
+        self.attention, self.companions = attention, nn.ModuleDict(companions)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B, M, K) logits: of all experts where every candidate is a training class, else of the attention (M = 1)."""
+        match = self.attention.match(batch.text)
+        logits = [self.attention(batch, match)]
+        if bool(match.known.all()):
+            offset = self.attention.offset(batch)
+            logits += [offset + companion(batch)[:, match.row] for companion in self.companions.values()]
+        return torch.stack(logits, dim=1)

@@ -1,0 +1,278 @@
+"""The failure head: attention over the candidates, and a perceptron."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vilu.embeddings.similarity import TILE_CELLS, row_blocks
+from vilu.embeddings.source import Batch
+from vilu.predictors.nn.processes import current_world
+
+
+class Dropout(nn.Module):
+    """In training, a unit is zero with probability ``rate``, else multiplied by 1 / (1 - rate); otherwise nothing.
+
+    Masks are drawn on the CPU from a generator of its own: a seed gives the same ones on every device, and the global
+    generators are left alone. One instance may serve several layers. Where several processes train together, each draws
+    the masks of all their rows and takes its own, so that their number does not matter.
+
+    Args:
+        rate: In [0, 1).
+        seed: Of the masks in training.
+
+    Source: Srivastava et al., JMLR 2014.
+    """
+
+    def __init__(self, rate: float, seed: int) -> None:
+        super().__init__()
+        self.rate = rate
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """A mask per row in training, else the input."""
+        if not self.training:
+            return hidden
+        world = current_world()
+        n_rows = world.total(len(hidden))
+        mask = self.mask((n_rows, *hidden.shape[1:]), self.generator)[world.mine(n_rows)]
+        return hidden * mask.to(hidden.device)
+
+    def mask(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """A mask on the CPU, zeros and 1 / (1 - rate)."""
+        keep = torch.empty(*shape).bernoulli_(1 - self.rate, generator=generator)
+        return keep / (1 - self.rate)
+
+
+class CrossAttention(nn.Module, ABC):
+    """Texts averaged by how much an image attends to them."""
+
+    def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
+        """(B, H): sum_j alpha_j W_V t_j, times a matrix that follows. The weights alpha are computed in float32.
+
+        Up to ``TILE_CELLS`` weights the chain weights @ text @ W_V.T @ after.T is multiplied in its cheapest order:
+        with K candidates fewer than B rows nothing of size (B, D) has to be projected at all, and the weights are kept
+        for the gradient. More are never there together, so that a pool of N pairs takes no N x N matrix: texts are
+        averaged by ``attend``, which computes the weights again for the gradient, and the averages are projected.
+
+        Args:
+            image: (B, D) unit-norm embeddings.
+            text: (K, D) unit-norm embeddings, without gradient.
+            logit_scale: The VLM's own multiplier of the cosine.
+            after: (H, D) matrix that is applied to the attended text.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            query, key, scale = self.bilinear(logit_scale)
+            if len(image) * len(text) > TILE_CELLS:
+                chain = [attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)]
+            else:
+                logits = scale * torch.linalg.multi_dot([image, query.T, key, text.T])
+                chain = [torch.softmax(logits, dim=-1), text]
+        attended: Tensor = torch.linalg.multi_dot([*chain, self.value.T, after.T])
+        return attended
+
+    @abstractmethod
+    def bilinear(self, logit_scale: float) -> tuple[Tensor, Tensor, float]:
+        """Query and key matrices (D, D) and the multiplier of their product."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Tensor:
+        """(D, D) projection of the values."""
+
+
+def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
+    """softmax(scale * query @ text.T) @ text, (B, D), without a (B, K) tensor, forward or backward.
+
+    Args:
+        query: (B, D) float32.
+        text: (K, D) float32, without gradient.
+        scale: Multiplier of the products.
+
+    Raises:
+        ValueError: If the texts want a gradient.
+    """
+    if text.requires_grad:
+        raise ValueError("an attention over so many texts gives them no gradient. Detach them.")
+    apply: Callable[[Tensor, Tensor, float], Tensor] = _Attend.apply  # torch gives it no type
+    return apply(query, text, scale)
+
+
+class _Attend(torch.autograd.Function):
+    """Forward torch's ``scaled_dot_product_attention``, backward three products of B x K x D operations, not its five.
+
+    Its backward would compute gradients of keys and values too, and the encoders are frozen. The query's alone is
+
+        P = softmax(scale * query @ text.T), dP = gradient @ text.T, d query = scale * P (dP - (P * dP).sum) @ text,
+
+    made here in blocks of rows with ``TILE_CELLS`` weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, text: Tensor, scale: float) -> Tensor:  # noqa: ANN401 - torch gives it no type
+        """Row blocks bound the memory also where torch has only its plain kernel."""
+        # heads and batches of one: the fused kernels want four dimensions
+        keys = text[None, None]
+        parts = [query[None, None, part] for part in row_blocks(len(query), len(text), len(query))]
+        attended = [functional.scaled_dot_product_attention(part, keys, keys, scale=scale) for part in parts]
+        result = torch.cat(attended, dim=2)[0, 0]
+        ctx.save_for_backward(query, text, result)
+        ctx.scale = scale
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch gives it no type
+        """Of the query; (P * dP).sum is gradient . result."""
+        query, text, result = ctx.saved_tensors
+        change, rows = torch.empty_like(query), max(TILE_CELLS // len(text), 1)
+        blocks = (x.split(rows) for x in (query, gradients[0], result, change))
+        with torch.autocast(query.device.type, enabled=False):
+            for part, gradient, average, out in zip(*blocks, strict=True):
+                weights = torch.softmax((part @ text.T).mul_(ctx.scale), dim=-1)
+                towards = (gradient @ text.T).sub_((gradient * average).sum(dim=1, keepdim=True))
+                torch.mm(towards.mul_(weights), text, out=out)
+        return change.mul_(ctx.scale), None, None
+
+
+class OfficialAttention(CrossAttention):
+    """As in the released code: identity-initialised projections, one matrix for keys and values, scale s.
+
+    alpha = softmax_j(s (W_v z_v) . (W_t z_tj)), attended text = sum_j alpha_j W_t z_tj. At initialisation alpha is
+    the zero-shot posterior.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.image = nn.Parameter(torch.eye(dim))
+        self.text = nn.Parameter(torch.eye(dim))
+
+    def bilinear(self, logit_scale: float) -> tuple[Tensor, Tensor, float]:
+        """W_v, W_t and the VLM's logit scale."""
+        return self.image, self.text, logit_scale
+
+    @property
+    def value(self) -> Tensor:
+        """W_t, shared with the keys."""
+        return self.text
+
+
+class PaperAttention(CrossAttention):
+    """As written in the paper: W_Q, W_K, W_V and the temperature 1/sqrt(d).
+
+    alpha = softmax_j((W_Q z_v) . (W_K z_tj) / sqrt(d)), attended text = sum_j alpha_j W_V z_tj. The paper states no
+    initialisation; Xavier-uniform is what torch's own attention uses.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
+        self.key = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
+        self.value_projection = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
+
+    def bilinear(self, logit_scale: float) -> tuple[Tensor, Tensor, float]:  # noqa: ARG002 - the paper's form ignores it
+        """W_Q, W_K and 1/sqrt(d)."""
+        return self.query, self.key, 1 / math.sqrt(len(self.query))
+
+    @property
+    def value(self) -> Tensor:
+        """W_V."""
+        return self.value_projection
+
+
+ATTENTION: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
+    "official": OfficialAttention,
+    "paper": PaperAttention,
+}
+"""Attention forms by name."""
+
+
+HIDDEN = (512, 256, 128)
+"""Hidden widths of the published head (supplement, A.2)."""
+
+
+class FailureHead(nn.Module):
+    """Failure logit g of the joint embedding z = (z_v, attended text, z_t̂, MCM), each part but z_v optional.
+
+    g(z) = MLP(z) with ReLU; the probability of failure is sigmoid(g). With every optional part left out this is the
+    visual-only head (LVU).
+
+    Args:
+        dim: Embedding width D.
+        hidden: Hidden widths of the MLP; its depth is ``len(hidden) + 1``.
+        attention: "official", "paper", or None to leave the attended text out.
+        predicted_caption: Whether z_t̂, the embedding of the zero-shot answer, is an input.
+        mcm: Whether max_j p_j of the zero-shot posterior is an input (supplement, B.2).
+        dropout: Applied to every hidden activation; None for none, as published.
+
+    The order of the parts is that of the released code, not of the paper, so that its weights fit. Its output is a
+    confidence; ours is its negative.
+
+    Source: ViLU (ICCV 2025), Sec. 4 and supplement A.2, B.1, B.2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: Sequence[int] = HIDDEN,
+        *,
+        attention: str | None = "official",
+        predicted_caption: bool = True,
+        mcm: bool = False,
+        dropout: Dropout | None = None,
+    ) -> None:
+        super().__init__()
+        widths = {
+            "image": dim,
+            "attended": dim * (attention is not None),
+            "caption": dim * predicted_caption,
+            "mcm": +mcm,
+        }
+        used = {part: width for part, width in widths.items() if width}
+        outputs = [*hidden, 1]
+        # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D, not of one: torch's
+        # default start makes the first activations so small that a run spends most of its steps on growing them.
+        std = math.sqrt(2 * dim / sum(used.values()))
+        self.first = nn.ParameterDict({part: torch.randn(outputs[0], width) * std for part, width in used.items()})
+        self.first_bias = nn.Parameter(torch.zeros(outputs[0]))
+        linears = [nn.Linear(*pair) for pair in itertools.pairwise(outputs)]
+        for linear in linears:
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+        between = [] if dropout is None else [dropout]
+        self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(), *between, linear)))
+        self.attention: CrossAttention | None = ATTENTION[attention](dim) if attention else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(B,) failure logits in float32."""
+        logit: Tensor = self.rest(self.first_layer(batch))
+        return logit.squeeze(-1).float()
+
+    def first_layer(self, batch: Batch) -> Tensor:
+        """(B, H) first hidden layer before its activation: all of the head that sees more than the MLP's input."""
+        # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are projected before they
+        # are averaged over or picked: K rows instead of B.
+        hidden = torch.addmm(self.first_bias, batch.image, self.first["image"].T)
+        if self.attention is not None:
+            hidden = hidden + self.attention(batch.image, batch.text, batch.logit_scale, self.first["attended"])
+        if "caption" in self.first:
+            hidden = hidden + project_rows(batch.text, batch.prediction, self.first["caption"])
+        if "mcm" in self.first:
+            hidden = hidden + batch.zero_shot.max_probability[:, None] * self.first["mcm"].T
+        return hidden
+
+
+def project_rows(text: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+    """(B, H): ``text[rows] @ weight.T``, projecting each of K texts once where that takes fewer operations.
+
+    They are then picked by a product with one-hot rows, since the gradient of an indexing is many times slower.
+    """
+    if len(text) * (1 + len(rows) / text.shape[1]) > len(rows):
+        return text[rows] @ weight.T
+    return functional.one_hot(rows, len(text)).to(text.dtype) @ (text @ weight.T)

@@ -1,0 +1,111 @@
+"""Weighted losses for failure prediction; all in float32, finite for every error rate from 0 to 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from vilu.errors import DataError, UsageError
+from vilu.predictors.nn.processes import current_world
+
+EPSILON = 1e-6
+MIN_WEIGHT = 0.05  # -log(e) tends to 0 as e tends to 1; a batch of failures only must still teach something
+EMA_MOMENTUM = 0.99
+
+
+def adaptive_weight(error_rate: Tensor) -> Tensor:
+    """ViLU's weight of the failure term, w = log(1 + N_s / N_f) = -log(e), for an error rate e in [0, 1].
+
+    Bounded to [0.05, -log(1e-6)]: the published formula is infinite in a batch without failures and zero in a batch
+    of failures only.
+
+    Source: ViLU, Eq. 9.
+    """
+    return torch.clamp(-torch.log(error_rate.clamp(EPSILON, 1)), min=MIN_WEIGHT)
+
+
+class FailureWeight:
+    """Weight w of the failure term, from the failures of a batch and of the training set.
+
+    A batch is the whole step: where several processes train together, e is counted over all of them.
+
+    Modes:
+        batch: -log(e) of the mini-batch, as published.
+        dataset: -log(e) of the whole training set.
+        ema: -log(e) of an exponential moving average of the batch error rates that starts at the training set's.
+        static: a constant.
+        balanced: (1 - e) / e of the training set, which gives failures and successes the same total weight.
+
+    Args:
+        mode: One of the above.
+        error_rate: e of the training set, in [0, 1].
+        static: The constant of mode "static".
+
+    Raises:
+        UsageError: If the mode is unknown or the constant is not positive.
+    """
+
+    MODES = ("batch", "dataset", "ema", "static", "balanced")
+
+    def __init__(self, mode: str, error_rate: float, static: float = 1.0) -> None:
+        if mode not in self.MODES:
+            raise UsageError(f"weighting must be one of {', '.join(self.MODES)}. Got {mode!r} instead.")
+        if not static > 0:
+            raise UsageError(f"static_weight must be positive. Got {static} instead.")
+        self.mode = mode
+        self.rate = torch.tensor(float(error_rate))
+        e = self.rate.clamp(EPSILON, 1 - EPSILON)
+        self.constant = {"static": torch.tensor(float(static)), "balanced": (1 - e) / e}.get(mode)
+
+    def __call__(self, failure: Tensor) -> Tensor:
+        """Scalar w for a batch of failures (B,), each 0 or 1."""
+        if self.constant is not None:
+            return self.constant.to(failure.device)
+        batch_rate = current_world().mean(failure.float())
+        if self.mode == "ema":
+            self.rate = EMA_MOMENTUM * self.rate + (1 - EMA_MOMENTUM) * batch_rate.cpu()
+        return adaptive_weight(batch_rate if self.mode == "batch" else self.rate.to(failure.device))
+
+    def state(self) -> dict[str, Tensor]:
+        """What a call depends on beside its batch: the moving average."""
+        return {"rate": self.rate}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state``."""
+        if state.keys() != {"rate"} or state["rate"].shape != self.rate.shape:
+            raise DataError(f"a failure weight holds one rate. Found {', '.join(sorted(state)) or 'nothing'} instead.")
+        self.rate = state["rate"]
+
+
+def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
+    """Mean over the batch of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
+
+    Args:
+        logit: (B,) failure logits g.
+        failure: (B,) labels y, 1 = the VLM is wrong.
+        weight: Scalar w of the failure term.
+    """
+    return functional.binary_cross_entropy_with_logits(logit.float(), failure.float(), pos_weight=weight)
+
+
+def weighted_mse(
+    logit: Tensor,
+    target: Tensor,
+    failure: Tensor,
+    weight: Tensor,
+    link: Callable[[Tensor], Tensor] = torch.sigmoid,
+) -> Tensor:
+    """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w on failures and 1 elsewhere.
+
+    Args:
+        logit: (B,) failure logits g.
+        target: (B,) values in the range of ``link``, for LVU one minus the true-class probability.
+        failure: (B,) labels, 1 = the VLM is wrong.
+        weight: Scalar w.
+        link: Increasing, from failure logits to the range of the target.
+    """
+    squared = (link(logit.float()) - target).square()
+    return (torch.where(failure == 1, weight, 1.0) * squared).mean()

@@ -1,0 +1,380 @@
+"""The training loop: plan, optimiser, selection."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import DataError, UsageError
+from vilu.metrics import auroc
+from vilu.predictors.nn.checkpoint import History, Keeper, Position, Stateful, pack, parameters_of, unpack
+from vilu.predictors.nn.head import FailureHead
+from vilu.predictors.nn.processes import World, current_world
+from vilu.progress import Task, track
+
+DEFAULT_STEPS = 6_000
+FREEZE_STEPS = 1_000
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Multiplier of the learning rate: linear from 0.1 to 1 over ``warmup`` steps, then a cosine to 0."""
+    if step < warmup:
+        return 0.1 + 0.9 * step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def default_epochs(steps: int) -> int:
+    """As many epochs of ``steps`` steps as make about 6,000 steps, between 10 and 300."""
+    return min(max(math.ceil(DEFAULT_STEPS / steps), 10), 300)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Lengths of a training run.
+
+    Attributes:
+        steps: Steps of an epoch.
+        epochs: Passes over the rows.
+        warmup: Steps of the warm-up.
+        frozen: Epochs without the attention.
+    """
+
+    steps: int
+    epochs: int
+    warmup: float
+    frozen: int
+
+    @classmethod
+    def of(cls, steps: int, epochs: int | None, warmup_epochs: float, freeze_epochs: int | None) -> Plan:
+        """What the settings of ``TrainConfig`` mean for epochs of so many steps."""
+        epochs = epochs or default_epochs(steps)
+        by_default = min(math.ceil(FREEZE_STEPS / steps), max(epochs // 2, 1))  # else a short run never trains it
+        frozen = by_default if freeze_epochs is None else freeze_epochs
+        return cls(steps, epochs, min(warmup_epochs, epochs / 10) * steps, frozen)
+
+    def rates(self, epoch: int, first: int) -> list[float]:
+        """Multipliers of the learning rate in an epoch, from step ``first`` on."""
+        done = epoch * self.steps
+        return [schedule(done + i, self.epochs * self.steps, self.warmup) for i in range(first, self.steps)]
+
+
+Loss = Callable[[Batch, Tensor], Tensor]
+"""(batch, failure logits (B,)) -> scalar, a mean over the batch."""
+
+SCORING_BATCH = 4_096
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a source, and the columns that their batches bring along."""
+
+    source: EmbeddingSource
+    index: Tensor
+    columns: tuple[str, ...] = ()
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
+        return self.source.batches(size, rows=self.index, columns=self.columns)
+
+    def steps(self, size: int, generator: torch.Generator | None = None, first: int = 0) -> Iterator[Batch]:
+        """Batches of one training step each, in order or, with a generator, shuffled; from step ``first`` on."""
+        order = self.index if generator is None else self.source.shuffled(self.index, generator)
+        done = first * (self.source.pool_size or size)
+        return self.source.steps(size, rows=order[done:], columns=self.columns)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a head is trained.
+
+    Attributes:
+        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
+        batch_size: Rows per step (with in-batch candidates, the pool size instead).
+        learning_rate: Peak of the schedule.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        warmup_epochs: Length of the linear warm-up, at most a tenth of the run; then a cosine to zero.
+        freeze_epochs: Epochs during which the attention gets no gradient, no decay and no momentum; None: one epoch
+            (the paper), or as many as make 1,000 steps where that is longer (the released code), but at most half of
+            the run.
+        patience: Stop after so many epochs that were not kept; None: never.
+        precision: "fp32", or "bf16" for the MLP's products (similarities, softmax and losses stay in float32).
+        seed: Of the shuffling.
+        device: Where to train.
+    """
+
+    epochs: int | None
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    freeze_epochs: int | None
+    patience: int | None
+    precision: str
+    seed: int
+    device: torch.device
+
+
+def steps_per_epoch(rows: Rows, batch_size: int) -> int:
+    """How many batches the rows make.
+
+    Raises:
+        DataError: If they do not fill one batch of in-batch candidates.
+    """
+    size = rows.source.pool_size or batch_size
+    steps = len(rows.index) // size if rows.source.pool_size else math.ceil(len(rows.index) / size)
+    if not steps:
+        raise DataError(f"training needs at least one pool of {size} rows. Got {len(rows.index)} rows.")
+    return steps
+
+
+def finite_mean(mean: float, learning_rate: float) -> float:
+    """The mean loss of an epoch.
+
+    Raises:
+        DataError: If it is not finite.
+    """
+    if not math.isfinite(mean):
+        raise DataError(
+            f"training diverged: the mean loss of an epoch is {mean}. "
+            f"Lower learning_rate (now {learning_rate}) or check the embeddings."
+        )
+    return mean
+
+
+def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> float:
+    """Standard error of an AUROC.
+
+    Source: Hanley and McNeil, Radiology 1982.
+    """
+    q1, q2 = value / (2 - value), 2 * value**2 / (1 + value)
+    spread = (n_failures - 1) * (q1 - value**2) + (n_successes - 1) * (q2 - value**2)
+    return math.sqrt(max(value * (1 - value) + spread, 0.0) / (n_failures * n_successes))
+
+
+class HeadTrainer:
+    """Trains one head in place, alone or as one of several processes, which all do the same steps.
+
+    Each process computes its share of the rows of a step; the gradients are summed. Not by
+    ``DistributedDataParallel``: that fixes at its start which parameters have gradients, and the attention has none
+    before it thaws; and it averages over processes, where shares of rows are unequal.
+
+    Args:
+        head: What to train.
+        loss: The mean over the rows of a batch.
+        config: How.
+        keeper: Where checkpoints go, and come from.
+        stateful: What in the loss remembers earlier batches.
+    """
+
+    def __init__(
+        self,
+        head: FailureHead,
+        loss: Loss,
+        config: TrainConfig,
+        keeper: Keeper | None = None,
+        stateful: Sequence[Stateful] = (),
+    ) -> None:
+        self.head, self.loss, self.config = head.to(config.device), loss, config
+        self.keeper, self.stateful, self.world = keeper or Keeper(), stateful, current_world()
+        self.attention = [] if head.attention is None else list(head.attention.parameters())
+        for parameter in self.attention:
+            parameter.requires_grad_(False)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.SGD(
+            [*head.first.values(), head.first_bias, *head.rest.parameters()],
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def run(self, train: Rows, validation: Rows | None) -> History:
+        """Train, and leave the head with the weights of the epoch that validation chooses (the last, without one).
+
+        Kept is the latest epoch whose validation AUROC is within one standard error of the best so far: a few hundred
+        validation rows cannot tell such epochs apart, and the cosine schedule makes later ones better.
+
+        Raises:
+            DataError: If the training rows do not fill one batch of in-batch candidates, or the loss is not finite.
+            UsageError: If a step has fewer rows than there are processes.
+            ProvenanceError: If the checkpoints are of another run.
+        """
+        config = self.config
+        require_shares(train.source.pool_size or config.batch_size, self.world)
+        steps = steps_per_epoch(train, config.batch_size)
+        plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
+        at = self._begin(plan)
+        with track("train", plan.epochs * plan.steps, "steps") as task:
+            task.advance(at.epoch * plan.steps + at.step)
+            while at.epoch < plan.epochs and not self._is_out_of_patience(at):
+                if at.epoch >= plan.frozen:
+                    self.thaw()
+                self._epoch(train, plan, at, task)
+                self._end_epoch(validation, plan, at)
+                self._save(at)
+        self.head.load_state_dict(at.kept)
+        return at.history
+
+    def thaw(self) -> None:
+        """Let the attention learn; until then the optimiser does not know it: no gradient, no decay, no momentum."""
+        if self.attention and not self.attention[0].requires_grad:
+            for parameter in self.attention:
+                parameter.requires_grad_(True)
+            self.optimizer.add_param_group({"params": self.attention})
+
+    def _begin(self, plan: Plan) -> Position:
+        """At the start, or where the newest checkpoint says."""
+        found = self.keeper.latest()
+        if found is None:
+            return Position(self.generator.get_state(), torch.zeros((), device=self.config.device))
+        epoch, step = found.numbers()
+        if epoch > plan.frozen or (epoch == plan.frozen and step):
+            self.thaw()
+        return unpack(found, self.head, self.optimizer, self.stateful)
+
+    def _save(self, at: Position) -> None:
+        self.keeper.save(lambda: pack(at, self.head, self.optimizer, self.stateful))
+
+    def _is_out_of_patience(self, at: Position) -> bool:
+        patience = self.config.patience
+        return patience is not None and at.epoch - 1 - at.history.kept_epoch >= patience
+
+    def _epoch(self, train: Rows, plan: Plan, at: Position, task: Task) -> None:
+        """The rest of one pass."""
+        self.head.train()
+        self.generator.set_state(at.order)
+        batches = train.steps(self.config.batch_size, self.generator, at.step)
+        for batch, rate in zip(batches, plan.rates(at.epoch, at.step), strict=True):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * rate
+            at.total += self._step(batch)
+            at.step += 1
+            task.advance(1)
+            if self.keeper.due():
+                self._save(at)
+
+    def _step(self, batch: Batch) -> Tensor:
+        """One step of the optimiser on all rows of a batch, this process's and the others'; returns their mean loss."""
+        part = batch.rows(self.world.mine(len(batch.index)))
+        moved, share = part.to(self.config.device), len(part.index) / len(batch.index)
+        with torch.autocast(self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logit = self.head(moved)
+        mean = self.loss(moved, logit)  # also without rows: it may count over all processes
+        loss = mean * share if share else logit.sum()  # a sum of nothing, so that gradients are there, and zero
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        value = loss.detach()
+        self.world.sum_([*(p.grad for p in parameters_of(self.optimizer) if p.grad is not None), value])
+        self.optimizer.step()
+        return value
+
+    def _end_epoch(self, validation: Rows | None, plan: Plan, at: Position) -> None:
+        """Write down what the epoch gave, and keep its weights if validation says so."""
+        at.history.loss.append(finite_mean(float(at.total) / plan.steps, self.config.learning_rate))
+        if self._is_kept(validation, at.history):
+            at.history.kept_epoch, at.kept = at.epoch, copy.deepcopy(self.head.state_dict())
+        at.epoch, at.step = at.epoch + 1, 0
+        at.total, at.order = torch.zeros_like(at.total), self.generator.get_state()
+
+    def _is_kept(self, validation: Rows | None, history: History) -> bool:
+        """Whether this epoch takes the place of the one kept so far; its validation AUROC goes into the history."""
+        if validation is None:
+            return True
+        scored = [(logit, batch.failure) for batch, logit in failure_logits(self.head, validation, self.config.device)]
+        logit, failure = (self.world.gather(torch.cat(part)).cpu().numpy() for part in zip(*scored, strict=True))
+        history.validation_auroc.append(float(auroc(logit.astype(np.float64), failure)))
+        best, n_failures = max(history.validation_auroc), int(failure.sum())
+        return history.validation_auroc[-1] >= best - auroc_standard_error(best, n_failures, len(failure) - n_failures)
+
+
+@torch.no_grad()
+def failure_logits(head: FailureHead, rows: Rows, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+    """(batch, failure logits (B,)) of this process's share of every batch, in float32."""
+    head.eval()
+    world = current_world()
+    for batch in rows.batches(SCORING_BATCH):
+        part = batch.rows(world.mine(len(batch.index))).to(device)
+        yield part, head(part)
+
+
+def require_shares(n_rows: int, world: World) -> None:
+    """Refuse processes that would have nothing to do.
+
+    Raises:
+        UsageError: If a step has fewer rows than there are processes.
+    """
+    if n_rows < world.size:
+        raise UsageError(
+            f"a step of {n_rows} rows cannot be shared by {world.size} processes. Start fewer, or take larger batches."
+        )
+
+
+BETAS = (0.8, 0.95)
+"""As in Pretrained Visual Uncertainties."""
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """How a network is trained.
+
+    Attributes:
+        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
+        batch_size: Rows per step (with in-batch candidates, the pool size instead).
+        learning_rate: At the start; a cosine takes it to zero.
+        weight_decay: Decoupled.
+        seed: Of the shuffling.
+        device: Where to train.
+    """
+
+    epochs: int | None
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    device: torch.device
+
+
+def train_adamw(network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig) -> list[float]:
+    """Train a network in place, and return the mean loss of every epoch.
+
+    Args:
+        network: Maps a batch to one number per row (B,).
+        loss: Of a batch and those numbers.
+        rows: What to train on.
+        config: How.
+
+    Raises:
+        DataError: If the rows do not fill one batch of in-batch candidates, or the loss is not finite.
+    """
+    steps = steps_per_epoch(rows, config.batch_size)
+    epochs = config.epochs or default_epochs(steps)
+    generator = torch.Generator().manual_seed(config.seed)
+    parameters = network.to(config.device).parameters()
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=BETAS, weight_decay=config.weight_decay, fused=True
+    )
+    cosine = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, epochs * steps, 0))
+    history = []
+    with track("train", epochs * steps, "steps") as task:
+        for _ in range(epochs):
+            total = torch.zeros((), device=config.device)
+            for batch in rows.steps(config.batch_size, generator):
+                moved = batch.to(config.device)
+                value = loss(moved, network(moved))
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                optimizer.step()
+                cosine.step()
+                total += value.detach()
+                task.advance(1)
+            history.append(finite_mean(float(total) / steps, config.learning_rate))
+    return history

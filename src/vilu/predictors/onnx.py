@@ -1,0 +1,497 @@
+"""A predictor as ONNX."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+import vilu
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.similarity import ZeroShot, float64, of_logits
+from vilu.embeddings.source import UNKNOWN, Batch, log_posterior
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import DataError, UsageError
+from vilu.extras import import_extra, quiet
+from vilu.files import atomic_write
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.fitted import MCMTS, SIRC
+from vilu.predictors.heads.head import HeadPredictor
+from vilu.predictors.heads.networks import FLOOR, LMN, PVU
+from vilu.predictors.heads.vilu import LVU, DeepEnsemble, ViLU
+from vilu.predictors.heads.vilu_plus import ViLUPlus
+from vilu.predictors.labelled import failure_log_odds
+from vilu.predictors.nn.experts import FEATURES, Experts
+from vilu.predictors.nn.head import CrossAttention, FailureHead
+from vilu.predictors.storage import load, read_record
+from vilu.predictors.zero_shot import MCM, Doctor, Energy, Entropy, KLUniform, Margin, MaxLogit, ProbMargin
+
+Score = Callable[[Batch], Tensor]
+
+
+class GraphBatch(Batch):
+    """A batch whose properties are made without a look at values or sizes; all (N, K) logits are there at once."""
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(N, K) float32, summed in float64: runtimes add in other orders than torch, at a scale of 100 by 1e-4."""
+        cosine = self.image.double() @ self.text.double().T
+        return (cosine * self.logit_scale + self.logit_bias).to(self.image.dtype)
+
+    @cached_property
+    def zero_shot(self) -> ZeroShot:
+        """From the logits."""
+        return of_logits(self.logits, self.first_equal)
+
+    @cached_property
+    def first_equal(self) -> Tensor:
+        """(K,) as ``vilu.embeddings.similarity.first_equal``."""
+        _, same = torch.unique(self.text, dim=0, return_inverse=True)
+        places = positions(self.text)
+        nowhere = torch.full_like(places, self.text.shape[0])
+        return nowhere.scatter_reduce(0, same, places, "amin")[same]
+
+    def alike(self, answer: Tensor) -> Tensor:
+        """(N, K); all candidates are different answers."""
+        return positions(self.text) == answer[:, None]
+
+
+class PlainBatch(GraphBatch):
+    """One whose logits are summed in float32, as the predictors' are: what they round."""
+
+    logits = Batch.logits
+
+
+def positions(rows: Tensor) -> Tensor:
+    """0 ... len - 1, of a length that stays open."""
+    return torch.arange(rows.shape[0], device=rows.device)
+
+
+class ScoreGraph(nn.Module):
+    """Image and text, and features where the score looks at them, to uncertainty and zero-shot answer.
+
+    Args:
+        score: Of a batch.
+        space: Its logit scale and bias become constants.
+    """
+
+    batch: type[GraphBatch] = GraphBatch
+
+    def __init__(self, score: Score, space: EmbeddingSpace) -> None:
+        super().__init__()
+        self.score, self.space = score, space
+
+    def forward(self, image: Tensor, text: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(N,) float64 and (N,) int64."""
+        rows = positions(image)
+        batch = self.batch(
+            image=image,
+            text=text,
+            target=torch.full_like(rows, UNKNOWN),
+            index=rows,
+            logit_scale=self.space.logit_scale,
+            logit_bias=self.space.logit_bias,
+            columns={} if features is None else {FEATURES: features},
+        )
+        return self.score(batch).double(), batch.prediction
+
+
+class HeadGraph(nn.Module):
+    """sigmoid of a ``FailureHead`` whose attention is multiplied out, in one order whatever N and K.
+
+    scale (image W_Q') (text W_K')' is image Q text' with Q (D, D), and what follows the average of the texts is one
+    matrix V (H, D); both products are made in float64.
+    """
+
+    def __init__(self, head: FailureHead, logit_scale: float) -> None:
+        super().__init__()
+        self.first, self.first_bias, self.rest = head.first, head.first_bias, head.rest
+        if head.attention is not None:
+            query, value = multiplied_out(head.attention, head.first["attended"], logit_scale)
+            self.query, self.value = nn.Buffer(query), nn.Buffer(value)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) float64."""
+        hidden = batch.image @ self.first["image"].T + self.first_bias
+        if "attended" in self.first:
+            weights = torch.softmax(batch.image @ self.query @ batch.text.T, dim=-1)
+            hidden = hidden + weights @ batch.text @ self.value.T
+        if "caption" in self.first:
+            hidden = hidden + batch.text[batch.prediction] @ self.first["caption"].T
+        if "mcm" in self.first:
+            hidden = hidden + batch.zero_shot.max_probability[:, None] * self.first["mcm"].T
+        return torch.sigmoid(float64(self.rest(hidden).squeeze(-1)))
+
+
+def multiplied_out(attention: CrossAttention, after: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """Q (D, D) and V (H, D) of ``HeadGraph``."""
+    query, key, scale = attention.bilinear(logit_scale)
+    joint, value = scale * (query.double().T @ key.double()), after.double() @ attention.value.double()
+    return joint.detach().float(), value.detach().float()
+
+
+class MeanGraph(nn.Module):
+    """Mean over the members of an ensemble."""
+
+    def __init__(self, members: Iterable[HeadGraph]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) float64."""
+        return torch.stack([member(batch) for member in self.members]).mean(dim=0)
+
+
+class PlusGraph(nn.Module):
+    """``ViLUPlus``; whether all candidates are training classes is a number of the graph, not a branch.
+
+    Every expert is computed; where a candidate is foreign, the companions have no weight in the pool.
+    """
+
+    def __init__(self, experts: Experts, pool: Tensor) -> None:
+        super().__init__()
+        self.experts = experts
+        self.pool, self.alone = nn.Buffer(pool), nn.Buffer(torch.eye(len(pool), dtype=pool.dtype)[0])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) float64."""
+        attention, companions = self.experts.attention, self.experts.companions.values()
+        weights: Tensor = self.alone
+        match = attention.match(batch.text) if len(attention.classes) else None
+        logits = [attention(batch, match)]
+        if match is not None and len(companions):
+            offset = attention.offset(batch)
+            logits += [offset + companion(batch)[:, match.row] for companion in companions]
+            weights = torch.where(match.known.all(), self.pool, self.alone)
+        log_p = float64(torch.stack(logits, dim=1)).log_softmax(dim=-1)
+        return torch.sigmoid(failure_log_odds(torch.einsum("m,bmk->bk", weights, log_p), batch))
+
+
+class NetworkGraph(nn.Module):
+    """The network of a ``NetworkPredictor``, and what makes a score of its output."""
+
+    def __init__(self, network: nn.Module, score: Callable[[Batch, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.score = network, score
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) float64."""
+        return self.score(batch, self.network(batch))
+
+
+def head_score(predictor: HeadPredictor) -> Score:
+    """The head, or the constant of a degenerate fit."""
+    if predictor.constant_ is not None:
+        return partial(constant_score, predictor.constant_)
+    return head_graph(predictor, predictor.space_)
+
+
+def head_graph(predictor: HeadPredictor, space: EmbeddingSpace | None) -> HeadGraph:
+    """Of a predictor that holds a head.
+
+    Raises:
+        DataError: If it holds none.
+    """
+    if predictor.head_ is None or space is None:
+        raise DataError(f"this {predictor.name} holds neither a head nor a constant; its file is damaged.")
+    return HeadGraph(predictor.head_, space.logit_scale)
+
+
+def constant_score(constant: float, batch: Batch) -> Tensor:
+    """(N,) the same number for every row."""
+    return torch.full_like(batch.image[:, 0], constant, dtype=torch.float64)
+
+
+def ensemble_score(predictor: DeepEnsemble) -> Score:
+    """The members, or the constant of a degenerate fit."""
+    if predictor.constant_ is not None:
+        return partial(constant_score, predictor.constant_)
+    return MeanGraph(head_graph(member, predictor.space_) for member in predictor.members_.values())
+
+
+def plus_score(predictor: ViLUPlus) -> Score:
+    """The experts and their pool.
+
+    Raises:
+        DataError: If it holds none.
+    """
+    if predictor.experts_ is None or predictor.pool_ is None:
+        raise DataError(f"this {predictor.name} holds no experts; its file is damaged.")
+    return PlusGraph(predictor.experts_, predictor.pool_)
+
+
+def entropy(batch: Batch) -> Tensor:
+    """As ``Entropy``."""
+    log_p = log_posterior(batch)
+    return -(log_p.exp() * log_p).sum(dim=-1) / log_count(log_p)
+
+
+def kl_uniform(batch: Batch) -> Tensor:
+    """As ``KLUniform``."""
+    log_p = log_posterior(batch)
+    return log_p.mean(dim=-1) + log_count(log_p)
+
+
+def log_count(rows: Tensor) -> Tensor:
+    """Log K of rows (N, K), K staying open."""
+    return torch.ones_like(rows[0]).sum().log()
+
+
+def network_score(predictor: PVU | LMN) -> Score:
+    """The network.
+
+    Raises:
+        DataError: If it holds none.
+    """
+    if predictor.network_ is None:
+        raise DataError(f"this {predictor.name} holds no network; its file is damaged.")
+    return NetworkGraph(predictor.network_, softplus if isinstance(predictor, PVU) else predictor._score)
+
+
+def softplus(_: Batch, output: Tensor) -> Tensor:
+    """As ``PVU``; onnxruntime has none in float64."""
+    double = float64(output)
+    return torch.logaddexp(double, torch.zeros_like(double)) + FLOOR
+
+
+def own_score(predictor: FailurePredictor) -> Score:
+    """The predictor's own code."""
+    return predictor._uncertainty
+
+
+GRAPHS: dict[type[FailurePredictor], Callable[[Any], Score]] = {
+    ViLUPlus: plus_score,
+    ViLU: head_score,
+    LVU: head_score,
+    DeepEnsemble: ensemble_score,
+    **dict.fromkeys((MCM, Doctor, MaxLogit, Margin, ProbMargin, Energy, MCMTS, SIRC), own_score),
+    Entropy: lambda _: entropy,
+    KLUniform: lambda _: kl_uniform,
+    PVU: network_score,
+    LMN: network_score,
+}
+"""How the score of a method becomes a graph.
+
+What is not here needs more than image and text, looks at values, or (GEN) needs an expm1, which ONNX has not.
+"""
+
+
+def score_graph(predictor: FailurePredictor) -> ScoreGraph:
+    """The score of a predictor as a module of image (N, D) and text (K, D), N and K open.
+
+    Raises:
+        NotFittedError: If it needs ``fit`` first.
+        UsageError: If its method has no such graph, or it was never given an embedding space.
+    """
+    make = GRAPHS.get(type(predictor))
+    if make is None:
+        known = ", ".join(sorted(cls.name for cls in GRAPHS))
+        raise UsageError(f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}.")
+    predictor.require_fitted()
+    if predictor.space_ is None:
+        raise UsageError(
+            f"this {predictor.name} knows no embedding space, so the logit scale of its graph is not known. "
+            f"Make it with `vilu fit STORE --method {predictor.name}`."
+        )
+    return ScoreGraph(make(predictor), predictor.space_).eval()
+
+
+TOLERANCE = 1e-5
+"""Largest difference of an uncertainty from torch's that is put down to rounding without a further look."""
+
+ROUNDINGS = 4
+"""How many times the rounding of the formula in float32 (its distance from float64, both in torch) is allowed else."""
+
+TIE = 1e-4
+"""Gap of the two largest logits, over the logit scale times the largest cosine, below which rounding may decide."""
+
+SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
+"""Numbers of images and of candidates that an export is tried with."""
+
+MAX_ONNX_BYTES = 2**31 - 1
+"""A protocol buffer holds no more."""
+
+
+class Trial(NamedTuple):
+    """Inputs of a graph: ``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F)."""
+
+    image: Tensor
+    text: Tensor
+    columns: dict[str, Tensor]
+
+
+def export_onnx(folder: str | Path, path: str | Path) -> float:
+    """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
+
+    Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N, F) where the
+    predictor was fitted on them; N >= 1 and K >= 2 are open. Outputs are ``uncertainty`` (N,) float64 and
+    ``prediction`` (N,) int64. Logit scale and bias are constants. The file is run by onnxruntime on random rows of
+    several numbers, and is written only where every answer is the same, and every uncertainty within ``TOLERANCE`` or,
+    where the formula itself rounds more than that in float32 (a large logit scale, a memory), ``ROUNDINGS`` times that.
+
+    Args:
+        folder: A saved predictor.
+        path: The file, which is replaced.
+
+    Raises:
+        MissingModelError: If onnx, onnxscript or onnxruntime is not installed.
+        UsageError: If the method cannot be exported, or nothing says which embedding space it is for.
+        DataError: If the folder holds no predictor, or the file would not say what the predictor says.
+        StorageError: If the file system refuses.
+    """
+    for module in ("onnx", "onnxscript"):  # torch imports them
+        import_extra(module, "onnx")
+    predictor = load(folder)
+    content = to_onnx(predictor, read_record(Path(folder) / "predictor.json")["fingerprint"])
+    worst = largest_difference(predictor, content)
+    with atomic_write(path) as handle:
+        handle.write(content)
+    return worst
+
+
+def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
+    """The score of a predictor as ONNX, with what it was made from in its metadata; errors as ``export_onnx``."""
+    graph = score_graph(predictor)
+    example = next(trials(predictor, ((3, 5),)))
+    names = ["image", "text", *example.columns]
+    rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
+    inputs = (example.image, example.text, *example.columns.values())
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            graph,
+            inputs,
+            dynamo=True,
+            verbose=False,
+            input_names=names,
+            output_names=["uncertainty", "prediction"],
+            dynamic_shapes=({0: rows}, {0: texts}, *({0: rows} for _ in example.columns)),
+        )
+    if program is None:
+        raise DataError(f"torch made no ONNX program of this {predictor.name}.")
+    program.model.metadata_props.update(metadata(predictor, graph.space, fingerprint))
+    model = program.model_proto
+    if model.ByteSize() > MAX_ONNX_BYTES:
+        raise UsageError(f"this {predictor.name} has {model.ByteSize()} bytes as ONNX; at most {MAX_ONNX_BYTES} fit.")
+    return bytes(model.SerializeToString())
+
+
+def metadata(predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str) -> dict[str, str]:
+    """What binds a file to its predictor and to the embedding space, as texts."""
+    return {
+        "vilu.version": vilu.__version__,
+        "vilu.method": predictor.name,
+        "vilu.fingerprint": fingerprint,
+        "vilu.is_probability": str(predictor.is_probability).lower(),
+        "vilu.embeddings.space": space.fingerprint,
+        "vilu.backbone": space.backbone or "",
+        "vilu.embed_dim": str(space.embed_dim),
+        "vilu.logit_scale": repr(space.logit_scale),
+        "vilu.logit_bias": repr(space.logit_bias),
+    }
+
+
+def largest_difference(predictor: FailurePredictor, content: bytes) -> float:
+    """The largest difference of an ONNX file's uncertainties from the predictor's, over ``trials``.
+
+    Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
+
+    Raises:
+        DataError: If one is more than rounding, or an answer differs.
+    """
+    onnxruntime = import_extra("onnxruntime", "onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [entry.name for entry in session.get_inputs()]
+    plain = score_graph(predictor)
+    exact = copy.deepcopy(plain).double()
+    plain.batch = PlainBatch
+    gaps, roundings = [], []
+    for trial in trials(predictor, SIZES):
+        inputs = (trial.image, trial.text, *trial.columns.values())
+        uncertainty, answer = session.run(None, dict(zip(names, (rows.numpy() for rows in inputs), strict=True)))
+        expected, prediction, clear = reference(predictor, trial)
+        if (answer != prediction)[clear].any():
+            raise DataError(f"the exported {predictor.name} gives other zero-shot answers. Nothing was written.")
+        with torch.no_grad():
+            rounded = plain(*inputs)[0] - exact(*(rows.double() for rows in inputs))[0]
+        gaps.append(largest(uncertainty - expected, clear))
+        roundings.append(largest(rounded.numpy(), clear))
+    worst, allowed = float(np.max(gaps)), max(TOLERANCE, ROUNDINGS * max(roundings))
+    if not worst <= allowed:
+        raise DataError(
+            f"the exported {predictor.name} differs by {worst:.2g} from the predictor, and rounding explains "
+            f"{allowed:.2g} of it. Nothing was written."
+        )
+    return worst
+
+
+def largest(differences: NDArray[np.float64], rows: NDArray[np.bool_]) -> float:
+    """The largest absolute value among some rows; NaN where one is."""
+    return float(np.abs(differences)[rows].max(initial=0.0))
+
+
+def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
+    source = Embeddings(trial.image, trial.text, space=predictor.space_, columns=trial.columns)
+    found = list(predictor.scored(source))
+    uncertainty = np.concatenate([scores for _, scores in found])
+    prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in found])
+    distinct = trial.text.unique(dim=0)
+    first, second = (trial.image @ distinct.T).topk(2, dim=1).values.unbind(dim=1)
+    return uncertainty, prediction, (first - second > TIE * first.abs()).numpy()
+
+
+def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
+    """Random rows of unit norm: half of the images near a candidate; of many candidates the last equals the first.
+
+    A predictor that knows its classes also meets those alone, in another order, and beside others.
+    """
+    space = predictor.space_
+    if space is None:
+        raise UsageError(f"this {predictor.name} knows no embedding space.")
+    generator = torch.Generator().manual_seed(0)
+    groups = [random_rows(k, space.embed_dim, generator) for _, k in sizes]
+    for (n, _), text in zip(sizes, groups, strict=True):
+        if len(text) > 2:
+            text[-1] = text[0]
+        yield trial_of(predictor, n, text, generator)
+    classes = class_texts(predictor)
+    if len(classes) > 1:
+        order = classes[torch.randperm(len(classes), generator=generator)]
+        for text in (classes, order, order[:2], torch.cat([order, groups[0]])):
+            yield trial_of(predictor, 9, text, generator)
+
+
+def trial_of(predictor: FailurePredictor, n: int, text: Tensor, generator: torch.Generator) -> Trial:
+    """``n`` images for some candidates."""
+    image = random_rows(n, text.shape[1], generator)
+    near = text[torch.randint(len(text), (n,), generator=generator)]
+    image[::2] = functional.normalize(near + image / 2, dim=1)[::2]
+    columns = {}
+    if isinstance(predictor, ViLUPlus) and predictor.experts_ is not None and predictor.columns_to_score:
+        width = len(predictor.experts_.attention.inputs.features.mean)
+        columns = {name: torch.randn(n, width, generator=generator) for name in predictor.columns_to_score}
+    return Trial(image, text, columns)
+
+
+def class_texts(predictor: FailurePredictor) -> Tensor:
+    """(C, D) texts of the classes that a predictor treats unlike others; none for most."""
+    if isinstance(predictor, ViLUPlus) and predictor.experts_ is not None:
+        return predictor.experts_.attention.classes.cpu()
+    return torch.empty(0, 0)
+
+
+def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:
+    """(n, D) of unit norm."""
+    return functional.normalize(torch.randn(n, dim, generator=generator), dim=1)

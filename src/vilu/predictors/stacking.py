@@ -1,0 +1,196 @@
+"""Logistic stacking of other methods' scores."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import DataError, UsageError
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.labelled import LabelledPredictor, LearnedPredictor, cross_fitting
+from vilu.predictors.nn.train import SCORING_BATCH, Rows
+from vilu.predictors.parameters import parameters
+
+FREE = ("mcm", "entropy", "doctor", "gen", "max_logit", "margin", "prob_margin", "energy", "kl_uniform")
+LABEL_BASED = ("knn_vote", "trine", "icpe", "mahalanobis", "trust_score", "linear_probe")
+CERTAIN = 1e-12
+"""Probabilities are clipped to this distance from zero and one."""
+
+FARTHEST = 5.0
+"""Standard deviations to which a score is clipped, so that one wild score cannot decide."""
+
+NO_SPREAD = 1e-9
+"""Standard deviation, relative to the largest value, that is rounding."""
+
+STACK = ("mean", "deviation", "coefficients", "intercept")
+
+
+@dataclasses.dataclass
+class Stacking(LearnedPredictor):
+    """u = P(failure) = sigmoid(b + sum_m w_m x_m), a logistic regression of the failure on the scores of its members.
+
+    x_m is the score of member m (its log-odds where it estimates a probability, clipped at 1e-12), standardised and
+    clipped to ±5. Members that learn are scored on rows that they were not fitted on: in five folds stratified by
+    failure up to 5,000 rows, on one held-out fifth (5,000 rows at most) of more, or on ``validation``. Mean, deviation,
+    w and b come from these scores; then the members are fitted again on all training rows. A member with the same score
+    everywhere has no weight.
+
+    The members have their own defaults, with ``seed`` and ``device`` of the stack; one that learns from failures is a
+    constant where a fold has none. The stack knows only the classes that it was fitted on, as its label-based default
+    members do.
+
+    Args:
+        members: Names of methods (``vilu list predictors``).
+        C: Inverse strength of the L2 penalty on w, as in scikit-learn.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
+
+    Source: Wolpert, Neural Networks 1992, with a logistic level-1 model (Ting and Witten, JAIR 1999).
+    """
+
+    name: ClassVar[str] = "stacking"
+    summary: ClassVar[str] = "logistic regression on the scores of other methods, cross-fitted (Wolpert 1992)"
+    reference: ClassVar[str] = "Wolpert, Neural Networks 1992"
+    cost: ClassVar[str] = "fit: its members, six times up to 5,000 rows; score: its members"
+    no_captions: ClassVar[str | None] = "its members compare images of one class, and captions have no classes"
+    closed_set: ClassVar[bool] = True
+    is_probability: ClassVar[bool] = True
+
+    members: Annotated[tuple[str, ...], Field(min_length=1)] = FREE + LABEL_BASED
+    C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    device: str = "auto"
+
+    members_: dict[str, FailurePredictor] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    stack_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Its own, and those of its members."""
+        members = (module for member in self._new_members().values() for module in member.modules)
+        return tuple(dict.fromkeys((*super().modules, *members)))
+
+    def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
+        """Those of its members."""
+        members = self._new_members().values()
+        return tuple(dict.fromkeys(column for member in members for column in member.columns_to_fit(train)))
+
+    @property
+    def columns_to_score(self) -> tuple[str, ...]:
+        """Those of its members."""
+        members = self.members_.values() if self.constant_ is None else ()
+        return tuple(dict.fromkeys(column for member in members for column in member.columns_to_score))
+
+    def _new_members(self) -> dict[str, FailurePredictor]:
+        """The members, not fitted."""
+        from vilu.predictors import find_method  # which imports this file
+
+        if len(set(self.members)) < len(self.members) or self.name in self.members:
+            raise UsageError(
+                f"the members of {self.name} must be different methods, and other ones. Got {', '.join(self.members)}."
+            )
+        shared = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
+        made = {}
+        for name in self.members:
+            cls = find_method(name)
+            made[name] = cls(**{key: value for key, value in shared.items() if key in parameters(cls)})
+        return made
+
+    def _learn_difference(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
+        scores, failed = [], []
+        for rows, held_out in cross_fitting(train, failure, validation, self.seed):
+            members = self._fit_members(rows)
+            with torch.no_grad():
+                for batch in held_out.batches(SCORING_BATCH):
+                    scores.append(member_scores(members, batch.to(self.device_)))
+                    failed.append(batch.failure)
+        self.stack_ = self._regress(torch.cat(scores), torch.cat(failed))
+        self.members_ = self._fit_members(train)
+
+    def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
+        members = self._new_members()
+        failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
+        for member in members.values():
+            member.space_ = rows.source.space
+            if isinstance(member, LabelledPredictor):
+                member._learn(rows, failure, None)
+        return members
+
+    def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:
+        """The level-1 model on scores (N, M) of rows not fitted on, and their failures (N,)."""
+        from sklearn.linear_model import LogisticRegression
+
+        if len(failure.unique()) < 2:
+            kind = "successes" if failure.any() else "failures"
+            raise DataError(
+                f"{self.name} weighs its members on rows held out from their fit, {len(failure)} here. Found 0 {kind} "
+                "among them, and both are needed. Give other validation rows, or more training rows."
+            )
+        deviation = scores.std(dim=0, correction=0)
+        flat = deviation <= NO_SPREAD * scores.abs().amax(dim=0)
+        stack = {"mean": scores.mean(dim=0), "deviation": deviation.masked_fill(flat, torch.inf)}
+        model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
+        model.fit(standardised(scores, stack).numpy(), failure.numpy())
+        return {
+            **stack,
+            "coefficients": torch.from_numpy(model.coef_[0].copy()),
+            "intercept": torch.from_numpy(model.intercept_.copy()),
+        }
+
+    def _learned_uncertainty(self, batch: Batch) -> Tensor:
+        if not self.members_:
+            raise DataError(f"this {self.name} holds neither members nor a constant; its file is damaged.")
+        x = standardised(member_scores(self.members_, batch), self.stack_)
+        return torch.sigmoid(x @ self.stack_["coefficients"] + self.stack_["intercept"])
+
+    def _notes(self) -> dict[str, object]:
+        if self.constant_ is not None:
+            return {}
+        return {"coefficients": dict(zip(self.members, self.stack_["coefficients"].tolist(), strict=True))}
+
+    def _learned_state(self) -> dict[str, Tensor]:
+        return {**self.stack_, **dict(self._member_tensors())}
+
+    def _member_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, member in self.members_.items():
+            for key, tensor in member.state().items():
+                yield prefix(name) + key, tensor
+
+    def _restore_learned(self, state: dict[str, Tensor]) -> None:
+        members = self._new_members()
+        groups = {name: {key for key in state if key.startswith(prefix(name))} for name in members}
+        if set(state) != set(STACK).union(*groups.values()) or len(state["coefficients"]) != len(members):
+            raise DataError(
+                f"a {self.name} holds {', '.join(STACK)} and the state of {', '.join(members)}. "
+                f"The file has {', '.join(sorted(state)[:8])}."
+            )
+        for name, member in members.items():
+            member.space_ = self.space_
+            member.restore({key.removeprefix(prefix(name)): state[key] for key in groups[name]})
+        self.stack_ = {key: state[key] for key in STACK}
+        self.members_ = members
+
+
+def prefix(member: str) -> str:
+    """What the names of a member's tensors begin with."""
+    return f"members.{member}."
+
+
+def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
+    """(B, M) float64 on the CPU, where the devices of all members meet: scores, or log-odds of probabilities."""
+    columns = []
+    for member in members.values():
+        score = member._uncertainty(batch).cpu().double()
+        columns.append(torch.logit(score, eps=CERTAIN) if member.is_probability else score)
+    return torch.stack(columns, dim=1)
+
+
+def standardised(scores: Tensor, stack: dict[str, Tensor]) -> Tensor:
+    """(B, M) in standard deviations, clipped; zero where there is no spread."""
+    return ((scores - stack["mean"]) / stack["deviation"]).clamp(-FARTHEST, FARTHEST)

@@ -1,1 +1,0 @@
-"""Scores of how far several looks at one question agree: augmented views of the image, or wordings of the classes."""

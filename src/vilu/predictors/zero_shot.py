@@ -1,0 +1,186 @@
+"""Scores of the logits, without labels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, log_posterior
+from vilu.predictors.base import FailurePredictor
+
+
+@dataclass
+class MCM(FailurePredictor):
+    """Maximum concept matching: u = 1 - max_j p_j, p the softmax at the VLM's own logit scale.
+
+    Source: Ming et al., NeurIPS 2022 (there with temperature 1 on the cosines; ViLU uses the model's scale, as here).
+    """
+
+    name: ClassVar[str] = "mcm"
+    summary: ClassVar[str] = "one minus the largest zero-shot probability (Ming et al. 2022)"
+    reference: ClassVar[str] = "Ming et al., NeurIPS 2022"
+    is_probability: ClassVar[bool] = True
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        return -torch.expm1(log_posterior(batch).amax(dim=-1))
+
+
+@dataclass
+class Entropy(FailurePredictor):
+    """Normalised Shannon entropy: u = -sum_j p_j log p_j / log K, in [0, 1].
+
+    Exact x log x; the released ViLU code adds 1e-6 inside the logarithm, which biases the score with K.
+
+    Source: ViLU, supplement A.3.
+    """
+
+    name: ClassVar[str] = "entropy"
+    summary: ClassVar[str] = "Shannon entropy of the zero-shot posterior over log K"
+    reference: ClassVar[str] = "Shannon, 1948"
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        log_p = log_posterior(batch)
+        return -(log_p.exp() * log_p).sum(dim=-1) / math.log(log_p.shape[-1])
+
+
+@dataclass
+class Doctor(FailurePredictor):
+    """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
+
+    1 - g is summed as p_j (1 - p_j), without cancellation. No input perturbation, since embeddings are frozen.
+
+    Source: Granese et al., NeurIPS 2021, D_alpha.
+    """
+
+    name: ClassVar[str] = "doctor"
+    summary: ClassVar[str] = "DOCTOR alpha: odds of the Gini impurity (Granese et al. 2021)"
+    reference: ClassVar[str] = "Granese et al., NeurIPS 2021"
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        log_p = log_posterior(batch)
+        p = log_p.exp()
+        return -(p * torch.expm1(log_p)).sum(dim=-1) / p.square().sum(dim=-1)
+
+
+@dataclass
+class MaxLogit(FailurePredictor):
+    """Negative largest logit: u = -max_j l_j.
+
+    Source: Hendrycks et al., ICML 2022 (MaxLogit).
+    """
+
+    name: ClassVar[str] = "max_logit"
+    summary: ClassVar[str] = "negative largest zero-shot logit (Hendrycks et al. 2022)"
+    reference: ClassVar[str] = "Hendrycks et al., ICML 2022"
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        return -batch.logits.amax(dim=-1)
+
+
+@dataclass
+class Margin(FailurePredictor):
+    """Negative gap between the two largest logits: u = -(l_(1) - l_(2)).
+
+    The logit bias cancels, and the logit scale only stretches it.
+
+    Source: the score called RLog in "Know When to Abstain" (ICLR 2026).
+    """
+
+    name: ClassVar[str] = "margin"
+    summary: ClassVar[str] = "negative gap between the two largest zero-shot logits"
+    reference: ClassVar[str] = '"Know When to Abstain", ICLR 2026'
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        first, second = batch.logits.topk(2, dim=-1).values.unbind(dim=-1)
+        return second - first
+
+
+@dataclass
+class ProbMargin(FailurePredictor):
+    """One minus the gap between the two largest probabilities: u = 1 - (p_(1) - p_(2)), in [0, 1].
+
+    It is summed as (1 - p_(1)) + p_(2), which keeps confident rows apart where the gap itself rounds to one; the
+    constant changes no order.
+
+    Source: best-versus-second-best, Joshi et al., CVPR 2009.
+    """
+
+    name: ClassVar[str] = "prob_margin"
+    summary: ClassVar[str] = "one minus the gap between the two largest zero-shot probabilities"
+    reference: ClassVar[str] = "Joshi et al., CVPR 2009"
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        first, second = log_posterior(batch).topk(2, dim=-1).values.unbind(dim=-1)
+        return second.exp() - torch.expm1(first)
+
+
+@dataclass
+class Energy(FailurePredictor):
+    """Free energy of the logits: u = -T log sum_j exp(l_j / T), between -max_j l_j - T log K and -max_j l_j.
+
+    Args:
+        temperature: T, beside the VLM's own logit scale; towards zero the score becomes ``max_logit``.
+
+    Source: Liu et al., NeurIPS 2020.
+    """
+
+    name: ClassVar[str] = "energy"
+    summary: ClassVar[str] = "negative log-sum-exp of the zero-shot logits (Liu et al. 2020)"
+    reference: ClassVar[str] = "Liu et al., NeurIPS 2020"
+
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        return -self.temperature * torch.logsumexp(float64(batch.logits) / self.temperature, dim=-1)
+
+
+@dataclass
+class GEN(FailurePredictor):
+    """Generalised entropy: u = sum over the M largest p_j of p_j^gamma (1 - p_j)^gamma.
+
+    A small gamma makes the tail count: 1e-20 to the power 0.1 is 0.01. Powers are taken of logarithms, so that no tail
+    underflows. All K candidates are summed where they are fewer than M.
+
+    Args:
+        gamma: Exponent.
+        largest: M, how many of the largest probabilities are summed.
+
+    Source: Liu et al., CVPR 2023.
+    """
+
+    name: ClassVar[str] = "gen"
+    summary: ClassVar[str] = "generalised entropy of the largest zero-shot probabilities (Liu et al. 2023)"
+    reference: ClassVar[str] = "Liu et al., CVPR 2023"
+
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    largest: Annotated[int, Field(ge=1)] = 100
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        log_p = log_posterior(batch)
+        log_p = log_p.topk(min(self.largest, log_p.shape[-1]), dim=-1).values
+        return (self.gamma * (log_p + torch.log(-torch.expm1(log_p)))).exp().sum(dim=-1)
+
+
+@dataclass
+class KLUniform(FailurePredictor):
+    """Negative divergence from the uniform distribution: u = -KL(uniform || p) = log K + mean_j log p_j, at most 0.
+
+    This is the direction that is news: KL(p || uniform) = log K - H(p) orders rows as ``entropy`` does. Every candidate
+    counts alike here, so what decides is how far the unlikely ones lie below the answer.
+
+    Source: the confidence loss of Lee et al., ICLR 2018, as a score.
+    """
+
+    name: ClassVar[str] = "kl_uniform"
+    summary: ClassVar[str] = "negative KL divergence of the uniform distribution from the zero-shot posterior"
+    reference: ClassVar[str] = "Lee et al., ICLR 2018"
+
+    def _uncertainty(self, batch: Batch) -> Tensor:
+        log_p = log_posterior(batch)
+        return log_p.mean(dim=-1) + math.log(log_p.shape[-1])

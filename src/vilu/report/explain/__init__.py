@@ -1,0 +1,1 @@
+"""Why an answer is suspicious, and where the failures of a set are."""

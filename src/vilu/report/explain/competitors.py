@@ -1,0 +1,183 @@
+"""Which other answers were near, and which labelled images are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource, log_posterior
+from vilu.errors import UsageError
+from vilu.predictors.bank.search import image_blocks, leaders, nearest
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.heads.head import HeadPredictor
+from vilu.predictors.heads.vilu import DeepEnsemble
+from vilu.predictors.heads.vilu_plus import ViLUPlus
+from vilu.predictors.labelled import trainable_rows
+from vilu.predictors.nn.head import CrossAttention
+from vilu.predictors.nn.train import Rows
+from vilu.report.explain.attribution import pooled
+from vilu.report.explain.rows import Names, plain_rows
+
+
+class Weights(NamedTuple):
+    """Weights of candidates.
+
+    Attributes:
+        meaning: What they are, in words.
+        of: A batch to its (B, K) weights, each row of sum one.
+    """
+
+    meaning: str
+    of: Callable[[Batch], Tensor]
+
+
+def weights_of(predictor: FailurePredictor) -> Weights:
+    """The weights that a method has for candidates.
+
+    Methods with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)), averaged over the members of an
+    ensemble. ``vilu_plus``: the posterior q of its pooled experts. All others: the zero-shot posterior p.
+    """
+    attentions = trained_attentions(predictor)
+    if attentions:
+        members = f", mean of {len(attentions)} members" if len(attentions) > 1 else ""
+        return Weights(f"weights of the trained attention{members}", lambda batch: _attention(attentions, batch))
+    if isinstance(predictor, ViLUPlus):
+        return Weights("posterior of the pooled experts", lambda batch: pooled(predictor, batch).logits.softmax(dim=1))
+    return Weights("zero-shot posterior", lambda batch: log_posterior(batch).exp())
+
+
+def trained_attentions(predictor: FailurePredictor) -> list[CrossAttention]:
+    """The attention of every head of a method; none where it has no head, or one without attention."""
+    if not isinstance(predictor, HeadPredictor) or predictor.constant_ is not None:
+        return []
+    members = list(predictor.members_.values()) if isinstance(predictor, DeepEnsemble) else [predictor]
+    heads = [member.head_ for member in members]
+    return [head.attention for head in heads if head is not None and head.attention is not None]
+
+
+def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
+    """(B, K) mean of the attentions' weights."""
+    total = torch.zeros(len(batch.image), len(batch.text), device=batch.image.device)
+    with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
+        for attention in attentions:
+            query, key, scale = attention.to(batch.image.device).bilinear(batch.logit_scale)
+            total += torch.softmax(scale * torch.linalg.multi_dot([batch.image, query.T, key, batch.text.T]), dim=-1)
+    return total / len(attentions)
+
+
+def leading(weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The ``n`` largest weights (B, n) of (B, K), falling, and their candidates; of equal ones the lowest first."""
+    return leaders(weights, min(n, weights.shape[1]))
+
+
+def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
+    """(N,) candidate of the largest weight beside the zero-shot answer, -1 for rows that cannot be scored.
+
+    Raises:
+        UsageError: If the candidates are captions of a pool, which have no number outside it.
+    """
+    if data.pool_size is not None:
+        raise UsageError("captions have no classes, so an answer's competitors have no common name. Give class data.")
+    weights = weights_of(predictor)
+    found = np.full(len(data), UNKNOWN, dtype=np.int64)
+    with torch.no_grad():
+        for batch, _ in predictor.scored(data):  # its answers are those of ``vilu.score``
+            given = weights.of(batch)
+            # equal texts are one answer, whatever their number
+            answer = batch.first_equal[None] == batch.first_equal[batch.prediction][:, None]
+            best = given.masked_fill(answer.to(given.device), -1.0).argmax(dim=1)
+            found[batch.index.numpy(force=True)] = best.cpu().numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A labelled training row.
+
+    Attributes:
+        key: Its identifier.
+        cosine: Of its image embedding with the explained one.
+        answer: The zero-shot answer to it.
+        truth: The right answer.
+    """
+
+    key: str
+    cosine: float
+    answer: str
+    truth: str
+
+
+class TrainingRows:
+    """Labelled training rows, split by whether their zero-shot answer is wrong.
+
+    Args:
+        train: The training data.
+
+    Raises:
+        DataError: If no row has a label, or there is one candidate.
+    """
+
+    def __init__(self, train: EmbeddingSource) -> None:
+        self.train = train
+        rows, failure = trainable_rows(train, "training")
+        self.failures, self.successes = rows[failure == 1], rows[failure == 0]
+
+    def near(self, image: Tensor, keys: Sequence[str | None], n: int) -> list[tuple[list[Neighbour], list[Neighbour]]]:
+        """For every image the ``n`` nearest failures and successes, the nearest first; never the image itself.
+
+        Args:
+            image: (B, D) unit-norm embeddings.
+            keys: B identifiers; a training row with the same one is left out. None for an image without any.
+            n: How many.
+        """
+        found = [self._search(image, keys, rows, n) for rows in (self.failures, self.successes)]
+        wanted = torch.tensor(sorted({row for kind in found for of in kind for row, _ in of}), dtype=torch.int64)
+        answers = self._answers(wanted)
+        failures, successes = (
+            [[self._neighbour(row, cosine, answers) for row, cosine in of] for of in kind] for kind in found
+        )
+        return list(zip(failures, successes, strict=True))
+
+    def _search(self, image: Tensor, keys: Sequence[str | None], rows: Tensor, n: int) -> list[list[tuple[int, float]]]:
+        """Training rows and cosines, per image."""
+        cosine, place = nearest_rows(image, Rows(self.train, rows), n + 1)  # one more: it may be the image itself
+        ids = self.train.ids
+        return [
+            [(row, c) for row, c in zip(rows[p].tolist(), of.tolist(), strict=True) if ids[row] != key][:n]
+            for key, of, p in zip(keys, cosine, place, strict=True)
+        ]
+
+    def _answers(self, rows: Tensor) -> dict[int, tuple[str, str]]:
+        """Answer and truth of training rows."""
+        names, found = Names(self.train), {}
+        for batch in plain_rows(self.train, rows):
+            for row, *pair in zip(batch.index.tolist(), batch.prediction.tolist(), batch.target.tolist(), strict=True):
+                answer, truth = (names.of(row, candidate) for candidate in pair)
+                found[row] = (answer, truth)
+        return found
+
+    def _neighbour(self, row: int, cosine: float, answers: dict[int, tuple[str, str]]) -> Neighbour:
+        return Neighbour(self.train.ids[row], cosine, *answers[row])
+
+
+def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines (B, k) float32, falling, and positions (B, k) among the rows; exact, with one block of rows in memory.
+
+    Of equally similar rows the first comes first; of fewer than k rows so many come back.
+    """
+    best = torch.empty(len(image), 0)
+    where = torch.empty(len(image), 0, dtype=torch.int64)
+    query = image.cpu()
+    for part, block in image_blocks(rows):
+        cosine, index = nearest(query, block, k)
+        # stable: the rows found so far come before those of this block
+        best, order = torch.cat([best, cosine], dim=1).sort(dim=1, descending=True, stable=True)
+        where = torch.cat([where, index + part.start], dim=1).gather(1, order)
+        best, where = best[:, :k], where[:, :k]
+    return best, where

@@ -1,0 +1,432 @@
+"""Why answers are suspicious: one explanation a row, and its text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vilu.errors import UsageError
+from vilu.files import write_json
+from vilu.report.explain.attribution import Attribution
+from vilu.report.explain.competitors import Neighbour
+
+if TYPE_CHECKING:
+    from vilu.report.explain.prompts import PromptGains
+    from vilu.report.explain.risk import RiskMap
+
+
+import warnings
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilu.embeddings.checks import RowNumbers
+from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
+from vilu.errors import DataError
+from vilu.predictors.base import FailurePredictor
+from vilu.progress import track
+from vilu.report.explain.attribution import Attributor, NoAttribution, Scored
+from vilu.report.explain.competitors import TrainingRows, Weights, leading, weights_of
+from vilu.report.explain.rows import Names, find_rows, scored_rows
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """A candidate.
+
+    Attributes:
+        name: Of the class; of a caption the key of its pair.
+        weight: That the method gives it (``Explanations.weights``).
+        posterior: Its zero-shot probability.
+    """
+
+    name: str
+    weight: float
+    posterior: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one answer is suspicious, or not.
+
+    Attributes:
+        row: Position in the data.
+        key: Identifier.
+        answer: The zero-shot answer.
+        posterior: Its zero-shot probability.
+        uncertainty: Of the method, higher = more likely wrong.
+        truth: The right answer, None where unknown.
+        wrong: Whether the answer is wrong, None where unknown.
+        competitors: Candidates of the largest weights, falling.
+        failures: The training rows most like it whose answers are wrong; None where no training rows were given.
+        successes: The same of right answers.
+        attribution: What moved the score; None where the method has none.
+    """
+
+    row: int
+    key: str
+    answer: str
+    posterior: float
+    uncertainty: float
+    truth: str | None
+    wrong: bool | None
+    competitors: tuple[Competitor, ...]
+    failures: tuple[Neighbour, ...] | None
+    successes: tuple[Neighbour, ...] | None
+    attribution: Attribution | None
+
+
+@dataclass(frozen=True)
+class Explanations:
+    """Explained rows, and what their numbers mean.
+
+    Attributes:
+        rows: One explanation each, the most uncertain first where nobody chose.
+        method: Label of the predictor.
+        is_probability: Whether the uncertainty is a probability of failure.
+        weights: What the weights of the competitors are.
+        unit: What the attribution shares out; None where there is none.
+        attribution: How it is defined, or why there is none.
+        neighbours: Where the neighbours are from, or why there are none.
+        n_seen: How many of the rows were used to fit the predictor, as far as is known.
+    """
+
+    rows: tuple[Explanation, ...]
+    method: str
+    is_probability: bool
+    weights: str
+    unit: str | None
+    attribution: str
+    neighbours: str
+    n_seen: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Explanation]:
+        return iter(self.rows)
+
+    def __str__(self) -> str:
+
+        return explanations_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON."""
+        return {"schema_version": SCHEMA_VERSION, "kind": "explanations", **dataclasses.asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.json`` atomically; errors as ``save_json``."""
+        save_json(path, self.to_dict())
+
+
+def save_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write plain JSON atomically.
+
+    Raises:
+        UsageError: If the suffix is not ``.json``.
+        StorageError: If the file system refuses.
+    """
+    require_json(path)
+    write_json(path, content)
+
+
+def require_json(path: str | Path) -> None:
+    """Refuse a file of another format.
+
+    Raises:
+        UsageError: If the suffix is not ``.json``.
+    """
+    if Path(path).suffix.lower() != ".json":
+        raise UsageError(f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead.")
+
+
+SHOWN = 15
+"""Lines of a table; the rest is counted."""
+
+
+def explanations_text(found: Explanations) -> str:
+    """What the numbers mean, and then one paragraph per row."""
+    kind = "probability of failure" if found.is_probability else "a score, higher = more likely wrong"
+    head = [
+        f"method        {found.method}; uncertainty: {kind}",
+        f"competitors   {found.weights}",
+        f"attribution   {found.attribution}",
+        f"neighbours    {found.neighbours}",
+    ]
+    return "\n\n".join(["\n".join(head), *(_row_text(row, found.unit) for row in found)])
+
+
+def _row_text(row: Explanation, unit: str | None) -> str:
+    verdict = {None: "", True: "  WRONG", False: "  right"}[row.wrong]
+    truth = "" if row.truth is None else f"   truth {row.truth}{verdict}"
+    lines = [
+        f"row {row.row}  {row.key}",
+        f"  answer      {row.answer} ({row.posterior:.1%})   uncertainty {row.uncertainty:.4g}{truth}",
+        f"  competes    {'   '.join(map(_competitor, row.competitors))}",
+    ]
+    if row.attribution is not None:
+        lines.append(f"  {unit}  {_sum(row.attribution)}")
+    for kind, neighbours in (("failures", row.failures), ("successes", row.successes)):
+        if neighbours is not None:
+            lines += (
+                [f"  nearest training {kind}", *map(_neighbour, neighbours)]
+                if neighbours
+                else [f"  no training {kind}"]
+            )
+    return "\n".join(lines)
+
+
+def _competitor(candidate: Competitor) -> str:
+    return f"{candidate.name} {candidate.weight:.3f}"
+
+
+def _sum(attribution: Attribution) -> str:
+    parts = "".join(f" {value:+.2f} {name}" for name, value in attribution.parts.items())
+    return f"{attribution.score:.2f} = {attribution.baseline:.2f} mean{parts}"
+
+
+def _neighbour(row: Neighbour) -> str:
+    answered = f"answered {row.answer}" + ("" if row.answer == row.truth else f", true {row.truth}")
+    return f"    {row.cosine:.3f}  {row.key}  {answered}"
+
+
+def risk_text(found: RiskMap) -> str:
+    """One line on the whole, and a table of the costliest confusions."""
+    kind = "failures" if found.labelled else "expected failures"
+    left_out = f"; {found.n_left_out:,} rows without score or label left out" if found.n_left_out else ""
+    head = (
+        f"{found.failures:,.1f} {kind} in {found.n:,} answers{left_out}. Of the {found.coverage:.0%} most trusted "
+        f"(uncertainty up to {found.threshold:.4g}) {found.risk:.2%} are wrong."
+    )
+    other = "true" if found.labelled else "competitor"
+    table = [
+        (
+            row.answer,
+            row.instead,
+            f"{row.failures:.1f}",
+            f"{row.share:.1%}",
+            f"{row.uncertainty:.3f}",
+            f"{row.accepted:.1f}",
+            f"{row.risk:.2%}",
+        )
+        for row in found.rows[:SHOWN]
+    ]
+    heading = ("answered", other, kind, "of all", "mean uncertainty", "accepted", "accepted risk")
+    return "\n".join([head, "", *_aligned([heading, *table]), *_rest(len(found.rows), "confusions")])
+
+
+def gains_text(found: PromptGains) -> str:
+    """What is estimated, and a table of the classes that gain the most."""
+    head = (
+        f"Accuracy is {found.accuracy:.2%} on {found.n:,} labelled rows. With the text of one class moved towards its\n"
+        f"images ({found.folds} folds, measured on rows not fitted on; an upper range for what wording can do):"
+    )
+    table = [
+        (
+            row.name,
+            f"{row.n:,}",
+            f"{row.failures:,}",
+            f"{row.saved:,}",
+            f"{row.lost:,}",
+            f"{100 * row.gain:+.2f}",
+            f"{100 * row.low:+.2f} to {100 * row.high:+.2f}",
+        )
+        for row in found.rows[:SHOWN]
+    ]
+    heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
+    return "\n".join([head, "", *_aligned([heading, *table]), *_rest(len(found.rows), "classes")])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _rest(n: int, what: str) -> list[str]:
+    return [f"... and {n - SHOWN:,} more {what} (--json has all)"] if n > SHOWN else []
+
+
+class Depth(NamedTuple):
+    """How much is said.
+
+    Attributes:
+        candidates: Competitors of an answer.
+        neighbours: Training failures, and successes.
+        background: Rows that an attribution compares with.
+        seed: Of their draw.
+    """
+
+    candidates: int = 5
+    neighbours: int = 3
+    background: int = 128
+    seed: int = 0
+
+
+DEFAULT = Depth()
+
+
+def explain(
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    train: EmbeddingSource | None = None,
+    rows: Sequence[int | str] | None = None,
+    *,
+    n: int = 10,
+    depth: Depth = DEFAULT,
+) -> Explanations:
+    """Why some answers are suspicious: competitors, training rows that look alike, and what moved the score.
+
+    Args:
+        predictor: Ready to score.
+        data: The rows' source.
+        train: Labelled training rows, for the neighbours. Where ``data`` have too few rows that are not explained, the
+            attribution's background is drawn from them, too, although they were scored in the fit.
+        rows: Row numbers, or keys; None for the ``n`` most uncertain rows.
+        n: How many rows where none are chosen.
+        depth: How much is said of each.
+
+    Warns:
+        If explained rows were used to fit the predictor: their scores say little about new images.
+
+    Raises:
+        UsageError: If a number is not positive.
+        DataError: If a row does not exist or has no score, or no training row has a label.
+        NotFittedError: If the predictor needs ``fit`` first.
+        ProvenanceError: If the data come from another embedding space.
+    """
+    if min(n, *depth[:3]) < 1:
+        raise UsageError(f"n, candidates, neighbours and background must be positive. Got {n}, {tuple(depth[:3])}.")
+    predictor.require_fitted()
+    if data.n_candidates < 2:
+        raise DataError("with one candidate no other answer was possible, so there is nothing to explain.")
+    chosen = most_uncertain(predictor, data, n) if rows is None else find_rows(data, rows)
+    if train is not None:
+        data.space.require_match(train.space, mine="the data to explain", theirs="the training set")
+    attributor, why = _attributor(predictor, data, train, chosen, depth)
+    explained = _Explainer(predictor, data, depth, attributor).of(chosen)
+    return Explanations(
+        rows=tuple(_with_neighbours(explained, data, train, depth)),
+        method=predictor.label,
+        is_probability=predictor.is_probability,
+        weights=weights_of(predictor).meaning,
+        unit=None if attributor is None else attributor.game.unit,
+        attribution=why,
+        neighbours="left out: no training rows given" if train is None else f"of {len(train)} training rows",
+        n_seen=_seen(predictor, data, chosen),
+    )
+
+
+def _attributor(
+    predictor: FailurePredictor, data: EmbeddingSource, train: EmbeddingSource | None, chosen: Tensor, depth: Depth
+) -> tuple[Attributor | None, str]:
+    """What attributes, where the method allows it, and a sentence on how, or why not."""
+    from_train = train is not None and len(data.usable_rows) - len(chosen) < depth.background
+    source, leave_out = (train, chosen[:0]) if train is not None and from_train else (data, chosen)
+    try:
+        found = Attributor(predictor, source, depth.background, depth.seed, leave_out)
+    except NoAttribution as reason:
+        return None, f"left out: {reason}"
+    whence = f"{found.n_background} {'training' if from_train else 'other'} rows"
+    return found, f"Shapley values against {whence}: {found.game.meaning}"
+
+
+def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
+    """(<= n,) positions of the rows of largest uncertainty, falling; of equal ones the lowest first.
+
+    Raises:
+        DataError: If no row has a score.
+    """
+    uncertainty = predictor.predict_uncertainty(data)
+    scored = np.flatnonzero(np.isfinite(uncertainty))
+    if not len(scored):
+        raise DataError(f"none of the {len(data)} rows has a score to explain.")
+    return torch.from_numpy(scored[np.argsort(-uncertainty[scored], kind="stable")[:n]])
+
+
+class _Explainer:
+    """Everything about a row but its neighbours."""
+
+    def __init__(
+        self, predictor: FailurePredictor, data: EmbeddingSource, depth: Depth, attributor: Attributor | None
+    ) -> None:
+        self.predictor, self.data, self.depth, self.attributor = predictor, data, depth, attributor
+        self.weights: Weights = weights_of(predictor)
+        self.names = Names(data)
+
+    def of(self, rows: Tensor) -> list[tuple[Explanation, Tensor]]:
+        """An explanation per row, in their order, with its image (D,)."""
+        found: dict[int, tuple[Explanation, Tensor]] = {}
+        with track("explain", len(rows), "rows") as task, torch.no_grad():
+            for scored in scored_rows(self.predictor, self.data, rows):
+                images = scored[0].image.cpu()
+                for explanation, image in zip(self._batch(scored), images, strict=True):
+                    found[explanation.row] = explanation, image
+                task.advance(len(images))
+        return [found[row] for row in rows.tolist()]
+
+    def _batch(self, scored: Scored) -> list[Explanation]:
+        batch, scores = scored
+        posterior = log_posterior(batch).exp().cpu()
+        weights = self.weights.of(batch).cpu()
+        leaders = zip(*(x.tolist() for x in leading(weights, self.depth.candidates)), strict=True)
+        attributions: Sequence[Attribution | None] = (
+            [None] * len(scores) if self.attributor is None else self.attributor.of(scored)
+        )
+        columns = (batch.index.tolist(), batch.prediction.tolist(), batch.target.tolist(), batch.failure.tolist())
+        rows = zip(*columns, scores.tolist(), posterior, leaders, attributions, strict=True)
+        return [
+            Explanation(
+                row=row,
+                key=self.data.ids[row],
+                answer=self.names.of(row, answer),
+                posterior=float(p[answer]),
+                uncertainty=score,
+                truth=None if target == UNKNOWN else self.names.of(row, target),
+                wrong=None if failure == UNKNOWN else bool(failure),
+                competitors=tuple(
+                    Competitor(self.names.of(row, j), weight, float(p[j])) for weight, j in zip(*leading_, strict=True)
+                ),
+                failures=None,
+                successes=None,
+                attribution=attribution,
+            )
+            for row, answer, target, failure, score, p, leading_, attribution in rows
+        ]
+
+
+def _with_neighbours(
+    explained: list[tuple[Explanation, Tensor]], data: EmbeddingSource, train: EmbeddingSource | None, depth: Depth
+) -> list[Explanation]:
+    """The explanations with their neighbours, from one pass over the training rows."""
+    explanations = [explanation for explanation, _ in explained]
+    if train is None or not explained:
+        return explanations
+    identified = data is train or not (isinstance(data.ids, RowNumbers) or isinstance(train.ids, RowNumbers))
+    images, keys = torch.stack([image for _, image in explained]), [e.key if identified else None for e in explanations]
+    near = TrainingRows(train).near(images, keys, depth.neighbours)
+    return [
+        replace(explanation, failures=tuple(failures), successes=tuple(successes))
+        for explanation, (failures, successes) in zip(explanations, near, strict=True)
+    ]
+
+
+def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
+    """How many rows were used to fit; said aloud."""
+    if predictor.seen_ is None or isinstance(data.ids, RowNumbers):
+        return 0
+    seen = predictor.seen_.overlap(data.ids[row] for row in rows.tolist())
+    if seen:
+        warnings.warn(
+            f"{seen} of {len(rows)} explained rows were used to fit this {predictor.name}: their scores say little "
+            "about new images.",
+            stacklevel=3,
+        )
+    return seen

@@ -1,0 +1,237 @@
+"""Classes whose text embedding is worth improving, with what that would gain at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
+from vilu.errors import DataError, UsageError
+from vilu.predictors.bank.search import leaders
+from vilu.progress import track
+from vilu.report.explain.explain import SCHEMA_VERSION, save_json
+from vilu.report.explain.rows import ROWS
+
+STEPS, SHARED = (0.5, 1.0, 2.0, 4.0, 8.0), (0.0, 0.1)
+MIXES = tuple(itertools.product(STEPS, SHARED))
+"""How far a text is moved, and how much of what all images share comes along; or it stays as it is."""
+
+FOLDS = 5
+MIN_FOLDS = 3  # one to measure on, one to choose on, and some to take images from
+NORMAL_95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class PromptGain:
+    """What a better text for one class would gain, all others staying as they are.
+
+    Attributes:
+        name: Of the class.
+        n: Labelled rows of the class.
+        failures: How many of them are answered wrong now.
+        saved: Rows (of any class) that become right.
+        lost: Rows that become wrong.
+        gain: (saved - lost) / N, in accuracy.
+        low: Lower end of a 95 % interval of the gain.
+        high: Upper end.
+    """
+
+    name: str
+    n: int
+    failures: int
+    saved: int
+    lost: int
+    gain: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PromptGains:
+    """Classes by the gain of a better text, falling.
+
+    Attributes:
+        rows: One per class.
+        n: N, labelled rows.
+        accuracy: Zero-shot accuracy on them now.
+        folds: Of the cross-validation.
+    """
+
+    rows: tuple[PromptGain, ...]
+    n: int
+    accuracy: float
+    folds: int
+
+    def __str__(self) -> str:
+        from vilu.report.explain.explain import gains_text
+
+        return gains_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON."""
+        return {"schema_version": SCHEMA_VERSION, "kind": "prompt_gains", **dataclasses.asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.json`` atomically; errors as ``save_json``."""
+        save_json(path, self.to_dict())
+
+
+def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
+    """How many failures a better text for each class would save, from labelled images, by cross-validation.
+
+    The text t_c of one class at a time is replaced by t_c + m (delta_c + kappa mu), of unit norm, with mu_c the mean of
+    the class's images, mu the mean of these means, and delta_c = mu_c - mu. With kappa = 1 that is a step towards mu_c;
+    but mu is what all images have in common and no text has, and a text that has much of it draws images of every
+    class, so kappa is 0 or 0.1, and m 0.5, 1, 2, 4, 8, or the text stays. Then the rows that become right and wrong are
+    counted.
+
+    Nothing is measured on rows that it was fitted on: a fold is measured with means from the other folds, and with the
+    (m, kappa) of largest gain on those, each of them measured with means without it and without the first fold.
+    The interval is Agresti and Min's for a difference of paired proportions (Statistics in Medicine 2005, half a row
+    added to each cell); it is of the rows measured on and leaves out that other rows would have given other means.
+
+    What it says is a bound for work on prompts rather than a promise: these texts are made from images, and no wording
+    need reach them. That the gain of a class is small does say that its text is not what is wrong.
+
+    Args:
+        data: Labelled rows with shared candidates.
+        folds: At least 3.
+        seed: Of the folds.
+
+    Raises:
+        UsageError: If the data are image-caption pairs, or there are too few folds.
+        DataError: If fewer rows than folds have a label, or there is one candidate.
+    """
+    rows, accuracy = _measured(data, folds)
+    text = data.candidates(rows[:0]).text
+    fold = torch.empty(len(data), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    fold[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % folds
+    means = _Means(data, rows, fold, folds)
+    # rows saved and lost per fold, mix and class: on the other folds, for choosing, and on the fold itself
+    choosing, measuring = (torch.zeros(2, folds, len(MIXES), len(text), dtype=torch.int64) for _ in range(2))
+    with track("better texts", len(rows), "rows") as task:
+        for seen in range(folds):
+            better = [means.better_texts(text, {seen, left_out}) for left_out in range(folds)]
+            for batch in data.batches(ROWS, rows=rows[fold[rows] == seen]):
+                rivals = Rivals.of(batch)
+                for left_out, mix in itertools.product(range(folds), range(len(MIXES))):
+                    counts = measuring if left_out == seen else choosing
+                    counts[:, left_out, mix] += rivals.changes(batch, better[left_out][mix])
+                task.advance(len(batch.index))
+    saved, lost = _at_the_chosen(choosing, measuring)
+    return PromptGains(tuple(_ranked(data, accuracy, saved, lost)), len(rows), _accuracy(accuracy), folds)
+
+
+def _measured(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor]:
+    """Usable labelled rows (N,), and per class (2, K) how many there are and how many are answered wrong."""
+    if data.pool_size is not None:
+        raise UsageError("captions have no classes whose texts could be improved. Give class data.")
+    if folds < MIN_FOLDS:
+        raise UsageError(f"folds must be at least {MIN_FOLDS}. Got {folds} instead.")
+    if data.n_candidates < 2:
+        raise DataError("with one candidate every answer is the same, so no text can be better.")
+    rows = data.usable_rows[data.target[data.usable_rows] != UNKNOWN]
+    if len(rows) < folds:
+        raise DataError(f"better texts are estimated from labelled rows in {folds} folds. Got {len(rows)} such rows.")
+    counts = torch.zeros(2, data.n_candidates, dtype=torch.int64)
+    for batch in data.batches(ROWS, rows=rows):
+        counts[0] += batch.target.bincount(minlength=data.n_candidates)
+        counts[1] += batch.target[batch.failure == 1].bincount(minlength=data.n_candidates)
+    return rows, counts
+
+
+class _Means:
+    """Sums of unit-norm images per fold and class, of which means without some folds are made."""
+
+    def __init__(self, data: EmbeddingSource, rows: Tensor, fold: Tensor, folds: int) -> None:
+        k = data.n_candidates
+        self.total = torch.zeros(folds * k, data.space.embed_dim, dtype=torch.float64)
+        self.n = torch.zeros(folds * k, dtype=torch.float64)
+        for batch in data.batches(ROWS, rows=rows):
+            cell = fold[batch.index] * k + batch.target
+            self.total.index_add_(0, cell, batch.image.double())
+            self.n += cell.bincount(minlength=folds * k)
+        self.total, self.n = self.total.view(folds, k, -1), self.n.view(folds, k)
+
+    def better_texts(self, text: Tensor, without: set[int]) -> Tensor:
+        """(mixes, K, D) float32 unit-norm texts from the images of the other folds; of a class without any the text."""
+        kept = [fold for fold in range(len(self.n)) if fold not in without]
+        n = self.n[kept].sum(dim=0)
+        there = n > 0
+        mean = self.total[kept].sum(dim=0) / n.clamp(min=1)[:, None]
+        shared = mean[there].mean(dim=0)
+        moved = [text.double() + step * (mean - shared + share * shared) for step, share in MIXES]
+        return normalize(torch.where(there[:, None], torch.stack(moved), text.double()), dim=-1).float()
+
+
+class Rivals(NamedTuple):
+    """What a class has to beat to be the answer when its text is replaced: the strongest of the others.
+
+    Attributes:
+        place: (B, K) the strongest candidate beside each: the answer, or for the answer the next.
+        logit: (B, K) its logit.
+        right: (B, 1) whether the answer is right now.
+    """
+
+    place: Tensor
+    logit: Tensor
+    right: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch) -> Rivals:
+        """Rivals of every class for labelled rows with shared candidates."""
+        largest, places = leaders(batch.logits[:, batch.first_equal], 2)  # equal texts tie exactly
+        is_answer = places[:, :1] == torch.arange(len(batch.text))
+        return cls(
+            torch.where(is_answer, places[:, 1:], places[:, :1]),
+            torch.where(is_answer, largest[:, 1:], largest[:, :1]),
+            places[:, :1] == batch.target[:, None],
+        )
+
+    def changes(self, batch: Batch, better: Tensor) -> Tensor:
+        """(2, K) rows that become right, and wrong, when the text of one class at a time is replaced by ``better``."""
+        classes = torch.arange(len(better))
+        logits = (batch.image @ better.T) * batch.logit_scale + batch.logit_bias
+        wins = (logits > self.logit) | ((logits == self.logit) & (classes < self.place))  # the lowest index wins ties
+        right = torch.where(wins, classes, self.place) == batch.target[:, None]
+        return torch.stack([(right & ~self.right).sum(dim=0), (self.right & ~right).sum(dim=0)])
+
+
+def _at_the_chosen(choosing: Tensor, measuring: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) rows saved and lost with the mix that was chosen per fold and class; none where no mix gains anything."""
+    gain = choosing[0] - choosing[1]
+    chosen = one_hot(gain.argmax(dim=1), len(MIXES)).movedim(-1, 1) * (gain.amax(dim=1) > 0)[:, None]
+    saved, lost = (measuring * chosen).sum(dim=(1, 2))
+    return saved, lost
+
+
+def _ranked(data: EmbeddingSource, counts: Tensor, saved: Tensor, lost: Tensor) -> Iterator[PromptGain]:
+    total = int(counts[0].sum())
+    order = (saved - lost).argsort(descending=True, stable=True)
+    for c in order.tolist():
+        plus, minus = int(saved[c]), int(lost[c])
+        name = f"candidate {c}" if data.class_names is None else data.class_names[c]
+        low, high = paired_interval(plus, minus, total)
+        yield PromptGain(name, int(counts[0, c]), int(counts[1, c]), plus, minus, (plus - minus) / total, low, high)
+
+
+def _accuracy(counts: Tensor) -> float:
+    return 1 - float(counts[1].sum() / counts[0].sum())
+
+
+def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:
+    """95 % interval of (saved - lost) / n: Agresti and Min's, half a row added to each cell of the paired table."""
+    b, c, m = saved + 0.5, lost + 0.5, n + 2
+    middle = (b - c) / m
+    half = NORMAL_95 * math.sqrt(b + c - (b - c) ** 2 / m) / m
+    return middle - half, middle + half

@@ -1,0 +1,196 @@
+"""Which confusions cost the most: the failures of a data set by what was answered and what was true."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vilu.errors import DataError, UsageError
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.report.explain.explain import SCHEMA_VERSION, save_json
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Answers of one kind that are wrong in one way.
+
+    Attributes:
+        answer: What was answered.
+        instead: What was true; without labels the strongest competitor.
+        failures: How many; without labels the sum of the probabilities of failure.
+        share: Of all failures.
+        uncertainty: Mean of their uncertainties, each row counting as much as it is a failure.
+        accepted: How many of them are among the accepted answers; of tied rows at the threshold the expected number.
+        risk: ``accepted`` over the number of accepted answers: what they add to the selective risk.
+    """
+
+    answer: str
+    instead: str
+    failures: float
+    share: float
+    uncertainty: float
+    accepted: float
+    risk: float
+
+
+@dataclass(frozen=True)
+class RiskMap:
+    """Confusions, the costliest first.
+
+    Attributes:
+        rows: By ``risk``, falling, then by ``failures``.
+        coverage: Share of the answers that are accepted, the most trusted ones.
+        threshold: Largest uncertainty among them.
+        n: Rows counted.
+        failures: Of all of them: their number, or the sum of the probabilities.
+        risk: Selective risk at that coverage: the sum of ``risk`` over all confusions.
+        labelled: Whether failures were counted; else they are expected ones, and as good as the probabilities.
+        n_left_out: Rows without score, or without label where others have one.
+    """
+
+    rows: tuple[Confusion, ...]
+    coverage: float
+    threshold: float
+    n: int
+    failures: float
+    risk: float
+    labelled: bool
+    n_left_out: int
+
+    def __str__(self) -> str:
+        from vilu.report.explain.explain import risk_text
+
+        return risk_text(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON."""
+        return {"schema_version": SCHEMA_VERSION, "kind": "risk_map", **dataclasses.asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.json`` atomically; errors as ``save_json``."""
+        save_json(path, self.to_dict())
+
+
+def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverage: float = 0.8) -> RiskMap:
+    """Confusions that cost the most accepted risk.
+
+    The ceil(coverage N) answers of least uncertainty are accepted, as in ``vilu.metrics.risk_at_coverage``. With w_i
+    the failure of row i, a_i whether (of ties: with what share) it is accepted and A = sum_i a_i, the confusion of
+    answer j with truth k costs sum_i w_i a_i / A over its rows, and these add up to the selective risk. Where no row
+    has a label, w_i is the probability of failure and the truth is replaced by ``competitor``.
+
+    Args:
+        outcomes: As from ``vilu.score``, with predictions and shared candidates.
+        competitor: (N,) strongest candidate beside the answer, for outcomes without labels
+            (``vilu.report.explain.competitors.strongest_competitor``).
+        coverage: Share of answers to accept.
+
+    Raises:
+        UsageError: If the outcomes are of captions, which have no classes; if ``coverage`` is not in (0, 1]; if there
+            are no labels and the uncertainty is no probability, or no competitors are given.
+        DataError: If no row has a score and an answer.
+    """
+    if outcomes.provenance.get("pool_size") is not None:
+        raise UsageError("captions have no classes to confuse, so there is no risk map of them. Give class data.")
+    if not 0 < coverage <= 1:
+        raise UsageError(f"coverage must be in (0, 1]. Got {coverage} instead.")
+    if outcomes.prediction is None:
+        raise DataError("a risk map needs the answers, and these outcomes have none. Score again with vilu score.")
+    scored = np.isfinite(outcomes.uncertainty) & (outcomes.prediction != UNKNOWN)
+    known = scored & (outcomes.failure != UNKNOWN)
+    labelled = bool(known.any())
+    instead = _instead(outcomes, competitor, labelled=labelled)
+    rows = np.flatnonzero(known if labelled else scored)
+    if not len(rows):
+        raise DataError(f"none of the {len(outcomes)} rows has both a score and an answer.")
+    uncertainty = outcomes.uncertainty[rows]
+    weight = outcomes.failure[rows].astype(np.float64) if labelled else _probability(outcomes)[rows]
+    accepted, threshold = acceptance(uncertainty, coverage)
+    pairs = outcomes.prediction[rows], instead[rows]
+    confusions = _confusions(pairs, uncertainty, weight, accepted, outcomes.class_names)
+    return RiskMap(
+        rows=tuple(sorted(confusions, key=lambda c: (-c.risk, -c.failures, c.answer, c.instead))),
+        coverage=coverage,
+        threshold=threshold,
+        n=len(rows),
+        failures=float(weight.sum()),
+        risk=float((weight * accepted).sum() / accepted.sum()),
+        labelled=labelled,
+        n_left_out=len(outcomes) - len(rows),
+    )
+
+
+def _probability(outcomes: Outcomes) -> Floats:
+    """(N,) the calibrated probability of failure, or else an uncertainty that is one."""
+    if outcomes.failure_probability is not None:
+        return outcomes.failure_probability
+    if not outcomes.is_probability:
+        raise UsageError(
+            f"without labels failures are expected from probabilities, and {outcomes.method} gives a score. "
+            "Calibrate it (`vilu calibrate`), take vilu_plus, or give labels."
+        )
+    return outcomes.uncertainty
+
+
+def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool) -> Ints:
+    """(N,) what else each row may be."""
+    if labelled:
+        if outcomes.target is None:
+            raise DataError("a risk map needs the right answers, and these outcomes have failures but no targets.")
+        return outcomes.target
+    _probability(outcomes)
+    if competitor is None:
+        raise UsageError("without labels a risk map needs the strongest competitor of every answer.")
+    found = np.asarray(competitor, dtype=np.int64)
+    if found.shape != outcomes.uncertainty.shape:
+        raise DataError(f"competitor must have one entry per row ({len(outcomes)}). Got shape {found.shape} instead.")
+    return found
+
+
+def acceptance(uncertainty: Floats, coverage: float) -> tuple[Floats, float]:
+    """(N,) share of each row that is accepted, and the threshold.
+
+    A share is 1 below the threshold and 0 above; tied rows at the threshold share what is left of ceil(coverage N).
+    """
+    n = int(np.ceil(np.round(len(uncertainty) * coverage, 9)))  # rounding first: 0.07 · 100 is a little more than 7
+    threshold = float(np.partition(uncertainty, n - 1)[n - 1])
+    accepted = (uncertainty < threshold).astype(np.float64)
+    tied = uncertainty == threshold
+    accepted[tied] = (n - accepted.sum()) / np.count_nonzero(tied)
+    return accepted, threshold
+
+
+def _confusions(
+    pairs: tuple[Ints, Ints], uncertainty: Floats, weight: Floats, accepted: Floats, names: Sequence[str] | None
+) -> list[Confusion]:
+    """One entry per pair of answer and truth that has a failure in it."""
+    found, group = np.unique(np.stack(pairs, axis=1), axis=0, return_inverse=True)
+
+    def total(values: Floats) -> list[float]:
+        return [float(x) for x in np.bincount(group.ravel(), weights=values, minlength=len(found))]
+
+    failures, mean, cost = total(weight), total(weight * uncertainty), total(weight * accepted)
+
+    def name(candidate: int) -> str:
+        return f"candidate {candidate}" if names is None else str(names[candidate])
+
+    return [
+        Confusion(
+            answer=name(answer),
+            instead=name(other),
+            failures=failures[i],
+            share=float(failures[i] / weight.sum()),
+            uncertainty=mean[i] / failures[i],
+            accepted=cost[i],
+            risk=float(cost[i] / accepted.sum()),
+        )
+        for i, (answer, other) in enumerate(found.tolist())
+        if failures[i] > 0
+    ]

@@ -1,0 +1,360 @@
+"""Charts of the page, as SVG."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vilu.decision.thresholds import lower_bound, upper_bound
+from vilu.metrics import risk_coverage_curve, roc_curve_points
+from vilu.metrics.counts import Floats, Ints, tie_counts
+from vilu.outcomes.outcomes import Outcomes
+from vilu.report.page.choice import Choice
+from vilu.report.style import looks
+
+LEFT, RIGHT, TOP, BOTTOM = 46.0, 388.0, 30.0, 250.0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One direction of a chart.
+
+    Attributes:
+        label: What is written along it.
+        name: Shorter, for a value that is read from it.
+        low: Value at its beginning.
+        high: Value at its end.
+        percent: Whether values are fractions that are shown in per cent.
+    """
+
+    label: str
+    name: str
+    low: float
+    high: float
+    percent: bool = True
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """Round values and their texts."""
+        values = round_ticks(self.low, self.high)
+        if self.percent:
+            return [(value, f"{round(100 * value, 9):g}") for value in values]
+        return [(value, f"{value:.4g}") for value in values]
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """Points that are joined.
+
+    Attributes:
+        label: Whose they are.
+        x: (P,) values.
+        y: (P,) values.
+        look: Number of its look; lines of one method have the same in every chart.
+        filled: Whether the area below is tinted.
+        low: (P,) lower ends of intervals; none where there are no intervals.
+        high: (P,) upper ends.
+    """
+
+    label: str
+    x: Floats
+    y: Floats
+    look: int
+    filled: bool = False
+    low: Floats | None = None
+    high: Floats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Chart:
+    """Lines between two axes.
+
+    Attributes:
+        key: Identifier in the page.
+        title: Above it.
+        says: What it shows, in a sentence.
+        x: Horizontal axis.
+        y: Vertical axis.
+        lines: What is drawn, the last on top.
+        marker: (x, y) of the operating point, (x, None) for a vertical line; None where it cannot be shown.
+        guide: (x0, y0, x1, y1) and the text of a line to compare with.
+    """
+
+    key: str
+    title: str
+    says: str
+    x: Axis
+    y: Axis
+    lines: tuple[Line, ...]
+    marker: tuple[float, float | None] | None = None
+    guide: tuple[tuple[float, float, float, float], str] | None = None
+
+    def px(self, value: float) -> str:
+        """Horizontal place of a value."""
+        return _place(LEFT + (RIGHT - LEFT) * (value - self.x.low) / (self.x.high - self.x.low))
+
+    def py(self, value: float) -> str:
+        """Vertical place of a value."""
+        return _place(BOTTOM - (BOTTOM - TOP) * (value - self.y.low) / (self.y.high - self.y.low))
+
+    def points(self, line: Line) -> str:
+        """The places of a line, for ``<polyline points>``."""
+        return " ".join(f"{self.px(x)},{self.py(y)}" for x, y in zip(line.x.tolist(), line.y.tolist(), strict=True))
+
+    def area(self, line: Line) -> str:
+        """The same, closed along the horizontal axis."""
+        return f"{self.px(line.x[0])},{_place(BOTTOM)} {self.points(line)} {self.px(line.x[-1])},{_place(BOTTOM)}"
+
+
+def _place(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def round_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten in [low, high], about ``wanted`` of them."""
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.75 * raw)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
+    """At most ``limit`` of the points of a line, both ends among them, evenly along its length."""
+    xs, ys = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if len(xs) <= limit:
+        return xs, ys
+    length = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(xs), np.diff(ys)))])
+    kept = np.unique(np.searchsorted(length, np.linspace(0, length[-1], limit)))
+    kept = np.union1d(kept[1:-1], [0, len(xs) - 1])
+    return xs[kept], ys[kept]
+
+
+MAX_CLASSES = 100
+"""Lines of the table at most."""
+
+DELTA = 0.025
+"""On either side of a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """k of n, with its 95 % Clopper-Pearson interval."""
+
+    k: int
+    n: int
+
+    @property
+    def value(self) -> float | None:
+        """The share k / n; None where n is 0."""
+        return self.k / self.n if self.n else None
+
+    @property
+    def low(self) -> float:
+        """Lower end, P[Bin(n, low) >= k] = 0.025."""
+        return lower_bound(self.k, self.n, DELTA)
+
+    @property
+    def high(self) -> float:
+        """Upper end, P[Bin(n, high) <= k] = 0.025."""
+        return upper_bound(self.k, self.n, DELTA)
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One answer of the model.
+
+    Attributes:
+        name: Of the class.
+        failures: How often the answer is wrong where it is given.
+        accepted: How often it is accepted.
+        accepted_failures: How often it is wrong among the accepted.
+    """
+
+    name: str
+    failures: Rate
+    accepted: Rate
+    accepted_failures: Rate
+
+
+def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]:
+    """The classes that are answered, most wrong answers first, and how many more there are than are listed.
+
+    Rows without a known failure or an uncertainty are left out, as in every metric; none where there are no classes.
+    """
+    names, said = outcomes.class_names, outcomes.prediction
+    if names is None or said is None:
+        return [], 0
+    rows = outcomes.evaluable & (said >= 0)
+
+    def count(these: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ints:
+        return np.bincount(said[rows & these], minlength=len(names))
+
+    wrong = outcomes.failure == 1
+    n, k, m, j = count(rows), count(wrong), count(choice.accepted), count(choice.accepted & wrong)
+    answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-k[c], -n[c], c))
+    found = [
+        ClassRow(names[c], Rate(int(k[c]), int(n[c])), Rate(int(m[c]), int(n[c])), Rate(int(j[c]), int(m[c])))
+        for c in answered[:MAX_CLASSES]
+    ]
+    return found, len(answered) - len(found)
+
+
+BINS = 30
+RELIABILITY_BINS = 15
+TOTAL_POINTS = 2000
+"""Of all lines of a chart; with many methods each has fewer."""
+
+RIGHT_LOOK, WRONG_LOOK = -1, -2
+"""Looks of answers; methods count from 0."""
+
+DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
+
+
+def line_looks(n: int) -> list[dict[str, str]]:
+    """Colour and SVG dash pattern of so many methods, the main one first."""
+    found: list[dict[str, Any]] = list(itertools.islice(looks(), n))
+    return [{"colour": one["color"], "dash": _dash(one["linestyle"])} for one in found]
+
+
+def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
+    return DASHES[style] if isinstance(style, str) else " ".join(str(2 * length) for length in style[1])
+
+
+def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
+    """Selective risk over coverage, the main method (the first) on top."""
+    limit = _points_each(methods)
+    lines, top = [], 0.0
+    for look, one in enumerate(methods):
+        coverage, risk = risk_coverage_curve(*_known(one))
+        top = max(top, float(risk[(coverage >= 0.05) | (coverage == 1)].max()))
+        lines.append(Line(one.method or "", *thin(coverage, risk, limit), look))
+    _, failure = _known(methods[0])
+    accepted = choice.accepted[methods[0].evaluable]
+    m = int(accepted.sum())
+    rate = float(failure.mean())
+    return Chart(
+        key="risk",
+        title="Errors among the accepted",
+        says="Error rate among the answers that are accepted, against the share that is accepted; lower is better.",
+        x=Axis("accepted, % of all answers", "coverage", 0.0, 1.0),
+        y=Axis("wrong, % of the accepted", "errors", 0.0, _ceiling(top)),
+        lines=tuple(reversed(lines)),
+        marker=(m / len(failure), float(failure[accepted].mean()) if m else 0.0),
+        guide=((0.0, rate, 1.0, rate), f"all answers: {100 * rate:.1f} %") if rate else None,
+    )
+
+
+def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
+    """Right answers accepted over wrong ones accepted; None where all answers are right, or all wrong."""
+    _, failure = _known(methods[0])
+    if not 0 < failure.sum() < len(failure):
+        return None
+    limit = _points_each(methods)
+    lines = [
+        Line(one.method or "", *thin(*roc_curve_points(*_known(one)), limit), look) for look, one in enumerate(methods)
+    ]
+    accepted = choice.accepted[methods[0].evaluable]
+    return Chart(
+        key="roc",
+        title="Right and wrong answers told apart (ROC)",
+        says="Share of the right answers that is accepted, against the share of the wrong ones; higher is better.",
+        x=Axis("wrong answers accepted, %", "wrong accepted", 0.0, 1.0),
+        y=Axis("right answers accepted, %", "right accepted", 0.0, 1.0),
+        lines=tuple(reversed(lines)),
+        marker=(float(accepted[failure == 1].mean()), float(accepted[failure == 0].mean())),
+        guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
+    )
+
+
+def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart:
+    """Uncertainty of the right and of the wrong answers, in shares of their kind."""
+    uncertainty, failure = _known(outcomes)
+    low, high = (0.0, 1.0) if outcomes.is_probability else (float(uncertainty.min()), float(uncertainty.max()))
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, BINS + 1)
+    shares = []
+    for kind in (0, 1):
+        counts, _ = np.histogram(uncertainty[failure == kind], edges)
+        shares.append(counts / max(counts.sum(), 1))
+    x = np.repeat(edges, 2)[1:-1]
+    return Chart(
+        key=f"histogram-{number}",
+        title="Uncertainty of right and wrong answers" if number == 0 else outcomes.method or "",
+        says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
+        x=Axis("uncertainty", "uncertainty", low, high, percent=False),
+        y=Axis("% of its kind", "share", 0.0, _ceiling(max(float(share.max()) for share in shares))),
+        lines=(
+            Line("right answers", x, np.repeat(shares[0], 2), RIGHT_LOOK, filled=True),
+            Line("wrong answers", x, np.repeat(shares[1], 2), WRONG_LOOK, filled=True),
+        ),
+        marker=None if threshold is None else (float(np.clip(threshold, low, high)), None),
+    )
+
+
+def reliability(methods: Sequence[Outcomes]) -> Chart | None:
+    """Failure rate over the mean failure probability, in bins of equal width; only methods that give probabilities.
+
+    None where the main method does not.
+    """
+    stated = [probability(one) for one in methods]
+    if stated[0] is None:
+        return None
+    lines = [
+        _reliability_line(one, p, look)
+        for look, (one, p) in enumerate(zip(methods, stated, strict=True))
+        if p is not None
+    ]
+    return Chart(
+        key="reliability",
+        title="Stated and found failure rates",
+        says="Share of wrong answers against the failure probability that was stated, in bins; bars: 95 % intervals.",
+        x=Axis("failure probability stated, %", "stated", 0.0, 1.0),
+        y=Axis("answers that are wrong, %", "found", 0.0, 1.0),
+        lines=tuple(reversed(lines)),
+        guide=((0.0, 0.0, 1.0, 1.0), "as stated"),
+    )
+
+
+def probability(outcomes: Outcomes) -> Floats | None:
+    """(N,) failure probabilities: the calibrated ones, or else an uncertainty that is one; None without."""
+    if outcomes.failure_probability is not None:
+        return outcomes.failure_probability
+    return outcomes.uncertainty if outcomes.is_probability else None
+
+
+def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
+    """The bins of the ECE, right-closed; empty ones have no point."""
+    rows = outcomes.evaluable
+    counts = tie_counts(stated[rows], outcomes.failure[rows])
+    of_score = np.searchsorted(np.arange(1, RELIABILITY_BINS) / RELIABILITY_BINS, counts.value, side="left")
+    n, wrong, total = (
+        np.bincount(of_score, weights, RELIABILITY_BINS)
+        for weights in (counts.size, counts.wrong, counts.value * counts.size)
+    )
+    there = n > 0
+    rates = [Rate(int(k), int(m)) for k, m in zip(wrong[there], n[there], strict=True)]
+    low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
+    ends = (low, high) if look == 0 else (None, None)
+    return Line(outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends)
+
+
+def _known(outcomes: Outcomes) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    rows = outcomes.evaluable
+    return outcomes.uncertainty[rows], outcomes.failure[rows]
+
+
+def _points_each(methods: Sequence[Outcomes]) -> int:
+    return int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
+
+
+def _ceiling(value: float) -> float:
+    """A round end of an axis, at least as large and at most 1."""
+    return next((top for top in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8) if value <= top), 1.0)

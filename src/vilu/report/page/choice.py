@@ -1,0 +1,201 @@
+"""The choice of a threshold, and the scores that the page shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.decision import record
+from vilu.decision.calibrate import Certificate, Selector, group_names
+from vilu.decision.record import Rule
+from vilu.decision.score_folder import RUN, ScoreFolder
+from vilu.embeddings.space import digest
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.metrics.counts import tie_counts
+from vilu.outcomes.evaluate import require_same_rows
+from vilu.outcomes.outcomes import Outcomes
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What ``vilu calibrate`` left beside a predictor.
+
+    Attributes:
+        rule: What accepts.
+        method: Name of the predictor that it belongs to; None where that is not known.
+        risk: Fingerprint of the record, which scores carry that it decided; None where there is no record.
+        facts: What is recorded of the calibration: fingerprints, data set, version.
+    """
+
+    rule: Rule
+    method: str | None = None
+    risk: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The operating point of a page.
+
+    Attributes:
+        accepted: (N,) whether each row is accepted.
+        threshold: Accept where the uncertainty is at most this; None: by another rule than one threshold, or nothing.
+        max_risk: Error rate that was aimed at; None where another thing was.
+        promise: What is promised of later answers, in words; None where nothing is.
+        certificates: Per group, if the rule has them.
+        facts: What is recorded of the calibration.
+    """
+
+    accepted: NDArray[np.bool_] = field(repr=False)
+    threshold: float | None
+    max_risk: float | None
+    promise: str | None = None
+    certificates: Mapping[str, Certificate] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
+    """The largest threshold t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows. Promises nothing.
+
+    Raises:
+        UsageError: If ``max_risk`` is not in (0, 1).
+    """
+    if not 0 < max_risk < 1:
+        raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
+    rows = outcomes.evaluable
+    counts = tie_counts(outcomes.uncertainty[rows], outcomes.failure[rows])
+    meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
+    threshold = float(counts.value[meets[-1]]) if len(meets) else None
+    accepted = outcomes.uncertainty <= (-np.inf if threshold is None else threshold)
+    return Choice(accepted, threshold, max_risk)
+
+
+def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
+    """What a calibrated rule accepts of these rows.
+
+    Raises:
+        ProvenanceError: If the rule was calibrated for another method, or another rule decided these scores.
+        UsageError: If the rule has groups that scores do not tell.
+    """
+    _require_match(outcomes, calibrated)
+    rule = calibrated.rule
+    if rule.grouped_by == "groups":
+        raise UsageError("this rule has a threshold per group that its caller named; scores do not tell the groups.")
+    groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
+    accepted = rule.accept(outcomes.uncertainty, groups)
+    return Choice(
+        accepted=accepted,
+        # of one batch, conformal selection accepts what one threshold does, too
+        threshold=float(outcomes.uncertainty[accepted].max()) if rule.needs_batch and accepted.any() else _limit(rule),
+        max_risk=rule.max_risk,
+        promise=str(rule).splitlines()[0] if not isinstance(rule, Selector) or rule.feasible else None,
+        certificates=rule.certificates if isinstance(rule, Selector) else {},
+        facts=calibrated.facts,
+    )
+
+
+def _limit(rule: Rule) -> float | None:
+    return rule.threshold if isinstance(rule, Selector) and rule.grouped_by is None else None
+
+
+def _require_match(outcomes: Outcomes, calibrated: Calibrated) -> None:
+    for what, mine, theirs in (
+        ("calibrated for", calibrated.method, outcomes.method),
+        ("written in the record", calibrated.risk, outcomes.provenance.get("risk")),
+    ):
+        if None not in {mine, theirs} and mine != theirs:
+            raise ProvenanceError(
+                f"the rule was {what} {mine!r}, the scores are of {theirs!r}. "
+                "Give the predictor that made them, or choose its scores with --main."
+            )
+
+
+def read_calibrated(folder: str | Path) -> Calibrated:
+    """The rule that ``vilu calibrate`` wrote into the folder of a predictor.
+
+    Raises:
+        DataError: If there is none, or it is damaged.
+        ProvenanceError: If a newer vilu wrote it.
+        StorageError: If a file cannot be read.
+    """
+    found = record.load(folder)
+    if found.rule is None:
+        raise DataError(
+            f"{folder} has calibrated probabilities and no rule that accepts or abstains. "
+            "Run `vilu calibrate` with --max-risk, or leave --predictor out."
+        )
+    document = found.model_dump(mode="json", exclude={"rule", "label_sets"})
+    method = record.load_rows(folder, found).method
+    return Calibrated(found.rule, method, digest(found.model_dump(mode="json")), document)
+
+
+PREFERRED = ("vilu_plus", "vilu")
+"""Methods that a page is about if none is chosen, by how their names begin."""
+
+
+def read_scores(path: str | Path) -> list[Outcomes]:
+    """The methods that were scored: every ``*.parquet`` of a folder by name, one file, or one folder of parts.
+
+    A method that has no name, or one that another file has too, is called after its file.
+
+    Raises:
+        UsageError: If a file has another suffix.
+        StorageError: If a file cannot be opened.
+        DataError: If there is nothing, or a file holds no scores.
+    """
+    root = Path(path)
+    if (root / RUN).is_file():
+        return _named([(root, ScoreFolder(root).outcomes())])
+    files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]
+    if not files:
+        raise DataError(
+            f"{root} holds no .parquet files. Give a folder with what `vilu score` wrote, a file per method."
+        )
+    return _named([(file, Outcomes.load(file)) for file in files])
+
+
+def _named(found: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
+    names = Counter(one.method for _, one in found)
+    return [
+        one if one.method and names[one.method] == 1 else dataclasses.replace(one, method=_call(one.method, path))
+        for path, one in found
+    ]
+
+
+def _call(method: str | None, path: Path) -> str:
+    return f"{method} ({path.stem})" if method else path.stem
+
+
+def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
+    """The method that a page is about: the one called ``main``, or else ViLU+, ViLU, or the first.
+
+    Raises:
+        UsageError: If there is none, none is called so, or two methods have one name.
+        ProvenanceError: If not all are about the same answers; the message names two that are not.
+    """
+    names = [one.method or "" for one in outcomes]
+    if not names:
+        raise UsageError("a page needs at least one set of outcomes. Got none.")
+    repeated = [name for name, count in Counter(names).items() if count > 1 or not name]
+    if repeated:
+        raise UsageError(
+            f"every method of a page needs a name of its own. Several, or one without, are {repeated[0]!r}."
+        )
+    for one in outcomes[1:]:
+        require_same_rows(outcomes[0], one)
+    if main is not None:
+        if main not in names:
+            near = difflib.get_close_matches(main, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}.")
+        return outcomes[names.index(main)]
+    preferred = (i for start in PREFERRED for i, name in enumerate(names) if name.startswith(start))
+    return outcomes[next(preferred, 0)]

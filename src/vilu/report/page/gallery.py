@@ -1,0 +1,148 @@
+"""Pictures worth looking at: which rows, how they look, and what else the model considered."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+
+import numpy as np
+
+from vilu.datasets.base import ImageDataset, Record
+from vilu.datasets.images import BadImage, read_image
+from vilu.errors import DataError
+from vilu.metrics.counts import Ints
+from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.progress import track
+from vilu.report.page.choice import Choice
+
+PER_SECTION = 24
+SIDE = 128
+"""Longest side of a thumbnail in pixels."""
+
+QUALITY = 70
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture, or why there is none.
+
+    Attributes:
+        uri: ``data:`` URI; None where there is no picture.
+        width: In pixels.
+        height: In pixels.
+        why: Why there is none.
+    """
+
+    uri: str | None = None
+    width: int = 0
+    height: int = 0
+    why: str | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """One answer of the model.
+
+    Attributes:
+        key: Identifier of the row.
+        said: The answer; None where classes have no names.
+        true: The right one; None where unknown.
+        wrong: Whether the answer is wrong; None where unknown.
+        uncertainty: Of the main method.
+        accepted: Whether it is accepted.
+        picture: None where no images were given.
+        competitors: The likeliest candidates with their zero-shot probabilities.
+    """
+
+    key: str
+    said: str | None
+    true: str | None
+    wrong: bool | None
+    uncertainty: float
+    accepted: bool
+    picture: Thumbnail | None = None
+    competitors: Sequence[tuple[str, float]] = ()
+
+
+def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
+    """Rows of every section, at most 24 each; rows without an uncertainty are in none.
+
+    "suspicious": largest uncertainty. "confident": wrong answers of smallest uncertainty. "nearest": the least
+    uncertain of those that are not accepted.
+    """
+    order = np.argsort(outcomes.uncertainty, kind="stable")[: np.count_nonzero(np.isfinite(outcomes.uncertainty))]
+    return {
+        "suspicious": np.argsort(-outcomes.uncertainty, kind="stable")[: len(order)][:PER_SECTION],
+        "confident": order[outcomes.failure[order] == 1][:PER_SECTION],
+        "nearest": order[~choice.accepted[order]][:PER_SECTION],
+    }
+
+
+def make_cards(
+    outcomes: Outcomes,
+    choice: Choice,
+    rows: Iterable[int],
+    pictures: Mapping[int, Thumbnail],
+    competitors: Mapping[int, Sequence[tuple[str, float]]],
+) -> list[Card]:
+    """Cards of some rows."""
+    return [
+        Card(
+            key=str(row) if outcomes.ids is None else outcomes.ids[row],
+            said=_class_name(outcomes, outcomes.prediction, row),
+            true=_class_name(outcomes, outcomes.target, row),
+            wrong=None if outcomes.failure[row] == UNKNOWN else bool(outcomes.failure[row]),
+            uncertainty=float(outcomes.uncertainty[row]),
+            accepted=bool(choice.accepted[row]),
+            picture=pictures.get(row),
+            competitors=competitors.get(row, ()),
+        )
+        for row in map(int, rows)
+    ]
+
+
+def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
+    if codes is None or outcomes.class_names is None or codes[row] == UNKNOWN:
+        return None
+    return str(outcomes.class_names[codes[row]])
+
+
+def thumbnails(outcomes: Outcomes, rows: Iterable[int], images: ImageDataset) -> dict[int, Thumbnail]:
+    """Small pictures of some rows; the ids of outcomes are the keys of the data set.
+
+    Raises:
+        DataError: If outcomes have no ids, or the data set has none of these rows.
+    """
+    if outcomes.ids is None:
+        raise DataError("these scores do not say which images they are about (they have no keys). Leave --images out.")
+    wanted = {outcomes.ids[row]: row for row in map(int, rows)}
+    found: dict[int, Thumbnail] = {}
+    with track("looking for pictures", len(wanted), "images") as task:
+        for record in images.records(0, len(images)):
+            row = wanted.get(record.key)
+            if row is not None and row not in found:
+                found[row] = thumbnail(record)
+                task.advance(1)
+                if len(found) == len(wanted):
+                    break
+    if wanted and not found:
+        raise DataError(
+            f"{images.source} has none of the images that the page shows, such as {next(iter(wanted))!r}. "
+            "Give the data set and the split that were embedded."
+        )
+    missing = Thumbnail(why="not in the data set")
+    return {row: found.get(row, missing) for row in wanted.values()}
+
+
+def thumbnail(record: Record) -> Thumbnail:
+    """A picture as small WebP, decoded with all that is done against hostile files."""
+    try:
+        image = read_image(record).image
+    except BadImage as error:
+        return Thumbnail(why=str(error))
+    image.thumbnail((SIDE, SIDE))
+    buffer = BytesIO()
+    image.save(buffer, "WEBP", quality=QUALITY, method=4)
+    return Thumbnail(f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}", *image.size)

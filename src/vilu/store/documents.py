@@ -1,0 +1,418 @@
+"""The JSON documents of a store, and the classes they name."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
+
+import numpy as np
+from PIL import Image
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from torch import Tensor
+
+from vilu.backbones.base import Backbone
+from vilu.backbones.zeroshot import fill_templates, prompt_texts
+from vilu.embeddings.checks import require_usable
+from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.errors import ProvenanceError, StorageError
+from vilu.files import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
+
+
+class Document(Model):
+    """A file of the store.
+
+    Attributes:
+        later: Fields that came after the first stores. Unused they are not written, so that documents, and the hashes
+            over them, are what they were before.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value or name not in self.later}
+
+
+D = TypeVar("D", bound=Document)
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def read_document(path: Path, kind: type[D]) -> D:
+    """A document of the store, checked.
+
+    Raises:
+        StorageError: If the file is missing, too large, or not what it should be.
+        ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
+    """
+    if not path.is_file():
+        raise StorageError(f"{path} is missing. Run `vilu embed` again to complete the store.")
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(MAX_DOCUMENT_BYTES + 1)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
+    if len(content) > MAX_DOCUMENT_BYTES:
+        raise StorageError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, so it is no file of vilu.")
+    try:
+        version = _Version.model_validate_json(content).schema_version
+        if version != SCHEMA_VERSION:
+            raise ProvenanceError(
+                f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
+                "Embed again, or use the vilu that wrote it."
+            )
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise StorageError(f"{path} is damaged: {explain(error)}. Run `vilu embed` again to repair it.") from error
+
+
+SMALLEST = 0.5
+"""Smallest share of the area that a view shows."""
+
+
+class Views(Model):
+    """V random crops, each mirrored or not, on their way into the model's own preprocessing.
+
+    A crop has the shape of the picture, so that the preprocessing treats it as it treats the picture: a share of the
+    area uniform in [1/2, 1], at a uniform place. View v of an image depends on nothing but its key, v and the seed.
+
+    Attributes:
+        n: V.
+        seed: Of the views.
+        recipe: What is drawn; part of what a store is made from.
+    """
+
+    n: Annotated[int, Field(ge=1)]
+    seed: int = 0
+    recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
+        "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
+    )
+
+    def of(self, image: Image.Image, key: str) -> list[Image.Image]:
+        """The V views of a picture."""
+        return [augment(image, *_uniform(self.seed, number, key)) for number in range(self.n)]
+
+
+def augment(image: Image.Image, area: float, left: float, top: float, mirror: float) -> Image.Image:
+    """A crop, mirrored or not, from four numbers in [0, 1)."""
+    side = math.sqrt(SMALLEST + (1 - SMALLEST) * area)
+    width, height = (max(round(side * length), 1) for length in image.size)
+    x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
+    view = image.crop((x, y, x + width, y + height))
+    return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else view
+
+
+def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, float]:
+    """Four numbers in [0, 1) from a hash, which no version of a library will draw otherwise."""
+    words = hashlib.sha256(f"{seed} {number} {key}".encode("utf-8", "surrogatepass")).digest()
+    area, left, top, mirror = (np.frombuffer(words, "<u8") >> np.uint64(11)) * 2.0**-53
+    return float(area), float(left), float(top), float(mirror)
+
+
+RUN, CLASSES, MANIFEST = "run.json", "classes.json", "manifest.json"
+TEXT: Final = "text_emb/classes.npy"
+IMAGE: Final = "img_emb"
+"""The array of the image embeddings; those of columns have the names of the columns (``vilu.embeddings.columns``)."""
+
+CAPTION: Final = "text_emb"
+"""The array of the embeddings of the images' captions, where they have some."""
+
+MAX_PARTS = 1_000_000
+"""More files than a file system likes; also keeps a forged document from asking for endless work."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection"]
+
+
+class Inputs(Document):
+    """Everything that decides what a store holds; its hash is the fingerprint of the run.
+
+    Batch size, device and number of threads are not among them: they move a value by rounding only, and a run that
+    ran out of memory must be able to go on with smaller batches.
+
+    Attributes:
+        dataset_fingerprint: Hash of the listing of the images, or of the names of the shards.
+        n_in: Number of images, readable or not; of shards 0, since only reading them tells (the manifest has it).
+        split: Name of the split, if any.
+        space: The embedding space, with all that is known about the model.
+        names: The K class names as they stand in the prompts; none where captions are the candidates.
+        folders: The K class names as the data set has them; None when it is unlabelled.
+        templates: Prompt templates; none where there are no classes.
+        limits: What an image may be (``ImageLimits``).
+        part_size: Images per part, or shards.
+        dtype: Number format of what is stored of the images.
+        features: Width F of the features that are kept of each image; None where they are not.
+        views: Augmented views whose embeddings are kept of each image, if any.
+        prompts: Templates in which the embedding of every class is kept.
+        captions: Whether each image has a caption, whose embedding is kept, and there are no classes.
+        shards: Number of shards of which the parts are made; 0 where they are made of images.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"features", "views", "prompts", "captions", "shards"})
+
+    dataset_fingerprint: str
+    n_in: Count
+    split: str | None
+    space: EmbeddingSpace
+    names: tuple[str, ...]
+    folders: tuple[str, ...] | None
+    templates: tuple[str, ...]
+    limits: dict[str, float]
+    part_size: Annotated[int, Field(ge=1)]
+    dtype: Literal["float16", "float32"]
+    features: Annotated[int, Field(ge=1)] | None = None
+    views: Views | None = None
+    prompts: tuple[str, ...] = ()
+    captions: bool = False
+    shards: Count = 0
+
+    @model_validator(mode="after")
+    def _check_number_of_parts(self) -> Self:
+        if self.extent > self.part_size * MAX_PARTS:
+            unit = "shards" if self.shards else "images"
+            raise ValueError(f"part_size={self.part_size} makes more than {MAX_PARTS} parts of {self.extent} {unit}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.captions and (self.names or self.folders or self.templates or self.prompts):
+            raise ValueError("with captions there are no classes, so no names, templates or prompts of classes either")
+        return self
+
+    @property
+    def extent(self) -> int:
+        """Number of what parts are made of: images, or shards."""
+        return self.shards or self.n_in
+
+    @property
+    def arrays(self) -> dict[str, tuple[int, ...]]:
+        """What is kept of an image, by name and shape; the embedding first."""
+        dim = self.space.embed_dim
+        arrays: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
+        if self.captions:
+            arrays[CAPTION] = (dim,)
+        if self.features is not None:
+            arrays["features"] = (self.features,)
+        if self.views is not None:
+            arrays["views"] = (self.views.n, dim)
+        return arrays
+
+    def identity(self) -> dict[str, object]:
+        """The fields that are hashed, one level deep (``space.weights``)."""
+        known = set(Inputs.model_fields) - ({"n_in"} if self.shards else set())
+        fields = self.model_dump(mode="json", include=known)
+        flat: dict[str, object] = {}
+        for name, value in fields.items():
+            nested = value if isinstance(value, dict) else None
+            flat |= {name: value} if nested is None else {f"{name}.{key}": item for key, item in nested.items()}
+        return flat
+
+    def require_match(self, other: Inputs, store: Path) -> None:
+        """Refuse to mix the rows of two different runs.
+
+        Raises:
+            ProvenanceError: If anything differs, naming both sides of every difference.
+        """
+        mine, theirs = self.identity(), other.identity()
+        differences = [
+            f"{name} was {mine.get(name)!r:.120} and is now {theirs.get(name)!r:.120}"
+            for name in mine | theirs
+            if mine.get(name) != theirs.get(name)
+        ]
+        if differences:
+            raise ProvenanceError(
+                f"{store} was embedded from other inputs: {'; '.join(differences)}. "
+                "Nothing was changed. Give another output folder, or --overwrite to replace this one."
+            )
+
+
+class Run(Inputs):
+    """``run.json``, written first.
+
+    Attributes:
+        fingerprint: Hash of the inputs.
+        dataset: Where the images came from, for people (base name only).
+        vilu: Version that began the run.
+    """
+
+    fingerprint: str
+    dataset: str
+    vilu: str
+
+    @model_validator(mode="after")
+    def _check_fingerprint(self) -> Self:
+        if self.fingerprint != digest(self.identity()):
+            raise ValueError("the fingerprint is not that of the inputs beside it")
+        return self
+
+
+class Counted(Document):
+    """Every image that went in came out as a row or as an error.
+
+    Attributes:
+        n_in: Images.
+        n_ok: Rows.
+        n_error: Errors.
+        errors: Errors by kind.
+    """
+
+    n_in: Count
+    n_ok: Count
+    n_error: Count
+    errors: dict[str, Count]
+
+    @model_validator(mode="after")
+    def _check_counts(self) -> Self:
+        if self.n_in != self.n_ok + self.n_error or self.n_error != sum(self.errors.values()):
+            raise ValueError(f"n_in={self.n_in} is not n_ok={self.n_ok} plus n_error={self.n_error} ({self.errors})")
+        return self
+
+
+class FileInfo(Model):
+    """Size and SHA-256 of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class ArrayInfo(FileInfo):
+    """The same of a float32 array, and its shape."""
+
+    shape: tuple[Count, ...]
+
+
+class Receipt(Counted):
+    """``receipts/00000.json``, written last of a part: the part exists if and only if this does and the sizes agree.
+
+    Attributes:
+        fingerprint: Fingerprint of the run.
+        part: Number of the part.
+        start: Position of its first image, or number of its first shard.
+        stop: Position after its last image, or number after its last shard.
+        files: Its files by name.
+        batch_size: Images per forward pass.
+        seconds: Wall time.
+        source: Of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"source"})
+
+    fingerprint: str
+    part: Count
+    start: Count
+    stop: Count
+    files: dict[str, FileInfo]
+    batch_size: Annotated[int, Field(ge=1)]
+    seconds: float
+    source: str = ""
+
+
+class ClassTable(Document):
+    """``classes.json``: the K candidates and how their texts were made.
+
+    Attributes:
+        names: Class names as they stand in the prompts.
+        folders: Class names as the data set has them.
+        templates: Prompt templates; the K texts are their mean, normalised.
+        tokenizer: Description of the tokenizer.
+        text_emb: File of the (K, D) float32 text embeddings.
+        text_file: Its size and hash.
+        features: Width of the image features, as in the run.
+        prompts: Templates of the column ``prompts``.
+        columns: What else is kept of the classes and the model, each in ``columns/NAME.npy``.
+    """
+
+    later: ClassVar[frozenset[str]] = frozenset({"features", "prompts", "columns"})
+
+    names: tuple[str, ...]
+    folders: tuple[str, ...] | None
+    templates: tuple[str, ...]
+    tokenizer: str | None
+    text_emb: Literal["text_emb/classes.npy"] = TEXT
+    text_file: FileInfo
+    features: int | None = None
+    prompts: tuple[str, ...] = ()
+    columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
+    hash: str
+
+    @model_validator(mode="after")
+    def _check_hash(self) -> Self:
+        if self.hash != self.digest():
+            raise ValueError("the hash is not that of the classes beside it")
+        return self
+
+    @classmethod
+    def of(cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None) -> Self:
+        """The table of a run whose text embeddings are in a file, and its columns in others."""
+        draft = cls.model_construct(
+            names=run.names,
+            folders=run.folders,
+            templates=run.templates,
+            tokenizer=run.space.tokenizer,
+            text_file=text_file,
+            features=run.features,
+            prompts=run.prompts,
+            columns=dict(columns or {}),
+        )
+        return draft.model_copy(update={"hash": draft.digest()})
+
+    def digest(self) -> str:
+        """Hash of all other fields."""
+        return digest(self.model_dump(mode="json", exclude={"hash"}))
+
+
+class Manifest(Counted, Run):
+    """``manifest.json``, written at the end: the store is complete and within its error budget.
+
+    Attributes:
+        parts: Number of parts.
+        classes: Hash of the class table; empty where captions are the candidates.
+        content: Hash over the SHA-256 of every file of every part.
+    """
+
+    parts: Count
+    classes: str
+    content: str
+
+
+logger = logging.getLogger(__name__)
+
+
+def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
+    """The columns (``vilu.embeddings.columns``) of classes and model that a run asks for, float32.
+
+    Raises:
+        UsageError: If a prompt has not exactly one ``{}``.
+        DataError: If a prompt has an unusable embedding.
+    """
+    columns: dict[ClassColumn, Tensor] = {}
+    if run.prompts:
+        prompts = prompt_texts(backbone, run.names, run.prompts)
+        columns["prompts"] = require_usable(prompts.flatten(0, 1), "prompt").view(prompts.shape)
+    if run.features is not None:
+        columns |= _linear_columns(backbone, run)
+    return columns
+
+
+def _linear_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
+    """Both last maps and what the text's maps, where there are such maps."""
+    if backbone.projections is None:
+        logger.info("the last maps of %s are not both linear: of its features the images' are kept", run.space.backbone)
+        return {}
+    image, text = backbone.projections
+    columns: dict[ClassColumn, Tensor] = {"image_projection": image, "text_projection": text}
+    if len(run.templates) == 1:
+        columns["text_features"] = backbone.encode_text_features(fill_templates(run.names, run.templates))
+    else:
+        logger.info("no text_features: a class text is the mean over %d templates, of no text", len(run.templates))
+    return columns

@@ -1,0 +1,48 @@
+"""Where parts are done: processes here, a Ray or Spark cluster, or ranks that somebody else started."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vilu.errors import UsageError
+
+if TYPE_CHECKING:
+    from vilu.store.job import Executor
+
+
+EXECUTORS = ("local", "ray", "spark", "rank")
+
+__all__ = ["EXECUTORS", "make_executor"]
+
+
+def make_executor(name: str, processes: int | None = None) -> Executor:
+    """The executor of a name.
+
+    Args:
+        name: "local" (processes of this machine), "ray", "spark", or "rank" (this is one of several processes that
+            torchrun or Slurm started).
+        processes: Number of workers; by default one per core of this machine, or as many as the cluster has room for.
+
+    Raises:
+        UsageError: If there is none of this name, or the number of processes cannot be.
+        MissingModelError: If it needs a package that is not installed.
+    """
+    if name == "local":
+        from vilu.store.executors.local import LocalExecutor
+
+        return LocalExecutor(processes)
+    if name == "ray":
+        from vilu.store.executors.clusters import RayExecutor
+
+        return RayExecutor(processes)
+    if name == "spark":
+        from vilu.store.executors.clusters import SparkExecutor
+
+        return SparkExecutor(processes)
+    if name == "rank":
+        from vilu.store.executors.local import RankExecutor
+
+        if processes is not None:
+            raise UsageError("the rank executor takes no number of processes: whoever starts the ranks says how many.")
+        return RankExecutor()
+    raise UsageError(f"executor must be one of {', '.join(EXECUTORS)}. Got {name!r} instead.")

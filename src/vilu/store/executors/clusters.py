@@ -1,0 +1,332 @@
+"""Parts done on a cluster: Ray and Spark."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import math
+import os
+import secrets
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from vilu.errors import MissingModelError, StorageError
+from vilu.extras import import_extra, quiet
+from vilu.store.documents import Receipt
+from vilu.store.executors.local import (
+    Worker,
+    check_processes,
+    cores,
+    pack_job,
+    receipt_of,
+    take_gpu,
+    threads_per_process,
+)
+from vilu.store.job import EmbedJob
+
+STORE_BYTES = 2**28
+"""Shared memory of a Ray of our own: only part numbers, receipts and the job go through it; Ray spills the rest."""
+
+
+class RayExecutor:
+    """Ray Data over part numbers: each actor holds the job, so the model is loaded once per actor.
+
+    A Ray that runs already, in this process or at ``RAY_ADDRESS``, is used and left running; otherwise one is started
+    on this machine and shut down at the end. Exactly-once comes from the parts' files, not from Ray: an actor that dies
+    is restarted and its part done again. Nothing here counts deaths, the job sets aside a part that keeps crashing.
+
+    Args:
+        processes: Number of actors; by default one per core of this machine, or on a cluster one per GPU, or per core
+            where it has none.
+
+    Raises:
+        UsageError: If there is no process.
+        MissingModelError: If Ray is not installed.
+    """
+
+    name = "ray"
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = check_processes(processes)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported
+        self._ray = import_extra("ray", "ray")
+        self._data = import_extra("ray.data", "ray")
+
+    def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
+        """The receipts, as parts are done.
+
+        Raises:
+            Exception: What a part raised.
+        """
+        if not parts:
+            return
+        with self._cluster() as actors, self._settings(), closing(self._rows(job, parts, actors)) as rows:
+            while True:
+                with quiet():  # not around the yield: the driver has things to say
+                    row = next(rows, None)
+                if row is None:
+                    return
+                yield receipt_of(row["outcome"])
+
+    def _rows(self, job: EmbedJob, parts: Sequence[int], actors: _Actors) -> Generator[dict[str, Any], None, None]:
+        """A row per part, as Ray hands them out. Closing it ends Ray's threads, which must not outlive a shutdown."""
+        items = [{"part": part} for part in parts]
+        done = self._data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _Actor,
+            fn_constructor_args=(pack_job(job, actors.threads),),
+            batch_size=1,
+            compute=self._data.ActorPoolStrategy(size=min(actors.number, len(items))),
+            num_cpus=actors.threads,
+            num_gpus=actors.gpus,
+            max_restarts=-1,
+            max_task_retries=-1,
+        )
+        yield from done.iter_rows()
+
+    @contextmanager
+    def _cluster(self) -> Iterator[_Actors]:
+        """Actors of the Ray that is there, or of one of our own for the time being."""
+        if self._ray.is_initialized():
+            yield self._actors()
+            return
+        address, processes = os.environ.get("RAY_ADDRESS"), self.processes or cores()
+        here = {"num_cpus": max(processes, cores()), "include_dashboard": False, "object_store_memory": STORE_BYTES}
+        start = {"address": address} if address else {"address": "local", **here}
+        with quiet():
+            self._ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            yield (
+                self._actors() if address else _Actors(processes, threads_per_process(processes), self._gpus(processes))
+            )
+        finally:
+            self._ray.shutdown()
+
+    def _actors(self) -> _Actors:
+        """As many as fit, each with an equal share of its machine; on the machines with GPUs only, if there are any."""
+        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        kind = "GPU" if any(machine.get("GPU") for machine in machines) else "CPU"
+        machines = [machine for machine in machines if machine.get(kind)]
+        number = self.processes or max(1, int(sum(machine[kind] for machine in machines)))
+        each = math.ceil(number / max(1, len(machines)))
+        threads = max(1, int(min((machine.get("CPU", 1) for machine in machines), default=1)) // each)
+        return _Actors(number, threads, self._gpus(number))
+
+    def _gpus(self, actors: int) -> float | None:
+        """GPUs per actor: one; where there are fewer than actors, several share one evenly; None without."""
+        gpus = int(self._ray.cluster_resources().get("GPU", 0))
+        return 1 / math.ceil(actors / gpus) if gpus else None
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """Quiet, and patient: a part may take hours, and actors may die while a machine starts."""
+        with quiet():
+            context = self._data.DataContext.get_current()
+        ours = {
+            "enable_progress_bars": False,
+            "execution_no_progress_timeout_s": -1,
+            "max_consecutive_actor_init_deaths": 5,
+        }
+        before = {name: getattr(context, name) for name in ours if hasattr(context, name)}
+        try:
+            for name in before:
+                setattr(context, name, ours[name])
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(context, name, value)
+
+
+@dataclass(frozen=True)
+class _Actors:
+    """How many actors, threads of each, and its share of a GPU."""
+
+    number: int
+    threads: int
+    gpus: float | None
+
+
+class _Actor:
+    """A worker process of Ray."""
+
+    def __init__(self, payload: bytes) -> None:
+        self._worker = Worker(payload)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """One row: the number of a part to its outcome."""
+        (part,) = batch["part"]
+        return {"outcome": np.array([self._worker.outcome(int(part))], dtype=object)}
+
+
+MAX_FAILURES = 6
+"""Attempts at a part in a Spark of our own; a job sets a crashing part aside before that."""
+
+SUBMITTED = "PYSPARK_GATEWAY_PORT"
+"""Set by ``spark-submit``, which brings its own settings."""
+
+POLL = 0.05
+"""Seconds between looks at what has arrived."""
+
+_held: dict[str, Worker] = {}
+"""What this Python worker works on, by the hash of the job."""
+
+
+class SparkExecutor:
+    """One Spark task per part; each Python worker holds the job, so the model is loaded once in each.
+
+    An active ``SparkContext``, or that of ``spark-submit``, is used and left running; otherwise one of our own runs
+    here and is stopped at the end. Exactly-once comes from the parts' files, so retries and speculation do no harm.
+    Receipts come back through an accumulator, which Spark updates as tasks succeed, once per part.
+
+    Args:
+        processes: Tasks at a time in a Spark of our own; by default one per core. A given context decides by itself.
+
+    Raises:
+        UsageError: If there is no process.
+        MissingModelError: If PySpark is not installed.
+    """
+
+    name = "spark"
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = check_processes(processes) or cores()
+        self._spark = import_extra("pyspark", "spark")
+
+    def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
+        """The receipts, as parts are done.
+
+        Raises:
+            StorageError: If Spark gave a part up.
+            MissingModelError: If Java is missing.
+            Exception: What a part raised.
+        """
+        if not parts:
+            return
+        with self._context() as (context, threads):
+            payload = pack_job(job, threads)
+            held = context.broadcast(payload)
+            arrived = context.accumulator([], _Outcomes())
+            task = partial(_run, held, hashlib.sha256(payload).hexdigest(), arrived)
+            tasks = context.parallelize(list(parts), len(parts)).map(task)
+            action = _Action(self._spark, context, tasks)
+            try:
+                n = 0
+                while action.goes_on() or n < len(arrived.value):
+                    for packed in arrived.value[n:]:
+                        n += 1
+                        yield receipt_of(packed)
+                action.check(n, len(parts))
+            finally:
+                action.cancel()
+                held.unpersist()
+
+    @contextmanager
+    def _context(self) -> Iterator[tuple[Any, int]]:
+        """The active context, or one of our own for the time being; and threads per task."""
+        active = self._spark.SparkContext._active_spark_context
+        if active is None and SUBMITTED in os.environ:
+            active = self._spark.SparkContext.getOrCreate()
+        if active is not None:
+            yield active, int(active.getConf().get("spark.task.cpus", "1"))
+            return
+        settings = {
+            "spark.master": f"local[{self.processes},{MAX_FAILURES}]",
+            "spark.app.name": "vilu",
+            "spark.ui.enabled": "false",
+            "spark.ui.showConsoleProgress": "false",
+            "spark.log.level": "OFF",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.driver.host": "127.0.0.1",
+        }
+        conf = self._spark.SparkConf().setAll(list(settings.items()))
+        try:
+            context = self._spark.SparkContext(conf=conf)
+        except self._spark.errors.PySparkRuntimeError as error:
+            raise MissingModelError(f"Spark did not start; it needs Java 17 or later on the path ({error}).") from error
+        context.pythonExec = sys.executable  # workers of this very environment
+        try:
+            yield context, threads_per_process(self.processes)
+        finally:
+            context.stop()
+
+
+class _Action:
+    """The Spark job, in a thread of its own, so that the driver can take receipts meanwhile."""
+
+    def __init__(self, spark: Any, context: Any, tasks: Any) -> None:  # noqa: ANN401 - PySpark's
+        self._context = context
+        self._group = f"vilu-{secrets.token_hex(4)}"
+        self._error: Exception | None = None
+        self._tasks = tasks
+        self._thread = spark.InheritableThread(target=self._collect, daemon=True)
+        self._thread.start()
+
+    def _collect(self) -> None:
+        try:
+            self._context.setJobGroup(self._group, "vilu")
+            self._tasks.collect()
+        # not swallowed: an exception ends with its thread unless it is handed over; check() raises it in the driver's
+        except Exception as error:  # noqa: BLE001
+            self._error = error
+
+    def goes_on(self) -> bool:
+        """Wait a moment; whether it is still at work."""
+        self._thread.join(POLL)
+        return bool(self._thread.is_alive())
+
+    def check(self, arrived: int, expected: int) -> None:
+        """Make sure that all is well at the end.
+
+        Raises:
+            StorageError: If it is not.
+        """
+        if self._error is not None:
+            raise StorageError(f"Spark gave up: {_reason(self._error)} Finished parts are kept.") from self._error
+        if arrived != expected:
+            raise StorageError(f"Spark ended with {arrived} receipts for {expected} parts. Finished parts are kept.")
+
+    def cancel(self) -> None:
+        """Stop what is still at work."""
+        if self._thread.is_alive():
+            self._context.cancelJobGroup(self._group)
+            self._thread.join()
+
+
+def _reason(error: Exception) -> str:
+    """The line of Spark's stack trace that says something."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if "SparkException" in line), lines[0])
+
+
+class _Outcomes:
+    """How Spark adds up an accumulator: a list of packed outcomes (PySpark's ``AccumulatorParam``)."""
+
+    def zero(self, _: list[bytes]) -> list[bytes]:
+        """Of a task."""
+        return []
+
+    def addInPlace(self, some: list[bytes], more: list[bytes]) -> list[bytes]:  # noqa: N802 - PySpark's name
+        """Those of one task more."""
+        some += more
+        return some
+
+
+def _run(held: Any, key: str, arrived: Any, part: int) -> None:  # noqa: ANN401 - PySpark's
+    """A task, in a Python worker."""
+    from pyspark import TaskContext
+
+    if key not in _held:
+        context = TaskContext.get()
+        gpu = context.resources().get("gpu") if context else None
+        if gpu:
+            take_gpu(int(gpu.addresses[0]))
+        _held.clear()
+        _held[key] = Worker(held.value)
+        gc.freeze()  # PySpark collects garbage after every task, which takes 0.2 s where torch is imported
+    arrived.add([_held[key].outcome(part)])

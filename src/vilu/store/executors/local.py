@@ -1,0 +1,404 @@
+"""Parts done on this machine: what an executor is, processes, and ranks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+
+import torch
+
+from vilu.errors import StorageError, UsageError, ViLUError
+from vilu.store.documents import Receipt
+from vilu.store.job import EmbedJob
+
+
+class Worker:
+    """The job in a worker process; it is unpickled at the first part, and the model loaded once.
+
+    Args:
+        payload: The pickled job.
+    """
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload = payload
+        self._job: EmbedJob | None = None
+
+    def outcome(self, part: int) -> bytes:
+        """Do a part; its receipt or what it raised, pickled, so that errors keep their type on the way."""
+        try:
+            if self._job is None:
+                self._job = pickle.loads(self._payload)  # noqa: S301 - from our own driver
+                self._payload = b""
+            return pickle.dumps(self._job.process(part))
+        # not swallowed: this is the end of a worker, and whatever it is travels as bytes to the driver, which raises it
+        except Exception as error:  # noqa: BLE001
+            return _pack(error)
+
+
+def receipt_of(packed: bytes) -> Receipt:
+    """The receipt in an outcome.
+
+    Raises:
+        Exception: What the part raised.
+    """
+    found = pickle.loads(packed)  # noqa: S301 - from our own worker
+    if isinstance(found, Exception):
+        raise found
+    if not isinstance(found, Receipt):
+        raise TypeError(f"a part must end with a receipt. Got {found!r:.200} instead.")
+    return found
+
+
+def pack_job(job: EmbedJob, threads: int) -> bytes:
+    """The job, pickled, with this share of threads for tensors and for decoding where it does not say itself.
+
+    Raises:
+        UsageError: If it cannot be pickled.
+    """
+    shared = replace(job, threads=job.threads or threads, workers=job.workers or threads)
+    try:
+        return pickle.dumps(shared)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"this job cannot go to other processes: {error}. Give the model by name (BackboneSpec), and a data set "
+            "that can be pickled."
+        ) from error
+
+
+def _pack(error: Exception) -> bytes:
+    """An exception for the driver; one of our own as it is, any other with its traceback, which does not travel."""
+    if not isinstance(error, ViLUError):
+        error.add_note("".join(traceback.format_exception(error)))
+    try:
+        packed = pickle.dumps(error)
+        pickle.loads(packed)  # noqa: S301 - our own bytes; classes with other arguments than a message fail here
+    # pickling runs the __reduce__ and __init__ of a foreign class, which may raise anything; what the part itself
+    # raised is what counts, and still reaches the driver, as text
+    except Exception:  # noqa: BLE001
+        packed = pickle.dumps(RuntimeError("".join(traceback.format_exception(error))))
+    return packed
+
+
+def check_processes(processes: int | None) -> int | None:
+    """The number of processes, or None for the executor's own choice.
+
+    Raises:
+        UsageError: If it is below 1.
+    """
+    if processes is not None and processes < 1:
+        raise UsageError(f"processes must be at least 1. Got {processes} instead.")
+    return processes
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_per_process(processes: int) -> int:
+    """Equal shares of the cores, at least one each."""
+    return max(1, cores() // processes)
+
+
+def take_gpu(number: int) -> None:
+    """Make "cuda" mean the GPU that is the turn of the process of this number on its machine, where there are any."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
+
+
+MAX_DEATHS = 5
+"""Of processes over one part; a job sets a crashing part aside before that."""
+
+READY = b""
+"""What a worker says when it is up, and what the driver hears from a dead one: nothing to hand on."""
+
+GRACE = 5.0
+"""Seconds that a worker has to die when told to."""
+
+logger = logging.getLogger(__name__)
+
+
+class LocalExecutor:
+    """N processes, begun afresh ("spawn", so no thread or lock is lost in a fork), each with a pipe of its own.
+
+    Only part numbers and receipts travel. No lock is shared, so killing a worker harms nothing but the part under way,
+    which another process does again. When the driver dies, however it dies, its workers end at once.
+
+    Args:
+        processes: Number of workers; by default one per core.
+
+    Raises:
+        UsageError: If there is none.
+    """
+
+    name = "local"
+
+    def __init__(self, processes: int | None = None) -> None:
+        self.processes = check_processes(processes) or cores()
+
+    def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
+        """The receipts, as parts are done.
+
+        Raises:
+            StorageError: If the workers of one part died five times.
+            Exception: What a part raised; the other workers are stopped.
+        """
+        pool = _Pool(job, parts, self.processes)
+        try:
+            yield from pool.receipts()
+        finally:
+            pool.stop()
+
+
+class _Process:
+    """A process, our end of its pipe, and what it does.
+
+    Attributes:
+        number: From 0, unique among those alive.
+        part: The part under way.
+        ready: Whether it has asked for work.
+    """
+
+    def __init__(self, number: int) -> None:
+        context = get_context("spawn")
+        self.number = number
+        self.part: int | None = None
+        self.ready = False
+        self.pipe, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs, number), daemon=True)
+        try:
+            self.process.start()
+        finally:
+            theirs.close()  # so that its death is the end of the pipe
+
+    def exit_code(self) -> int | None:
+        """How it ended; made to end if it does not by itself."""
+        self.pipe.close()
+        self.process.join(GRACE)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        return self.process.exitcode
+
+
+class _Pool:
+    """The state of one ``run``: parts that wait, workers, and deaths so far."""
+
+    def __init__(self, job: EmbedJob, parts: Sequence[int], processes: int) -> None:
+        self.payload = pack_job(job, threads_per_process(processes))
+        self.waiting = deque(parts)
+        self.size = min(processes, len(parts))
+        self.workers: dict[object, _Process] = {}
+        self.deaths: Counter[int | None] = Counter()
+
+    def receipts(self) -> Iterator[Receipt]:
+        """Receipts as they come in."""
+        while self.waiting or self._busy():
+            self._hire()
+            self._assign()
+            for pipe in connection.wait([worker.pipe for worker in self.workers.values()]):
+                worker = self.workers.get(pipe)
+                packed = READY if worker is None else self._hear(worker)
+                if packed != READY:
+                    self._assign()  # before the driver does something with the receipt
+                    yield receipt_of(packed)
+
+    def stop(self) -> None:
+        """End all workers; those in the middle of a part may still remove their temporary files."""
+        for worker in self.workers.values():
+            (worker.process.kill if worker.part is None else worker.process.terminate)()
+        for worker in self.workers.values():
+            worker.exit_code()
+        self.workers.clear()
+
+    def _busy(self) -> int:
+        return sum(worker.part is not None for worker in self.workers.values())
+
+    def _hire(self) -> None:
+        """Keep as many workers as there is work for."""
+        missing = min(self.size, self._busy() + len(self.waiting)) - len(self.workers)
+        taken = {worker.number for worker in self.workers.values()}
+        free = [number for number in range(self.size) if number not in taken]
+        for number in free[: max(0, missing)]:
+            worker = _Process(number)
+            self.workers[worker.pipe] = worker
+
+    def _assign(self) -> None:
+        """Give parts to those who have none."""
+        for worker in [worker for worker in self.workers.values() if worker.ready and worker.part is None]:
+            if not self.waiting:
+                return
+            worker.part = self.waiting.popleft()
+            try:
+                worker.pipe.send(worker.part)
+            except OSError:
+                self._bury(worker)
+
+    def _hear(self, worker: _Process) -> bytes:
+        """What a worker says; nothing but ``READY`` if it died."""
+        try:
+            packed = worker.pipe.recv_bytes()
+            if packed == READY:
+                worker.pipe.send_bytes(self.payload)
+                worker.ready = True
+        except (EOFError, OSError):
+            self._bury(worker)
+            return READY
+        if packed != READY:
+            worker.part = None
+        return packed
+
+    def _bury(self, worker: _Process) -> None:
+        del self.workers[worker.pipe]
+        part, code = worker.part, worker.exit_code()
+        self.deaths[part] += 1
+        if part is not None:
+            self.waiting.appendleft(part)
+        what = "before its first part" if part is None else f"in part {part}"
+        how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+        logger.warning("worker %d ended %s with %s; another one goes on", worker.number, what, how)
+        if self.deaths[part] >= MAX_DEATHS:
+            hint = (
+                "A script that embeds in processes needs its work under `if __name__ == '__main__':`."
+                if part is None
+                else "Finished parts are kept. If memory ran out, take fewer processes or a smaller batch size."
+            )
+            raise StorageError(f"workers ended {MAX_DEATHS} times {what}, last with {how}. {hint}")
+
+
+def _serve(pipe: Connection, number: int) -> None:
+    """A worker: parts from the pipe, outcomes into it, until the driver closes it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the driver says what becomes of us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way out
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    take_gpu(number)
+    try:
+        pipe.send_bytes(READY)
+        worker = Worker(pipe.recv_bytes())
+        while True:
+            pipe.send_bytes(worker.outcome(pipe.recv()))
+    except (EOFError, OSError):
+        return
+
+
+def _end_with_driver() -> None:
+    """End at once when the driver is gone; files appear whole or not at all, so no part is left half-written."""
+    driver = parent_process()
+    if driver is not None:
+        connection.wait([driver.sentinel])
+        os._exit(1)
+
+
+PAIRS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The place of this process among ``world`` of them, counted from 0."""
+
+    rank: int
+    world: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise UsageError(
+                f"the rank must be from 0 to {self.world - 1} in a world of {self.world}. Got {self.rank}."
+            )
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Rank:
+        """The rank that the environment tells.
+
+        ``RANK`` of ``WORLD_SIZE`` (torchrun) goes first. In Slurm, task ``SLURM_PROCID`` of ``SLURM_NTASKS`` in each
+        of the jobs of an array has the rank (number of its job) * ntasks + procid.
+
+        Raises:
+            UsageError: If nothing is said, or it contradicts itself.
+        """
+        torchrun, task = (_pair(environment, *names) for names in PAIRS)
+        if torchrun is not None:
+            return torchrun
+        array = _array(environment)
+        if task is None and array is None:
+            raise UsageError(
+                "the rank executor needs to know which process this is: start it with torchrun (RANK, WORLD_SIZE), "
+                "with srun (SLURM_PROCID, SLURM_NTASKS) or as a Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT, _MIN). "
+                "Found none of these variables."
+            )
+        task, array = task or cls(0, 1), array or cls(0, 1)
+        return cls(array.rank * task.world + task.rank, array.world * task.world)
+
+
+class RankExecutor:
+    """Does the parts of this process's rank, here: those whose number leaves the remainder ``rank`` by ``world``.
+
+    Processes that see different parts missing, because one began later, so still never leave a gap between them.
+
+    Args:
+        environment: Variables; by default the process's.
+
+    Raises:
+        UsageError: If they do not tell the rank.
+    """
+
+    name = "rank"
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self.rank = Rank.of(environment)
+        local = environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID"))
+        if local is not None:
+            take_gpu(_number("LOCAL_RANK", local))
+
+    def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
+        """The receipts of our parts.
+
+        Raises:
+            Exception: What a part raised.
+        """
+        for part in parts:
+            if part % self.rank.world == self.rank.rank:
+                yield job.process(part)
+
+
+def _pair(environment: Mapping[str, str], rank: str, world: str) -> Rank | None:
+    found = [name for name in (rank, world) if name in environment]
+    if not found:
+        return None
+    if len(found) == 1:
+        raise UsageError(f"{rank} and {world} must be set together. Found {found[0]} alone.")
+    return Rank(_number(rank, environment[rank]), _number(world, environment[world]))
+
+
+def _array(environment: Mapping[str, str]) -> Rank | None:
+    found = [name for name in ARRAY if name in environment]
+    if not found:
+        return None
+    if len(found) < len(ARRAY):
+        missing = sorted(set(ARRAY) - set(found))
+        raise UsageError(f"{', '.join(ARRAY)} must be set together. Missing: {', '.join(missing)}.")
+    number, count, least = (_number(name, environment[name]) for name in ARRAY)
+    step = _number("SLURM_ARRAY_TASK_STEP", environment.get("SLURM_ARRAY_TASK_STEP", "1"))
+    if step < 1 or (number - least) % step:
+        raise UsageError(f"array task {number} is not in steps of {step} from {least}. Give the array as 0-N.")
+    try:
+        return Rank((number - least) // step, count)
+    except UsageError as error:
+        raise UsageError(f"array task {number} is not among {count} from {least} on. Give the array as 0-N.") from error
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise UsageError(f"{name} must be a whole number from 0. Got {text!r} instead.")
+    return int(text)

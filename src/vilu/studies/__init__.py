@@ -1,1 +1,0 @@
-"""From the finished cells of benchmarks to tables, figures, claims, and a document."""
