@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tests.unit.image_files import (
 )
 from tests.unit.pickle_files import python2_pickle
 from vilu.datasets.catalog import open_dataset
+from vilu.datasets.cifar import read_pickle
 from vilu.datasets.images import decode_image, read_image
 from vilu.errors import DataError, UsageError
 
@@ -139,6 +141,30 @@ def test_cifar_files_with_other_content_are_refused(tmp_path, content):
     (tmp_path / "cifar-100-python/test").write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(DataError, match="test"):
         open_dataset(tmp_path, split="test")
+
+
+def test_a_pickle_cannot_ask_for_a_memo_of_gigabytes(tmp_path):
+    """Python makes room for every slot below one that is named: 64 GB here."""
+    file = tmp_path / "damaged"
+    for slot in (b"r\xff\xff\xff\xff", b"p4294967295\n", b"r\x05\x00\x00\x00"):
+        file.write_bytes(b"\x80\x02}" + slot + b".")
+        with pytest.raises(DataError, match=r"refused: it keeps an object in slot .*, and at most 2 were made"):
+            read_pickle(file)
+    file.write_bytes(b"\x80\x02}r\x01\x00\x00\x00.")
+    assert read_pickle(file) == {}
+
+
+@pytest.mark.parametrize("found", [b"S'\\q'\n.", b"S'\\777'\n.", b"(dS'\\q'\nI1\ns.", b"}S'data\\8'\nNs."])
+@pytest.mark.parametrize("action", ["error", "ignore", "always", "default", "once"])
+def test_an_escape_that_python_guesses_at_is_damage(tmp_path, found, action):
+    """Found by hypothesis: pickle warns of it, and what happens then was up to the program's filter."""
+    file = tmp_path / "damaged"
+    file.write_bytes(found)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter(action)
+        with pytest.raises(DataError, match=r"damaged was refused: invalid (octal )?escape sequence"):
+            read_pickle(file)
+    assert not said
 
 
 @given(st.data())

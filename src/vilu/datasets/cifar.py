@@ -6,6 +6,7 @@ import io
 import itertools
 import pickle
 import pickletools
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,15 +98,19 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _require_shallow(content: bytes) -> None:
-    """Refuse tuples that could be nested without end; an array and its labels have a handful.
-
-    Raises:
-        ValueError: If there are too many, or the opcodes make no sense.
-    """
-    steps = (opcode.name for opcode, _, _ in pickletools.genops(content) if opcode.name not in MEMO)
-    kept = sum(name in TUPLES and following != "REDUCE" for name, following in itertools.pairwise(steps))
+    """Refuse tuples that could be nested without end; an array and its labels have a handful."""
+    kept = sum(name in TUPLES and following != "REDUCE" for name, following in itertools.pairwise(_steps(content)))
     if kept > MAX_TUPLES:
         raise ValueError(f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}")
+
+
+def _steps(content: bytes) -> Iterator[str]:
+    """Names of the opcodes, without the memo's; a slot far beyond the objects made so far would cost gigabytes."""
+    for made, (opcode, slot, _) in enumerate(pickletools.genops(content)):
+        if opcode.name not in MEMO:
+            yield opcode.name
+        elif isinstance(slot, int) and slot > made:
+            raise ValueError(f"it keeps an object in slot {slot}, and at most {made} were made")
 
 
 def read_pickle(file: Path) -> dict[str, object]:
@@ -118,9 +123,12 @@ def read_pickle(file: Path) -> dict[str, object]:
         if file.stat().st_size > MAX_BYTES:
             raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
         raw = file.read_bytes()
-        _require_shallow(raw)
-        content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # no array's pickle has escapes that Python has to guess at
+            _require_shallow(raw)
+            content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
     except (
+        Warning,  # whatever the filter of the program
         pickle.UnpicklingError,  # refused names, opcodes out of place
         OSError,  # the file cannot be read
         EOFError,  # cut short
