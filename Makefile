@@ -2,13 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-random test-fuzz test-processors lint format bench clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-random: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -p randomly -v $(ARGS)
+
+# Hypothesis tests alone, with random examples, ROUNDS times as many as `make test`; SEED repeats the first round.
+ROUNDS ?= 10
+test-fuzz: .venv/.dev
+	for round in $$(seq $(ROUNDS)); do \
+		seed=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; unset SEED; \
+		echo "round $$round of $(ROUNDS): SEED=$$seed"; \
+		HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-seed=$$seed $(ARGS) || exit; \
+	done
+
+test-processors: .venv/.dev
+	$(BIN)/python tools/processors.py $(ARGS)
 
 lint: .venv/.dev
 	$(BIN)/ruff check

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.metrics.histogram import Histogram
+
+# The same examples on every machine, and no limit of time, which is one of the machine; `make test-fuzz` draws others.
+settings.register_profile("ci", derandomize=True, database=None, deadline=None)
+settings.register_profile("fuzz", max_examples=1_000, database=None, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

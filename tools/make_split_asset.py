@@ -52,7 +52,7 @@ def main() -> None:
     if len(data) > LIMIT:
         sys.exit(f"{TARGET.name} would have {len(data):,} bytes; at most {LIMIT:,} may ship")
     TARGET.write_bytes(data)
-    print(f"{TARGET.name}: {len(lines):,} lines, {len(data):,} bytes")  # noqa: T201 - a script's result
+    print(f"{TARGET.name}: {len(lines):,} lines, {len(data):,} bytes")
 
 
 if __name__ == "__main__":
