@@ -1,0 +1,85 @@
+"""What vilu 0.1.0 wrote, before its code was moved: it loads, and gives the numbers that it gave then.
+
+The artefacts in ``data`` (``write.py`` says how they were made) stay for ever and are never written again. What is
+stored must be the same to the bit on every machine. What is computed must be the same up to rounding, number by number
+(``bed.rounding``), and with VILU_COMPAT_EXACT=1 to the bit, on the processor and with the threads that wrote them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.compat.bed import answers, arrays, classes, pairs, require_same, tree, unpack
+
+Open = Callable[[str], Path]
+
+VERSION = ("vilu", "fingerprint")
+"""What names the version of vilu in ``predictor.json``: the fingerprint is over it, too."""
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    """Unpacks an archive once."""
+    root = tmp_path_factory.mktemp("compat")
+
+    def open_archive(name: str) -> Path:
+        return root / name if (root / name).exists() else unpack(name, root)
+
+    return open_archive
+
+
+def test_predictors_give_their_numbers(kept: Open) -> None:
+    inputs, expected = arrays("inputs"), arrays("predictors")
+    rows, captions = classes(inputs, "test"), pairs(inputs, "test pairs")
+    folders = {path.name: path for name in ("predictors", "pairs") for path in kept(name).iterdir()}
+    assert folders.keys() == {key.partition("/")[0] for key in expected}
+    assert folders.keys() >= {"vilu", "vilu_plus-few", "stacking-all", "mcm-calibrated", "vilu-constant", "pairs-vilu"}
+    for label, folder in sorted(folders.items()):
+        mine = {key.removeprefix(f"{label}/"): value for key, value in expected.items() if key.startswith(f"{label}/")}
+        data = captions if label.startswith("pairs-") else rows
+        if label == "converted":
+            data = vilu.Embeddings(mine.pop("image"), mine.pop("text"), None, float(mine.pop("scale")))
+        tolerances = {key.removesuffix("/tolerance"): mine.pop(key) for key in list(mine) if key.endswith("/tolerance")}
+        require_same(answers(vilu.load(folder), data), mine, tolerances, label)
+
+
+def test_predictors_are_saved_as_they_were(kept: Open, tmp_path: Path) -> None:
+    """The same bytes, but for the version."""
+    for name in ("predictors", "pairs"):
+        for folder in sorted(kept(name).iterdir()):
+            vilu.load(folder).save(tmp_path / name / folder.name)
+            now, then = tree(tmp_path / name / folder.name), tree(folder)
+            for file in ("weights.safetensors", "README.md"):
+                assert now[file] == then[file], f"{folder.name}/{file}"
+            records = [json.loads(found["predictor.json"]) for found in (now, then)]
+            texts = [{key: value for key, value in record.items() if key not in VERSION} for record in records]
+            assert list(texts[0].items()) == list(texts[1].items()), folder.name
+
+
+def test_every_method_of_then_is_kept(kept: Open) -> None:
+    """No name has gone: neither of a method, nor of one of its parameters."""
+    labels = {path.name for path in kept("predictors").iterdir()}
+    assert len(labels & vilu.PREDICTORS.keys()) == 37
+    for label in labels - {"converted"}:
+        record = json.loads((kept("predictors") / label / "predictor.json").read_text())
+        found = vilu.load(kept("predictors") / label)
+        assert isinstance(found, vilu.PREDICTORS[record["method"]])
+        values = {name: getattr(found, name) for name in record["parameters"]}
+        assert json.loads(json.dumps(values)) == record["parameters"]
+
+
+def test_a_checkpoint_is_converted_as_it_was(kept: Open) -> None:
+    expected = {key.removeprefix("converted/"): value for key, value in arrays("predictors").items()}
+    folder, data = kept("predictors") / "converted", (expected["image"], expected["text"], None)
+    now = vilu.convert_official(folder / "head.ckpt", float(expected["scale"]))
+    then = vilu.load(folder)
+    rows = vilu.Embeddings(*data, float(expected["scale"]))
+    assert now == then
+    assert np.array_equal(now.predict_uncertainty(rows), then.predict_uncertainty(rows))
+    assert all(np.array_equal(now.state()[name], tensor) for name, tensor in then.state().items())
