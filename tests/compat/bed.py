@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import signal
-import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 import vilu
@@ -23,6 +18,9 @@ import vilu
 DATA = Path(__file__).parent / "data"
 EXACT = os.environ.get("VILU_COMPAT_EXACT") == "1"
 """Ask for the same bits of what is computed, too: true on the machine, and with the number of threads, that wrote."""
+
+WRITTEN = 1_764_000_000
+"""When the files of the archives were written, since the fingerprint of a data set is over that, too."""
 
 EPSILON = float(np.finfo(np.float32).eps)
 
@@ -33,6 +31,8 @@ def unpack(name: str, folder: Path) -> Path:
     """The files of an archive in a new folder."""
     with zipfile.ZipFile(DATA / f"{name}.zip") as archive:
         archive.extractall(folder / name)
+    for path in (folder / name).rglob("*"):
+        os.utime(path, (WRITTEN, WRITTEN))
     return folder / name
 
 
@@ -124,55 +124,6 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def command(*arguments: object) -> tuple[int, str]:
-    """Exit code and standard output of ``vilu``, run in this process."""
-    from vilu.cli import main
-
-    given, handler = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = ["vilu", "--quiet", *map(str, arguments)]
-    try:
-        with redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = given
-        signal.signal(signal.SIGTERM, handler)
-    return int(end.value.code or 0), out.getvalue()
-
-
-def of_source(source: vilu.EmbeddingSource) -> Arrays:
-    """Everything that a source of embeddings holds."""
-    every = torch.arange(len(source))
-    found = {
-        "ids": np.array(list(source.ids)),
-        "status": np.asarray(source.status),
-        "target": source.target.numpy(),
-        "image": source.image_rows(every).numpy() if source.pool_size is None else source.picture_rows(every).numpy(),
-        "usable": source.usable_rows.numpy(),
-        **{f"columns/{name}": source.column(name, every).numpy() for name in sorted(source.columns)},
-    }
-    if source.pool_size is None:
-        return found | {"text": source.candidates(every).text.numpy(), "names": np.array(source.class_names or ())}
-    return found | {"text": source.caption_rows(every).numpy()}
-
-
-def of_outcomes(outcomes: vilu.Outcomes) -> Arrays:
-    """Everything that scores hold, by column; texts that are missing as empty ones."""
-    floats = {"uncertainty": outcomes.uncertainty, "failure_probability": outcomes.failure_probability}
-    wholes = {"failure": outcomes.failure, "prediction": outcomes.prediction, "target": outcomes.target}
-    texts = {
-        name: [text or "" for text in column]
-        for name in ("ids", "reason", "decision", "decision_reason", "label_set", "class_names")
-        if (column := getattr(outcomes, name)) is not None
-    }
-    about = {name: getattr(outcomes, name) for name in ("method", "dataset", "split", "seed", "is_probability")}
-    about["provenance"] = dict(outcomes.provenance)
-    return {
-        **{name: np.asarray(column) for name, column in {**floats, **wholes}.items() if column is not None},
-        **{name: np.array(column) for name, column in texts.items()},
-        "about": np.array(json.dumps(about, sort_keys=True)),
-    }
-
-
 def require_near(found: Any, expected: Any, relative: float, where: str = "") -> None:
     """The same JSON; numbers with a fraction up to rounding, unless the same bits are asked for."""
     assert type(found) is type(expected), f"{where}: {found!r} against {expected!r}"
@@ -188,31 +139,3 @@ def require_near(found: Any, expected: Any, relative: float, where: str = "") ->
         assert found == pytest.approx(expected, rel=relative, abs=relative), where
     else:
         assert found == expected, where
-
-
-def run(*arguments: object) -> str:
-    """Standard output of a command that succeeds."""
-    code, text = command(*arguments)
-    assert code == 0, f"exit code {code} of vilu {' '.join(map(str, arguments))}"
-    return text
-
-
-def of_folder(scores: vilu.ScoreFolder) -> Arrays:
-    """The same of a folder of scores, and its counts."""
-    scores.verify()
-    histogram = {name: getattr(scores.histogram, name) for name in ("bins", "correct", "wrong")}
-    return of_outcomes(scores.outcomes()) | {f"histogram/{name}": value for name, value in histogram.items()}
-
-
-def evaluated(scores: Path) -> dict[str, Any]:
-    """What ``vilu evaluate`` says of kept scores: the table that is printed, and the rows."""
-    given = [*sorted(scores.glob("*.*")), scores / "folder", scores / "parts"]
-    rows = run("evaluate", *given, "--resamples", 50, "--json").replace(f"{scores}/", "")
-    return {"table": run("evaluate", *given, "--resamples", 50).replace(f"{scores}/", ""), "rows": json.loads(rows)}
-
-
-def watch(predictor: Path, state: Path, scores: Path) -> dict[str, Any]:
-    """What ``vilu monitor`` says of scores, going on from a state, and leaves in it."""
-    code, text = command("monitor", predictor, scores, "--state", state, "--json")
-    status = {key: value for key, value in json.loads(text).items() if key not in {"predictor", "batches"}}
-    return {"code": code, "status": status}

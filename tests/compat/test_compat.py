@@ -1,4 +1,4 @@
-"""What vilu 0.1.0 wrote, before its code was moved: it loads, and gives the numbers that it gave then.
+"""Predictors that vilu 0.1.0 saved, before its code was moved: they load, and give the numbers that they gave then.
 
 The artefacts in ``data`` (``write.py`` says how they were made) stay for ever and are never written again. What is
 stored must be the same to the bit on every machine. What is computed must be the same up to rounding, number by number
@@ -12,26 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 import vilu
-from tests.compat.bed import answers, arrays, classes, pairs, require_same, tree, unpack
+from tests.compat.bed import answers, arrays, classes, pairs, require_same, tree
 
 Open = Callable[[str], Path]
 
 VERSION = ("vilu", "fingerprint")
 """What names the version of vilu in ``predictor.json``: the fingerprint is over it, too."""
-
-
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Open:
-    """Unpacks an archive once."""
-    root = tmp_path_factory.mktemp("compat")
-
-    def open_archive(name: str) -> Path:
-        return root / name if (root / name).exists() else unpack(name, root)
-
-    return open_archive
 
 
 def test_predictors_give_their_numbers(kept: Open) -> None:

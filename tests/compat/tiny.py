@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -63,3 +64,35 @@ class Tiny:
         """The words mixed as the colours are, so that both meet."""
         sums = np.stack([sum(word(part) for part in text.strip(".").split()) for text in texts])
         return torch.from_numpy(sums + np.roll(sums, 1, axis=1)).float()
+
+
+def embed_classes(pictures: Path, part: str, output: Path, model: Tiny) -> None:
+    """A part of the labelled pictures with every column, three parts of 16 images."""
+    vilu.embed(
+        vilu.open_dataset(pictures / "classes", split=part),
+        model,
+        output,
+        names=NAMES,
+        templates=["a {}.", "the {}."],
+        prompts=["a {}.", "the {}."],
+        features=True,
+        views=2,
+        seed=3,
+        max_error_rate=0.1,
+        part_size=16,
+        split=part,
+        batch_size=8,
+        workers=1,
+    )
+
+
+def embed_captions(pictures: Path, output: Path, model: Tiny) -> None:
+    """The pictures of the table, with features."""
+    images = vilu.open_dataset(pictures / "captions.csv")
+    vilu.embed(images, model, output, features=True, part_size=16, batch_size=8, workers=1)
+
+
+def embed_tars(pictures: Path, output: Path, model: Tiny) -> None:
+    """The pictures of the tars, a part for each."""
+    images = vilu.open_dataset(f"{pictures}/{{0..1}}.tar")
+    vilu.embed(images, model, output, part_size=1, batch_size=8, workers=1)

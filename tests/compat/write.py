@@ -3,14 +3,14 @@
 They stay for ever, so this is kept to be read and not to be run: it refuses to write over what is there, and some names
 that it takes from inside vilu may not be there any more. New kinds of artefacts get new files.
 
-    OMP_NUM_THREADS=1 python -m tests.compat.write predictors stores scores monitor study
+    OMP_NUM_THREADS=1 python -m tests.compat.write
+    OMP_NUM_THREADS=1 python -m tests.compat.write_flow stores scores monitors study
 """
 
 from __future__ import annotations
 
 import io
 import json
-import sys
 import tempfile
 import warnings
 import zipfile
@@ -67,7 +67,7 @@ FITS: dict[str, tuple[str, dict[str, Any]]] = {
 """Second fits, where what is saved or computed differs: label, method and parameters."""
 
 QUICK: dict[str, dict[str, Any]] = {
-    **{name: HEAD for name in ("vilu", "lvu", "pvu", "mc_dropout")},
+    **dict.fromkeys(("vilu", "lvu", "pvu", "mc_dropout"), HEAD),
     "mc_dropout": {**HEAD, "passes": 3},
     "deep_ensemble": {**HEAD, "members": 2},
     "lmn": {"hidden": (4,), "n_logits": 3, "epochs": 3, "batch_size": 16},
@@ -204,7 +204,7 @@ def save_arrays(name: str, values: Arrays) -> None:
 
 
 def save_document(name: str, value: Any) -> None:
-    save(f"{name}.json", json.dumps(value, indent=1, sort_keys=True).encode())
+    save(f"{name}.json", json.dumps(value, indent=1).encode())
 
 
 def pack(name: str, folder: Path) -> None:
@@ -227,5 +227,4 @@ def save(name: str, content: bytes) -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    for kind in sys.argv[1:]:
-        {"predictors": write_predictors}[kind]()
+    write_predictors()

@@ -16,12 +16,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import vilu
-from tests.compat.bed import Arrays, evaluated, of_folder, of_outcomes, of_source, run, tree, unpack, watch
-from tests.compat.tiny import NAMES, Tiny, picture
+from tests.compat.bed import Arrays, tree, unpack
+from tests.compat.flow import (
+    PAIRS,
+    RULES,
+    STORES,
+    evaluated,
+    inspected,
+    of_folder,
+    of_outcomes,
+    of_source,
+    rendered,
+    run,
+    score_in_parts,
+    sources,
+    watch,
+)
+from tests.compat.tiny import NAMES, Tiny, embed_captions, embed_classes, embed_tars, picture
 from tests.compat.write import HEAD, pack, save_arrays, save_document
-
-LABELLED = {"templates": ["a {}.", "the {}."], "features": True, "views": 2, "prompts": ["a {}.", "the {}."], "seed": 3}
-SHARED = {"batch_size": 8, "workers": 1}
 
 
 def write_pictures(root: Path) -> None:
@@ -58,22 +70,18 @@ def write_stores() -> None:
     """A store of each kind, one that was interrupted, shards in LAION's form, and everything that each holds."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_pictures(root / "pictures")
-        pack("pictures", root / "pictures")
-        stores, of = root / "stores", root / "pictures"
+        write_pictures(root / "drawn")
+        pack("pictures", root / "drawn")
+        stores, of = root / "stores", unpack("pictures", root)
         for part in ("train", "val", "test"):
-            images = vilu.open_dataset(of / "classes", split=part)
-            more = {"max_error_rate": 0.1, "part_size": 16, "split": part, **LABELLED, **SHARED}
-            vilu.embed(images, Tiny(), stores / part, names=NAMES, **more)
+            embed_classes(of, part, stores / part, Tiny())
             if part == "train":
                 with suppress(KeyboardInterrupt):  # the model gives up in the second of three parts
-                    vilu.embed(images, Tiny(fails_after=70), stores / "interrupted", names=NAMES, **more)
+                    embed_classes(of, part, stores / "interrupted", Tiny(fails_after=70))
         flat = vilu.open_dataset(of / "captioned", classes=of / "names.txt", limit=10)
-        vilu.embed(flat, Tiny(), stores / "unlabelled", names=NAMES, dtype="float32", **SHARED)
-        captions = vilu.open_dataset(of / "captions.csv")
-        vilu.embed(captions, Tiny(), stores / "captions", features=True, part_size=16, **SHARED)
-        tars = vilu.open_dataset(f"{of}/{{0..1}}.tar")
-        vilu.embed(tars, Tiny(), stores / "tars", part_size=1, **SHARED)
+        vilu.embed(flat, Tiny(), stores / "unlabelled", names=NAMES, dtype="float32", batch_size=8, workers=1)
+        embed_captions(of, stores / "captions", Tiny())
+        embed_tars(of, stores / "tars", Tiny())
         write_laion(stores / "laion", vilu.open_source(stores / "captions", pools=vilu.Pools(8)))
         assert sum("receipts" in path for path in tree(stores / "interrupted")) == 1
         pack("stores", stores)
@@ -92,44 +100,10 @@ def write_laion(root: Path, source: vilu.EmbeddingSource) -> None:
         pq.write_table(pa.table({"caption": texts[rows]}), root / f"metadata/metadata_{number}.parquet")
 
 
-OPENED: dict[str, dict[str, object]] = {
-    "train": {},
-    "val": {},
-    "test": {},
-    "unlabelled": {},
-    "captions": {"pools": vilu.Pools(8)},
-    "tars": {"pools": vilu.Pools(4, seed=None)},
-    "laion": {"pools": vilu.Pools(8, seed=1), "logit_scale": 12.0},
-}
-
-
 def expected_of_stores(stores: Path) -> Arrays:
-    made = {name: of_source(vilu.open_source(stores / name, **how)) for name, how in OPENED.items()}
-    fold = vilu.open_source(stores / "captions", pools=vilu.Pools(4, seed=2), fold="train")
-    made["captions of a fold"] = of_source(fold)
-    turned = vilu.open_source(stores / "laion", pools=vilu.Pools(8, direction="text_to_image"), logit_scale=12.0)
-    made["laion turned"] = of_source(turned)
+    made = {name: of_source(source) for name, source in sources(stores).items()}
     found = {f"{name}/{key}": value for name, of in made.items() for key, value in of.items()}
-    for name in OPENED:
-        if name != "laion":
-            found[f"{name}/inspect"] = np.array(run("inspect", stores / name, "--json").replace(str(stores), "STORES"))
-    return found
-
-
-RULES: dict[str, tuple[str, list[str]]] = {
-    "ltt": ("mcm", ["--max-risk", "0.22", "--confidence", "0.7"]),
-    "sgr": ("entropy", ["--max-risk", "0.32", "--confidence", "0.6", "--method", "sgr"]),
-    "crc": ("mcm", ["--max-risk", "0.2", "--method", "crc"]),
-    "selection": ("mcm", ["--max-risk", "0.25", "--method", "selection"]),
-    "coverage": ("vilu", ["--min-coverage", "0.7"]),
-    "per_class": ("mcm", ["--max-risk", "0.6", "--confidence", "0.5", "--per-class"]),
-    "lac": ("vilu_plus", ["--max-risk", "0.28", "--confidence", "0.5", "--label-sets", "lac", "--max-miss", "0.2"]),
-    "aps": ("mcm", ["--label-sets", "aps", "--max-miss", "0.2"]),
-    "probabilities": ("doctor", []),
-}
-"""Method, and what ``vilu calibrate`` is asked for."""
-
-PAIRS = ["--pool-size", "4"]
+    return found | {f"{name}/inspect": np.array(inspected(stores, name)) for name in STORES}
 
 
 def write_scores() -> None:
@@ -149,8 +123,7 @@ def write_scores() -> None:
         run("calibrate", rules / "pairs", stores / "captions", *PAIRS, "--max-risk", "0.16", "--confidence", "0.5")
         run("score", rules / "pairs", stores / "tars", "-o", scores / "pairs.parquet", *PAIRS)
         run("score", rules / "lac", stores / "test", "-o", scores / "folder")
-        many = vilu.open_source(stores / "captions", pools=vilu.Pools(5))
-        vilu.score_parts(vilu.load(rules / "pairs"), many, scores / "parts", rows_per_part=10, dataset="captions")
+        score_in_parts(rules, stores, scores / "parts")
         interrupt(scores / "parts", scores / "interrupted")
         for path in sorted(scores.glob("*.*")):
             expected |= {f"{path.name}/{key}": value for key, value in of_outcomes(vilu.Outcomes.load(path)).items()}
@@ -261,9 +234,7 @@ def write_study() -> None:
         stores = unpack("stores", root)
         (root / "small.toml").write_text(STUDY)
         run("benchmark", root / "small.toml", "--data", stores, "-o", root / "run")
-        intro = ["--title", "Kept", "--intro", "Rendered from kept cells."]
-        shown = run("render", root / "run", "--document", root / "run" / "docs" / "kept.md", *intro)
-        (root / "run" / "shown.txt").write_text(shown)
+        (root / "run" / "shown.txt").write_text(rendered(root / "run"))
         shutil.rmtree(root / "run" / "stores", ignore_errors=True)
         pack("study", root / "run")
 

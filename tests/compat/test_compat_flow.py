@@ -1,0 +1,219 @@
+"""Stores, scores, rules, monitors and a study that vilu 0.1.0 wrote: read, gone on with and made again.
+
+As in ``test_compat.py``: what is stored is the same to the bit, what is computed up to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.compat.bed import DATA, EPSILON, EXACT, Arrays, arrays, document, require_near, require_same, tree
+from tests.compat.flow import (
+    PAIRS,
+    RULES,
+    STORES,
+    evaluated,
+    inspected,
+    of_folder,
+    of_outcomes,
+    of_source,
+    rendered,
+    run,
+    score_in_parts,
+    sources,
+    watch,
+)
+from tests.compat.tiny import D, Tiny, embed_captions, embed_classes, embed_tars
+
+Open = Callable[[str], Path]
+
+ROUNDING = 4 * 12.0 * D * EPSILON
+"""Of a probability or an entropy: four times what float32 products of width D leave of a logit (scale 12) at most."""
+
+
+def part_of(whole: Arrays, name: str) -> Arrays:
+    return {key.removeprefix(f"{name}/"): value for key, value in whole.items() if key.startswith(f"{name}/")}
+
+
+def require_equal(found: Arrays, expected: Arrays, what: str) -> None:
+    assert found.keys() == expected.keys(), what
+    for name, values in expected.items():
+        same = np.array_equal(found[name], values, equal_nan=values.dtype.kind == "f")
+        assert same, f"{what}: {name}"
+        assert found[name].dtype.kind == values.dtype.kind, f"{what}: {name}"
+
+
+def require_about(found: Arrays, expected: Arrays, what: str) -> None:
+    """Scores that were computed again: every text and whole number, and the others up to rounding."""
+    floats = {name for name, values in expected.items() if values.dtype.kind == "f"}
+    require_equal(*({key: of[key] for key in of.keys() - floats} for of in (found, expected)), what)
+    tolerance = {name: np.full(expected[name].shape, ROUNDING) for name in floats}
+    require_same(*({key: of[key] for key in floats & of.keys()} for of in (found, expected)), tolerance, what)
+
+
+def without_seconds(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {
+        path: b"\n".join(line for line in content.splitlines() if b'"seconds"' not in line)
+        if path.startswith("receipts/")
+        else content
+        for path, content in files.items()
+    }
+
+
+def test_stores_hold_what_they_held(kept: Open) -> None:
+    expected = arrays("stores")
+    for name, source in sources(kept("stores")).items():
+        then = part_of(expected, name)
+        then.pop("inspect", None)
+        require_equal(of_source(source), then, name)
+    assert {"columns/features", "columns/views", "columns/prompts"} <= part_of(expected, "train").keys()
+
+
+@pytest.mark.parametrize("name", STORES)
+def test_stores_are_sound(kept: Open, name: str) -> None:
+    assert json.loads(inspected(kept("stores"), name)) == json.loads(str(arrays("stores")[f"{name}/inspect"]))
+
+
+def test_an_interrupted_store_goes_on(kept: Open, tmp_path: Path) -> None:
+    """The part that is there stays; the whole is the store that was not interrupted."""
+    store, whole = tmp_path / "store", kept("stores") / "train"
+    shutil.copytree(kept("stores") / "interrupted", store)
+    there = {path: (store / path).stat().st_mtime_ns for path in tree(store) if "00000" in path}
+    assert there
+    embed_classes(kept("pictures"), "train", store, Tiny())
+    assert {path: (store / path).stat().st_mtime_ns for path in there} == there
+    require_equal(of_source(vilu.EmbeddingStore(store)), of_source(vilu.EmbeddingStore(whole)), "resumed")
+    if EXACT:
+        assert without_seconds(tree(store)) == without_seconds(tree(whole))
+
+
+def test_nothing_is_embedded_twice(kept: Open, tmp_path: Path) -> None:
+    """Data sets and settings have the fingerprints that they had: the model, which gives up at once, is not asked."""
+    for name, again in (("captions", embed_captions), ("tars", embed_tars)):
+        shutil.copytree(kept("stores") / name, tmp_path / name)
+        again(kept("pictures"), tmp_path / name, Tiny(fails_after=0))
+        assert tree(tmp_path / name) == tree(kept("stores") / name)
+    for part in ("train", "val", "test"):
+        shutil.copytree(kept("stores") / part, tmp_path / part)
+        embed_classes(kept("pictures"), part, tmp_path / part, Tiny(fails_after=0))
+        assert tree(tmp_path / part) == tree(kept("stores") / part)
+
+
+def test_scores_hold_what_they_held(kept: Open) -> None:
+    expected, scores = arrays("scores"), kept("scores")
+    files = sorted(scores.glob("*.*"))
+    assert {path.stem for path in files} == {*RULES, "pairs"}
+    for path in files:
+        require_equal(of_outcomes(vilu.Outcomes.load(path)), part_of(expected, path.name), path.name)
+    for name in ("folder", "parts"):
+        require_equal(of_folder(vilu.ScoreFolder(scores / name)), part_of(expected, name), name)
+
+
+def test_scores_are_evaluated_as_they_were(kept: Open) -> None:
+    found, expected = evaluated(kept("scores")), document("evaluated")
+    assert found["table"] == expected["table"]
+    require_near(
+        found, expected, 1e-12
+    )  # means and quantiles of the stored float64 numbers, in any order of their sums
+
+
+def test_scores_are_computed_as_they_were(kept: Open, tmp_path: Path) -> None:
+    """Decisions, reasons and label sets of every rule."""
+    expected, rules, stores = arrays("scores"), kept("rules"), kept("stores")
+    for path in sorted(kept("scores").glob("*.*")):
+        data = [stores / "tars", *PAIRS] if path.stem == "pairs" else [stores / "test"]
+        run("score", rules / path.stem, *data, "-o", tmp_path / path.name)
+        require_about(of_outcomes(vilu.Outcomes.load(tmp_path / path.name)), part_of(expected, path.name), path.name)
+        if EXACT:
+            assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    run("score", rules / "lac", stores / "test", "-o", tmp_path / "folder")
+    require_about(of_folder(vilu.ScoreFolder(tmp_path / "folder")), part_of(expected, "folder"), "folder")
+
+
+def test_an_interrupted_folder_of_scores_goes_on(kept: Open, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    shutil.copytree(kept("scores") / "interrupted", folder)
+    there = {
+        path: (folder / path).stat().st_mtime_ns for path in tree(folder) if "0000" in path and "00002" not in path
+    }
+    score_in_parts(kept("rules"), kept("stores"), folder)
+    assert {path: (folder / path).stat().st_mtime_ns for path in there} == there
+    require_about(of_folder(vilu.ScoreFolder(folder)), part_of(arrays("scores"), "parts"), "parts")
+    if EXACT:
+        assert tree(folder) == tree(kept("scores") / "parts")
+
+
+@pytest.mark.parametrize("label", RULES)
+def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: str) -> None:
+    """``risk.json``, the calibration rows, the calibrator and the card, from the predictor that is in the folder."""
+    shutil.copytree(kept("rules") / label, tmp_path / label)
+    made = json.loads(run("calibrate", tmp_path / label, kept("stores") / "val", *RULES[label][1], "--json"))
+    now, then = tree(tmp_path / label), tree(kept("rules") / label)
+    expected = json.loads(then["risk.json"])
+    assert list(made) == list(expected)
+    for name in ("rule", "label_sets"):
+        require_near(made[name], expected[name], ROUNDING)
+    hashes = {"vilu", "predictor", "rows_sha256", "promise", "rule", "label_sets"}  # of numbers that are rounded
+    assert {k: v for k, v in made.items() if k not in hashes} == {k: v for k, v in expected.items() if k not in hashes}
+    rows = [of_outcomes(vilu.Outcomes.load(root / label / "calibration.parquet")) for root in (tmp_path, kept("rules"))]
+    require_about(*rows, label)
+    if EXACT:
+        version = {"predictor.json", "risk.json"}
+        assert {k: v for k, v in now.items() if k not in version} == {k: v for k, v in then.items() if k not in version}
+        assert {**made, "vilu": ""} == {**expected, "vilu": ""}
+
+
+@pytest.mark.parametrize("name", ["calm", "shifted"])
+def test_monitors_go_on(kept: Open, tmp_path: Path, name: str) -> None:
+    """From the beginning to the kept state, and from there."""
+    expected, states, rule = document("monitors"), kept("monitors"), kept("rules") / "ltt"
+    begun = watch(rule, tmp_path / "new.parquet", states / f"{name}.parquet")
+    require_near(begun, expected[name], 1e-9)  # wealth is a product of as many factors as there are rows
+    shutil.copy(states / f"{name}-state.parquet", tmp_path / "state.parquet")
+    require_near(watch(rule, tmp_path / "state.parquet", states / "next.parquet"), expected[f"{name}, then next"], 1e-9)
+    assert expected[name]["code"] == {"calm": 0, "shifted": 8}[name]
+    if EXACT:
+        assert (tmp_path / "new.parquet").read_bytes() == (states / f"{name}-state.parquet").read_bytes()
+
+
+def test_a_study_is_rendered_as_it_was(kept: Open, tmp_path: Path) -> None:
+    """From cells that older code has made: the same tables, page and document; and the figures of one matplotlib."""
+    study = tmp_path / "study"
+    shutil.copytree(kept("study"), study)
+    then = tree(study)
+    made = {path for path in then if path.startswith(("studies/", "docs/")) and not path.endswith("study.json")}
+    for path in made:
+        (study / path).unlink()
+    assert rendered(study) == then.pop("shown.txt").decode()
+    now = tree(study)
+    assert now.keys() - {"shown.txt"} == then.keys()
+    loose = {path for path in made if path.endswith((".svg", ".png", ".parquet", "results.json"))}
+    for path in sorted(then.keys() - (set() if EXACT else loose)):
+        assert now[path] == then[path], path
+    results = [json.loads(found["studies/small/results.json"]) for found in (now, then)]
+    require_near(*results, 1e-12)
+
+
+def test_cells_hold_what_they_held(kept: Open) -> None:
+    """The scores of a cell give the metrics that stand beside them."""
+    cells = sorted((kept("study") / "cells").rglob("*.json"))
+    assert len(cells) == 20
+    for path in cells:
+        cell = json.loads(path.read_text())
+        (auroc,) = (row["value"] for row in cell["results"] if row["metric"] == "auroc")
+        scores = vilu.Outcomes.load(path.with_suffix(".parquet"))
+        known = scores.evaluable
+        assert vilu.metrics.auroc(scores.uncertainty[known], scores.failure[known]) == pytest.approx(auroc, rel=1e-12)
+
+
+def test_what_is_kept_stays_small() -> None:
+    sizes = {path.name: path.stat().st_size for path in DATA.iterdir()}
+    assert max(sizes.values()) < 300_000, sizes
+    assert sum(sizes.values()) < 2_000_000, sizes
