@@ -20,6 +20,9 @@ from tests.compat.bed import Arrays
 
 STORES = ("train", "val", "test", "unlabelled", "captions", "tars")
 
+EXPORTED = "vilu-plain"
+"""The kept predictor that was written for another runtime."""
+
 RULES: dict[str, tuple[str, list[str]]] = {
     "ltt": ("mcm", ["--max-risk", "0.22", "--confidence", "0.7"]),
     "sgr": ("entropy", ["--max-risk", "0.32", "--confidence", "0.6", "--method", "sgr"]),
@@ -138,6 +141,16 @@ def evaluated(scores: Path) -> dict[str, Any]:
     given = [*sorted(scores.glob("*.*")), scores / "folder", scores / "parts"]
     rows = run("evaluate", *given, "--resamples", 50, "--json").replace(f"{scores}/", "")
     return {"table": run("evaluate", *given, "--resamples", 50).replace(f"{scores}/", ""), "rows": json.loads(rows)}
+
+
+def explained(rules: Path, stores: Path) -> dict[str, Any]:
+    """What ``vilu explain`` says of two answers, and of all together, with three methods of different kinds."""
+    found = {}
+    for label in ("ltt", "coverage", "lac"):
+        asked = ("explain", rules / label, stores / "test", "--json")
+        found[label] = json.loads(run(*asked, "--train", stores / "train", "-n", 2))
+        found[f"{label}, all"] = json.loads(run(*asked, "--summary"))
+    return found
 
 
 def watch(predictor: Path, state: Path, scores: Path) -> dict[str, Any]:

@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 import vilu
 from tests.compat.bed import Arrays, tree, unpack
 from tests.compat.flow import (
+    EXPORTED,
     PAIRS,
     RULES,
     STORES,
     evaluated,
+    explained,
     inspected,
     of_folder,
     of_outcomes,
@@ -33,7 +35,7 @@ from tests.compat.flow import (
     watch,
 )
 from tests.compat.tiny import NAMES, Tiny, embed_captions, embed_classes, embed_tars, picture
-from tests.compat.write import HEAD, pack, save_arrays, save_document
+from tests.compat.write import HEAD, pack, save, save_arrays, save_document
 
 
 def write_pictures(root: Path) -> None:
@@ -239,7 +241,23 @@ def write_study() -> None:
         pack("study", root / "run")
 
 
-KINDS = {"stores": write_stores, "scores": write_scores, "monitors": write_monitors, "study": write_study}
+def write_explanations() -> None:
+    """Explanations, and a predictor for another runtime."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        stores, rules, predictors = (unpack(name, root) for name in ("stores", "rules", "predictors"))
+        save_document("explained", explained(rules, stores))
+        run("export", predictors / EXPORTED, "-o", root / "exported.onnx")
+        save("exported.onnx", (root / "exported.onnx").read_bytes())
+
+
+KINDS = {
+    "explanations": write_explanations,
+    "stores": write_stores,
+    "scores": write_scores,
+    "monitors": write_monitors,
+    "study": write_study,
+}
 
 if __name__ == "__main__":
     for kind in sys.argv[1:]:
