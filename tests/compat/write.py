@@ -4,7 +4,7 @@ They stay for ever, so this is kept to be read and not to be run: it refuses to 
 that it takes from inside vilu may not be there any more. New kinds of artefacts get new files.
 
     OMP_NUM_THREADS=1 python -m tests.compat.write
-    OMP_NUM_THREADS=1 python -m tests.compat.write_flow stores scores monitors study explanations
+    OMP_NUM_THREADS=1 python -m tests.compat.write_flow stores scores monitors study views explanations
 """
 
 from __future__ import annotations
