@@ -124,18 +124,18 @@ def tree(folder: Path) -> dict[str, bytes]:
     }
 
 
-def require_near(found: Any, expected: Any, relative: float, where: str = "") -> None:
+def require_near(found: Any, expected: Any, relative: float, where: str = "", *, exact: bool = EXACT) -> None:
     """The same JSON; numbers with a fraction up to rounding, unless the same bits are asked for."""
     assert type(found) is type(expected), f"{where}: {found!r} against {expected!r}"
     if isinstance(expected, dict):
         assert list(found) == list(expected), where
         for key, value in expected.items():
-            require_near(found[key], value, relative, f"{where}/{key}")
+            require_near(found[key], value, relative, f"{where}/{key}", exact=exact)
     elif isinstance(expected, list):
         assert len(found) == len(expected), where
         for number, value in enumerate(expected):
-            require_near(found[number], value, relative, f"{where}/{number}")
-    elif isinstance(expected, float) and not EXACT:
+            require_near(found[number], value, relative, f"{where}/{number}", exact=exact)
+    elif isinstance(expected, float) and not exact:
         assert found == pytest.approx(expected, rel=relative, abs=relative), where
     else:
         assert found == expected, where

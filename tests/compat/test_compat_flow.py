@@ -183,7 +183,8 @@ def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: st
 
 
 def test_answers_are_explained_as_they_were(kept: Open) -> None:
-    require_near(explained(kept("rules"), kept("stores")), document("explained"), ROUNDING)
+    # the code of then computed them in blocks of other sizes than the scores, which rounds in other places
+    require_near(explained(kept("rules"), kept("stores")), document("explained"), ROUNDING, exact=False)
 
 
 def test_an_exported_predictor_runs() -> None:
