@@ -16,7 +16,7 @@ import torch
 
 from tests.unit.tiny_models import open_clip, transformers, write_tiny
 from tests.unit.tiny_weights import to_transformers
-from vilu import extras
+from vilu.backbones import loading
 from vilu.backbones.catalog import BACKBONES, FORMATS, NAMED, find_named, load_backbone
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.extras import quiet
@@ -96,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty cache of the hub, and a test that fails where the network is asked."""
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(extras, "hub_reachable", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
 
 
 @pytest.mark.usefixtures("no_network")
@@ -147,7 +147,7 @@ def test_what_is_not_in_the_folder_is_an_error(models: Path, spec: str, missing:
 
 def test_without_a_folder_the_hub_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(extras, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     for spec, place in (
         ("clip-vit-b32", "open_clip:ViT-B-32/openai"),
         ("siglip-vit-l16@hf", "hf:google/siglip-large-patch16-256"),

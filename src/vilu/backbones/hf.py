@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones.base import DualEncoder, detach_projection
+from vilu.backbones.loading import load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
-from vilu.extras import import_extra, load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
+from vilu.extras import import_extra
 
 MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 """What a model of transformers must have to be a dual encoder with a temperature of its own."""

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vilu.backbones.base import DualEncoder, detach_projection
+from vilu.backbones.loading import load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.extras import import_extra, load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
+from vilu.extras import import_extra
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pth")
