@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One image, not yet read or decoded.
 
     Attributes:
@@ -53,7 +54,7 @@ class ImageDataset(Protocol):
     def __len__(self) -> int:
         """Number of images, readable or not; of a ``ShardedDataset``, of shards."""
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1, in order; of a ``ShardedDataset``, those in these shards."""
 
 
@@ -69,6 +70,40 @@ class ShardedDataset(ImageDataset, Protocol):
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         """Hash of sizes and times of modification of shards start ... stop - 1."""
+
+
+class Chosen:
+    """Some images of a data set, or its first shards; source, names and captions are the whole's.
+
+    Args:
+        images: The whole.
+        positions: Which, ascending; of a ``ShardedDataset``, whose records carry their positions, the first ones.
+        mark: What sets them apart, for the fingerprint.
+    """
+
+    def __init__(self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, int]) -> None:
+        self.source = images.source
+        self.class_names = images.class_names
+        self.captioned = images.captioned
+        self.fingerprint = digest({"dataset": images.fingerprint, **mark})
+        self._images, self._positions = images, positions
+        if isinstance(images, ShardedDataset):  # only then is this one too
+            self.shard_fingerprint = images.shard_fingerprint
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
+        """The images at positions start ... stop - 1, read in one pass."""
+        wanted = self._positions[start:stop]
+        if not wanted:
+            return
+        passed = self._images.records(wanted[0], wanted[-1] + 1)
+        if wanted[-1] - wanted[0] < len(wanted):  # no gap, and of shards a position has many records
+            yield from passed
+            return
+        kept = set(wanted)
+        yield from (record for position, record in enumerate(passed, start=wanted[0]) if position in kept)
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:

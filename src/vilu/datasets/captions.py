@@ -8,7 +8,7 @@ from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, Final
 
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.images import BadImage
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 """Unicode categories of controls, marks without a shape, and blanks. Not Cn: signs newer than this Python's tables."""
 
 
-def read_caption(record: Record) -> str:
+def read_caption(record: ImageRecord) -> str:
     """The caption of a record.
 
     Raises:
@@ -62,7 +62,7 @@ def decode_caption(data: bytes | None) -> str:
 
 
 def caption_readers(captions: pa.Array | None, start: int, stop: int) -> Iterator[Callable[[], str] | None]:
-    """``Record.caption`` of rows start ... stop - 1 of a column of bytes; None for each where there is none."""
+    """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes; None for each where there is none."""
     if captions is None:
         return repeat(None, max(stop - start, 0))
     return (partial(_read_cell, cell) for cell in captions[start:stop])

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vilu.datasets.base import Record, parse_split
+from vilu.datasets.base import ImageRecord, parse_split
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import ListingHash
 from vilu.errors import DataError
@@ -235,13 +235,13 @@ class CifarDataset:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for position in range(len(self))[start:stop]:
             number = bisect_right(self._ends, position)
             batch = self._batches[number]
             row = position - (self._ends[number - 1] if number else 0)
-            yield Record(f"{batch.name}/{row}", batch.labels[row], partial(_png, batch.pixels[row]))
+            yield ImageRecord(f"{batch.name}/{row}", batch.labels[row], partial(_png, batch.pixels[row]))
 
 
 @dataclass(frozen=True)

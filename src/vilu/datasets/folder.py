@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from vilu.datasets.base import Record, parse_split
+from vilu.datasets.base import ImageRecord, parse_split
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import ListingHash, portable_name, read_file, subfolders, walk_images
 from vilu.errors import DataError, UsageError
@@ -63,11 +63,11 @@ class FolderDataset:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1; keys are paths below the folder."""
         for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
             known = None if label == UNLABELLED else label
-            yield Record(portable_name(path), known, partial(read_file, self._root / path))
+            yield ImageRecord(portable_name(path), known, partial(read_file, self._root / path))
 
     def _list_part(self, part: str, labels: dict[str, int], listing: ListingHash) -> None:
         folder = self._root / part

@@ -24,7 +24,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import MAX_FILE_BYTES
 from vilu.errors import DataError, UsageError
 
@@ -332,7 +332,7 @@ class DecodedImage:
 DEFAULT_LIMITS: Final = ImageLimits()
 
 
-def read_image(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
+def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
     """Read and decode one record.
 
     Raises:

@@ -19,7 +19,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, Record, Selection, bytes_of
+from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, ImageRecord, Selection, bytes_of
 from vilu.datasets.captions import caption_readers
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import ListingHash, read_below, status_below
@@ -38,7 +38,7 @@ CLASS_NAMES: Final = b"class_names"
 
 
 @dataclass(frozen=True)
-class Listing:
+class TableRows:
     """The rows of a table that were asked for, in order.
 
     Attributes:
@@ -89,7 +89,7 @@ def caption_column(names: Sequence[str], metadata: Mapping[bytes, bytes], select
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """The columns that ``make_listing`` reads, as far as they are there.
+    """The columns that ``table_rows`` reads, as far as they are there.
 
     Raises:
         UsageError: If a column is asked for that is not there.
@@ -100,7 +100,7 @@ def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> lis
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
-def make_listing(table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None) -> Listing:
+def table_rows(table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None) -> TableRows:
     """Check the columns of a whole table, then choose the rows.
 
     Args:
@@ -127,7 +127,7 @@ def make_listing(table: pa.Table, source: str, selection: Selection, *, default_
     chosen = pa.array(rows)
     name = find_column(table.column_names, KEY) or default_key
     keys = chosen.cast(pa.string()) if name is None else _keys(table, name, source).take(chosen)
-    return Listing(rows, labels[rows], keys, table_of_classes, None if captions is None else captions.take(chosen))
+    return TableRows(rows, labels[rows], keys, table_of_classes, None if captions is None else captions.take(chosen))
 
 
 def _labels(table: pa.Table, source: str, classes: Path | None) -> tuple[NDArray[np.int32], ClassTable | None]:
@@ -260,7 +260,7 @@ class ParquetDataset:
             self._metadata = file.metadata
             schema = file.schema_arrow
             table = file.read(columns=listing_columns(schema, selection, str(source)))
-        listing = make_listing(table, str(source), selection)
+        listing = table_rows(table, str(source), selection)
         status = source.stat()
         self.source = str(source)
         self.classes = listing.classes
@@ -289,7 +289,7 @@ class ParquetDataset:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1.
 
         Raises:
@@ -300,7 +300,7 @@ class ParquetDataset:
         captions = caption_readers(self._captions, start, start + len(labels))
         for key, label, image, caption in zip(keys, labels, islice(images, len(labels)), captions, strict=True):
             known = None if label == UNLABELLED else int(label)
-            yield Record(key.as_py(), known, partial(_read_cell, image, self._path.parent), caption)
+            yield ImageRecord(key.as_py(), known, partial(_read_cell, image, self._path.parent), caption)
         self._resume = {start + len(labels): images}
 
     def __getstate__(self) -> dict[str, object]:
@@ -390,7 +390,7 @@ class PathTable:
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
         column = _path_column(source, table.column_names)
-        listing = make_listing(table, str(source), selection, default_key=column)
+        listing = table_rows(table, str(source), selection, default_key=column)
         self.source = str(source)
         self.classes = listing.classes
         self.class_names = self.classes.names if self.classes else None
@@ -411,14 +411,14 @@ class PathTable:
     def __len__(self) -> int:
         return len(self._labels)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         part = slice(start, stop)
         captions = caption_readers(self._captions, start, min(stop, len(self)))
         rows = zip(self._keys[part], self._labels[part], self._paths[part], captions, strict=True)
         for key, label, path, caption in rows:
             known = None if label == UNLABELLED else int(label)
-            yield Record(key.as_py(), known, partial(read_below, self._folder, path.as_py()), caption)
+            yield ImageRecord(key.as_py(), known, partial(read_below, self._folder, path.as_py()), caption)
 
 
 def _path_column(source: Path, names: Sequence[str]) -> str:

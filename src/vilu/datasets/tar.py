@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO, Final, Literal, NoReturn
 
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.captions import MAX_CAPTION_BYTES, decode_caption
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
@@ -327,7 +327,7 @@ def _group(found: Iterable[Member], samples: dict[str, Sample]) -> None:
 LABEL: Final = "cls"
 MAX_LABEL_BYTES: Final = 32
 SHARD_SHIFT: Final = 32
-"""``Record.position`` is the shard's number times 2 to this, plus the sample's."""
+"""``ImageRecord.position`` is the shard's number times 2 to this, plus the sample's."""
 
 
 class TarShards:
@@ -374,7 +374,7 @@ class TarShards:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The samples of shards start ... stop - 1, each shard's own trouble after its samples."""
         for number in range(len(self))[start:stop]:
             samples, trouble = list_samples(self._paths[number], CAPTION if self.captioned else LABEL)
@@ -394,7 +394,7 @@ class TarShards:
                 listing.add(name, MISSING, None)
         return listing.hexdigest()
 
-    def _record(self, number: int, sample: Sample, position: int) -> Record:
+    def _record(self, number: int, sample: Sample, position: int) -> ImageRecord:
         path, key = self._paths[number], f"{self._names[number]}#{sample.key}"
         try:
             image = sample.image()
@@ -403,7 +403,7 @@ class TarShards:
         except BadImage as error:
             return _bad(key, error, position, self.captioned)
         read = partial(_read_at, path, image.start, image.size)
-        return Record(key, label, read, caption, position)
+        return ImageRecord(key, label, read, caption, position)
 
     def _label(self, path: Path, member: Member | None) -> int | None:
         if member is None:
@@ -447,10 +447,10 @@ def _read_caption(path: Path, member: Member) -> str:
     return decode_caption(_read_at(path, member.start, member.size))
 
 
-def _bad(key: str, error: BadImage, position: int, captioned: bool) -> Record:
+def _bad(key: str, error: BadImage, position: int, captioned: bool) -> ImageRecord:
     """A record that raises the error when it is read."""
     refuse = partial(_refuse, error.stage, error.kind, str(error))
-    return Record(key, None, refuse, refuse if captioned else None, position)
+    return ImageRecord(key, None, refuse, refuse if captioned else None, position)
 
 
 def _refuse(stage: Stage, kind: Kind, message: str) -> NoReturn:

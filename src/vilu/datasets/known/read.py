@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Final, NoReturn, TypeVar
 
-from vilu.datasets.base import Record, parse_split
+from vilu.datasets.base import ImageRecord, parse_split
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import ListingHash, portable_name, read_below, read_file, status_below, stays_below
 from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
@@ -122,10 +122,10 @@ class ListedDataset:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            yield Record(portable_name(path), label, partial(read_below, self._folder, path))
+            yield ImageRecord(portable_name(path), label, partial(read_below, self._folder, path))
 
     def _add(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
         before = len(self._paths)
