@@ -1,34 +1,16 @@
-"""The catalogue: data sets of the ViLU paper by name, as data; an entry each, and a small reader."""
+"""Data sets by name: opening them, and checking what of them is on a disk."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Final
 
 from vilu.datasets.base import ImageDataset
-from vilu.datasets.known.catalogue import CAPTIONED, LABELLED, SHIFTED
+from vilu.datasets.known.catalogue import KNOWN, add_dataset, add_datasets, find_known
 from vilu.datasets.known.check import Presence, check_entry
 from vilu.datasets.known.entry import KnownDataset, Request, require_place
 from vilu.errors import UsageError
 
-__all__ = ["KNOWN", "KnownDataset", "Presence", "check", "find_known", "open_known"]
-
-KNOWN: Final[dict[str, KnownDataset]] = {entry.name: entry for entry in (*LABELLED, *SHIFTED, *CAPTIONED)}
-"""By name, in the order of the paper."""
-
-
-def find_known(name: str) -> KnownDataset:
-    """The entry of a data set.
-
-    Raises:
-        UsageError: If there is none; the message names the nearest.
-    """
-    if name in KNOWN:
-        return KNOWN[name]
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), KNOWN, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(KNOWN)}."
-    raise UsageError(f"there is no data set {name!r}. {hint}")
+__all__ = ["KNOWN", "KnownDataset", "Presence", "add_dataset", "add_datasets", "check", "find_known", "open_known"]
 
 
 def open_known(

@@ -1,344 +1,56 @@
-"""The known data sets."""
+"""The data sets that have a name: the paper's, from an asset, and whatever is added."""
 
 from __future__ import annotations
 
+import difflib
+from importlib import resources
+from pathlib import Path
 from typing import Final
 
-from vilu.datasets.cifar import CIFAR10, CIFAR100
-from vilu.datasets.known.entry import TEMPLATE, KnownDataset
-from vilu.datasets.known.layouts import (
-    CifarReader,
-    ShardReader,
-    fgvc_aircraft,
-    food101,
-    imagenet,
-    imagenet_sketch,
-    imagenet_v2,
-    sun397,
-)
-from vilu.datasets.known.read import CoopListing, ListReader
+from vilu.datasets.known.entry import KnownDataset
+from vilu.datasets.known.layouts import make_reader
+from vilu.errors import UsageError
+from vilu.files import fill, toml_tables
 
-ASK_SITE: Final = "see the site"
-
-LABELLED: Final = (
-    KnownDataset(
-        name="imagenet",
-        title="ImageNet-1k",
-        n_classes=1000,
-        sizes={"train": 1_281_167, "test": 50_000},
-        licence="non-commercial research, on request",
-        n_bytes=154_600_000_000,
-        url="https://image-net.org/challenges/LSVRC/2012/2012-downloads.php",
-        how="Register, download ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz into "
-        "imagenet/, and let torchvision.datasets.ImageNet unpack them into train/ and val/.",
-        folders=("imagenet", "imagenet/images"),
-        marks=("train", "val"),
-        reader=ListReader(imagenet),
-        reference="Russakovsky et al., IJCV 2015",
-        archives={
-            "ILSVRC2012_img_train.tar": "1d675b47d978889d74fa0da5fadfb00e",
-            "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
-            "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
-        },
-        coop_template=TEMPLATE,
-    ),
-    KnownDataset(
-        name="cifar10",
-        title="CIFAR-10",
-        n_classes=10,
-        sizes={"train": 50_000, "test": 10_000},
-        licence="none stated",
-        n_bytes=170_000_000,
-        url="https://www.cs.toronto.edu/~kriz/cifar.html",
-        how="Download cifar-10-python.tar.gz (the python version) and unpack it.",
-        folders=("cifar-10-batches-py", "cifar10/cifar-10-batches-py"),
-        marks=("batches.meta",),
-        reader=CifarReader(CIFAR10),
-        reference="Krizhevsky 2009",
-        archives={
-            "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-            "data_batch_1": "c99cafc152244af753f735de768cd75f",
-            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-            "data_batch_4": "634d18415352ddfa80567beed471001a",
-            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-            "test_batch": "40351d587109b95175f43aff81a1287e",
-            "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
-        },
-    ),
-    KnownDataset(
-        name="cifar100",
-        title="CIFAR-100",
-        n_classes=100,
-        sizes={"train": 50_000, "test": 10_000},
-        licence="none stated",
-        n_bytes=169_000_000,
-        url="https://www.cs.toronto.edu/~kriz/cifar.html",
-        how="Download cifar-100-python.tar.gz (the python version) and unpack it.",
-        folders=("cifar-100-python", "cifar100/cifar-100-python"),
-        marks=("meta",),
-        reader=CifarReader(CIFAR100),
-        reference="Krizhevsky 2009",
-        archives={
-            "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
-            "train": "16019d7e3df5f24257cddd939b257f8d",
-            "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
-            "meta": "7973b15100ade9c7d40fb424638fde48",
-        },
-    ),
-    KnownDataset(
-        name="sun397",
-        title="SUN397",
-        n_classes=397,
-        sizes={"train": 15_880, "validation": 3_970, "test": 19_850},
-        official_sizes={"train": 19_850, "test": 19_850},
-        licence=ASK_SITE,
-        n_bytes=39_100_000_000,
-        url="https://vision.princeton.edu/projects/2010/SUN/",
-        how="Download SUN397.tar.gz and unpack it; add CoOp's split_zhou_SUN397.json, or unpack Partitions.zip, in the "
-        "same folder.",
-        folders=("SUN397", "sun397/SUN397"),
-        marks=("a",),
-        reader=ListReader(sun397),
-        reference="Xiao et al., CVPR 2010",
-        archives={"SUN397.tar.gz": "8ca2778205c41d23104230ba66911c7a"},
-        coop_template=TEMPLATE,
-    ),
-    KnownDataset(
-        name="fgvc_aircraft",
-        title="FGVC-Aircraft",
-        n_classes=100,
-        sizes={"train": 3_334, "validation": 3_333, "test": 3_333},
-        licence="non-commercial research",
-        n_bytes=2_770_000_000,
-        url="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
-        how="Download fgvc-aircraft-2013b.tar.gz and unpack it.",
-        folders=("fgvc-aircraft-2013b/data", "fgvc_aircraft"),
-        marks=("variants.txt",),
-        reader=ListReader(fgvc_aircraft),
-        reference="Maji et al. 2013",
-        coop_template="a photo of a {}, a type of aircraft.",
-    ),
-    KnownDataset(
-        name="eurosat",
-        title="EuroSAT (RGB)",
-        n_classes=10,
-        sizes={"train": 13_500, "validation": 5_400, "test": 8_100},
-        licence="MIT",
-        n_bytes=94_000_000,
-        url="https://github.com/phelber/EuroSAT",
-        how="Download EuroSAT.zip (the RGB version) and unpack it in eurosat/.",
-        folders=("eurosat",),
-        marks=("2750",),
-        reader=ListReader(CoopListing("split_zhou_EuroSAT.json", "2750")),
-        reference="Helber et al., JSTARS 2019",
-        archives={"EuroSAT.zip": "c8fa014336c82ac7804f0398fcb19387"},
-        coop_template="a centered satellite photo of {}.",
-    ),
-    KnownDataset(
-        name="stanford_cars",
-        title="Stanford Cars",
-        n_classes=196,
-        sizes={"train": 6_509, "validation": 1_635, "test": 8_041},
-        licence="none at hand: its site is gone",
-        n_bytes=1_960_000_000,
-        url="https://ai.stanford.edu/~jkrause/cars/car_dataset.html",
-        how="Its site is gone. Of a copy, unpack cars_train.tgz and cars_test.tgz in stanford_cars/.",
-        folders=("stanford_cars",),
-        marks=("cars_train", "cars_test"),
-        reader=ListReader(CoopListing("split_zhou_StanfordCars.json", "")),
-        reference="Krause et al., ICCV Workshops 2013",
-        coop_template=TEMPLATE,
-    ),
-    KnownDataset(
-        name="food101",
-        title="Food-101",
-        n_classes=101,
-        sizes={"train": 50_500, "validation": 20_200, "test": 30_300},
-        official_sizes={"train": 75_750, "test": 25_250},
-        licence="scientific fair use",
-        n_bytes=5_000_000_000,
-        url="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-        how="Download food-101.tar.gz and unpack it; for CoOp's protocol add split_zhou_Food101.json in food-101/.",
-        folders=("food-101",),
-        marks=("images",),
-        reader=ListReader(food101),
-        reference="Bossard et al., ECCV 2014",
-        archives={"food-101.tar.gz": "85eeb15f3717b99a5da872d97d918f87"},
-        coop_template="a photo of {}, a type of food.",
-    ),
-    KnownDataset(
-        name="oxford_pets",
-        title="Oxford-IIIT Pet",
-        n_classes=37,
-        sizes={"train": 2_944, "validation": 736, "test": 3_669},
-        licence="CC BY-SA 4.0",
-        n_bytes=811_000_000,
-        url="https://www.robots.ox.ac.uk/~vgg/data/pets/",
-        how="Download images.tar.gz and unpack it in oxford-iiit-pet/.",
-        folders=("oxford-iiit-pet", "oxford_pets"),
-        marks=("images",),
-        reader=ListReader(CoopListing("split_zhou_OxfordPets.json", "images")),
-        reference="Parkhi et al., CVPR 2012",
-        archives={
-            "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
-            "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
-        },
-        coop_template="a photo of a {}, a type of pet.",
-    ),
-    KnownDataset(
-        name="flowers102",
-        title="Oxford Flowers 102",
-        n_classes=102,
-        sizes={"train": 4_093, "validation": 1_633, "test": 2_463},
-        licence=ASK_SITE,
-        n_bytes=345_000_000,
-        url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-        how="Download 102flowers.tgz and unpack it in flowers-102/.",
-        folders=("flowers-102", "oxford_flowers"),
-        marks=("jpg",),
-        reader=ListReader(CoopListing("split_zhou_OxfordFlowers.json", "jpg")),
-        reference="Nilsback and Zisserman, ICVGIP 2008",
-        archives={
-            "102flowers.tgz": "52808999861908f626f3c1f4e79d11fa",
-            "imagelabels.mat": "e0620be6f572b9609742df49c70aed4d",
-            "setid.mat": "a5357ecc9cb78c4bef273ce3793fc85c",
-        },
-        coop_template="a photo of a {}, a type of flower.",
-    ),
-    KnownDataset(
-        name="caltech101",
-        title="Caltech-101",
-        n_classes=100,
-        sizes={"train": 4_128, "validation": 1_649, "test": 2_465},
-        licence="CC BY 4.0",
-        n_bytes=137_000_000,
-        url="https://data.caltech.edu/records/mzrjq-6wc02",
-        how="Download caltech-101.zip and unpack it, and 101_ObjectCategories.tar.gz in it, in caltech101/.",
-        folders=("caltech101", "caltech-101", "caltech101/caltech-101"),
-        marks=("101_ObjectCategories",),
-        reader=ListReader(CoopListing("split_zhou_Caltech101.json", "101_ObjectCategories")),
-        reference="Fei-Fei et al., CVPR Workshops 2004",
-        archives={"caltech-101.zip": "3138e1922a9193bfa496528edbbc45d0"},
-        coop_template=TEMPLATE,
-    ),
-    KnownDataset(
-        name="dtd",
-        title="Describable Textures (DTD)",
-        n_classes=47,
-        sizes={"train": 2_820, "validation": 1_128, "test": 1_692},
-        licence="research; see the site",
-        n_bytes=625_000_000,
-        url="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
-        how="Download dtd-r1.0.1.tar.gz and unpack it.",
-        folders=("dtd/dtd", "dtd"),
-        marks=("images",),
-        reader=ListReader(CoopListing("split_zhou_DescribableTextures.json", "images")),
-        reference="Cimpoi et al., CVPR 2014",
-        archives={"dtd-r1.0.1.tar.gz": "fff73e5086ae6bdbea199a49dfb8a4c1"},
-        coop_template="{} texture.",
-    ),
-    KnownDataset(
-        name="ucf101",
-        title="UCF101 (middle frames)",
-        n_classes=101,
-        sizes={"train": 7_639, "validation": 1_898, "test": 3_783},
-        licence=ASK_SITE,
-        n_bytes=None,
-        url="https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md",
-        how="Download UCF-101-midframes.zip (the middle frame of every video, by the authors of CoOp) and unpack it in "
-        "ucf101/.",
-        folders=("ucf101",),
-        marks=("UCF-101-midframes",),
-        reader=ListReader(CoopListing("split_zhou_UCF101.json", "UCF-101-midframes")),
-        reference="Soomro et al. 2012",
-        coop_template="a photo of a person doing {}.",
-    ),
-)
+KNOWN: Final[dict[str, KnownDataset]] = {}
+"""By name: in the order of the paper, then in that in which they were added."""
 
 
-SHIFTED: Final = (
-    KnownDataset(
-        name="imagenet_v2",
-        title="ImageNet-V2 (matched frequency)",
-        n_classes=1000,
-        sizes={"shots": 5_000, "test": 5_000},
-        licence="as ImageNet; see the site",
-        n_bytes=1_250_000_000,
-        url="https://huggingface.co/datasets/vaishaal/ImageNetV2",
-        how="Download imagenetv2-matched-frequency.tar.gz and unpack it.",
-        folders=(
-            "imagenetv2-matched-frequency-format-val",
-            "imagenetv2/imagenetv2-matched-frequency-format-val",
-        ),
-        marks=("[0-9]*",),
-        reader=ListReader(imagenet_v2),
-        reference="Recht et al., ICML 2019",
-        coop_template=TEMPLATE,
-    ),
-    KnownDataset(
-        name="imagenet_sketch",
-        title="ImageNet-Sketch",
-        n_classes=1000,
-        sizes={"shots+test": 50_889},
-        licence="see the site",
-        n_bytes=7_600_000_000,
-        url="https://github.com/HaohanWang/ImageNet-Sketch",
-        how="Download ImageNet-Sketch.zip and unpack it.",
-        folders=("sketch", "imagenet-sketch/images", "imagenet-sketch/sketch", "imagenet-sketch"),
-        marks=("n[0-9]*",),
-        reader=ListReader(imagenet_sketch),
-        reference="Wang et al., NeurIPS 2019",
-        coop_template=TEMPLATE,
-    ),
-)
+def find_known(name: str) -> KnownDataset:
+    """The entry of a data set; where there is none, the message names the nearest."""
+    if name in KNOWN:
+        return KNOWN[name]
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), KNOWN, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(KNOWN)}."
+    raise UsageError(f"there is no data set {name!r}. {hint}")
 
 
-SHARDS: Final = ("*.tar", "*/*.tar")
+def add_dataset(entry: KnownDataset) -> KnownDataset:
+    """Add a data set to the catalogue of this process; ``entry.reader`` may be any ``Reader``.
 
-CAPTIONED: Final = (
-    KnownDataset(
-        name="cc3m",
-        title="CC3M (Conceptual Captions)",
-        n_classes=None,
-        sizes={"all": 3_334_173},  # 3,318,333 for training and 15,840 for validation
-        licence="links: any use; images: their owners'",
-        n_bytes=None,
-        url="https://ai.google.com/research/ConceptualCaptions/download",
-        how="Download the lists of links and run img2dataset with --output_format webdataset into cc3m/, or cc3m/train "
-        "and cc3m/validation.",
-        folders=("cc3m",),
-        marks=SHARDS,
-        reader=ShardReader(),
-        reference="Sharma et al., ACL 2018",
-    ),
-    KnownDataset(
-        name="cc12m",
-        title="CC12M (Conceptual 12M)",
-        n_classes=None,
-        sizes={"all": 12_423_374},
-        licence="links: any use; images: their owners'",
-        n_bytes=331_000_000_000,
-        url="https://github.com/google-research-datasets/conceptual-12m",
-        how="Download cc12m.tsv and run img2dataset with --output_format webdataset into cc12m/.",
-        folders=("cc12m",),
-        marks=SHARDS,
-        reader=ShardReader(),
-        reference="Changpinyo et al., CVPR 2021",
-    ),
-    KnownDataset(
-        name="laion400m",
-        title="LAION-400M",
-        n_classes=None,
-        sizes={"all": 413_000_000},  # as published: 413M
-        licence="links: CC BY 4.0; images: their owners'",
-        n_bytes=10_000_000_000_000,
-        url="https://laion.ai/blog/laion-400-open-dataset/",
-        how="See the site for whether the links can be had at present; run img2dataset with --output_format "
-        "webdataset into laion400m-data/. Ready embeddings need no images: `vilu score PREDICTOR FOLDER`.",
-        folders=("laion400m", "laion400m-data"),
-        marks=SHARDS,
-        reader=ShardReader(),
-        reference="Schuhmann et al., NeurIPS Workshops 2021",
-    ),
-)
+    Raises:
+        UsageError: If another data set has its name.
+    """
+    if KNOWN.setdefault(entry.name, entry) != entry:
+        raise UsageError(f"there is another data set {entry.name!r} already. Give this one another name.")
+    return entry
+
+
+def add_datasets(source: Path | str) -> list[KnownDataset]:
+    """Add the data sets of a TOML file, or of TOML text: a table for each, laid out as ``assets/datasets.toml``.
+
+    Raises:
+        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is taken.
+    """
+    entries = [_entry(name, facts) for name, facts in toml_tables(source).items()]
+    return [add_dataset(entry) for entry in entries]
+
+
+def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
+    where = f"data set {name!r}"
+    reader = make_reader(facts.pop("layout", None), where)
+    return fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
+
+
+add_datasets(resources.files("vilu").joinpath("assets", "datasets.toml").read_text(encoding="utf-8"))
+SHIPPED: Final = frozenset(KNOWN)
