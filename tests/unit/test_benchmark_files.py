@@ -111,9 +111,12 @@ def test_the_main_table_has_every_set_and_every_method() -> None:
     assert set(classes.methods) == every
 
 
+TABLE_7 = ("clip-vit-b32", "clip-vit-b16", "clip-vit-l14", "siglip-vit-b16", "siglip-vit-l16")
+
+
 def test_every_backbone_of_table_7_is_tried() -> None:
     tried = {(entry.dataset, entry.backbone) for entry in paper("backbones").data.values()}
-    assert tried == {(name, backbone) for name in ("cifar10", "imagenet") for backbone in NAMED} - {
+    assert tried == {(name, backbone) for name in ("cifar10", "imagenet") for backbone in TABLE_7} - {
         ("cifar10", "clip-vit-b32"),  # in the main table
         ("imagenet", "clip-vit-b32"),
     }
