@@ -119,11 +119,6 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         argument: ORG/NAME on the hub, or a folder that ``save_pretrained`` of model and processor wrote.
         device: Where to put it.
         precision: "fp32" or "bf16" (image tower under autocast).
-
-    Raises:
-        UsageError: If it is neither a folder nor a hub id, or the model has not two towers and a logit scale.
-        MissingModelError: If the weights or the extra ``hf`` are not on this machine.
-        ProvenanceError: If the weights do not fill the model.
     """
     transformers = import_extra("transformers", "hf")
     folder = Path(argument).expanduser()

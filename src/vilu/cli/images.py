@@ -15,7 +15,7 @@ from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
-    from vilu.datasets.known.check import SplitPresence
+    from vilu.datasets.known.entry import Count
     from vilu.store.job import Executor
 
 
@@ -257,7 +257,7 @@ def _by_state(archives: Mapping[str, str]) -> dict[str, list[str]]:
     return {state: [name for name in archives if archives[name] == state] for state in dict.fromkeys(archives.values())}
 
 
-def _counts(split: SplitPresence) -> str:
+def _counts(split: Count) -> str:
     """Found of listed, and what was published where that is another number."""
     found = "?" if split.found is None else f"{split.found:,}"
     listed = split.expected if split.listed is None else split.listed

@@ -107,11 +107,7 @@ class Chosen:
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
-    """The names in ``split``, each once and each available.
-
-    Raises:
-        UsageError: If one is empty, repeated, or unknown; the message lists what there is.
-    """
+    """The names in ``split``, each once and each available."""
     names = tuple(name.strip() for name in split.split("+"))
     if not all(names) or len(set(names)) < len(names):
         raise UsageError(f"--split must name each split once, joined by '+'. Got {split!r} instead.")
@@ -147,12 +143,7 @@ class Selection:
     where: Mapping[str, str] = field(default_factory=dict)
 
     def columns(self, names: Sequence[str], source: str) -> list[str]:
-        """The columns of ``where``.
-
-        Raises:
-            UsageError: If one is not there.
-            DataError: If one is there twice.
-        """
+        """The columns of ``where``."""
         for name in self.where:
             if name not in names:
                 raise UsageError(f"{source} has no column {name!r} for --where; it has {_listed(names)}.")
@@ -165,11 +156,7 @@ class Selection:
         return {"where": sorted(self.where.items())} if self.where else {}
 
     def rows(self, table: pa.Table, source: str, split_column: str | None) -> NDArray[np.int64]:
-        """(N,) positions of the rows.
-
-        Raises:
-            UsageError: If a split is not there, or no row has the values of ``where``.
-        """
+        """(N,) positions of the rows."""
         chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
             column = pa.array([], pa.string()) if split_column is None else table[split_column].cast(pa.string())
@@ -190,11 +177,7 @@ class Selection:
 
 
 def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """The cells of a column as the UTF-8 bytes of their text. Strings are not checked: their bytes are what they are.
-
-    Raises:
-        DataError: If the cells are lists or structs.
-    """
+    """The cells of a column as the UTF-8 bytes of their text; those of strings are not checked."""
     kind = column.type
     if pa.types.is_nested(kind):
         raise DataError(f"{where}: text is expected, one per row. Found {kind}. Write one row for each.")

@@ -22,11 +22,7 @@ INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
 
 
 def read_caption(record: ImageRecord) -> str:
-    """The caption of a record.
-
-    Raises:
-        BadImage: As ``decode_caption``; kind "read_error" where the bytes could not be had.
-    """
+    """The caption of a record."""
     try:
         return decode_caption(None) if record.caption is None else record.caption()
     except OSError as error:

@@ -44,11 +44,7 @@ class PickledArray:
         self.state = state
 
     def as_bytes(self, width: int) -> NDArray[np.uint8]:
-        """The array, if it is (n, width) uint8 with n at least 1.
-
-        Raises:
-            ValueError: If it is anything else.
-        """
+        """The array, (n, width) uint8 with n at least 1; ValueError where it is anything else."""
         state = self.state[-4:] if isinstance(self.state, tuple) else None
         match state:  # numpy's (version, shape, dtype, whether in Fortran order, raw bytes)
             case ((int(n), int(columns)), PickledType("u1" | "uint8" | "B"), bool(fortran), bytes() | str() as raw):
@@ -97,11 +93,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _require_shallow(content: bytes) -> None:
-    """Refuse tuples that could be nested without end; an array and its labels have a handful.
-
-    Raises:
-        ValueError: If there are too many, or the opcodes make no sense.
-    """
+    """ValueError where tuples could be nested without end; an array and its labels have a handful."""
     steps = (opcode.name for opcode, _, _ in pickletools.genops(content) if opcode.name not in MEMO)
     kept = sum(name in TUPLES and following != "REDUCE" for name, following in itertools.pairwise(steps))
     if kept > MAX_TUPLES:
@@ -109,11 +101,7 @@ def _require_shallow(content: bytes) -> None:
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """The dictionary in a pickle of built-in types and ``PickledArray``; keys of bytes become text.
-
-    Raises:
-        DataError: If the file is too large, damaged, no dictionary, or names anything but the parts of an array.
-    """
+    """The dictionary in a pickle of built-in types and ``PickledArray``; keys of bytes become text."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
@@ -174,11 +162,7 @@ CIFAR100: Final = Layout(
 
 
 def find_layout(source: Path) -> tuple[Layout, Path] | None:
-    """The data set that a folder is, or holds under its usual name; None where it is or holds none.
-
-    Raises:
-        DataError: If it holds both.
-    """
+    """The data set that a folder is, or holds under its usual name; None where it is or holds none."""
     found = [
         (layout, folder)
         for layout in (CIFAR10, CIFAR100)
@@ -202,9 +186,6 @@ class CifarDataset:
 
     Attributes:
         classes: Raw and prompt names.
-
-    Raises:
-        DataError: If a file is damaged, or its pickle names anything but the parts of an array.
     """
 
     def __init__(

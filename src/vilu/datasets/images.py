@@ -34,11 +34,7 @@ BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
 def orientation(block: bytes) -> int | None:
-    """The orientation, 1 to 8, of a TIFF file or an EXIF block (EXIF 3.0, tag 0x0112); None where there is none.
-
-    Raises:
-        ValueError: If the block is damaged.
-    """
+    """The orientation, 1 to 8, of a TIFF file or EXIF block (EXIF 3.0, tag 0x0112), or None; ValueError if damaged."""
     block = block.removeprefix(b"Exif\0\0")
     try:
         order, count, entry, pointer = _layout(block)
@@ -185,12 +181,7 @@ class ImageFlag(IntFlag):
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them.
-
-    Raises:
-        ValueError: If pixel values are not finite, or (from Pillow, which has other exceptions too) a palette or a
-            transparency entry does not fit the pixels.
-    """
+    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them; raises what is in ``CORRUPT``."""
     if image.mode in DEEP_MODES:
         gray, flags = _deep_to_gray(image)
         return gray.convert("RGB"), flags
@@ -333,11 +324,7 @@ DEFAULT_LIMITS: Final = ImageLimits()
 
 
 def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
-    """Read and decode one record.
-
-    Raises:
-        BadImage: As ``decode_image``; kind "read_error" (or "too_large") where the bytes could not be had.
-    """
+    """Read and decode one record."""
     try:
         data = record.read()
     except OSError as error:

@@ -102,9 +102,6 @@ class ShiftedImages:
         class_names: As of the whole ones.
         captioned: As of the whole ones.
         fingerprint: Hash of the whole ones' and the damage.
-
-    Raises:
-        UsageError: If a kind or the severity is unknown.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,32 +17,6 @@ State = Literal["complete", "present", "incomplete", "absent"]
 PACKED: Final = (".tar", ".gz", ".tgz", ".zip")
 CHUNK: Final = 2**22
 MEBIBYTE: Final = 2**20
-
-
-@dataclass(frozen=True)
-class SplitPresence:
-    """One split, or several whose sum alone is published.
-
-    Attributes:
-        found: Files that are there; None where they were not counted.
-        listed: Files that should be, by the list in use; None where nothing lists them.
-        expected: Files that should be, as published; None where that is not known of this list.
-        missing: The first of those that are not there.
-        problem: Why nothing can be said; None where something can.
-    """
-
-    found: int | None
-    listed: int | None
-    expected: int | None
-    missing: tuple[str, ...]
-    problem: str | None
-
-    def is_complete(self, *, binding: bool) -> bool:
-        """Whether all listed files are there and, if the published size is ``binding``, so many are listed."""
-        if self.problem is not None or self.missing:
-            return False
-        all_found = self.listed is None or self.found == self.listed
-        return all_found and (not binding or self.expected is None or (self.listed or 0) >= self.expected)
 
 
 @dataclass(frozen=True)
@@ -66,7 +40,7 @@ class Presence:
     title: str
     folder: Path | None
     origin: str = ""
-    splits: Mapping[str, SplitPresence] = field(default_factory=dict)
+    splits: Mapping[str, Count] = field(default_factory=dict)
     archives: Mapping[str, ArchiveState] = field(default_factory=dict)
     problem: str | None = None
     state: State = "absent"
@@ -78,57 +52,35 @@ class Presence:
 
 
 def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> Presence:
-    """What there is of one data set.
-
-    Raises:
-        UsageError: If ``root`` is no folder.
-        StorageError: If it cannot be looked into, or an archive cannot be read.
-    """
+    """What there is of one data set."""
     place = find_place(entry, root, named=named)
     seen = dict(_archives(entry, root, place))
     archives = {name: _verify(entry, path, deep) for name, path in seen.items()}
+    absent = Presence(entry.name, entry.title, None, archives=archives, advice=_how(entry, archives))
     if place is None:
-        return Presence(entry.name, entry.title, None, archives=archives, advice=_how(entry, archives))
+        return absent
+    there = replace(absent, folder=place.folder, state="incomplete")
     try:
         survey = entry.reader.survey(place, deep=deep)
     except (DataError, UsageError, StorageError) as error:
-        return Presence(
-            entry.name,
-            entry.title,
-            place.folder,
-            archives=archives,
-            problem=str(error),
-            state="incomplete",
-            advice=_how(entry, archives),
-        )
+        return replace(there, problem=str(error))
     splits = _splits(entry, survey)
     damaged = [name for name, path in seen.items() if archives[name] == "wrong" and path.parent == place.folder]
-    whole = not damaged and all(split.is_complete(binding=survey.binding) for split in splits.values())
-    return Presence(
-        entry.name,
-        entry.title,
-        place.folder,
-        survey.origin,
-        splits,
-        archives,
-        f"wrong checksum: {', '.join(damaged)}" if damaged else None,
-        _state_of(splits) if whole else "incomplete",
-        f"vilu embed {root} --dataset {entry.name} -o STORE" if whole else _how(entry, archives),
-    )
+    problem = f"wrong checksum: {', '.join(damaged)}" if damaged else None
+    there = replace(there, origin=survey.origin, splits=splits, problem=problem)
+    if damaged or not all(split.is_complete(binding=survey.binding) for split in splits.values()):
+        return there
+    state: State = "present" if any(split.listed is None for split in splits.values()) else "complete"
+    return replace(there, state=state, advice=f"vilu embed {root} --dataset {entry.name} -o STORE")
 
 
-def _splits(entry: KnownDataset, survey: Survey) -> dict[str, SplitPresence]:
+def _splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
     """Each split with its published size, or sums of splits where only those are published."""
     expected = entry.expected(survey.counts)
-    found = {}
-    for key in expected or survey.counts:
-        count = Count.sum(survey.counts[name] for name in key.split("+"))
-        found[key] = SplitPresence(count.found, count.listed, expected.get(key), count.missing, count.problem)
-    return found
-
-
-def _state_of(splits: Mapping[str, SplitPresence]) -> State:
-    return "present" if any(split.listed is None for split in splits.values()) else "complete"
+    return {
+        key: Count.sum((survey.counts[name] for name in key.split("+")), expected.get(key))
+        for key in expected or survey.counts
+    }
 
 
 def _archives(entry: KnownDataset, root: Path, place: Place | None) -> Iterator[tuple[str, Path]]:

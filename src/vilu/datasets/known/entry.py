@@ -18,30 +18,40 @@ SHOWN: Final = 5
 
 @dataclass(frozen=True)
 class Count:
-    """Images of one split.
+    """Images of one split, or of several whose sum alone is published.
 
     Attributes:
         found: Files that are there; None where they were not counted.
         listed: Files that should be, by the list in use; None where nothing lists them.
-        missing: The first of those that are not.
+        expected: Files that should be, as published; None where that is not known of this list.
+        missing: The first of those that are not there.
         problem: Why nothing can be said; None where something can.
     """
 
     found: int | None
     listed: int | None
+    expected: int | None = None
     missing: tuple[str, ...] = ()
     problem: str | None = None
 
     @classmethod
-    def sum(cls, counts: Iterable[Count]) -> Count:
+    def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
         """Of several splits together."""
         parts = list(counts)
         return cls(
             _sum(part.found for part in parts),
             _sum(part.listed for part in parts),
+            expected,
             tuple(name for part in parts for name in part.missing)[:SHOWN],
             next((part.problem for part in parts if part.problem), None),
         )
+
+    def is_complete(self, *, binding: bool) -> bool:
+        """Whether all listed files are there and, if the published size is ``binding``, so many are listed."""
+        if self.problem is not None or self.missing:
+            return False
+        all_found = self.listed is None or self.found == self.listed
+        return all_found and (not binding or self.expected is None or (self.listed or 0) >= self.expected)
 
 
 @dataclass(frozen=True)
@@ -60,12 +70,8 @@ class Survey:
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:
-    total = 0
-    for number in numbers:
-        if number is None:
-            return None
-        total += number
-    return total
+    known = list(numbers)
+    return None if None in known else sum(number or 0 for number in known)
 
 
 NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"

@@ -299,11 +299,11 @@ class CifarReader:
         names = (*self.layout.splits[split], self.layout.meta)
         missing = tuple(name for name in names if not (place.folder / name).is_file())
         if missing:
-            return Count(0, expected, missing)
+            return Count(0, expected, missing=missing)
         try:
             found = len(self.open(place, Request(split)))
         except DataError as error:  # told with the split, so that the other is counted too
-            return Count(None, expected, (), str(error))
+            return Count(None, expected, problem=str(error))
         return Count(found, found)
 
 
@@ -322,7 +322,8 @@ class ShardReader:
         shards = find_known_shards(place.folder)
         found, problem = _count_pairs(place, shards) if deep else (None, None)
         gaps = missing_numbers(place.folder, shards)
-        return Survey(f"{len(shards)} tar files", {"all": Count(found, None, gaps, problem)}, binding=False)
+        count = Count(found, None, missing=gaps, problem=problem)
+        return Survey(f"{len(shards)} tar files", {"all": count}, binding=False)
 
 
 def find_known_shards(folder: Path) -> list[Path]:

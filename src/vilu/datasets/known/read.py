@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import lzma
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from os import stat_result
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Final, NoReturn, TypeVar
 
-from vilu.datasets.base import ImageRecord, parse_split
+from vilu.datasets.base import parse_split
 from vilu.datasets.classes import class_table
-from vilu.datasets.files import ListingHash, portable_name, read_below, read_file, status_below, stays_below
+from vilu.datasets.files import ListingHash, portable_name, read_file, status_below, stays_below
+from vilu.datasets.folder import ListedFiles
 from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
 from vilu.errors import DataError
 from vilu.progress import Task, track
@@ -82,7 +82,7 @@ class PathList:
             yield path, label, status_below(self._folder, path)
 
 
-class ListedDataset:
+class ListedDataset(ListedFiles):
     """Images that a data set lists; a listed file that is missing is the read error of its row.
 
     Keys are paths below the data set's folder; labels follow its one class table, whatever the splits.
@@ -97,39 +97,27 @@ class ListedDataset:
     """
 
     def __init__(self, place: Place, listing: Listing, request: Request) -> None:
+        super().__init__(place.folder)
         self.source = f"{place.folder} ({listing.origin})"
         self.captioned = False
         names = (listing.raw or listing.classes) if request.raw_names else listing.names
         self.classes = class_table(listing.classes, request.classes, by_position=True, names=names)
         self.class_names: tuple[str, ...] | None = self.classes.names
-        self._folder = place.folder
-        self._paths: list[str] = []
-        self._labels = array("i")
         splits = tuple(listing.splits)
         splits = splits if request.split is None else parse_split(request.split, splits, self.source)
         hashed = ListingHash(*listing.classes, *splits)
         with track(f"listing {place.entry.name}", None, "images") as task:
-            counts = {split: self._add(listing.splits[split], hashed, task) for split in splits}
+            counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
         if not self._paths or (request.split is not None and empty):
             raise DataError(f"split {empty[0]!r} of {self.source} has no image. Choose another, or mend its list.")
         self.fingerprint = hashed.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
-        """The images at positions start ... stop - 1."""
-        for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            yield ImageRecord(portable_name(path), label, partial(read_below, self._folder, path))
-
-    def _add(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
-        before = len(self._paths)
+    def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
+        before = len(self)
         for path, label, status in _showing(entries, task):
-            self._paths.append(path)
-            self._labels.append(label)
-            hashed.add(path, label, status)
-        return len(self._paths) - before
+            self._add(path, label, status, hashed)
+        return len(self) - before
 
 
 def _count(entries: Iterable[Entry], task: Task) -> Count:
@@ -143,8 +131,8 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
             elif len(missing) < SHOWN:
                 missing.append(portable_name(path))
     except DataError as error:  # told with the split, so that the others are counted too
-        return Count(found, None, (), str(error))
-    return Count(found, listed, tuple(missing))
+        return Count(found, None, problem=str(error))
+    return Count(found, listed, missing=tuple(missing))
 
 
 def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
