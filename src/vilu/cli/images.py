@@ -349,7 +349,7 @@ def _backbones() -> list[dict[str, Any]]:
 def _datasets() -> list[dict[str, Any]]:
     """Layouts, and data sets by name that did not come with vilu."""
     from vilu.datasets.catalog import DATASETS
-    from vilu.datasets.known.catalogue import KNOWN, SHIPPED
+    from vilu.datasets.known import KNOWN, SHIPPED
 
     added = {name: f"{entry.title}, by --dataset {name}" for name, entry in KNOWN.items() if name not in SHIPPED}
     return [{"name": name, "what it is": text} for name, text in {**DATASETS, **added}.items()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntFlag
 from io import BytesIO
@@ -307,7 +308,7 @@ class DecodedImage:
         image: RGB pixels of the first frame, as stored (EXIF orientation is not applied: CLIP's preprocessing doesn't).
         width: Width in the file.
         height: Height in the file.
-        n_frames: Number of frames (counting stops at ``formats.MAX_FRAMES``).
+        n_frames: Number of frames (counting stops at ``MAX_FRAMES``).
         exif_orientation: The EXIF (or TIFF) orientation tag, 1 to 8; None where there is none.
         flags: What was done to the pixels, or noticed.
     """
@@ -346,15 +347,23 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UsageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damaged files. Switch it off.")
     name = _require_format(data, limits)
-    with _open(name, data) as opened:
+    with _damage("open", f"damaged {name} header"):
+        file = OPENERS[name](BytesIO(data))
+    with file as opened:
         _require_geometry(*opened.size, limits)
-        _load(name, opened)
+        with _damage("decode", "damaged pixels"):
+            if name == "TIFF":  # Pillow would turn the pixels by the tag on loading
+                opened.getexif().pop(ORIENTATION, None)
+            opened.load()
         exif = data if name == "TIFF" else opened.info.get("exif")
         exif_orientation, flags = _orientation(exif)
         n_frames = count_frames(name, data, opened)
         if n_frames > 1:
             flags |= ImageFlag.ANIMATED
-        image, conversion = _convert(opened)
+        if opened.mode not in MODES:
+            raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
+        with _damage("decode", f"cannot convert {opened.mode} to RGB"):
+            image, conversion = to_rgb(opened)
     return DecodedImage(image, image.width, image.height, n_frames, exif_orientation, flags | conversion)
 
 
@@ -371,13 +380,16 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
     return name
 
 
-def _open(name: str, data: bytes) -> ImageFile.ImageFile:
+@contextmanager
+def _damage(stage: Stage, what: str) -> Iterator[None]:
+    """What Pillow raises on a hostile file, as ``BadImage``."""
     try:
-        return OPENERS[name](BytesIO(data))
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("open", "bomb", str(error)) from error
+        raise BadImage(stage, "bomb", str(error)) from error
     except CORRUPT as error:
-        raise BadImage("open", _kind(error), f"damaged {name} header: {_text(error)}") from error
+        kind: Kind = "truncated" if "truncated" in str(error).lower() else "decode_error"
+        raise BadImage(stage, kind, f"{what}: " + f"{type(error).__name__}: {error}"[:200]) from error
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
@@ -399,31 +411,3 @@ def _orientation(exif: object) -> tuple[int | None, ImageFlag]:
         return orientation(exif), ImageFlag(0)
     except ValueError:  # metadata never fails a picture; the flag tells
         return None, ImageFlag.BAD_EXIF
-
-
-def _load(name: str, image: ImageFile.ImageFile) -> None:
-    try:
-        if name == "TIFF":  # Pillow would turn the pixels by the tag on loading
-            image.getexif().pop(ORIENTATION, None)
-        image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("decode", "bomb", str(error)) from error
-    except CORRUPT as error:
-        raise BadImage("decode", _kind(error), f"damaged pixels: {_text(error)}") from error
-
-
-def _convert(image: ImageFile.ImageFile) -> tuple[Image.Image, ImageFlag]:
-    if image.mode not in MODES:
-        raise BadImage("decode", "unsupported", f"pixel mode {image.mode} is not converted")
-    try:
-        return to_rgb(image)
-    except CORRUPT as error:
-        raise BadImage("decode", _kind(error), f"cannot convert {image.mode} to RGB: {_text(error)}") from error
-
-
-def _kind(error: BaseException) -> Kind:
-    return "truncated" if "truncated" in str(error).lower() else "decode_error"
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200]

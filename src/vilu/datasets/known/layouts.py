@@ -24,10 +24,11 @@ from vilu.datasets.known.read import (
     Entry,
     Listing,
     ListReader,
+    Parse,
     SplitLists,
+    T,
     read_json_object,
     read_lines,
-    refuse,
     user_list,
 )
 from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
@@ -185,84 +186,64 @@ OFFICIAL: Final = "official split"
 
 def fgvc_aircraft(place: Place) -> Listing:
     """100 variants; the official training, validation and test images."""
-    files = {"train": "train", "validation": "val", "test": "test"}
     variants = place.require("variants.txt")
-    lists = _of_classes(files, read_lines(variants), variants)
-    labels = {name: label for label, name in enumerate(lists.names())}
+    keys = {"train": "train", "validation": "val", "test": "test"}
+    files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
+    lists = SplitLists.of(files, read_lines(variants), variants)
 
     def parse(line: str) -> tuple[str, int]:
         number, _, variant = line.partition(" ")
-        return f"{number}.jpg", _label(labels, variant)
+        return f"{number}.jpg", lists.label_of(variant)
 
-    for split, key in files.items():
-        file = place.require(f"images_variant_{key}.txt")
-        lists.fill(split, file, read_lines(file), parse)
-    return lists.listing(place.folder, "images", OFFICIAL, binding=True)
+    return _official(place, lists, "images", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
 
 
 def food101(place: Place) -> Listing:
     """101 dishes; the user's CoOp list, else the official split, which has no validation images."""
     own = user_list(place, "split_zhou_Food101.json", "images")
-    return _food101_official(place) if own is None else own
-
-
-def sun397(place: Place) -> Listing:
-    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
-    own = user_list(place, "split_zhou_SUN397.json", "")
-    return _sun397_official(place) if own is None else own
-
-
-def _food101_official(place: Place) -> Listing:
+    if own is not None:
+        return own
     files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
     content = {split: read_json_object(file) for split, file in files.items()}
-    lists = _of_classes(files, sorted({name for dishes in content.values() for name in dishes}), files["train"])
-    labels = {name: label for label, name in enumerate(lists.names())}
+    dishes = sorted({name for split in content.values() for name in split})
+    lists = SplitLists.of(files, dishes, files["train"])
 
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
         name, path = entry
         if not isinstance(path, str):
             raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004 - told with the entry
-        return f"{path}.jpg", labels[name]
+        return f"{path}.jpg", lists.label_of(name)
 
-    for split, file in files.items():
-        lists.fill(split, file, _flat(content[split], file), parse)
-    return lists.listing(place.folder, "images", OFFICIAL, binding=True)
+    entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
+    return _official(place, lists, "images", entries, parse)
 
 
-def _sun397_official(place: Place) -> Listing:
+def sun397(place: Place) -> Listing:
+    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
+    own = user_list(place, "split_zhou_SUN397.json", "")
+    if own is not None:
+        return own
     wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
     files = {split: place.require(name, f"Partitions/{name}") for split, name in wanted.items()}
     scenes = place.require("ClassName.txt", "Partitions/ClassName.txt")
-    lists = _of_classes(files, read_lines(scenes), scenes)
-    labels = {name: label for label, name in enumerate(lists.names())}
+    lists = SplitLists.of(files, read_lines(scenes), scenes)
 
     def parse(line: str) -> tuple[str, int]:
-        return line.removeprefix("/"), _label(labels, line.rpartition("/")[0])
+        return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
 
-    for split, file in files.items():
-        lists.fill(split, file, read_lines(file), parse)
-    found = lists.listing(place.folder, "", OFFICIAL, binding=True)
+    found = _official(place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
     below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
     raw = tuple("/".join(parts) for parts in below_letter)
     return replace(found, classes=raw, names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter))
 
 
-def _of_classes(splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
-    """Empty lists of these splits and classes, which ``file`` names."""
-    lists = SplitLists({split: [] for split in splits})
-    try:
-        for label, name in enumerate(names):
-            lists.name(label, name)
-        lists.names()
-    except ValueError as error:
-        refuse(file, error)
-    return lists
-
-
-def _label(labels: dict[str, int], name: str) -> int:
-    if name not in labels:
-        raise ValueError(f"{name[:80]!r} is none of the {len(labels)} classes")
-    return labels[name]
+def _official(
+    place: Place, lists: SplitLists, images: str, entries: Mapping[Path, tuple[str, Iterable[T]]], parse: Parse[T]
+) -> Listing:
+    """The listing by files of the authors, each with its split and what stands in it."""
+    for file, (split, lines) in entries.items():
+        lists.fill(split, file, lines, parse)
+    return lists.listing(place.folder, images, OFFICIAL, binding=True)
 
 
 def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:

@@ -147,6 +147,8 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 MAX_PATH: Final = 1024
 
 T = TypeVar("T")
+Parse = Callable[[T], tuple[str, int]]
+"""From an entry of a list to path and label; ValueError where it is none."""
 
 
 @dataclass
@@ -172,13 +174,31 @@ class SplitLists:
         self._seen.add(path)
         self.splits[split].append((path, label))
 
-    def fill(self, split: str, file: Path, entries: Iterable[T], parse: Callable[[T], tuple[str, int]]) -> None:
+    def fill(self, split: str, file: Path, entries: Iterable[T], parse: Parse[T]) -> None:
         """All entries of a file; ``parse`` gives path and label of one, or ValueError."""
         for number, entry in enumerate(entries, start=1):
             try:
                 self.add(split, *parse(entry))
             except ValueError as error:
                 refuse(f"{file}, {split} entry {number} (counting from 1)", error)
+
+    @classmethod
+    def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
+        """Empty lists of these splits and classes, which ``file`` names."""
+        lists = cls({split: [] for split in splits})
+        try:
+            for label, name in enumerate(names):
+                lists.name(label, name)
+            lists.names()
+        except ValueError as error:
+            refuse(file, error)
+        return lists
+
+    def label_of(self, name: str) -> int:
+        """The label of a class; ValueError where there is none."""
+        if name not in self._labels:
+            raise ValueError(f"{name[:80]!r} is none of the {len(self._labels)} classes")
+        return self._labels[name]
 
     def name(self, label: int, name: str) -> None:
         """The name of a class; ValueError where it is no text, or one of the two has been said otherwise."""
