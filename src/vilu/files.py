@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -21,6 +22,7 @@ from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, Usa
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from _typeshed import DataclassInstance
 
 
 from typing import Final
@@ -375,7 +377,7 @@ def explain(error: ValidationError) -> str:
     return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
 
 
-Entry = TypeVar("Entry")
+Entry = TypeVar("Entry", bound="DataclassInstance")
 
 
 def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
@@ -394,7 +396,7 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
 
 def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
     """A dataclass from facts by name, whose names and types are checked; ``where`` is for messages."""
-    known = kind.__dataclass_fields__
+    known = [field.name for field in fields(kind)]
     unknown = next((name for name in facts if name not in known), None)
     if unknown is not None:
         raise UsageError(f"{where} has no {unknown!r}; it has {', '.join(known)}.")

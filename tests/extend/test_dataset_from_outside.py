@@ -170,6 +170,7 @@ def test_what_is_wrong_with_the_files_is_said(root: Path) -> None:
     [
         ('title = "Ponds"\n', "", "data set 'ponds', title: Field required"),
         ("n_classes = 3", "n_clases = 3", "data set 'ponds' has no 'n_clases'; it has name, title"),
+        ("n_classes = 3", "", "data set 'ponds' must have n_classes"),
         ("n_classes = 3", "n_classes = 0", "data set 'ponds', n_classes: Input should be greater than 0"),
         ("train = 18", "train = 'many'", "data set 'ponds', sizes.train: Input should be a valid integer"),
         ("[ponds]", '["a pond"]', "data set 'a pond', name: String should match"),

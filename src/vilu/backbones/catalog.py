@@ -236,7 +236,9 @@ def add_backbones(source: Path | str) -> list[str]:
     """
     tables = toml_tables(source)
     for name, facts in tables.items():
-        add_backbone(name, fill(BackboneKind if "loader" in facts else NamedBackbone, facts, f"backbone {name!r}"))
+        where = f"backbone {name!r}"
+        is_kind = "loader" in facts
+        add_backbone(name, fill(BackboneKind, facts, where) if is_kind else fill(NamedBackbone, facts, where))
     return list(tables)
 
 

@@ -10,7 +10,7 @@ from typing import Final
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.known.check import Presence, check_entry
 from vilu.datasets.known.entry import KnownDataset, Request, require_place
-from vilu.datasets.known.layouts import make_reader
+from vilu.datasets.known.layouts import ShardReader, make_reader
 from vilu.errors import UsageError
 from vilu.files import fill, toml_tables
 
@@ -97,6 +97,8 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
 def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
     where = f"data set {name!r}"
     reader = make_reader(facts.pop("layout", None), where)
+    if ("n_classes" in facts) == isinstance(reader, ShardReader):
+        raise UsageError(f"{where} must have n_classes where it has classes; tars have captions, and no n_classes.")
     return fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
 
 
