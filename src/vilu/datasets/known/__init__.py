@@ -97,9 +97,10 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
 def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
     where = f"data set {name!r}"
     reader = make_reader(facts.pop("layout", None), where)
-    if ("n_classes" in facts) == isinstance(reader, ShardReader):
+    entry = fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
+    if entry.captioned != isinstance(reader, ShardReader):
         raise UsageError(f"{where} must have n_classes where it has classes; tars have captions, and no n_classes.")
-    return fill(KnownDataset, {"name": name, **facts, "reader": reader}, where)
+    return entry
 
 
 add_datasets(resources.files("vilu").joinpath("assets", "datasets.toml").read_text(encoding="utf-8"))
