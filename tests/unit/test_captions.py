@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tests.unit.image_files import encode, listed, picture, write_parquet
 from tests.unit.tar_files import outcomes
 from vilu.datasets.base import ImageRecord
-from vilu.datasets.captions import MAX_CAPTION_BYTES, decode_caption, read_caption
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.images import BadImage, read_image
+from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, decode_caption, read_caption, read_image
 from vilu.errors import DataError, UsageError
 
 PICTURES = [encode(picture(size=(8, 8), seed=i), "PNG") for i in range(8)]

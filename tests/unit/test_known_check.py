@@ -14,8 +14,7 @@ import pytest
 from tests.unit.known_images import Row, save
 from tests.unit.known_trees import CIFAR10, TREES, make_tree, make_trees
 from tests.unit.tar_files import pair, tar_bytes, write_shard
-from vilu.datasets.known import KNOWN, check
-from vilu.datasets.known.check import check_entry
+from vilu.datasets.known import KNOWN, check, check_entry
 from vilu.datasets.known.layouts import missing_numbers
 from vilu.errors import StorageError, UsageError
 

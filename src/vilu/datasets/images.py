@@ -1,16 +1,19 @@
-"""Encoded images, hostile until decoded: formats, sizes, orientation, pixels."""
+"""Encoded images and captions, hostile until decoded: formats, sizes, orientation, pixels; text by one rule."""
 
 from __future__ import annotations
 
 import errno
 import struct
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import partial
 from io import BytesIO
-from typing import Final, Literal
+from itertools import repeat
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from PIL import (
@@ -28,6 +31,9 @@ from PIL import (
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import MAX_FILE_BYTES
 from vilu.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ORIENTATION: Final = 0x0112
 _INTEGERS: Final = {1: "B", 3: "H", 4: "I"}  # type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
@@ -411,3 +417,57 @@ def _orientation(exif: object) -> tuple[int | None, ImageFlag]:
         return orientation(exif), ImageFlag(0)
     except ValueError:  # metadata never fails a picture; the flag tells
         return None, ImageFlag.BAD_EXIF
+
+
+MAX_CAPTION_BYTES: Final = 2**20
+"""Longer captions are refused; the longest text that a model reads is a few hundred bytes."""
+
+INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+"""Unicode categories of controls, marks without a shape, and blanks. Not Cn: signs newer than this Python's tables."""
+
+
+def read_caption(record: ImageRecord) -> str:
+    """The caption of a record."""
+    try:
+        return decode_caption(None) if record.caption is None else record.caption()
+    except OSError as error:
+        raise BadImage("text", "read_error", f"cannot read the caption: {error}") from error
+
+
+def decode_caption(data: bytes | None) -> str:
+    r"""Text of a caption without outer white space; otherwise as written (no Unicode normalisation).
+
+    A byte order mark at the beginning is no part of the text.
+
+    Raises:
+        BadImage: Stage "text"; kind "missing_caption" (None), "too_large" (more than ``MAX_CAPTION_BYTES``), "bad_text"
+            (not UTF-8) or "empty_text" (nothing in it can be seen).
+
+    Example:
+        >>> decode_caption(b"  a red fox\n")
+        'a red fox'
+    """
+    if data is None:
+        raise BadImage("text", "missing_caption", "the image has no caption")
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadImage("text", "too_large", f"a caption of {len(data)} bytes; at most {MAX_CAPTION_BYTES} are read")
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadImage(
+            "text", "bad_text", f"the caption must be UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+    if all(unicodedata.category(character) in INVISIBLE for character in text):
+        raise BadImage("text", "empty_text", "the caption is blank")
+    return text
+
+
+def caption_readers(captions: pa.Array | None, start: int, stop: int) -> Iterator[Callable[[], str] | None]:
+    """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes; None for each where there is none."""
+    if captions is None:
+        return repeat(None, max(stop - start, 0))
+    return (partial(_read_cell, cell) for cell in captions[start:stop])
+
+
+def _read_cell(cell: pa.Scalar) -> str:
+    return decode_caption(cell.as_py())

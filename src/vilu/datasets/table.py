@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, ImageRecord, Selection, bytes_of
-from vilu.datasets.captions import caption_readers
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import ListingHash, read_below, status_below
+from vilu.datasets.images import caption_readers
 from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
 

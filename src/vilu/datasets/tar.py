@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 from vilu.datasets.base import ImageRecord
-from vilu.datasets.captions import MAX_CAPTION_BYTES, decode_caption
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
-from vilu.datasets.images import BadImage, Kind, Stage
+from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
 from vilu.datasets.tar_members import Member, members
 from vilu.errors import DataError, StorageError, UsageError
 

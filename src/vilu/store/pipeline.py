@@ -15,8 +15,7 @@ from torch import Tensor
 
 from vilu.backbones.base import Backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
-from vilu.datasets.captions import read_caption
-from vilu.datasets.images import BadImage, ImageLimits, read_image
+from vilu.datasets.images import BadImage, ImageLimits, read_caption, read_image
 from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import Task
