@@ -154,23 +154,8 @@ class BackboneKind:
     extra: str
 
 
-BACKBONES = {
-    "compact": BackboneKind(
-        "vilu.backbones.compact:load",
-        "compact or compact:SIZE, a small model from PyPI packages (EfficientNet-Lite0 + MiniLM); needs no model hub",
-        "compact",
-    ),
-    "open_clip": BackboneKind(
-        "vilu.backbones.open_clip:load",
-        "open_clip:NAME/TAG, open_clip:hf-hub:ORG/NAME or open_clip:FOLDER, every model of OpenCLIP",
-        "clip",
-    ),
-    "hf": BackboneKind(
-        "vilu.backbones.hf:load",
-        "hf:ORG/NAME or hf:FOLDER, CLIP, SigLIP and other dual encoders of transformers",
-        "hf",
-    ),
-}
+BACKBONES: dict[str, BackboneKind] = {}
+"""By name: ours, from ``assets/backbones.toml``, then those that were added."""
 
 
 def load_backbone(

@@ -33,12 +33,7 @@ def find_known(name: str) -> KnownDataset:
 
 
 def open_known(
-    name: str,
-    root: Path | str,
-    *,
-    split: str | None = None,
-    raw_names: bool = False,
-    classes: Path | None = None,
+    name: str, root: Path | str, *, split: str | None = None, raw_names: bool = False, classes: Path | None = None
 ) -> ImageDataset:
     """Open a data set of the catalogue. ``source`` says which list of splits is in use.
 
