@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.images import decode_image
 from vilu.embeddings.space import digest
 from vilu.store.embed import embed
@@ -43,10 +43,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.blobs)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for i in range(start, stop):
-            yield Record(str(i), None, partial(bytes, self.blobs[i]))
+            yield ImageRecord(str(i), None, partial(bytes, self.blobs[i]))
 
 
 def synthetic(n: int, width: int, height: int) -> list[bytes]:

@@ -15,7 +15,6 @@ PACKAGE = ROOT / "src" / "vilu"
 BASE = {"errors", "files", "text", "progress", "device", "extras", "registry"}
 MAY_IMPORT = {
     **dict.fromkeys(BASE - {"registry"}, BASE),
-    "extras": BASE | {"embeddings"},
     "registry": BASE,
     "embeddings": BASE,
     "metrics": BASE,

@@ -10,21 +10,24 @@ import re
 import secrets
 import socket
 import time
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from _typeshed import DataclassInstance
 
 
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 LOCK = ".lock"
 """Name of the lock of a folder."""
@@ -372,3 +375,32 @@ def explain(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(step) for step in first["loc"])
     return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
+
+
+Entry = TypeVar("Entry", bound="DataclassInstance")
+
+
+def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file, or of TOML text, by name."""
+    try:
+        tables = tomllib.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except OSError as error:
+        raise UsageError(f"cannot read {source}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}.") from error
+    bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
+    if bare is not None:
+        raise UsageError(f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below.")
+    return tables
+
+
+def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
+    """A dataclass from facts by name, whose names and types are checked; ``where`` is for messages."""
+    known = [field.name for field in fields(kind)]
+    unknown = next((name for name in facts if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{where} has no {unknown!r}; it has {', '.join(known)}.")
+    try:
+        return TypeAdapter(kind).validate_python(facts)
+    except ValidationError as error:
+        raise UsageError(f"{where}, {explain(error)}.") from error

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from tests.unit.known_trees import make_tree, make_trees, wnids
+from tests.unit.test_benchmark_files import TABLE_7
 from tests.unit.tiny_models import write_tiny
-from vilu.backbones.catalog import NAMED, load_backbone
+from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import class_texts
 from vilu.benchmark.load import load_config
 from vilu.datasets.images import decode_image
@@ -82,7 +83,7 @@ def list_as_what_is_seen(name: str, data: Path, models: Path) -> None:
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Data sets and models."""
     root = tmp_path_factory.mktemp("miniature")
-    for name in NAMED:
+    for name in TABLE_7:
         write_tiny(root / "models" / name, name.partition("-")[0], "open_clip")
     (root / "data").mkdir()
     make_trees(root / "data")

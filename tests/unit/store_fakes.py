@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageRecord
 from vilu.embeddings.space import EmbeddingSpace, digest
 
 NAMES = ("cat", "dog", "car")
@@ -104,10 +104,10 @@ class FakeDataset:
     def __len__(self) -> int:
         return len(self.blobs)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         for i in range(start, stop):
             caption = None if self.captions is None or self.captions[i] is None else partial(self._caption, i)
-            yield Record(self.keys[i], self.labels[i], partial(self._read, i), caption)
+            yield ImageRecord(self.keys[i], self.labels[i], partial(self._read, i), caption)
 
     def _caption(self, i: int) -> str:
         found = self.captions[i]
@@ -154,7 +154,7 @@ class FakeShards:
     def __len__(self) -> int:
         return len(self.shards)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         for shard in range(start, stop):
             if shard == self.deadly_listing:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -164,7 +164,7 @@ class FakeShards:
                 caption = partial("image {} of shard {}".format, k, shard) if self.captions else None
                 label = None if self.captions else k % 3
                 position = shard * 2**32 + k
-                yield Record(f"{shard:02d}.tar#{k}", label, partial(self._read, position), caption, position)
+                yield ImageRecord(f"{shard:02d}.tar#{k}", label, partial(self._read, position), caption, position)
 
     def shard_fingerprint(self, start: int, stop: int) -> str:
         return digest(self.versions[start:stop])

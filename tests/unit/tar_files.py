@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tests.unit.image_files import encode, picture
 from vilu.datasets.base import ImageDataset
-from vilu.datasets.captions import read_caption
-from vilu.datasets.images import BadImage, read_image
+from vilu.datasets.images import BadImage, read_caption, read_image
 
 PICTURE = encode(picture(size=(8, 8)), "PNG")
 

@@ -16,10 +16,11 @@ from torch.nn.functional import normalize
 
 from tests.unit.tiny_models import IMAGE_SIZE, LENGTH, ROOM, open_clip, transformers, write_tiny
 from tests.unit.tiny_tokenizers import clip_tokenizer, siglip_ids
-from vilu import extras
+from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
+from vilu.backbones.loading import tensors_sha256
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.extras import quiet, tensors_sha256
+from vilu.extras import quiet
 
 TEXTS = ["a dog.", "a photo of two cats", "b", "a text that is longer than the tower can read " * 9]
 CLEAN = [text.strip(" .") for text in TEXTS]
@@ -209,14 +210,14 @@ def test_hub_model_comes_from_the_cache(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(extras, "hub_reachable", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
     space = load_backbone("hf:org/tiny", device="cpu").space
     assert (space.backbone, space.weights) == ("hf:org/tiny", tensors_sha256(clip[1].state_dict()))
 
 
 def test_absent_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(extras, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     with pytest.raises(MissingModelError, match=r"hf:org/absent is not in the local cache.*download org/absent"):
         load_backbone("hf:org/absent", device="cpu")
 

@@ -17,17 +17,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from vilu import extras
+from vilu.backbones import loading
+from vilu.backbones.loading import load_cached_first, load_local, tensors_sha256, tokenizer_identity
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
-from vilu.extras import (
-    hub_reachable,
-    import_extra,
-    load_cached_first,
-    load_local,
-    quiet,
-    tensors_sha256,
-    tokenizer_identity,
-)
+from vilu.extras import REACH_TIMEOUT, hub_reachable, import_extra, quiet
 
 
 def test_missing_extra_says_what_to_install() -> None:
@@ -131,7 +124,7 @@ def test_bugs_are_not_dressed_up() -> None:
 
 
 def test_cached_model_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "hub_reachable", failing(AssertionError("asked")))
+    monkeypatch.setattr(loading, "hub_reachable", failing(AssertionError("asked")))
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     seen: list[bool] = []
 
@@ -148,7 +141,7 @@ def test_cached_model_never_asks_the_network(monkeypatch: pytest.MonkeyPatch) ->
 def test_uncached_model_is_downloaded(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(extras, "hub_reachable", lambda: True)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: True)
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
 
     def load() -> str:
@@ -162,14 +155,14 @@ def test_uncached_model_is_downloaded(
 
 
 def test_files_that_do_not_go_together_stay_so_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     with pytest.raises(ProvenanceError, match="size mismatch"):
         load_cached_first(failing(RuntimeError("size mismatch")), "hf:a/b", "a/b")
 
 
 @pytest.mark.parametrize(("reachable", "reason"), [(False, "cannot be reached"), (True, "download failed: no such")])
 def test_absent_model_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, reachable: bool, reason: str) -> None:
-    monkeypatch.setattr(extras, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: reachable)
     with pytest.raises(MissingModelError, match=f"{reason}.*hf download a/b.*HF_HUB_OFFLINE=1"):
         load_cached_first(failing(FileNotFoundError("no such repository")), "hf:a/b", "a/b")
 
@@ -193,7 +186,7 @@ def test_reachability(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
     start = time.monotonic()
     assert not hub_reachable()
-    assert time.monotonic() - start < extras.REACH_TIMEOUT + 1
+    assert time.monotonic() - start < REACH_TIMEOUT + 1
     for proxies, reachable in [({"no": "localhost"}, False), ({"http": "http://proxy:3128"}, True)]:
         monkeypatch.setattr(urllib.request, "getproxies", lambda proxies=proxies: proxies)
         assert hub_reachable() is reachable

@@ -15,11 +15,11 @@ from torch.nn.functional import normalize
 
 from tests.unit.tiny_models import IMAGE_SIZE, PIXELS, ROOM, build, config, open_clip, save_open_clip, write_tiny
 from tests.unit.tiny_tokenizers import siglip_ids
-from vilu import extras
+from vilu.backbones import loading
 from vilu.backbones.catalog import load_backbone
+from vilu.backbones.loading import tensors_sha256
 from vilu.backbones.open_clip import CONFIG, find_truncated
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
-from vilu.extras import tensors_sha256
 
 TEXTS = ["a photo of a dog", "two cats", "a very long sentence about a red house by the sea " * 7]
 
@@ -232,7 +232,7 @@ def cache(clip: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(extras, "hub_reachable", lambda: pytest.fail("the network was asked"))
+    monkeypatch.setattr(loading, "hub_reachable", lambda: pytest.fail("the network was asked"))
     return repository
 
 
@@ -272,7 +272,7 @@ def test_tag_brings_preprocessing_and_activation(
 )
 def test_absent_offline(spec: str, repository: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(extras, "hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_reachable", lambda: False)
     with pytest.raises(MissingModelError, match=f"open_clip:{spec} is not in the local cache.*download {repository}`"):
         load_backbone(f"open_clip:{spec}", device="cpu")
 

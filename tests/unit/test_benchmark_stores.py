@@ -12,7 +12,7 @@ from tests.unit.tar_files import pair, tar_bytes, write_shard
 from vilu.benchmark import stores
 from vilu.benchmark.load import shrink
 from vilu.benchmark.parts import Data
-from vilu.benchmark.stores import EvenlySpaced, make_stores, open_images, thinned
+from vilu.benchmark.stores import make_stores, open_images, thinned
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import ProvenanceError, UsageError
@@ -20,7 +20,7 @@ from vilu.errors import ProvenanceError, UsageError
 
 def test_evenly_spaced_images() -> None:
     images = dataset(10)
-    some = EvenlySpaced(images, 4)
+    some = thinned(images, 4, None)
     assert [record.key for record in some.records(0, 4)] == [images.keys[i] for i in (0, 2, 5, 7)]
     assert [record.key for record in some.records(1, 3)] == [images.keys[i] for i in (2, 5)]
     assert list(some.records(4, 4)) == []

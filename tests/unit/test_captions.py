@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from tests.unit.image_files import encode, listed, picture, write_parquet
 from tests.unit.tar_files import outcomes
-from vilu.datasets.base import Record
-from vilu.datasets.captions import MAX_CAPTION_BYTES, decode_caption, read_caption
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.images import BadImage, read_image
+from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, decode_caption, read_caption, read_image
 from vilu.errors import DataError, UsageError
 
 PICTURES = [encode(picture(size=(8, 8), seed=i), "PNG") for i in range(8)]
@@ -72,10 +71,10 @@ def test_reading_the_caption_of_a_record():
     def fail() -> str:
         raise PermissionError(13, "Permission denied")
 
-    assert read_caption(Record("a", None, bytes, lambda: "x")) == "x"
+    assert read_caption(ImageRecord("a", None, bytes, lambda: "x")) == "x"
     for caption, expected in ((None, "missing_caption"), (fail, "read_error")):
         with pytest.raises(BadImage) as caught:
-            read_caption(Record("a", None, bytes, caption))
+            read_caption(ImageRecord("a", None, bytes, caption))
         assert (caught.value.stage, caught.value.kind) == ("text", expected)
 
 

@@ -24,7 +24,7 @@ from tests.unit.image_files import (
     seeds,
     with_png_size,
 )
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.images import OPENERS, BadImage, ImageLimits, decode_image, read_image, sniff
 from vilu.errors import DataError, UsageError, ViLUError
 
@@ -151,9 +151,9 @@ def test_read_image_tells_unreadable_from_too_large():
 
     for code, kind in ((errno.ENOENT, "read_error"), (errno.EACCES, "read_error"), (errno.EFBIG, "too_large")):
         with pytest.raises(BadImage) as caught:
-            read_image(Record("a", None, lambda code=code: read_error(code)))
+            read_image(ImageRecord("a", None, lambda code=code: read_error(code)))
         assert (caught.value.stage, caught.value.kind) == ("open", kind)
-    assert read_image(Record("a", None, lambda: SEEDS["png"])).width == SIZE[0]
+    assert read_image(ImageRecord("a", None, lambda: SEEDS["png"])).width == SIZE[0]
 
 
 def test_bad_image_is_a_data_error_and_crosses_processes():

@@ -14,10 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.tar_files import PICTURE, outcomes, pair, raw_header, tar_bytes, write_shard
-from vilu.datasets import tar
+from vilu.datasets import tar_members
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage
-from vilu.datasets.tar import MAX_HEADER_BYTES, members
+from vilu.datasets.tar_members import MAX_HEADER_BYTES, members
 
 KEYS = ("a", "b" * 150, "c")  # the second has an extension header
 WHOLE = tar_bytes(*(member for key in KEYS for member in pair(key)))
@@ -221,7 +221,7 @@ def test_sparse_members_are_no_files_and_what_follows_is_found(tmp_path):
 
 
 def test_a_shard_of_too_many_members(tmp_path, monkeypatch):
-    monkeypatch.setattr(tar, "MAX_MEMBERS", 4)
+    monkeypatch.setattr(tar_members, "MAX_MEMBERS", 4)
     found = shard_outcomes(tmp_path, WHOLE)
     assert found == [*((f"0.tar#{key}", "a picture") for key in KEYS[:2]), ("0.tar", "open:bad_shard")]
 

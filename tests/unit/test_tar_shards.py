@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.image_files import encode, picture
 from tests.unit.tar_files import PICTURE, entry, outcomes, pair, tar_bytes, write_shard
-from vilu.datasets import captions, tar
+from vilu.datasets import images, tar
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage
@@ -154,7 +154,7 @@ def test_members_that_are_too_large(tmp_path, monkeypatch):
     assert len(small) < len(PICTURE)
     found = shard_outcomes(tmp_path, *pair("a"), ("b.png", small), ("b.txt", b"x"))
     assert found == [("0.tar#a", "open:too_large"), ("0.tar#b", "x")]
-    monkeypatch.setattr(captions, "MAX_CAPTION_BYTES", 3)
+    monkeypatch.setattr(images, "MAX_CAPTION_BYTES", 3)
     monkeypatch.setattr(tar, "MAX_CAPTION_BYTES", 3)
     found = shard_outcomes(tmp_path, ("a.png", small), ("a.txt", b"four"), ("b.png", small), ("b.txt", b"x"))
     assert found == [("0.tar#a", "text:too_large"), ("0.tar#b", "x")]

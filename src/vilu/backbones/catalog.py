@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import re
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
+from vilu.files import fill, toml_tables
 
 if TYPE_CHECKING:
     from vilu.backbones.base import Backbone
@@ -37,10 +40,10 @@ class NamedBackbone:
         quick_gelu: Whether the weights want QuickGELU, x sigmoid(1.702 x), in place of GELU.
         tanh_gelu: Whether they were trained with GELU's tanh approximation, Flax's default, as transformers has it;
             open_clip has the exact function, unless it is told so.
-        image_gflop: 10^9 floating point operations of the image tower per image.
+        image_gflop: 10^9 floating point operations of the image tower per image; None, as the rates, where not known.
         image_rate: Images per second of the image tower in float32 on 2 CPU cores (``benchmarks/encode_rates.py``).
         text_rate: Texts per second of the text tower, likewise.
-        a100_rate: Published images per second on one A100 (``A100_SOURCE``); None where none is.
+        a100_rate: Images per second on one A100, published in clip-retrieval's docs/distributed_clip_inference.md.
         reference: Where the model comes from.
     """
 
@@ -54,109 +57,19 @@ class NamedBackbone:
     context_length: int
     quick_gelu: bool
     tanh_gelu: bool
-    image_gflop: float
-    image_rate: float
-    text_rate: float
-    a100_rate: float | None
-    reference: str
+    image_gflop: float | None = None
+    image_rate: float | None = None
+    text_rate: float | None = None
+    a100_rate: float | None = None
+    reference: str = ""
 
 
-A100_SOURCE = "clip-retrieval, docs/distributed_clip_inference.md"
-
-CLIP = "Radford et al., ICML 2021"
-SIGLIP = "Zhai et al., ICCV 2023"
-
-NAMED: dict[str, NamedBackbone] = {
-    "clip-vit-b32": NamedBackbone(
-        title="CLIP ViT-B/32",
-        open_clip="ViT-B-32/openai",
-        open_clip_hub="timm/vit_base_patch32_clip_224.openai",
-        hf="openai/clip-vit-base-patch32",
-        embed_dim=512,
-        feature_dim=768,
-        image_size=224,
-        context_length=77,
-        quick_gelu=True,
-        tanh_gelu=False,
-        image_gflop=8.7,
-        image_rate=19.1,
-        text_rate=24.9,
-        a100_rate=2500.0,
-        reference=CLIP,
-    ),
-    "clip-vit-b16": NamedBackbone(
-        title="CLIP ViT-B/16",
-        open_clip="ViT-B-16/openai",
-        open_clip_hub="timm/vit_base_patch16_clip_224.openai",
-        hf="openai/clip-vit-base-patch16",
-        embed_dim=512,
-        feature_dim=768,
-        image_size=224,
-        context_length=77,
-        quick_gelu=True,
-        tanh_gelu=False,
-        image_gflop=33.7,
-        image_rate=4.0,
-        text_rate=25.9,
-        a100_rate=1100.0,
-        reference=CLIP,
-    ),
-    "clip-vit-l14": NamedBackbone(
-        title="CLIP ViT-L/14",
-        open_clip="ViT-L-14/openai",
-        open_clip_hub="timm/vit_large_patch14_clip_224.openai",
-        hf="openai/clip-vit-large-patch14",
-        embed_dim=768,
-        feature_dim=1024,
-        image_size=224,
-        context_length=77,
-        quick_gelu=True,
-        tanh_gelu=False,
-        image_gflop=155.5,
-        image_rate=0.89,
-        text_rate=12.0,
-        a100_rate=312.0,
-        reference=CLIP,
-    ),
-    "siglip-vit-b16": NamedBackbone(
-        title="SigLIP ViT-B/16",
-        open_clip="ViT-B-16-SigLIP/webli",
-        open_clip_hub="timm/ViT-B-16-SigLIP",
-        hf="google/siglip-base-patch16-224",
-        embed_dim=768,
-        feature_dim=768,
-        image_size=224,
-        context_length=64,
-        quick_gelu=False,
-        tanh_gelu=True,
-        image_gflop=34.0,
-        image_rate=4.8,
-        text_rate=15.7,
-        a100_rate=None,
-        reference=SIGLIP,
-    ),
-    "siglip-vit-l16": NamedBackbone(
-        title="SigLIP ViT-L/16",
-        open_clip="ViT-L-16-SigLIP-256/webli",
-        open_clip_hub="timm/ViT-L-16-SigLIP-256",
-        hf="google/siglip-large-patch16-256",
-        embed_dim=1024,
-        feature_dim=1024,
-        image_size=256,
-        context_length=64,
-        quick_gelu=False,
-        tanh_gelu=True,
-        image_gflop=156.1,
-        image_rate=0.96,
-        text_rate=4.2,
-        a100_rate=None,
-        reference=SIGLIP,
-    ),
-}
+NAMED: dict[str, NamedBackbone] = {}
+"""By name: those of the paper, from ``assets/backbones.toml``, then those that were added."""
 
 
 @dataclass(frozen=True)
-class Place:
+class NamedSource:
     """Where a named backbone is loaded from.
 
     Attributes:
@@ -170,18 +83,11 @@ class Place:
     options: dict[str, bool]
 
 
-def find_named(spec: str, models: Path | None = None) -> Place | None:
+def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
     """Where NAME, NAME@open_clip or NAME@hf is: on the hub, or in the sub-folder NAME of ``models``.
 
-    Without a library, open_clip takes it from the hub; from a folder, the library whose files lie there.
-
-    Returns:
-        The place; None where ``spec`` is no named backbone.
-
-    Raises:
-        UsageError: If there is no such library.
-        MissingModelError: If ``models`` is given and the model is not in it, or not in the format asked for.
-        ProvenanceError: If its configuration in that folder cannot be read, or is of another activation.
+    Without a library, open_clip takes it from the hub; from a folder, the library whose files lie there. None where
+    ``spec`` is no named backbone.
     """
     name, sign, kind = spec.partition("@")
     if name not in NAMED:
@@ -198,7 +104,7 @@ def find_named(spec: str, models: Path | None = None) -> Place | None:
             _require_activation(folder / FORMATS[kind], NAMED[name])
         argument = str(folder)
     options = {"tanh_gelu": NAMED[name].tanh_gelu} if kind == "open_clip" else {}
-    return Place(name if kind == USUAL else f"{name}@{kind}", f"{kind}:{argument}", options)
+    return NamedSource(name if kind == USUAL else f"{name}@{kind}", f"{kind}:{argument}", options)
 
 
 def _format_of(folder: Path, model: NamedBackbone, kinds: list[str]) -> str:
@@ -248,23 +154,8 @@ class BackboneKind:
     extra: str
 
 
-BACKBONES = {
-    "compact": BackboneKind(
-        "vilu.backbones.compact:load",
-        "compact or compact:SIZE, a small model from PyPI packages (EfficientNet-Lite0 + MiniLM); needs no model hub",
-        "compact",
-    ),
-    "open_clip": BackboneKind(
-        "vilu.backbones.open_clip:load",
-        "open_clip:NAME/TAG, open_clip:hf-hub:ORG/NAME or open_clip:FOLDER, every model of OpenCLIP",
-        "clip",
-    ),
-    "hf": BackboneKind(
-        "vilu.backbones.hf:load",
-        "hf:ORG/NAME or hf:FOLDER, CLIP, SigLIP and other dual encoders of transformers",
-        "hf",
-    ),
-}
+BACKBONES: dict[str, BackboneKind] = {}
+"""By name: ours, from ``assets/backbones.toml``, then those that were added."""
 
 
 def load_backbone(
@@ -286,8 +177,8 @@ def load_backbone(
     """
     from vilu.device import resolve_device
 
-    place = find_named(spec, None if models is None else Path(models))
-    kind, _, argument = (place.spec if place else spec).partition(":")
+    source = find_named(spec, None if models is None else Path(models))
+    kind, _, argument = (source.spec if source else spec).partition(":")
     if kind not in BACKBONES:
         known = [*BACKBONES, *NAMED]
         near = difflib.get_close_matches(kind.partition("@")[0], known, n=1, cutoff=0.5)
@@ -297,8 +188,43 @@ def load_backbone(
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Got {precision!r} instead.")
     module, _, function = BACKBONES[kind].loader.partition(":")
     load = getattr(importlib.import_module(module), function)
-    options = place.options if place else {}
+    options = source.options if source else {}
     backbone: Backbone = load(argument, resolve_device(device), precision, **options)
-    if place:
-        backbone.space = replace(backbone.space, backbone=place.name)
+    if source:
+        backbone.space = replace(backbone.space, backbone=source.name)
     return backbone
+
+
+def add_backbone(name: str, entry: NamedBackbone | BackboneKind) -> None:
+    """Give a name to a model that both libraries know, or to a kind of backbone with a loader of its own.
+
+    Raises:
+        UsageError: If the name is taken by another, or is no word.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise UsageError(f"a backbone's name is letters, digits, '.', '_' and '-'. Got {name!r} instead.")
+    if {**BACKBONES, **NAMED}.get(name, entry) != entry:
+        raise UsageError(f"there is another backbone {name!r} already. Give this one another name.")
+    if isinstance(entry, NamedBackbone):
+        NAMED[name] = entry
+    else:
+        BACKBONES[name] = entry
+
+
+def add_backbones(source: Path | str) -> list[str]:
+    """Add the backbones of a TOML file, or of TOML text, and return their names.
+
+    A table for each: the keys of ``NamedBackbone``, or those of ``BackboneKind`` where there is a ``loader``.
+
+    Raises:
+        UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is taken.
+    """
+    tables = toml_tables(source)
+    for name, facts in tables.items():
+        where = f"backbone {name!r}"
+        is_kind = "loader" in facts
+        add_backbone(name, fill(BackboneKind, facts, where) if is_kind else fill(NamedBackbone, facts, where))
+    return list(tables)
+
+
+add_backbones(resources.files("vilu").joinpath("assets", "backbones.toml").read_text(encoding="utf-8"))

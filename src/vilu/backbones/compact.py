@@ -93,11 +93,7 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill a model with weights that have other names but the same order; batch counters are left out.
-
-    Raises:
-        ProvenanceError: If the number or a shape differs.
-    """
+    """Fill a model with weights that have other names but the same order; batch counters are left out."""
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = [tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")]
     if [t.shape for t in own.values()] != [t.shape for t in given]:
@@ -109,13 +105,7 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
-    """The compact model for pictures of ``argument`` pixels a side ("" for 224).
-
-    Raises:
-        UsageError: If the size is not a multiple of 32 from 64 to 384.
-        MissingModelError: If the extra ``compact`` is not installed.
-        ProvenanceError: If the weights are not those that were expected.
-    """
+    """The compact model for pictures of ``argument`` pixels a side ("" for 224)."""
     size = _parse_size(argument)
     files = _find_files()
     space = EmbeddingSpace(

@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones.base import DualEncoder, detach_projection
+from vilu.backbones.loading import load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
-from vilu.extras import import_extra, load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
+from vilu.extras import import_extra
 
 MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 """What a model of transformers must have to be a dual encoder with a temperature of its own."""
@@ -118,11 +119,6 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         argument: ORG/NAME on the hub, or a folder that ``save_pretrained`` of model and processor wrote.
         device: Where to put it.
         precision: "fp32" or "bf16" (image tower under autocast).
-
-    Raises:
-        UsageError: If it is neither a folder nor a hub id, or the model has not two towers and a logit scale.
-        MissingModelError: If the weights or the extra ``hf`` are not on this machine.
-        ProvenanceError: If the weights do not fill the model.
     """
     transformers = import_extra("transformers", "hf")
     folder = Path(argument).expanduser()

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vilu.backbones.base import DualEncoder, detach_projection
+from vilu.backbones.loading import load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.extras import import_extra, load_cached_first, load_local, require_hub_id, tensors_sha256, tokenizer_identity
+from vilu.extras import import_extra
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pth")
@@ -68,11 +69,6 @@ def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool
         device: Where to put it.
         precision: "fp32" or "bf16" (image tower under autocast).
         tanh_gelu: Whether GELU is its tanh approximation, whatever the model's configuration says.
-
-    Raises:
-        UsageError: If the name, the tag or the hub id cannot be.
-        MissingModelError: If the weights or the extra ``clip`` are not on this machine.
-        ProvenanceError: If the weights do not fit the model.
     """
     open_clip = import_extra("open_clip", "clip")
     source = find_source(open_clip, argument)
@@ -123,11 +119,7 @@ def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool
 
 
 def use_tanh_gelu(network: nn.Module, name: str) -> None:
-    """Turn every GELU of a model into its tanh approximation.
-
-    Raises:
-        ProvenanceError: If there is none: then it is another model than it was taken for.
-    """
+    """Turn every GELU of a model into its tanh approximation."""
     found = [module for module in network.modules() if isinstance(module, nn.GELU)]
     if not found:
         raise ProvenanceError(f"{name} has no GELU, which a model that was trained with its tanh form has.")
@@ -148,11 +140,7 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:
-    """Where the model that ``argument`` names is.
-
-    Raises:
-        UsageError: If the name, the tag or the hub id cannot be.
-    """
+    """Where the model that ``argument`` names is."""
     hub = open_clip.pretrained
     if argument.startswith("hf-hub:"):
         repository = require_hub_id(argument.removeprefix("hf-hub:"))

@@ -45,10 +45,6 @@ def class_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[st
         backbone: Encodes the prompts.
         names: K distinct class names.
         templates: Each with one ``{}`` for the name.
-
-    Raises:
-        DataError: If there is no name, one is blank, or names repeat.
-        UsageError: If there is no template, or one has not exactly one ``{}``.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     text = functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)

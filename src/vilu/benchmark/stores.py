@@ -16,7 +16,7 @@ from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import named_templates
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import Data, Role
-from vilu.datasets.base import ImageDataset, Record, ShardedDataset
+from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.shift import ShiftedImages
 from vilu.embeddings.space import digest
@@ -37,71 +37,13 @@ def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> Imag
                 f"{images.source} is in tar files, and only reading them tells how many images they hold: limit cannot "
                 "be had. Say shards = N for the first N of them."
             )
-        return images if shards is None or shards >= len(images) else FirstShards(images, shards)
-    return images if limit is None or limit >= len(images) else EvenlySpaced(images, limit)
-
-
-class FirstShards:
-    """The first tar files of a data set.
-
-    Attributes:
-        source: As of the whole.
-        class_names: As of the whole.
-        captioned: As of the whole.
-        fingerprint: Hash of the whole's and the number kept.
-    """
-
-    def __init__(self, images: ShardedDataset, number: int) -> None:
-        self.source = images.source
-        self.class_names = images.class_names
-        self.captioned = images.captioned
-        self.fingerprint = digest({"dataset": images.fingerprint, "first_shards": number})
-        self._images = images
-        self._number = number
-
-    def __len__(self) -> int:
-        return self._number
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """The images in shards start ... stop - 1."""
-        return self._images.records(start, stop)
-
-    def shard_fingerprint(self, start: int, stop: int) -> str:
-        """Of shards start ... stop - 1."""
-        return self._images.shard_fingerprint(start, stop)
-
-
-class EvenlySpaced:
-    """Some images of a data set, evenly spaced: data sets are sorted by class, so the first ones are no sample.
-
-    Attributes:
-        source: As of the whole.
-        class_names: As of the whole.
-        captioned: As of the whole.
-        fingerprint: Hash of the whole's and the number kept.
-    """
-
-    def __init__(self, images: ImageDataset, number: int) -> None:
-        self.source = images.source
-        self.class_names = images.class_names
-        self.captioned = images.captioned
-        self.fingerprint = digest({"dataset": images.fingerprint, "evenly_spaced": number})
-        self._images = images
-        self._positions = evenly_spaced(len(images), number)
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """The images at positions start ... stop - 1, read in one pass."""
-        wanted = self._positions[start:stop]
-        if not len(wanted):
-            return
-        first, last = int(wanted[0]), int(wanted[-1])
-        kept = set(wanted.tolist())
-        for position, record in enumerate(self._images.records(first, last + 1), start=first):
-            if position in kept:
-                yield record
+        if shards is None or shards >= len(images):
+            return images
+        return Chosen(images, range(shards), {"first_shards": shards})
+    if limit is None or limit >= len(images):
+        return images
+    # sorted by class, so that the first ones would be no sample
+    return Chosen(images, evenly_spaced(len(images), limit).tolist(), {"evenly_spaced": limit})
 
 
 def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import next_step
+from vilu.cli.console import columns, next_step, printable
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
-    from vilu.store.job import Executor
-
-
-import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from vilu.cli.console import columns, printable
-
-if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
-    from vilu.datasets.known.check import SplitPresence
-
-
-from dataclasses import asdict
-from typing import Any
+    from vilu.datasets.known.entry import Count
+    from vilu.store.job import Executor
 
 
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -158,11 +148,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:
-    """COLUMN=VALUE, ... as a dictionary.
-
-    Raises:
-        UsageError: If one is no such pair, or a column comes twice.
-    """
+    """COLUMN=VALUE, ... as a dictionary."""
     pairs = [text.partition("=") for text in where or ()]
     for (column, sign, _), text in zip(pairs, where or (), strict=True):
         if not (column and sign):
@@ -185,6 +171,10 @@ def _executor(name: str | None, processes: int | None) -> Executor | None:
 
 datasets = typer.Typer(help="Data sets that vilu knows by name: what they are, and which are on this disk.")
 BELOW = ("folder", "archives", "trouble", "to do")
+FACTS = (
+    *("name", "title", "n_classes", "captioned", "sizes", "official_sizes", "licence", "n_bytes", "url", "how"),
+    *("folders", "archives", "template", "coop_template", "reference"),
+)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -198,7 +188,7 @@ def list_known(as_json: AsJson = False) -> None:
 
     entries = list(KNOWN.values())
     if as_json:
-        typer.echo(json.dumps([_facts(entry) for entry in entries], indent=2))
+        typer.echo(json.dumps([{name: getattr(entry, name) for name in FACTS} for entry in entries], indent=2))
     else:
         typer.echo(columns([_dataset_in_brief(entry) for entry in entries], below=("how", "url")))
     next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
@@ -226,26 +216,6 @@ def check_known(
     if names and short:
         raise DataError(f"not whole: {', '.join(short)} ({len(short)} of {len(found)} data sets). See above.")
     next_step(f"{len(found) - len(short)} of {len(found)} data sets are here and whole")
-
-
-def _facts(entry: KnownDataset) -> dict[str, object]:
-    return {
-        "name": entry.name,
-        "title": entry.title,
-        "n_classes": entry.n_classes,
-        "captioned": entry.captioned,
-        "sizes": dict(entry.sizes),
-        "official_sizes": dict(entry.official_sizes),
-        "licence": entry.licence,
-        "n_bytes": entry.n_bytes,
-        "url": entry.url,
-        "how": entry.how,
-        "folders": list(entry.folders),
-        "archives": dict(entry.archives),
-        "template": entry.template,
-        "coop_template": entry.coop_template,
-        "reference": entry.reference,
-    }
 
 
 def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
@@ -287,7 +257,7 @@ def _by_state(archives: Mapping[str, str]) -> dict[str, list[str]]:
     return {state: [name for name in archives if archives[name] == state] for state in dict.fromkeys(archives.values())}
 
 
-def _counts(split: SplitPresence) -> str:
+def _counts(split: Count) -> str:
     """Found of listed, and what was published where that is another number."""
     found = "?" if split.found is None else f"{split.found:,}"
     listed = split.expected if split.listed is None else split.listed
@@ -377,9 +347,12 @@ def _backbones() -> list[dict[str, Any]]:
 
 
 def _datasets() -> list[dict[str, Any]]:
+    """Layouts, and data sets by name that did not come with vilu."""
     from vilu.datasets.catalog import DATASETS
+    from vilu.datasets.known import KNOWN, SHIPPED
 
-    return [{"name": name, "what it is": text} for name, text in DATASETS.items()]
+    added = {name: f"{entry.title}, by --dataset {name}" for name, entry in KNOWN.items() if name not in SHIPPED}
+    return [{"name": name, "what it is": text} for name, text in {**DATASETS, **added}.items()]
 
 
 def inspect(

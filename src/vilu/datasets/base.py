@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class Record:
+class ImageRecord:
     """One image, not yet read or decoded.
 
     Attributes:
@@ -53,7 +54,7 @@ class ImageDataset(Protocol):
     def __len__(self) -> int:
         """Number of images, readable or not; of a ``ShardedDataset``, of shards."""
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1, in order; of a ``ShardedDataset``, those in these shards."""
 
 
@@ -71,12 +72,42 @@ class ShardedDataset(ImageDataset, Protocol):
         """Hash of sizes and times of modification of shards start ... stop - 1."""
 
 
-def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
-    """The names in ``split``, each once and each available.
+class Chosen:
+    """Some images of a data set, or its first shards; source, names and captions are the whole's.
 
-    Raises:
-        UsageError: If one is empty, repeated, or unknown; the message lists what there is.
+    Args:
+        images: The whole.
+        positions: Which, ascending; of a ``ShardedDataset``, whose records carry their positions, the first ones.
+        mark: What sets them apart, for the fingerprint.
     """
+
+    def __init__(self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, int]) -> None:
+        self.source = images.source
+        self.class_names = images.class_names
+        self.captioned = images.captioned
+        self.fingerprint = digest({"dataset": images.fingerprint, **mark})
+        self._images, self._positions = images, positions
+        if isinstance(images, ShardedDataset):  # only then is this one too
+            self.shard_fingerprint = images.shard_fingerprint
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
+        """The images at positions start ... stop - 1, read in one pass."""
+        wanted = self._positions[start:stop]
+        if not wanted:
+            return
+        passed = self._images.records(wanted[0], wanted[-1] + 1)
+        if wanted[-1] - wanted[0] < len(wanted):  # no gap, and of shards a position has many records
+            yield from passed
+            return
+        kept = set(wanted)
+        yield from (record for position, record in enumerate(passed, start=wanted[0]) if position in kept)
+
+
+def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
+    """The names in ``split``, each once and each available."""
     names = tuple(name.strip() for name in split.split("+"))
     if not all(names) or len(set(names)) < len(names):
         raise UsageError(f"--split must name each split once, joined by '+'. Got {split!r} instead.")
@@ -112,12 +143,7 @@ class Selection:
     where: Mapping[str, str] = field(default_factory=dict)
 
     def columns(self, names: Sequence[str], source: str) -> list[str]:
-        """The columns of ``where``.
-
-        Raises:
-            UsageError: If one is not there.
-            DataError: If one is there twice.
-        """
+        """The columns of ``where``."""
         for name in self.where:
             if name not in names:
                 raise UsageError(f"{source} has no column {name!r} for --where; it has {_listed(names)}.")
@@ -130,11 +156,7 @@ class Selection:
         return {"where": sorted(self.where.items())} if self.where else {}
 
     def rows(self, table: pa.Table, source: str, split_column: str | None) -> NDArray[np.int64]:
-        """(N,) positions of the rows.
-
-        Raises:
-            UsageError: If a split is not there, or no row has the values of ``where``.
-        """
+        """(N,) positions of the rows."""
         chosen = np.ones(len(table), dtype=bool)
         if self.split is not None:
             column = pa.array([], pa.string()) if split_column is None else table[split_column].cast(pa.string())
@@ -155,11 +177,7 @@ class Selection:
 
 
 def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """The cells of a column as the UTF-8 bytes of their text. Strings are not checked: their bytes are what they are.
-
-    Raises:
-        DataError: If the cells are lists or structs.
-    """
+    """The cells of a column as the UTF-8 bytes of their text; those of strings are not checked."""
     kind = column.type
     if pa.types.is_nested(kind):
         raise DataError(f"{where}: text is expected, one per row. Found {kind}. Write one row for each.")

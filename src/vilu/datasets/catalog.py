@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, Record, Selection, ShardedDataset
+from vilu.datasets.base import CAPTIONS_OR_CLASSES, Chosen, ImageDataset, Selection, ShardedDataset
 from vilu.datasets.cifar import CifarDataset, find_layout
 from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
 
 DATASETS: Final[dict[str, str]] = {
@@ -75,7 +74,7 @@ def _first(images: ImageDataset, limit: int) -> ImageDataset:
         raise UsageError(f"--limit must be at least 1. Got {limit} instead.")
     if isinstance(images, ShardedDataset):
         raise UsageError("--limit cannot be had of tar files, whose images are not counted before. Give fewer shards.")
-    return FirstImages(images, limit) if limit < len(images) else images
+    return Chosen(images, range(limit), {"limit": limit}) if limit < len(images) else images
 
 
 def _open(source: Path | str, selection: Selection) -> ImageDataset:
@@ -117,29 +116,3 @@ def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarSh
     if selection.captions and selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     return TarShards(source, shards, classes=selection.classes)
-
-
-class FirstImages:
-    """The first images of a data set.
-
-    Attributes:
-        source: As of the whole.
-        class_names: As of the whole.
-        captioned: As of the whole.
-        fingerprint: Hash of the whole's and the number kept.
-    """
-
-    def __init__(self, dataset: ImageDataset, limit: int) -> None:
-        self.source = dataset.source
-        self.class_names = dataset.class_names
-        self.captioned = dataset.captioned
-        self.fingerprint = digest({"dataset": dataset.fingerprint, "limit": limit})
-        self._dataset = dataset
-        self._limit = limit
-
-    def __len__(self) -> int:
-        return self._limit
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """The images at positions start ... stop - 1."""
-        return self._dataset.records(start, min(stop, self._limit))

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vilu.datasets.base import Record, parse_split
+from vilu.datasets.base import ImageRecord, parse_split
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import ListingHash
 from vilu.errors import DataError
@@ -45,11 +45,7 @@ class PickledArray:
         self.state = state
 
     def as_bytes(self, width: int) -> NDArray[np.uint8]:
-        """The array, if it is (n, width) uint8 with n at least 1.
-
-        Raises:
-            ValueError: If it is anything else.
-        """
+        """The array, (n, width) uint8 with n at least 1; ValueError where it is anything else."""
         state = self.state[-4:] if isinstance(self.state, tuple) else None
         match state:  # numpy's (version, shape, dtype, whether in Fortran order, raw bytes)
             case ((int(n), int(columns)), PickledType("u1" | "uint8" | "B"), bool(fortran), bytes() | str() as raw):
@@ -98,7 +94,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _require_shallow(content: bytes) -> None:
-    """Refuse tuples that could be nested without end; an array and its labels have a handful."""
+    """ValueError where tuples could be nested without end; an array and its labels have a handful."""
     kept = sum(name in TUPLES and following != "REDUCE" for name, following in itertools.pairwise(_steps(content)))
     if kept > MAX_TUPLES:
         raise ValueError(f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}")
@@ -114,11 +110,7 @@ def _steps(content: bytes) -> Iterator[str]:
 
 
 def read_pickle(file: Path) -> dict[str, object]:
-    """The dictionary in a pickle of built-in types and ``PickledArray``; keys of bytes become text.
-
-    Raises:
-        DataError: If the file is too large, damaged, no dictionary, or names anything but the parts of an array.
-    """
+    """The dictionary in a pickle of built-in types and ``PickledArray``; keys of bytes become text."""
     try:
         if file.stat().st_size > MAX_BYTES:
             raise DataError(f"{file} is too large: at most {MAX_BYTES} bytes of pickle are read.")
@@ -182,11 +174,7 @@ CIFAR100: Final = Layout(
 
 
 def find_layout(source: Path) -> tuple[Layout, Path] | None:
-    """The data set that a folder is, or holds under its usual name; None where it is or holds none.
-
-    Raises:
-        DataError: If it holds both.
-    """
+    """The data set that a folder is, or holds under its usual name; None where it is or holds none."""
     found = [
         (layout, folder)
         for layout in (CIFAR10, CIFAR100)
@@ -210,9 +198,6 @@ class CifarDataset:
 
     Attributes:
         classes: Raw and prompt names.
-
-    Raises:
-        DataError: If a file is damaged, or its pickle names anything but the parts of an array.
     """
 
     def __init__(
@@ -243,13 +228,13 @@ class CifarDataset:
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for position in range(len(self))[start:stop]:
             number = bisect_right(self._ends, position)
             batch = self._batches[number]
             row = position - (self._ends[number - 1] if number else 0)
-            yield Record(f"{batch.name}/{row}", batch.labels[row], partial(_png, batch.pixels[row]))
+            yield ImageRecord(f"{batch.name}/{row}", batch.labels[row], partial(_png, batch.pixels[row]))
 
 
 @dataclass(frozen=True)

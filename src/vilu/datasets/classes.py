@@ -21,9 +21,6 @@ class ClassTable:
         folders: Raw names: class folders, label strings, or names in the file's own table.
         names: Names for prompts.
         cleaned: Whether ``names`` were derived from ``folders`` by turning underscores into spaces.
-
-    Raises:
-        DataError: If there is none, or a name is blank, repeated or not text.
     """
 
     folders: tuple[str, ...]
@@ -65,10 +62,6 @@ def class_table(
         by_position: Whether a file of one name per line is in label order (whole-number labels); else its lines are
             matched with ``raw``. Tabbed lines are always matched, except where there is no ``raw``.
         names: Default prompt names; None for ``raw`` with underscores turned into spaces.
-
-    Raises:
-        DataError: If the file is malformed or does not fit ``raw``.
-        UsageError: If the file cannot be read.
     """
     if file is None and names is not None:
         return ClassTable(tuple(raw or ()), tuple(names))
@@ -94,10 +87,6 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """Left and right columns of a classes file; no left column (None) where it has one name per line.
 
     A byte order mark, CRLF and blank lines at the end are tolerated.
-
-    Raises:
-        DataError: If it is empty, not UTF-8, or has a blank, mixed or malformed line.
-        UsageError: If it cannot be read.
     """
     try:
         text = read_file(file).decode("utf-8-sig")

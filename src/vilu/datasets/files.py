@@ -28,11 +28,7 @@ MISSING: Final = -1
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a regular file.
-
-    Raises:
-        OSError: If it cannot be read, is no regular file (a pipe would block), or is larger than ``MAX_FILE_BYTES``.
-    """
+    """The bytes of a regular file (a pipe would block) of at most ``MAX_FILE_BYTES``; else OSError."""
     found = os.stat(path)  # noqa: PTH116  a million calls: os.stat takes the string as it is
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -43,11 +39,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def read_below(folder: Path, path: str) -> bytes:
-    """The bytes of a file below a folder.
-
-    Raises:
-        OSError: If the path is absolute or climbs out of the folder, or the file cannot be read.
-    """
+    """The bytes of a file below a folder."""
     return read_file(resolve_below(folder, path))
 
 
@@ -60,11 +52,7 @@ def status_below(folder: Path, path: str) -> os.stat_result | None:
 
 
 def resolve_below(folder: Path, path: str) -> str:
-    """The path of a file below a folder.
-
-    Raises:
-        OSError: If the path is absolute or climbs out of the folder.
-    """
+    """The path of a file below a folder; OSError where it is absolute or climbs out."""
     if not stays_below(path):
         raise OSError(errno.EACCES, "the path must be relative and stay below its folder", path)
     return os.path.join(folder, path)  # noqa: PTH118  called once per row
@@ -82,11 +70,7 @@ def portable_name(path: str) -> str:
 
 
 def subfolders(folder: str | Path) -> list[str]:
-    """Names of the real (not linked), visible folders in a folder, sorted by bytes.
-
-    Raises:
-        StorageError: If the folder cannot be listed.
-    """
+    """Names of the real (not linked), visible folders in a folder, sorted by bytes."""
     return [entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False) and not _hidden(entry)]
 
 
@@ -95,9 +79,6 @@ def walk_images(folder: str | Path, ignored: Counter[str]) -> Iterator[tuple[str
 
     Links to files are followed, links to folders never: no loop, and no image listed twice. What is passed over is
     counted in ``ignored`` under "hidden", "linked_folder", "not_image" (by its suffix) or "not_a_file".
-
-    Raises:
-        StorageError: If a folder cannot be listed.
     """
     skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
     pending = _entries(folder)[::-1]

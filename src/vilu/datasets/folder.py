@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from vilu.datasets.base import Record, parse_split
+from vilu.datasets.base import ImageRecord, parse_split
 from vilu.datasets.classes import ClassTable, class_table
-from vilu.datasets.files import ListingHash, portable_name, read_file, subfolders, walk_images
+from vilu.datasets.files import ListingHash, portable_name, read_below, read_file, subfolders, walk_images
 from vilu.errors import DataError, UsageError
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
@@ -18,7 +19,33 @@ SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "t
 UNLABELLED = -1
 
 
-class FolderDataset:
+class ListedFiles:
+    """Files below a folder with their labels, in the order in which they are added; keys are their paths there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._paths: list[str] = []
+        self._labels = array("i")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
+        """The images at positions start ... stop - 1."""
+        for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
+            known = None if label == UNLABELLED else label
+            yield ImageRecord(portable_name(path), known, self._reader(path))
+
+    def _reader(self, path: str) -> Callable[[], bytes]:
+        return partial(read_below, self._folder, path)
+
+    def _add(self, path: str, label: int, status: os.stat_result | None, listing: ListingHash) -> None:
+        self._paths.append(path)
+        self._labels.append(label)
+        listing.add(path, label, status)
+
+
+class FolderDataset(ListedFiles):
     """Images below a folder: ``class/**/image``, ``split/class/**/image``, or ``image`` alone (unlabelled).
 
     Labels follow the class folders sorted by bytes, over all splits; images are in the byte order of their paths. The
@@ -33,25 +60,18 @@ class FolderDataset:
         classes: Raw and prompt names; None when unlabelled.
         ignored: Number of files and folders passed over, by reason (see ``files.walk_images``; "outside_class" lie
             beside the class folders).
-
-    Raises:
-        DataError: If no image is found or the classes file does not fit.
-        UsageError: If ``split`` does not fit the folder.
-        StorageError: If a folder cannot be listed.
     """
 
     def __init__(self, root: Path, *, split: str | None = None, classes: Path | None = None) -> None:
+        super().__init__(root)
         self.source = str(root)
         self.captioned = False
         self.ignored: Counter[str] = Counter()
-        self._root = root
         parts, siblings = _split_folders(root, split)
         folders = {name for sibling in siblings for name in subfolders(root / sibling)}
         raw = sorted(folders, key=lambda name: name.encode("utf-8", "surrogateescape")) or None
         self.classes: ClassTable | None = class_table(raw, classes)
         self.class_names = self.classes.names if self.classes else None
-        self._paths: list[str] = []
-        self._labels = array("i")
         listing = ListingHash(*(raw or ()))
         for part in parts:
             self._list_part(part, {name: label for label, name in enumerate(raw or [])}, listing)
@@ -60,17 +80,11 @@ class FolderDataset:
             found = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items()) or "nothing"
             raise DataError(f"no image in {root}. Found: {found}. Expected images, or one folder of images per class.")
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """The images at positions start ... stop - 1; keys are paths below the folder."""
-        for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            known = None if label == UNLABELLED else label
-            yield Record(portable_name(path), known, partial(read_file, self._root / path))
+    def _reader(self, path: str) -> Callable[[], bytes]:
+        return partial(read_file, self._folder / path)  # as it was found, whatever Windows would make of its name
 
     def _list_part(self, part: str, labels: dict[str, int], listing: ListingHash) -> None:
-        folder = self._root / part
+        folder = self._folder / part
         flat = not subfolders(folder)
         for below, status in walk_images(folder, self.ignored):
             first, slash, _ = below.partition("/")
@@ -79,9 +93,7 @@ class FolderDataset:
                 continue
             path = f"{part}/{below}" if part else below
             label = labels[first] if slash else UNLABELLED
-            self._paths.append(path)
-            self._labels.append(label)
-            listing.add(path, label, status)
+            self._add(path, label, status, listing)
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:

@@ -1,15 +1,19 @@
-"""Encoded images, hostile until decoded: formats, sizes, orientation, pixels."""
+"""Encoded images and captions, hostile until decoded: formats, sizes, orientation, pixels; text by one rule."""
 
 from __future__ import annotations
 
 import errno
 import struct
+import unicodedata
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import partial
 from io import BytesIO
-from typing import Final, Literal
+from itertools import repeat
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from PIL import (
@@ -24,9 +28,12 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from vilu.datasets.base import Record
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.files import MAX_FILE_BYTES
 from vilu.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ORIENTATION: Final = 0x0112
 _INTEGERS: Final = {1: "B", 3: "H", 4: "I"}  # type codes BYTE, SHORT, LONG; the norm says SHORT, cameras write others
@@ -34,11 +41,7 @@ BYTE_ORDER: Final = {b"II*\0": "<", b"MM\0*": ">", b"II+\0": "<", b"MM\0+": ">"}
 
 
 def orientation(block: bytes) -> int | None:
-    """The orientation, 1 to 8, of a TIFF file or an EXIF block (EXIF 3.0, tag 0x0112); None where there is none.
-
-    Raises:
-        ValueError: If the block is damaged.
-    """
+    """The orientation, 1 to 8, of a TIFF file or EXIF block (EXIF 3.0, tag 0x0112), or None; ValueError if damaged."""
     block = block.removeprefix(b"Exif\0\0")
     try:
         order, count, entry, pointer = _layout(block)
@@ -185,12 +188,7 @@ class ImageFlag(IntFlag):
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
-    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them.
-
-    Raises:
-        ValueError: If pixel values are not finite, or (from Pillow, which has other exceptions too) a palette or a
-            transparency entry does not fit the pixels.
-    """
+    """RGB pixels of a loaded image of one of ``MODES``, and what was done to them; raises what is in ``CORRUPT``."""
     if image.mode in DEEP_MODES:
         gray, flags = _deep_to_gray(image)
         return gray.convert("RGB"), flags
@@ -316,7 +314,7 @@ class DecodedImage:
         image: RGB pixels of the first frame, as stored (EXIF orientation is not applied: CLIP's preprocessing doesn't).
         width: Width in the file.
         height: Height in the file.
-        n_frames: Number of frames (counting stops at ``formats.MAX_FRAMES``).
+        n_frames: Number of frames (counting stops at ``MAX_FRAMES``).
         exif_orientation: The EXIF (or TIFF) orientation tag, 1 to 8; None where there is none.
         flags: What was done to the pixels, or noticed.
     """
@@ -332,12 +330,8 @@ class DecodedImage:
 DEFAULT_LIMITS: Final = ImageLimits()
 
 
-def read_image(record: Record, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
-    """Read and decode one record.
-
-    Raises:
-        BadImage: As ``decode_image``; kind "read_error" (or "too_large") where the bytes could not be had.
-    """
+def read_image(record: ImageRecord, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedImage:
+    """Read and decode one record."""
     try:
         data = record.read()
     except OSError as error:
@@ -359,15 +353,23 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise UsageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, which hides damaged files. Switch it off.")
     name = _require_format(data, limits)
-    with _open(name, data) as opened:
+    with _damage("open", f"damaged {name} header"):
+        file = OPENERS[name](BytesIO(data))
+    with file as opened:
         _require_geometry(*opened.size, limits)
-        _load(name, opened)
+        with _damage("decode", "damaged pixels"):
+            if name == "TIFF":  # Pillow would turn the pixels by the tag on loading
+                opened.getexif().pop(ORIENTATION, None)
+            opened.load()
         exif = data if name == "TIFF" else opened.info.get("exif")
         exif_orientation, flags = _orientation(exif)
         n_frames = count_frames(name, data, opened)
         if n_frames > 1:
             flags |= ImageFlag.ANIMATED
-        image, conversion = _convert(opened)
+        if opened.mode not in MODES:
+            raise BadImage("decode", "unsupported", f"pixel mode {opened.mode} is not converted")
+        with _damage("decode", f"cannot convert {opened.mode} to RGB"):
+            image, conversion = to_rgb(opened)
     return DecodedImage(image, image.width, image.height, n_frames, exif_orientation, flags | conversion)
 
 
@@ -384,13 +386,16 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
     return name
 
 
-def _open(name: str, data: bytes) -> ImageFile.ImageFile:
+@contextmanager
+def _damage(stage: Stage, what: str) -> Iterator[None]:
+    """What Pillow raises on a hostile file, as ``BadImage``."""
     try:
-        return OPENERS[name](BytesIO(data))
+        yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("open", "bomb", str(error)) from error
+        raise BadImage(stage, "bomb", str(error)) from error
     except CORRUPT as error:
-        raise BadImage("open", _kind(error), f"damaged {name} header: {_text(error)}") from error
+        kind: Kind = "truncated" if "truncated" in str(error).lower() else "decode_error"
+        raise BadImage(stage, kind, f"{what}: " + f"{type(error).__name__}: {error}"[:200]) from error
 
 
 def _require_geometry(width: int, height: int, limits: ImageLimits) -> None:
@@ -414,29 +419,55 @@ def _orientation(exif: object) -> tuple[int | None, ImageFlag]:
         return None, ImageFlag.BAD_EXIF
 
 
-def _load(name: str, image: ImageFile.ImageFile) -> None:
+MAX_CAPTION_BYTES: Final = 2**20
+"""Longer captions are refused; the longest text that a model reads is a few hundred bytes."""
+
+INVISIBLE: Final = frozenset({"Cc", "Cf", "Zs", "Zl", "Zp"})
+"""Unicode categories of controls, marks without a shape, and blanks. Not Cn: signs newer than this Python's tables."""
+
+
+def read_caption(record: ImageRecord) -> str:
+    """The caption of a record."""
     try:
-        if name == "TIFF":  # Pillow would turn the pixels by the tag on loading
-            image.getexif().pop(ORIENTATION, None)
-        image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadImage("decode", "bomb", str(error)) from error
-    except CORRUPT as error:
-        raise BadImage("decode", _kind(error), f"damaged pixels: {_text(error)}") from error
+        return decode_caption(None) if record.caption is None else record.caption()
+    except OSError as error:
+        raise BadImage("text", "read_error", f"cannot read the caption: {error}") from error
 
 
-def _convert(image: ImageFile.ImageFile) -> tuple[Image.Image, ImageFlag]:
-    if image.mode not in MODES:
-        raise BadImage("decode", "unsupported", f"pixel mode {image.mode} is not converted")
+def decode_caption(data: bytes | None) -> str:
+    r"""Text of a caption without outer white space; otherwise as written (no Unicode normalisation).
+
+    A byte order mark at the beginning is no part of the text.
+
+    Raises:
+        BadImage: Stage "text"; kind "missing_caption" (None), "too_large" (more than ``MAX_CAPTION_BYTES``), "bad_text"
+            (not UTF-8) or "empty_text" (nothing in it can be seen).
+
+    Example:
+        >>> decode_caption(b"  a red fox\n")
+        'a red fox'
+    """
+    if data is None:
+        raise BadImage("text", "missing_caption", "the image has no caption")
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadImage("text", "too_large", f"a caption of {len(data)} bytes; at most {MAX_CAPTION_BYTES} are read")
     try:
-        return to_rgb(image)
-    except CORRUPT as error:
-        raise BadImage("decode", _kind(error), f"cannot convert {image.mode} to RGB: {_text(error)}") from error
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise BadImage(
+            "text", "bad_text", f"the caption must be UTF-8: {error.reason} at byte {error.start}"
+        ) from error
+    if all(unicodedata.category(character) in INVISIBLE for character in text):
+        raise BadImage("text", "empty_text", "the caption is blank")
+    return text
 
 
-def _kind(error: BaseException) -> Kind:
-    return "truncated" if "truncated" in str(error).lower() else "decode_error"
+def caption_readers(captions: pa.Array | None, start: int, stop: int) -> Iterator[Callable[[], str] | None]:
+    """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes; None for each where there is none."""
+    if captions is None:
+        return repeat(None, max(stop - start, 0))
+    return (partial(_read_cell, cell) for cell in captions[start:stop])
 
 
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200]
+def _read_cell(cell: pa.Scalar) -> str:
+    return decode_caption(cell.as_py())

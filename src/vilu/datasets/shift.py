@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from vilu.datasets.base import ImageDataset, Record
+from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import decode_image
 from vilu.embeddings.space import digest
 from vilu.errors import UsageError
@@ -102,9 +102,6 @@ class ShiftedImages:
         class_names: As of the whole ones.
         captioned: As of the whole ones.
         fingerprint: Hash of the whole ones' and the damage.
-
-    Raises:
-        UsageError: If a kind or the severity is unknown.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:
@@ -123,13 +120,13 @@ class ShiftedImages:
     def __len__(self) -> int:
         return len(self._images)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1, damaged when they are read."""
         for record in self._images.records(start, stop):
             yield replace(record, read=partial(_damaged, record, self._strengths))
 
 
-def _damaged(record: Record, strengths: dict[str, float]) -> bytes:
+def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:
     rng = np.random.default_rng(int.from_bytes(blake2b(record.key.encode(), digest_size=16).digest(), "big"))
     kind = list(strengths)[rng.integers(len(strengths))]
     change, _ = KINDS[kind]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -19,10 +19,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, Record, Selection, bytes_of
-from vilu.datasets.captions import caption_readers
+from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, ImageRecord, Selection, bytes_of
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import ListingHash, read_below, status_below
+from vilu.datasets.images import caption_readers
 from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
 
@@ -38,7 +38,7 @@ CLASS_NAMES: Final = b"class_names"
 
 
 @dataclass(frozen=True)
-class Listing:
+class TableRows:
     """The rows of a table that were asked for, in order.
 
     Attributes:
@@ -57,11 +57,7 @@ class Listing:
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
-    """The column under the first alias that is there (case and outer blanks do not count).
-
-    Raises:
-        DataError: If that name occurs twice.
-    """
+    """The column under the first alias that is there (case and outer blanks do not count)."""
     for alias in aliases:
         found = [name for name in names if name.strip().lower() == alias]
         if len(found) > 1:
@@ -72,11 +68,7 @@ def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
 
 
 def caption_column(names: Sequence[str], metadata: Mapping[bytes, bytes], selection: Selection) -> str | None:
-    """The column of captions: where they are asked for, or where there is nothing else (no label, no class names).
-
-    Raises:
-        UsageError: If captions are asked for and there are none, or with a classes file.
-    """
+    """The column of captions: where they are asked for, or where there is nothing else (no label, no class names)."""
     name = find_column(names, CAPTION)
     if not selection.captions:
         labelled = selection.classes or find_column(names, LABEL) or CLASS_NAMES in metadata
@@ -89,18 +81,14 @@ def caption_column(names: Sequence[str], metadata: Mapping[bytes, bytes], select
 
 
 def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> list[str]:
-    """The columns that ``make_listing`` reads, as far as they are there.
-
-    Raises:
-        UsageError: If a column is asked for that is not there.
-    """
+    """The columns that ``table_rows`` reads, as far as they are there."""
     names, metadata = schema.names, schema.metadata or {}
     known = [find_column(names, aliases) for aliases in (KEY, LABEL, SPLIT)]
     found = [*known, caption_column(names, metadata, selection), *selection.columns(names, source)]
     return list(dict.fromkeys(name for name in found if name is not None))
 
 
-def make_listing(table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None) -> Listing:
+def table_rows(table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None) -> TableRows:
     """Check the columns of a whole table, then choose the rows.
 
     Args:
@@ -108,11 +96,6 @@ def make_listing(table: pa.Table, source: str, selection: Selection, *, default_
         source: Its name, for messages.
         selection: Which rows, and what of them.
         default_key: The column that is the key where there is no key column.
-
-    Raises:
-        DataError: If a string is not UTF-8 (captions are checked one by one, later), a label is no row of the class
-            table, classes have no names, or a key is missing or repeated.
-        UsageError: If rows are asked for that are not there, or the classes file cannot be read.
     """
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     if caption is None:
@@ -127,7 +110,7 @@ def make_listing(table: pa.Table, source: str, selection: Selection, *, default_
     chosen = pa.array(rows)
     name = find_column(table.column_names, KEY) or default_key
     keys = chosen.cast(pa.string()) if name is None else _keys(table, name, source).take(chosen)
-    return Listing(rows, labels[rows], keys, table_of_classes, None if captions is None else captions.take(chosen))
+    return TableRows(rows, labels[rows], keys, table_of_classes, None if captions is None else captions.take(chosen))
 
 
 def _labels(table: pa.Table, source: str, classes: Path | None) -> tuple[NDArray[np.int32], ClassTable | None]:
@@ -238,7 +221,32 @@ def is_image_column(schema: pa.Schema) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
-class ParquetDataset:
+class _RowsOfTable:
+    """The rows of a table without what reads their images.
+
+    Attributes:
+        classes: Raw and prompt names; None when unlabelled or captioned.
+    """
+
+    def __init__(self, source: Path, listing: TableRows) -> None:
+        self.source = str(source)
+        self.classes = listing.classes
+        self.class_names = self.classes.names if self.classes else None
+        self.captioned = listing.captions is not None
+        self._folder = source.parent
+        self._labels, self._keys, self._captions = listing.labels, listing.keys, listing.captions
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def _records(self, start: int, n: int, readers: Iterable[Callable[[], bytes]]) -> Iterator[ImageRecord]:
+        """``n`` rows from ``start`` on, each with the next of ``readers``."""
+        rows, captions = slice(start, start + n), caption_readers(self._captions, start, start + n)
+        for key, label, read, caption in zip(self._keys[rows], self._labels[rows], readers, captions, strict=True):
+            yield ImageRecord(key.as_py(), None if label == UNLABELLED else int(label), read, caption)
+
+
+class ParquetDataset(_RowsOfTable):
     """Images stored in a Parquet file.
 
     ``records`` streams: memory holds two pages of the file (writers put up to about a thousand images into one) and a
@@ -248,9 +256,6 @@ class ParquetDataset:
     Args:
         source: The file.
         selection: Which rows, and what of them.
-
-    Attributes:
-        classes: Raw and prompt names; None when unlabelled or captioned.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
@@ -260,12 +265,9 @@ class ParquetDataset:
             self._metadata = file.metadata
             schema = file.schema_arrow
             table = file.read(columns=listing_columns(schema, selection, str(source)))
-        listing = make_listing(table, str(source), selection)
+        listing = table_rows(table, str(source), selection)
         status = source.stat()
-        self.source = str(source)
-        self.classes = listing.classes
-        self.class_names = self.classes.names if self.classes else None
-        self.captioned = listing.captions is not None
+        super().__init__(source, listing)
         self.fingerprint = digest(
             {
                 "bytes": status.st_size,
@@ -279,29 +281,16 @@ class ParquetDataset:
         )
         self._path = source
         self._rows = listing.rows
-        self._labels = listing.labels
-        self._keys = listing.keys
-        self._captions = listing.captions
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._resume: dict[int, Iterator[pa.Scalar]] = {}
         self._starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """The images at positions start ... stop - 1.
-
-        Raises:
-            DataError: If the file turns out to be damaged.
-        """
-        keys, labels = self._keys[start:stop], self._labels[start:stop]
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
+        """The images at positions start ... stop - 1."""
+        n = len(self._labels[start:stop])
         images = self._resume.pop(start, None) or self._images(start)
-        captions = caption_readers(self._captions, start, start + len(labels))
-        for key, label, image, caption in zip(keys, labels, islice(images, len(labels)), captions, strict=True):
-            known = None if label == UNLABELLED else int(label)
-            yield Record(key.as_py(), known, partial(_read_cell, image, self._path.parent), caption)
-        self._resume = {start + len(labels): images}
+        yield from self._records(start, n, (partial(_read_cell, image, self._folder) for image in islice(images, n)))
+        self._resume = {start + n: images}
 
     def __getstate__(self) -> dict[str, object]:
         """For worker processes: all but the open file."""
@@ -333,11 +322,7 @@ def _cells(file: pq.ParquetFile, group: int, wanted: NDArray[np.int64]) -> Itera
 
 
 def _read_cell(cell: pa.Scalar, folder: Path) -> bytes:
-    """The bytes in a cell, or those of the file that it names.
-
-    Raises:
-        OSError: If it has neither, or the file cannot be read.
-    """
+    """The bytes in a cell, or those of the file that it names."""
     value = cell.as_py()
     data: bytes | None = value["bytes"] if isinstance(value, dict) else value
     if data is not None:
@@ -354,10 +339,6 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
     Columns: ``path`` (or file, filename, image_path, filepath; relative to the table's folder), or in Parquet ``image``
     (encoded bytes, or Hugging Face's struct of bytes and path); optionally ``label`` (or class, target) or ``caption``
     (or text), ``split``, ``key``, and any others to choose rows by.
-
-    Raises:
-        DataError: If the file is unreadable, has no column of images, or its labels do not fit its classes.
-        UsageError: If rows or captions are asked for that are not there, or the classes file cannot be read.
     """
     try:
         if source.suffix.lower() in {".csv", ".tsv"}:
@@ -373,7 +354,7 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
         raise DataError(f"{source} cannot be read as a table: {error}. Write it again.") from error
 
 
-class PathTable:
+class PathTable(_RowsOfTable):
     """Images listed in a table by path.
 
     Paths are relative to the table's folder; one that is absolute or climbs out of it is a read error of its row.
@@ -383,22 +364,12 @@ class PathTable:
         source: The table's file.
         table: Its columns.
         selection: Which rows, and what of them.
-
-    Attributes:
-        classes: Raw and prompt names; None when unlabelled or captioned.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:
         column = _path_column(source, table.column_names)
-        listing = make_listing(table, str(source), selection, default_key=column)
-        self.source = str(source)
-        self.classes = listing.classes
-        self.class_names = self.classes.names if self.classes else None
-        self.captioned = listing.captions is not None
-        self._folder = source.parent
-        self._labels = listing.labels
-        self._keys = listing.keys
-        self._captions = listing.captions
+        listing = table_rows(table, str(source), selection, default_key=column)
+        super().__init__(source, listing)
         paths = table[column].cast(pa.large_string()).combine_chunks()
         self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
         hashed = ListingHash(*(self.classes.folders if self.classes else ()))
@@ -408,17 +379,10 @@ class PathTable:
             hashed.add_texts(cell.as_py() for cell in self._captions)
         self.fingerprint = hashed.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
-        part = slice(start, stop)
-        captions = caption_readers(self._captions, start, min(stop, len(self)))
-        rows = zip(self._keys[part], self._labels[part], self._paths[part], captions, strict=True)
-        for key, label, path, caption in rows:
-            known = None if label == UNLABELLED else int(label)
-            yield Record(key.as_py(), known, partial(read_below, self._folder, path.as_py()), caption)
+        paths = self._paths[start:stop]
+        return self._records(start, len(paths), (partial(read_below, self._folder, path.as_py()) for path in paths))
 
 
 def _path_column(source: Path, names: Sequence[str]) -> str:

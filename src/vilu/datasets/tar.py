@@ -1,4 +1,4 @@
-"""Tars of samples (webdataset), read member by member."""
+"""Tars of samples (webdataset): images with captions or labels, shard by shard."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import stat
-import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,186 +13,14 @@ from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, NoReturn
+from typing import Final, Literal, NoReturn
 
-from vilu.datasets.base import Record
-from vilu.datasets.captions import MAX_CAPTION_BYTES, decode_caption
+from vilu.datasets.base import ImageRecord
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
-from vilu.datasets.images import BadImage, Kind, Stage
+from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
+from vilu.datasets.tar_members import Member, members
 from vilu.errors import DataError, StorageError, UsageError
-
-BLOCK: Final = tarfile.BLOCKSIZE
-MAX_HEADER_BYTES: Final = 2**20
-"""Larger extension headers are refused; honest ones hold a name and a few times."""
-MAX_NAME_BYTES: Final = 1024
-MAX_MEMBERS: Final = 500_000
-"""The list of one shard is in memory: about 400 bytes a member."""
-
-FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
-NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
-"""Links, devices, folders: their size says nothing of what follows. Types that nobody knows are followed by data."""
-PAX: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
-EXTENSIONS: Final = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
-
-COMPRESSED: Final = {
-    b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ\0": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"PK\x03\x04": "unzip",
-}
-"""First bytes of what is often named like a tar, and the program that undoes it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """A member that is whole.
-
-    Attributes:
-        name: Its name as text that UTF-8 can hold (``portable_name``).
-        start: Where its bytes begin in the file.
-        size: How many there are.
-        is_file: Whether it is a plain file: no link, no device, not sparse.
-    """
-
-    name: str
-    start: int
-    size: int
-    is_file: bool
-
-
-def members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The members of a tar file of ``size`` bytes in order, without folders.
-
-    Raises:
-        BadImage: After the last whole member; kind "truncated_shard" where the file ends too early (also where only the
-            end mark is missing: nothing else tells that whole members are), else "bad_shard".
-        OSError: If the file cannot be read.
-    """
-    position, count = 0, 0
-    extended: dict[bytes, bytes] = {}
-    while (header := _read_header(file, position)) is not None:
-        begin = position
-        position = _start_of_data(file, header, begin)
-        if header.type in EXTENSIONS:
-            _extend(extended, header.type, _read_body(file, position, header.size, size), begin)
-            position += _padded(header.size)
-            continue
-        member = _member(header, extended, position, begin)
-        extended = {}
-        length = 0 if header.type in NO_DATA else member.size
-        if position + length > size:
-            raise BadImage("open", "truncated_shard", f"the shard ends inside {member.name!r}; {_AGAIN}")
-        position += _padded(length)
-        if header.isdir():
-            continue
-        count += 1
-        if count > MAX_MEMBERS:
-            raise BadImage("open", "bad_shard", f"more than {MAX_MEMBERS} members. Write smaller shards")
-        yield member
-
-
-_AGAIN: Final = "members before the break are kept. Write or download it again"
-
-
-def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
-    """The header at a position; None at the end mark."""
-    file.seek(position)
-    block = file.read(BLOCK)
-    program = None if position else next((COMPRESSED[magic] for magic in COMPRESSED if block.startswith(magic)), None)
-    if program is not None:
-        raise BadImage("open", "bad_shard", f"the shard is compressed, so it cannot be read in parts: {program} it")
-    if len(block) == BLOCK and not any(block):
-        if any(file.read(MAX_HEADER_BYTES)):  # what `cat` puts there, hardly any reader sees
-            raise BadImage("open", "bad_shard", "more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
-        return None
-    if len(block) < BLOCK and (position or not block):
-        raise BadImage("open", "truncated_shard", f"the shard ends at byte {position + len(block)}; {_AGAIN}")
-    return _parse_header(block, position)
-
-
-def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    where = (
-        f"the header at byte {position} is damaged, and what follows it is lost" if position else "this is no tar file"
-    )
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise BadImage("open", "bad_shard", f"{where}: {error}. Write it again") from error
-    if header.size < 0:
-        raise BadImage("open", "bad_shard", f"{where}: a size of {header.size}. Write it again")
-    return header
-
-
-def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
-    """Where a member's data begins: behind its header, and behind the maps of an old GNU sparse file."""
-    position, more = begin + BLOCK, header.type == tarfile.GNUTYPE_SPARSE
-    flag = 482  # where a header says whether blocks of the map follow
-    while more:
-        file.seek(position - BLOCK)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
-        more, flag = bool(block[flag]), 504  # and where they do
-        position += BLOCK * more
-    return position
-
-
-def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
-    if length > MAX_HEADER_BYTES:
-        raise BadImage(
-            "open", "bad_shard", f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
-        )
-    if position + length > size:
-        raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
-    file.seek(position)
-    return file.read(length)
-
-
-def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: int) -> None:
-    """Note what an extension header says of the member behind it."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        extended[b"path"] = body.partition(b"\0")[0]
-    elif kind in PAX:
-        extended |= _pax_fields(body, position)
-    elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
-        raise BadImage("open", "bad_shard", f"the header at byte {position} gives all members one name or size")
-
-
-_PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
-
-
-def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
-    """The fields of a pax header that decide what the member is: records of ``LENGTH KEY=VALUE`` and a line feed."""
-    found, at = {}, 0
-    while at < len(body) and body[at]:
-        match = _PAX_LENGTH.match(body, at)
-        end = at + int(match[1]) if match else 0
-        if match is None or not match.end() < end <= len(body) or body[end - 1] != ord("\n"):
-            raise BadImage("open", "bad_shard", f"the header at byte {position} is damaged. Write the shard again")
-        key, _, value = body[match.end() : end - 1].partition(b"=")
-        if key in {b"path", b"size"} or key.startswith(b"GNU.sparse."):
-            found[key] = value
-        at = end
-    return found
-
-
-def _member(header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int) -> Member:
-    sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
-    raw = extended.get(b"GNU.sparse.name", extended.get(b"path"))
-    name = header.name if raw is None else raw.decode("utf-8", "surrogateescape")
-    length = extended.get(b"size", b"%d" % header.size)
-    if not re.fullmatch(rb"[0-9]{1,19}", length):
-        raise BadImage("open", "bad_shard", f"the header at byte {position} gives a size of {length[:30]!r}")
-    if len(name) > MAX_NAME_BYTES:
-        raise BadImage("open", "bad_shard", f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read")
-    return Member(portable_name(name), start, int(length), header.type in FILES and not sparse)
-
-
-def _padded(length: int) -> int:
-    return -(-length // BLOCK) * BLOCK
-
 
 IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 CAPTION: Final = "txt"
@@ -212,11 +39,7 @@ class Sample:
     fault: Literal["interleaved", "duplicate"] | None = None
 
     def image(self) -> Member:
-        """The member that holds the image.
-
-        Raises:
-            BadImage: If there is none that can be used, or the sample cannot be.
-        """
+        """The member that holds the image."""
         unsafe = [member.name for member in self.members.values() if not stays_below(member.name)]
         if unsafe:
             raise BadImage("open", "bad_path", f"{unsafe[0]!r}: a name must be relative and must not climb")
@@ -235,11 +58,7 @@ class Sample:
         return member
 
     def caption(self) -> Member:
-        """The member that holds the caption.
-
-        Raises:
-            BadImage: If there is none, or none that can be used.
-        """
+        """The member that holds the caption."""
         member = self.companion(CAPTION)
         if member is None:
             raise BadImage("text", "missing_caption", f"the sample has no .{CAPTION}; it has {self.listed()}")
@@ -250,11 +69,7 @@ class Sample:
         return member
 
     def companion(self, extension: str) -> Member | None:
-        """The member with an extension; None where there is none.
-
-        Raises:
-            BadImage: If it is no plain file.
-        """
+        """The member with an extension, which is a plain file; None where there is none."""
         member = self.members.get(extension)
         if member is not None and not member.is_file:
             raise BadImage("open", "not_a_file", f"{member.name!r} is a link, a device or sparse, not a plain file")
@@ -327,7 +142,7 @@ def _group(found: Iterable[Member], samples: dict[str, Sample]) -> None:
 LABEL: Final = "cls"
 MAX_LABEL_BYTES: Final = 32
 SHARD_SHIFT: Final = 32
-"""``Record.position`` is the shard's number times 2 to this, plus the sample's."""
+"""``ImageRecord.position`` is the shard's number times 2 to this, plus the sample's."""
 
 
 class TarShards:
@@ -352,9 +167,6 @@ class TarShards:
     Attributes:
         classes: Raw and prompt names; None when captioned.
 
-    Raises:
-        UsageError: If a shard occurs twice.
-
     Reference:
         https://github.com/webdataset/webdataset (the layout).
     """
@@ -374,7 +186,7 @@ class TarShards:
     def __len__(self) -> int:
         return len(self._paths)
 
-    def records(self, start: int, stop: int) -> Iterator[Record]:
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The samples of shards start ... stop - 1, each shard's own trouble after its samples."""
         for number in range(len(self))[start:stop]:
             samples, trouble = list_samples(self._paths[number], CAPTION if self.captioned else LABEL)
@@ -394,7 +206,7 @@ class TarShards:
                 listing.add(name, MISSING, None)
         return listing.hexdigest()
 
-    def _record(self, number: int, sample: Sample, position: int) -> Record:
+    def _record(self, number: int, sample: Sample, position: int) -> ImageRecord:
         path, key = self._paths[number], f"{self._names[number]}#{sample.key}"
         try:
             image = sample.image()
@@ -403,7 +215,7 @@ class TarShards:
         except BadImage as error:
             return _bad(key, error, position, self.captioned)
         read = partial(_read_at, path, image.start, image.size)
-        return Record(key, label, read, caption, position)
+        return ImageRecord(key, label, read, caption, position)
 
     def _label(self, path: Path, member: Member | None) -> int | None:
         if member is None:
@@ -430,11 +242,7 @@ def _shard_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_at(path: Path, start: int, size: int) -> bytes:
-    """Bytes of a shard. Opens it anew: threads share no position, and a record can be sent to another process.
-
-    Raises:
-        OSError: If they cannot be read any more.
-    """
+    """Bytes of a shard. Opens it anew: threads share no position, and a record can be sent to another process."""
     with path.open("rb") as file:
         file.seek(start)
         data = file.read(size)
@@ -447,10 +255,10 @@ def _read_caption(path: Path, member: Member) -> str:
     return decode_caption(_read_at(path, member.start, member.size))
 
 
-def _bad(key: str, error: BadImage, position: int, captioned: bool) -> Record:
+def _bad(key: str, error: BadImage, position: int, captioned: bool) -> ImageRecord:
     """A record that raises the error when it is read."""
     refuse = partial(_refuse, error.stage, error.kind, str(error))
-    return Record(key, None, refuse, refuse if captioned else None, position)
+    return ImageRecord(key, None, refuse, refuse if captioned else None, position)
 
 
 def _refuse(stage: Stage, kind: Kind, message: str) -> NoReturn:
@@ -466,12 +274,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
     """The shards that a source names, in order; None where it is something else.
 
     A folder's are in the byte order of their names; a pattern's in the order of the shell, the last braces fastest.
-
-    Raises:
-        UsageError: If it is a URL, a pattern that cannot be expanded or whose files are not all there, or a folder that
-            holds something else to read as well.
-        DataError: If the tars are compressed.
-        StorageError: If the folder cannot be listed.
+    URLs, compressed tars, and folders that hold something else to read as well, are refused.
     """
     text, path = os.fspath(source), Path(source)
     exists = os.path.exists(path)  # noqa: PTH110  Path raises on a pattern that is longer than any name
@@ -495,9 +298,6 @@ def find_shards(source: str | Path) -> list[Path] | None:
 
 def expand_braces(pattern: str) -> list[str]:
     """The names that a pattern stands for: ``{a,b}`` lists, ``{00..10}`` numbers (as wide as written), no nesting.
-
-    Raises:
-        UsageError: If braces do not match, are nested, hold neither a list nor two numbers, or mean too many names.
 
     Example:
         >>> expand_braces("{a,b}-{08..10}.tar")

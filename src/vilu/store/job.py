@@ -14,7 +14,7 @@ import torch
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
-from vilu.datasets.base import ImageDataset, Record
+from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.errors import StorageError
 from vilu.progress import Silence, Task
@@ -256,7 +256,7 @@ class EmbedJob:
 
     def _items(
         self, parts: Sequence[Part], marks: Marks, sources: dict[int, str]
-    ) -> Iterator[tuple[int, Record] | None]:
+    ) -> Iterator[tuple[int, ImageRecord] | None]:
         """The records of all parts, each part with ``END`` after it; its fingerprint is taken before it is read."""
         for part in parts:
             marks.begin(part)

@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones.base import Backbone
-from vilu.datasets.base import ImageDataset, Record
-from vilu.datasets.captions import read_caption
-from vilu.datasets.images import BadImage, ImageLimits, read_image
+from vilu.datasets.base import ImageDataset, ImageRecord
+from vilu.datasets.images import BadImage, ImageLimits, read_caption, read_image
 from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import Task
@@ -65,7 +64,7 @@ class Decoder:
     views: Views | None = None
     captions: bool = False
 
-    def __call__(self, item: tuple[int, Record] | None) -> Decoded | ErrorRow | None:
+    def __call__(self, item: tuple[int, ImageRecord] | None) -> Decoded | ErrorRow | None:
         """The outcome for the image at a position; of ``END`` itself.
 
         Raises:
@@ -73,7 +72,7 @@ class Decoder:
         """
         return END if item is END else self._decode(*item)
 
-    def _decode(self, position: int, record: Record) -> Decoded | ErrorRow:
+    def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
         if not self.captions and record.label is not None and not 0 <= record.label < self.n_classes:
             raise DataError(f"{record.key} has label {record.label}, expected 0 to {self.n_classes - 1} or none.")
         sizes: list[int] = []
@@ -112,7 +111,7 @@ class Decoder:
         return Decoded(row, pixels, sizes[0], tuple(others))
 
 
-def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple[int, Record]]:
+def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple[int, ImageRecord]]:
     """The records of a part with their positions.
 
     Raises:

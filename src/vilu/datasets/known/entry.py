@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Final, Protocol
+from typing import Annotated, Final, Protocol, runtime_checkable
+
+from pydantic import Field, InstanceOf, PositiveInt
 
 from vilu.datasets.base import ImageDataset
 from vilu.errors import DataError, StorageError, UsageError
@@ -16,30 +18,40 @@ SHOWN: Final = 5
 
 @dataclass(frozen=True)
 class Count:
-    """Images of one split.
+    """Images of one split, or of several whose sum alone is published.
 
     Attributes:
         found: Files that are there; None where they were not counted.
         listed: Files that should be, by the list in use; None where nothing lists them.
-        missing: The first of those that are not.
+        expected: Files that should be, as published; None where that is not known of this list.
+        missing: The first of those that are not there.
         problem: Why nothing can be said; None where something can.
     """
 
     found: int | None
     listed: int | None
+    expected: int | None = None
     missing: tuple[str, ...] = ()
     problem: str | None = None
 
     @classmethod
-    def sum(cls, counts: Iterable[Count]) -> Count:
+    def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
         """Of several splits together."""
         parts = list(counts)
         return cls(
             _sum(part.found for part in parts),
             _sum(part.listed for part in parts),
+            expected,
             tuple(name for part in parts for name in part.missing)[:SHOWN],
             next((part.problem for part in parts if part.problem), None),
         )
+
+    def is_complete(self, *, binding: bool) -> bool:
+        """Whether all listed files are there and, if the published size is ``binding``, so many are listed."""
+        if self.problem is not None or self.missing:
+            return False
+        all_found = self.listed is None or self.found == self.listed
+        return all_found and (not binding or self.expected is None or (self.listed or 0) >= self.expected)
 
 
 @dataclass(frozen=True)
@@ -58,16 +70,11 @@ class Survey:
 
 
 def _sum(numbers: Iterable[int | None]) -> int | None:
-    total = 0
-    for number in numbers:
-        if number is None:
-            return None
-        total += number
-    return total
+    known = list(numbers)
+    return None if None in known else sum(number or 0 for number in known)
 
 
-TEMPLATE = "a photo of a {}."
-"""The prompt of ViLU's protocol."""
+NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 @dataclass(frozen=True)
@@ -90,23 +97,15 @@ class Request:
         return [name for name, value in given.items() if value]
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Reads one data set; most are a ``ListReader`` with a function of some lines."""
 
     def open(self, place: Place, request: Request) -> ImageDataset:
-        """The images.
-
-        Raises:
-            DataError: If what is there contradicts itself or is not this data set.
-            UsageError: If the request does not fit.
-        """
+        """The images; DataError where what is there contradicts itself, UsageError where the request does not fit."""
 
     def survey(self, place: Place, *, deep: bool) -> Survey:
-        """What is there, without decoding images; ``deep`` may read every byte.
-
-        Raises:
-            DataError: If nothing can be said of it.
-        """
+        """What is there, without decoding images; ``deep`` may read every byte. DataError where nothing can be said."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +115,15 @@ class KnownDataset:
     Attributes:
         name: Its key in the catalogue.
         title: Its name for people.
-        n_classes: Number of classes; None where there are captions.
         sizes: Number of images by split (or by splits joined by ``+``, where only their sum is known).
-        licence: In short; "see the site" where it is not simple.
-        n_bytes: Size of the download, approximate; None where it is not known.
         url: Where it comes from.
         how: How to get and unpack it.
         folders: Where it lies below a folder that holds all data sets, by torchvision's and CoOp's conventions.
+        reader: What reads it; in TOML a ``layout``.
+        n_classes: Number of classes; None where there are captions.
         marks: Patterns of which one must match in its folder.
-        reader: What reads it.
+        licence: In short; "see the site" where it is not simple.
+        n_bytes: Size of the download, approximate; None where it is not known.
         reference: Its paper.
         archives: MD5 checksums of archives and files, as torchvision publishes them.
         coop_template: CoOp's prompt for it; None where CoOp has none.
@@ -132,22 +131,22 @@ class KnownDataset:
         template: The prompt of ViLU's protocol.
     """
 
-    name: str
+    name: Annotated[str, Field(pattern=NAME)]
     title: str
-    n_classes: int | None
-    sizes: Mapping[str, int]
-    licence: str
-    n_bytes: int | None
+    sizes: Annotated[Mapping[str, PositiveInt], Field(min_length=1)]
     url: str
     how: str
-    folders: tuple[str, ...]
-    marks: tuple[str, ...]
-    reader: Reader
-    reference: str
+    folders: Annotated[tuple[str, ...], Field(min_length=1)]
+    reader: InstanceOf[Reader]
+    n_classes: PositiveInt | None = None
+    marks: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)
+    licence: str = "see the site"
+    n_bytes: int | None = None
+    reference: str = ""
     archives: Mapping[str, str] = field(default_factory=dict)
     coop_template: str | None = None
     official_sizes: Mapping[str, int] = field(default_factory=dict)
-    template: str = TEMPLATE
+    template: str = "a photo of a {}."
 
     @property
     def captioned(self) -> bool:
@@ -181,18 +180,25 @@ class Place:
         candidates = (folder / name for folder in (self.folder, *self.around) for name in names)
         return next((path for path in candidates if path.exists() or path.is_symlink()), None)
 
+    def require(self, *names: str) -> Path:
+        """The same of a file without which nothing can be listed."""
+        path = self.find(*names)
+        if path is None:
+            raise self.lacks(*names)
+        return path
+
+    def lacks(self, *names: str) -> DataError:
+        """What to say where none of these files is there."""
+        return DataError(
+            f"{self.entry.title} in {self.folder} has no {' or '.join(names)}, so nothing says which image is in which "
+            f"split. {self.entry.how} ({self.entry.url})"
+        )
+
 
 def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     """Where a data set lies: below ``root``, or in ``root`` itself; None where it does not.
 
-    Args:
-        entry: Which data set.
-        root: The folder that holds all data sets, or its own.
-        named: Whether the user says that ``root`` can be its own folder; else the folder's name must say so.
-
-    Raises:
-        UsageError: If ``root`` is no folder.
-        StorageError: If it cannot be looked into.
+    ``named`` says that ``root`` can be its own folder because the user says so; else the folder's name must.
     """
     if not root.is_dir():
         raise UsageError(f"{root} is no folder. Give the folder that holds the data sets, or a data set's own.")
@@ -207,12 +213,7 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
 
 
 def require_place(entry: KnownDataset, root: Path) -> Place:
-    """Where a data set lies that the user named.
-
-    Raises:
-        DataError: If it is not there; the message says where it was looked for and how to get it.
-        UsageError: If ``root`` is no folder.
-    """
+    """Where a data set lies that the user named; the message says where it was looked for and how to get it."""
     place = find_place(entry, root, named=True)
     if place is not None:
         return place

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from hashlib import blake2b
 from importlib import resources
@@ -14,13 +15,25 @@ from os import stat_result
 from pathlib import Path
 from typing import Final
 
-from vilu.datasets.cifar import CifarDataset, Layout
+from vilu.datasets.cifar import CIFAR10, CIFAR100, CifarDataset, Layout
 from vilu.datasets.classes import clean_name
 from vilu.datasets.files import portable_name, subfolders, walk_images
-from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
-from vilu.datasets.known.read import Entry, Listing, SplitLists, read_json_object, read_lines, refuse, user_list
+from vilu.datasets.known.entry import SHOWN, Count, Place, Reader, Request, Survey
+from vilu.datasets.known.read import (
+    CoopListing,
+    Entry,
+    Listing,
+    ListReader,
+    Parse,
+    SplitLists,
+    T,
+    read_json_object,
+    read_lines,
+    user_list,
+)
 from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
 from vilu.errors import DataError, UsageError
+from vilu.files import fill
 from vilu.progress import track
 
 Files = Sequence[tuple[str, stat_result]]
@@ -47,12 +60,14 @@ class ClassFolders:
         part: The folder below it that holds the classes; "" for itself.
         labels: Labels by name of class folder.
         choose: Which of a class's images are taken, given the class folder and its images.
+        flat: What to do where the images lie there without class folders.
     """
 
     root: Path
     part: str
     labels: Mapping[str, int]
     choose: Callable[[str, Files], Files] = lambda _, files: files
+    flat: str = UNPACK
 
     def __iter__(self) -> Iterator[Entry]:
         folder = self.root / self.part
@@ -76,15 +91,40 @@ class ClassFolders:
         if not names:
             flat = next(walk_images(folder, Counter()), None)
             found = "nothing" if flat is None else f"images without class folders ({portable_name(flat[0])}, ...)"
-            hint = SORT if self.part == "val" else UNPACK
-            raise DataError(f"{folder} holds {found}; expected a folder per class. {hint}")
+            raise DataError(f"{folder} holds {found}; expected a folder per class. {self.flat}")
         return sorted(names, key=self.labels.__getitem__)
+
+
+@dataclass(frozen=True)
+class SplitFolders:
+    """A folder per split and in it one per class, whose labels follow their names, sorted by bytes, over all splits.
+
+    Attributes:
+        splits: Folder by split, "" for the data set's own; empty where splits are called as their folders.
+    """
+
+    splits: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, place: Place) -> Listing:
+        """The images of all splits."""
+        parts = self.splits or {split: split for split in place.entry.sizes}
+        folders = [place.folder / part for part in parts.values()]
+        found = {name for folder in folders if folder.is_dir() for name in subfolders(folder)}
+        names = tuple(sorted(found, key=os.fsencode))
+        if not names:
+            raise DataError(f"{place.folder} has no folder of a class in {' or '.join(map(str, folders))}. {UNPACK}")
+        labels = {name: label for label, name in enumerate(names)}
+        splits = {split: ClassFolders(place.folder, part, labels) for split, part in parts.items()}
+        return Listing(names, splits, "a folder per class")
 
 
 def imagenet(place: Place) -> Listing:
     """Training and validation images by wnid; as in CoOp, the validation images are the test split."""
     labels = {wnid: label for label, wnid in enumerate(wnids())}
-    splits = {"train": ClassFolders(place.folder, "train", labels), "test": ClassFolders(place.folder, "val", labels)}
+    splits = {
+        "train": ClassFolders(place.folder, "train", labels),
+        "test": ClassFolders(place.folder, "val", labels, flat=SORT),
+    }
     return _listing(wnids(), splits, "official split, its validation images as test")
 
 
@@ -146,84 +186,64 @@ OFFICIAL: Final = "official split"
 
 def fgvc_aircraft(place: Place) -> Listing:
     """100 variants; the official training, validation and test images."""
-    files = {"train": "train", "validation": "val", "test": "test"}
-    variants = _require(place, "variants.txt")
-    lists = _of_classes(files, read_lines(variants), variants)
-    labels = {name: label for label, name in enumerate(lists.names())}
+    variants = place.require("variants.txt")
+    keys = {"train": "train", "validation": "val", "test": "test"}
+    files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
+    lists = SplitLists.of(files, read_lines(variants), variants)
 
     def parse(line: str) -> tuple[str, int]:
         number, _, variant = line.partition(" ")
-        return f"{number}.jpg", _label(labels, variant)
+        return f"{number}.jpg", lists.label_of(variant)
 
-    for split, key in files.items():
-        file = _require(place, f"images_variant_{key}.txt")
-        lists.fill(split, file, read_lines(file), parse)
-    return lists.listing(place.folder, "images", OFFICIAL, binding=True)
+    return _official(place, lists, "images", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
 
 
 def food101(place: Place) -> Listing:
     """101 dishes; the user's CoOp list, else the official split, which has no validation images."""
     own = user_list(place, "split_zhou_Food101.json", "images")
-    return _food101_official(place) if own is None else own
-
-
-def sun397(place: Place) -> Listing:
-    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
-    own = user_list(place, "split_zhou_SUN397.json", "")
-    return _sun397_official(place) if own is None else own
-
-
-def _food101_official(place: Place) -> Listing:
-    files = {split: _require(place, f"meta/{split}.json") for split in ("train", "test")}
+    if own is not None:
+        return own
+    files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
     content = {split: read_json_object(file) for split, file in files.items()}
-    lists = _of_classes(files, sorted({name for dishes in content.values() for name in dishes}), files["train"])
-    labels = {name: label for label, name in enumerate(lists.names())}
+    dishes = sorted({name for split in content.values() for name in split})
+    lists = SplitLists.of(files, dishes, files["train"])
 
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
         name, path = entry
         if not isinstance(path, str):
             raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004 - told with the entry
-        return f"{path}.jpg", labels[name]
+        return f"{path}.jpg", lists.label_of(name)
 
-    for split, file in files.items():
-        lists.fill(split, file, _flat(content[split], file), parse)
-    return lists.listing(place.folder, "images", OFFICIAL, binding=True)
+    entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
+    return _official(place, lists, "images", entries, parse)
 
 
-def _sun397_official(place: Place) -> Listing:
+def sun397(place: Place) -> Listing:
+    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
+    own = user_list(place, "split_zhou_SUN397.json", "")
+    if own is not None:
+        return own
     wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-    files = {split: _require(place, name, f"Partitions/{name}") for split, name in wanted.items()}
-    scenes = _require(place, "ClassName.txt", "Partitions/ClassName.txt")
-    lists = _of_classes(files, read_lines(scenes), scenes)
-    labels = {name: label for label, name in enumerate(lists.names())}
+    files = {split: place.require(name, f"Partitions/{name}") for split, name in wanted.items()}
+    scenes = place.require("ClassName.txt", "Partitions/ClassName.txt")
+    lists = SplitLists.of(files, read_lines(scenes), scenes)
 
     def parse(line: str) -> tuple[str, int]:
-        return line.removeprefix("/"), _label(labels, line.rpartition("/")[0])
+        return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
 
-    for split, file in files.items():
-        lists.fill(split, file, read_lines(file), parse)
-    found = lists.listing(place.folder, "", OFFICIAL, binding=True)
+    found = _official(place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
     below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
     raw = tuple("/".join(parts) for parts in below_letter)
     return replace(found, classes=raw, names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter))
 
 
-def _of_classes(splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
-    """Empty lists of these splits and classes, which ``file`` names."""
-    lists = SplitLists({split: [] for split in splits})
-    try:
-        for label, name in enumerate(names):
-            lists.name(label, name)
-        lists.names()
-    except ValueError as error:
-        refuse(file, error)
-    return lists
-
-
-def _label(labels: dict[str, int], name: str) -> int:
-    if name not in labels:
-        raise ValueError(f"{name[:80]!r} is none of the {len(labels)} classes")
-    return labels[name]
+def _official(
+    place: Place, lists: SplitLists, images: str, entries: Mapping[Path, tuple[str, Iterable[T]]], parse: Parse[T]
+) -> Listing:
+    """The listing by files of the authors, each with its split and what stands in it."""
+    for file, (split, lines) in entries.items():
+        lists.fill(split, file, lines, parse)
+    return lists.listing(place.folder, images, OFFICIAL, binding=True)
 
 
 def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
@@ -231,16 +251,6 @@ def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]
         if not isinstance(paths, list):
             raise DataError(f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}.")
         yield from ((name, path) for path in paths)
-
-
-def _require(place: Place, *names: str) -> Path:
-    path = place.find(*names)
-    if path is None:
-        raise DataError(
-            f"{place.entry.title} in {place.folder} has no {' or '.join(names)}, so nothing says which image is in "
-            f"which split. {place.entry.how} ({place.entry.url})"
-        )
-    return path
 
 
 @dataclass(frozen=True)
@@ -252,11 +262,7 @@ class CifarReader:
     def open(self, place: Place, request: Request) -> CifarDataset:
         """The pictures of the splits asked for."""
         dataset = CifarDataset(
-            place.folder,
-            self.layout,
-            split=request.split,
-            classes=request.classes,
-            raw_names=request.raw_names,
+            place.folder, self.layout, split=request.split, classes=request.classes, raw_names=request.raw_names
         )
         dataset.source = f"{place.folder} (official split)"
         return dataset
@@ -270,11 +276,11 @@ class CifarReader:
         names = (*self.layout.splits[split], self.layout.meta)
         missing = tuple(name for name in names if not (place.folder / name).is_file())
         if missing:
-            return Count(0, expected, missing)
+            return Count(0, expected, missing=missing)
         try:
             found = len(self.open(place, Request(split)))
         except DataError as error:  # told with the split, so that the other is counted too
-            return Count(None, expected, (), str(error))
+            return Count(None, expected, problem=str(error))
         return Count(found, found)
 
 
@@ -293,16 +299,12 @@ class ShardReader:
         shards = find_known_shards(place.folder)
         found, problem = _count_pairs(place, shards) if deep else (None, None)
         gaps = missing_numbers(place.folder, shards)
-        return Survey(f"{len(shards)} tar files", {"all": Count(found, None, gaps, problem)}, binding=False)
+        count = Count(found, None, missing=gaps, problem=problem)
+        return Survey(f"{len(shards)} tar files", {"all": count}, binding=False)
 
 
 def find_known_shards(folder: Path) -> list[Path]:
-    """The tars in a folder, else those in the folders below it (train, validation), in the order of their names.
-
-    Raises:
-        DataError: If there is none.
-        UsageError: If a folder holds something else to read as well.
-    """
+    """The tars in a folder, else those in the folders below it (train, validation), in the order of their names."""
     parts = [folder, *(folder / name for name in subfolders(folder))]
     shards = find_shards(folder) or [shard for part in parts[1:] for shard in find_shards(part) or ()]
     if not shards:
@@ -338,3 +340,32 @@ def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:
                 problem = f"{shard.relative_to(place.folder)}: {trouble}. Download this shard again."
             task.advance(1)
     return found, problem
+
+
+LAYOUTS: Final[dict[str, Reader | type[CoopListing | SplitFolders]]] = {
+    "folders": SplitFolders,
+    "coop": CoopListing,
+    "tars": ShardReader(),
+    "cifar10": CifarReader(CIFAR10),
+    "cifar100": CifarReader(CIFAR100),
+    **{read.__name__: ListReader(read) for read in (imagenet, imagenet_v2, imagenet_sketch)},
+    **{read.__name__: ListReader(read) for read in (fgvc_aircraft, food101, sun397)},
+}
+"""What ``layout = { kind = ... }`` of an entry can name; the options of a class are its attributes."""
+
+
+def make_reader(layout: object, where: str) -> Reader:
+    """The reader of a ``layout``; ``where`` is for messages."""
+    options = dict(layout) if isinstance(layout, Mapping) else {}
+    kind = options.pop("kind", None)
+    found = LAYOUTS.get(kind) if isinstance(kind, str) else None
+    if found is None:
+        raise UsageError(
+            f"{where} must say how it is laid out, as layout = {{ kind = ... }}; kinds are {', '.join(LAYOUTS)}. "
+            f"Got {layout!r} instead."
+        )
+    if isinstance(found, type):
+        return ListReader(fill(found, options, f"{where}, layout {kind}"))
+    if options:
+        raise UsageError(f"{where}, layout {kind} has no options. Leave out {', '.join(options)}.")
+    return found

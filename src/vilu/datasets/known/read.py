@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import lzma
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import resources
 from os import stat_result
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import Final, NoReturn, TypeVar
 
-from vilu.datasets.base import Record, parse_split
+from vilu.datasets.base import parse_split
 from vilu.datasets.classes import class_table
-from vilu.datasets.files import ListingHash, portable_name, read_below, read_file, status_below, stays_below
+from vilu.datasets.files import ListingHash, portable_name, read_file, status_below, stays_below
+from vilu.datasets.folder import ListedFiles
 from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
 from vilu.errors import DataError
 from vilu.progress import Task, track
@@ -82,7 +82,7 @@ class PathList:
             yield path, label, status_below(self._folder, path)
 
 
-class ListedDataset:
+class ListedDataset(ListedFiles):
     """Images that a data set lists; a listed file that is missing is the read error of its row.
 
     Keys are paths below the data set's folder; labels follow its one class table, whatever the splits.
@@ -94,46 +94,30 @@ class ListedDataset:
 
     Attributes:
         classes: What the data call the classes, and names for prompts.
-
-    Raises:
-        DataError: If a split cannot be listed or has no image, or the class table is not one.
-        UsageError: If there is no such split, or the classes file cannot be read.
     """
 
     def __init__(self, place: Place, listing: Listing, request: Request) -> None:
+        super().__init__(place.folder)
         self.source = f"{place.folder} ({listing.origin})"
         self.captioned = False
         names = (listing.raw or listing.classes) if request.raw_names else listing.names
         self.classes = class_table(listing.classes, request.classes, by_position=True, names=names)
         self.class_names: tuple[str, ...] | None = self.classes.names
-        self._folder = place.folder
-        self._paths: list[str] = []
-        self._labels = array("i")
         splits = tuple(listing.splits)
         splits = splits if request.split is None else parse_split(request.split, splits, self.source)
         hashed = ListingHash(*listing.classes, *splits)
         with track(f"listing {place.entry.name}", None, "images") as task:
-            counts = {split: self._add(listing.splits[split], hashed, task) for split in splits}
+            counts = {split: self._add_all(listing.splits[split], hashed, task) for split in splits}
         empty = [split for split, count in counts.items() if count == 0]
         if not self._paths or (request.split is not None and empty):
             raise DataError(f"split {empty[0]!r} of {self.source} has no image. Choose another, or mend its list.")
         self.fingerprint = hashed.hexdigest()
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def records(self, start: int, stop: int) -> Iterator[Record]:
-        """The images at positions start ... stop - 1."""
-        for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            yield Record(portable_name(path), label, partial(read_below, self._folder, path))
-
-    def _add(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
-        before = len(self._paths)
+    def _add_all(self, entries: Iterable[Entry], hashed: ListingHash, task: Task) -> int:
+        before = len(self)
         for path, label, status in _showing(entries, task):
-            self._paths.append(path)
-            self._labels.append(label)
-            hashed.add(path, label, status)
-        return len(self._paths) - before
+            self._add(path, label, status, hashed)
+        return len(self) - before
 
 
 def _count(entries: Iterable[Entry], task: Task) -> Count:
@@ -147,8 +131,8 @@ def _count(entries: Iterable[Entry], task: Task) -> Count:
             elif len(missing) < SHOWN:
                 missing.append(portable_name(path))
     except DataError as error:  # told with the split, so that the others are counted too
-        return Count(found, None, (), str(error))
-    return Count(found, listed, tuple(missing))
+        return Count(found, None, problem=str(error))
+    return Count(found, listed, missing=tuple(missing))
 
 
 def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
@@ -163,6 +147,8 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 MAX_PATH: Final = 1024
 
 T = TypeVar("T")
+Parse = Callable[[T], tuple[str, int]]
+"""From an entry of a list to path and label; ValueError where it is none."""
 
 
 @dataclass
@@ -179,12 +165,7 @@ class SplitLists:
     _seen: set[str] = field(default_factory=set)
 
     def add(self, split: str, path: str, label: int) -> None:
-        """One image.
-
-        Raises:
-            ValueError: If its path leads out of the folder, could be spelt shorter or holds control characters, or was
-                added before.
-        """
+        """One image; ValueError where its path is none that can be kept, or was added before."""
         plain = len(path) <= MAX_PATH and path.isprintable() and "\\" not in path
         if not (plain and stays_below(path) and str(PurePosixPath(path)) == path):
             raise ValueError(f"the path {path[:80]!r} must be relative, plain, and stay below its folder")
@@ -193,30 +174,34 @@ class SplitLists:
         self._seen.add(path)
         self.splits[split].append((path, label))
 
-    def fill(self, split: str, file: Path, entries: Iterable[T], parse: Callable[[T], tuple[str, int]]) -> None:
-        """All entries of a file.
-
-        Args:
-            split: Which split.
-            file: Where they come from.
-            entries: As they stand in the file.
-            parse: Path and label of an entry; raises ValueError where it is none.
-
-        Raises:
-            DataError: If an entry is none or cannot be added; the message names file and entry.
-        """
+    def fill(self, split: str, file: Path, entries: Iterable[T], parse: Parse[T]) -> None:
+        """All entries of a file; ``parse`` gives path and label of one, or ValueError."""
         for number, entry in enumerate(entries, start=1):
             try:
                 self.add(split, *parse(entry))
             except ValueError as error:
                 refuse(f"{file}, {split} entry {number} (counting from 1)", error)
 
-    def name(self, label: int, name: str) -> None:
-        """The name of a class.
+    @classmethod
+    def of(cls, splits: Iterable[str], names: Iterable[str], file: Path) -> SplitLists:
+        """Empty lists of these splits and classes, which ``file`` names."""
+        lists = cls({split: [] for split in splits})
+        try:
+            for label, name in enumerate(names):
+                lists.name(label, name)
+            lists.names()
+        except ValueError as error:
+            refuse(file, error)
+        return lists
 
-        Raises:
-            ValueError: If it has another, another class has this one, or it is blank or holds control characters.
-        """
+    def label_of(self, name: str) -> int:
+        """The label of a class; ValueError where there is none."""
+        if name not in self._labels:
+            raise ValueError(f"{name[:80]!r} is none of the {len(self._labels)} classes")
+        return self._labels[name]
+
+    def name(self, label: int, name: str) -> None:
+        """The name of a class; ValueError where it is no text, or one of the two has been said otherwise."""
         if not name.strip() or not name.isprintable():
             raise ValueError(f"the class name {name[:80]!r} must be text")
         if self._names.setdefault(label, name) != name:
@@ -225,11 +210,7 @@ class SplitLists:
             raise ValueError(f"{name!r} is label {label} here and label {self._labels[name]} before")
 
     def names(self) -> tuple[str, ...]:
-        """Names in label order.
-
-        Raises:
-            ValueError: If there is none, or labels leave a number out.
-        """
+        """Names in label order; ValueError where there is none, or labels leave a number out."""
         if not self._names:
             raise ValueError("it names no class")
         gap = next((label for label in range(len(self._names)) if label not in self._names), None)
@@ -249,11 +230,7 @@ class SplitLists:
 
 
 def read_json_object(file: Path) -> dict[str, object]:
-    """The object in a JSON file.
-
-    Raises:
-        DataError: If it cannot be read, is no JSON object, or names something twice.
-    """
+    """The object in a JSON file, which names nothing twice."""
     try:
         content = json.loads(read_file(file), object_pairs_hook=_each_once)
     except (OSError, ValueError, RecursionError) as error:
@@ -264,11 +241,7 @@ def read_json_object(file: Path) -> dict[str, object]:
 
 
 def read_lines(file: Path) -> Iterator[str]:
-    """The lines of a text file, without those that are blank.
-
-    Raises:
-        DataError: If it cannot be read or is not UTF-8.
-    """
+    """The lines of a text file, without those that are blank."""
     try:
         text = read_file(file).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -284,11 +257,7 @@ def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def refuse(where: object, why: object) -> NoReturn:
-    """Say what is wrong with a list.
-
-    Raises:
-        DataError: Always.
-    """
+    """Say what is wrong with a list."""
     raise DataError(f"{where}: {why}. Mend it or get it again.")
 
 
@@ -301,11 +270,7 @@ LETTERS: Final = {"t": "train", "v": "validation", "e": "test"}
 
 
 def user_list(place: Place, file: str, images: str) -> Listing | None:
-    """The listing by the user's own ``split_zhou_*.json``; None where there is none.
-
-    Raises:
-        DataError: If it is no such list; the message names file and entry.
-    """
+    """The listing by the user's own ``split_zhou_*.json``; None where there is none."""
     path = place.find(file)
     if path is None:
         return None
@@ -317,11 +282,7 @@ def user_list(place: Place, file: str, images: str) -> Listing | None:
 
 
 def read_split_file(file: Path) -> SplitLists:
-    """A ``split_zhou_*.json``: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``.
-
-    Raises:
-        DataError: If it is anything else.
-    """
+    """A ``split_zhou_*.json``: ``{"train": [[path, label, class name], ...], "val": ..., "test": ...}``."""
     lists = SplitLists({split: [] for split in SPLITS})
 
     def named(entry: object) -> tuple[str, int]:
@@ -339,14 +300,11 @@ def read_split_file(file: Path) -> SplitLists:
 
 
 @cache
-def shipped_list(dataset: str) -> SplitLists:
-    """CoOp's list of a data set, by our name of it; made by ``tools/make_split_asset.py``.
+def shipped_list(dataset: str) -> SplitLists | None:
+    """CoOp's list of a data set, by our name of it; None where none ships. Made by ``tools/make_split_asset.py``.
 
     The asset has per data set a line with its name and its number of classes; per class a line with its name, a line
     with a letter (t, v, e: train, validation, test) for each of its images, and the images' paths, a line each.
-
-    Raises:
-        KeyError: If there is none.
     """
     data = resources.files("vilu").joinpath("assets", ASSET).read_bytes()
     lines = iter(lzma.decompress(data).decode().splitlines())
@@ -362,7 +320,7 @@ def shipped_list(dataset: str) -> SplitLists:
                     lists.add(LETTERS[letter], path, label)
         if name == dataset:
             return lists
-    raise KeyError(dataset)
+    return None
 
 
 @dataclass(frozen=True)
@@ -375,16 +333,14 @@ class CoopListing:
     """
 
     file: str
-    images: str
+    images: str = ""
 
     def __call__(self, place: Place) -> Listing:
-        """What the list says.
-
-        Raises:
-            DataError: If the user's list is damaged.
-        """
+        """What the list says."""
         own = user_list(place, self.file, self.images)
         if own is not None:
             return own
         lists = shipped_list(place.entry.name)
+        if lists is None:
+            raise place.lacks(self.file)
         return lists.listing(place.folder, self.images, "CoOp list shipped with vilu", binding=True)

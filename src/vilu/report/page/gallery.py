@@ -9,7 +9,7 @@ from io import BytesIO
 
 import numpy as np
 
-from vilu.datasets.base import ImageDataset, Record
+from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import BadImage, read_image
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
@@ -136,7 +136,7 @@ def thumbnails(outcomes: Outcomes, rows: Iterable[int], images: ImageDataset) ->
     return {row: found.get(row, missing) for row in wanted.values()}
 
 
-def thumbnail(record: Record) -> Thumbnail:
+def thumbnail(record: ImageRecord) -> Thumbnail:
     """A picture as small WebP, decoded with all that is done against hostile files."""
     try:
         image = read_image(record).image

@@ -1,0 +1,133 @@
+"""Getting weights from disk or hub: silently, quickly when there is no network, and never half."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pickle import UnpicklingError
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from vilu.embeddings.space import digest
+from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
+from vilu.extras import hub_reachable, quiet
+
+PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
+DISTINCT = 5
+"""Different words and signs in the first probe; special tokens alone (start, unknown, end, padding) make four."""
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+log = logging.getLogger(__name__)
+Loaded = TypeVar("Loaded")
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def tokenizer_identity(tokenizer: object, encode: Callable[[list[str]], Tensor]) -> str:
+    """Its class and a hash of the token numbers of two sentences, which tells vocabularies and lengths apart."""
+    tokens = encode(PROBES)
+    if len(tokens[0].unique()) < DISTINCT:  # transformers makes up a vocabulary where the tokenizer's files are missing
+        raise ProvenanceError(
+            f"the tokenizer ({type(tokenizer).__name__}) knows none of the words in {PROBES[0]!r}: its vocabulary is "
+            "missing. Put the tokenizer files (tokenizer.json and its kin) beside the weights."
+        )
+    return f"{type(tokenizer).__name__} {digest(tokens.tolist())}"
+
+
+def require_hub_id(text: str) -> str:
+    """``text``, if it names a repository of the model hub; if not, it is most often a folder that is not there."""
+    if not HUB_ID.fullmatch(text):
+        raise UsageError(f"expected a folder that exists, or ORG/NAME on the model hub. Got {text!r} instead.")
+    return text
+
+
+class _AbsentError(Exception):
+    """Something that a load needs is not there; the message says what."""
+
+
+def load_local(load: Callable[[], Loaded], name: str) -> Loaded:
+    """What ``load`` makes of a local folder, without any network."""
+    try:
+        return _run(load, name, offline=True)
+    except _AbsentError as error:
+        raise MissingModelError(f"{name} cannot be loaded from this folder: {error}.") from error
+
+
+def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) -> Loaded:
+    """What ``load`` makes of the hub's local cache; if something is not in it, ``load`` may download.
+
+    So a cached model never waits for a network, and does not change under the user. ``load`` raises OSError for what is
+    not there, as the hub, transformers and Python do.
+    """
+    try:
+        return _run(load, name, offline=True)
+    except (_AbsentError, ProvenanceError) as error:  # files that do not go together: perhaps one is not cached yet
+        first = error
+    if hub_reachable():
+        log.info("%s is not in the local cache of the model hub; downloading %s", name, repository)
+        try:
+            return _run(load, name, offline=False)
+        except _AbsentError as error:
+            reason = f"the download failed: {error}"
+    elif isinstance(first, ProvenanceError):
+        raise first
+    else:
+        reason = "the hub cannot be reached"
+    raise MissingModelError(
+        f"{name} is not in the local cache of the model hub, and {reason}. Run `hf download {repository}` where there "
+        "is a network, bring its cache here (HF_HOME) and set HF_HUB_OFFLINE=1, or name a local folder; the backbone "
+        "'compact' needs no hub."
+    ) from first
+
+
+def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
+    """Load quietly, and turn what can go wrong into our errors."""
+    try:
+        with quiet(), _hub_offline() if offline else nullcontext():
+            return load()
+    except ViLUError:
+        raise
+    except ImportError as error:
+        raise MissingModelError(f"{name} needs a package that is not installed: {_brief(error)}.") from error
+    except OSError as error:
+        raise _AbsentError(_brief(error)) from error
+    except (SafetensorError, UnpicklingError) as error:
+        raise StorageError(
+            f"the weights of {name} are damaged or more than plain tensors: {_brief(error)}. Download them again."
+        ) from error
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # foreign code, foreign files
+        raise ProvenanceError(f"the files of {name} do not make a model together: {_brief(error)}.") from error
+
+
+@contextmanager
+def _hub_offline() -> Iterator[None]:
+    """As with HF_HUB_OFFLINE=1, which the hub's client reads only once, when it is imported."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _brief(error: BaseException) -> str:
+    """The message on one line, without its end where it is long."""
+    return textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...").rstrip(".")

@@ -1,0 +1,181 @@
+"""Members of a tar file, read so that damage is told: where the standard library's reader would stop silently."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Final
+
+from vilu.datasets.files import portable_name
+from vilu.datasets.images import BadImage
+
+BLOCK: Final = tarfile.BLOCKSIZE
+MAX_HEADER_BYTES: Final = 2**20
+"""Larger extension headers are refused; honest ones hold a name and a few times."""
+MAX_NAME_BYTES: Final = 1024
+MAX_MEMBERS: Final = 500_000
+"""The list of one shard is in memory: about 400 bytes a member."""
+
+FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
+NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
+"""Links, devices, folders: their size says nothing of what follows. Types that nobody knows are followed by data."""
+PAX: Final = frozenset({tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE})
+EXTENSIONS: Final = PAX | {tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK}
+
+COMPRESSED: Final = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"PK\x03\x04": "unzip",
+}
+"""First bytes of what is often named like a tar, and the program that undoes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member that is whole.
+
+    Attributes:
+        name: Its name as text that UTF-8 can hold (``portable_name``).
+        start: Where its bytes begin in the file.
+        size: How many there are.
+        is_file: Whether it is a plain file: no link, no device, not sparse.
+    """
+
+    name: str
+    start: int
+    size: int
+    is_file: bool
+
+
+def members(file: BinaryIO, size: int) -> Iterator[Member]:
+    """The members of a tar file of ``size`` bytes in order, without folders.
+
+    After the last whole member raises BadImage: "truncated_shard" where the file ends too early (also where only the
+    end mark is missing: nothing else tells that whole members are), else "bad_shard".
+    """
+    position, count = 0, 0
+    extended: dict[bytes, bytes] = {}
+    while (header := _read_header(file, position)) is not None:
+        begin = position
+        position = _start_of_data(file, header, begin)
+        if header.type in EXTENSIONS:
+            _extend(extended, header.type, _read_body(file, position, header.size, size), begin)
+            position += _padded(header.size)
+            continue
+        member = _member(header, extended, position, begin)
+        extended = {}
+        length = 0 if header.type in NO_DATA else member.size
+        if position + length > size:
+            raise BadImage("open", "truncated_shard", f"the shard ends inside {member.name!r}; {_AGAIN}")
+        position += _padded(length)
+        if header.isdir():
+            continue
+        count += 1
+        if count > MAX_MEMBERS:
+            raise BadImage("open", "bad_shard", f"more than {MAX_MEMBERS} members. Write smaller shards")
+        yield member
+
+
+_AGAIN: Final = "members before the break are kept. Write or download it again"
+
+
+def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
+    """The header at a position; None at the end mark."""
+    file.seek(position)
+    block = file.read(BLOCK)
+    program = None if position else next((COMPRESSED[magic] for magic in COMPRESSED if block.startswith(magic)), None)
+    if program is not None:
+        raise BadImage("open", "bad_shard", f"the shard is compressed, so it cannot be read in parts: {program} it")
+    if len(block) == BLOCK and not any(block):
+        if any(file.read(MAX_HEADER_BYTES)):  # what `cat` puts there, hardly any reader sees
+            raise BadImage("open", "bad_shard", "more bytes follow the end mark. Join shards with `tar -A`, not `cat`")
+        return None
+    if len(block) < BLOCK and (position or not block):
+        raise BadImage("open", "truncated_shard", f"the shard ends at byte {position + len(block)}; {_AGAIN}")
+    return _parse_header(block, position)
+
+
+def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
+    where = (
+        f"the header at byte {position} is damaged, and what follows it is lost" if position else "this is no tar file"
+    )
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise BadImage("open", "bad_shard", f"{where}: {error}. Write it again") from error
+    if header.size < 0:
+        raise BadImage("open", "bad_shard", f"{where}: a size of {header.size}. Write it again")
+    return header
+
+
+def _start_of_data(file: BinaryIO, header: tarfile.TarInfo, begin: int) -> int:
+    """Where a member's data begins: behind its header, and behind the maps of an old GNU sparse file."""
+    position, more = begin + BLOCK, header.type == tarfile.GNUTYPE_SPARSE
+    flag = 482  # where a header says whether blocks of the map follow
+    while more:
+        file.seek(position - BLOCK)
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
+            raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
+        more, flag = bool(block[flag]), 504  # and where they do
+        position += BLOCK * more
+    return position
+
+
+def _read_body(file: BinaryIO, position: int, length: int, size: int) -> bytes:
+    if length > MAX_HEADER_BYTES:
+        raise BadImage(
+            "open", "bad_shard", f"an extension header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
+        )
+    if position + length > size:
+        raise BadImage("open", "truncated_shard", f"the shard ends inside a header; {_AGAIN}")
+    file.seek(position)
+    return file.read(length)
+
+
+def _extend(extended: dict[bytes, bytes], kind: bytes, body: bytes, position: int) -> None:
+    """Note what an extension header says of the member behind it."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        extended[b"path"] = body.partition(b"\0")[0]
+    elif kind in PAX:
+        extended |= _pax_fields(body, position)
+    elif kind == tarfile.XGLTYPE and _pax_fields(body, position):
+        raise BadImage("open", "bad_shard", f"the header at byte {position} gives all members one name or size")
+
+
+_PAX_LENGTH: Final = re.compile(rb"([1-9][0-9]{0,6}) ")
+
+
+def _pax_fields(body: bytes, position: int) -> dict[bytes, bytes]:
+    """The fields of a pax header that decide what the member is: records of ``LENGTH KEY=VALUE`` and a line feed."""
+    found, at = {}, 0
+    while at < len(body) and body[at]:
+        match = _PAX_LENGTH.match(body, at)
+        end = at + int(match[1]) if match else 0
+        if match is None or not match.end() < end <= len(body) or body[end - 1] != ord("\n"):
+            raise BadImage("open", "bad_shard", f"the header at byte {position} is damaged. Write the shard again")
+        key, _, value = body[match.end() : end - 1].partition(b"=")
+        if key in {b"path", b"size"} or key.startswith(b"GNU.sparse."):
+            found[key] = value
+        at = end
+    return found
+
+
+def _member(header: tarfile.TarInfo, extended: dict[bytes, bytes], start: int, position: int) -> Member:
+    sparse = any(key.startswith(b"GNU.sparse.") for key in extended)
+    raw = extended.get(b"GNU.sparse.name", extended.get(b"path"))
+    name = header.name if raw is None else raw.decode("utf-8", "surrogateescape")
+    length = extended.get(b"size", b"%d" % header.size)
+    if not re.fullmatch(rb"[0-9]{1,19}", length):
+        raise BadImage("open", "bad_shard", f"the header at byte {position} gives a size of {length[:30]!r}")
+    if len(name) > MAX_NAME_BYTES:
+        raise BadImage("open", "bad_shard", f"a name of {len(name)} characters; at most {MAX_NAME_BYTES} are read")
+    return Member(portable_name(name), start, int(length), header.type in FILES and not sparse)
+
+
+def _padded(length: int) -> int:
+    return -(-length // BLOCK) * BLOCK
