@@ -63,8 +63,9 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
+    from vilu.files import write_json
     from vilu.predictors.storage import load
-    from vilu.report.explain.explain import Depth, require_json, save_json
+    from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
     from vilu.store.open import open_source
 
@@ -89,7 +90,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         content, text = found.to_dict(), str(found)
         following = f"{len(found)} rows explained; where the failures are: vilu explain {predictor} {store} --summary"
     if output is not None:
-        save_json(output, content)
+        write_json(output, content)
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text))
     next_step(following)
 
