@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
 
-import vilu
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.images import datasets, embed, inspect, list_catalogue
 from vilu.cli.looking import explain, monitor, report
@@ -29,7 +29,7 @@ app = typer.Typer(
 def show_version(value: bool) -> None:
     """Print the version and leave."""
     if value:
-        typer.echo(vilu.__version__)
+        typer.echo(version_of("vilu"))
         raise typer.Exit
 
 
@@ -49,22 +49,23 @@ def common(
         context.with_resource(reporting(reporter))
 
 
-app.command()(demo)
-app.command()(embed)
-app.command()(inspect)
-app.command()(fit)
-app.command()(calibrate)
-app.command()(score)
-app.command()(evaluate)
-app.command()(report)
-app.command()(explain)
-app.command()(monitor)
-app.command()(pools)
-app.command()(benchmark)
-app.command()(render)
+for command in (
+    demo,
+    embed,
+    inspect,
+    fit,
+    calibrate,
+    score,
+    evaluate,
+    report,
+    explain,
+    monitor,
+    pools,
+    benchmark,
+    render,
+):
+    app.command()(command)
 app.command("list")(list_catalogue)
-app.command()(convert)
-app.command()(export)
-app.command()(push)
-app.command()(pull)
+for command in (convert, export, push, pull):
+    app.command()(command)
 app.add_typer(datasets, name="datasets")

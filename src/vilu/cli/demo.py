@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-import vilu
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
@@ -106,7 +105,7 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
 def cache_key(photos: Path, seed: int) -> str:
     """Name of the cache folder: what the slow steps depend on."""
     versions = [importlib.metadata.version(package) for package in PACKAGES]
-    return digest([vilu.__version__, versions, hashlib.sha256(photos.read_bytes()).hexdigest(), seed])
+    return digest([importlib.metadata.version("vilu"), versions, hashlib.sha256(photos.read_bytes()).hexdigest(), seed])
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:

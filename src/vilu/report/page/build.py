@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -14,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-import vilu
 from vilu.datasets.base import ImageDataset
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
@@ -170,7 +170,7 @@ def report_page(
         script=script,
         style_hash=_csp_hash(style),
         script_hash=_csp_hash(script),
-        version=vilu.__version__,
+        version=importlib.metadata.version("vilu"),
         title=title or _title(about),
         main=about,
         methods=methods,
