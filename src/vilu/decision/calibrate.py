@@ -239,11 +239,7 @@ def calibrate(
 
 
 def group_names(outcomes: Outcomes) -> list[str]:
-    """N names of the groups "prediction": the zero-shot answers; "" where there is none.
-
-    Raises:
-        DataError: If the outcomes do not say what was answered.
-    """
+    """N names of the groups "prediction": the zero-shot answers; "" where there is none."""
     if outcomes.prediction is None:
         raise DataError("groups by prediction need outcomes that say what was answered. These do not.")
     names = outcomes.class_names
@@ -261,11 +257,7 @@ def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bo
 
 
 def check_target(max_risk: float | None, min_coverage: float | None, confidence: float, method: str) -> None:
-    """Refuse what cannot be promised.
-
-    Raises:
-        UsageError: If there is no target, or one is out of range.
-    """
+    """Refuse what cannot be promised."""
     if max_risk is None and min_coverage is None:
         raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
     if max_risk is not None and not 0 < max_risk < 1:

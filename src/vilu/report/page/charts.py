@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from vilu.decision.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
@@ -43,9 +43,7 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Round values and their texts."""
         values = round_ticks(self.low, self.high)
-        if self.percent:
-            return [(value, f"{round(100 * value, 9):g}") for value in values]
-        return [(value, f"{value:.4g}") for value in values]
+        return [(value, goal(value) if self.percent else f"{value:.4g}") for value in values]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +110,11 @@ class Chart:
         return f"{self.px(line.x[0])},{_place(BOTTOM)} {self.points(line)} {self.px(line.x[-1])},{_place(BOTTOM)}"
 
 
+def goal(value: float) -> str:
+    """A round fraction in per cent, without the sign."""
+    return f"{round(100 * value, 9):g}"
+
+
 def _place(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
@@ -168,14 +171,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One answer of the model.
-
-    Attributes:
-        name: Of the class.
-        failures: How often the answer is wrong where it is given.
-        accepted: How often it is accepted.
-        accepted_failures: How often it is wrong among the accepted.
-    """
+    """One answer of the model: how often it is wrong, accepted, and wrong among the accepted."""
 
     name: str
     failures: Rate
@@ -193,7 +189,7 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
         return [], 0
     rows = outcomes.evaluable & (said >= 0)
 
-    def count(these: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ints:
+    def count(these: NDArray[np.bool_]) -> Ints:
         return np.bincount(said[rows & these], minlength=len(names))
 
     wrong = outcomes.failure == 1
@@ -346,7 +342,7 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     return Line(outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends)
 
 
-def _known(outcomes: Outcomes) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+def _known(outcomes: Outcomes) -> tuple[Floats, Ints]:
     rows = outcomes.evaluable
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
