@@ -20,6 +20,7 @@ from vilu.embeddings.space import digest
 from vilu.errors import DataError
 from vilu.files import atomic_write, make_folder
 from vilu.metrics import risk_at_coverage
+from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
@@ -139,14 +140,16 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     chosen = np.concatenate([order[:SHOWN], order[::-1][:SHOWN]])
     dataset = open_dataset(photos, split="test")
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
+    made = [Photo(decode_image(files[key]()).image, said, true, u) for key, said, true, u in answers(outcomes, chosen)]
+    return made[:SHOWN], made[SHOWN:]
+
+
+def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]:
+    """Key, answer, truth and uncertainty of some photos."""
     names, ids, said, true = outcomes.class_names, outcomes.ids, outcomes.prediction, outcomes.target
     if names is None or ids is None or said is None or true is None:
         raise DataError("these outcomes do not say which photos and answers they are about.")
-    made = [
-        Photo(decode_image(files[ids[i]]()).image, names[said[i]], names[true[i]], outcomes.uncertainty[i])
-        for i in chosen
-    ]
-    return made[:SHOWN], made[SHOWN:]
+    return [(ids[i], names[said[i]], names[true[i]], outcomes.uncertainty[i]) for i in rows]
 
 
 def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
@@ -176,11 +179,7 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
 
 def doubted_lines(outcomes: Outcomes) -> list[str]:
     """The least trusted rows, one a line."""
-    names, ids, said, true = outcomes.class_names, outcomes.ids, outcomes.prediction, outcomes.target
-    if names is None or ids is None or said is None or true is None:
-        raise DataError("these outcomes do not say which photos and answers they are about.")
     worst = np.argsort(-outcomes.uncertainty, kind="stable")[:SHOWN]
     return [
-        f"  {outcomes.uncertainty[i]:.3f}  {ids[i]}: the model says {names[said[i]]!r}, it is {names[true[i]]!r}"
-        for i in worst
+        f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}" for key, said, true, u in answers(outcomes, worst)
     ]

@@ -213,12 +213,7 @@ def calibrate(
         DataError: If no row can be used, or there is not one group per row.
     """
     check_target(max_risk, min_coverage, confidence, method)
-    keep = outcomes.evaluable
-    if not keep.any():
-        raise DataError(
-            "calibration needs rows with an uncertainty and a known failure. "
-            f"None of the {len(outcomes)} rows has both."
-        )
+    keep = evaluable(outcomes)
     uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
     fewest = partial(_fewest, max_risk, min_coverage, method)
     members = _members(_names(outcomes, groups, keep), len(failure), 1 - confidence, fewest)
@@ -236,6 +231,17 @@ def calibrate(
         grouped_by=None if groups is None else "prediction" if groups == "prediction" else "groups",
         certificates=certificates,
     )
+
+
+def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
+    """(N,) rows that can be calibrated on; refuses to have none."""
+    keep = outcomes.evaluable
+    if not keep.any():
+        raise DataError(
+            "calibration needs rows with an uncertainty and a known failure. "
+            f"None of the {len(outcomes)} rows has both."
+        )
+    return keep
 
 
 def group_names(outcomes: Outcomes) -> list[str]:

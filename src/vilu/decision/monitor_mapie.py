@@ -100,11 +100,7 @@ class BernsteinAudit(Audit):
 
 
 class MapieMonitor(Monitor):
-    """``Monitor`` with the tests of MAPIE.
-
-    Raises:
-        MissingModelError: If MAPIE is not installed.
-    """
+    """``Monitor`` with the tests of MAPIE."""
 
     def __init__(
         self,
