@@ -87,9 +87,9 @@ class Monitor:
         names: list[TestName] = [*values, *(("audit",) if promise is not None else ())]
         parts = sum(PARTS[name] for name in names)
         tests = {name: Test(name=name, level=false_alarm * PARTS[name] / parts) for name in names}
-        self.watches = {name: Watch(tests[name], Reference.of(column)) for name, column in values.items()}
+        self.watches = {name: self._watch(tests[name], column) for name, column in values.items()}
         self._coverage = None if self.rule is None else float(1 - values["acceptance"].mean())
-        self.audited = None if promise is None else Audit(promise, tests["audit"].level)
+        self.audited = None if promise is None else self._audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
 
@@ -241,6 +241,12 @@ class Monitor:
             acceptance=self._acceptance(),
             audit=audited,
         )
+
+    def _watch(self, test: Test, values: Floats) -> Watch:
+        return Watch(test, Reference.of(values))
+
+    def _audit(self, promise: float, delta: float) -> Audit:
+        return Audit(promise, delta)
 
     def _tests(self) -> list[Test]:
         watched = [watch.test for watch in self.watches.values()]
