@@ -49,23 +49,22 @@ def common(
         context.with_resource(reporting(reporter))
 
 
-for command in (
-    demo,
-    embed,
-    inspect,
-    fit,
-    calibrate,
-    score,
-    evaluate,
-    report,
-    explain,
-    monitor,
-    pools,
-    benchmark,
-    render,
-):
-    app.command()(command)
+app.command()(demo)
+app.command()(embed)
+app.command()(inspect)
+app.command()(fit)
+app.command()(calibrate)
+app.command()(score)
+app.command()(evaluate)
+app.command()(report)
+app.command()(explain)
+app.command()(monitor)
+app.command()(pools)
+app.command()(benchmark)
+app.command()(render)
 app.command("list")(list_catalogue)
-for command in (convert, export, push, pull):
-    app.command()(command)
+app.command()(convert)
+app.command()(export)
+app.command()(push)
+app.command()(pull)
 app.add_typer(datasets, name="datasets")
