@@ -68,9 +68,6 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
 
     Everything slow is kept under ``output/cache``, in a folder named after the data, the packages and the seed that
     it depends on.
-
-    Raises:
-        MissingModelError: If the extra ``demo`` is not installed.
     """
     make_folder(output)
     with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as photos:

@@ -45,15 +45,9 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
     """A bet that learns: the density of the last few hundred p-values in m equal cells, drawn towards the uniform one.
 
     f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t), where N_t counts the p-values before t and keeps
-    ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et al., ICML 2012).
-
-    Args:
-        p: (B,) p-values.
-        counts: (m,) N after the rows before.
-        weight: For how many p-values the uniform density counts.
-
-    Returns:
-        (B,) log densities, each before its p-value is learnt from, and (m,) the counts after the last row.
+    ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et al., ICML 2012). From p-values (B,) and N
+    (m,) come log densities (B,), each before its p-value is learnt from, and N after the last. The uniform density
+    counts for ``weight`` p-values.
     """
     m, row = len(counts), np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
@@ -193,12 +187,7 @@ class Reference:
         return every.values, every.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """(B,) p-values of new values in the order of their arrival, which are then taken in.
-
-        Args:
-            values: (B,) finite.
-            uniform: (B,) in [0, 1), one for each value, independent of everything.
-        """
+        """(B,) p-values of new values (B,), taken in in their order; ``uniform`` (B,) in [0, 1) breaks ties."""
         greater, equal = earlier(values)
         for run in self.runs:
             more, same = run.compare(values)

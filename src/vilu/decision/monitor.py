@@ -336,7 +336,7 @@ Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_leng
 
 
 class Wealth(Model):
-    """A martingale; see there."""
+    """A martingale after its first row; see there."""
 
     n: Annotated[int, Field(ge=1)]
     growth: Bets
@@ -368,13 +368,7 @@ class Wealth(Model):
 
 
 class State(Model):
-    """All of a monitor but its calibration and the values that came.
-
-    Attributes:
-        fingerprint: Of the monitor that it belongs to.
-        wealth: Per test the martingale; None before its first row.
-        audited: Audited answers, and how many of them are wrong.
-    """
+    """All of a monitor but its calibration and the values that came; ``audited``: answers, and wrong ones."""
 
     kind: Literal["monitor"] = "monitor"
     fingerprint: str

@@ -127,16 +127,7 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
 
 @dataclass(frozen=True)
 class Series:
-    """Values along an axis, as fractions.
-
-    Attributes:
-        label: For the legend.
-        x: Where.
-        y: Values.
-        low: Lower ends of their intervals.
-        high: Upper ends.
-        published: (x, y) of a publication.
-    """
+    """Values along an axis as fractions, the ends of their intervals, and (x, y) that were published."""
 
     label: str
     x: Sequence[float]
@@ -242,15 +233,7 @@ def _legend(figure: Figure, axes: Sequence[Axes], n_labels: int) -> None:
 
 @dataclass(frozen=True)
 class Grid:
-    """One panel.
-
-    Attributes:
-        title: Above it.
-        rows: Labels from top to bottom.
-        columns: Labels from left to right.
-        values: Fractions by number of row and column; what is missing is left white.
-        chosen: The pair that was selected.
-    """
+    """Fractions by number of row (from the top) and column; what is missing is left white, the chosen pair framed."""
 
     title: str
     rows: Sequence[str]

@@ -232,13 +232,9 @@ def competitors(outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Some thresholds with what they accept, from nothing to everything.
+    """Some thresholds (P,) from -inf on, how many rows they accept, and how many of those are wrong.
 
-    Attributes:
-        threshold: (P,) ascending; the first is -inf: accept nothing.
-        accepted: (P,) rows with uncertainty <= threshold.
-        wrong: (P,) how many of those are wrong.
-        start: Position of the chosen threshold, or of the point nearest to what was chosen.
+    ``start`` is the position of the chosen threshold, or of the point nearest to what was chosen.
     """
 
     threshold: Floats

@@ -23,15 +23,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 388.0, 30.0, 250.0
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a chart.
-
-    Attributes:
-        label: What is written along it.
-        name: Shorter, for a value that is read from it.
-        low: Value at its beginning.
-        high: Value at its end.
-        percent: Whether values are fractions that are shown in per cent.
-    """
+    """One direction of a chart: label, shorter name for what is read from it, both ends, and whether in per cent."""
 
     label: str
     name: str
@@ -48,16 +40,9 @@ class Axis:
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Points that are joined.
+    """Points (P,) that are joined, and (P,) ends of their intervals, if any.
 
-    Attributes:
-        label: Whose they are.
-        x: (P,) values.
-        y: (P,) values.
-        look: Number of its look; lines of one method have the same in every chart.
-        filled: Whether the area below is tinted.
-        low: (P,) lower ends of intervals; none where there are no intervals.
-        high: (P,) upper ends.
+    ``look`` is the number of its look: lines of one method have the same in every chart.
     """
 
     label: str
@@ -71,15 +56,9 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """Lines between two axes.
+    """Lines between two axes, the last on top.
 
     Attributes:
-        key: Identifier in the page.
-        title: Above it.
-        says: What it shows, in a sentence.
-        x: Horizontal axis.
-        y: Vertical axis.
-        lines: What is drawn, the last on top.
         marker: (x, y) of the operating point, (x, None) for a vertical line; None where it cannot be shown.
         guide: (x0, y0, x1, y1) and the text of a line to compare with.
     """

@@ -36,18 +36,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Card:
-    """One answer of the model.
-
-    Attributes:
-        key: Identifier of the row.
-        said: The answer; None where classes have no names.
-        true: The right one; None where unknown.
-        wrong: Whether the answer is wrong; None where unknown.
-        uncertainty: Of the main method.
-        accepted: Whether it is accepted.
-        picture: None where no images were given.
-        competitors: The likeliest candidates with their zero-shot probabilities.
-    """
+    """One answer of the model, as the gallery shows it; None for what is not known, or not given."""
 
     key: str
     said: str | None
