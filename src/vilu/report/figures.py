@@ -29,7 +29,7 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
     with house_style():
         figure, panels = _panels(len(outcomes), 3, 4.0, 2.6)
         for axes, (title, one) in zip(panels, outcomes.items(), strict=True):
-            uncertainty, failure = _known(one)
+            uncertainty, failure = known(one)
             edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
             for kind, label, colour, hatch in ((0, "correct", CORRECT, None), (1, "wrong", WRONG, "///")):
                 shown = uncertainty[failure == kind]
@@ -78,13 +78,14 @@ def _line_per_method(
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
     for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
-        x, y, note = curve(*_known(one))
+        x, y, note = curve(*known(one))
         style = "-" if (one.method or "").startswith("vilu") else "--"
         axes.plot(x, y, color=colour, linestyle=style, label=f"{one.method}  ({note})")
     return figure, axes
 
 
-def _known(outcomes: Outcomes) -> tuple[Floats, Ints]:
+def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
+    """Uncertainties and failures of the rows that have both."""
     rows = outcomes.evaluable
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 

@@ -25,6 +25,7 @@ from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.outcomes.results import ResultTable
+from vilu.report.figures import known
 from vilu.report.page import charts
 from vilu.report.page.charts import Rate, class_rows, goal
 from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, choose_main
@@ -101,9 +102,8 @@ def report_page(
     methods = [about, *(one for one in outcomes if one is not about)]
     table = evaluate(methods)  # refuses rows without labels before anything else needs them
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
-    rows = about.evaluable
-    n_accepted = int(choice.accepted[rows].sum())
-    points = operating_points(about.uncertainty[rows], about.failure[rows], choice.threshold, n_accepted)
+    n_accepted = int(choice.accepted[about.evaluable].sum())
+    points = operating_points(*known(about), choice.threshold, n_accepted)
     style, script = _asset("page.css"), _asset("page.js")
     return template.render(
         style=style,
@@ -280,10 +280,10 @@ def _script_data(outcomes: Outcomes, points: Points, *, exact: bool) -> dict[str
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
     """Where scores come from, and a fingerprint of the numbers themselves."""
     content = hashlib.sha256(outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()).hexdigest()
-    known = {name: getattr(outcomes, name) for name in ("dataset", "split", "seed", "is_probability")}
+    said = {name: getattr(outcomes, name) for name in ("dataset", "split", "seed", "is_probability")}
     return {
         "method": outcomes.method,
-        "facts": [*flat({**known, **outcomes.provenance}), ("sha256 of scores and failures", content[:32])],
+        "facts": [*flat({**said, **outcomes.provenance}), ("sha256 of scores and failures", content[:32])],
     }
 
 

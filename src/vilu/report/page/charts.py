@@ -15,6 +15,7 @@ from vilu.decision.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
+from vilu.report.figures import known
 from vilu.report.page.choice import Choice
 from vilu.report.style import looks
 
@@ -207,10 +208,10 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     limit = _points_each(methods)
     lines, top = [], 0.0
     for look, one in enumerate(methods):
-        coverage, risk = risk_coverage_curve(*_known(one))
+        coverage, risk = risk_coverage_curve(*known(one))
         top = max(top, float(risk[(coverage >= 0.05) | (coverage == 1)].max()))
         lines.append(Line(one.method or "", *thin(coverage, risk, limit), look))
-    _, failure = _known(methods[0])
+    _, failure = known(methods[0])
     accepted = choice.accepted[methods[0].evaluable]
     m = int(accepted.sum())
     rate = float(failure.mean())
@@ -228,12 +229,12 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
 
 def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
     """Right answers accepted over wrong ones accepted; None where all answers are right, or all wrong."""
-    _, failure = _known(methods[0])
+    _, failure = known(methods[0])
     if not 0 < failure.sum() < len(failure):
         return None
     limit = _points_each(methods)
     lines = [
-        Line(one.method or "", *thin(*roc_curve_points(*_known(one)), limit), look) for look, one in enumerate(methods)
+        Line(one.method or "", *thin(*roc_curve_points(*known(one)), limit), look) for look, one in enumerate(methods)
     ]
     accepted = choice.accepted[methods[0].evaluable]
     return Chart(
@@ -250,7 +251,7 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
 
 def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart:
     """Uncertainty of the right and of the wrong answers, in shares of their kind."""
-    uncertainty, failure = _known(outcomes)
+    uncertainty, failure = known(outcomes)
     low, high = (0.0, 1.0) if outcomes.is_probability else (float(uncertainty.min()), float(uncertainty.max()))
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -319,11 +320,6 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
     ends = (low, high) if look == 0 else (None, None)
     return Line(outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends)
-
-
-def _known(outcomes: Outcomes) -> tuple[Floats, Ints]:
-    rows = outcomes.evaluable
-    return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
 def _points_each(methods: Sequence[Outcomes]) -> int:

@@ -22,6 +22,7 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes
+from vilu.report.figures import known
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,7 @@ def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     """The largest t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows. Promises nothing."""
     if not 0 < max_risk < 1:
         raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
-    rows = outcomes.evaluable
-    counts = tie_counts(outcomes.uncertainty[rows], outcomes.failure[rows])
+    counts = tie_counts(*known(outcomes))
     meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
     threshold = float(counts.value[meets[-1]]) if len(meets) else None
     accepted = outcomes.uncertainty <= (-np.inf if threshold is None else threshold)
