@@ -119,3 +119,12 @@ def test_every_public_name_exists() -> None:
         assert getattr(vilu, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vilu.nothing
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    import vilu
+
+    checked = next(node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    imports = [node for node in checked.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.asname: node.module for node in imports for alias in node.names}
+    assert seen == {**vilu._HOME, "metrics": "vilu"}

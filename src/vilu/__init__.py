@@ -9,132 +9,83 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vilu import metrics
-    from vilu.backbones.catalog import load_backbone
-    from vilu.datasets.catalog import open_dataset
-    from vilu.decision.calibrate import Selector, calibrate
-    from vilu.decision.monitor import Monitor
-    from vilu.decision.score import score, score_parts
-    from vilu.decision.score_folder import ScoreFolder
-    from vilu.embeddings.memory import Embeddings, PairEmbeddings
-    from vilu.embeddings.pairs import Pools, PseudoCaptions
-    from vilu.embeddings.source import Batch, EmbeddingSource
-    from vilu.embeddings.space import EmbeddingSpace
-    from vilu.outcomes.evaluate import compare, evaluate
-    from vilu.outcomes.outcomes import Outcomes
-    from vilu.outcomes.results import ResultTable
-    from vilu.predictors import (
-        LVU,
-        MCM,
-        PREDICTORS,
-        Doctor,
-        Entropy,
-        FailurePredictor,
-        Margin,
-        MaxLogit,
-        ViLU,
-        ViLUPlus,
-    )
-    from vilu.predictors.convert import convert_official
-    from vilu.predictors.storage import load
-    from vilu.report.explain.explain import explain
-    from vilu.report.explain.prompts import prompt_gains
-    from vilu.report.explain.risk import risk_map
-    from vilu.report.page.build import report_page
-    from vilu.store.embed import embed
-    from vilu.store.open import open_source
-    from vilu.store.reader import EmbeddingStore
+    from vilu import metrics as metrics
+    from vilu.backbones.catalog import load_backbone as load_backbone
+    from vilu.datasets.catalog import open_dataset as open_dataset
+    from vilu.decision.calibrate import Selector as Selector
+    from vilu.decision.calibrate import calibrate as calibrate
+    from vilu.decision.monitor import Monitor as Monitor
+    from vilu.decision.score import score as score
+    from vilu.decision.score import score_parts as score_parts
+    from vilu.decision.score_folder import ScoreFolder as ScoreFolder
+    from vilu.embeddings.memory import Embeddings as Embeddings
+    from vilu.embeddings.memory import PairEmbeddings as PairEmbeddings
+    from vilu.embeddings.pairs import Pools as Pools
+    from vilu.embeddings.pairs import PseudoCaptions as PseudoCaptions
+    from vilu.embeddings.source import Batch as Batch
+    from vilu.embeddings.source import EmbeddingSource as EmbeddingSource
+    from vilu.embeddings.space import EmbeddingSpace as EmbeddingSpace
+    from vilu.outcomes.evaluate import compare as compare
+    from vilu.outcomes.evaluate import evaluate as evaluate
+    from vilu.outcomes.outcomes import Outcomes as Outcomes
+    from vilu.outcomes.results import ResultTable as ResultTable
+    from vilu.predictors import LVU as LVU
+    from vilu.predictors import MCM as MCM
+    from vilu.predictors import PREDICTORS as PREDICTORS
+    from vilu.predictors import Doctor as Doctor
+    from vilu.predictors import Entropy as Entropy
+    from vilu.predictors import FailurePredictor as FailurePredictor
+    from vilu.predictors import Margin as Margin
+    from vilu.predictors import MaxLogit as MaxLogit
+    from vilu.predictors import ViLU as ViLU
+    from vilu.predictors import ViLUPlus as ViLUPlus
+    from vilu.predictors.convert import convert_official as convert_official
+    from vilu.predictors.storage import load as load
+    from vilu.report.explain.explain import explain as explain
+    from vilu.report.explain.prompts import prompt_gains as prompt_gains
+    from vilu.report.explain.risk import risk_map as risk_map
+    from vilu.report.page.build import report_page as report_page
+    from vilu.store.embed import embed as embed
+    from vilu.store.open import open_source as open_source
+    from vilu.store.reader import EmbeddingStore as EmbeddingStore
 
-__version__ = "0.1.0"
+    __version__: str
 
-_HOME = {
-    "load_backbone": "vilu.backbones.catalog",
-    "open_dataset": "vilu.datasets.catalog",
-    "calibrate": "vilu.decision.calibrate",
-    "Monitor": "vilu.decision.monitor",
-    "Selector": "vilu.decision.calibrate",
-    "compare": "vilu.outcomes.evaluate",
-    "evaluate": "vilu.outcomes.evaluate",
-    "explain": "vilu.report.explain.explain",
-    "prompt_gains": "vilu.report.explain.prompts",
-    "risk_map": "vilu.report.explain.risk",
-    "Outcomes": "vilu.outcomes.outcomes",
-    "report_page": "vilu.report.page.build",
-    "Doctor": "vilu.predictors",
-    "Entropy": "vilu.predictors",
-    "FailurePredictor": "vilu.predictors",
-    "LVU": "vilu.predictors",
-    "MCM": "vilu.predictors",
-    "Margin": "vilu.predictors",
-    "MaxLogit": "vilu.predictors",
-    "PREDICTORS": "vilu.predictors",
-    "ViLU": "vilu.predictors",
-    "ViLUPlus": "vilu.predictors",
-    "convert_official": "vilu.predictors.convert",
-    "load": "vilu.predictors.storage",
-    "ResultTable": "vilu.outcomes.results",
-    "score": "vilu.decision.score",
-    "EmbeddingSpace": "vilu.embeddings.space",
-    "embed": "vilu.store.embed",
-    "open_source": "vilu.store.open",
-    "Pools": "vilu.embeddings.pairs",
-    "PseudoCaptions": "vilu.embeddings.pairs",
-    "ScoreFolder": "vilu.decision.score_folder",
-    "score_parts": "vilu.decision.score",
-    "EmbeddingStore": "vilu.store.reader",
-    "Batch": "vilu.embeddings.source",
-    "EmbeddingSource": "vilu.embeddings.source",
-    "Embeddings": "vilu.embeddings.memory",
-    "PairEmbeddings": "vilu.embeddings.memory",
+_NAMES = {
+    "vilu.backbones.catalog": "load_backbone",
+    "vilu.datasets.catalog": "open_dataset",
+    "vilu.decision.calibrate": "Selector calibrate",
+    "vilu.decision.monitor": "Monitor",
+    "vilu.decision.score": "score score_parts",
+    "vilu.decision.score_folder": "ScoreFolder",
+    "vilu.embeddings.memory": "Embeddings PairEmbeddings",
+    "vilu.embeddings.pairs": "Pools PseudoCaptions",
+    "vilu.embeddings.source": "Batch EmbeddingSource",
+    "vilu.embeddings.space": "EmbeddingSpace",
+    "vilu.outcomes.evaluate": "compare evaluate",
+    "vilu.outcomes.outcomes": "Outcomes",
+    "vilu.outcomes.results": "ResultTable",
+    "vilu.predictors": "LVU MCM PREDICTORS Doctor Entropy FailurePredictor Margin MaxLogit ViLU ViLUPlus",
+    "vilu.predictors.convert": "convert_official",
+    "vilu.predictors.storage": "load",
+    "vilu.report.explain.explain": "explain",
+    "vilu.report.explain.prompts": "prompt_gains",
+    "vilu.report.explain.risk": "risk_map",
+    "vilu.report.page.build": "report_page",
+    "vilu.store.embed": "embed",
+    "vilu.store.open": "open_source",
+    "vilu.store.reader": "EmbeddingStore",
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 
-__all__ = [
-    "LVU",
-    "MCM",
-    "PREDICTORS",
-    "Batch",
-    "Doctor",
-    "EmbeddingSource",
-    "EmbeddingSpace",
-    "EmbeddingStore",
-    "Embeddings",
-    "Entropy",
-    "FailurePredictor",
-    "Margin",
-    "MaxLogit",
-    "Monitor",
-    "Outcomes",
-    "PairEmbeddings",
-    "Pools",
-    "PseudoCaptions",
-    "ResultTable",
-    "ScoreFolder",
-    "Selector",
-    "ViLU",
-    "ViLUPlus",
-    "__version__",
-    "calibrate",
-    "compare",
-    "convert_official",
-    "embed",
-    "evaluate",
-    "explain",
-    "load",
-    "load_backbone",
-    "metrics",
-    "open_dataset",
-    "open_source",
-    "prompt_gains",
-    "report_page",
-    "risk_map",
-    "score",
-    "score_parts",
-]
+__all__ = ["__version__", "metrics", *_HOME]  # noqa: PLE0604 - these are strings, too
 
 
 def __getattr__(name: str) -> object:
     if name == "metrics":
         return importlib.import_module("vilu.metrics")
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("vilu")  # late: it takes longer than all of this
     if name not in _HOME:
         raise AttributeError(f"module 'vilu' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

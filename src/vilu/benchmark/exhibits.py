@@ -27,7 +27,7 @@ from vilu.benchmark.views import AnyView, CurveView, HistogramView, RankingView,
 from vilu.outcomes.outcomes import Outcomes
 
 if TYPE_CHECKING:
-    from vilu.report.figures import Line, Panel
+    from vilu.report.figures import Panel, Series
     from vilu.report.style import Figure
 
 
@@ -205,13 +205,13 @@ def _panels(
     return made
 
 
-def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) -> Line:
-    from vilu.report.figures import Line
+def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) -> Series:
+    from vilu.report.figures import Series
 
     numbers = [entrant.quantity(key.metric) for key, _, entrant in points]
     intervals = [number.interval(board.config.confidence) for number in numbers]
     published = [(at, published_of(board.config, key)) for key, at, _ in points]
-    return Line(
+    return Series(
         label=label,
         x=[at for _, at, _ in points],
         y=[number.value for number in numbers],

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
 
-import vilu
 from vilu.cli.console import make_reporter, set_verbosity
 from vilu.cli.images import datasets, embed, inspect, list_catalogue
 from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.studies import benchmark, demo, pools, render
 from vilu.progress import reporting
+from vilu.registry import load_plugin
 
 app = typer.Typer(
     name="vilu",
@@ -29,7 +30,7 @@ app = typer.Typer(
 def show_version(value: bool) -> None:
     """Print the version and leave."""
     if value:
-        typer.echo(vilu.__version__)
+        typer.echo(version_of("vilu"))
         raise typer.Exit
 
 
@@ -38,6 +39,10 @@ def common(
     context: typer.Context,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log debugging messages.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log but warnings.")] = False,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option("--plugin", metavar="MODULE", help="Import a module that registers methods first; repeatable."),
+    ] = None,
     version: Annotated[  # noqa: ARG001 - its callback does the work
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
     ] = False,
@@ -47,6 +52,8 @@ def common(
     reporter = make_reporter(quiet=quiet)
     if reporter is not None:
         context.with_resource(reporting(reporter))
+    for module in plugin or ():
+        load_plugin(module)
 
 
 app.command()(demo)

@@ -8,24 +8,21 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+
+import typer
 
 from vilu.progress import Reporter, Task
+from vilu.text import aligned
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import typer
-
-if TYPE_CHECKING:
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
 
-
+LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -64,9 +61,8 @@ def set_verbosity(*, verbose: bool, quiet: bool) -> None:
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("vilu: %(message)s"))
-    logger = logging.getLogger("vilu")
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
+    LOG.handlers[:] = [handler]
+    LOG.setLevel(level)
 
 
 def make_reporter(*, quiet: bool) -> Reporter | None:
@@ -105,7 +101,7 @@ class Bars:
         from rich.progress import Task as RichTask
         from rich.text import Text
 
-        class Rate(ProgressColumn):
+        class Speed(ProgressColumn):
             def render(self, task: RichTask) -> Text:
                 return Text(f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s")
 
@@ -113,7 +109,7 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            Rate(),
+            Speed(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
@@ -127,7 +123,7 @@ class Bars:
             task.progress.stop()
 
 
-class Line:
+class LoggedTask:
     """A task that is logged now and then."""
 
     def __init__(self, description: str, total: float | None, unit: str) -> None:
@@ -148,41 +144,38 @@ class Line:
         total = "" if self.total is None else f"/{self.total:,.0f}"
         note = f", {self.note}" if self.note else ""
         rate = f"{self.done / seconds:,.0f} {self.unit}/s"
-        logging.getLogger("vilu").info(
-            "%s %s%s %s, %s%s", self.description, f"{self.done:,.0f}", total, self.unit, rate, note
-        )
+        LOG.info("%s %s%s %s, %s%s", self.description, f"{self.done:,.0f}", total, self.unit, rate, note)
 
 
 class Lines:
     """For pipes and logs."""
 
-    def start(self, description: str, total: float | None, unit: str) -> Line:
+    def start(self, description: str, total: float | None, unit: str) -> LoggedTask:
         """Begin to count."""
-        return Line(description, total, unit)
+        return LoggedTask(description, total, unit)
 
     def finish(self, task: Task) -> None:
         """Log how it ended, if it took two seconds and the last line did not say it."""
-        if isinstance(task, Line) and task.done != task.told_done and time.monotonic() - task.started > 2:
+        if isinstance(task, LoggedTask) and task.done != task.told_done and time.monotonic() - task.started > 2:
             task.tell()
 
 
 def next_step(message: str) -> None:
     """The closing line of a command."""
-    logging.getLogger("vilu").info("%s", message)
+    LOG.info("%s", message)
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     """Rows of one shape as aligned text; what ``below`` names gets a line of its own under its row, if any."""
     shown = [key for key in rows[0] if key not in below]
-    lines = [shown, *([row[key] for key in shown] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    heading, *aligned = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    heading, *lines = aligned([shown, *([row[key] for key in shown] for row in rows)])
     text = [heading]
-    for line, row in zip(aligned, rows, strict=True):
+    for line, row in zip(lines, rows, strict=True):
         text += [line, *(f"    {row[key]}" for key in below if row[key])]
     return "\n".join(text)
 
 
+Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")]
 Data = Annotated[
     Path,
     typer.Argument(help="Store that `vilu embed` wrote, or precomputed embeddings in shards as LAION's."),
@@ -207,6 +200,9 @@ LogitScale = Annotated[
     float | None,
     typer.Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
 ]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")]
 
 
 def choose_pools(

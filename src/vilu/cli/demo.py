@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-import vilu
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
@@ -21,6 +20,7 @@ from vilu.embeddings.space import digest
 from vilu.errors import DataError
 from vilu.files import atomic_write, make_folder
 from vilu.metrics import risk_at_coverage
+from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
@@ -68,9 +68,6 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
 
     Everything slow is kept under ``output/cache``, in a folder named after the data, the packages and the seed that
     it depends on.
-
-    Raises:
-        MissingModelError: If the extra ``demo`` is not installed.
     """
     make_folder(output)
     with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as photos:
@@ -106,7 +103,7 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
 def cache_key(photos: Path, seed: int) -> str:
     """Name of the cache folder: what the slow steps depend on."""
     versions = [importlib.metadata.version(package) for package in PACKAGES]
-    return digest([vilu.__version__, versions, hashlib.sha256(photos.read_bytes()).hexdigest(), seed])
+    return digest([importlib.metadata.version("vilu"), versions, hashlib.sha256(photos.read_bytes()).hexdigest(), seed])
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
@@ -140,14 +137,16 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     chosen = np.concatenate([order[:SHOWN], order[::-1][:SHOWN]])
     dataset = open_dataset(photos, split="test")
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
+    made = [Photo(decode_image(files[key]()).image, said, true, u) for key, said, true, u in answers(outcomes, chosen)]
+    return made[:SHOWN], made[SHOWN:]
+
+
+def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]:
+    """Key, answer, truth and uncertainty of some photos."""
     names, ids, said, true = outcomes.class_names, outcomes.ids, outcomes.prediction, outcomes.target
     if names is None or ids is None or said is None or true is None:
         raise DataError("these outcomes do not say which photos and answers they are about.")
-    made = [
-        Photo(decode_image(files[ids[i]]()).image, names[said[i]], names[true[i]], outcomes.uncertainty[i])
-        for i in chosen
-    ]
-    return made[:SHOWN], made[SHOWN:]
+    return [(ids[i], names[said[i]], names[true[i]], outcomes.uncertainty[i]) for i in rows]
 
 
 def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
@@ -177,11 +176,7 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
 
 def doubted_lines(outcomes: Outcomes) -> list[str]:
     """The least trusted rows, one a line."""
-    names, ids, said, true = outcomes.class_names, outcomes.ids, outcomes.prediction, outcomes.target
-    if names is None or ids is None or said is None or true is None:
-        raise DataError("these outcomes do not say which photos and answers they are about.")
     worst = np.argsort(-outcomes.uncertainty, kind="stable")[:SHOWN]
     return [
-        f"  {outcomes.uncertainty[i]:.3f}  {ids[i]}: the model says {names[said[i]]!r}, it is {names[true[i]]!r}"
-        for i in worst
+        f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}" for key, said, true, u in answers(outcomes, worst)
     ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,31 +15,32 @@ from vilu.cli.console import (
     Direction,
     Fold,
     Hard,
+    Json,
+    JsonFile,
     LogitScale,
     NearDuplicates,
     PoolSize,
+    Predictor,
     choose_pools,
     next_step,
     printable,
 )
+from vilu.errors import UsageError
 
 if TYPE_CHECKING:
+    from vilu.decision.monitor import Monitor
     from vilu.embeddings.source import EmbeddingSource
+    from vilu.outcomes.outcomes import Outcomes
     from vilu.predictors.base import FailurePredictor
     from vilu.report.explain.prompts import PromptGains
     from vilu.report.explain.risk import RiskMap
 
-
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from vilu.decision.monitor import Monitor
-    from vilu.outcomes.outcomes import Outcomes
+ALARM = 8
+"""Exit code: the guarantee should no longer be relied on."""
 
 
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")],
+    predictor: Predictor,
     store: Data,
     train: Annotated[
         Path | None, typer.Option(help="Labelled store that the predictor was fitted on: for the nearest rows in it.")
@@ -59,46 +62,39 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     near_duplicates: NearDuplicates = None,
     fold: Fold = None,
     logit_scale: LogitScale = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    as_json: Json = False,
+    output: JsonFile = None,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
+    from vilu.files import write_json
     from vilu.predictors.storage import load
-    from vilu.report.explain.explain import Depth, require_json, save_json
+    from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
     from vilu.store.open import open_source
 
     if output is not None:
         require_json(output)
     pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
-    data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
-    fitted = load(predictor)
+    opened = partial(open_source, pools=pools, logit_scale=logit_scale)
+    data, fitted = opened(store, fold=fold), load(predictor)
     if summary:
-        _refuse_rows(train, key, row)
+        if train is not None or key or row:
+            raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
         risk, gains = _summary(fitted, data, coverage, seed)
         content: dict[str, Any] = {"risk_map": risk.to_dict(), "prompt_gains": gains and gains.to_dict()}
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
         following = f"to see single rows: vilu explain {predictor} {store}"
     else:
-        known = (
-            None if train is None else open_source(train, pools=pools, fold=fold and "train", logit_scale=logit_scale)
-        )
+        known = None if train is None else opened(train, fold=fold and "train")
         wanted = [*(key or ()), *(row or ())]
         depth = Depth(candidates, neighbours, background, seed)
         found = explain_rows(fitted, data, known, wanted or None, n=n, depth=depth)
         content, text = found.to_dict(), str(found)
         following = f"{len(found)} rows explained; where the failures are: vilu explain {predictor} {store} --summary"
     if output is not None:
-        save_json(output, content)
+        write_json(output, content)
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text))
     next_step(following)
-
-
-def _refuse_rows(train: Path | None, key: list[str] | None, row: list[int] | None) -> None:
-    from vilu.errors import UsageError
-
-    if train is not None or key or row:
-        raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
 
 
 def _summary(
@@ -115,10 +111,6 @@ def _summary(
     if bool((data.target != UNKNOWN).any()):
         return risk_map(outcomes, coverage=coverage), prompt_gains(data, seed=seed)
     return risk_map(outcomes, strongest_competitor(predictor, data), coverage=coverage), None
-
-
-ALARM = 8
-"""Exit code: the guarantee should no longer be relied on."""
 
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -143,8 +135,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers that break ties, and of --shuffle.")] = 0,
     backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    as_json: Json = False,
+    output: JsonFile = None,
 ) -> None:
     """Say whether the calibrated promise still holds for the rows that arrive, as far as scores and labels show.
 
@@ -152,7 +144,6 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     the alarm, the reason and what to do are printed. Rows with a known failure are audited; they must be a random
     sample of the accepted ones.
     """
-    from vilu.errors import UsageError
     from vilu.files import locked, write_json
     from vilu.progress import track
 
@@ -186,7 +177,6 @@ def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float,
     """The monitor of a folder whose calibration belongs to its predictor, where the last call left it."""
     from vilu.decision.monitor import Monitor
     from vilu.decision.monitor_mapie import MapieMonitor
-    from vilu.errors import UsageError
 
     if state is not None and backend == "mapie":
         raise UsageError("the tests of MAPIE keep no state. Leave out --state, or take --backend vilu.")
@@ -244,7 +234,6 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
     from vilu.datasets.catalog import open_dataset
-    from vilu.errors import UsageError
     from vilu.files import atomic_write
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores

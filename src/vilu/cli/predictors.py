@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vilu.cli.console import Direction, Fold, Hard, LogitScale, NearDuplicates, PoolSize, choose_pools, next_step
+from vilu.cli.console import (
+    Data,
+    Direction,
+    Fold,
+    Hard,
+    LogitScale,
+    NearDuplicates,
+    PoolSize,
+    Predictor,
+    choose_pools,
+    next_step,
+    split_of,
+)
+from vilu.errors import UsageError
 
 if TYPE_CHECKING:
+    from vilu.decision.record import Record
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
     from vilu.predictors.base import FailurePredictor
     from vilu.predictors.nn.checkpoint import FolderSession
-
-
-import json
-from typing import TYPE_CHECKING
-
-from vilu.cli.console import (
-    Data,
-    split_of,
-)
-
-if TYPE_CHECKING:
-    from vilu.decision.record import Record
     from vilu.predictors.probability import Calibrator
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")]
+Repository = Annotated[
+    str, typer.Argument(metavar="REPO", help="ORG/NAME on the model hub; or a folder, as ./DIR or /DIR.")
+]
+Revision = Annotated[str | None, typer.Option(help="On the hub. [main]")]
 
 
 def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -35,7 +45,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[Path],
         typer.Argument(help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")],
+    output: Output,
     method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu_plus",
     validation: Annotated[
         Path | None, typer.Option(help="Store to select on; without it a part of the training rows is held out.")
@@ -78,13 +88,8 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
         team = stack.enter_context(world(device))
         predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
         train = _training_set(stores, pools, fold, logit_scale, (shots, seed), pseudo)
-        chosen = (
-            None
-            if validation is None
-            else open_source(
-                validation, pools=pools, fold=None if fold is None else "validation", logit_scale=logit_scale
-            )
-        )
+        opened = partial(open_source, pools=pools, logit_scale=logit_scale)
+        chosen = None if validation is None else opened(validation, fold=fold and "validation")
         checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes, restart)
         predictor.fit(train, chosen)
         predictor.notes_ |= _candidates(train)
@@ -93,9 +98,8 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
             if checkpoints is not None:
                 checkpoints.remove()
             typer.echo(output)
-            next_step(
-                f"{predictor.name} fitted on {len(train):,} rows; next: vilu score {output} STORE -o scores.parquet"
-            )
+            told = f"{predictor.name} fitted on {len(train):,} rows"
+            next_step(f"{told}; next: vilu score {output} STORE -o scores.parquet")
 
 
 def _new_predictor(
@@ -119,7 +123,6 @@ def _training_set(
 ) -> EmbeddingSource:
     """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
-    from vilu.errors import UsageError
     from vilu.predictors.rows import few_shot
     from vilu.store.open import open_source
 
@@ -159,10 +162,6 @@ def _checkpoints(
     return session
 
 
-Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")]
-
-
 def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
@@ -187,7 +186,6 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.decision.apply import Decider
     from vilu.decision.score import score as score_rows
     from vilu.decision.score import score_parts
-    from vilu.errors import UsageError
     from vilu.predictors.storage import load
     from vilu.store.open import open_source
 
@@ -314,12 +312,6 @@ def _summary(record: Record, calibrator: Calibrator | None) -> str:
     return "\n".join(lines)
 
 
-Repository = Annotated[
-    str, typer.Argument(metavar="REPO", help="ORG/NAME on the model hub; or a folder, as ./DIR or /DIR.")
-]
-Revision = Annotated[str | None, typer.Option(help="On the hub. [main]")]
-
-
 def export(
     predictor: Predictor,
     output: Annotated[Path, typer.Option("--output", "-o", help="File, .onnx.")],
@@ -329,7 +321,6 @@ def export(
 
     Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,).
     """
-    from vilu.errors import UsageError
     from vilu.predictors.onnx import export_onnx
 
     if not onnx and output.suffix.lower() != ".onnx":
@@ -358,7 +349,7 @@ def push(
 
 def pull(
     repository: Repository,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")],
+    output: Output,
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another predictor.")] = False,
 ) -> None:

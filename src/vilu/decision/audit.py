@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from scipy import optimize, special
 
-from vilu.decision.thresholds import MAX_ROWS
+from vilu.decision.thresholds import some_enough
 from vilu.metrics.counts import Floats, Ints
 
 AuditVerdict = Literal["holds so far", "not enough audited answers", "broken"]
@@ -120,13 +120,5 @@ class Audit:
 
         if tells(self.n):
             return 0
-        high = max(self.n, 1)
-        while not tells(high):
-            high *= 2
-            if high > MAX_ROWS:
-                return None
-        low = max(self.n, high // 2)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if tells(middle) else (middle, high)
-        return high - self.n
+        n = some_enough(tells, max(self.n, 1))
+        return None if n is None else n - self.n

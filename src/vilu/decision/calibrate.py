@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -213,37 +212,37 @@ def calibrate(
         DataError: If no row can be used, or there is not one group per row.
     """
     check_target(max_risk, min_coverage, confidence, method)
-    keep = outcomes.evaluable
-    if not keep.any():
-        raise DataError(
-            "calibration needs rows with an uncertainty and a known failure. "
-            f"None of the {len(outcomes)} rows has both."
-        )
+    keep = evaluable(outcomes)
     uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
-    fewest = partial(_fewest, max_risk, min_coverage, method)
-    members = _members(_names(outcomes, groups, keep), len(failure), 1 - confidence, fewest)
+    goal = _Goal(max_risk, min_coverage, method)
+    members = _members(_names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest)
     delta = (1 - confidence) / len(members)
     certificates = {
-        name: _certify(tie_counts(uncertainty[rows], failure[rows]), max_risk, min_coverage, delta, method)
-        for name, rows in members.items()
+        name: goal.certify(tie_counts(uncertainty[rows], failure[rows]), delta) for name, rows in members.items()
     }
-    certificates = _all_or_none(certificates, max_risk, min_coverage)
     return Selector(
         method=method,
         max_risk=max_risk,
         min_coverage=min_coverage,
         confidence=confidence,
         grouped_by=None if groups is None else "prediction" if groups == "prediction" else "groups",
-        certificates=certificates,
+        certificates=goal.all_or_none(certificates),
     )
 
 
-def group_names(outcomes: Outcomes) -> list[str]:
-    """N names of the groups "prediction": the zero-shot answers; "" where there is none.
+def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:
+    """(N,) rows that can be calibrated on; refuses to have none."""
+    keep = outcomes.evaluable
+    if not keep.any():
+        raise DataError(
+            "calibration needs rows with an uncertainty and a known failure. "
+            f"None of the {len(outcomes)} rows has both."
+        )
+    return keep
 
-    Raises:
-        DataError: If the outcomes do not say what was answered.
-    """
+
+def group_names(outcomes: Outcomes) -> list[str]:
+    """N names of the groups "prediction": the zero-shot answers; "" where there is none."""
     if outcomes.prediction is None:
         raise DataError("groups by prediction need outcomes that say what was answered. These do not.")
     names = outcomes.class_names
@@ -261,11 +260,7 @@ def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bo
 
 
 def check_target(max_risk: float | None, min_coverage: float | None, confidence: float, method: str) -> None:
-    """Refuse what cannot be promised.
-
-    Raises:
-        UsageError: If there is no target, or one is out of range.
-    """
+    """Refuse what cannot be promised."""
     if max_risk is None and min_coverage is None:
         raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
     if max_risk is not None and not 0 < max_risk < 1:
@@ -276,13 +271,6 @@ def check_target(max_risk: float | None, min_coverage: float | None, confidence:
         raise UsageError(f"confidence must be in (0, 1). Got {confidence} instead.")
     if method not in METHODS:
         raise UsageError(f"method must be one of {', '.join(METHODS)}. Got {method!r} instead.")
-
-
-def _fewest(max_risk: float | None, min_coverage: float | None, method: Promise, delta: float) -> int:
-    """Fewest rows of a group for which anything can be promised at level delta."""
-    if max_risk is None:
-        return 1 if min_coverage in {None, 1.0} else rows_for_coverage(min_coverage or 1.0, delta)
-    return math.ceil(1 / max_risk) - 1 if method == "crc" else rows_without_error(max_risk, delta) + 1
 
 
 def _members(names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]) -> dict[str, Ints]:
@@ -302,69 +290,77 @@ def _members(names: list[str] | None, n: int, delta: float, fewest: Callable[[fl
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def _all_or_none(
-    certificates: dict[str, Certificate], max_risk: float | None, min_coverage: float | None
-) -> dict[str, Certificate]:
-    """The certificates, or none of them where together they fall short of the coverage that was asked for."""
-    if min_coverage is None:
-        return certificates
-    n, accepted = (sum(getattr(one, field) for one in certificates.values()) for field in ("n", "n_accepted"))
-    missing = [one for one in certificates.values() if one.threshold is None]
-    if max_risk is None:
-        why = missing[0].why if missing else None
-    elif 0 < accepted < min_coverage * n:
-        why = f"the risk is attained at {accepted / n:.1%} coverage at most, less than the {min_coverage:.1%} asked for"
-    else:
-        why = None
-    if why is None:
-        return certificates
-    return {name: _nothing(one.n, why, one.n_needed) for name, one in certificates.items()}
-
-
 def _nothing(n: int, why: str, n_needed: int | None = None) -> Certificate:
     return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed)
 
 
-def _certify(
-    counts: TieCounts, max_risk: float | None, min_coverage: float | None, delta: float, method: Promise
-) -> Certificate:
-    """The best threshold, or why there is none."""
-    n = int(counts.n)
-    if max_risk is not None:
-        point = METHODS[method](counts, max_risk, delta)
-    else:
-        point = coverage_first(counts, min_coverage or 1.0, delta)
-    if point is None:
-        return _nothing(n, *_why_nothing(counts, max_risk, min_coverage, delta, method))
-    accepted = int(counts.accepted[point.index])
-    return Certificate(
-        threshold=float(counts.value[point.index]),
-        n=n,
-        n_accepted=accepted,
-        n_wrong=int(counts.accepted_wrong[point.index]),
-        risk_bound=point.risk_bound,
-    )
+class _Goal(NamedTuple):
+    """What every group is to keep, and the least coverage of all of them together."""
 
+    max_risk: float | None
+    min_coverage: float | None
+    method: Promise
 
-def _why_nothing(
-    counts: TieCounts, max_risk: float | None, min_coverage: float | None, delta: float, method: Promise
-) -> tuple[str, int | None]:
-    """Why no threshold keeps the promise, and about how many calibration rows would."""
-    n = int(counts.n)
-    if max_risk is None:
-        why = f"{n} rows cannot show that {min_coverage:.1%} of all answers are accepted"
-        return why, None if min_coverage == 1 else rows_for_coverage(min_coverage or 1.0, delta)
-    if method == "crc":
-        fewest = math.ceil(1 / max_risk) - 1
+    def fewest(self, delta: float) -> int:
+        """Fewest rows of a group for which anything can be promised at level delta."""
+        if self.max_risk is None:
+            return 1 if self.min_coverage in {None, 1.0} else rows_for_coverage(self.min_coverage or 1.0, delta)
+        return (
+            math.ceil(1 / self.max_risk) - 1 if self.method == "crc" else rows_without_error(self.max_risk, delta) + 1
+        )
+
+    def certify(self, counts: TieCounts, delta: float) -> Certificate:
+        """The best threshold, or why there is none."""
+        n = int(counts.n)
+        if self.max_risk is not None:
+            point = METHODS[self.method](counts, self.max_risk, delta)
+        else:
+            point = coverage_first(counts, self.min_coverage or 1.0, delta)
+        if point is None:
+            return _nothing(n, *self._why_nothing(counts, delta))
+        return Certificate(
+            threshold=float(counts.value[point.index]),
+            n=n,
+            n_accepted=int(counts.accepted[point.index]),
+            n_wrong=int(counts.accepted_wrong[point.index]),
+            risk_bound=point.risk_bound,
+        )
+
+    def all_or_none(self, certificates: dict[str, Certificate]) -> dict[str, Certificate]:
+        """The certificates, or none of them where together they fall short of the coverage that was asked for."""
+        if self.min_coverage is None:
+            return certificates
+        n, accepted = (sum(getattr(one, field) for one in certificates.values()) for field in ("n", "n_accepted"))
+        why = None
+        if self.max_risk is None:
+            why = next((one.why for one in certificates.values() if one.threshold is None), None)
+        elif 0 < accepted < self.min_coverage * n:
+            most, asked = f"{accepted / n:.1%}", f"{self.min_coverage:.1%}"
+            why = f"the risk is attained at {most} coverage at most, less than the {asked} asked for"
+        if why is None:
+            return certificates
+        return {name: _nothing(one.n, why, one.n_needed) for name, one in certificates.items()}
+
+    def _why_nothing(self, counts: TieCounts, delta: float) -> tuple[str, int | None]:
+        """Why no threshold keeps the promise, and about how many calibration rows would."""
+        n, max_risk, fewest = int(counts.n), self.max_risk, self.fewest(delta)
+        if max_risk is None:
+            why = f"{n} rows cannot show that {self.min_coverage:.1%} of all answers are accepted"
+            return why, None if self.min_coverage == 1 else fewest
+        if self.method == "crc":
+            if n < fewest:
+                return f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes", fewest
+            return f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong", None
+        needed = rows_needed(counts, max_risk, delta)
         if n < fewest:
-            return f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes", fewest
-        return f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong", None
-    needed, fewest = rows_needed(counts, max_risk, delta), rows_without_error(max_risk, delta) + 1
-    if n < fewest:
-        why = f"{n} rows are too few: {max_risk:.2%} takes {fewest} accepted answers, without a wrong one among them"
-        return why, max(needed or 0, fewest)
-    if needed is None:
-        best = int(np.argmin(shrunk_rates(counts)))
-        found = f"{int(counts.accepted_wrong[best])} of the {int(counts.accepted[best])} most trusted answers are wrong"
-        return f"{found}: these scores do not single out answers with an error rate below {max_risk:.2%}", None
-    return f"{n} rows are too few to show an error rate below {max_risk:.2%}", max(needed, n + 1)
+            why = (
+                f"{n} rows are too few: {max_risk:.2%} takes {fewest} accepted answers, without a wrong one among them"
+            )
+            return why, max(needed or 0, fewest)
+        if needed is None:
+            best = int(np.argmin(shrunk_rates(counts)))
+            found = (
+                f"{int(counts.accepted_wrong[best])} of the {int(counts.accepted[best])} most trusted answers are wrong"
+            )
+            return f"{found}: these scores do not single out answers with an error rate below {max_risk:.2%}", None
+        return f"{n} rows are too few to show an error rate below {max_risk:.2%}", max(needed, n + 1)

@@ -86,13 +86,7 @@ def nonconformity(predictor: FailurePredictor, batch: Batch, uncertainty: Floats
 
 
 def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: Kind) -> LabelSets:
-    """Label sets from calibration rows, which the predictor's ``fit`` has not seen.
-
-    Raises:
-        UsageError: If ``max_miss`` is not in (0, 1), or the data are image-caption pairs, whose pools are no classes.
-        InfeasibleError: If there are fewer than 1 / max_miss - 1 calibration rows.
-        DataError: If rows were used to fit, or none has a label.
-    """
+    """Label sets from calibration rows, which the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
     predictor.refuse_seen(data, "calibration")
     true = [scores.gather(1, target[:, None]).squeeze(1) for scores, target in _labelled(predictor, data, method)]
@@ -112,11 +106,7 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
 
 
 def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_miss: float) -> None:
-    """Refuse what no sets can be made of.
-
-    Raises:
-        UsageError: As ``fit_label_sets``, or if the uncertainty of the method is no probability.
-    """
+    """Refuse what no sets can be made of."""
     if not 0 < max_miss < 1:
         raise UsageError(f"max_miss must be in (0, 1). Got {max_miss} instead.")
     if data.pool_size is not None:

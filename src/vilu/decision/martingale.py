@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -44,15 +45,9 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
     """A bet that learns: the density of the last few hundred p-values in m equal cells, drawn towards the uniform one.
 
     f_t(p) = m (weight/m + N_t[cell of p]) / (weight + sum N_t), where N_t counts the p-values before t and keeps
-    ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et al., ICML 2012).
-
-    Args:
-        p: (B,) p-values.
-        counts: (m,) N after the rows before.
-        weight: For how many p-values the uniform density counts.
-
-    Returns:
-        (B,) log densities, each before its p-value is learnt from, and (m,) the counts after the last row.
+    ``DECAY`` of every count from row to row (plug-in martingale: Fedorova et al., ICML 2012). From p-values (B,) and N
+    (m,) come log densities (B,), each before its p-value is learnt from, and N after the last. The uniform density
+    counts for ``weight`` p-values.
     """
     m, row = len(counts), np.arange(len(p))
     cell = np.minimum((p * m).astype(np.int64), m - 1)
@@ -118,7 +113,7 @@ class Martingale:
 
 
 @dataclass
-class Run:
+class SortedRun:
     """Distinct values in rising order, and how many values are at most each."""
 
     values: Floats
@@ -133,12 +128,17 @@ class Run:
         return int(self.up_to[-1])
 
     @classmethod
-    def of(cls, values: Floats, counts: Ints) -> Run:
+    def of(cls, values: Floats, counts: Ints) -> SortedRun:
         """The run of values, in any order, that came so often each."""
         distinct, place = np.unique(values, return_inverse=True)
         total = np.zeros(len(distinct), np.int64)
         np.add.at(total, place, counts)
         return cls(distinct, np.cumsum(total))
+
+    @classmethod
+    def merged(cls, runs: Sequence[SortedRun]) -> SortedRun:
+        """The run of all their values."""
+        return cls.of(np.concatenate([run.values for run in runs]), np.concatenate([run.counts() for run in runs]))
 
     def counts(self) -> Ints:
         """How often each value came."""
@@ -156,7 +156,7 @@ class Run:
 class Reference:
     """All values so far, in sorted runs of falling length: a new one costs O(log^2 n), and repeats cost no memory."""
 
-    runs: list[Run] = field(default_factory=list)
+    runs: list[SortedRun] = field(default_factory=list)
 
     @classmethod
     def of(cls, values: Floats, counts: Ints | None = None) -> Reference:
@@ -174,28 +174,20 @@ class Reference:
         """Take values in, each once or as often as ``counts`` says."""
         if not len(values):
             return
-        run = Run.of(values, np.ones(len(values), np.int64) if counts is None else counts)
+        run = SortedRun.of(values, np.ones(len(values), np.int64) if counts is None else counts)
         while self.runs and len(self.runs[-1]) <= len(run):
-            last = self.runs.pop()
-            run = Run.of(np.concatenate([last.values, run.values]), np.concatenate([last.counts(), run.counts()]))
+            run = SortedRun.merged([self.runs.pop(), run])
         self.runs.append(run)
 
     def table(self) -> tuple[Floats, Ints]:
         """Distinct values in rising order, and how often each came."""
         if not self.runs:
             return np.empty(0), np.empty(0, np.int64)
-        every = Run.of(
-            np.concatenate([run.values for run in self.runs]), np.concatenate([run.counts() for run in self.runs])
-        )
+        every = SortedRun.merged(self.runs)
         return every.values, every.counts()
 
     def p_values(self, values: Floats, uniform: Floats) -> Floats:
-        """(B,) p-values of new values in the order of their arrival, which are then taken in.
-
-        Args:
-            values: (B,) finite.
-            uniform: (B,) in [0, 1), one for each value, independent of everything.
-        """
+        """(B,) p-values of new values (B,), taken in in their order; ``uniform`` (B,) in [0, 1) breaks ties."""
         greater, equal = earlier(values)
         for run in self.runs:
             more, same = run.compare(values)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,70 +25,11 @@ from vilu.files import Model, explain, read_column, read_table, table_suffix, wr
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 
-
-def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """Scores of new rows, checked; what a CSV does not say about the candidates is taken from the calibration.
-
-    Args:
-        outcomes: Scores of new rows.
-        calibration: Those of the calibration rows.
-        risk: Hash of the record of the calibration; None without.
-
-    Warns:
-        If some of the rows are calibration rows: those say nothing about new ones.
-
-    Raises:
-        ProvenanceError: If the scores are of another predictor or calibration, or their candidates are others.
-    """
-    for name in ("method", "class_names"):
-        ours, theirs = getattr(calibration, name), getattr(outcomes, name)
-        if None not in (ours, theirs) and ours != theirs:
-            raise ProvenanceError(
-                f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
-                "Score with the predictor that was calibrated."
-            )
-    theirs = outcomes.provenance.get("risk")
-    if None not in (risk, theirs) and risk != theirs:
-        raise ProvenanceError(
-            f"these scores were decided on by the calibration {theirs}, the one monitored is {risk}. "
-            "Score again with the predictor as it is calibrated now."
-        )
-    known = _n_known(outcomes, calibration)
-    if known:
-        warnings.warn(
-            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
-        )
-    if outcomes.class_names is None and outcomes.prediction is not None:
-        return replace(outcomes, class_names=calibration.class_names)
-    return outcomes
-
-
-def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Rows with the key and the uncertainty of a calibration row; a key alone may be of another data set."""
-    if outcomes.ids is None or calibration.ids is None:
-        return 0
-    rows = set(zip(calibration.ids, calibration.uncertainty.tolist(), strict=True))
-    return sum(row in rows for row in zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True))
-
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 PARTS: Final[dict[TestName, int]] = {"scores": 2, "acceptance": 1, "answers": 1, "audit": 1}
 """Parts of the probability of a false alarm; those of tests that do not run go to the others."""
-
-
-@dataclass
-class Watch:
-    """A test of whether one number per row stays exchangeable."""
-
-    test: Test
-    reference: Reference
-    martingale: Martingale = field(default_factory=Martingale)
-
-    def update(self, values: Floats, rows: Ints, seed: int) -> None:
-        """Take in the next values (B,), which are of these rows of the stream."""
-        generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
-        generator.advance(self.martingale.n)  # one draw a value: batches of any size see the same numbers
-        uniform = np.random.Generator(generator).random(len(values))
-        self.test = self.test.after(self.martingale.update(self.reference.p_values(values, uniform)), rows)
 
 
 class Monitor:
@@ -146,9 +87,9 @@ class Monitor:
         names: list[TestName] = [*values, *(("audit",) if promise is not None else ())]
         parts = sum(PARTS[name] for name in names)
         tests = {name: Test(name=name, level=false_alarm * PARTS[name] / parts) for name in names}
-        self.watches = {name: Watch(tests[name], Reference.of(column)) for name, column in values.items()}
+        self.watches = {name: self._watch(tests[name], column) for name, column in values.items()}
         self._coverage = None if self.rule is None else float(1 - values["acceptance"].mean())
-        self.audited = None if promise is None else Audit(promise, tests["audit"].level)
+        self.audited = None if promise is None else self._audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
 
@@ -215,7 +156,16 @@ class Monitor:
             UsageError: If the file has another suffix.
             StorageError: If the file system refuses.
         """
-        save(self, path)
+        import pyarrow as pa
+
+        _require_parquet(path)
+        tables = {name: watch.reference.table() for name, watch in self.watches.items()}
+        columns = {
+            "test": pa.array([name for name, (values, _) in tables.items() for _ in range(len(values))], pa.string()),
+            "value": pa.array(np.concatenate([values for values, _ in tables.values()])),
+            "count": pa.array(np.concatenate([counts for _, counts in tables.values()])),
+        }
+        write_table(path, columns, self.state().model_dump(mode="json"))
 
     def resume(self, path: str | Path) -> Self:
         """Go on where a monitor of the same calibration stopped.
@@ -226,17 +176,58 @@ class Monitor:
             DataError: If it is no state, or a damaged one.
             ProvenanceError: If it belongs to another calibration, level or seed.
         """
-        resume(self, path)
+        _require_parquet(path)
+        if self.rows:
+            raise UsageError(f"only a new monitor can go on from a state. This one has seen {self.rows} rows.")
+        table, state = _read_state(path)
+        if state.fingerprint != self.fingerprint:
+            raise ProvenanceError(
+                f"{path} belongs to the monitor {state.fingerprint}, this one is {self.fingerprint}: another "
+                "calibration, probability of a false alarm, or seed. After a new calibration begin a new state."
+            )
+        name = np.asarray(read_column(path, table, "test", "string").to_pylist(), dtype=object)
+        value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
+        count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
+        try:
+            self._restore(state, {test: (value[name == test], count[name == test]) for test in self.watches})
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
         return self
+
+    def state(self) -> State:
+        """All but the calibration and the values that came."""
+        return State(
+            fingerprint=self.fingerprint,
+            rows=self.rows,
+            unscored=self.unscored,
+            accepted=self.accepted,
+            tests=tuple(self._tests()),
+            wealth={name: Wealth.of(watch.martingale) for name, watch in self.watches.items()},
+            audited=(0, 0) if self.audited is None else (self.audited.n, self.audited.wrong),
+        )
+
+    def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
+        """Take over a state, with the values and counts of every test; a ValueError says what does not fit."""
+        tests = {test.name: test for test in state.tests}
+        (n, wrong), levels = state.audited, {test.name: test.level for test in self._tests()}
+        if tests.keys() != levels.keys() or state.wealth.keys() != self.watches.keys() or wrong > n:
+            raise ValueError(f"its tests are not {', '.join(levels)}")
+        if any(tests[name].level != level for name, level in levels.items()):
+            raise ValueError("its tests have other levels")
+        n_scored = state.rows - state.unscored
+        self.watches = {
+            name: watch.resumed(tests[name], state.wealth[name], *values[name], n_scored)
+            for name, watch in self.watches.items()
+        }
+        self.rows, self.unscored, self.accepted = state.rows, state.unscored, state.accepted
+        if self.audited is not None:
+            self.audited, self.audit_test = replace(self.audited, n=n, wrong=wrong), tests["audit"]
 
     @property
     def status(self) -> Status:
         """What there is to say now."""
-        tests = [watch.test for watch in self.watches.values()]
-        audited = None
-        if self.audited is not None and self.audit_test is not None:
-            tests.append(self.audit_test)
-            audited = Audited.from_audit(self.audited)
+        tests = self._tests()
+        audited = None if self.audited is None else Audited.from_audit(self.audited)
         verdict, raised_at, reason, advice = conclude(tests, audited)
         return Status(
             verdict=verdict,
@@ -250,6 +241,16 @@ class Monitor:
             acceptance=self._acceptance(),
             audit=audited,
         )
+
+    def _watch(self, test: Test, values: Floats) -> Watch:
+        return Watch(test, Reference.of(values))
+
+    def _audit(self, promise: float, delta: float) -> Audit:
+        return Audit(promise, delta)
+
+    def _tests(self) -> list[Test]:
+        watched = [watch.test for watch in self.watches.values()]
+        return watched if self.audit_test is None else [*watched, self.audit_test]
 
     def _promise(self) -> float | None:
         """The promised error rate; None where nothing is accepted, or a mean over calibrations is all that is promised.
@@ -304,17 +305,60 @@ class Monitor:
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
 
+@dataclass
+class Watch:
+    """A test of whether one number per row stays exchangeable."""
+
+    test: Test
+    reference: Reference
+    martingale: Martingale = field(default_factory=Martingale)
+
+    def update(self, values: Floats, rows: Ints, seed: int) -> None:
+        """Take in the next values (B,), which are of these rows of the stream."""
+        generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
+        generator.advance(self.martingale.n)  # one draw a value: batches of any size see the same numbers
+        uniform = np.random.Generator(generator).random(len(values))
+        self.test = self.test.after(self.martingale.update(self.reference.p_values(values, uniform)), rows)
+
+    def resumed(self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int) -> Watch:
+        """The same after n rows."""
+        found = Watch(test, Reference.of(values, counts), Martingale() if wealth is None else wealth.martingale())
+        expected = self.reference.n + n
+        if not np.isfinite(values).all() or (counts < 1).any() or found.reference.n != expected:
+            raise ValueError(f"{test.name} must hold {expected} numbers")
+        if found.martingale.n != n:
+            raise ValueError(f"{test.name} has bet on {found.martingale.n} rows")
+        return found
+
+
 Count = Annotated[int, Field(ge=0)]
 Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))]
 
 
 class Wealth(Model):
-    """A martingale; see there."""
+    """A martingale after its first row; see there."""
 
     n: Annotated[int, Field(ge=1)]
     growth: Bets
     started: Bets
     counts: tuple[tuple[Annotated[FiniteFloat, Field(ge=0)], ...], ...]
+
+    @classmethod
+    def of(cls, martingale: Martingale) -> Wealth | None:
+        """What there is to keep of it."""
+        if not martingale.n:
+            return None
+        counts = tuple(tuple(cells.tolist()) for cells in martingale.counts)
+        return cls(
+            n=martingale.n,
+            growth=tuple(martingale.growth.tolist()),
+            started=tuple(martingale.started.tolist()),
+            counts=counts,
+        )
+
+    def martingale(self) -> Martingale:
+        """What was kept."""
+        return Martingale(self.n, np.array(self.growth), np.array(self.started), [np.array(one) for one in self.counts])
 
     @model_validator(mode="after")
     def _check_cells(self) -> Self:
@@ -324,13 +368,7 @@ class Wealth(Model):
 
 
 class State(Model):
-    """All of a monitor but its calibration and the values that came.
-
-    Attributes:
-        fingerprint: Of the monitor that it belongs to.
-        wealth: Per test the martingale; None before its first row.
-        audited: Audited answers, and how many of them are wrong.
-    """
+    """All of a monitor but its calibration and the values that came; ``audited``: answers, and wrong ones."""
 
     kind: Literal["monitor"] = "monitor"
     fingerprint: str
@@ -342,106 +380,49 @@ class State(Model):
     audited: tuple[Count, Count]
 
 
-def save(monitor: Monitor, path: str | Path) -> None:
-    """Write the state atomically.
-
-    Raises:
-        UsageError: If the file is not a ``.parquet`` file.
-        StorageError: If the file system refuses.
-    """
-    import pyarrow as pa
-
-    _require_parquet(path)
-    tables = {name: watch.reference.table() for name, watch in monitor.watches.items()}
-    columns = {
-        "test": pa.array([name for name, (values, _) in tables.items() for _ in range(len(values))], pa.string()),
-        "value": pa.array(np.concatenate([values for values, _ in tables.values()])),
-        "count": pa.array(np.concatenate([counts for _, counts in tables.values()])),
-    }
-    write_table(path, columns, _state(monitor).model_dump(mode="json"))
-
-
-def resume(monitor: Monitor, path: str | Path) -> None:
-    """Bring a new monitor to where the saved one stopped.
-
-    Raises:
-        UsageError: If the file is not a ``.parquet`` file, or the monitor has seen rows.
-        StorageError: If it cannot be opened.
-        DataError: If it is no state, or a damaged one.
-        ProvenanceError: If it belongs to another calibration, level or seed.
-    """
-    _require_parquet(path)
-    if monitor.rows:
-        raise UsageError(f"only a new monitor can go on from a state. This one has seen {monitor.rows} rows.")
+def _read_state(path: str | Path) -> tuple[pa.Table, State]:
     table, metadata = read_table(path, ("test",))
     if metadata.get("kind") != "monitor":
         raise DataError(f"{path} is not the state of a monitor. Give another file, or one that does not exist yet.")
     try:
-        state = State.model_validate(metadata)
+        return table, State.model_validate(metadata)
     except ValidationError as error:
         raise DataError(f"{path} is damaged: {explain(error)}. Restore it, or begin a new monitor.") from error
-    if state.fingerprint != monitor.fingerprint:
-        raise ProvenanceError(
-            f"{path} belongs to the monitor {state.fingerprint}, this one is {monitor.fingerprint}: another "
-            "calibration, probability of a false alarm, or seed. After a new calibration begin a new state."
-        )
-    name = np.asarray(read_column(path, table, "test", "string").to_pylist(), dtype=object)
-    value = read_column(path, table, "value", "float64").fill_null(np.nan).to_numpy()
-    count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
-    _restore(monitor, state, {test: (value[name == test], count[name == test]) for test in monitor.watches}, path)
-
-
-def _state(monitor: Monitor) -> State:
-    tests = [watch.test for watch in monitor.watches.values()]
-    audited = monitor.audited
-    return State(
-        fingerprint=monitor.fingerprint,
-        rows=monitor.rows,
-        unscored=monitor.unscored,
-        accepted=monitor.accepted,
-        tests=(*tests, *([] if monitor.audit_test is None else [monitor.audit_test])),
-        wealth={name: _wealth(watch.martingale) for name, watch in monitor.watches.items()},
-        audited=(0, 0) if audited is None else (audited.n, audited.wrong),
-    )
-
-
-def _wealth(martingale: Martingale) -> Wealth | None:
-    if not martingale.n:
-        return None
-    return Wealth(
-        n=martingale.n,
-        growth=tuple(martingale.growth.tolist()),
-        started=tuple(martingale.started.tolist()),
-        counts=tuple(tuple(cells.tolist()) for cells in martingale.counts),
-    )
-
-
-def _restore(monitor: Monitor, state: State, values: dict[TestName, tuple[Floats, Ints]], path: str | Path) -> None:
-    tests = {test.name: test for test in state.tests}
-    levels = {test.name: test.level for test in monitor.status.tests}
-    n, wrong = state.audited
-    if tests.keys() != levels.keys() or state.wealth.keys() != monitor.watches.keys() or wrong > n:
-        raise DataError(f"{path} is damaged: its tests are not {', '.join(levels)}. Begin a new monitor.")
-    if any(tests[name].level != level for name, level in levels.items()):
-        raise DataError(f"{path} is damaged: its tests have other levels. Begin a new monitor.")
-    for name, watch in monitor.watches.items():
-        column, count = values[name]
-        wealth, calibrated = state.wealth[name], watch.reference.n
-        watch.test, watch.reference = tests[name], Reference.of(column, count)
-        if wealth is not None:
-            counts = [np.array(cells) for cells in wealth.counts]
-            watch.martingale = Martingale(wealth.n, np.array(wealth.growth), np.array(wealth.started), counts)
-        expected_n = calibrated + state.rows - state.unscored
-        if not np.isfinite(column).all() or (count < 1).any() or watch.reference.n != expected_n:
-            raise DataError(f"{path} is damaged: {name} must hold {expected_n} numbers. Begin a new monitor.")
-        if watch.martingale.n != state.rows - state.unscored:
-            raise DataError(f"{path} is damaged: {name} has bet on {watch.martingale.n} rows. Begin a new monitor.")
-    monitor.rows, monitor.unscored, monitor.accepted = state.rows, state.unscored, state.accepted
-    if monitor.audited is not None:
-        monitor.audited = replace(monitor.audited, n=n, wrong=wrong)
-        monitor.audit_test = tests["audit"]
 
 
 def _require_parquet(path: str | Path) -> None:
     if table_suffix(path) != ".parquet":
         raise UsageError(f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead.")
+
+
+def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
+    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's."""
+    for name in ("method", "class_names"):
+        ours, theirs = getattr(calibration, name), getattr(outcomes, name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise ProvenanceError(
+                f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
+                "Score with the predictor that was calibrated."
+            )
+    theirs = outcomes.provenance.get("risk")
+    if None not in (risk, theirs) and risk != theirs:
+        raise ProvenanceError(
+            f"these scores were decided on by the calibration {theirs}, the one monitored is {risk}. "
+            "Score again with the predictor as it is calibrated now."
+        )
+    known = _n_known(outcomes, calibration)
+    if known:
+        warnings.warn(
+            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
+        )
+    if outcomes.class_names is None and outcomes.prediction is not None:
+        return replace(outcomes, class_names=calibration.class_names)
+    return outcomes
+
+
+def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
+    """Rows with the key and the uncertainty of a calibration row; a key alone may be of another data set."""
+    if outcomes.ids is None or calibration.ids is None:
+        return 0
+    rows = set(zip(calibration.ids, calibration.uncertainty.tolist(), strict=True))
+    return sum(row in rows for row in zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True))

@@ -8,7 +8,6 @@ row is compared with all before it, one by one, so this is for thousands of rows
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,11 +15,12 @@ from typing import Any, Self
 import numpy as np
 
 from vilu.decision.audit import Audit, AuditVerdict
+from vilu.decision.martingale import Reference
 from vilu.decision.monitor import Monitor, Watch
-from vilu.decision.record import Rule
-from vilu.errors import MissingModelError, UsageError
+from vilu.decision.status import Test
+from vilu.errors import UsageError
+from vilu.extras import import_extra
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes.outcomes import Outcomes
 
 
 @dataclass
@@ -29,17 +29,6 @@ class JumperWatch(Watch):
 
     jumper: Any = None
     seen: list[float] = field(default_factory=list)
-
-    @classmethod
-    def in_place_of(cls, watch: Watch, seed: int) -> Self:
-        """The same test before its first row."""
-        from mapie.exchangeability_testing import OnlineMartingaleTest
-
-        jumper = OnlineMartingaleTest(
-            test_method="jumper_martingale", test_level=watch.test.level, warn=False, random_state=seed
-        )
-        values, counts = watch.reference.table()
-        return cls(watch.test, watch.reference, jumper=jumper, seen=np.repeat(values, counts).tolist())
 
     def update(self, values: Floats, rows: Ints, seed: int) -> None:  # noqa: ARG002 - MAPIE has its own random numbers
         """Take in the next values."""
@@ -56,21 +45,6 @@ class BernsteinAudit(Audit):
     """MAPIE's lower bound of the error rate."""
 
     monitoring: Any = None
-
-    @classmethod
-    def in_place_of(cls, audit: Audit) -> Self:
-        """The same audit before its first answer."""
-        from mapie.exchangeability_testing import RiskMonitoring
-        from mapie.risk_control import BinaryRisk
-
-        error = BinaryRisk(
-            risk_occurrence=lambda y_true, y_pred: y_pred != y_true,
-            risk_condition=lambda y_true, y_pred: np.full(len(y_true), True),  # noqa: ARG005 - MAPIE's signature
-            higher_is_better=False,
-        )
-        # half of MAPIE's level is for a threshold that is estimated; ours is given
-        monitoring = RiskMonitoring(error, test_level=2 * audit.delta, threshold=audit.promise, warn=False)
-        return cls(audit.promise, audit.delta, monitoring=monitoring)
 
     @property
     def lower(self) -> float:
@@ -100,27 +74,25 @@ class BernsteinAudit(Audit):
 
 
 class MapieMonitor(Monitor):
-    """``Monitor`` with the tests of MAPIE.
+    """``Monitor`` with the tests of MAPIE."""
 
-    Raises:
-        MissingModelError: If MAPIE is not installed.
-    """
+    def _watch(self, test: Test, values: Floats) -> Watch:
+        jumper = import_extra("mapie.exchangeability_testing", "mapie").OnlineMartingaleTest(
+            test_method="jumper_martingale", test_level=test.level, warn=False, random_state=self.seed
+        )
+        return JumperWatch(test, Reference.of(values), jumper=jumper, seen=np.sort(values).tolist())
 
-    def __init__(
-        self,
-        calibration: Outcomes,
-        rule: Rule | None = None,
-        *,
-        groups: Sequence[str] | None = None,
-        false_alarm: float = 0.05,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(calibration, rule, groups=groups, false_alarm=false_alarm, seed=seed)
-        try:
-            self.watches = {name: JumperWatch.in_place_of(watch, seed) for name, watch in self.watches.items()}
-            self.audited = None if self.audited is None else BernsteinAudit.in_place_of(self.audited)
-        except ImportError as error:
-            raise MissingModelError(f"this needs: pip install 'vilu[mapie]' ({error}).") from error
+    def _audit(self, promise: float, delta: float) -> Audit:
+        error = import_extra("mapie.risk_control", "mapie").BinaryRisk(
+            risk_occurrence=lambda y_true, y_pred: y_pred != y_true,
+            risk_condition=lambda y_true, y_pred: np.full(len(y_true), True),  # noqa: ARG005 - MAPIE's signature
+            higher_is_better=False,
+        )
+        # half of MAPIE's level is for a threshold that is estimated; ours is given
+        monitoring = import_extra("mapie.exchangeability_testing", "mapie").RiskMonitoring(
+            error, test_level=2 * delta, threshold=promise, warn=False
+        )
+        return BernsteinAudit(promise, delta, monitoring=monitoring)
 
     def save(self, path: str | Path) -> None:
         """Refused: the tests of MAPIE keep their state in memory."""

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from vilu.errors import DataError, InfeasibleError, UsageError
+from vilu.decision.calibrate import evaluable
+from vilu.errors import InfeasibleError, UsageError
 from vilu.files import Model
 from vilu.metrics.counts import Floats, real_vector
 from vilu.outcomes.outcomes import Outcomes
@@ -84,13 +85,7 @@ def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
     """
     if not 0 < max_risk < 1:
         raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
-    keep = outcomes.evaluable
-    if not keep.any():
-        raise DataError(
-            "calibration needs rows with an uncertainty and a known failure. "
-            f"None of the {len(outcomes)} rows has both."
-        )
-    rows = np.flatnonzero(keep)[:MAX_ROWS]
+    rows = np.flatnonzero(evaluable(outcomes))[:MAX_ROWS]
     fewest = math.ceil(1 / max_risk) - 1
     if len(rows) < fewest:
         raise InfeasibleError(

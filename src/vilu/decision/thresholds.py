@@ -46,17 +46,18 @@ def rows_for_rate(rate: float, risk: float, delta: float) -> int | None:
     """About the smallest m such that m accepted answers, of which a share ``rate`` is wrong, mostly certify ``risk``.
 
     Mostly: with a standard deviation more of wrong answers than expected, rounded up. None where ``rate`` is not below
-    ``risk``, or it would take more than 2^40 rows. The rounding makes the tail rise at some steps of m; bisection finds
-    one m that is enough while m - 1 is not.
+    ``risk``, or it would take more than 2^40 rows. The rounding makes the tail rise at some steps of m.
     """
 
     def enough(m: int) -> bool:
         wrong = np.asarray(min(math.ceil(rate * m + math.sqrt(rate * (1 - rate) * m)), m))
         return bool(tail(wrong, np.asarray(m), risk) <= delta)
 
-    if rate >= risk:
-        return None
-    high = rows_without_error(risk, delta)
+    return None if rate >= risk else some_enough(enough, rows_without_error(risk, delta))
+
+
+def some_enough(enough: Callable[[int], bool], high: int) -> int | None:
+    """By doubling ``high`` and bisection an m that is enough while m - 1 is not; None where it is above 2^40."""
     while not enough(high):
         high *= 2
         if high > MAX_ROWS:

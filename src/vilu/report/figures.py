@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vilu.metrics import aurc, auroc, fpr_at_tpr, risk_coverage_curve, roc_curve_points
+from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.report.style import COLOURS, CORRECT, WRONG, house_style, new_figure
+from vilu.report.style import COLOURS, CORRECT, WRONG, house_style, looks, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,22 +21,73 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-from typing import TYPE_CHECKING, Any
+def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
+    """Uncertainty of correct and of wrong answers, a panel each (as Fig. 9 and 10 of the ViLU supplement).
 
-from vilu.report.style import looks
+    Shares of the correct and of the wrong ones, so that the rarer kind is seen.
+    """
+    with house_style():
+        figure, panels = _panels(len(outcomes), 3, 4.0, 2.6)
+        for axes, (title, one) in zip(panels, outcomes.items(), strict=True):
+            uncertainty, failure = known(one)
+            edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
+            for kind, label, colour, hatch in ((0, "correct", CORRECT, None), (1, "wrong", WRONG, "///")):
+                shown = uncertainty[failure == kind]
+                share = np.full(len(shown), 100 / max(len(shown), 1))
+                axes.hist(shown, edges, weights=share, alpha=0.65, label=f"answer {label}", color=colour, hatch=hatch)
+            axes.set_title(f"{title}: AUROC {auroc(uncertainty, failure):.1%}")
+            axes.set_xlabel("uncertainty")
+            axes.set_ylabel("% of its kind")
+        if panels:
+            panels[0].legend(fontsize=8)
+    return figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+
+def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
+    """Share of correct answers kept against share of wrong ones kept, at every threshold (positive = correct)."""
+
+    def curve(uncertainty: Floats, failure: Ints) -> tuple[Floats, Floats, str]:
+        return *roc_curve_points(uncertainty, failure), f"FPR95 {fpr_at_tpr(uncertainty, failure):.1%}"
+
+    figure, axes = _line_per_method(outcomes, curve)
+    axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
+    axes.set_xlabel("wrong answers accepted (false positive rate)")
+    axes.set_ylabel("correct answers accepted (true positive rate)")
+    axes.legend(fontsize=8, loc="lower right")
+    return figure
 
 
-from typing import TYPE_CHECKING
+def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
+    """Error rate among the most trusted answers against the share that is trusted."""
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    def curve(uncertainty: Floats, failure: Ints) -> tuple[Floats, Floats, str]:
+        return *risk_coverage_curve(uncertainty, failure), f"AURC {aurc(uncertainty, failure):.3f}"
+
+    figure, axes = _line_per_method(outcomes, curve)
+    axes.set_xlabel("coverage: share of the answers accepted")
+    axes.set_ylabel("selective risk: error rate among them")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8, loc="upper left")
+    return figure
 
 
-COLUMNS = 3
+def _line_per_method(
+    outcomes: Sequence[Outcomes], curve: Callable[[Floats, Ints], tuple[Floats, Floats, str]]
+) -> tuple[Figure, Axes]:
+    """``curve`` gives x, y and a note for the legend; solid for ViLU, dashed for others: readable without colour."""
+    figure = new_figure(5.5, 5)
+    axes = figure.add_subplot()
+    for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
+        x, y, note = curve(*known(one))
+        style = "-" if (one.method or "").startswith("vilu") else "--"
+        axes.plot(x, y, color=colour, linestyle=style, label=f"{one.method}  ({note})")
+    return figure, axes
+
+
+def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
+    """Uncertainties and failures of the rows that have both."""
+    rows = outcomes.evaluable
+    return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
 @dataclass(frozen=True)
@@ -46,69 +98,6 @@ class Photo:
     prediction: str
     truth: str | None
     uncertainty: float
-
-
-def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
-    """Uncertainty of correct and of wrong answers, a panel each (as Fig. 9 and 10 of the ViLU supplement).
-
-    Shares of the correct and of the wrong ones, so that the rarer kind is seen.
-    """
-    with house_style():
-        rows = -(-len(outcomes) // COLUMNS)
-        figure = new_figure(4 * COLUMNS, 2.6 * rows)
-        for number, (title, one) in enumerate(outcomes.items()):
-            axes = figure.add_subplot(rows, COLUMNS, number + 1)
-            keep = one.evaluable
-            uncertainty, failure = one.uncertainty[keep], one.failure[keep]
-            edges = np.histogram_bin_edges(uncertainty, bins=30).tolist()
-            for kind, label, colour, hatch in ((0, "correct", CORRECT, None), (1, "wrong", WRONG, "///")):
-                shown = uncertainty[failure == kind]
-                share = np.full(len(shown), 100 / max(len(shown), 1))
-                axes.hist(shown, edges, weights=share, alpha=0.65, label=f"answer {label}", color=colour, hatch=hatch)
-            axes.set_title(f"{title}: AUROC {auroc(uncertainty, failure):.1%}")
-            axes.set_xlabel("uncertainty")
-            axes.set_ylabel("% of its kind")
-            if number == 0:
-                axes.legend(fontsize=8)
-    return figure
-
-
-def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
-    """Share of correct answers kept against share of wrong ones kept, at every threshold (positive = correct)."""
-    figure = new_figure(5.5, 5)
-    axes = figure.add_subplot()
-    for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
-        keep = one.evaluable
-        uncertainty, failure = one.uncertainty[keep], one.failure[keep]
-        fpr, tpr = roc_curve_points(uncertainty, failure)
-        label = f"{one.method}  (FPR95 {fpr_at_tpr(uncertainty, failure):.1%})"
-        axes.plot(fpr, tpr, color=colour, linestyle=line_style(one), label=label)
-    axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
-    axes.set_xlabel("wrong answers accepted (false positive rate)")
-    axes.set_ylabel("correct answers accepted (true positive rate)")
-    axes.legend(fontsize=8, loc="lower right")
-    return figure
-
-
-def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
-    """Error rate among the most trusted answers against the share that is trusted."""
-    figure = new_figure(5.5, 5)
-    axes = figure.add_subplot()
-    for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
-        keep = one.evaluable
-        coverage, risk = risk_coverage_curve(one.uncertainty[keep], one.failure[keep])
-        label = f"{one.method}  (AURC {aurc(one.uncertainty[keep], one.failure[keep]):.3f})"
-        axes.plot(coverage, risk, color=colour, linestyle=line_style(one), label=label)
-    axes.set_xlabel("coverage: share of the answers accepted")
-    axes.set_ylabel("selective risk: error rate among them")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8, loc="upper left")
-    return figure
-
-
-def line_style(outcomes: Outcomes) -> str:
-    """Solid for the method this library is named after, dashed for others: readable without colour."""
-    return "-" if (outcomes.method or "").startswith("vilu") else "--"
 
 
 def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
@@ -137,22 +126,9 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
         spine.set_linewidth(3 if wrong else 1)
 
 
-CURVE_COLUMNS = 2
-CURVE_WIDTH, CURVE_HEIGHT = 4.4, 3.0
-
-
 @dataclass(frozen=True)
-class Line:
-    """Values along an axis, as fractions.
-
-    Attributes:
-        label: For the legend.
-        x: Where.
-        y: Values.
-        low: Lower ends of their intervals.
-        high: Upper ends.
-        published: (x, y) of a publication.
-    """
+class Series:
+    """Values along an axis as fractions, the ends of their intervals, and (x, y) that were published."""
 
     label: str
     x: Sequence[float]
@@ -164,23 +140,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: Above it.
-        y_label: Of the vertical axis.
-        lines: What is in it.
-    """
+    """One pair of axes: a title above, what the vertical axis says, and what is drawn."""
 
     title: str
     y_label: str
-    lines: Sequence[Line]
+    lines: Sequence[Series]
 
 
 def curves(panels: Sequence[Panel], x_label: str, *, log: bool) -> Figure:
     """A line for every series, intervals as bars; one legend for all panels."""
     with house_style():
-        figure, axes = _panels(panels)
+        figure, axes = _curve_panels(panels, x_label)
         styles = _styles(panels)
         for axis, panel in zip(axes, panels, strict=True):
             for line in panel.lines:
@@ -192,7 +162,6 @@ def curves(panels: Sequence[Panel], x_label: str, *, log: bool) -> Figure:
                 axis.set_xscale("log")
             axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
             axis.minorticks_off()
-            axis.set_xlabel(x_label)
         _legend(figure, axes, len(styles))
     return figure
 
@@ -200,7 +169,7 @@ def curves(panels: Sequence[Panel], x_label: str, *, log: bool) -> Figure:
 def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
     """Points with intervals, and the least-squares line through those of each series."""
     with house_style():
-        figure, axes = _panels(panels)
+        figure, axes = _curve_panels(panels, x_label)
         styles = _styles(panels)
         for axis, panel in zip(axes, panels, strict=True):
             for line in panel.lines:
@@ -210,18 +179,22 @@ def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
                     ends = np.array([min(line.x), max(line.x)])
                     slope, offset = np.polyfit(line.x, line.y, 1)
                     axis.plot(100 * ends, 100 * (slope * ends + offset), color=style["color"], ls=style["linestyle"])
-            axis.set_xlabel(x_label)
         _legend(figure, axes, len(styles))
     return figure
 
 
-def _panels(panels: Sequence[Panel]) -> tuple[Figure, list[Axes]]:
-    columns = min(CURVE_COLUMNS, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = new_figure(CURVE_WIDTH * columns, CURVE_HEIGHT * rows + 0.5)
-    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(len(panels))]
+def _panels(n: int, columns: int, width: float, height: float, below: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """So many panels of a size in inches, row by row, and room for a legend below."""
+    rows = -(-n // columns)
+    figure = new_figure(width * columns, height * rows + below)
+    return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
+
+
+def _curve_panels(panels: Sequence[Panel], x_label: str) -> tuple[Figure, list[Axes]]:
+    figure, axes = _panels(len(panels), min(2, len(panels)), 4.4, 3.0, below=0.5)
     for axis, panel in zip(axes, panels, strict=True):
         axis.set_title(panel.title)
+        axis.set_xlabel(x_label)
         axis.set_ylabel(f"{panel.y_label} (%)")
         axis.grid(alpha=0.25, linewidth=0.5)
     return figure, axes
@@ -233,7 +206,7 @@ def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
     return dict(zip(labels, looks(), strict=False))
 
 
-def _bars(axis: Axes, line: Line, style: dict[str, Any]) -> None:
+def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     order = np.argsort(line.x, kind="stable")
     x, y, low, high = (np.asarray(values, dtype=np.float64)[order] for values in (line.x, line.y, line.low, line.high))
     scaled = x if style["linestyle"] != "none" else 100 * x
@@ -243,7 +216,7 @@ def _bars(axis: Axes, line: Line, style: dict[str, Any]) -> None:
     )
 
 
-def _published(axis: Axes, line: Line, style: dict[str, Any]) -> None:
+def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     x, y = zip(*sorted(line.published), strict=True)
     look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
     axis.plot(x, 100 * np.asarray(y), markerfacecolor="white", markersize=5, label=f"{line.label}, published", **look)
@@ -259,21 +232,9 @@ def _legend(figure: Figure, axes: Sequence[Axes], n_labels: int) -> None:
     )
 
 
-GRID_COLUMNS = 2
-GRID_WIDTH, GRID_HEIGHT = 4.2, 2.6
-
-
 @dataclass(frozen=True)
 class Grid:
-    """One panel.
-
-    Attributes:
-        title: Above it.
-        rows: Labels from top to bottom.
-        columns: Labels from left to right.
-        values: Fractions by number of row and column; what is missing is left white.
-        chosen: The pair that was selected.
-    """
+    """Fractions by number of row (from the top) and column; what is missing is left white, the chosen pair framed."""
 
     title: str
     rows: Sequence[str]
@@ -285,11 +246,8 @@ class Grid:
 def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
     """Darker is higher; the number stands in every field, the chosen one is framed."""
     with house_style():
-        columns = min(GRID_COLUMNS, len(panels))
-        rows = -(-len(panels) // columns)
-        figure = new_figure(GRID_WIDTH * columns, GRID_HEIGHT * rows)
-        for number, panel in enumerate(panels):
-            axis = figure.add_subplot(rows, columns, number + 1)
+        figure, axes = _panels(len(panels), min(2, len(panels)), 4.2, 2.6)
+        for axis, panel in zip(axes, panels, strict=True):
             field = np.full((len(panel.rows), len(panel.columns)), np.nan)
             for place, value in panel.values.items():
                 field[place] = value
@@ -298,16 +256,13 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
             for (row, column), value in panel.values.items():
                 axis.text(column, row, f"{100 * value:.1f}", ha="center", va="center", fontsize=8)
             if panel.chosen is not None:
-                row, column = panel.chosen
-                axis.plot(*_frame(row, column), color=WRONG, linewidth=2)
+                y, x = panel.chosen
+                left, right, top, bottom = x - 0.48, x + 0.48, y - 0.48, y + 0.48
+                frame = [left, right, right, left, left], [top, top, bottom, bottom, top]
+                axis.plot(*frame, color=WRONG, linewidth=2)
             axis.set_xticks(range(len(panel.columns)), panel.columns)
             axis.set_yticks(range(len(panel.rows)), panel.rows)
             axis.set_title(panel.title)
             axis.set_xlabel(column_label)
             axis.set_ylabel(row_label)
     return figure
-
-
-def _frame(row: int, column: int) -> tuple[list[float], list[float]]:
-    left, right, top, bottom = column - 0.48, column + 0.48, row - 0.48, row + 0.48
-    return [left, right, right, left, left], [top, top, bottom, bottom, top]

@@ -35,11 +35,7 @@ SETTINGS: Any = {
 
 
 def require_matplotlib() -> None:
-    """Refuse to go on without matplotlib.
-
-    Raises:
-        MissingModelError: If it is not installed.
-    """
+    """Refuse to go on without matplotlib."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -47,11 +43,7 @@ def require_matplotlib() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure that needs no screen.
-
-    Raises:
-        MissingModelError: If matplotlib is not installed.
-    """
+    """An empty figure that needs no screen."""
     require_matplotlib()
     from matplotlib.figure import Figure
 

@@ -26,12 +26,7 @@ from vilu.report.explain.rows import Names, plain_rows
 
 
 class Weights(NamedTuple):
-    """Weights of candidates.
-
-    Attributes:
-        meaning: What they are, in words.
-        of: A batch to its (B, K) weights, each row of sum one.
-    """
+    """What the weights of candidates are in words, and from a batch to its (B, K) weights, each row of sum one."""
 
     meaning: str
     of: Callable[[Batch], Tensor]
@@ -77,11 +72,7 @@ def leading(weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:
-    """(N,) candidate of the largest weight beside the zero-shot answer, -1 for rows that cannot be scored.
-
-    Raises:
-        UsageError: If the candidates are captions of a pool, which have no number outside it.
-    """
+    """(N,) candidate of the largest weight beside the zero-shot answer, -1 for rows that cannot be scored."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes, so an answer's competitors have no common name. Give class data.")
     weights = weights_of(predictor)
@@ -114,14 +105,7 @@ class Neighbour:
 
 
 class TrainingRows:
-    """Labelled training rows, split by whether their zero-shot answer is wrong.
-
-    Args:
-        train: The training data.
-
-    Raises:
-        DataError: If no row has a label, or there is one candidate.
-    """
+    """Labelled training rows, split by whether their zero-shot answer is wrong."""
 
     def __init__(self, train: EmbeddingSource) -> None:
         self.train = train
@@ -129,18 +113,12 @@ class TrainingRows:
         self.failures, self.successes = rows[failure == 1], rows[failure == 0]
 
     def near(self, image: Tensor, keys: Sequence[str | None], n: int) -> list[tuple[list[Neighbour], list[Neighbour]]]:
-        """For every image the ``n`` nearest failures and successes, the nearest first; never the image itself.
-
-        Args:
-            image: (B, D) unit-norm embeddings.
-            keys: B identifiers; a training row with the same one is left out. None for an image without any.
-            n: How many.
-        """
+        """For every image (B, D) the ``n`` nearest failures and successes, the nearest first; none with its own key."""
         found = [self._search(image, keys, rows, n) for rows in (self.failures, self.successes)]
-        wanted = torch.tensor(sorted({row for kind in found for of in kind for row, _ in of}), dtype=torch.int64)
-        answers = self._answers(wanted)
+        answers = self._answers({row for kind in found for of in kind for row, _ in of})
         failures, successes = (
-            [[self._neighbour(row, cosine, answers) for row, cosine in of] for of in kind] for kind in found
+            [[Neighbour(self.train.ids[row], cosine, *answers[row]) for row, cosine in of] for of in kind]
+            for kind in found
         )
         return list(zip(failures, successes, strict=True))
 
@@ -153,17 +131,14 @@ class TrainingRows:
             for key, of, p in zip(keys, cosine, place, strict=True)
         ]
 
-    def _answers(self, rows: Tensor) -> dict[int, tuple[str, str]]:
+    def _answers(self, rows: set[int]) -> dict[int, tuple[str, str]]:
         """Answer and truth of training rows."""
         names, found = Names(self.train), {}
-        for batch in plain_rows(self.train, rows):
-            for row, *pair in zip(batch.index.tolist(), batch.prediction.tolist(), batch.target.tolist(), strict=True):
-                answer, truth = (names.of(row, candidate) for candidate in pair)
-                found[row] = (answer, truth)
+        for batch in plain_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
+            columns = (batch.index.tolist(), batch.prediction.tolist(), batch.target.tolist())
+            for row, answer, truth in zip(*columns, strict=True):
+                found[row] = names.of(row, answer), names.of(row, truth)
         return found
-
-    def _neighbour(self, row: int, cosine: float, answers: dict[int, tuple[str, str]]) -> Neighbour:
-        return Neighbour(self.train.ids[row], cosine, *answers[row])
 
 
 def nearest_rows(image: Tensor, rows: Rows, k: int) -> tuple[Tensor, Tensor]:

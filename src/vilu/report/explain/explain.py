@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from vilu.errors import UsageError
-from vilu.files import write_json
-from vilu.report.explain.attribution import Attribution
-from vilu.report.explain.competitors import Neighbour
-
-if TYPE_CHECKING:
-    from vilu.report.explain.prompts import PromptGains
-    from vilu.report.explain.risk import RiskMap
-
-
 import warnings
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -28,14 +15,49 @@ from torch import Tensor
 
 from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
-from vilu.errors import DataError
+from vilu.errors import DataError, UsageError
+from vilu.files import SCHEMA_VERSION, write_json
 from vilu.predictors.base import FailurePredictor
 from vilu.progress import track
-from vilu.report.explain.attribution import Attributor, NoAttribution, Scored
-from vilu.report.explain.competitors import TrainingRows, Weights, leading, weights_of
+from vilu.report.explain.attribution import Attribution, Attributor, NoAttribution, Scored
+from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, leading, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows
+from vilu.text import aligned, rest
 
-SCHEMA_VERSION = 1
+SHOWN = 15
+"""Lines of a table; the rest is counted."""
+
+
+def require_json(path: str | Path) -> None:
+    """Refuse a file of another format."""
+    if Path(path).suffix.lower() != ".json":
+        raise UsageError(f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead.")
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What can be read as text, and kept as JSON."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON."""
+        return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **dataclasses.asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write ``.json`` atomically.
+
+        Raises:
+            UsageError: If the suffix is not ``.json``.
+            StorageError: If the file system refuses.
+        """
+        require_json(path)
+        write_json(path, self.to_dict())
+
+
+def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], what: str) -> list[str]:
+    """A table of the first rows, and how many more there are."""
+    return [*aligned([heading, *rows[:SHOWN]]), *rest(len(rows), SHOWN, what)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +107,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Explanations:
+class Explanations(Findings):
     """Explained rows, and what their numbers mean.
 
     Attributes:
@@ -98,6 +120,8 @@ class Explanations:
         neighbours: Where the neighbours are from, or why there are none.
         n_seen: How many of the rows were used to fit the predictor, as far as is known.
     """
+
+    kind: ClassVar[str] = "explanations"
 
     rows: tuple[Explanation, ...]
     method: str
@@ -115,143 +139,37 @@ class Explanations:
         return iter(self.rows)
 
     def __str__(self) -> str:
-
-        return explanations_text(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON."""
-        return {"schema_version": SCHEMA_VERSION, "kind": "explanations", **dataclasses.asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write ``.json`` atomically; errors as ``save_json``."""
-        save_json(path, self.to_dict())
-
-
-def save_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write plain JSON atomically.
-
-    Raises:
-        UsageError: If the suffix is not ``.json``.
-        StorageError: If the file system refuses.
-    """
-    require_json(path)
-    write_json(path, content)
-
-
-def require_json(path: str | Path) -> None:
-    """Refuse a file of another format.
-
-    Raises:
-        UsageError: If the suffix is not ``.json``.
-    """
-    if Path(path).suffix.lower() != ".json":
-        raise UsageError(f"explanations are nested, so they go to a .json file. Got {Path(path).name!r} instead.")
-
-
-SHOWN = 15
-"""Lines of a table; the rest is counted."""
-
-
-def explanations_text(found: Explanations) -> str:
-    """What the numbers mean, and then one paragraph per row."""
-    kind = "probability of failure" if found.is_probability else "a score, higher = more likely wrong"
-    head = [
-        f"method        {found.method}; uncertainty: {kind}",
-        f"competitors   {found.weights}",
-        f"attribution   {found.attribution}",
-        f"neighbours    {found.neighbours}",
-    ]
-    return "\n\n".join(["\n".join(head), *(_row_text(row, found.unit) for row in found)])
+        kind = "probability of failure" if self.is_probability else "a score, higher = more likely wrong"
+        head = (
+            f"method        {self.method}; uncertainty: {kind}\n"
+            f"competitors   {self.weights}\n"
+            f"attribution   {self.attribution}\n"
+            f"neighbours    {self.neighbours}"
+        )
+        return "\n\n".join([head, *(_row_text(row, self.unit) for row in self)])
 
 
 def _row_text(row: Explanation, unit: str | None) -> str:
+    """One paragraph."""
     verdict = {None: "", True: "  WRONG", False: "  right"}[row.wrong]
     truth = "" if row.truth is None else f"   truth {row.truth}{verdict}"
     lines = [
         f"row {row.row}  {row.key}",
         f"  answer      {row.answer} ({row.posterior:.1%})   uncertainty {row.uncertainty:.4g}{truth}",
-        f"  competes    {'   '.join(map(_competitor, row.competitors))}",
+        "  competes    " + "   ".join(f"{candidate.name} {candidate.weight:.3f}" for candidate in row.competitors),
     ]
     if row.attribution is not None:
-        lines.append(f"  {unit}  {_sum(row.attribution)}")
+        parts = "".join(f" {value:+.2f} {name}" for name, value in row.attribution.parts.items())
+        lines.append(f"  {unit}  {row.attribution.score:.2f} = {row.attribution.baseline:.2f} mean{parts}")
     for kind, neighbours in (("failures", row.failures), ("successes", row.successes)):
         if neighbours is not None:
-            lines += (
-                [f"  nearest training {kind}", *map(_neighbour, neighbours)]
-                if neighbours
-                else [f"  no training {kind}"]
-            )
+            lines += [f"  {'nearest' if neighbours else 'no'} training {kind}", *map(_neighbour_text, neighbours)]
     return "\n".join(lines)
 
 
-def _competitor(candidate: Competitor) -> str:
-    return f"{candidate.name} {candidate.weight:.3f}"
-
-
-def _sum(attribution: Attribution) -> str:
-    parts = "".join(f" {value:+.2f} {name}" for name, value in attribution.parts.items())
-    return f"{attribution.score:.2f} = {attribution.baseline:.2f} mean{parts}"
-
-
-def _neighbour(row: Neighbour) -> str:
-    answered = f"answered {row.answer}" + ("" if row.answer == row.truth else f", true {row.truth}")
-    return f"    {row.cosine:.3f}  {row.key}  {answered}"
-
-
-def risk_text(found: RiskMap) -> str:
-    """One line on the whole, and a table of the costliest confusions."""
-    kind = "failures" if found.labelled else "expected failures"
-    left_out = f"; {found.n_left_out:,} rows without score or label left out" if found.n_left_out else ""
-    head = (
-        f"{found.failures:,.1f} {kind} in {found.n:,} answers{left_out}. Of the {found.coverage:.0%} most trusted "
-        f"(uncertainty up to {found.threshold:.4g}) {found.risk:.2%} are wrong."
-    )
-    other = "true" if found.labelled else "competitor"
-    table = [
-        (
-            row.answer,
-            row.instead,
-            f"{row.failures:.1f}",
-            f"{row.share:.1%}",
-            f"{row.uncertainty:.3f}",
-            f"{row.accepted:.1f}",
-            f"{row.risk:.2%}",
-        )
-        for row in found.rows[:SHOWN]
-    ]
-    heading = ("answered", other, kind, "of all", "mean uncertainty", "accepted", "accepted risk")
-    return "\n".join([head, "", *_aligned([heading, *table]), *_rest(len(found.rows), "confusions")])
-
-
-def gains_text(found: PromptGains) -> str:
-    """What is estimated, and a table of the classes that gain the most."""
-    head = (
-        f"Accuracy is {found.accuracy:.2%} on {found.n:,} labelled rows. With the text of one class moved towards its\n"
-        f"images ({found.folds} folds, measured on rows not fitted on; an upper range for what wording can do):"
-    )
-    table = [
-        (
-            row.name,
-            f"{row.n:,}",
-            f"{row.failures:,}",
-            f"{row.saved:,}",
-            f"{row.lost:,}",
-            f"{100 * row.gain:+.2f}",
-            f"{100 * row.low:+.2f} to {100 * row.high:+.2f}",
-        )
-        for row in found.rows[:SHOWN]
-    ]
-    heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
-    return "\n".join([head, "", *_aligned([heading, *table]), *_rest(len(found.rows), "classes")])
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-
-
-def _rest(n: int, what: str) -> list[str]:
-    return [f"... and {n - SHOWN:,} more {what} (--json has all)"] if n > SHOWN else []
+def _neighbour_text(row: Neighbour) -> str:
+    true = "" if row.answer == row.truth else f", true {row.truth}"
+    return f"    {row.cosine:.3f}  {row.key}  answered {row.answer}{true}"
 
 
 class Depth(NamedTuple):
@@ -311,7 +229,7 @@ def explain(
     if train is not None:
         data.space.require_match(train.space, mine="the data to explain", theirs="the training set")
     attributor, why = _attributor(predictor, data, train, chosen, depth)
-    explained = _Explainer(predictor, data, depth, attributor).of(chosen)
+    explained = _explained(predictor, data, chosen, depth, attributor)
     return Explanations(
         rows=tuple(_with_neighbours(explained, data, train, depth)),
         method=predictor.label,
@@ -339,11 +257,7 @@ def _attributor(
 
 
 def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -> Tensor:
-    """(<= n,) positions of the rows of largest uncertainty, falling; of equal ones the lowest first.
-
-    Raises:
-        DataError: If no row has a score.
-    """
+    """(<= n,) positions of the rows of largest uncertainty, falling; of equal ones the lowest first."""
     uncertainty = predictor.predict_uncertainty(data)
     scored = np.flatnonzero(np.isfinite(uncertainty))
     if not len(scored):
@@ -351,55 +265,44 @@ def most_uncertain(predictor: FailurePredictor, data: EmbeddingSource, n: int) -
     return torch.from_numpy(scored[np.argsort(-uncertainty[scored], kind="stable")[:n]])
 
 
-class _Explainer:
-    """Everything about a row but its neighbours."""
+def _explained(
+    predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor, depth: Depth, attributor: Attributor | None
+) -> list[tuple[Explanation, Tensor]]:
+    """An explanation per row, in their order and without neighbours, with its image (D,)."""
+    found: dict[int, tuple[Explanation, Tensor]] = {}
+    names, weights = Names(data), weights_of(predictor)
+    with track("explain", len(rows), "rows") as task, torch.no_grad():
+        for scored in scored_rows(predictor, data, rows):
+            for explanation, image in _of_batch(scored, names, weights, depth, attributor):
+                found[explanation.row] = explanation, image
+                task.advance(1)
+    return [found[row] for row in rows.tolist()]
 
-    def __init__(
-        self, predictor: FailurePredictor, data: EmbeddingSource, depth: Depth, attributor: Attributor | None
-    ) -> None:
-        self.predictor, self.data, self.depth, self.attributor = predictor, data, depth, attributor
-        self.weights: Weights = weights_of(predictor)
-        self.names = Names(data)
 
-    def of(self, rows: Tensor) -> list[tuple[Explanation, Tensor]]:
-        """An explanation per row, in their order, with its image (D,)."""
-        found: dict[int, tuple[Explanation, Tensor]] = {}
-        with track("explain", len(rows), "rows") as task, torch.no_grad():
-            for scored in scored_rows(self.predictor, self.data, rows):
-                images = scored[0].image.cpu()
-                for explanation, image in zip(self._batch(scored), images, strict=True):
-                    found[explanation.row] = explanation, image
-                task.advance(len(images))
-        return [found[row] for row in rows.tolist()]
-
-    def _batch(self, scored: Scored) -> list[Explanation]:
-        batch, scores = scored
-        posterior = log_posterior(batch).exp().cpu()
-        weights = self.weights.of(batch).cpu()
-        leaders = zip(*(x.tolist() for x in leading(weights, self.depth.candidates)), strict=True)
-        attributions: Sequence[Attribution | None] = (
-            [None] * len(scores) if self.attributor is None else self.attributor.of(scored)
+def _of_batch(
+    scored: Scored, names: Names, weights: Weights, depth: Depth, attributor: Attributor | None
+) -> Iterator[tuple[Explanation, Tensor]]:
+    batch, scores = scored
+    posterior = log_posterior(batch).exp().cpu()
+    weight, leader = leading(weights.of(batch).cpu(), depth.candidates)
+    attributions = None if attributor is None else attributor.of(scored)
+    for place, row in enumerate(batch.index.tolist()):
+        answer, target, failure = (int(column[place]) for column in (batch.prediction, batch.target, batch.failure))
+        p, leaders = posterior[place], zip(weight[place].tolist(), leader[place].tolist(), strict=True)
+        explanation = Explanation(
+            row=row,
+            key=names.data.ids[row],
+            answer=names.of(row, answer),
+            posterior=float(p[answer]),
+            uncertainty=float(scores[place]),
+            truth=None if target == UNKNOWN else names.of(row, target),
+            wrong=None if failure == UNKNOWN else bool(failure),
+            competitors=tuple(Competitor(names.of(row, j), given, float(p[j])) for given, j in leaders),
+            failures=None,
+            successes=None,
+            attribution=None if attributions is None else attributions[place],
         )
-        columns = (batch.index.tolist(), batch.prediction.tolist(), batch.target.tolist(), batch.failure.tolist())
-        rows = zip(*columns, scores.tolist(), posterior, leaders, attributions, strict=True)
-        return [
-            Explanation(
-                row=row,
-                key=self.data.ids[row],
-                answer=self.names.of(row, answer),
-                posterior=float(p[answer]),
-                uncertainty=score,
-                truth=None if target == UNKNOWN else self.names.of(row, target),
-                wrong=None if failure == UNKNOWN else bool(failure),
-                competitors=tuple(
-                    Competitor(self.names.of(row, j), weight, float(p[j])) for weight, j in zip(*leading_, strict=True)
-                ),
-                failures=None,
-                successes=None,
-                attribution=attribution,
-            )
-            for row, answer, target, failure, score, p, leading_, attribution in rows
-        ]
+        yield explanation, batch.image[place].cpu()
 
 
 def _with_neighbours(

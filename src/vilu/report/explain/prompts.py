@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.predictors.bank.search import leaders
-from vilu.progress import track
-from vilu.report.explain.explain import SCHEMA_VERSION, save_json
+from vilu.progress import Task, track
+from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import ROWS
 
 STEPS, SHARED = (0.5, 1.0, 2.0, 4.0, 8.0), (0.0, 0.1)
@@ -54,9 +52,14 @@ class PromptGain:
     low: float
     high: float
 
+    def cells(self) -> tuple[str, ...]:
+        """What a table says of it."""
+        counts = (f"{count:,}" for count in (self.n, self.failures, self.saved, self.lost))
+        return self.name, *counts, f"{100 * self.gain:+.2f}", f"{100 * self.low:+.2f} to {100 * self.high:+.2f}"
+
 
 @dataclass(frozen=True)
-class PromptGains:
+class PromptGains(Findings):
     """Classes by the gain of a better text, falling.
 
     Attributes:
@@ -66,23 +69,20 @@ class PromptGains:
         folds: Of the cross-validation.
     """
 
+    kind: ClassVar[str] = "prompt_gains"
+
     rows: tuple[PromptGain, ...]
     n: int
     accuracy: float
     folds: int
 
     def __str__(self) -> str:
-        from vilu.report.explain.explain import gains_text
-
-        return gains_text(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON."""
-        return {"schema_version": SCHEMA_VERSION, "kind": "prompt_gains", **dataclasses.asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write ``.json`` atomically; errors as ``save_json``."""
-        save_json(path, self.to_dict())
+        head = (
+            f"Accuracy is {self.accuracy:.2%} on {self.n:,} labelled rows. With the text of one class moved towards "
+            f"its\nimages ({self.folds} folds, measured on rows not fitted on; an upper range for what wording can do):"
+        )
+        heading = ("class", "rows", "failures", "saved", "lost", "accuracy", "95 % interval")
+        return "\n".join([head, "", *first_lines(heading, [row.cells() for row in self.rows], "classes")])
 
 
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
@@ -111,29 +111,24 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
         UsageError: If the data are image-caption pairs, or there are too few folds.
         DataError: If fewer rows than folds have a label, or there is one candidate.
     """
-    rows, accuracy = _measured(data, folds)
+    rows, n, failures = _labelled(data, folds)
     text = data.candidates(rows[:0]).text
     fold = torch.empty(len(data), dtype=torch.int64)
-    generator = torch.Generator().manual_seed(seed)
-    fold[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % folds
+    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    fold[shuffled] = torch.arange(len(rows)) % folds
     means = _Means(data, rows, fold, folds)
-    # rows saved and lost per fold, mix and class: on the other folds, for choosing, and on the fold itself
-    choosing, measuring = (torch.zeros(2, folds, len(MIXES), len(text), dtype=torch.int64) for _ in range(2))
+    changes = []
     with track("better texts", len(rows), "rows") as task:
-        for seen in range(folds):
-            better = [means.better_texts(text, {seen, left_out}) for left_out in range(folds)]
-            for batch in data.batches(ROWS, rows=rows[fold[rows] == seen]):
-                rivals = Rivals.of(batch)
-                for left_out, mix in itertools.product(range(folds), range(len(MIXES))):
-                    counts = measuring if left_out == seen else choosing
-                    counts[:, left_out, mix] += rivals.changes(batch, better[left_out][mix])
-                task.advance(len(batch.index))
-    saved, lost = _at_the_chosen(choosing, measuring)
-    return PromptGains(tuple(_ranked(data, accuracy, saved, lost)), len(rows), _accuracy(accuracy), folds)
+        for here in range(folds):
+            better = [means.better_texts(text, {here, left_out}) for left_out in range(folds)]
+            changes.append(_changes(data, rows[fold[rows] == here], better, task))
+    saved, lost = _at_the_chosen(torch.stack(changes))
+    ranked = tuple(_ranked(data, n, failures, saved, lost))
+    return PromptGains(ranked, len(rows), 1 - float(failures.sum() / n.sum()), folds)
 
 
-def _measured(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor]:
-    """Usable labelled rows (N,), and per class (2, K) how many there are and how many are answered wrong."""
+def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Usable labelled rows (N,), and per class (K,) how many there are and how many are answered wrong."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
     if folds < MIN_FOLDS:
@@ -143,11 +138,11 @@ def _measured(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor]:
     rows = data.usable_rows[data.target[data.usable_rows] != UNKNOWN]
     if len(rows) < folds:
         raise DataError(f"better texts are estimated from labelled rows in {folds} folds. Got {len(rows)} such rows.")
-    counts = torch.zeros(2, data.n_candidates, dtype=torch.int64)
+    n, failures = torch.zeros(2, data.n_candidates, dtype=torch.int64)
     for batch in data.batches(ROWS, rows=rows):
-        counts[0] += batch.target.bincount(minlength=data.n_candidates)
-        counts[1] += batch.target[batch.failure == 1].bincount(minlength=data.n_candidates)
-    return rows, counts
+        n += batch.target.bincount(minlength=data.n_candidates)
+        failures += batch.target[batch.failure == 1].bincount(minlength=data.n_candidates)
+    return rows, n, failures
 
 
 class _Means:
@@ -207,26 +202,37 @@ class Rivals(NamedTuple):
         return torch.stack([(right & ~self.right).sum(dim=0), (self.right & ~right).sum(dim=0)])
 
 
-def _at_the_chosen(choosing: Tensor, measuring: Tensor) -> tuple[Tensor, Tensor]:
-    """(K,) rows saved and lost with the mix that was chosen per fold and class; none where no mix gains anything."""
-    gain = choosing[0] - choosing[1]
-    chosen = one_hot(gain.argmax(dim=1), len(MIXES)).movedim(-1, 1) * (gain.amax(dim=1) > 0)[:, None]
-    saved, lost = (measuring * chosen).sum(dim=(1, 2))
+def _changes(data: EmbeddingSource, rows: Tensor, better: Sequence[Tensor], task: Task) -> Tensor:
+    """(folds, mixes, 2, K) of these rows those that become right, and wrong, with the texts made without each fold."""
+    found = torch.zeros(len(better), len(MIXES), 2, better[0].shape[1], dtype=torch.int64)
+    for batch in data.batches(ROWS, rows=rows):
+        rivals = Rivals.of(batch)
+        for left_out, mix in itertools.product(range(len(better)), range(len(MIXES))):
+            found[left_out, mix] += rivals.changes(batch, better[left_out][mix])
+        task.advance(len(batch.index))
+    return found
+
+
+def _at_the_chosen(changes: Tensor) -> tuple[Tensor, Tensor]:
+    """(K,) rows saved and lost with the mix that was chosen per fold and class; none where no mix gains anything.
+
+    Of ``changes`` (folds, folds, mixes, 2, K), those in fold f with texts made without folds f and g, what is at f = g
+    is measured, and what the other folds f say of the texts without g chooses for g.
+    """
+    measured = changes.diagonal().movedim(-1, 0)
+    elsewhere = changes.sum(dim=0) - measured
+    gain, mix = (elsewhere[:, :, 0] - elsewhere[:, :, 1]).max(dim=1, keepdim=True)
+    saved, lost = (measured.take_along_dim(mix[:, :, None], dim=1) * (gain > 0)[:, :, None]).sum(dim=(0, 1))
     return saved, lost
 
 
-def _ranked(data: EmbeddingSource, counts: Tensor, saved: Tensor, lost: Tensor) -> Iterator[PromptGain]:
-    total = int(counts[0].sum())
-    order = (saved - lost).argsort(descending=True, stable=True)
-    for c in order.tolist():
+def _ranked(data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, lost: Tensor) -> Iterator[PromptGain]:
+    total = int(n.sum())
+    for c in (saved - lost).argsort(descending=True, stable=True).tolist():
         plus, minus = int(saved[c]), int(lost[c])
         name = f"candidate {c}" if data.class_names is None else data.class_names[c]
         low, high = paired_interval(plus, minus, total)
-        yield PromptGain(name, int(counts[0, c]), int(counts[1, c]), plus, minus, (plus - minus) / total, low, high)
-
-
-def _accuracy(counts: Tensor) -> float:
-    return 1 - float(counts[1].sum() / counts[0].sum())
+        yield PromptGain(name, int(n[c]), int(failures[c]), plus, minus, (plus - minus) / total, low, high)
 
 
 def paired_interval(saved: int, lost: int, n: int) -> tuple[float, float]:

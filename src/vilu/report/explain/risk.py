@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,7 +12,7 @@ from numpy.typing import ArrayLike
 from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
-from vilu.report.explain.explain import SCHEMA_VERSION, save_json
+from vilu.report.explain.explain import Findings, first_lines
 
 
 @dataclass(frozen=True)
@@ -39,9 +37,14 @@ class Confusion:
     accepted: float
     risk: float
 
+    def cells(self) -> tuple[str, ...]:
+        """What a table says of it."""
+        numbers = f"{self.failures:.1f}", f"{self.share:.1%}", f"{self.uncertainty:.3f}"
+        return self.answer, self.instead, *numbers, f"{self.accepted:.1f}", f"{self.risk:.2%}"
+
 
 @dataclass(frozen=True)
-class RiskMap:
+class RiskMap(Findings):
     """Confusions, the costliest first.
 
     Attributes:
@@ -55,6 +58,8 @@ class RiskMap:
         n_left_out: Rows without score, or without label where others have one.
     """
 
+    kind: ClassVar[str] = "risk_map"
+
     rows: tuple[Confusion, ...]
     coverage: float
     threshold: float
@@ -65,17 +70,15 @@ class RiskMap:
     n_left_out: int
 
     def __str__(self) -> str:
-        from vilu.report.explain.explain import risk_text
-
-        return risk_text(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON."""
-        return {"schema_version": SCHEMA_VERSION, "kind": "risk_map", **dataclasses.asdict(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write ``.json`` atomically; errors as ``save_json``."""
-        save_json(path, self.to_dict())
+        kind = "failures" if self.labelled else "expected failures"
+        left_out = f"; {self.n_left_out:,} rows without score or label left out" if self.n_left_out else ""
+        head = (
+            f"{self.failures:,.1f} {kind} in {self.n:,} answers{left_out}. Of the {self.coverage:.0%} most trusted "
+            f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} are wrong."
+        )
+        other = "true" if self.labelled else "competitor"
+        heading = ("answered", other, kind, "of all", "mean uncertainty", "accepted", "accepted risk")
+        return "\n".join([head, "", *first_lines(heading, [row.cells() for row in self.rows], "confusions")])
 
 
 def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverage: float = 0.8) -> RiskMap:

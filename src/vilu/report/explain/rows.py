@@ -34,13 +34,8 @@ def scored_rows(
     """Batches of the wanted rows, each with its uncertainty (B,) float64, in the order of the source (or of its pools).
 
     A matrix product rounds by the shape of its block. So whole blocks of ``vilu.score`` are scored, whatever is wanted
-    of them: uncertainty and answer are the very numbers that it gives.
-
-    Args:
-        predictor: Ready to score.
-        data: The rows' source.
-        rows: (M,) int64 distinct positions of usable rows.
-        step: Rows per block; 1, where the uncertainties are not looked at, scores no others.
+    of them: uncertainty and answer are the very numbers that it gives. With step 1, where the uncertainties are not
+    looked at, no other rows are scored.
     """
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
         for places in torch.isin(batch.index.cpu(), rows).nonzero().squeeze(1).split(ROWS):
@@ -77,17 +72,7 @@ def _pool(data: EmbeddingSource, number: int) -> Tensor:
 
 
 def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Tensor:
-    """At most ``n`` usable rows, drawn without repetition, in the order of the source; of captions from few pools.
-
-    Args:
-        data: Rows to draw from.
-        n: How many.
-        seed: Of the draw.
-        leave_out: Positions that are not drawn.
-
-    Raises:
-        DataError: If there is no row to draw.
-    """
+    """At most ``n`` usable rows, drawn without repetition, in the order of the source; of captions from few pools."""
     rng = np.random.default_rng(seed)
     rows = data.usable_rows
     if data.pool_size is not None:
@@ -103,11 +88,7 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
 
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
-    """(M,) distinct positions of the rows with these numbers or keys, in the order asked for.
-
-    Raises:
-        DataError: If there is no such row, or its embedding is not usable.
-    """
+    """(M,) distinct positions of the rows with these numbers or keys, in the order asked for."""
     keys = {key for key in wanted if isinstance(key, str)}
     places: dict[str, list[int]] = {key: [] for key in keys}
     for row, key in enumerate(data.ids if keys else ()):

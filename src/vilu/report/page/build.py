@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+import importlib.metadata
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,7 +17,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-import vilu
 from vilu.datasets.base import ImageDataset
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
@@ -23,108 +25,45 @@ from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.outcomes.results import ResultTable
+from vilu.report.figures import known
 from vilu.report.page import charts
-from vilu.report.page.charts import Rate, class_rows
+from vilu.report.page.charts import Rate, class_rows, goal
 from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, choose_main
 from vilu.report.page.gallery import Card, make_cards, pick_rows, thumbnails
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Characters that turn the order of what stands around them; joiners, which scripts and emoji need, are not among."""
 
-import unicodedata
-from collections.abc import Iterator, Mapping
+HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
+"""Categories of characters that a page has no use for: controls, halves of characters, breaks of lines."""
+
+SHOWN, TOLD = 60, 300
+"""Characters of a name that are seen, and that a tooltip tells at most."""
+
+NOTHING = "–"
+
+TABLES = {
+    "How well right and wrong answers are told apart": (
+        "auroc", "fpr95", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc",
+    ),
+    "What a threshold would do, and probabilities": (
+        "risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1",
+        "ece", "ece_mass", "brier", "log_loss",
+    ),
+}  # fmt: skip
+"""Metrics in two tables that fit on a sheet of paper."""
+
+MAX_RISK = 0.05
+"""Error rate that is aimed at where no rule was calibrated."""
 
 MAX_POINTS = 500
 """Operating points in a page at most, however many rows there are."""
 
-
-@dataclass(frozen=True, eq=False)
-class Points:
-    """Some thresholds with what they accept, from nothing to everything.
-
-    Attributes:
-        threshold: (P,) ascending; the first is -inf: accept nothing.
-        accepted: (P,) rows with uncertainty <= threshold.
-        wrong: (P,) how many of those are wrong.
-        start: Position of the chosen threshold, or of the point nearest to what was chosen.
-    """
-
-    threshold: Floats
-    accepted: Ints
-    wrong: Ints
-    start: int
-
-
-def operating_points(
-    uncertainty: ArrayLike, failure: ArrayLike, chosen: float | None, n_accepted: int, limit: int = MAX_POINTS
-) -> Points:
-    """Thresholds that accept about evenly growing numbers of rows, the chosen one exactly among them.
-
-    Args:
-        uncertainty: (N,) scores.
-        failure: (N,) 1 where the answer is wrong, else 0.
-        chosen: The chosen threshold; None where what is accepted is not said by one.
-        n_accepted: How many rows the choice accepts: where the slider stands if there is no chosen threshold.
-        limit: Number of points at most, at least 4.
-
-    Raises:
-        DataError: As for every metric.
-    """
-    scores, wrong = check_pair(uncertainty, failure)
-    order = np.argsort(scores, kind="stable")
-    scores, wrong_below = scores[order], np.concatenate([[0], np.cumsum(wrong[order])])
-    distinct = np.unique(scores)
-    if len(distinct) > limit - 2:
-        rows = np.round(np.linspace(0, len(scores) - 1, limit - 2)).astype(np.int64)
-        distinct = np.unique(scores[rows])
-    threshold = np.concatenate([[-np.inf], distinct if chosen is None else np.union1d(distinct, [chosen])])
-    accepted = np.searchsorted(scores, threshold, side="right")
-    nearest = np.argmin(np.abs(accepted - n_accepted)) if chosen is None else np.searchsorted(threshold, chosen)
-    return Points(threshold, accepted, wrong_below[accepted], int(nearest))
-
-
-COMPETITORS_SHOWN = 3
-BATCH = 256
-
-
-def competitors(outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource) -> dict[int, list[tuple[str, float]]]:
-    """The likeliest classes of some rows, with softmax probabilities of the zero-shot logits.
-
-    Rows that the source does not have are left out.
-
-    Raises:
-        UsageError: If the source has captions in place of classes.
-        ProvenanceError: If it is not what the scores were made from: other classes or answers.
-    """
-    names, ids, said = outcomes.class_names, outcomes.ids, outcomes.prediction
-    if source.class_names is None or names is None or ids is None or said is None:
-        raise UsageError("competitors need classes with names, in the scores and in the embeddings. Leave --store out.")
-    if tuple(source.class_names) != tuple(names):
-        raise ProvenanceError("the store has other classes than the scores. Give the store that was scored.")
-    place = {key: position for position, key in enumerate(source.ids)}
-    wanted = {place[ids[row]]: row for row in map(int, rows) if ids[row] in place}
-    found: dict[int, list[tuple[str, float]]] = {}
-    for batch in source.batches(BATCH, rows=torch.tensor(sorted(wanted), dtype=torch.int64)):
-        probability = batch.logits.double().softmax(dim=1).numpy()
-        for position, answer, p in zip(batch.index.tolist(), batch.prediction.tolist(), probability, strict=True):
-            row = wanted[position]
-            if said[row] not in {UNKNOWN, answer}:
-                raise ProvenanceError(
-                    f"the store answers {names[answer]!r} where the scores say {names[said[row]]!r} ({ids[row]!r}). "
-                    "Give the store that was scored."
-                )
-            best = np.argsort(-p, kind="stable")[:COMPETITORS_SHOWN]
-            found[row] = [(names[k], float(p[k])) for k in best]
-    return found
-
-
-RANKING = ("auroc", "fpr95", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc")
-DECIDING = ("risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1")
-PROBABILITY = ("ece", "ece_mass", "brier", "log_loss")
-
-MAX_RISK = 0.05
-"""Error rate that is aimed at where no rule was calibrated."""
+COMPETITORS = 3
+"""Of an answer, itself among them."""
 
 
 def report_page(
@@ -163,14 +102,15 @@ def report_page(
     methods = [about, *(one for one in outcomes if one is not about)]
     table = evaluate(methods)  # refuses rows without labels before anything else needs them
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
-    points = _points(about, choice)
+    n_accepted = int(choice.accepted[about.evaluable].sum())
+    points = operating_points(*known(about), choice.threshold, n_accepted)
     style, script = _asset("page.css"), _asset("page.js")
     return template.render(
         style=style,
         script=script,
         style_hash=_csp_hash(style),
         script_hash=_csp_hash(script),
-        version=vilu.__version__,
+        version=importlib.metadata.version("vilu"),
         title=title or _title(about),
         main=about,
         methods=methods,
@@ -206,7 +146,9 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(short=shortened, tip=tooltip, pct=percent, count=count, score=score, goal=goal)
+    environment.filters.update(
+        short=shortened, tip=partial(shortened, most=TOLD), pct=percent, count="{:,}".format, score=score, goal=goal
+    )
     return environment
 
 
@@ -243,21 +185,15 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
 
 
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
-    """Metrics as rows of cells per method, in two tables that fit on a sheet of paper."""
+    """Metrics as rows of cells per method."""
     found = {(row.method, row.metric): row for row in table}
     present = {row.metric for row in table}
-    groups = {
-        "How well right and wrong answers are told apart": RANKING,
-        "What a threshold would do, and probabilities": DECIDING + PROBABILITY,
-    }
-    return [
-        {
-            "caption": caption,
-            "metrics": [name for name in names if name in present],
-            "rows": [[found.get((one.method, name)) for name in names if name in present] for one in methods],
-        }
-        for caption, names in groups.items()
-    ]
+    made = []
+    for caption, names in TABLES.items():
+        metrics = [name for name in names if name in present]
+        rows = [[found.get((one.method, name)) for name in metrics] for one in methods]
+        made.append({"caption": caption, "metrics": metrics, "rows": rows})
+    return made
 
 
 def _gallery(
@@ -270,10 +206,61 @@ def _gallery(
     return {name: make_cards(outcomes, choice, section, pictures, others) for name, section in sections.items()}
 
 
-def _points(outcomes: Outcomes, choice: Choice) -> Points:
-    rows = outcomes.evaluable
-    n_accepted = int(choice.accepted[rows].sum())
-    return operating_points(outcomes.uncertainty[rows], outcomes.failure[rows], choice.threshold, n_accepted)
+def competitors(outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource) -> dict[int, list[tuple[str, float]]]:
+    """The likeliest classes of some rows, with softmax probabilities of the zero-shot logits; of rows that it has."""
+    names, ids, said = outcomes.class_names, outcomes.ids, outcomes.prediction
+    if source.class_names is None or names is None or ids is None or said is None:
+        raise UsageError("competitors need classes with names, in the scores and in the embeddings. Leave --store out.")
+    if tuple(source.class_names) != tuple(names):
+        raise ProvenanceError("the store has other classes than the scores. Give the store that was scored.")
+    place = {key: position for position, key in enumerate(source.ids)}
+    wanted = {place[ids[row]]: row for row in map(int, rows) if ids[row] in place}
+    found: dict[int, list[tuple[str, float]]] = {}
+    for batch in source.batches(256, rows=torch.tensor(sorted(wanted), dtype=torch.int64)):
+        probability = batch.logits.double().softmax(dim=1).numpy()
+        for position, answer, p in zip(batch.index.tolist(), batch.prediction.tolist(), probability, strict=True):
+            row = wanted[position]
+            if said[row] not in {UNKNOWN, answer}:
+                raise ProvenanceError(
+                    f"the store answers {names[answer]!r} where the scores say {names[said[row]]!r} ({ids[row]!r}). "
+                    "Give the store that was scored."
+                )
+            best = np.argsort(-p, kind="stable")[:COMPETITORS]
+            found[row] = [(names[k], float(p[k])) for k in best]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Some thresholds (P,) from -inf on, how many rows they accept, and how many of those are wrong.
+
+    ``start`` is the position of the chosen threshold, or of the point nearest to what was chosen.
+    """
+
+    threshold: Floats
+    accepted: Ints
+    wrong: Ints
+    start: int
+
+
+def operating_points(
+    uncertainty: ArrayLike, failure: ArrayLike, chosen: float | None, n_accepted: int, limit: int = MAX_POINTS
+) -> Points:
+    """Thresholds that accept about evenly growing numbers of rows, the chosen one exactly among them.
+
+    Where what is accepted is not said by a threshold, the slider stands where about ``n_accepted`` rows are.
+    """
+    scores, wrong = check_pair(uncertainty, failure)
+    order = np.argsort(scores, kind="stable")
+    scores, wrong_below = scores[order], np.concatenate([[0], np.cumsum(wrong[order])])
+    distinct = np.unique(scores)
+    if len(distinct) > limit - 2:
+        rows = np.round(np.linspace(0, len(scores) - 1, limit - 2)).astype(np.int64)
+        distinct = np.unique(scores[rows])
+    threshold = np.concatenate([[-np.inf], distinct if chosen is None else np.union1d(distinct, [chosen])])
+    accepted = np.searchsorted(scores, threshold, side="right")
+    nearest = np.argmin(np.abs(accepted - n_accepted)) if chosen is None else np.searchsorted(threshold, chosen)
+    return Points(threshold, accepted, wrong_below[accepted], int(nearest))
 
 
 def _script_data(outcomes: Outcomes, points: Points, *, exact: bool) -> dict[str, Any]:
@@ -293,23 +280,11 @@ def _script_data(outcomes: Outcomes, points: Points, *, exact: bool) -> dict[str
 def _provenance(outcomes: Outcomes) -> dict[str, Any]:
     """Where scores come from, and a fingerprint of the numbers themselves."""
     content = hashlib.sha256(outcomes.uncertainty.tobytes() + outcomes.failure.tobytes()).hexdigest()
-    known = {name: getattr(outcomes, name) for name in ("dataset", "split", "seed", "is_probability")}
+    said = {name: getattr(outcomes, name) for name in ("dataset", "split", "seed", "is_probability")}
     return {
         "method": outcomes.method,
-        "facts": [*flat({**known, **outcomes.provenance}), ("sha256 of scores and failures", content[:32])],
+        "facts": [*flat({**said, **outcomes.provenance}), ("sha256 of scores and failures", content[:32])],
     }
-
-
-BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Characters that turn the order of what stands around them; joiners, which scripts and emoji need, are not among."""
-
-HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Categories of characters that a page has no use for: controls, halves of characters, breaks of lines."""
-
-SHOWN, TOLD = 60, 300
-"""Characters of a name that are seen, and that a tooltip tells at most."""
-
-NOTHING = "–"
 
 
 def harmless(text: str) -> str:
@@ -325,24 +300,9 @@ def shortened(text: str, most: int = SHOWN) -> str:
     return safe if len(safe) <= most else f"{safe[: most - 1]}…"
 
 
-def tooltip(text: str) -> str:
-    """As much of a long name as a tooltip tells."""
-    return shortened(text, TOLD)
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     """A fraction in per cent, without the sign."""
     return NOTHING if value is None else f"{100 * value:.{digits}f}"
-
-
-def count(value: int) -> str:
-    """A number with commas."""
-    return f"{value:,}"
-
-
-def goal(value: float) -> str:
-    """A fraction that somebody chose, in per cent, without the sign."""
-    return f"{round(100 * value, 9):g}"
 
 
 def score(value: float) -> str:

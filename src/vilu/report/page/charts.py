@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from vilu.decision.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
+from vilu.report.figures import known
 from vilu.report.page.choice import Choice
 from vilu.report.style import looks
 
@@ -23,15 +24,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 388.0, 30.0, 250.0
 
 @dataclass(frozen=True)
 class Axis:
-    """One direction of a chart.
-
-    Attributes:
-        label: What is written along it.
-        name: Shorter, for a value that is read from it.
-        low: Value at its beginning.
-        high: Value at its end.
-        percent: Whether values are fractions that are shown in per cent.
-    """
+    """One direction of a chart: label, shorter name for what is read from it, both ends, and whether in per cent."""
 
     label: str
     name: str
@@ -43,23 +36,14 @@ class Axis:
     def ticks(self) -> list[tuple[float, str]]:
         """Round values and their texts."""
         values = round_ticks(self.low, self.high)
-        if self.percent:
-            return [(value, f"{round(100 * value, 9):g}") for value in values]
-        return [(value, f"{value:.4g}") for value in values]
+        return [(value, goal(value) if self.percent else f"{value:.4g}") for value in values]
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """Points that are joined.
+    """Points (P,) that are joined, and (P,) ends of their intervals, if any.
 
-    Attributes:
-        label: Whose they are.
-        x: (P,) values.
-        y: (P,) values.
-        look: Number of its look; lines of one method have the same in every chart.
-        filled: Whether the area below is tinted.
-        low: (P,) lower ends of intervals; none where there are no intervals.
-        high: (P,) upper ends.
+    ``look`` is the number of its look: lines of one method have the same in every chart.
     """
 
     label: str
@@ -73,15 +57,9 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """Lines between two axes.
+    """Lines between two axes, the last on top.
 
     Attributes:
-        key: Identifier in the page.
-        title: Above it.
-        says: What it shows, in a sentence.
-        x: Horizontal axis.
-        y: Vertical axis.
-        lines: What is drawn, the last on top.
         marker: (x, y) of the operating point, (x, None) for a vertical line; None where it cannot be shown.
         guide: (x0, y0, x1, y1) and the text of a line to compare with.
     """
@@ -110,6 +88,11 @@ class Chart:
     def area(self, line: Line) -> str:
         """The same, closed along the horizontal axis."""
         return f"{self.px(line.x[0])},{_place(BOTTOM)} {self.points(line)} {self.px(line.x[-1])},{_place(BOTTOM)}"
+
+
+def goal(value: float) -> str:
+    """A round fraction in per cent, without the sign."""
+    return f"{round(100 * value, 9):g}"
 
 
 def _place(value: float) -> str:
@@ -168,14 +151,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """One answer of the model.
-
-    Attributes:
-        name: Of the class.
-        failures: How often the answer is wrong where it is given.
-        accepted: How often it is accepted.
-        accepted_failures: How often it is wrong among the accepted.
-    """
+    """One answer of the model: how often it is wrong, accepted, and wrong among the accepted."""
 
     name: str
     failures: Rate
@@ -193,7 +169,7 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
         return [], 0
     rows = outcomes.evaluable & (said >= 0)
 
-    def count(these: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Ints:
+    def count(these: NDArray[np.bool_]) -> Ints:
         return np.bincount(said[rows & these], minlength=len(names))
 
     wrong = outcomes.failure == 1
@@ -232,10 +208,10 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     limit = _points_each(methods)
     lines, top = [], 0.0
     for look, one in enumerate(methods):
-        coverage, risk = risk_coverage_curve(*_known(one))
+        coverage, risk = risk_coverage_curve(*known(one))
         top = max(top, float(risk[(coverage >= 0.05) | (coverage == 1)].max()))
         lines.append(Line(one.method or "", *thin(coverage, risk, limit), look))
-    _, failure = _known(methods[0])
+    _, failure = known(methods[0])
     accepted = choice.accepted[methods[0].evaluable]
     m = int(accepted.sum())
     rate = float(failure.mean())
@@ -253,12 +229,12 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
 
 def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
     """Right answers accepted over wrong ones accepted; None where all answers are right, or all wrong."""
-    _, failure = _known(methods[0])
+    _, failure = known(methods[0])
     if not 0 < failure.sum() < len(failure):
         return None
     limit = _points_each(methods)
     lines = [
-        Line(one.method or "", *thin(*roc_curve_points(*_known(one)), limit), look) for look, one in enumerate(methods)
+        Line(one.method or "", *thin(*roc_curve_points(*known(one)), limit), look) for look, one in enumerate(methods)
     ]
     accepted = choice.accepted[methods[0].evaluable]
     return Chart(
@@ -275,7 +251,7 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
 
 def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart:
     """Uncertainty of the right and of the wrong answers, in shares of their kind."""
-    uncertainty, failure = _known(outcomes)
+    uncertainty, failure = known(outcomes)
     low, high = (0.0, 1.0) if outcomes.is_probability else (float(uncertainty.min()), float(uncertainty.max()))
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -344,11 +320,6 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     low, high = (np.array([getattr(rate, end) for rate in rates]) for end in ("low", "high"))
     ends = (low, high) if look == 0 else (None, None)
     return Line(outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends)
-
-
-def _known(outcomes: Outcomes) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    rows = outcomes.evaluable
-    return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
 def _points_each(methods: Sequence[Outcomes]) -> int:

@@ -22,6 +22,7 @@ from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes
+from vilu.report.figures import known
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,10 @@ class Choice:
 
 
 def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
-    """The largest threshold t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows. Promises nothing.
-
-    Raises:
-        UsageError: If ``max_risk`` is not in (0, 1).
-    """
+    """The largest t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows. Promises nothing."""
     if not 0 < max_risk < 1:
         raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
-    rows = outcomes.evaluable
-    counts = tie_counts(outcomes.uncertainty[rows], outcomes.failure[rows])
+    counts = tie_counts(*known(outcomes))
     meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
     threshold = float(counts.value[meets[-1]]) if len(meets) else None
     accepted = outcomes.uncertainty <= (-np.inf if threshold is None else threshold)
@@ -79,31 +75,21 @@ def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
 
 
 def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
-    """What a calibrated rule accepts of these rows.
-
-    Raises:
-        ProvenanceError: If the rule was calibrated for another method, or another rule decided these scores.
-        UsageError: If the rule has groups that scores do not tell.
-    """
+    """What a calibrated rule accepts of these rows; they must be of the method that it was calibrated for."""
     _require_match(outcomes, calibrated)
     rule = calibrated.rule
     if rule.grouped_by == "groups":
         raise UsageError("this rule has a threshold per group that its caller named; scores do not tell the groups.")
     groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
     accepted = rule.accept(outcomes.uncertainty, groups)
-    return Choice(
-        accepted=accepted,
-        # of one batch, conformal selection accepts what one threshold does, too
-        threshold=float(outcomes.uncertainty[accepted].max()) if rule.needs_batch and accepted.any() else _limit(rule),
-        max_risk=rule.max_risk,
-        promise=str(rule).splitlines()[0] if not isinstance(rule, Selector) or rule.feasible else None,
-        certificates=rule.certificates if isinstance(rule, Selector) else {},
-        facts=calibrated.facts,
-    )
-
-
-def _limit(rule: Rule) -> float | None:
-    return rule.threshold if isinstance(rule, Selector) and rule.grouped_by is None else None
+    promise: str | None = str(rule).splitlines()[0]
+    if isinstance(rule, Selector):
+        promise = promise if rule.feasible else None
+        threshold = rule.threshold if rule.grouped_by is None else None
+        return Choice(accepted, threshold, rule.max_risk, promise, rule.certificates, calibrated.facts)
+    # of one batch, conformal selection accepts what one threshold does, too
+    threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
+    return Choice(accepted, threshold, rule.max_risk, promise, facts=calibrated.facts)
 
 
 def _require_match(outcomes: Outcomes, calibrated: Calibrated) -> None:
@@ -164,23 +150,15 @@ def read_scores(path: str | Path) -> list[Outcomes]:
 
 def _named(found: Sequence[tuple[Path, Outcomes]]) -> list[Outcomes]:
     names = Counter(one.method for _, one in found)
+    called = [f"{one.method} ({path.stem})" if one.method else path.stem for path, one in found]
     return [
-        one if one.method and names[one.method] == 1 else dataclasses.replace(one, method=_call(one.method, path))
-        for path, one in found
+        one if one.method and names[one.method] == 1 else dataclasses.replace(one, method=name)
+        for (_, one), name in zip(found, called, strict=True)
     ]
 
 
-def _call(method: str | None, path: Path) -> str:
-    return f"{method} ({path.stem})" if method else path.stem
-
-
 def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
-    """The method that a page is about: the one called ``main``, or else ViLU+, ViLU, or the first.
-
-    Raises:
-        UsageError: If there is none, none is called so, or two methods have one name.
-        ProvenanceError: If not all are about the same answers; the message names two that are not.
-    """
+    """The method that a page is about: the one called ``main``, or else ViLU+, ViLU, or the first."""
     names = [one.method or "" for one in outcomes]
     if not names:
         raise UsageError("a page needs at least one set of outcomes. Got none.")

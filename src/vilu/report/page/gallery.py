@@ -26,14 +26,7 @@ QUALITY = 70
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture, or why there is none.
-
-    Attributes:
-        uri: ``data:`` URI; None where there is no picture.
-        width: In pixels.
-        height: In pixels.
-        why: Why there is none.
-    """
+    """A small picture as ``data:`` URI with its size in pixels, or why there is none."""
 
     uri: str | None = None
     width: int = 0
@@ -43,18 +36,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Card:
-    """One answer of the model.
-
-    Attributes:
-        key: Identifier of the row.
-        said: The answer; None where classes have no names.
-        true: The right one; None where unknown.
-        wrong: Whether the answer is wrong; None where unknown.
-        uncertainty: Of the main method.
-        accepted: Whether it is accepted.
-        picture: None where no images were given.
-        competitors: The likeliest candidates with their zero-shot probabilities.
-    """
+    """One answer of the model, as the gallery shows it; None for what is not known, or not given."""
 
     key: str
     said: str | None
@@ -110,11 +92,7 @@ def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
 
 
 def thumbnails(outcomes: Outcomes, rows: Iterable[int], images: ImageDataset) -> dict[int, Thumbnail]:
-    """Small pictures of some rows; the ids of outcomes are the keys of the data set.
-
-    Raises:
-        DataError: If outcomes have no ids, or the data set has none of these rows.
-    """
+    """Small pictures of some rows; the ids of outcomes are the keys of the data set."""
     if outcomes.ids is None:
         raise DataError("these scores do not say which images they are about (they have no keys). Leave --images out.")
     wanted = {outcomes.ids[row]: row for row in map(int, rows)}

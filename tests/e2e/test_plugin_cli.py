@@ -1,0 +1,68 @@
+"""A method from outside of the repository, through the real command line."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.e2e.test_cli import run as run_process
+from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
+from vilu.outcomes.outcomes import Outcomes
+from vilu.store.embed import embed
+from vilu.store.open import open_source
+
+METHOD = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vilu.predictors.base import FailurePredictor
+from vilu.registry import register
+
+
+@register
+@dataclass
+class Second(FailurePredictor):
+    \"\"\"The probability of the second-best class.\"\"\"
+
+    name: ClassVar[str] = "second"
+    summary: ClassVar[str] = "probability of the runner-up"
+    reference: ClassVar[str] = "nobody, never"
+
+    def _score(self, batch):
+        return batch.logits.softmax(dim=1).sort(dim=1).values[:, -2]
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path):
+    """The command line of a user who has the module ``runner_up`` on the path."""
+    (tmp_path / "runner_up.py").write_text(METHOD)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    return functools.partial(run_process, env={**os.environ, "PYTHONPATH": path})
+
+
+def test_a_method_from_outside_is_listed_fitted_and_scored(run, tmp_path: Path) -> None:
+    embed(dataset(80), FakeBackbone(), tmp_path / "data", names=NAMES)
+    assert "runner-up" not in run("list", "predictors").stdout
+    plugin = ("--plugin", "runner_up")
+    listed = json.loads(run(*plugin, "list", "predictors", "--json").stdout)
+    assert [row["what it is"] for row in listed if row["name"] == "second"] == ["probability of the runner-up"]
+    run(*plugin, "fit", tmp_path / "data", "-o", tmp_path / "second", "--method", "second")
+    run(*plugin, "score", tmp_path / "second", tmp_path / "data", "-o", tmp_path / "scores.parquet")
+    expected = [
+        np.sort(batch.logits.softmax(dim=1).numpy())[:, -2] for batch in open_source(tmp_path / "data").batches(80)
+    ]
+    found = Outcomes.load(tmp_path / "scores.parquet").uncertainty
+    assert found == pytest.approx(np.concatenate(expected), abs=1e-6)  # logits of float32, of another block
+    done = run("score", tmp_path / "second", tmp_path / "data", "-o", tmp_path / "none.parquet", code=3)
+    assert "Give --plugin runner_up" in done.stderr
+
+
+def test_a_plugin_that_is_not_there_is_a_sentence(run) -> None:
+    done = run("--plugin", "nothing_of_this_name", "list", "predictors", code=2)
+    assert "the plugin 'nothing_of_this_name' cannot be imported" in done.stderr
