@@ -18,7 +18,6 @@ from vilu.backbones.catalog import NAMED
 from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, plan, scored_set_of, sharing_a_fit
 from vilu.benchmark.config import MAX_EPOCHS, Config, is_trained
 from vilu.benchmark.parts import Data, Role
-from vilu.benchmark.ranking import aligned
 from vilu.benchmark.stores import PACKAGE, Part, is_complete, open_images, store_of
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN, find_known
@@ -27,6 +26,7 @@ from vilu.errors import DataError, StorageError, UsageError
 from vilu.predictors.parameters import parameters
 from vilu.store.documents import MANIFEST, Manifest, read_document
 from vilu.store.folds import TRAIN, VALIDATION
+from vilu.text import aligned
 
 COMPACT_RATE, COMPACT_SIDE = 42.0, 224
 """Images a second of the compact model on two cores at a picture size; the time goes with the number of pixels."""

@@ -14,6 +14,7 @@ from vilu.benchmark.resampling import RANKED_BY
 from vilu.benchmark.sheet import Sheet, Shown
 from vilu.benchmark.views import FIELDS, TableView, View
 from vilu.metrics.catalog import METRICS
+from vilu.text import short, span
 
 REASON_LENGTH = 160
 
@@ -41,7 +42,7 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     for entrant in entrants:
         _, data, setting = entrant.place
         if entrant.found:
-            fact = f"{_span(entrant.n)} answers, {_span(entrant.n_failures)} wrong"
+            fact = f"{span(entrant.n)} answers, {span(entrant.n_failures)} wrong"
             settings = told.setdefault((data, fact), [])
             settings += [setting] if setting not in settings else []
     several = {data for data, _ in told if sum(other == data for other, _ in told) > 1}
@@ -110,18 +111,9 @@ def _refusals(entrants: Sequence[Entrant]) -> list[str]:
     reasons: dict[str, list[Entrant]] = {}
     for entrant in entrants:
         if entrant.reason is not None:
-            seeds = f" (seed {_span(entrant.refused_seeds)})" if entrant.found else ""
-            reasons.setdefault(_short(entrant.reason) + seeds, []).append(entrant)
+            seeds = f" (seed {span(entrant.refused_seeds)})" if entrant.found else ""
+            reasons.setdefault(short(entrant.reason, REASON_LENGTH) + seeds, []).append(entrant)
     return [f"No result of {_named(refused, entrants)}: {reason}" for reason, refused in reasons.items()]
-
-
-def _span(values: Iterable[object]) -> str:
-    return "/".join(map(str, values))
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= REASON_LENGTH else line[: REASON_LENGTH - 1] + "…"
 
 
 MEAN = "mean"

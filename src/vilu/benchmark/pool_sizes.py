@@ -14,6 +14,7 @@ from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.predictors.base import FailurePredictor
 from vilu.progress import track
+from vilu.text import aligned
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +95,7 @@ def size_table(table: ResultTable) -> str:
     for method in methods:
         pairs = [(cells[method, dataset, "auroc"], cells[method, dataset, "fpr95"]) for dataset in datasets]
         lines.append([method or "", *(_cell(*pair) for pair in pairs)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    return "\n".join(aligned(lines))
 
 
 def _cell(auroc: ResultRow, fpr95: ResultRow) -> str:

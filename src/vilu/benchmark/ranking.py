@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
@@ -11,6 +11,7 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.resampling import RANKED_BY, Gap, Interval
 from vilu.metrics.catalog import METRICS
 from vilu.outcomes.results import ResultRow, ResultTable
+from vilu.text import NOTHING, aligned, short, span
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,6 @@ def _lines(config: Config, able: Sequence[Entrant]) -> tuple[Line, ...]:
     return tuple(lines)
 
 
-NONE = "-"
 REASON_LENGTH = 200
 
 
@@ -190,7 +190,7 @@ def layout(config: Config, summary: Summary) -> str:
 def _block_text(config: Config, block: Block) -> str:
     title = f"{block.data}, {block.setting} ({block.description})"
     if block.lines:
-        title += f": {_span(block.n)} answers, {_span(block.n_failures)} wrong"
+        title += f": {span(block.n)} answers, {span(block.n_failures)} wrong"
     lines = [title]
     if block.lines:
         percent = f"[{100 * config.confidence:g} %]"
@@ -199,7 +199,7 @@ def _block_text(config: Config, block: Block) -> str:
         lines += aligned([heading, *(_line(config, line) for line in block.lines)])
     reasons: dict[str, list[str]] = {}
     for method, reason in block.refused.items():
-        reasons.setdefault(_short(reason), []).append(method)
+        reasons.setdefault(short(reason, REASON_LENGTH), []).append(method)
     lines += [f"no result: {', '.join(methods)}: {reason}" for reason, methods in reasons.items()]
     return "\n".join(lines)
 
@@ -209,19 +209,19 @@ def _line(config: Config, line: Line) -> list[str]:
     return [
         str(line.rank),
         line.method + line.variant,
-        str(line.n_runs) + (f" (not {_span(line.refused_seeds)})" if line.refused_seeds else ""),
+        str(line.n_runs) + (f" (not {span(line.refused_seeds)})" if line.refused_seeds else ""),
         *(_value(line.values[name], line.intervals.get(name)) for name in config.metrics),
-        line.against or NONE,
-        NONE if gap is None else f"{100 * gap.difference:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]",
-        NONE if gap is None else f"{gap.p_value:.3g}",
-        NONE if fit is None else f"{fit:.2f}",
+        line.against or NOTHING,
+        NOTHING if gap is None else f"{100 * gap.difference:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]",
+        NOTHING if gap is None else f"{gap.p_value:.3g}",
+        NOTHING if fit is None else f"{fit:.2f}",
         f"{line.rows_per_second:,.0f}",
     ]
 
 
 def _value(value: float | None, interval: Interval | None) -> str:
     if value is None:
-        return NONE
+        return NOTHING
     ends = "" if interval is None else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
     return f"{100 * value:.1f}{ends}"
 
@@ -252,20 +252,5 @@ def _notes(config: Config) -> list[str]:
         "p: mean AUROC less that of the best other method, paired by rows and seeds",
         "wins: highest AUROC of a contest, shared by ties; a contest is a seed that every method of a table was to run",
         *(f"{METRICS[name].title}: {METRICS[name].convention}" for name in config.metrics),
-        f"{NONE}: undefined, or the method was refused",
+        f"{NOTHING}: undefined, or the method was refused",
     ]
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Columns padded to one width, numbers not told from words."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-
-
-def _span(values: Iterable[object]) -> str:
-    return "/".join(map(str, values))
-
-
-def _short(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= REASON_LENGTH else line[: REASON_LENGTH - 1] + "…"

@@ -10,9 +10,9 @@ from itertools import groupby
 from typing import Literal
 
 from vilu.benchmark.published import Published
-from vilu.benchmark.ranking import aligned
 from vilu.benchmark.resampling import Interval
 from vilu.metrics.catalog import METRICS
+from vilu.text import NOTHING, aligned, harmless, in_latex, in_markdown, latex_rows, markdown_rows, span
 
 Labels = tuple[str, ...]
 
@@ -82,7 +82,6 @@ class Sheet:
         return tuple(dict.fromkeys(doubt for doubt in found if doubt))
 
 
-NOTHING = "-"
 CSV_FIELDS = (
     *("metric", "value", "ci_low", "ci_high", "n", "n_failures", "runs", "rank", "tied_with_best", "published"),
     *("difference", "published_source", "published_doubt", "convention", "why"),
@@ -95,17 +94,16 @@ TIED = "≈: the paired bootstrap does not tell it from the best (p ≥ 0.05, no
 def to_text(sheet: Sheet) -> str:
     """Aligned plain text, the notes last."""
     heading = [" / ".join(sheet.row_fields), *(" / ".join(labels) for labels in sheet.columns)]
-    rows = _rows(sheet, " / ".join, lambda shown: _plain(shown, sheet.doubts))
-    return "\n".join([sheet.title, *aligned([heading, *rows]), *_all_notes(sheet, "*: best; +: second best")])
+    rows = _lines(sheet, str, _plain)
+    n = len(sheet.row_fields)
+    lines = [heading, *([" / ".join(row[:n]), *row[n:]] for row in rows)]
+    return "\n".join([sheet.title, *aligned(lines), *_all_notes(sheet, "*: best; +: second best")])
 
 
 def to_markdown(sheet: Sheet) -> str:
     """A table of Markdown, the notes below."""
     heading = [*sheet.row_fields, *("<br>".join(map(in_markdown, labels)) for labels in sheet.columns)]
-    lines = ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|"]
-    for row, labels in enumerate(sheet.rows):
-        cells = [_markdown_cell(sheet.cells.get((row, column)), sheet.doubts) for column in range(len(sheet.columns))]
-        lines.append("| " + " | ".join([*map(in_markdown, labels), *cells]) + " |")
+    lines = markdown_rows(heading, _lines(sheet, in_markdown, _markdown))
     notes = [f"<sub>{in_markdown(note)}</sub>" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
     return "\n".join([f"**{in_markdown(sheet.title)}**", "", *lines, "", "<br>\n".join(notes), ""])
 
@@ -114,20 +112,19 @@ def to_latex(sheet: Sheet) -> str:
     """A ``table`` that needs the package booktabs; a column field that spans several columns is written once."""
     n_labels, n_columns = len(sheet.row_fields), len(sheet.columns)
     heading = [
-        " & ".join([*(_in_latex(field) if last else "" for field in sheet.row_fields), *_spans(level)]) + r" \\"
+        [*(in_latex(field) if last else "" for field in sheet.row_fields), *_spans(level)]
         for last, level in _levels(sheet)
     ]
-    body = [" & ".join(cells) + r" \\" for cells in _latex_rows(sheet)]
-    notes = [f"  {_in_latex(note)}" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
+    notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
     return "\n".join(
         [
             r"\begin{table}",
-            rf"\caption{{{_in_latex(sheet.title)}}}",
+            rf"\caption{{{in_latex(sheet.title)}}}",
             rf"\begin{{tabular}}{{{'l' * n_labels}{'c' * n_columns}}}",
             r"\toprule",
-            *heading,
+            *latex_rows(heading),
             r"\midrule",
-            *body,
+            *latex_rows(_lines(sheet, in_latex, _latex)),
             r"\bottomrule",
             r"\end{tabular}",
             r"\par\footnotesize",
@@ -147,20 +144,20 @@ def to_csv(sheet: Sheet) -> str:
     for (row, column), shown in sorted(sheet.cells.items()):
         labels = dict(zip(sheet.row_fields, sheet.rows[row], strict=True))
         labels |= dict(zip(sheet.column_fields, sheet.columns[column], strict=True))
-        writer.writerow([*(_harmless(labels[field]) for field in others), *_csv_values(shown)])
+        writer.writerow([*(harmless(labels[field]) for field in others), *_csv_values(shown)])
     return buffer.getvalue()
 
 
-def _rows(sheet: Sheet, joined: Callable[[Sequence[str]], str], written: Callable[[Shown], str]) -> list[list[str]]:
-    """Cells of every row, its labels joined to one."""
-    return [
-        [joined(labels), *(_cell(sheet.cells.get((row, column)), written) for column in range(len(sheet.columns)))]
-        for row, labels in enumerate(sheet.rows)
-    ]
-
-
-def _cell(shown: Shown | None, written: Callable[[Shown], str]) -> str:
-    return "" if shown is None else written(shown)
+def _lines(
+    sheet: Sheet, label: Callable[[str], str], written: Callable[[Shown, Sequence[str]], str]
+) -> list[list[str]]:
+    """The labels and the cells of every row."""
+    doubts, columns = sheet.doubts, range(len(sheet.columns))
+    lines = []
+    for row, labels in enumerate(sheet.rows):
+        cells = (sheet.cells.get((row, column)) for column in columns)
+        lines.append([*map(label, labels), *("" if shown is None else written(shown, doubts) for shown in cells)])
+    return lines
 
 
 def _number(shown: Shown) -> str:
@@ -186,25 +183,13 @@ def _plain(shown: Shown, doubts: Sequence[str]) -> str:
     return " ".join(filter(None, [_number(shown) + marks, _interval(shown), _theirs(shown, doubts)]))
 
 
-def _markdown_cell(shown: Shown | None, doubts: Sequence[str]) -> str:
-    if shown is None:
-        return ""
+def _markdown(shown: Shown, doubts: Sequence[str]) -> str:
     number = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank].format(_number(shown))
     more = " ".join(filter(None, [_interval(shown), _theirs(shown, doubts)]))
     return f"{number}{'≈' if shown.tied else ''}" + (f" <sub>{more}</sub>" if more else "")
 
 
-def _latex_rows(sheet: Sheet) -> list[list[str]]:
-    rows = []
-    for row, labels in enumerate(sheet.rows):
-        cells = [sheet.cells.get((row, column)) for column in range(len(sheet.columns))]
-        rows.append([*map(_in_latex, labels), *(_latex_cell(shown, sheet.doubts) for shown in cells)])
-    return rows
-
-
-def _latex_cell(shown: Shown | None, doubts: Sequence[str]) -> str:
-    if shown is None:
-        return ""
+def _latex(shown: Shown, doubts: Sequence[str]) -> str:
     number = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % _number(shown)
     more = " ".join(filter(None, [_interval(shown), _theirs(shown, doubts)]))
     return number + (r"$\approx$" if shown.tied else "") + (rf" {{\scriptsize {more}}}" if more else "")
@@ -218,7 +203,7 @@ def _levels(sheet: Sheet) -> list[tuple[bool, list[tuple[str, ...]]]]:
 
 def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
     """Heads of one level, one over neighbours that agree down to it."""
-    runs = [(_in_latex(label[-1]), len(list(run))) for label, run in groupby(labels)]
+    runs = [(in_latex(label[-1]), len(list(run))) for label, run in groupby(labels)]
     return [head if n == 1 else rf"\multicolumn{{{n}}}{{c}}{{{head}}}" for head, n in runs]
 
 
@@ -229,8 +214,8 @@ def _csv_values(shown: Shown) -> list[object]:
         shown.value,
         None if ends is None else ends.low,
         None if ends is None else ends.high,
-        "/".join(map(str, shown.n)),
-        "/".join(map(str, shown.n_failures)),
+        span(shown.n),
+        span(shown.n_failures),
         shown.n_runs,
         shown.rank,
         shown.tied,
@@ -239,7 +224,7 @@ def _csv_values(shown: Shown) -> list[object]:
         None if theirs is None else theirs.source,
         None if theirs is None else theirs.doubt or None,
         METRICS[shown.metric].convention,
-        None if shown.why is None else _harmless(shown.why),
+        None if shown.why is None else harmless(shown.why),
     ]
 
 
@@ -248,34 +233,3 @@ def _all_notes(sheet: Sheet, marks: str) -> list[str]:
     ranked = any(shown.rank for shown in sheet.cells.values())
     doubts = (f"?{number}: {doubt}." for number, doubt in enumerate(sheet.doubts, start=1))
     return [*sheet.notes, *([f"{marks}; {TIED}"] if ranked else []), *doubts]
-
-
-def _harmless(text: str) -> str:
-    """Text that no spreadsheet runs as a formula."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
-def in_markdown(text: str) -> str:
-    """Text in which Markdown sees no marks."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*")
-
-
-def _in_latex(text: str) -> str:
-    for sign, written in LATEX.items():
-        text = text.replace(sign, written)
-    return text
-
-
-LATEX = {
-    "\\": r"\textbackslash ",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
-    "~": r"\textasciitilde ",
-    "^": r"\textasciicircum ",
-    "≈": r"$\approx$",
-    "≥": r"$\geq$",
-    "→": r"$\rightarrow$",
-    "×": r"$\times$",
-    "…": r"\ldots ",
-    "±": r"$\pm$",
-}
-"""Signs that mean something in LaTeX, or nothing; the backslash first."""

@@ -21,11 +21,12 @@ from vilu.benchmark.parts import Model
 from vilu.benchmark.ranking import summarise
 from vilu.benchmark.result import load_bootstrap, load_result
 from vilu.benchmark.run import Share, run_all
-from vilu.benchmark.sheet import Sheet, in_markdown, to_csv, to_latex, to_markdown, to_text
+from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError, StorageError
 from vilu.files import atomic_write, make_folder, write_json
 from vilu.report.style import require_matplotlib, save
+from vilu.text import in_markdown, markdown_rows
 
 DOCUMENT = "study.json"
 STUDIES = "studies"
@@ -168,7 +169,7 @@ def _about(config: Config) -> list[str]:
 
 def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
     """Claims with what decides them, as Markdown."""
-    lines = ["| claim | here | by | source |", "|---|---|---|---|"]
+    lines = []
     for verdict in verdicts:
         ends = verdict.interval
         number = str(verdict.reason)
@@ -177,10 +178,12 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
                 f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} [{100 * ends.low:+.1f}, "
                 f"{100 * ends.high:+.1f}] points"
             )
-        cells = [in_markdown(verdict.claim.says), RULINGS[verdict.ruling], number, in_markdown(verdict.claim.source)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(
+            [in_markdown(verdict.claim.says), RULINGS[verdict.ruling], number, in_markdown(verdict.claim.source)]
+        )
     note = f"Brackets: {100 * config.confidence:g} % bootstrap interval; a positive number speaks for the claim."
-    return "\n".join([*lines, "", f"<sub>{note}</sub>"])
+    table = markdown_rows(["claim", "here", "by", "source"], lines)
+    return "\n".join([*table, "", f"<sub>{note}</sub>"])
 
 
 FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}

@@ -1,0 +1,84 @@
+"""Text for people: aligned, Markdown and LaTeX tables, and what stands in their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+NOTHING = "-"
+"""What stands where there is no number."""
+
+_MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
+_CELL = str.maketrans({"|": r"\|"})
+_LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash ",
+        **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+        "~": r"\textasciitilde ",
+        "^": r"\textasciicircum ",
+        "≈": r"$\approx$",
+        "≥": r"$\geq$",
+        "→": r"$\rightarrow$",
+        "×": r"$\times$",
+        "…": r"\ldots ",
+        "±": r"$\pm$",
+    }
+)
+"""Signs that mean something in LaTeX, or nothing."""
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A line each, its cells padded to the width of their column; numbers are not told from words."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def markdown_rows(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, of cells that are Markdown already."""
+    head, *body = ("| " + " | ".join(line) + " |" for line in (heading, *lines))
+    return [head, "|---" * len(heading) + "|", *body]
+
+
+def latex_rows(lines: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a LaTeX table, of cells that are LaTeX already."""
+    return [" & ".join(line) + r" \\" for line in lines]
+
+
+def in_markdown(text: str) -> str:
+    """Text in which Markdown sees no marks."""
+    return text.translate(_MARKDOWN)
+
+
+def in_cell(text: str) -> str:
+    """Markdown that ends no cell of a table."""
+    return text.translate(_CELL)
+
+
+def in_latex(text: str) -> str:
+    """Text in which LaTeX sees no commands."""
+    return text.translate(_LATEX)
+
+
+def harmless(text: str) -> str:
+    """Text that no spreadsheet runs as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def printable(text: str) -> str:
+    """Without line breaks and terminal control, a space for each: names come from files."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
+def span(values: Iterable[object]) -> str:
+    """The different values that occur, in their order: "10/20"."""
+    return "/".join(dict.fromkeys(map(str, values)))
+
+
+def short(text: str, length: int) -> str:
+    """On one line, and no longer than ``length``."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def rest(n: int, shown: int, what: str) -> list[str]:
+    """A line on what a table leaves out; none where it shows all."""
+    return [f"... and {n - shown:,} more {what} (--json has all)"] if n > shown else []
