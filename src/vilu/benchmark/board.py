@@ -10,8 +10,10 @@ import numpy as np
 
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.config import Config
-from vilu.benchmark.resampling import RANKED_BY, Floats, Quantity
+from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.result import CellResult
+from vilu.metrics.bootstrap import Quantity
+from vilu.metrics.counts import Floats
 
 Bootstrap = Callable[[Cell], Floats]
 """(M, B) bootstrap values of a cell that was run."""

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vilu.benchmark.parts import Count, Data, Model, Name, Names, require_known
-from vilu.benchmark.resampling import RANKED_BY
+from vilu.benchmark.parts import RANKED_BY, Count, Data, Name, Names, Section, require_known
 from vilu.benchmark.views import (
     AnyClaim,
     AnyView,
@@ -32,7 +31,7 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.parameters import build, check_parameters, parameters
 
 
-class Setting(Model):
+class Setting(Section):
     """What is fitted on, and what is tested on.
 
     Attributes:
@@ -266,7 +265,7 @@ MAX_EPOCHS = 300
 """However few the training rows are; the heads' own limit."""
 
 
-class Method(Model):
+class Method(Section):
     """A method and how often it runs.
 
     Attributes:
@@ -294,7 +293,7 @@ class Method(Model):
     published: str | None = None
 
 
-class Trained(Model):
+class Trained(Section):
     """What holds for every method that trains a network, unless its own table says otherwise.
 
     Attributes:
@@ -306,7 +305,7 @@ class Trained(Model):
     steps: Count | None = None
 
 
-class Config(Model):
+class Config(Section):
     """A benchmark.
 
     Attributes:

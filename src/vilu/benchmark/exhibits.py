@@ -215,8 +215,8 @@ def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) ->
         label=label,
         x=[at for _, at, _ in points],
         y=[number.value for number in numbers],
-        low=[ends.low for ends in intervals],
-        high=[ends.high for ends in intervals],
+        low=[ends.ci_low for ends in intervals],
+        high=[ends.ci_high for ends in intervals],
         published=[(at, number.value) for at, number in published if number is not None],
     )
 

@@ -18,7 +18,7 @@ PACKAGE = Path(vilu.__file__).parent
 CATALOGUE = "vilu.predictors"
 """Its ``__init__`` imports every method; what a method takes from it is in the method's own modules."""
 
-SHARED = ("vilu.outcomes.evaluate", "vilu.benchmark.data", "vilu.benchmark.resampling", "vilu.embeddings.source")
+SHARED = ("vilu.outcomes.evaluate", "vilu.benchmark.data", "vilu.benchmark.result", "vilu.embeddings.source")
 """What decides every result beside the method."""
 
 

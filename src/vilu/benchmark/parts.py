@@ -18,14 +18,12 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
+RANKED_BY = ("auroc", "fpr95")
+"""Metrics that get intervals; methods are ranked by the first."""
 
 
 def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        ValueError: Naming the nearest, or all.
-    """
+    """Refuse an unknown name with a ValueError that names the nearest, or all."""
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -33,7 +31,7 @@ def require_known(what: str, names: Iterable[str], known: Collection[str]) -> No
             raise ValueError(f"there is no {what} {name!r}. {hint}")
 
 
-class Model(BaseModel):
+class Section(BaseModel):
     """Immutable; names the nearest key where one is unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -46,7 +44,7 @@ class Model(BaseModel):
         return value
 
 
-class StorePaths(Model):
+class StorePaths(Section):
     """Folders that ``vilu embed`` wrote, below the data folder; the same one for all roles where it holds captions."""
 
     train: str
@@ -54,7 +52,7 @@ class StorePaths(Model):
     validation: str | None = None
 
 
-class Shift(Model):
+class Shift(Section):
     """What is done to every picture before the model sees it (``vilu.datasets.shift``).
 
     Attributes:
@@ -72,7 +70,7 @@ class Shift(Model):
         return kinds
 
 
-class Limits(Model):
+class Limits(Section):
     """Only so many images of a role, evenly spaced; None: all."""
 
     train: Count | None = None
@@ -80,7 +78,7 @@ class Limits(Model):
     test: Count | None = None
 
 
-class Data(Model):
+class Data(Section):
     """A data set: images to embed, or ready-made stores.
 
     Attributes:

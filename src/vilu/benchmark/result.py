@@ -12,10 +12,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from vilu.benchmark.cells import Cell
-from vilu.benchmark.parts import Model
-from vilu.benchmark.resampling import Floats
+from vilu.benchmark.parts import RANKED_BY, Section
 from vilu.errors import StorageError
 from vilu.files import atomic_write, make_folder, write_json
+from vilu.metrics.bootstrap import SortedScores, resampled
+from vilu.metrics.catalog import METRICS
+from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultRow
 
@@ -24,7 +26,7 @@ logger = logging.getLogger(__name__)
 SCORES, BOOTSTRAP = ".parquet", ".npy"
 
 
-class Refusal(Model):
+class Refusal(Section):
     """Why a method does not run in a cell.
 
     Attributes:
@@ -36,7 +38,7 @@ class Refusal(Model):
     reason: str
 
 
-class Timing(Model):
+class Timing(Section):
     """Wall time on one core; no part of what is compared between runs.
 
     Attributes:
@@ -50,7 +52,7 @@ class Timing(Model):
     rows_per_second: float
 
 
-class CellResult(Model):
+class CellResult(Section):
     """What came of a cell.
 
     Attributes:
@@ -155,6 +157,18 @@ def load_bootstrap(root: Path, cell: Cell) -> Floats:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     return values
+
+
+def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
+    """(M, B) values of the metrics ``RANKED_BY`` on B resamples of the rows that ``rows`` names.
+
+    The seed is that name. Cells with the same rows therefore share their resamples, whatever the method or the seed of
+    its training: differences between methods are paired, and the average over seeds that share a test set keeps the
+    variance of its rows.
+    """
+    scores = SortedScores(uncertainty, failure == 1)
+    values = resampled({name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16))
+    return np.stack([values[name] for name in RANKED_BY])
 
 
 def _sha256(path: Path) -> str:

@@ -26,8 +26,7 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.data import Truth, Workbench
 from vilu.benchmark.facts import decided_by, fingerprint_of
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
-from vilu.benchmark.resampling import resampled_metrics
-from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result
+from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
 from vilu.benchmark.stores import Part, find_stores, make_stores, require_complete
 from vilu.embeddings.source import SAME_TEXT
 from vilu.embeddings.space import digest

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Literal
 
 from vilu.benchmark.published import Published
-from vilu.benchmark.resampling import Interval
+from vilu.metrics.bootstrap import Interval
 from vilu.metrics.catalog import METRICS
 from vilu.text import NOTHING, aligned, harmless, in_latex, in_markdown, latex_rows, markdown_rows, span
 
@@ -161,21 +161,22 @@ def _lines(
 
 
 def _number(shown: Shown) -> str:
-    return NOTHING if shown.value is None else f"{100 * shown.value:.1f}"
+    return NOTHING if shown.value is None else METRICS[shown.metric].show(shown.value)
 
 
 def _interval(shown: Shown) -> str:
     ends = shown.interval
-    return "" if ends is None else f"[{100 * ends.low:.1f}, {100 * ends.high:.1f}]"
+    return "" if ends is None else METRICS[shown.metric].brackets(ends.ci_low, ends.ci_high)
 
 
 def _theirs(shown: Shown, doubts: Sequence[str]) -> str:
     """The published number and the difference from it."""
     if shown.published is None:
         return ""
+    show = METRICS[shown.metric].show
     mark = f"?{doubts.index(shown.published.doubt) + 1}" if shown.published.doubt else ""
-    difference = "" if shown.difference is None else f"; {100 * shown.difference:+.1f}"
-    return f"({100 * shown.published.value:.1f}{mark}{difference})"
+    difference = "" if shown.difference is None else f"; {show(shown.difference, '+')}"
+    return f"({show(shown.published.value)}{mark}{difference})"
 
 
 def _plain(shown: Shown, doubts: Sequence[str]) -> str:
@@ -212,8 +213,8 @@ def _csv_values(shown: Shown) -> list[object]:
     return [
         shown.metric,
         shown.value,
-        None if ends is None else ends.low,
-        None if ends is None else ends.high,
+        None if ends is None else ends.ci_low,
+        None if ends is None else ends.ci_high,
         span(shown.n),
         span(shown.n_failures),
         shown.n_runs,

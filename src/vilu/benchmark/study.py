@@ -17,7 +17,7 @@ from vilu.benchmark.claims import Verdict, decide
 from vilu.benchmark.config import Config
 from vilu.benchmark.exhibits import Exhibit, exhibit
 from vilu.benchmark.load import parse_config
-from vilu.benchmark.parts import Model
+from vilu.benchmark.parts import Section
 from vilu.benchmark.ranking import summarise
 from vilu.benchmark.result import load_bootstrap, load_result
 from vilu.benchmark.run import Share, run_all
@@ -32,7 +32,7 @@ DOCUMENT = "study.json"
 STUDIES = "studies"
 
 
-class Archive(Model):
+class Archive(Section):
     """The document.
 
     Attributes:
@@ -175,8 +175,8 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
         number = str(verdict.reason)
         if verdict.number is not None and ends is not None:
             number = (
-                f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} [{100 * ends.low:+.1f}, "
-                f"{100 * ends.high:+.1f}] points"
+                f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} [{100 * ends.ci_low:+.1f}, "
+                f"{100 * ends.ci_high:+.1f}] points"
             )
         lines.append(
             [in_markdown(verdict.claim.says), RULINGS[verdict.ruling], number, in_markdown(verdict.claim.source)]

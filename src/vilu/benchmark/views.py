@@ -7,15 +7,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vilu.benchmark.parts import Model, Name, Names, require_known
+from vilu.benchmark.parts import RANKED_BY, Name, Names, Section, require_known
 from vilu.benchmark.published import published_tables
-from vilu.benchmark.resampling import RANKED_BY
 
 Axis = Literal["method", "data", "setting"]
 FIELDS = ("method", "data", "setting", "metric")
 
 
-class Study(Model):
+class Study(Section):
     """What the benchmark is about.
 
     Attributes:
@@ -37,7 +36,7 @@ class Study(Model):
         return names
 
 
-class View(Model):
+class View(Section):
     """A table or a figure.
 
     Attributes:
@@ -151,14 +150,14 @@ AnyView = Annotated[
 ]
 
 
-class Subject(Model):
+class Subject(Section):
     """A method in a setting."""
 
     method: str
     setting: str
 
 
-class Claim(Model):
+class Claim(Section):
     """Something that a publication says, in our words, to be decided by a number and its interval.
 
     Attributes:

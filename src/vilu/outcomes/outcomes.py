@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from vilu.files import plain_json, read_column, read_table, write_table
-from vilu.metrics.bootstrap import Interval, Sample
+from vilu.metrics.bootstrap import Interval, ScoredRows
 from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import TieCounts
 
@@ -102,7 +102,7 @@ def plain_values(column: pa.ChunkedArray) -> NDArray[np.int64] | NDArray[np.floa
 
 
 class Scores(Protocol):
-    """Scores with known failures: ``metrics.bootstrap.Sample`` of rows, or ``metrics.histogram.Histogram``."""
+    """Scores with known failures: ``metrics.bootstrap.ScoredRows`` of rows, or ``metrics.histogram.Histogram``."""
 
     @property
     def n(self) -> int:
@@ -294,12 +294,12 @@ class Outcomes:
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
-        scores = Sample(self.uncertainty[rows], self.failure[rows])
+        scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
         calibrated = self.failure_probability
         return Tally(
             scores=scores,
             probability=(
-                Sample(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
+                ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
                 if calibrated is not None
                 else scores
                 if self.is_probability
