@@ -414,11 +414,7 @@ class Config(Section):
         return random and not method.deterministic
 
     def predictor(self, label: str, seed: int = 0) -> FailurePredictor:
-        """A new predictor for a label.
-
-        Raises:
-            UsageError: If a hyper-parameter cannot be.
-        """
+        """A new predictor for a label."""
         cls = self.class_of(label)
         given = {"seed": seed, "device": self.device}
         defaults = {name: value for name, value in given.items() if name in parameters(cls)}

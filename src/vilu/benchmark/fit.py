@@ -43,16 +43,15 @@ class Fitted:
     warnings: tuple[str, ...] = ()
 
 
-def predictor_of(bench: Workbench, cell: Cell) -> FailurePredictor:
+def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
     """The unfitted predictor of a cell; one that does not depend on the seed has seed 0."""
-    config = bench.config
     return config.predictor(cell.method, cell.seed if config.depends_on_seed(cell.method) else 0)
 
 
 def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
     """The predictor of a cell, fitted on ``origin`` where it needs that; taken from ``fits``, and put there."""
     if not origin.train:
-        return Fitted(predictor_of(bench, cell))
+        return Fitted(predictor_of(bench.config, cell))
     if origin not in fits:
         start = None if origin.start is None else fit(bench, cell, origin.start, fits)
         fits[origin] = start if start is not None and start.refused is not None else _fit(bench, cell, origin, start)
@@ -60,7 +59,7 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
 
 
 def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
-    predictor = predictor_of(bench, cell)
+    predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refused, n_train, begun = None, None, time.perf_counter()
     with collected_warnings() as said:

@@ -255,9 +255,10 @@ def _standings(summary: Summary) -> str:
 
 
 def _notes(config: Config) -> list[str]:
+    unit = f"in percent{but_for(METRICS[name] for name in config.metrics)}"
     return [
-        f"in percent{but_for(METRICS[name] for name in config.metrics)}; brackets: {100 * config.confidence:g} % bootstrap "
-        f"over test rows (stratified by failure) and seeds, {config.resamples} resamples",
+        f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows (stratified by failure) and "
+        f"seeds, {config.resamples} resamples",
         "runs: different results behind a mean; a method that no seed can change is run once. best other, difference, "
         "p: mean AUROC less that of the best other method, paired by rows and seeds",
         "wins: highest AUROC of a contest, shared by ties; a contest is a seed that every method of a table was to run",

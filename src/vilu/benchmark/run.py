@@ -50,7 +50,7 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
         with Naming(cell), one_thread(), reporting(Silence()):
             refused = refuse_other_classes(bench, cell)
             if refused is not None:
-                write(bench, cell, Fitted(predictor_of(bench, cell), refused), root)
+                write(bench, cell, Fitted(predictor_of(bench.config, cell), refused), root)
             else:
                 write(bench, cell, fit(bench, cell, origin_of(bench.config, cell), fits), root)
         yield cell
@@ -359,6 +359,9 @@ class _Work:
         mine = [cell for group in groups[share.number :: share.of] for cell in group]
         found = finished(self.bench, mine, output)
         missing = [cell for cell in mine if cell not in found]
+        stale = sum((output / cell.path).is_file() for cell in missing)
+        if stale:
+            logger.info("%s: %d cells are of older code, or other data or parameters: again", self.config.name, stale)
         run_cells(self.bench, self.folders, missing, output, jobs, len(found))
 
     def board(self, output: Path) -> Board:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-import vilu
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import named_templates
@@ -183,7 +183,7 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
         return data / str(folder)
     with open_images(entry, role, data) as images:
         recipe = [
-            vilu.__version__,
+            importlib.metadata.version("vilu"),
             images.fingerprint,
             entry.backbone,
             _names(entry, images),

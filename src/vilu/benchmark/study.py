@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +18,7 @@ from vilu.benchmark.cells import plan
 from vilu.benchmark.claims import Verdict, decide
 from vilu.benchmark.config import Config
 from vilu.benchmark.exhibits import Exhibit, exhibit
+from vilu.benchmark.facts import code_of
 from vilu.benchmark.load import parse_config
 from vilu.benchmark.parts import Section
 from vilu.benchmark.ranking import summarise
@@ -27,6 +30,8 @@ from vilu.errors import DataError, StorageError
 from vilu.files import atomic_write, make_folder, write_json
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
+
+logger = logging.getLogger(__name__)
 
 DOCUMENT = "study.json"
 STUDIES = "studies"
@@ -54,11 +59,9 @@ def save_study(board: Board, output: Path) -> Path:
     Raises:
         StorageError: If the file system refuses.
     """
-    import vilu
-
     config = board.config
     archive = Archive(
-        vilu=vilu.__version__,
+        vilu=importlib.metadata.version("vilu"),
         config=config.complete().model_dump(mode="json"),
         fingerprints={cell.path.as_posix(): result.fingerprint for cell, result in board.results.items()},
     )
@@ -102,6 +105,9 @@ def _load(path: Path, output: Path) -> Board:
                     "`vilu benchmark` again."
                 )
             results[cell] = result
+    older = sum(result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items())
+    if older:
+        logger.info("%s: %d of %d results are of older code", config.name, older, len(results))
     return Board(config, cells, results, cache(lambda cell: load_bootstrap(output, cell)))
 
 

@@ -18,7 +18,7 @@ import vilu
 from vilu.datasets.base import ImageDataset
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.metrics.catalog import METRICS
+from vilu.metrics.catalog import METRICS, but_for
 from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
@@ -245,14 +245,16 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
     """Metrics as rows of cells per method, in two tables that fit on a sheet of paper."""
     found = {(row.method, row.metric): row for row in table}
-    present = {row.metric for row in table}
+    present = dict.fromkeys(row.metric for row in table)
+    added = tuple(name for name in present if name not in RANKING + DECIDING + PROBABILITY)
     groups = {
         "How well right and wrong answers are told apart": RANKING,
-        "What a threshold would do, and probabilities": DECIDING + PROBABILITY,
+        "What a threshold would do, and probabilities": DECIDING + PROBABILITY + added,
     }
     return [
         {
             "caption": caption,
+            "but_for": but_for(METRICS[name] for name in names if name in present),
             "metrics": [name for name in names if name in present],
             "rows": [[found.get((one.method, name)) for name in names if name in present] for one in methods],
         }
