@@ -21,24 +21,17 @@ Ruling = Literal["holds", "does not hold", "open", "not tested"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim.
-
-    Attributes:
-        claim: The claim.
-        ruling: "holds" where the interval of the number is above zero, "does not hold" where it is below, "open" where
-            zero is in it, "not tested" where a method has no result or the number is undefined.
-        number: What decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an accuracy of 1).
-        interval: Of the number.
-        what: The number in words.
-        reason: Why it was not tested.
-    """
+    """What became of a claim."""
 
     claim: AnyClaim
+    # "holds" where the interval of the number is above zero, "does not hold" where it is below, "open" where zero is
+    # in it, "not tested" where a method has no result or the number is undefined
     ruling: Ruling
+    # what decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an accuracy of 1)
     number: float | None
-    interval: Interval | None
+    interval: Interval | None  # of the number
     what: str
-    reason: str | None = None
+    reason: str | None = None  # why it was not tested
 
 
 def decide(board: Board, claim: AnyClaim) -> Verdict:

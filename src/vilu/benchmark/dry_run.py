@@ -31,50 +31,29 @@ HALF = 2
 
 @dataclass(frozen=True)
 class PartPlan:
-    """A part of a data set.
-
-    Attributes:
-        data: The data set.
-        part: Which rows: a role, or "pairs" for all of them.
-        backbone: The model.
-        images: How many; None where that is not known.
-        counted: Where the number is from: "store", "listing" or "catalogue".
-        state: "embedded", "to embed", "no images here", or "unreadable".
-        n_bytes: Of its embeddings and columns.
-        problem: Why images that are here cannot be read.
-    """
+    """A part of a data set."""
 
     data: str
-    part: str
+    part: str  # which rows: a role, or "pairs" for all of them
     backbone: str
-    images: int | None
-    counted: str
-    state: str
-    n_bytes: int | None
-    problem: str | None = None
+    images: int | None  # how many; None where that is not known
+    counted: str  # where the number is from: "store", "listing" or "catalogue"
+    state: str  # "embedded", "to embed", "no images here", or "unreadable"
+    n_bytes: int | None  # of its embeddings and columns
+    problem: str | None = None  # why images that are here cannot be read
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A benchmark.
-
-    Attributes:
-        name: Of it.
-        title: What it is about.
-        parts: The embeddings that it needs.
-        cells: How many there are: a method, a data set, a setting, a seed.
-        runs: Those with a result of their own.
-        fits: Different fits behind them.
-        listed: Every cell, with the cell that it shares a result with, if any.
-    """
+    """A benchmark."""
 
     name: str
     title: str
     parts: tuple[PartPlan, ...]
-    cells: int
-    runs: int
-    fits: int
-    listed: tuple[dict[str, object], ...]
+    cells: int  # how many there are: a method, a data set, a setting, a seed
+    runs: int  # those with a result of their own
+    fits: int  # different fits behind them
+    listed: tuple[dict[str, object], ...]  # every cell, with the cell that it shares a result with, if any
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""

@@ -43,9 +43,6 @@ def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figu
     """The sheet and the figure of a grid.
 
     Data sets without a result are left out; the notes tell why.
-
-    Raises:
-        DataError: If there is none with one.
     """
     config, found = board.config, chosen(board, view)
     best = view.metrics[0]
@@ -115,33 +112,16 @@ def _draw(board: Board, view: GridView, fields: dict[str, _Field], best: str) ->
 
 @dataclass(frozen=True)
 class Exhibit:
-    """What a view shows.
-
-    Attributes:
-        name: Of its files.
-        title: Its caption.
-        body: The table, or the numbers behind the figure; or a text.
-        draw: Makes the figure; None where there is none.
-    """
+    """What a view shows."""
 
     name: str
     title: str
-    body: Sheet | str
-    draw: Callable[[], Figure] | None = None
+    body: Sheet | str  # the table, or the numbers behind the figure; or a text
+    draw: Callable[[], Figure] | None = None  # makes the figure; None where there is none
 
 
 def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
-    """What a view shows of a board.
-
-    Args:
-        board: The results.
-        view: What to show.
-        root: Folder of the cells, for the scores behind histograms.
-
-    Raises:
-        UsageError: If something varies that a table does not name.
-        DataError: If there is nothing to show.
-    """
+    """What a view shows of a board."""
     match view:
         case TableView():
             return Exhibit(view.name, view.title, table_sheet(board, view))

@@ -26,21 +26,13 @@ REFUSALS = (UsageError, DataError, ProvenanceError)
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fit, or its refusal, with what it said.
+    """A fit, or its refusal, with what it said."""
 
-    Attributes:
-        predictor: Ready to score, unless refused.
-        refused: Why there was no fit.
-        n_train: Rows in the training set; None where nothing is fitted.
-        seconds: Of fitting, without the fit that it began from.
-        warnings: Of fitting.
-    """
-
-    predictor: FailurePredictor
-    refused: Refusal | None = None
-    n_train: int | None = None
-    seconds: float | None = None
-    warnings: tuple[str, ...] = ()
+    predictor: FailurePredictor  # ready to score, unless refused
+    refused: Refusal | None = None  # why there was no fit
+    n_train: int | None = None  # rows in the training set; None where nothing is fitted
+    seconds: float | None = None  # of fitting, without the fit that it began from
+    warnings: tuple[str, ...] = ()  # of fitting
 
 
 def predictor_of(config: Config, cell: Cell) -> FailurePredictor:

@@ -30,11 +30,7 @@ def load_config(path: Path) -> Config:
 
 
 def load_configs(paths: Sequence[Path]) -> list[Config]:
-    """Several files.
-
-    Raises:
-        UsageError: As ``load_config``, and if two have one name.
-    """
+    """Several files."""
     configs = [load_config(path) for path in paths]
     twice = [name for name, count in Counter(config.name for config in configs).items() if count > 1]
     if twice:
@@ -56,9 +52,6 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
     ``include`` names a file beside it, whose keys hold unless the including file gives them itself; of its tables
     (``data``, ``settings``, ``methods``) those entries hold that ``[use]`` lists, or all of a table that it does not.
-
-    Raises:
-        UsageError: If the included file cannot be read, or has no such entry.
     """
     name, use = content.pop("include", None), content.pop("use", {})
     if name is None and use:
@@ -85,11 +78,7 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Config:
-    """A benchmark from plain tables; ``name`` is for the messages.
-
-    Raises:
-        UsageError: If something in it cannot be.
-    """
+    """A benchmark from plain tables; ``name`` is for the messages."""
     try:
         config = Config.model_validate(content)
     except ValidationError as error:

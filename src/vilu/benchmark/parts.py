@@ -53,13 +53,9 @@ class StorePaths(Section):
 
 
 class Shift(Section):
-    """What is done to every picture before the model sees it (``vilu.datasets.shift``).
+    """What is done to every picture before the model sees it (``vilu.datasets.shift``)."""
 
-    Attributes:
-        kinds: Which ways; every picture gets one of them.
-        severity: 1 to 5.
-    """
-
+    # which ways; every picture gets one of them
     kinds: Names = tuple(kind for kind in KINDS if kind != "low_resolution")
     severity: Annotated[int, Field(ge=1, le=SEVERITIES)] = 3
 
@@ -79,55 +75,37 @@ class Limits(Section):
 
 
 class Data(Section):
-    """A data set: images to embed, or ready-made stores.
+    """A data set: images to embed, or ready-made stores."""
 
-    Attributes:
-        source: File or folder of images below the data folder; ``package:NAME`` ships with vilu.
-        dataset: A known data set (``vilu datasets list``); ``source`` is then where it lies, by default anywhere in
-            the data folder.
-        stores: Ready-made stores, in place of ``source`` and all that belongs to it.
-        backbone: The frozen model.
-        classes: Names for the prompts, in label order; by default those of the data set.
-        raw_names: Whether a known data set's names go into the prompts as they are, underscores and all.
-        where: Only rows of a table that hold these values, by column.
-        captions: Whether images have captions instead of classes. Then there is one store, the roles are folds of its
-            captions ("train", "validation", "test"), and each image is matched against those of its pool.
-        pool_size: Captions that an image has to choose from, in training and (unless a setting says so) in testing.
-        shift: What is done to every picture first.
-        train: Split to fit on; several are joined by ``+``.
-        validation: Split to select on; or the share of the training rows that is held out for it, by a hash of their
-            identifiers. None: methods that select hold out rows of their own.
-        test: Split to test on.
-        features: Whether to store features.
-        views: Augmented views per test image; 0 for none.
-        prompts: Prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``.
-        limit: Only so many images of each split, evenly spaced.
-        shards: Of images in tar files, which are not counted before: only those in the first so many files.
-        title: For tables and figures, instead of the name.
-        x: Where the data set stands on the axis of a curve.
-        published: What publications call it, where their numbers are to stand beside ours; by default ``dataset``.
-    """
-
-    source: str | None = None
+    source: str | None = None  # file or folder of images below the data folder; ``package:NAME`` ships with vilu
+    # A known data set (``vilu datasets list``); ``source`` is then where it lies, by default anywhere in the data
+    # folder
     dataset: str | None = None
-    stores: StorePaths | None = None
+    stores: StorePaths | None = None  # ready-made stores, in place of ``source`` and all that belongs to it
     backbone: str = "compact"
-    classes: Names | None = None
-    raw_names: bool = False
-    where: dict[str, str] = Field(default_factory=dict)
+    classes: Names | None = None  # names for the prompts, in label order; by default those of the data set
+    raw_names: bool = False  # whether a known data set's names go into the prompts as they are, underscores and all
+    where: dict[str, str] = Field(default_factory=dict)  # only rows of a table that hold these values, by column
+    # whether images have captions instead of classes. Then there is one store, the roles are folds of its captions
+    # ("train", "validation", "test"), and each image is matched against those of its pool
     captions: bool = False
+    # captions that an image has to choose from, in training and (unless a setting says so) in testing
     pool_size: Annotated[int, Field(ge=2)] = 1024
-    shift: Shift | None = None
-    train: str = "train"
+    shift: Shift | None = None  # what is done to every picture first
+    train: str = "train"  # split to fit on; several are joined by ``+``
+    # split to select on; or the share of the training rows that is held out for it, by a hash of their identifiers.
+    # None: methods that select hold out rows of their own
     validation: str | Share | None = None
-    test: str = "test"
-    features: bool = True
-    views: Annotated[int, Field(ge=0)] = 4
-    prompts: Names = ("ensemble",)
-    limit: Count | Limits | None = None
+    test: str = "test"  # split to test on
+    features: bool = True  # whether to store features
+    views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image; 0 for none
+    prompts: Names = ("ensemble",)  # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
+    limit: Count | Limits | None = None  # only so many images of each split, evenly spaced
+    # of images in tar files, which are not counted before: only those in the first so many files
     shards: Count | None = None
-    title: str | None = None
-    x: float | None = None
+    title: str | None = None  # for tables and figures, instead of the name
+    x: float | None = None  # where the data set stands on the axis of a curve
+    # what publications call it, where their numbers are to stand beside ours; by default ``dataset``
     published: str | None = None
 
     @model_validator(mode="after")

@@ -19,33 +19,20 @@ REASON_LENGTH = 200
 
 @dataclass(frozen=True)
 class Ranked:
-    """A method on one data set in one setting.
-
-    Attributes:
-        method: Its label.
-        variant: What the method adds to its name after the fit, where it has several kinds.
-        rank: 1 + the number of methods with a higher mean AUROC.
-        n_runs: Number of different results behind the means; 1 where seeds make no difference.
-        values: Mean over seeds of every metric, None where it is undefined.
-        intervals: Of the metrics ``RANKED_BY``: bootstrap over test rows and seeds.
-        against: The best other method.
-        gap: AUROC less that of ``against``, paired, on the seeds that both have; None where there is none.
-        fit_seconds: Mean; None where nothing is fitted.
-        rows_per_second: Mean speed of scoring.
-        refused_seeds: Seeds on which the method gave no result.
-    """
+    """A method on one data set in one setting."""
 
     method: str
-    variant: str
-    rank: int
-    n_runs: int
-    values: dict[str, float | None]
-    intervals: dict[str, Interval]
-    against: str | None
+    variant: str  # what the method adds to its name after the fit, where it has several kinds
+    rank: int  # 1 + the number of methods with a higher mean AUROC
+    n_runs: int  # Number of different results behind the means; 1 where seeds make no difference
+    values: dict[str, float | None]  # mean over seeds of every metric, None where it is undefined
+    intervals: dict[str, Interval]  # of the metrics ``RANKED_BY``: bootstrap over test rows and seeds
+    against: str | None  # the best other method
+    # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
     gap: Difference | None
-    fit_seconds: float | None
-    rows_per_second: float
-    refused_seeds: tuple[int, ...]
+    fit_seconds: float | None  # mean; None where nothing is fitted
+    rows_per_second: float  # mean speed of scoring
+    refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
@@ -58,27 +45,16 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Ranking:
-    """All methods on one data set in one setting, best first.
-
-    Attributes:
-        data: The data set.
-        setting: Name of the setting.
-        description: The setting in words.
-        n: Numbers of test rows that occur.
-        n_failures: Numbers of wrong answers that occur.
-        lines: Methods with a result.
-        refused: Reasons of the others, by method.
-        contests: AUROC by method, for every seed that all methods of ``lines`` were to run.
-    """
+    """All methods on one data set in one setting, best first."""
 
     data: str
     setting: str
     description: str
-    n: tuple[int, ...]
-    n_failures: tuple[int, ...]
-    lines: tuple[Ranked, ...]
-    refused: dict[str, str]
-    contests: dict[int, dict[str, float]]
+    n: tuple[int, ...]  # Numbers of test rows that occur
+    n_failures: tuple[int, ...]  # Numbers of wrong answers that occur
+    lines: tuple[Ranked, ...]  # methods with a result
+    refused: dict[str, str]  # reasons of the others, by method
+    contests: dict[int, dict[str, float]]  # AUROC by method, for every seed that all methods of ``lines`` were to run
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
@@ -87,19 +63,12 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Standing:
-    """A method over all data sets, settings and seeds.
-
-    Attributes:
-        method: Its label.
-        wins: Contests in which it has the highest AUROC; shared by those that tie.
-        mean_rank: Over the contests it took part in; those that tie share the mean of their ranks.
-        contests: How many those are.
-    """
+    """A method over all data sets, settings and seeds."""
 
     method: str
-    wins: float
-    mean_rank: float
-    contests: int
+    wins: float  # contests in which it has the highest AUROC; shared by those that tie
+    mean_rank: float  # over the contests it took part in; those that tie share the mean of their ranks
+    contests: int  # how many those are
 
 
 @dataclass(frozen=True)

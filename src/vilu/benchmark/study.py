@@ -38,27 +38,17 @@ STUDIES = "studies"
 
 
 class Archive(Section):
-    """The document.
-
-    Attributes:
-        vilu: Version that wrote it.
-        config: The benchmark, with every method named.
-        fingerprints: Of every cell that is run, by its path.
-    """
+    """The document."""
 
     schema_version: int = 1
     kind: str = "study"
-    vilu: str
-    config: dict[str, Any]
-    fingerprints: dict[str, str]
+    vilu: str  # version that wrote it
+    config: dict[str, Any]  # the benchmark, with every method named
+    fingerprints: dict[str, str]  # of every cell that is run, by its path
 
 
 def save_study(board: Board, output: Path) -> Path:
-    """Write ``study.json``; returns its folder.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """Write ``study.json``; returns its folder."""
     config = board.config
     archive = Archive(
         vilu=importlib.metadata.version("vilu"),
@@ -71,12 +61,7 @@ def save_study(board: Board, output: Path) -> Path:
 
 
 def load_studies(output: Path) -> list[Board]:
-    """The studies of a run folder, by name.
-
-    Raises:
-        DataError: If there is none, or a cell is missing or was made anew since.
-        StorageError: If a file cannot be read.
-    """
+    """The studies of a run folder, by name."""
     found = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
     if not found:
         raise DataError(
@@ -133,14 +118,7 @@ def page(
     verdicts: Sequence[Verdict],
     figure: Callable[[str], str],
 ) -> str:
-    """Markdown of a study, to stand below a heading of level one.
-
-    Args:
-        config: The benchmark.
-        exhibits: Its tables and figures.
-        verdicts: On its claims.
-        figure: From the name of a view to the link of its figure.
-    """
+    """Markdown of a study, to stand below a heading of level one."""
     parts = [f"## {config.study.title if config.study else config.name}", *_about(config)]
     if verdicts:
         parts += ["What the paper says, and what is found here:", claims_table(config, verdicts)]
@@ -198,19 +176,12 @@ FIGURE_SUFFIXES = (".png", ".svg")
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a study looks like.
-
-    Attributes:
-        board: Its results.
-        exhibits: Tables and figures.
-        verdicts: On its claims.
-        text: For a terminal.
-    """
+    """What a study looks like."""
 
     board: Board
     exhibits: tuple[Exhibit, ...]
-    verdicts: tuple[Verdict, ...]
-    text: str
+    verdicts: tuple[Verdict, ...]  # on its claims
+    text: str  # for a terminal
 
 
 def render(board: Board, output: Path) -> Rendered:
@@ -218,11 +189,6 @@ def render(board: Board, output: Path) -> Rendered:
 
     Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page), ``table.txt`` (what
     is printed), ``results.json`` and ``results.parquet`` (every number and the configuration).
-
-    Raises:
-        UsageError: If a view does not fit the results.
-        MissingModelError: If there are figures and matplotlib is not installed.
-        StorageError: If the file system refuses.
     """
     config, folder = board.config, output / STUDIES / board.config.name
     exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
@@ -238,11 +204,7 @@ def render(board: Board, output: Path) -> Rendered:
 
 
 def write_document(studies: Sequence[Rendered], document: Path, title: str, intro: str) -> None:
-    """One Markdown file of several studies, its figures in a folder of its name beside it.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """One Markdown file of several studies, its figures in a folder of its name beside it."""
     figures = make_folder(document.with_suffix(""))
     parts = [f"# {title}", "", *([intro, ""] if intro else []), all_claims([study.verdicts for study in studies])]
     for study in studies:

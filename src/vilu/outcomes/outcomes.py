@@ -127,28 +127,18 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Tally:
-    """The rows of one method on one data set.
+    """The rows of one method on one data set."""
 
-    Attributes:
-        scores: The rows that have both an uncertainty and a known failure.
-        n_unlabelled: Rows with an uncertainty whose failure is unknown.
-        n_unusable: Rows without an uncertainty.
-        probability: The same rows with a probability of failure in place of the uncertainty: the calibrated one, or the
-            uncertainty itself where that is one; None where there is none.
-        method: Name of the predictor.
-        dataset: Name of the data set.
-        split: Name of its part.
-        seed: Seed of the predictor.
-    """
-
-    scores: Scores
-    n_unlabelled: int
-    n_unusable: int
+    scores: Scores  # the rows that have both an uncertainty and a known failure
+    n_unlabelled: int  # rows with an uncertainty whose failure is unknown
+    n_unusable: int  # rows without an uncertainty
+    # the same rows with a probability of failure in place of the uncertainty: the calibrated one, or the uncertainty
+    # itself where that is one; None where there is none
     probability: Scores | None
-    method: str | None = None
-    dataset: str | None = None
-    split: str | None = None
-    seed: int | None = None
+    method: str | None = None  # name of the predictor
+    dataset: str | None = None  # name of the data set
+    split: str | None = None  # name of its part
+    seed: int | None = None  # seed of the predictor
 
 
 @runtime_checkable
