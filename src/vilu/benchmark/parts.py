@@ -26,9 +26,13 @@ def require_known(what: str, names: Iterable[str], known: Collection[str]) -> No
     """Refuse an unknown name with a ValueError that names the nearest, or all."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}"
-            raise ValueError(f"there is no {what} {name!r}. {hint}")
+            raise ValueError(f"there is no {what} {name!r}. {hint_at(str(name), known, 'There are')}")
+
+
+def hint_at(name: str, known: Collection[str], otherwise: str) -> str:
+    """The nearest of the known names, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
 
 
 class Section(BaseModel):
