@@ -9,20 +9,11 @@ import pytest
 
 from tests.unit.bench_fakes import config, make_stores
 from tests.unit.known_trees import make_tree
-from vilu.backbones.catalog import NAMED
-from vilu.benchmark import dry_run
 from vilu.benchmark.config import Config
-from vilu.benchmark.dry_run import Cost, describe, estimate, image_rate, passed_rows
+from vilu.benchmark.dry_run import describe, estimate
 from vilu.errors import UsageError
-from vilu.predictors import PREDICTORS
 
 ALL = {"all": {"kind": "labels"}}
-
-
-@pytest.fixture(autouse=True)
-def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    costs = {"mcm": Cost(0.0, 1e-3), "lvu": Cost(1e-2, 1e-3)}
-    monkeypatch.setattr(dry_run, "costs", lambda: costs)
 
 
 def made(entry: dict[str, Any], **changes: Any) -> Config:
@@ -45,9 +36,6 @@ def test_embedded_parts_are_counted_in_their_stores(tmp_path: Path) -> None:
     )
     assert plan.parts[1].n_bytes == pytest.approx(files, rel=0.02)  # npy headers
     assert (plan.cells, plan.runs, plan.fits) == (4, 3, 2)
-    # one mcm; two fits of three passes over 120 rows, each tested on 60; a width is not known of "compact" by name: 768
-    assert plan.seconds == pytest.approx(60e-3 + 2 * (3 * 120 * 1e-2 + 60e-3))
-    assert plan.untimed == 0
 
 
 def test_images_at_hand_are_listed(tmp_path: Path) -> None:
@@ -60,8 +48,6 @@ def test_images_at_hand_are_listed(tmp_path: Path) -> None:
     assert {(part.counted, part.state) for part in plan.parts} == {("listing", "to embed")}
     test = parts["test"]
     assert test.n_bytes == test.images * 512 * (1 + 3) * 2
-    assert test.seconds == pytest.approx(test.images * 4 / NAMED["clip-vit-b32"].image_rate)
-    assert test.seconds_a100 == pytest.approx(test.images * 4 / 2500)
     assert not (tmp_path / "out").exists()
 
 
@@ -74,7 +60,6 @@ def test_what_is_not_here_is_in_the_catalogue(tmp_path: Path) -> None:
     parts = {(part.data, part.part): part for part in plan.parts}
     assert parts["imagenet", "train"].images == 1_281_167
     assert parts["imagenet", "train"].n_bytes == 1_281_167 * (1024 + 1024) * 2
-    assert parts["imagenet", "train"].seconds_a100 is None  # no published rate
     assert parts["cc12m", "pairs"].images == 12_423_374
     assert parts["cc12m", "pairs"].n_bytes == 12_423_374 * 2 * 512 * 2
     assert {part.state for part in plan.parts} == {"no images here"}
@@ -100,32 +85,7 @@ def test_a_data_set_of_no_catalogue_is_refused(tmp_path: Path) -> None:
 
 def test_unknown_sizes_are_said(tmp_path: Path) -> None:
     plan = estimate(made({"source": "nowhere", "backbone": "open_clip:RN50/openai"}), tmp_path, tmp_path)
-    assert [(part.images, part.n_bytes, part.seconds) for part in plan.parts] == [(None, None, None)] * 2
-    assert plan.untimed == plan.runs == 3
-    assert "3 runs without an estimate" in describe([plan])
-
-
-def test_passes_over_the_rows() -> None:
-    methods = {"knn_vote": {}, "lvu": {"steps": 100}, "vilu": {}, "pvu": {"params": {"epochs": 7}}}
-    chosen = config(methods=methods)
-    assert passed_rows(chosen, "knn_vote", 5000) == 5000
-    assert passed_rows(chosen, "lvu", 5000) == 100 * 128
-    assert passed_rows(chosen, "lvu", 20) == 300 * 20
-    assert passed_rows(chosen, "vilu", 50_000) == 6000 * 128
-    assert passed_rows(chosen, "pvu", 1000) == 7000
-
-
-def test_rates_of_models() -> None:
-    assert image_rate("clip-vit-l14") == NAMED["clip-vit-l14"].image_rate
-    assert image_rate("compact:112") == pytest.approx(4 * image_rate("compact"))
-    assert image_rate("hf:some/model") is None
-
-
-def test_every_method_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    found = dry_run.costs()
-    assert set(found) == set(PREDICTORS)
-    assert all(cost.score > 0 for cost in found.values())
-    assert {name for name, cost in found.items() if cost.fit == 0} == {
-        n for n, c in PREDICTORS.items() if not c.needs_fit
-    }
+    assert [(part.images, part.n_bytes) for part in plan.parts] == [(None, None)] * 2
+    assert plan.runs == 3
+    rows = [line.split() for line in describe([plan]).splitlines() if line.startswith("one ")]
+    assert [(row[3], row[-1]) for row in rows] == [("?", "?")] * 2

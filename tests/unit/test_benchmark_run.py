@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,6 +23,7 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.data import Workbench
 from vilu.benchmark.result import load_result
 from vilu.benchmark.stores import find_stores
+from vilu.benchmark.study import render_studies
 from vilu.embeddings.source import Batch
 from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
 from vilu.files import host_hash
@@ -179,7 +182,49 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert digest_with("def f():\n    return 1\n", "A = 2\n") != first
     facts._read.cache_clear()
     facts.code_digest.cache_clear()
-    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.zero_shot")
+    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.heads.vilu")
+
+
+def test_code_outside_vilu_is_hashed_by_its_own_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what it imports from its own package, and wherever the package lies."""
+
+    def digest_with(folder: Path, helper: str) -> str:
+        (folder / "strangers").mkdir(parents=True, exist_ok=True)
+        (folder / "strangers" / "__init__.py").write_text("from strangers import others\n")
+        (folder / "strangers" / "mine.py").write_text("from . import helper\nfrom .helper import A\n")
+        (folder / "strangers" / "helper.py").write_text(helper)
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            for name in ("strangers", "strangers.mine", "strangers.helper", "strangers.others"):
+                patch.delitem(sys.modules, name, raising=False)
+            (folder / "strangers" / "others.py").write_text("")
+            importlib.import_module("strangers.mine")
+            facts._read.cache_clear()
+            facts.code_digest.cache_clear()
+            return facts.code_digest("strangers.mine")
+
+    first = digest_with(tmp_path / "a", "A = 1  # one\n")
+    assert digest_with(tmp_path / "b", "A = 1\n") == first
+    assert digest_with(tmp_path / "c", "A = 2\n") != first
+    with pytest.raises(UsageError, match=r"strangers\.gone has no source file"):
+        facts.code_digest("strangers.gone")
+
+
+def test_cells_of_older_code_are_shown_and_counted(
+    output: Path, data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "vilu" not in json.loads((output / "cells/one/all/lvu/seed-1.json").read_text())["decided_by"]
+    n = len(times(output))
+    (text,) = (study.text for study in render_studies(output))
+    caplog.clear()
+    with caplog.at_level("INFO", logger="vilu"):
+        assert [study.text for study in render_studies(output)] == [text]
+        assert "older code" not in caplog.text
+        monkeypatch.setattr(facts, "code_digest", lambda *_: "another")
+        assert [study.text for study in render_studies(output)] == [text]
+        assert f"benchmark: {n} of {n} results are of older code" in caplog.text
+        benchmark(config(), data, output)
+        assert f"benchmark: {n} cells are of older code" in caplog.text
 
 
 @pytest.mark.slow

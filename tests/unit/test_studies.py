@@ -19,8 +19,8 @@ from vilu.benchmark.cells import Cell, plan
 from vilu.benchmark.claims import decide
 from vilu.benchmark.config import Config
 from vilu.benchmark.exhibits import exhibit
+from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.pivot import table_sheet
-from vilu.benchmark.resampling import RANKED_BY
 from vilu.benchmark.result import CellResult, Refusal, Timing
 from vilu.benchmark.sheet import to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.study import claims_table, load_studies, render, render_studies, run_studies
@@ -109,7 +109,7 @@ def test_a_table_by_hand() -> None:
     assert ("mcm", "First", "AUROC") not in ranks
     ends = cells["mcm", "First", "AUROC"].interval
     noise = np.random.default_rng(0).normal(size=B) / 100
-    assert (ends.low, ends.high) == pytest.approx(tuple(0.7 + np.quantile(noise, [0.025, 0.975])))
+    assert (ends.ci_low, ends.ci_high) == pytest.approx(tuple(0.7 + np.quantile(noise, [0.025, 0.975])))
 
 
 def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:

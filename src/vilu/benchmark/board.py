@@ -10,8 +10,10 @@ import numpy as np
 
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.config import Config
-from vilu.benchmark.resampling import RANKED_BY, Floats, Quantity
+from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.result import CellResult
+from vilu.metrics.bootstrap import Quantity
+from vilu.metrics.counts import Floats
 
 Bootstrap = Callable[[Cell], Floats]
 """(M, B) bootstrap values of a cell that was run."""
@@ -23,22 +25,13 @@ Place = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Entrant:
-    """A method's results on one data set in one setting, by seed.
-
-    Attributes:
-        place: Method, data set, setting.
-        found: Results that have a metric, by seed.
-        runs: The cells that hold them.
-        refused_seeds: Seeds without result.
-        reason: Why; None where all have one.
-        bootstrap: Reads bootstrap values.
-    """
+    """A method's results on one data set in one setting, by seed."""
 
     place: Place
-    found: Mapping[int, CellResult]
+    found: Mapping[int, CellResult]  # results that have a metric, by seed
     runs: Mapping[int, Cell]
     refused_seeds: tuple[int, ...]
-    reason: str | None
+    reason: str | None  # why; None where all have one
     bootstrap: Bootstrap
 
     @property
@@ -86,11 +79,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Mean:
-    """A method in one setting, averaged over data sets: over several, or one.
-
-    Attributes:
-        parts: Its results there.
-    """
+    """A method in one setting, averaged over data sets: over several, or one."""
 
     parts: tuple[Entrant, ...]
 

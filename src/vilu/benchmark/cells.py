@@ -12,20 +12,13 @@ from vilu.benchmark.parts import Role
 
 @dataclass(frozen=True)
 class Cell:
-    """One method on one data set in one setting with one seed.
-
-    Attributes:
-        method: Its label.
-        data: Data set that is tested on.
-        setting: Name of the setting.
-        seed: Seed of the rows, the class halves and the method.
-        same_as: The cell whose result this one shares, since nothing that decides the result differs; None: it is run.
-    """
+    """One method on one data set in one setting with one seed."""
 
     method: str
-    data: str
+    data: str  # data set that is tested on
     setting: str
-    seed: int
+    seed: int  # seed of the rows, the class halves and the method
+    # the cell whose result this one shares, since nothing that decides the result differs; None: it is run
     same_as: Cell | None = field(default=None, compare=False)
 
     @property
@@ -44,26 +37,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Origin:
-    """What decides the rows and candidates that a method is fitted on, beside the data sets themselves.
+    """What decides the rows and candidates that a method is fitted on, beside the data sets themselves."""
 
-    Attributes:
-        train: Data sets to fit on, several as one with class texts for captions; none: nothing is fitted.
-        budget: Labelled rows per class to fit on, a share of all, or "all".
-        rows_seed: Seed that draws the training rows; None where all are taken.
-        halves_seed: Seed that draws the class halves; None where all classes are taken.
-        across_preprocessing: Whether the parts of a union, or a fit and the one that it begins from, may be of
-            different picture sizes.
-        pool_size: Of a union: captions that an image has to choose from.
-        start: Where the weights come from that the fit begins with; None: from nothing.
-    """
-
+    # data sets to fit on, several as one with class texts for captions; none: nothing is fitted
     train: tuple[str, ...] = ()
-    budget: int | float | str = "all"
-    rows_seed: int | None = None
-    halves_seed: int | None = None
+    budget: int | float | str = "all"  # labelled rows per class to fit on, a share of all, or "all"
+    rows_seed: int | None = None  # seed that draws the training rows; None where all are taken
+    halves_seed: int | None = None  # seed that draws the class halves; None where all classes are taken
+    # whether the parts of a union, or a fit and the one that it begins from, may be of different picture sizes
     across_preprocessing: bool = False
-    pool_size: int | None = None
-    start: Origin | None = None
+    pool_size: int | None = None  # of a union: captions that an image has to choose from
+    start: Origin | None = None  # where the weights come from that the fit begins with; None: from nothing
 
     @property
     def first(self) -> Origin:
@@ -73,21 +57,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """What decides the rows and candidates that a method is tested on: those that it scores.
-
-    Attributes:
-        data: Data set.
-        role: Which of its parts.
-        pool_size: Captions that an image has to choose from; None: as the data set says.
-        halves_seed: Seed that draws the class halves; None where all classes are taken.
-        across_preprocessing: Whether they may be of another picture size than the rows that were fitted on.
-    """
+    """What decides the rows and candidates that a method is tested on: those that it scores."""
 
     data: str
-    role: Role
-    pool_size: int | None = None
-    halves_seed: int | None = None
-    across_preprocessing: bool = False
+    role: Role  # which of its parts
+    pool_size: int | None = None  # captions that an image has to choose from; None: as the data set says
+    halves_seed: int | None = None  # seed that draws the class halves; None where all classes are taken
+    across_preprocessing: bool = False  # whether they may be of another picture size than the rows that were fitted on
 
 
 def origin_of(config: Config, cell: Cell) -> Origin:

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 
 from vilu.benchmark.board import Board, Entrant, Mean
-from vilu.benchmark.resampling import Interval, Quantity
 from vilu.benchmark.views import AnyClaim, Better, Steeper, Trend
+from vilu.metrics.bootstrap import Interval, Quantity
 from vilu.metrics.catalog import METRICS
 
 LEAST_POINTS = 3
@@ -21,24 +21,17 @@ Ruling = Literal["holds", "does not hold", "open", "not tested"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim.
-
-    Attributes:
-        claim: The claim.
-        ruling: "holds" where the interval of the number is above zero, "does not hold" where it is below, "open" where
-            zero is in it, "not tested" where a method has no result or the number is undefined.
-        number: What decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an accuracy of 1).
-        interval: Of the number.
-        what: The number in words.
-        reason: Why it was not tested.
-    """
+    """What became of a claim."""
 
     claim: AnyClaim
+    # "holds" where the interval of the number is above zero, "does not hold" where it is below, "open" where zero is
+    # in it, "not tested" where a method has no result or the number is undefined
     ruling: Ruling
+    # what decides; positive in favour, as a fraction (or per unit of the axis: a doubling, an accuracy of 1)
     number: float | None
-    interval: Interval | None
+    interval: Interval | None  # of the number
     what: str
-    reason: str | None = None
+    reason: str | None = None  # why it was not tested
 
 
 def decide(board: Board, claim: AnyClaim) -> Verdict:
@@ -68,7 +61,7 @@ def _better(board: Board, claim: Better) -> Verdict:
     if difference is None:
         return _not_tested(claim, what, "the methods have no seed in common")
     what += _on_seeds(first, second)
-    return _rule(board, claim, Quantity(sign * difference.value, sign * difference.draws), what)
+    return _rule(board, claim, sign * difference, what)
 
 
 def _trend(board: Board, claim: Trend) -> Verdict:
@@ -84,7 +77,7 @@ def _trend(board: Board, claim: Trend) -> Verdict:
         slopes.append(Quantity.slope(logs, [one.quantity(claim.metric) for one in points if one is not None]))
     sign = 1 if claim.metric_goes == "up" else -1
     slope = Quantity.mean(slopes)
-    return _rule(board, claim, Quantity(sign * slope.value, sign * slope.draws), f"{what}, {_on(data)}")
+    return _rule(board, claim, sign * slope, f"{what}, {_on(data)}")
 
 
 def _steeper(board: Board, claim: Steeper) -> Verdict:
@@ -105,14 +98,14 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
         x = np.array([point.accuracy for point in points])
         slopes.append(Quantity.slope(x, [point.quantity(claim.metric) for point in points]))
     difference = slopes[0] - slopes[1]
-    return _rule(board, claim, Quantity(sign * difference.value, sign * difference.draws), what)
+    return _rule(board, claim, sign * difference, what)
 
 
 def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:
     ends = number.interval(board.config.confidence)
-    if not (math.isfinite(ends.low) and math.isfinite(ends.high)):
+    if not (math.isfinite(ends.ci_low) and math.isfinite(ends.ci_high)):
         return _not_tested(claim, what, "the number is undefined")
-    ruling: Ruling = "holds" if ends.low > 0 else "does not hold" if ends.high < 0 else "open"
+    ruling: Ruling = "holds" if ends.ci_low > 0 else "does not hold" if ends.ci_high < 0 else "open"
     return Verdict(claim, ruling, number.value, ends, what)
 
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vilu.benchmark.parts import Count, Data, Model, Name, Names, require_known
-from vilu.benchmark.resampling import RANKED_BY
+from vilu.benchmark.parts import RANKED_BY, Count, Data, Name, Names, Section, require_known
 from vilu.benchmark.views import (
     AnyClaim,
     AnyView,
@@ -32,26 +31,18 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.parameters import build, check_parameters, parameters
 
 
-class Setting(Model):
-    """What is fitted on, and what is tested on.
+class Setting(Section):
+    """What is fitted on, and what is tested on."""
 
-    Attributes:
-        budget: Labelled rows per class to fit on, a share of all of them (0.025), or "all".
-        data: Data sets to test on; by default all that make sense.
-        test_on: Which rows to test on; "validation" for choosing among methods.
-        pool_size: Captions that an image of the test set has to choose from; by default that of the data set.
-        title: For tables and figures, instead of the name.
-        x: Where the setting stands on the axis of a curve.
-        published: What publications call it.
-    """
-
+    # labelled rows per class to fit on, a share of all of them (0.025), or "all"
     budget: int | float | Literal["all"] = "all"
-    data: Names | None = None
-    test_on: Literal["validation", "test"] = "test"
+    data: Names | None = None  # data sets to test on; by default all that make sense
+    test_on: Literal["validation", "test"] = "test"  # which rows to test on; "validation" for choosing among methods
+    # captions that an image of the test set has to choose from; by default that of the data set
     pool_size: Annotated[int, Field(ge=2)] | None = None
-    title: str | None = None
-    x: float | None = None
-    published: str | None = None
+    title: str | None = None  # for tables and figures, instead of the name
+    x: float | None = None  # where the setting stands on the axis of a curve
+    published: str | None = None  # what publications call it
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -90,15 +81,10 @@ class Labels(Setting):
 
 
 class FromOther(Setting):
-    """Fitted on another data set.
-
-    Attributes:
-        source: The data set to fit on.
-        across_preprocessing: Allow the two to be embedded by one model at different picture sizes, which is refused
-            otherwise.
-    """
+    """Fitted on another data set."""
 
     source: str
+    # allow the two to be embedded by one model at different picture sizes, which is refused otherwise
     across_preprocessing: bool = False
 
     @property
@@ -132,18 +118,12 @@ class Adapt(FromOther):
 
 
 class Union(Setting):
-    """Fitted on several data sets at once, whose class texts serve as captions (supplement, C.6).
-
-    Attributes:
-        of: The data sets to fit on.
-        train_pool_size: Captions that an image has to choose from in training.
-        across_preprocessing: As for a transfer.
-    """
+    """Fitted on several data sets at once, whose class texts serve as captions (supplement, C.6)."""
 
     kind: Literal["union"]
-    of: Annotated[Names, Field(min_length=1)]
-    train_pool_size: Annotated[int, Field(ge=2)] = 1024
-    across_preprocessing: bool = False
+    of: Annotated[Names, Field(min_length=1)]  # the data sets to fit on
+    train_pool_size: Annotated[int, Field(ge=2)] = 1024  # captions that an image has to choose from in training
+    across_preprocessing: bool = False  # as for a transfer
 
     @property
     def sources(self) -> Names:
@@ -167,11 +147,7 @@ AnySetting = Annotated[Labels | Transfer | Unseen | Adapt | Union, Field(discrim
 
 
 def check_views(config: Config) -> None:
-    """Refuse views that name what is not there, or could not be shown.
-
-    Raises:
-        ValueError: Naming the view.
-    """
+    """Refuse views that name what is not there, or could not be shown."""
     twice = [name for name, count in Counter(view.name for view in config.views).items() if count > 1]
     if twice:
         raise ValueError(f"two views are called {twice[0]}, and would be one file")
@@ -200,11 +176,7 @@ def _require_showable(config: Config, view: AnyView, where: str) -> None:
 
 
 def check_claims(config: Config) -> None:
-    """Refuse claims that name what is not there, or could not be decided.
-
-    Raises:
-        ValueError: Naming what is wrong.
-    """
+    """Refuse claims that name what is not there, or could not be decided."""
     for claim in config.claims:
         require_known("data set (claim)", claim.data or (), config.data)
         require_known("metric (claim)", [claim.metric], RANKED_BY)
@@ -266,82 +238,48 @@ MAX_EPOCHS = 300
 """However few the training rows are; the heads' own limit."""
 
 
-class Method(Model):
-    """A method and how often it runs.
+class Method(Section):
+    """A method and how often it runs."""
 
-    Attributes:
-        method: Name in ``PREDICTORS``; by default the label.
-        params: Hyper-parameters that differ from the defaults.
-        settings: Only these settings.
-        data: Only these data sets to test on.
-        seeds: Only the first so many seeds.
-        steps: In place of ``epochs``: as many epochs as make about so many steps on the training rows at hand.
-        deterministic: Whether scores depend on the seed through the training rows alone.
-        title: For tables and figures, instead of the label.
-        x: Where the method stands on the axis of a curve.
-        published: What publications call it.
-    """
-
-    method: str | None = None
-    params: dict[str, Any] = Field(default_factory=dict)
+    method: str | None = None  # name in ``PREDICTORS``; by default the label
+    params: dict[str, Any] = Field(default_factory=dict)  # hyper-parameters that differ from the defaults
     settings: Names | None = None
-    data: Names | None = None
-    seeds: Count | None = None
+    data: Names | None = None  # only these data sets to test on
+    seeds: Count | None = None  # only the first so many seeds
+    # in place of ``epochs``: as many epochs as make about so many steps on the training rows at hand
     steps: Count | None = None
-    deterministic: bool = False
-    title: str | None = None
-    x: float | None = None
-    published: str | None = None
+    deterministic: bool = False  # whether scores depend on the seed through the training rows alone
+    title: str | None = None  # for tables and figures, instead of the label
+    x: float | None = None  # where the method stands on the axis of a curve
+    published: str | None = None  # what publications call it
 
 
-class Trained(Model):
-    """What holds for every method that trains a network, unless its own table says otherwise.
+class Trained(Section):
+    """What holds for every method that trains a network, unless its own table says otherwise."""
 
-    Attributes:
-        seeds: Only the first so many seeds.
-        steps: In place of ``epochs``, as for a method.
-    """
-
-    seeds: Count | None = None
-    steps: Count | None = None
+    seeds: Count | None = None  # only the first so many seeds
+    steps: Count | None = None  # in place of ``epochs``, as for a method
 
 
-class Config(Model):
-    """A benchmark.
+class Config(Section):
+    """A benchmark."""
 
-    Attributes:
-        name: Of the benchmark, and of its folder of tables and figures; by default that of the file.
-        seeds: Number of seeds, 0 ... seeds - 1: they draw training rows and class halves, and seed the methods.
-        resamples: Bootstrap resamples.
-        confidence: Coverage of the intervals.
-        metrics: Names of ``vilu.metrics.METRICS``.
-        device: Where methods run that have a choice, and models.
-        all_methods: Every method, also those that ``methods`` does not name; always so when it names none.
-        deterministic: Labels of methods to mark as deterministic, for short.
-        trained: For every method that trains a network.
-        data: Data sets by name.
-        settings: Settings by name.
-        methods: Methods by label.
-        study: What it is about.
-        views: Tables and figures to make; by default a ranking.
-        claims: What is to be decided.
-    """
-
-    name: Name = "benchmark"
+    name: Name = "benchmark"  # of the benchmark, and of its folder of tables and figures; by default that of the file
+    # Number of seeds, 0 ... seeds - 1: they draw training rows and class halves, and seed the methods
     seeds: Annotated[int, Field(ge=1, le=1000)] = 5
     resamples: Annotated[int, Field(ge=10)] = 1000
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")
-    device: str = "cpu"
-    all_methods: bool = False
-    deterministic: Names = ()
-    trained: Trained = Trained()
+    metrics: Names = ("auroc", "fpr95", "augrc", "aurc", "ece")  # names of ``vilu.metrics.METRICS``
+    device: str = "cpu"  # where methods run that have a choice, and models
+    all_methods: bool = False  # every method, also those that ``methods`` does not name; always so when it names none
+    deterministic: Names = ()  # labels of methods to mark as deterministic, for short
+    trained: Trained = Trained()  # for every method that trains a network
     data: Annotated[dict[Name, Data], Field(min_length=1)]
     settings: Annotated[dict[Name, AnySetting], Field(min_length=1)]
     methods: dict[Name, Method] = Field(default_factory=dict)
     study: Study | None = None
-    views: tuple[AnyView, ...] = ()
-    claims: tuple[AnyClaim, ...] = ()
+    views: tuple[AnyView, ...] = ()  # tables and figures to make; by default a ranking
+    claims: tuple[AnyClaim, ...] = ()  # what is to be decided
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -415,11 +353,7 @@ class Config(Model):
         return random and not method.deterministic
 
     def predictor(self, label: str, seed: int = 0) -> FailurePredictor:
-        """A new predictor for a label.
-
-        Raises:
-            UsageError: If a hyper-parameter cannot be.
-        """
+        """A new predictor for a label."""
         cls = self.class_of(label)
         given = {"seed": seed, "device": self.device}
         defaults = {name: value for name, value in given.items() if name in parameters(cls)}

@@ -59,11 +59,7 @@ def held_out(ids: Iterable[str], share: float) -> NDArray[np.bool_]:
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Classes to fit on and classes to test on, each sorted; the second half is the larger one of an odd number.
-
-    Raises:
-        DataError: If there are fewer than four classes: each half needs a choice.
-    """
+    """Classes to fit on and classes to test on, each sorted; the second half is the larger one of an odd number."""
     if n_classes < 4:
         raise DataError(f"unseen classes need at least 4 classes, 2 to fit on and 2 to test on. Got {n_classes}.")
     order = np.random.default_rng([HALVES, seed]).permutation(n_classes)
@@ -110,17 +106,12 @@ def _column(source: EmbeddingSource, name: str, rows: Tensor, classes: Tensor) -
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of the rows of a test set, whatever the method.
+    """What is known of the rows of a test set, whatever the method."""
 
-    Attributes:
-        rows: Names these rows and candidates; what has the same name may be compared row by row.
-        failure: (N,) int64, 1 where the zero-shot answer is wrong, 0 where it is right, -1 where that is unknown.
-        reason: Per row why it cannot have an uncertainty, or None.
-    """
-
-    rows: str
+    rows: str  # names these rows and candidates; what has the same name may be compared row by row
+    # (N,) int64, 1 where the zero-shot answer is wrong, 0 where it is right, -1 where that is unknown
     failure: NDArray[np.int64]
-    reason: tuple[str | None, ...]
+    reason: tuple[str | None, ...]  # per row why it cannot have an uncertainty, or None
 
 
 class Workbench:
@@ -171,12 +162,7 @@ class Workbench:
         return (source if cut is None else Subset(source, evenly_spaced(len(source), cut))), name
 
     def check(self) -> None:
-        """Refuse data sets whose parts do not belong together.
-
-        Raises:
-            ProvenanceError: If they differ in their classes or their space.
-            DataError: If rows are in two parts, or there are too few classes for a setting.
-        """
+        """Refuse data sets whose parts do not belong together."""
         parts = needed_parts(self.config, plan(self.config))
         for data in self.config.data:
             roles = [role for role in ROLES if (data, role) in parts]

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from vilu.benchmark.board import Board, Mean
-from vilu.benchmark.pivot import Key, chosen, notes_of, show, title_of
-from vilu.benchmark.sheet import Sheet
-from vilu.benchmark.views import GridView
-from vilu.errors import DataError
-from vilu.metrics.catalog import METRICS
-
-if TYPE_CHECKING:
-    from vilu.report.style import Figure
-
-
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vilu.benchmark.board import Entrant
-from vilu.benchmark.pivot import published_of, table_sheet
+from vilu.benchmark.board import Board, Entrant, Mean, Place
+from vilu.benchmark.pivot import Key, chosen, notes_of, published_of, show, table_sheet, title_of
 from vilu.benchmark.ranking import layout, summarise
-from vilu.benchmark.views import AnyView, CurveView, HistogramView, RankingView, ScatterView, TableView
+from vilu.benchmark.sheet import Sheet
+from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView, TableView
+from vilu.errors import DataError
+from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
 
 if TYPE_CHECKING:
@@ -32,124 +22,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Field:
-    """The methods of a data set by their two values, and the one that was chosen."""
-
-    methods: dict[tuple[str, str], str]
-    chosen: tuple[str, str]
-
-
-def grid_exhibit(board: Board, view: GridView) -> tuple[Sheet, Callable[[], Figure]]:
-    """The sheet and the figure of a grid.
-
-    Data sets without a result are left out; the notes tell why.
-
-    Raises:
-        DataError: If there is none with one.
-    """
-    config, found = board.config, chosen(board, view)
-    best = view.metrics[0]
-    tried = {data: _field(board, view, data, best) for data in dict.fromkeys(key.data for key in found)}
-    fields = {data: field for data, field in tried.items() if field is not None}
-    if not fields:
-        raise DataError(f"the view {view.name} has nothing to show: no result with {' and '.join(view.parameters)}.")
-    columns = [(setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics]
-    rows, cells = [], {}
-    for data, field in fields.items():
-        for values, method in field.methods.items():
-            rows.append((title_of(config, "data", data), *values, "chosen" if values == field.chosen else ""))
-            for number, (setting, metric) in enumerate(columns):
-                entrant = board.find(method, data, setting)
-                if entrant is not None:
-                    key = Key(method, data, setting, metric)
-                    cells[len(rows) - 1, number] = show(config, key, Mean((entrant,)))
-    selected = title_of(config, "setting", view.select_on)
-    note = f"Chosen: the best {METRICS[best].title} in {selected!r}; the other columns had no say."
-    sheet = Sheet(
-        name=view.name,
-        title=view.title,
-        row_fields=("data", *view.parameters, "choice"),
-        column_fields=("setting", "metric"),
-        rows=tuple(rows),
-        columns=tuple((title_of(config, "setting", s), METRICS[m].title) for s, m in columns),
-        cells=cells,
-        notes=(note, *notes_of(board, view, cells.values(), found.values())),
-    )
-    return sheet, lambda: _draw(board, view, fields, best)
-
-
-def _field(board: Board, view: GridView, data: str, best: str) -> _Field | None:
-    """What there is of a data set; None where there is no result."""
-    methods = {}
-    for label in view.methods or board.config.entries:
-        values = [board.config.entries[label].params.get(name) for name in view.parameters]
-        if None not in values and board.find(label, data, view.select_on) is not None:
-            methods[str(values[0]), str(values[1])] = label
-    scores = {values: _mean(board, label, data, view.select_on, best) for values, label in methods.items()}
-    sign = 1 if METRICS[best].higher_is_better else -1
-    return _Field(methods, max(scores, key=lambda values: sign * scores[values])) if scores else None
-
-
-def _mean(board: Board, method: str, data: str, setting: str, metric: str) -> float:
-    entrant = board.entrants[method, data, setting]
-    return entrant.quantity(metric).value
-
-
-def _draw(board: Board, view: GridView, fields: dict[str, _Field], best: str) -> Figure:
-    from vilu.report.figures import Grid, grids
-
-    panels = []
-    for data, field in fields.items():
-        rows, columns = ([*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1))
-        for setting in (view.select_on, view.report_on):
-            values = {
-                (rows.index(a), columns.index(b)): _mean(board, method, data, setting, best)
-                for (a, b), method in field.methods.items()
-                if board.find(method, data, setting) is not None
-            }
-            names = title_of(board.config, "data", data), title_of(board.config, "setting", setting)
-            place = rows.index(field.chosen[0]), columns.index(field.chosen[1])
-            panels.append(Grid(f"{names[0]}, {names[1]}: {METRICS[best].title}", rows, columns, values, place))
-    return grids(panels, *view.parameters)
-
-
-@dataclass(frozen=True)
 class Exhibit:
-    """What a view shows.
-
-    Attributes:
-        name: Of its files.
-        title: Its caption.
-        body: The table, or the numbers behind the figure; or a text.
-        draw: Makes the figure; None where there is none.
-    """
+    """What a view shows."""
 
     name: str
     title: str
-    body: Sheet | str
-    draw: Callable[[], Figure] | None = None
+    body: Sheet | str  # the table, or the numbers behind the figure; or a text
+    draw: Callable[[], Figure] | None = None  # makes the figure; None where there is none
 
 
 def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
-    """What a view shows of a board.
-
-    Args:
-        board: The results.
-        view: What to show.
-        root: Folder of the cells, for the scores behind histograms.
-
-    Raises:
-        UsageError: If something varies that a table does not name.
-        DataError: If there is nothing to show.
-    """
+    """What a view shows of a board."""
     match view:
         case TableView():
             return Exhibit(view.name, view.title, table_sheet(board, view))
         case RankingView():
             return Exhibit(view.name, view.title, layout(board.config, summarise(board)))
         case GridView():
-            sheet, draw = grid_exhibit(board, view)
-            return Exhibit(view.name, view.title, sheet, draw)
+            return _grid(board, view)
         case HistogramView():
             return _histograms(board, view, root)
         case CurveView():
@@ -215,8 +105,8 @@ def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) ->
         label=label,
         x=[at for _, at, _ in points],
         y=[number.value for number in numbers],
-        low=[ends.low for ends in intervals],
-        high=[ends.high for ends in intervals],
+        low=[ends.ci_low for ends in intervals],
+        high=[ends.ci_high for ends in intervals],
         published=[(at, number.value) for at, number in published if number is not None],
     )
 
@@ -240,3 +130,81 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> Exhibit:
         sheet,
         lambda: score_histograms({title: Outcomes.load(path) for title, path in panels.items()}),
     )
+
+
+@dataclass(frozen=True)
+class _Field:
+    """The methods of a data set by their values of two parameters, the mean of each by setting, and the chosen one."""
+
+    data: str
+    methods: dict[tuple[str, str], str]
+    chosen: tuple[str, str]
+
+
+def _grid(board: Board, view: GridView) -> Exhibit:
+    """Data sets without a result are left out; the notes tell why."""
+    config, found = board.config, chosen(board, view)
+    fields = [field for data in dict.fromkeys(key.data for key in found) for field in _fields(board, view, data)]
+    if not fields:
+        raise DataError(f"the view {view.name} has nothing to show: no result with {' and '.join(view.parameters)}.")
+    lines = [(field, values, method) for field in fields for values, method in field.methods.items()]
+    columns = [(setting, metric) for setting in (view.select_on, view.report_on) for metric in view.metrics]
+    cells = {
+        (row, column): show(config, Key(method, field.data, *place), Mean((entrant,)))
+        for row, (field, _, method) in enumerate(lines)
+        for column, place in enumerate(columns)
+        if (entrant := board.find(method, field.data, place[0])) is not None
+    }
+    selected, best = title_of(config, "setting", view.select_on), METRICS[view.metrics[0]].title
+    sheet = Sheet(
+        name=view.name,
+        title=view.title,
+        row_fields=("data", *view.parameters, "choice"),
+        column_fields=("setting", "metric"),
+        rows=tuple(
+            (title_of(config, "data", field.data), *values, "chosen" if values == field.chosen else "")
+            for field, values, _ in lines
+        ),
+        columns=tuple((title_of(config, "setting", setting), METRICS[metric].title) for setting, metric in columns),
+        cells=cells,
+        notes=(
+            f"Chosen: the best {best} in {selected!r}; the other columns had no say.",
+            *notes_of(board, view, cells.values(), found.values()),
+        ),
+    )
+    return Exhibit(view.name, view.title, sheet, lambda: _draw(board, view, fields))
+
+
+def _fields(board: Board, view: GridView, data: str) -> list[_Field]:
+    """What there is of a data set: one field, or none where there is no result."""
+    methods = {}
+    for label in view.methods or board.config.entries:
+        values = [board.config.entries[label].params.get(name) for name in view.parameters]
+        if None not in values and board.find(label, data, view.select_on) is not None:
+            methods[str(values[0]), str(values[1])] = label
+    best = view.metrics[0]
+    sign = 1 if METRICS[best].higher_is_better else -1
+    means = {values: sign * _mean(board, (label, data, view.select_on), best) for values, label in methods.items()}
+    return [_Field(data, methods, max(means, key=means.__getitem__))] if means else []
+
+
+def _mean(board: Board, place: Place, metric: str) -> float:
+    return board.entrants[place].quantity(metric).value
+
+
+def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
+    from vilu.report.figures import Grid, grids
+
+    panels, best = [], view.metrics[0]
+    for field in fields:
+        rows, columns = ([*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1))
+        for setting in (view.select_on, view.report_on):
+            means = {
+                (rows.index(a), columns.index(b)): _mean(board, (method, field.data, setting), best)
+                for (a, b), method in field.methods.items()
+                if board.find(method, field.data, setting) is not None
+            }
+            names = title_of(board.config, "data", field.data), title_of(board.config, "setting", setting)
+            place = rows.index(field.chosen[0]), columns.index(field.chosen[1])
+            panels.append(Grid(f"{names[0]}, {names[1]}: {METRICS[best].title}", rows, columns, means, place))
+    return grids(panels, *view.parameters)

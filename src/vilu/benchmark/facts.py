@@ -3,53 +3,72 @@
 from __future__ import annotations
 
 import ast
-from functools import cache
+import sys
+from functools import cache, partial
+from importlib.util import resolve_name
 from pathlib import Path
 
-import vilu
 from vilu.benchmark.cells import Cell, Origin, origin_of, scored_set_of, selects
-from vilu.benchmark.config import MAX_EPOCHS
+from vilu.benchmark.config import MAX_EPOCHS, Config
 from vilu.benchmark.data import Workbench
 from vilu.benchmark.fit import predictor_of
 from vilu.embeddings.space import digest
+from vilu.errors import UsageError
+from vilu.metrics.catalog import METRICS
 from vilu.predictors.parameters import parameters
 
-PACKAGE = Path(vilu.__file__).parent
-CATALOGUE = "vilu.predictors"
-"""Its ``__init__`` imports every method; what a method takes from it is in the method's own modules."""
+PACKAGE = Path(__file__).parents[1]
+LISTS = frozenset({"vilu.predictors", "vilu.registry"})
+"""They name every method; what a method takes from them is in its own modules."""
 
-SHARED = ("vilu.outcomes.evaluate", "vilu.benchmark.data", "vilu.benchmark.resampling", "vilu.embeddings.source")
+SHARED = ("vilu.outcomes.evaluate", "vilu.benchmark.data", "vilu.benchmark.result", "vilu.embeddings.source")
 """What decides every result beside the method."""
 
 
 @cache
 def code_digest(*modules: str) -> str:
-    """Hash of modules, ``SHARED``, and all that they import at module level from vilu; comments do not count."""
+    """Hash of modules, ``SHARED``, and all that they import at module level from vilu; comments do not count.
+
+    Of a module outside vilu, what it imports from its own package counts as well.
+    """
+    lost = [name for name in modules if _file(name) is None]
+    if lost:
+        raise UsageError(
+            f"{lost[0]} has no source file, so nothing would tell when its code changes. Put it in a file."
+        )
     found: dict[str, str] = {}
     waiting = [*modules, *SHARED]
     while waiting:
         name = waiting.pop()
-        if name not in found and name != CATALOGUE and _file(name) is not None:
-            found[name], imported = _read(name)
+        file = _file(name)
+        if name not in found and name not in LISTS and file is not None:
+            found[name], imported = _read(name, file)
             waiting += imported
     return digest(sorted(found.items()))
 
 
 @cache
-def _read(module: str) -> tuple[str, tuple[str, ...]]:
-    """The code of a module without comments and docstrings, and what it may import from vilu."""
-    path = _file(module)
-    tree = ast.parse("" if path is None else path.read_text(encoding="utf-8"))
+def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
+    """The code of a module without comments and docstrings, and what it may import from vilu or its own package."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     imported = []
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            imported += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        if isinstance(node, ast.ImportFrom):
+            source = _absolute(node, module, file)
+            imported += [source, *(f"{source}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             imported += [alias.name for alias in node.names]
     for part in ast.walk(tree):
         if isinstance(part, ast.Module | ast.ClassDef | ast.FunctionDef):
             part.body = [step for step in part.body if not _is_text(step)] or [ast.Pass()]
-    return digest(ast.unparse(tree)), tuple(name for name in imported if name.startswith("vilu."))
+    ours = ("vilu.", f"{module.partition('.')[0]}.")
+    return digest(ast.unparse(tree)), tuple(name for name in imported if name.startswith(ours))
+
+
+def _absolute(node: ast.ImportFrom, module: str, file: Path) -> str:
+    """The module that names are imported from."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    return resolve_name("." * node.level + (node.module or ""), package) if node.level else str(node.module)
 
 
 def _is_text(step: ast.stmt) -> bool:
@@ -58,18 +77,21 @@ def _is_text(step: ast.stmt) -> bool:
 
 
 def _file(module: str) -> Path | None:
-    """The source of a module of vilu; None where the name is no module."""
-    place = PACKAGE.joinpath(*module.split(".")[1:])
+    """The source of a module of vilu, or of one outside that is loaded; None where the name is no module."""
+    top, *steps = module.split(".")
+    if top != "vilu":
+        source = getattr(sys.modules.get(module), "__file__", None)
+        return None if source is None else Path(source)
+    place = PACKAGE.joinpath(*steps)
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
 def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
     """Everything that decides the result of a cell, as plain JSON."""
-    config, origin, predictor = bench.config, origin_of(bench.config, cell), predictor_of(bench, cell)
-    scored = scored_set_of(config, cell)
+    config, origin = bench.config, origin_of(bench.config, cell)
+    predictor, scored = predictor_of(config, cell), scored_set_of(config, cell)
     return {
-        "vilu": vilu.__version__,
-        "code": code_digest(*predictor.modules, *_modules_of(origin)),
+        "code": code_of(config, cell),
         "method": predictor.name,
         "parameters": {name: getattr(predictor, name) for name in parameters(predictor)},
         "steps": config.entries[cell.method].steps,
@@ -81,6 +103,19 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
         "metrics": list(config.metrics),
         "resamples": config.resamples,
     }
+
+
+def code_of(config: Config, cell: Cell) -> str:
+    """Hash of the code that decides the result of a cell; one of another hash is of older code."""
+    predictor = predictor_of(config, cell)
+    return code_digest(*predictor.modules, *_modules_of(origin_of(config, cell)), *_outside_metrics(config))
+
+
+def _outside_metrics(config: Config) -> list[str]:
+    """Where metrics that are not ours have their code; that of ours is in ``SHARED``."""
+    kernels = [METRICS[name].kernel for name in config.metrics]
+    modules = ((kernel.func if isinstance(kernel, partial) else kernel).__module__ for kernel in kernels)
+    return [module for module in modules if not module.startswith("vilu.")]
 
 
 def _modules_of(origin: Origin) -> list[str]:

@@ -26,33 +26,24 @@ REFUSALS = (UsageError, DataError, ProvenanceError)
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fit, or its refusal, with what it said.
+    """A fit, or its refusal, with what it said."""
 
-    Attributes:
-        predictor: Ready to score, unless refused.
-        refused: Why there was no fit.
-        n_train: Rows in the training set; None where nothing is fitted.
-        seconds: Of fitting, without the fit that it began from.
-        warnings: Of fitting.
-    """
-
-    predictor: FailurePredictor
-    refused: Refusal | None = None
-    n_train: int | None = None
-    seconds: float | None = None
-    warnings: tuple[str, ...] = ()
+    predictor: FailurePredictor  # ready to score, unless refused
+    refused: Refusal | None = None  # why there was no fit
+    n_train: int | None = None  # rows in the training set; None where nothing is fitted
+    seconds: float | None = None  # of fitting, without the fit that it began from
+    warnings: tuple[str, ...] = ()  # of fitting
 
 
-def predictor_of(bench: Workbench, cell: Cell) -> FailurePredictor:
+def predictor_of(config: Config, cell: Cell) -> FailurePredictor:
     """The unfitted predictor of a cell; one that does not depend on the seed has seed 0."""
-    config = bench.config
     return config.predictor(cell.method, cell.seed if config.depends_on_seed(cell.method) else 0)
 
 
 def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]) -> Fitted:
     """The predictor of a cell, fitted on ``origin`` where it needs that; taken from ``fits``, and put there."""
     if not origin.train:
-        return Fitted(predictor_of(bench, cell))
+        return Fitted(predictor_of(bench.config, cell))
     if origin not in fits:
         start = None if origin.start is None else fit(bench, cell, origin.start, fits)
         fits[origin] = start if start is not None and start.refused is not None else _fit(bench, cell, origin, start)
@@ -60,7 +51,7 @@ def fit(bench: Workbench, cell: Cell, origin: Origin, fits: dict[Origin, Fitted]
 
 
 def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> Fitted:
-    predictor = predictor_of(bench, cell)
+    predictor = predictor_of(bench.config, cell)
     columns = (*predictor.columns, *predictor.optional_columns)
     refused, n_train, begun = None, None, time.perf_counter()
     with collected_warnings() as said:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vilu.benchmark.config import AnySetting, Config, Method, Union
-from vilu.benchmark.parts import ROLES, Data
+from vilu.benchmark.parts import ROLES, Data, hint_at
 from vilu.errors import UsageError
 from vilu.predictors.parameters import parameters
 
@@ -30,11 +29,7 @@ def load_config(path: Path) -> Config:
 
 
 def load_configs(paths: Sequence[Path]) -> list[Config]:
-    """Several files.
-
-    Raises:
-        UsageError: As ``load_config``, and if two have one name.
-    """
+    """Several files."""
     configs = [load_config(path) for path in paths]
     twice = [name for name, count in Counter(config.name for config in configs).items() if count > 1]
     if twice:
@@ -56,40 +51,32 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
     ``include`` names a file beside it, whose keys hold unless the including file gives them itself; of its tables
     (``data``, ``settings``, ``methods``) those entries hold that ``[use]`` lists, or all of a table that it does not.
-
-    Raises:
-        UsageError: If the included file cannot be read, or has no such entry.
     """
     name, use = content.pop("include", None), content.pop("use", {})
-    if name is None and use:
-        raise UsageError(f"{path.name} has [use], and no include to take from.")
     if name is None:
+        if use:
+            raise UsageError(f"{path.name} has [use], and no include to take from.")
         return content
     if not isinstance(name, str) or not isinstance(use, dict):
         raise UsageError(f"{path.name}: include must be the name of a file, and [use] a table.")
+    other = [table for table in use if table not in TABLES]
+    if other:
+        raise UsageError(f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {other[0]!r} instead.")
     included = _read(path.parent / name)
-    for table in use:
-        if table not in TABLES:
-            raise UsageError(f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {table!r} instead.")
-    merged = {**included, **content}
+    merged = included | content
     for table in TABLES:
         given = included.get(table, {})
         chosen = use.get(table, list(given))
-        unknown = [entry for entry in chosen if entry not in given]
-        if unknown:
-            near = difflib.get_close_matches(str(unknown[0]), given, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(given)}."
-            raise UsageError(f"{path.name}: {name} has no {unknown[0]!r} in its {table}. {hint}")
-        merged[table] = {**{entry: given[entry] for entry in chosen}, **content.get(table, {})}
+        for entry in chosen:
+            if entry not in given:
+                hint = hint_at(str(entry), given, "It has")
+                raise UsageError(f"{path.name}: {name} has no {entry!r} in its {table}. {hint}")
+        merged[table] = {entry: given[entry] for entry in chosen} | content.get(table, {})
     return {key: value for key, value in merged.items() if value or key not in TABLES}
 
 
 def parse_config(content: Mapping[str, Any], name: str = "the benchmark") -> Config:
-    """A benchmark from plain tables; ``name`` is for the messages.
-
-    Raises:
-        UsageError: If something in it cannot be.
-    """
+    """A benchmark from plain tables; ``name`` is for the messages."""
     try:
         config = Config.model_validate(content)
     except ValidationError as error:

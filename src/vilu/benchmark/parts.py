@@ -18,22 +18,24 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
+RANKED_BY = ("auroc", "fpr95")
+"""Metrics that get intervals; methods are ranked by the first."""
 
 
 def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        ValueError: Naming the nearest, or all.
-    """
+    """Refuse an unknown name with a ValueError that names the nearest, or all."""
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(known)}"
-            raise ValueError(f"there is no {what} {name!r}. {hint}")
+            raise ValueError(f"there is no {what} {name!r}. {hint_at(str(name), known, 'There are')}")
 
 
-class Model(BaseModel):
+def hint_at(name: str, known: Collection[str], otherwise: str) -> str:
+    """The nearest of the known names, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
+
+
+class Section(BaseModel):
     """Immutable; names the nearest key where one is unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -46,7 +48,7 @@ class Model(BaseModel):
         return value
 
 
-class StorePaths(Model):
+class StorePaths(Section):
     """Folders that ``vilu embed`` wrote, below the data folder; the same one for all roles where it holds captions."""
 
     train: str
@@ -54,14 +56,10 @@ class StorePaths(Model):
     validation: str | None = None
 
 
-class Shift(Model):
-    """What is done to every picture before the model sees it (``vilu.datasets.shift``).
+class Shift(Section):
+    """What is done to every picture before the model sees it (``vilu.datasets.shift``)."""
 
-    Attributes:
-        kinds: Which ways; every picture gets one of them.
-        severity: 1 to 5.
-    """
-
+    # which ways; every picture gets one of them
     kinds: Names = tuple(kind for kind in KINDS if kind != "low_resolution")
     severity: Annotated[int, Field(ge=1, le=SEVERITIES)] = 3
 
@@ -72,7 +70,7 @@ class Shift(Model):
         return kinds
 
 
-class Limits(Model):
+class Limits(Section):
     """Only so many images of a role, evenly spaced; None: all."""
 
     train: Count | None = None
@@ -80,56 +78,38 @@ class Limits(Model):
     test: Count | None = None
 
 
-class Data(Model):
-    """A data set: images to embed, or ready-made stores.
+class Data(Section):
+    """A data set: images to embed, or ready-made stores."""
 
-    Attributes:
-        source: File or folder of images below the data folder; ``package:NAME`` ships with vilu.
-        dataset: A known data set (``vilu datasets list``); ``source`` is then where it lies, by default anywhere in
-            the data folder.
-        stores: Ready-made stores, in place of ``source`` and all that belongs to it.
-        backbone: The frozen model.
-        classes: Names for the prompts, in label order; by default those of the data set.
-        raw_names: Whether a known data set's names go into the prompts as they are, underscores and all.
-        where: Only rows of a table that hold these values, by column.
-        captions: Whether images have captions instead of classes. Then there is one store, the roles are folds of its
-            captions ("train", "validation", "test"), and each image is matched against those of its pool.
-        pool_size: Captions that an image has to choose from, in training and (unless a setting says so) in testing.
-        shift: What is done to every picture first.
-        train: Split to fit on; several are joined by ``+``.
-        validation: Split to select on; or the share of the training rows that is held out for it, by a hash of their
-            identifiers. None: methods that select hold out rows of their own.
-        test: Split to test on.
-        features: Whether to store features.
-        views: Augmented views per test image; 0 for none.
-        prompts: Prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``.
-        limit: Only so many images of each split, evenly spaced.
-        shards: Of images in tar files, which are not counted before: only those in the first so many files.
-        title: For tables and figures, instead of the name.
-        x: Where the data set stands on the axis of a curve.
-        published: What publications call it, where their numbers are to stand beside ours; by default ``dataset``.
-    """
-
-    source: str | None = None
+    source: str | None = None  # file or folder of images below the data folder; ``package:NAME`` ships with vilu
+    # A known data set (``vilu datasets list``); ``source`` is then where it lies, by default anywhere in the data
+    # folder
     dataset: str | None = None
-    stores: StorePaths | None = None
+    stores: StorePaths | None = None  # ready-made stores, in place of ``source`` and all that belongs to it
     backbone: str = "compact"
-    classes: Names | None = None
-    raw_names: bool = False
-    where: dict[str, str] = Field(default_factory=dict)
+    classes: Names | None = None  # names for the prompts, in label order; by default those of the data set
+    raw_names: bool = False  # whether a known data set's names go into the prompts as they are, underscores and all
+    where: dict[str, str] = Field(default_factory=dict)  # only rows of a table that hold these values, by column
+    # whether images have captions instead of classes. Then there is one store, the roles are folds of its captions
+    # ("train", "validation", "test"), and each image is matched against those of its pool
     captions: bool = False
+    # captions that an image has to choose from, in training and (unless a setting says so) in testing
     pool_size: Annotated[int, Field(ge=2)] = 1024
-    shift: Shift | None = None
-    train: str = "train"
+    shift: Shift | None = None  # what is done to every picture first
+    train: str = "train"  # split to fit on; several are joined by ``+``
+    # split to select on; or the share of the training rows that is held out for it, by a hash of their identifiers.
+    # None: methods that select hold out rows of their own
     validation: str | Share | None = None
-    test: str = "test"
-    features: bool = True
-    views: Annotated[int, Field(ge=0)] = 4
-    prompts: Names = ("ensemble",)
-    limit: Count | Limits | None = None
+    test: str = "test"  # split to test on
+    features: bool = True  # whether to store features
+    views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image; 0 for none
+    prompts: Names = ("ensemble",)  # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
+    limit: Count | Limits | None = None  # only so many images of each split, evenly spaced
+    # of images in tar files, which are not counted before: only those in the first so many files
     shards: Count | None = None
-    title: str | None = None
-    x: float | None = None
+    title: str | None = None  # for tables and figures, instead of the name
+    x: float | None = None  # where the data set stands on the axis of a curve
+    # what publications call it, where their numbers are to stand beside ours; by default ``dataset``
     published: str | None = None
 
     @model_validator(mode="after")

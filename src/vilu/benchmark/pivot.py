@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 
 from vilu.benchmark.board import Board, Entrant, Mean
 from vilu.benchmark.config import Config
+from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.published import Published, find_published
-from vilu.benchmark.resampling import RANKED_BY
 from vilu.benchmark.sheet import Sheet, Shown
 from vilu.benchmark.views import FIELDS, TableView, View
-from vilu.metrics.catalog import METRICS
+from vilu.metrics.catalog import METRICS, but_for
 from vilu.text import short, span
 
 REASON_LENGTH = 160
@@ -25,8 +25,8 @@ def notes_of(board: Board, view: View, shown: Iterable[Shown], measured: Iterabl
     entrants = list({entrant.place: entrant for entrant in measured}.values())
     confidence = f"{100 * board.config.confidence:g} %"
     notes = [
-        f"In percent. Brackets: {confidence} bootstrap interval over test rows (stratified by failure) and seeds, "
-        f"{board.config.resamples} resamples.",
+        f"In percent{but_for(METRICS[name] for name in view.metrics)}. Brackets: {confidence} bootstrap interval over "
+        f"test rows (stratified by failure) and seeds, {board.config.resamples} resamples.",
         _rows_note(board, entrants),
         _seeds_note(entrants),
         "; ".join(f"{METRICS[name].title}: {METRICS[name].convention}" for name in view.metrics) + ".",

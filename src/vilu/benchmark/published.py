@@ -16,28 +16,17 @@ Key = tuple[str, str, str, str]
 
 @dataclass(frozen=True)
 class Published:
-    """A number of a publication.
+    """A number of a publication."""
 
-    Attributes:
-        value: The metric, as a fraction.
-        backbone: The model behind it (``vilu.backbones.catalog``).
-        source: Where it stands.
-        doubt: Why it is doubtful; "" where nothing speaks against it.
-    """
-
-    value: float
-    backbone: str
-    source: str
-    doubt: str
+    value: float  # the metric, as a fraction
+    backbone: str  # the model behind it (``vilu.backbones.catalog``)
+    source: str  # where it stands
+    doubt: str  # why it is doubtful; "" where nothing speaks against it
 
 
 @cache
 def published_tables() -> dict[str, dict[Key, tuple[Published, ...]]]:
-    """Every published table by name: numbers by data set, setting, method and metric, one for each backbone.
-
-    Raises:
-        DataError: If a cell is entered twice.
-    """
+    """Every published table by name: numbers by data set, setting, method and metric, one for each backbone."""
     tables: dict[str, dict[Key, tuple[Published, ...]]] = {}
     text = resources.files("vilu").joinpath("assets", "published.csv").read_text(encoding="utf-8")
     for row in csv.DictReader(text.splitlines()):

@@ -8,109 +8,93 @@ from statistics import fmean
 
 from vilu.benchmark.board import BEST, Board, Entrant
 from vilu.benchmark.config import Config
-from vilu.benchmark.resampling import RANKED_BY, Gap, Interval
-from vilu.metrics.catalog import METRICS
+from vilu.benchmark.parts import RANKED_BY
+from vilu.metrics.bootstrap import Difference, Interval
+from vilu.metrics.catalog import METRICS, but_for
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.text import NOTHING, aligned, short, span
 
+REASON_LENGTH = 200
+
 
 @dataclass(frozen=True)
-class Line:
-    """A method in a block.
-
-    Attributes:
-        method: Its label.
-        variant: What the method adds to its name after the fit, where it has several kinds.
-        rank: 1 + the number of methods with a higher mean AUROC.
-        n_runs: Number of different results behind the means; 1 where seeds make no difference.
-        values: Mean over seeds of every metric, None where it is undefined.
-        intervals: Of the metrics ``RANKED_BY``: bootstrap over test rows and seeds.
-        against: The best other method.
-        gap: AUROC less that of ``against``, paired, on the seeds that both have; None where there is none.
-        fit_seconds: Mean; None where nothing is fitted.
-        rows_per_second: Mean speed of scoring.
-        refused_seeds: Seeds on which the method gave no result.
-    """
+class Ranked:
+    """A method on one data set in one setting."""
 
     method: str
-    variant: str
-    rank: int
-    n_runs: int
-    values: dict[str, float | None]
-    intervals: dict[str, Interval]
-    against: str | None
-    gap: Gap | None
-    fit_seconds: float | None
-    rows_per_second: float
-    refused_seeds: tuple[int, ...]
+    variant: str  # what the method adds to its name after the fit, where it has several kinds
+    rank: int  # 1 + the number of methods with a higher mean AUROC
+    n_runs: int  # Number of different results behind the means; 1 where seeds make no difference
+    values: dict[str, float | None]  # mean over seeds of every metric, None where it is undefined
+    intervals: dict[str, Interval]  # of the metrics ``RANKED_BY``: bootstrap over test rows and seeds
+    against: str | None  # the best other method
+    # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
+    gap: Difference | None
+    fit_seconds: float | None  # mean; None where nothing is fitted
+    rows_per_second: float  # mean speed of scoring
+    refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON."""
+        ends = {name: {"low": found.ci_low, "high": found.ci_high} for name, found in self.intervals.items()}
+        gap = None
+        if self.gap is not None:
+            gap = dict(zip(("difference", "low", "high", "p_value"), self.gap, strict=True))
+        return {**asdict(self), "intervals": ends, "gap": gap}
 
 
 @dataclass(frozen=True)
-class Block:
-    """All methods on one data set in one setting, best first.
-
-    Attributes:
-        data: The data set.
-        setting: Name of the setting.
-        description: The setting in words.
-        n: Numbers of test rows that occur.
-        n_failures: Numbers of wrong answers that occur.
-        lines: Methods with a result.
-        refused: Reasons of the others, by method.
-        contests: AUROC by method, for every seed that all methods of ``lines`` were to run.
-    """
+class Ranking:
+    """All methods on one data set in one setting, best first."""
 
     data: str
     setting: str
     description: str
-    n: tuple[int, ...]
-    n_failures: tuple[int, ...]
-    lines: tuple[Line, ...]
-    refused: dict[str, str]
-    contests: dict[int, dict[str, float]]
+    n: tuple[int, ...]  # Numbers of test rows that occur
+    n_failures: tuple[int, ...]  # Numbers of wrong answers that occur
+    lines: tuple[Ranked, ...]  # methods with a result
+    refused: dict[str, str]  # reasons of the others, by method
+    contests: dict[int, dict[str, float]]  # AUROC by method, for every seed that all methods of ``lines`` were to run
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain JSON."""
+        return {**vars(self), "lines": [line.to_dict() for line in self.lines]}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A method over all blocks and seeds.
-
-    Attributes:
-        method: Its label.
-        wins: Contests in which it has the highest AUROC; shared by those that tie.
-        mean_rank: Over the contests it took part in; those that tie share the mean of their ranks.
-        contests: How many those are.
-    """
+    """A method over all data sets, settings and seeds."""
 
     method: str
-    wins: float
-    mean_rank: float
-    contests: int
+    wins: float  # contests in which it has the highest AUROC; shared by those that tie
+    mean_rank: float  # over the contests it took part in; those that tie share the mean of their ranks
+    contests: int  # how many those are
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a benchmark found."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[Ranking, ...]
     standings: tuple[Standing, ...]
     n_contests: int
     results: ResultTable
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON, without the single results."""
-        blocks = [asdict(block) for block in self.blocks]
+        blocks = [block.to_dict() for block in self.blocks]
         return {"blocks": blocks, "standings": [asdict(s) for s in self.standings], "n_contests": self.n_contests}
 
 
 def summarise(board: Board) -> Summary:
     """The summary of a benchmark."""
-    blocks = tuple(_block(board, *where, entrants) for where, entrants in board.blocks().items())
+    blocks = tuple(_ranking(board, *where, entrants) for where, entrants in board.blocks().items())
     contests = [contest for block in blocks for contest in block.contests.values()]
     return Summary(blocks, standings(contests), len(contests), ResultTable(tuple(_rows(board))))
 
 
 def _rows(board: Board) -> list[ResultRow]:
-    """The rows of every block, those that several seeds share once."""
+    """The rows of every data set and setting, those that several seeds share once."""
     runs = dict.fromkeys((cell.run, cell.data, cell.setting) for cell in board.cells)
     return [replace(row, split=setting) for run, _, setting in runs for row in board.results[run].results]
 
@@ -129,16 +113,16 @@ def standings(contests: Sequence[Mapping[str, float]]) -> tuple[Standing, ...]:
     return tuple(sorted(made, key=lambda s: (-s.wins, s.mean_rank, s.method)))
 
 
-def _block(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Block:
+def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant]) -> Ranking:
     able = sorted((entrant for entrant in entrants if entrant.found), key=_order)
     seeds = set.intersection(*(set(board.seeds[entrant.place]) for entrant in able)) if able else set()
-    return Block(
+    return Ranking(
         data=data,
         setting=setting,
         description=str(board.config.settings[setting]),
         n=tuple(sorted({n for entrant in able for n in entrant.n})),
         n_failures=tuple(sorted({n for entrant in able for n in entrant.n_failures})),
-        lines=_lines(board.config, able),
+        lines=tuple(_ranked(board.config, entrant, able) for entrant in able),
         refused={entrant.method: str(entrant.reason) for entrant in entrants if not entrant.found},
         contests={
             seed: {e.method: float(e.found[seed].value(BEST) or 0.0) for e in able if seed in e.found}
@@ -152,33 +136,26 @@ def _order(entrant: Entrant) -> tuple[float, float, str]:
     return -best, second, entrant.method
 
 
-def _lines(config: Config, able: Sequence[Entrant]) -> tuple[Line, ...]:
-    means = [entrant.mean(BEST) or 0.0 for entrant in able]
-    lines = []
-    for entrant, mean in zip(able, means, strict=True):
-        other = next((e for e in able if e is not entrant), None)
-        difference = None if other is None else entrant.less(other, BEST)
-        timings = [result.timing for result in entrant.found.values() if result.timing is not None]
-        fits = [timing.fit_seconds for timing in timings if timing.fit_seconds is not None]
-        lines.append(
-            Line(
-                method=entrant.method,
-                variant=next(iter(entrant.found.values())).variant,
-                rank=1 + sum(value > mean for value in means),
-                n_runs=entrant.n_runs,
-                values={metric: entrant.mean(metric) for metric in config.metrics},
-                intervals={name: entrant.quantity(name).interval(config.confidence) for name in RANKED_BY},
-                against=None if other is None else other.method,
-                gap=None if difference is None else difference.gap(config.confidence),
-                fit_seconds=fmean(fits) if fits else None,
-                rows_per_second=fmean(timing.rows_per_second for timing in timings),
-                refused_seeds=entrant.refused_seeds,
-            )
-        )
-    return tuple(lines)
-
-
-REASON_LENGTH = 200
+def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked:
+    """A method among those with a result, the best first."""
+    mean = entrant.mean(BEST) or 0.0
+    other = next((e for e in able if e is not entrant), None)
+    difference = None if other is None else entrant.less(other, BEST)
+    timings = [result.timing for result in entrant.found.values() if result.timing is not None]
+    fits = [timing.fit_seconds for timing in timings if timing.fit_seconds is not None]
+    return Ranked(
+        method=entrant.method,
+        variant=next(iter(entrant.found.values())).variant,
+        rank=1 + sum((e.mean(BEST) or 0.0) > mean for e in able),
+        n_runs=entrant.n_runs,
+        values={metric: entrant.mean(metric) for metric in config.metrics},
+        intervals={name: entrant.quantity(name).interval(config.confidence) for name in RANKED_BY},
+        against=None if other is None else other.method,
+        gap=None if difference is None else difference.difference(config.confidence),
+        fit_seconds=fmean(fits) if fits else None,
+        rows_per_second=fmean(timing.rows_per_second for timing in timings),
+        refused_seeds=entrant.refused_seeds,
+    )
 
 
 def layout(config: Config, summary: Summary) -> str:
@@ -187,12 +164,10 @@ def layout(config: Config, summary: Summary) -> str:
     return "\n\n".join([*parts, _standings(summary), "\n".join(_notes(config))])
 
 
-def _block_text(config: Config, block: Block) -> str:
-    title = f"{block.data}, {block.setting} ({block.description})"
+def _block_text(config: Config, block: Ranking) -> str:
+    lines = [f"{block.data}, {block.setting} ({block.description})"]
     if block.lines:
-        title += f": {span(block.n)} answers, {span(block.n_failures)} wrong"
-    lines = [title]
-    if block.lines:
+        lines[0] += f": {span(block.n)} answers, {span(block.n_failures)} wrong"
         percent = f"[{100 * config.confidence:g} %]"
         metrics = [METRICS[name].title + (f" {percent}" if name in RANKED_BY else "") for name in config.metrics]
         heading = ["#", "method", "runs", *metrics, "best other", f"difference {percent}", "p", "fit s", "rows/s"]
@@ -200,44 +175,48 @@ def _block_text(config: Config, block: Block) -> str:
     reasons: dict[str, list[str]] = {}
     for method, reason in block.refused.items():
         reasons.setdefault(short(reason, REASON_LENGTH), []).append(method)
-    lines += [f"no result: {', '.join(methods)}: {reason}" for reason, methods in reasons.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"no result: {', '.join(of)}: {reason}" for reason, of in reasons.items())])
 
 
-def _line(config: Config, line: Line) -> list[str]:
+def _line(config: Config, line: Ranked) -> list[str]:
     gap, fit = line.gap, line.fit_seconds
     return [
         str(line.rank),
         line.method + line.variant,
         str(line.n_runs) + (f" (not {span(line.refused_seeds)})" if line.refused_seeds else ""),
-        *(_value(line.values[name], line.intervals.get(name)) for name in config.metrics),
+        *(_value(name, line.values[name], line.intervals.get(name)) for name in config.metrics),
         line.against or NOTHING,
-        NOTHING if gap is None else f"{100 * gap.difference:+.2f} [{100 * gap.low:+.2f}, {100 * gap.high:+.2f}]",
+        NOTHING if gap is None else f"{100 * gap.difference:+.2f} [{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]",
         NOTHING if gap is None else f"{gap.p_value:.3g}",
         NOTHING if fit is None else f"{fit:.2f}",
         f"{line.rows_per_second:,.0f}",
     ]
 
 
-def _value(value: float | None, interval: Interval | None) -> str:
+def _value(metric: str, value: float | None, ends: Interval | None = None) -> str:
     if value is None:
         return NOTHING
-    ends = "" if interval is None else f" [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
-    return f"{100 * value:.1f}{ends}"
+    show = METRICS[metric]
+    return show.show(value) + ("" if ends is None else f" {show.brackets(ends.ci_low, ends.ci_high)}")
 
 
 def _standings(summary: Summary) -> str:
-    """Wins and mean ranks, with the mean AUROC of every block beside them."""
+    """Wins and mean ranks, with the mean AUROC of every data set and setting beside them."""
     blocks = [{line.method: line.values[BEST] for line in block.lines} for block in summary.blocks]
-    names = [f"{block.data}/{block.setting}" for block in summary.blocks]
-    heading = ["method", "wins", "mean rank", "contests", *names]
+    heading = [
+        "method",
+        "wins",
+        "mean rank",
+        "contests",
+        *(f"{block.data}/{block.setting}" for block in summary.blocks),
+    ]
     rows = [
         [
             standing.method,
             f"{standing.wins:g}",
             f"{standing.mean_rank:.1f}",
             f"{standing.contests} of {summary.n_contests}",
-            *(_value(block.get(standing.method), None) for block in blocks),
+            *(_value(BEST, block.get(standing.method)) for block in blocks),
         ]
         for standing in summary.standings
     ]
@@ -245,8 +224,9 @@ def _standings(summary: Summary) -> str:
 
 
 def _notes(config: Config) -> list[str]:
+    unit = f"in percent{but_for(METRICS[name] for name in config.metrics)}"
     return [
-        f"in percent; brackets: {100 * config.confidence:g} % bootstrap over test rows (stratified by failure) and "
+        f"{unit}; brackets: {100 * config.confidence:g} % bootstrap over test rows (stratified by failure) and "
         f"seeds, {config.resamples} resamples",
         "runs: different results behind a mean; a method that no seed can change is run once. best other, difference, "
         "p: mean AUROC less that of the best other method, paired by rows and seeds",

@@ -12,10 +12,12 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from vilu.benchmark.cells import Cell
-from vilu.benchmark.parts import Model
-from vilu.benchmark.resampling import Floats
+from vilu.benchmark.parts import RANKED_BY, Section
 from vilu.errors import StorageError
 from vilu.files import atomic_write, make_folder, write_json
+from vilu.metrics.bootstrap import SortedScores, resampled
+from vilu.metrics.catalog import METRICS
+from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultRow
 
@@ -24,79 +26,47 @@ logger = logging.getLogger(__name__)
 SCORES, BOOTSTRAP = ".parquet", ".npy"
 
 
-class Refusal(Model):
-    """Why a method does not run in a cell.
+class Refusal(Section):
+    """Why a method does not run in a cell."""
 
-    Attributes:
-        error: Name of the exception.
-        reason: Its message.
-    """
-
-    error: str
+    error: str  # name of the exception
     reason: str
 
 
-class Timing(Model):
-    """Wall time on one core; no part of what is compared between runs.
+class Timing(Section):
+    """Wall time on one core; no part of what is compared between runs."""
 
-    Attributes:
-        fit_seconds: Of fitting; None where there was none.
-        score_seconds: Of scoring the test set.
-        rows_per_second: Of scoring.
-    """
-
-    fit_seconds: float | None
-    score_seconds: float
-    rows_per_second: float
+    fit_seconds: float | None  # of fitting; None where there was none
+    score_seconds: float  # of scoring the test set
+    rows_per_second: float  # of scoring
 
 
-class CellResult(Model):
-    """What came of a cell.
-
-    Attributes:
-        fingerprint: Hash of ``decided_by``.
-        decided_by: Everything that decides the result.
-        method: Label of the cell.
-        data: Its data set.
-        setting: Its setting.
-        seed: Its seed.
-        variant: What the method adds to its name after the fit, where it has several kinds.
-        test_rows: Names the rows that were tested on.
-        n_train: Rows in the training set; None where nothing was fitted.
-        results: A row per metric; ``split`` is the setting.
-        refused: Why there are none.
-        warnings: What the method warned of.
-        timing: How long it took.
-        files: SHA-256 of the files beside this one, by suffix.
-    """
+class CellResult(Section):
+    """What came of a cell."""
 
     schema_version: Literal[1] = 1
     kind: Literal["benchmark cell"] = "benchmark cell"
-    fingerprint: str
-    decided_by: dict[str, Any]
+    fingerprint: str  # hash of ``decided_by``
+    decided_by: dict[str, Any]  # everything that decides the result
     method: str
     data: str
     setting: str
     seed: int
-    variant: str = ""
-    test_rows: str
-    n_train: int | None = None
-    results: tuple[ResultRow, ...] = ()
-    refused: Refusal | None = None
-    warnings: tuple[str, ...] = ()
-    timing: Timing | None = None
-    files: dict[str, str] = Field(default_factory=dict)
+    variant: str = ""  # what the method adds to its name after the fit, where it has several kinds
+    test_rows: str  # names the rows that were tested on
+    n_train: int | None = None  # rows in the training set; None where nothing was fitted
+    results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
+    refused: Refusal | None = None  # why there are none
+    warnings: tuple[str, ...] = ()  # what the method warned of
+    timing: Timing | None = None  # how long it took
+    files: dict[str, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
 
     def value(self, metric: str) -> float | None:
         """A metric; None where it is undefined, or the cell was refused."""
         return next((row.value for row in self.results if row.metric == metric), None)
 
     def save(self, root: Path, outcomes: Outcomes | None = None, bootstrap: Floats | None = None) -> None:
-        """Write everything, this document last: the cell is finished if and only if it is there.
-
-        Raises:
-            StorageError: If the file system refuses.
-        """
+        """Write everything, this document last: the cell is finished if and only if it is there."""
         path = root / self.cell.path
         make_folder(path.parent)
         files = {}
@@ -116,11 +86,7 @@ class CellResult(Model):
 
 
 def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
-    """The result of a cell, if it is there, whole, and made from what the fingerprint names.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """The result of a cell, if it is there, whole, and made from what the fingerprint names."""
     path = root / cell.path
     if not path.is_file():
         return None
@@ -144,17 +110,25 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
 
 
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
-    """(M, B) bootstrap values of a finished cell.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """(M, B) bootstrap values of a finished cell."""
     path = (root / cell.path).with_suffix(BOOTSTRAP)
     try:
         values: Floats = np.load(path, allow_pickle=False)
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     return values
+
+
+def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows: str) -> Floats:
+    """(M, B) values of the metrics ``RANKED_BY`` on B resamples of the rows that ``rows`` names.
+
+    The seed is that name. Cells with the same rows therefore share their resamples, whatever the method or the seed of
+    its training: differences between methods are paired, and the average over seeds that share a test set keeps the
+    variance of its rows.
+    """
+    scores = SortedScores(uncertainty, failure == 1)
+    values = resampled({name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16))
+    return np.stack([values[name] for name in RANKED_BY])
 
 
 def _sha256(path: Path) -> str:

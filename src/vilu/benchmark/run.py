@@ -26,8 +26,7 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.data import Truth, Workbench
 from vilu.benchmark.facts import decided_by, fingerprint_of
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
-from vilu.benchmark.resampling import resampled_metrics
-from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result
+from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
 from vilu.benchmark.stores import Part, find_stores, make_stores, require_complete
 from vilu.embeddings.source import SAME_TEXT
 from vilu.embeddings.space import digest
@@ -41,17 +40,13 @@ logger = logging.getLogger(__name__)
 
 
 def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[Cell]:
-    """Score, evaluate and write each of the cells that share a fit, fitting once; a refusal is a result, too.
-
-    Raises:
-        Exception: Whatever else goes wrong, with a note that names the cell.
-    """
+    """Score, evaluate and write each of the cells that share a fit, fitting once; a refusal is a result, too."""
     fits: dict[Origin, Fitted] = {}
     for cell in cells:
         with Naming(cell), one_thread(), reporting(Silence()):
             refused = refuse_other_classes(bench, cell)
             if refused is not None:
-                write(bench, cell, Fitted(predictor_of(bench, cell), refused), root)
+                write(bench, cell, Fitted(predictor_of(bench.config, cell), refused), root)
             else:
                 write(bench, cell, fit(bench, cell, origin_of(bench.config, cell), fits), root)
         yield cell
@@ -109,13 +104,7 @@ def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
 
 
 def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple[Outcomes, Timing]:
-    """Scores of a cell's test rows, and how long they took.
-
-    Raises:
-        UsageError: If the method does not work on such data.
-        DataError: If the data lack something that it needs.
-        ProvenanceError: If it was fitted on other classes or another space.
-    """
+    """Scores of a cell's test rows, and how long they took."""
     predictor = fitted.predictor
     test = bench.test_set(cell, (*predictor.columns, *predictor.optional_columns))
     begun = time.perf_counter()
@@ -173,19 +162,7 @@ _bench: dict[str, Workbench] = {}
 def run_cells(
     bench: Workbench, folders: Mapping[Part, Path], cells: Sequence[Cell], root: Path, jobs: int, n_done: int
 ) -> None:
-    """Run cells and write their files, showing progress; those that are finished stay when it is interrupted.
-
-    Args:
-        bench: For this process.
-        folders: For the workers to open.
-        cells: What to run.
-        root: Folder of the results.
-        jobs: Worker processes; with 1 there is none.
-        n_done: Cells that were finished before, for the progress.
-
-    Raises:
-        Exception: The first fault, with a note that names its cell.
-    """
+    """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
     groups = sharing_a_fit(bench.config, cells)
     started = time.monotonic()
     running = _in_workers(bench.config, folders, groups, root, jobs) if jobs > 1 else _here(bench, groups, root)
@@ -253,23 +230,14 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Share:
-    """One of several shares of the work, for one of several machines.
+    """One of several shares of the work, for one of several machines."""
 
-    Attributes:
-        number: Which, from 0.
-        of: How many there are.
-    """
-
-    number: int = 0
-    of: int = 1
+    number: int = 0  # which, from 0
+    of: int = 1  # how many there are
 
     @classmethod
     def parse(cls, text: str) -> Share:
-        """``I/N`` with I from 1 to N.
-
-        Raises:
-            UsageError: If it is something else.
-        """
+        """``I/N`` with I from 1 to N."""
         number, slash, of = text.partition("/")
         if not (slash and number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
             raise UsageError(f"--shard takes I/N, such as 1/4. Got {text!r} instead.")
@@ -297,26 +265,6 @@ def run_all(
 
     Interrupt it at any moment: finished cells stay, and the next run does the others. A cell whose method, data,
     parameters or code have changed is run again. Progress is shown through ``vilu.progress``.
-
-    Args:
-        configs: The benchmarks.
-        data: Folder that the paths in them are relative to.
-        output: Folder for stores and cells.
-        jobs: Processes; the number changes no result.
-        models: Folder with the named backbones, where they are not to come from the model hub's cache.
-        share: Only this share of the cells, for one of several machines; the embeddings must be there.
-        embed_only: Make the embeddings and stop.
-
-    Returns:
-        The results of each benchmark; none where a share or only the embeddings were made.
-
-    Raises:
-        UsageError: If a setting or a path cannot be, or two benchmarks mean different things by one name.
-        DataError: If data cannot be used.
-        ProvenanceError: If the parts of a data set do not belong together, or code or data change meanwhile.
-        MissingModelError: If a backbone is not on this machine.
-        StorageError: If the file system refuses.
-        BusyError: If another process works in ``output``.
     """
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1. Got {jobs} instead.")
@@ -360,14 +308,13 @@ class _Work:
         mine = [cell for group in groups[share.number :: share.of] for cell in group]
         found = finished(self.bench, mine, output)
         missing = [cell for cell in mine if cell not in found]
+        stale = sum((output / cell.path).is_file() for cell in missing)
+        if stale:
+            logger.info("%s: %d cells are of older code, or other data or parameters: again", self.config.name, stale)
         run_cells(self.bench, self.folders, missing, output, jobs, len(found))
 
     def board(self, output: Path) -> Board:
-        """All results.
-
-        Raises:
-            ProvenanceError: If some do not hold any more.
-        """
+        """All results."""
         runs = [cell for cell in self.cells if cell.same_as is None]
         results = finished(self.bench, runs, output)
         if len(results) < len(runs):
@@ -379,11 +326,7 @@ class _Work:
 
 
 def refuse_contradictions(works: Sequence[_Work]) -> None:
-    """Refuse benchmarks that share an output and would undo each other's cells.
-
-    Raises:
-        UsageError: Naming the cell and what differs.
-    """
+    """Refuse benchmarks that share an output and would undo each other's cells."""
     known: dict[Cell, tuple[str, dict[str, object]]] = {}
     for work in works:
         for cell in work.cells:
@@ -400,11 +343,7 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
 
 
 def remove_leftovers(root: Path) -> None:
-    """Remove what a killed process left half-written; other machines may be writing.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """Remove what a killed process left half-written; other machines may be writing."""
     try:
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):
@@ -421,11 +360,7 @@ def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, C
 
 @contextmanager
 def claim(output: Path, name: str) -> Iterator[None]:
-    """Hold a lock of a folder; the system lets go of it when the process dies.
-
-    Raises:
-        BusyError: If another process holds it.
-    """
+    """Hold a lock of a folder; the system lets go of it when the process dies."""
     try:
         lock = FileLock(output / name)
         lock.acquire(timeout=0)

@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Literal
 
 from vilu.benchmark.published import Published
-from vilu.benchmark.resampling import Interval
+from vilu.metrics.bootstrap import Interval
 from vilu.metrics.catalog import METRICS
 from vilu.text import NOTHING, aligned, harmless, in_latex, in_markdown, latex_rows, markdown_rows, span
 
@@ -19,31 +19,19 @@ Labels = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Shown:
-    """A number as a table shows it.
-
-    Attributes:
-        metric: Which.
-        value: As a fraction; None where it is undefined.
-        interval: Bootstrap over test rows and seeds; None where the metric has none.
-        n: Numbers of test rows that occur.
-        n_failures: Numbers of wrong answers that occur.
-        n_runs: Different results behind it.
-        rank: "best" or "second" among those that compete; None for others, or where nothing competes.
-        tied: Whether the paired bootstrap cannot tell it from the best (p of at least 0.05).
-        published: What a publication has.
-        why: Why there is no value.
-    """
+    """A number as a table shows it."""
 
     metric: str
-    value: float | None
-    interval: Interval | None = None
-    n: tuple[int, ...] = ()
-    n_failures: tuple[int, ...] = ()
-    n_runs: int = 0
+    value: float | None  # as a fraction; None where it is undefined
+    interval: Interval | None = None  # bootstrap over test rows and seeds; None where the metric has none
+    n: tuple[int, ...] = ()  # Numbers of test rows that occur
+    n_failures: tuple[int, ...] = ()  # Numbers of wrong answers that occur
+    n_runs: int = 0  # different results behind it
+    # "best" or "second" among those that compete; None for others, or where nothing competes
     rank: Literal["best", "second"] | None = None
-    tied: bool = False
-    published: Published | None = None
-    why: str | None = None
+    tied: bool = False  # whether the paired bootstrap cannot tell it from the best (p of at least 0.05)
+    published: Published | None = None  # what a publication has
+    why: str | None = None  # why there is no value
 
     @property
     def difference(self) -> float | None:
@@ -53,27 +41,17 @@ class Shown:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table.
-
-    Attributes:
-        name: Of its files.
-        title: Its caption.
-        row_fields: What the labels of a row are.
-        column_fields: What the labels of a column are.
-        rows: Labels of every row.
-        columns: Labels of every column.
-        cells: What is shown, by number of row and column; nothing where there is no such result.
-        notes: To be read with it.
-    """
+    """A table."""
 
     name: str
     title: str
-    row_fields: Labels
-    column_fields: Labels
-    rows: tuple[Labels, ...]
-    columns: tuple[Labels, ...]
+    row_fields: Labels  # what the labels of a row are
+    column_fields: Labels  # what the labels of a column are
+    rows: tuple[Labels, ...]  # labels of every row
+    columns: tuple[Labels, ...]  # labels of every column
+    # what is shown, by number of row and column; nothing where there is no such result
     cells: Mapping[tuple[int, int], Shown]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # to be read with it
 
     @property
     def doubts(self) -> tuple[str, ...]:
@@ -161,21 +139,22 @@ def _lines(
 
 
 def _number(shown: Shown) -> str:
-    return NOTHING if shown.value is None else f"{100 * shown.value:.1f}"
+    return NOTHING if shown.value is None else METRICS[shown.metric].show(shown.value)
 
 
 def _interval(shown: Shown) -> str:
     ends = shown.interval
-    return "" if ends is None else f"[{100 * ends.low:.1f}, {100 * ends.high:.1f}]"
+    return "" if ends is None else METRICS[shown.metric].brackets(ends.ci_low, ends.ci_high)
 
 
 def _theirs(shown: Shown, doubts: Sequence[str]) -> str:
     """The published number and the difference from it."""
     if shown.published is None:
         return ""
+    show = METRICS[shown.metric].show
     mark = f"?{doubts.index(shown.published.doubt) + 1}" if shown.published.doubt else ""
-    difference = "" if shown.difference is None else f"; {100 * shown.difference:+.1f}"
-    return f"({100 * shown.published.value:.1f}{mark}{difference})"
+    difference = "" if shown.difference is None else f"; {show(shown.difference, '+')}"
+    return f"({show(shown.published.value)}{mark}{difference})"
 
 
 def _plain(shown: Shown, doubts: Sequence[str]) -> str:
@@ -212,8 +191,8 @@ def _csv_values(shown: Shown) -> list[object]:
     return [
         shown.metric,
         shown.value,
-        None if ends is None else ends.low,
-        None if ends is None else ends.high,
+        None if ends is None else ends.ci_low,
+        None if ends is None else ends.ci_high,
         span(shown.n),
         span(shown.n_failures),
         shown.n_runs,

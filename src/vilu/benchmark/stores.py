@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-import vilu
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import named_templates
@@ -26,11 +26,7 @@ from vilu.store.embed import embed
 
 
 def thinned(images: ImageDataset, limit: int | None, shards: int | None) -> ImageDataset:
-    """At most ``limit`` images; of tar files, whose images are not counted before, the first ``shards``.
-
-    Raises:
-        UsageError: If there is a limit for images in tar files, and no number of shards.
-    """
+    """At most ``limit`` images; of tar files, whose images are not counted before, the first ``shards``."""
     if isinstance(images, ShardedDataset):
         if shards is None and limit is not None:
             raise UsageError(
@@ -57,31 +53,14 @@ Part = tuple[str, Role]
 
 
 def find_stores(config: Config, parts: Iterable[Part], data: Path, output: Path) -> dict[Part, Path]:
-    """The folder where each part is, or is to be; nothing is embedded.
-
-    Raises:
-        UsageError: If images are not where the file says, or their classes have no names.
-    """
+    """The folder where each part is, or is to be; nothing is embedded."""
     return {part: store_of(part, config.data[part[0]], data, output) for part in parts}
 
 
 def make_stores(
     config: Config, parts: Iterable[Part], data: Path, output: Path, *, models: Path | None = None
 ) -> dict[Part, Path]:
-    """The same, with whatever is missing embedded; an interrupted run goes on where it stopped.
-
-    Args:
-        config: The benchmark.
-        parts: What is needed of it.
-        data: Folder that its paths are relative to.
-        output: Folder of the stores, in ``stores``.
-        models: Folder with the named backbones (``load_backbone``); None: they come from where they are usually kept.
-
-    Raises:
-        UsageError: If images are not where the file says, or their classes have no names.
-        MissingModelError: If the backbone is not on this machine.
-        ProvenanceError: If embeddings that are there are of other weights than those in ``models``.
-    """
+    """The same, with whatever is missing embedded; an interrupted run goes on where it stopped."""
     found = find_stores(config, parts, data, output)
     load = functools.cache(functools.partial(load_backbone, models=models))
     for (name, role), folder in found.items():
@@ -102,11 +81,7 @@ def is_complete(folder: Path) -> bool:
 
 
 def require_complete(folders: Mapping[Part, Path]) -> None:
-    """Refuse to go on where embeddings are missing.
-
-    Raises:
-        UsageError: Naming the first.
-    """
+    """Refuse to go on where embeddings are missing."""
     missing = [f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)]
     if missing:
         raise UsageError(
@@ -125,7 +100,7 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
         return data / str(folder)
     with open_images(entry, role, data) as images:
         recipe = [
-            vilu.__version__,
+            importlib.metadata.version("vilu"),
             images.fingerprint,
             entry.backbone,
             _names(entry, images),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,8 +18,9 @@ from vilu.benchmark.cells import plan
 from vilu.benchmark.claims import Verdict, decide
 from vilu.benchmark.config import Config
 from vilu.benchmark.exhibits import Exhibit, exhibit
+from vilu.benchmark.facts import code_of
 from vilu.benchmark.load import parse_config
-from vilu.benchmark.parts import Model
+from vilu.benchmark.parts import Section
 from vilu.benchmark.ranking import summarise
 from vilu.benchmark.result import load_bootstrap, load_result
 from vilu.benchmark.run import Share, run_all
@@ -28,37 +31,27 @@ from vilu.files import atomic_write, make_folder, write_json
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 
+logger = logging.getLogger(__name__)
+
 DOCUMENT = "study.json"
 STUDIES = "studies"
 
 
-class Archive(Model):
-    """The document.
-
-    Attributes:
-        vilu: Version that wrote it.
-        config: The benchmark, with every method named.
-        fingerprints: Of every cell that is run, by its path.
-    """
+class Archive(Section):
+    """The document."""
 
     schema_version: int = 1
     kind: str = "study"
-    vilu: str
-    config: dict[str, Any]
-    fingerprints: dict[str, str]
+    vilu: str  # version that wrote it
+    config: dict[str, Any]  # the benchmark, with every method named
+    fingerprints: dict[str, str]  # of every cell that is run, by its path
 
 
 def save_study(board: Board, output: Path) -> Path:
-    """Write ``study.json``; returns its folder.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
-    import vilu
-
+    """Write ``study.json``; returns its folder."""
     config = board.config
     archive = Archive(
-        vilu=vilu.__version__,
+        vilu=importlib.metadata.version("vilu"),
         config=config.complete().model_dump(mode="json"),
         fingerprints={cell.path.as_posix(): result.fingerprint for cell, result in board.results.items()},
     )
@@ -68,12 +61,7 @@ def save_study(board: Board, output: Path) -> Path:
 
 
 def load_studies(output: Path) -> list[Board]:
-    """The studies of a run folder, by name.
-
-    Raises:
-        DataError: If there is none, or a cell is missing or was made anew since.
-        StorageError: If a file cannot be read.
-    """
+    """The studies of a run folder, by name."""
     found = sorted((output / STUDIES).glob(f"*/{DOCUMENT}"))
     if not found:
         raise DataError(
@@ -102,6 +90,9 @@ def _load(path: Path, output: Path) -> Board:
                     "`vilu benchmark` again."
                 )
             results[cell] = result
+    older = sum(result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items())
+    if older:
+        logger.info("%s: %d of %d results are of older code", config.name, older, len(results))
     return Board(config, cells, results, cache(lambda cell: load_bootstrap(output, cell)))
 
 
@@ -127,14 +118,7 @@ def page(
     verdicts: Sequence[Verdict],
     figure: Callable[[str], str],
 ) -> str:
-    """Markdown of a study, to stand below a heading of level one.
-
-    Args:
-        config: The benchmark.
-        exhibits: Its tables and figures.
-        verdicts: On its claims.
-        figure: From the name of a view to the link of its figure.
-    """
+    """Markdown of a study, to stand below a heading of level one."""
     parts = [f"## {config.study.title if config.study else config.name}", *_about(config)]
     if verdicts:
         parts += ["What the paper says, and what is found here:", claims_table(config, verdicts)]
@@ -175,8 +159,8 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
         number = str(verdict.reason)
         if verdict.number is not None and ends is not None:
             number = (
-                f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} [{100 * ends.low:+.1f}, "
-                f"{100 * ends.high:+.1f}] points"
+                f"{in_markdown(verdict.what)}: {100 * verdict.number:+.1f} [{100 * ends.ci_low:+.1f}, "
+                f"{100 * ends.ci_high:+.1f}] points"
             )
         lines.append(
             [in_markdown(verdict.claim.says), RULINGS[verdict.ruling], number, in_markdown(verdict.claim.source)]
@@ -192,19 +176,12 @@ FIGURE_SUFFIXES = (".png", ".svg")
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a study looks like.
-
-    Attributes:
-        board: Its results.
-        exhibits: Tables and figures.
-        verdicts: On its claims.
-        text: For a terminal.
-    """
+    """What a study looks like."""
 
     board: Board
     exhibits: tuple[Exhibit, ...]
-    verdicts: tuple[Verdict, ...]
-    text: str
+    verdicts: tuple[Verdict, ...]  # on its claims
+    text: str  # for a terminal
 
 
 def render(board: Board, output: Path) -> Rendered:
@@ -212,11 +189,6 @@ def render(board: Board, output: Path) -> Rendered:
 
     Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page), ``table.txt`` (what
     is printed), ``results.json`` and ``results.parquet`` (every number and the configuration).
-
-    Raises:
-        UsageError: If a view does not fit the results.
-        MissingModelError: If there are figures and matplotlib is not installed.
-        StorageError: If the file system refuses.
     """
     config, folder = board.config, output / STUDIES / board.config.name
     exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
@@ -232,11 +204,7 @@ def render(board: Board, output: Path) -> Rendered:
 
 
 def write_document(studies: Sequence[Rendered], document: Path, title: str, intro: str) -> None:
-    """One Markdown file of several studies, its figures in a folder of its name beside it.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """One Markdown file of several studies, its figures in a folder of its name beside it."""
     figures = make_folder(document.with_suffix(""))
     parts = [f"# {title}", "", *([intro, ""] if intro else []), all_claims([study.verdicts for study in studies])]
     for study in studies:

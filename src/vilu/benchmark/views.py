@@ -7,28 +7,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from vilu.benchmark.parts import Model, Name, Names, require_known
+from vilu.benchmark.parts import RANKED_BY, Name, Names, Section, require_known
 from vilu.benchmark.published import published_tables
-from vilu.benchmark.resampling import RANKED_BY
 
 Axis = Literal["method", "data", "setting"]
 FIELDS = ("method", "data", "setting", "metric")
 
 
-class Study(Model):
-    """What the benchmark is about.
+class Study(Section):
+    """What the benchmark is about."""
 
-    Attributes:
-        title: In a few words.
-        reproduces: Which table or figure of a publication, if any.
-        protocol: What was chosen, and where that differs from the publication.
-        published: Tables of published numbers that go with it (``vilu.benchmark.published``).
-    """
-
-    title: str
-    reproduces: str = ""
-    protocol: str = ""
-    published: Names = ()
+    title: str  # in a few words
+    reproduces: str = ""  # which table or figure of a publication, if any
+    protocol: str = ""  # what was chosen, and where that differs from the publication
+    published: Names = ()  # tables of published numbers that go with it (``vilu.benchmark.published``)
 
     @field_validator("published")
     @classmethod
@@ -37,24 +29,15 @@ class Study(Model):
         return names
 
 
-class View(Model):
-    """A table or a figure.
-
-    Attributes:
-        name: Of its files.
-        title: Its caption.
-        methods: Only these, in this order.
-        data: Only these, in this order.
-        settings: Only these, in this order.
-        metrics: What is shown.
-    """
+class View(Section):
+    """A table or a figure."""
 
     name: Name
     title: str
-    methods: Names | None = None
-    data: Names | None = None
-    settings: Names | None = None
-    metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY
+    methods: Names | None = None  # only these, in this order
+    data: Names | None = None  # only these, in this order
+    settings: Names | None = None  # only these, in this order
+    metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # what is shown
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """The numbers of a figure as a table."""
@@ -63,20 +46,13 @@ class View(Model):
 
 
 class TableView(View):
-    """Values with intervals; the best and the second best of those that compete are marked.
-
-    Attributes:
-        rows: What a row stands for; what neither rows nor columns name must be one and the same.
-        columns: What a column stands for.
-        mean: Data sets over which a mean is added; none: no mean.
-        compete: Values that differ in these alone compete.
-    """
+    """Values with intervals; the best and the second best of those that compete are marked."""
 
     kind: Literal["table"]
-    rows: Names = ("method",)
-    columns: Names = ("data", "metric")
-    mean: Names = ()
-    compete: Names = ("method",)
+    rows: Names = ("method",)  # what a row stands for; what neither rows nor columns name must be one and the same
+    columns: Names = ("data", "metric")  # what a column stands for
+    mean: Names = ()  # data sets over which a mean is added; none: no mean
+    compete: Names = ("method",)  # values that differ in these alone compete
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
@@ -89,22 +65,14 @@ class TableView(View):
 
 
 class CurveView(View):
-    """A metric against a number, a line for every method (or data set, or setting), with its interval.
-
-    Attributes:
-        x: Whose ``x`` is the axis.
-        line: What a line stands for.
-        panel: What a panel stands for, beside the metric.
-        x_label: Of the axis.
-        log: Whether the axis is logarithmic.
-    """
+    """A metric against a number, a line for every method (or data set, or setting), with its interval."""
 
     kind: Literal["curve"]
-    x: Axis = "setting"
-    line: Axis = "method"
-    panel: Axis = "data"
-    x_label: str
-    log: bool = False
+    x: Axis = "setting"  # whose ``x`` is the axis
+    line: Axis = "method"  # what a line stands for
+    panel: Axis = "data"  # what a panel stands for, beside the metric
+    x_label: str  # of the axis
+    log: bool = False  # whether the axis is logarithmic
 
     @model_validator(mode="after")
     def _check_axes(self) -> Self:
@@ -126,18 +94,12 @@ class HistogramView(View):
 
 
 class GridView(View):
-    """Two hyper-parameters against each other; the best value in one setting chooses what is reported of another.
-
-    Attributes:
-        parameters: Names of the two, rows first.
-        select_on: Setting that chooses.
-        report_on: Setting that is reported.
-    """
+    """Two hyper-parameters against each other; the best value in one setting chooses what is reported of another."""
 
     kind: Literal["grid"]
-    parameters: tuple[str, str]
-    select_on: str
-    report_on: str
+    parameters: tuple[str, str]  # names of the two, rows first
+    select_on: str  # setting that chooses
+    report_on: str  # setting that is reported
 
 
 class RankingView(View):
@@ -151,26 +113,19 @@ AnyView = Annotated[
 ]
 
 
-class Subject(Model):
+class Subject(Section):
     """A method in a setting."""
 
     method: str
     setting: str
 
 
-class Claim(Model):
-    """Something that a publication says, in our words, to be decided by a number and its interval.
-
-    Attributes:
-        says: The claim.
-        source: Where it is said.
-        data: Data sets that it is decided on: the number is a mean over them.
-        metric: Which.
-    """
+class Claim(Section):
+    """Something that a publication says, in our words, to be decided by a number and its interval."""
 
     says: str
-    source: str
-    data: Names | None = None
+    source: str  # where it is said
+    data: Names | None = None  # data sets that it is decided on: the number is a mean over them
     metric: str = RANKED_BY[0]
 
 
@@ -183,18 +138,12 @@ class Better(Claim):
 
 
 class Trend(Claim):
-    """A metric of a method rises or falls along the ``x`` of the settings, by the slope over log2 x.
-
-    Attributes:
-        method: Which.
-        settings: With their ``x``.
-        metric_goes: Direction.
-    """
+    """A metric of a method rises or falls along the ``x`` of the settings, by the slope over log2 x."""
 
     kind: Literal["trend"]
     method: str
-    settings: Annotated[Names, Field(min_length=2)]
-    metric_goes: Literal["up", "down"]
+    settings: Annotated[Names, Field(min_length=2)]  # with their ``x``
+    metric_goes: Literal["up", "down"]  # direction
 
 
 class Steeper(Claim):

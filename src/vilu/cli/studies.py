@@ -8,17 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vilu.cli.console import next_step
+from vilu.cli.console import Data, Direction, Fold, Hard, LogitScale, NearDuplicates, next_step
 
 if TYPE_CHECKING:
     from vilu.benchmark.study import Rendered
-
-
-from typing import TYPE_CHECKING
-
-from vilu.cli.console import Data, Direction, Fold, Hard, LogitScale, NearDuplicates
-
-if TYPE_CHECKING:
     from vilu.predictors.base import FailurePredictor
 
 
@@ -43,7 +36,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     embed_only: Annotated[bool, typer.Option("--embed-only", help="Make the embeddings and stop.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be embedded and run, its bytes and time; do nothing.")
+        bool, typer.Option("--dry-run", help="Say what would be embedded and run, and its bytes; do nothing.")
     ] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Everything, but tiny: few images, seeds and epochs; in OUTPUT/smoke.")

@@ -8,7 +8,7 @@ at a time. Time is of order rows · resamples, memory is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +38,62 @@ class Difference(NamedTuple):
     ci_low: float
     ci_high: float
     p_value: float
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number with its bootstrap values, so that whatever is computed from it has an interval, too.
+
+    Quantities of the same test rows share their resamples, so a difference of them is paired.
+
+    Attributes:
+        value: The number.
+        draws: (B,) its bootstrap values.
+    """
+
+    value: float
+    draws: Floats
+
+    @classmethod
+    def over_seeds(cls, values: Floats, per_seed: Floats) -> Quantity:
+        """The mean over seeds of values (S,) with bootstrap values (S, B); the seeds are resampled, too."""
+        n_seeds, n_resamples = per_seed.shape
+        seeds = np.random.default_rng(n_seeds).integers(n_seeds, size=(n_seeds, n_resamples))
+        return cls(float(np.mean(values)), np.take_along_axis(per_seed, seeds, axis=0).mean(axis=0))
+
+    @classmethod
+    def mean(cls, quantities: Sequence[Quantity]) -> Quantity:
+        """The mean of several, such as a method's on several data sets."""
+        draws = np.mean([one.draws for one in quantities], axis=0)
+        return cls(float(np.mean([one.value for one in quantities])), draws)
+
+    @classmethod
+    def slope(cls, x: Floats, quantities: Sequence[Quantity]) -> Quantity:
+        """Slope of the least-squares line through points at x (n,)."""
+        centred = (x - x.mean()) / np.square(x - x.mean()).sum()
+        values = np.array([one.value for one in quantities])
+        return cls(float(centred @ values), centred @ np.stack([one.draws for one in quantities]))
+
+    def __sub__(self, other: Quantity) -> Quantity:
+        return Quantity(self.value - other.value, self.draws - other.draws)
+
+    def __rmul__(self, factor: int) -> Quantity:
+        return Quantity(factor * self.value, factor * self.draws)
+
+    def interval(self, confidence: float) -> Interval:
+        """Percentile interval: the middle ``confidence`` of the bootstrap values."""
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(self.draws, [tail, 1 - tail])
+        return Interval(self.value, float(low), float(high))
+
+    def p_value(self) -> float:
+        """Two-sided, of being zero; see ``paired_bootstrap``."""
+        fewer = min(np.count_nonzero(self.draws <= 0), np.count_nonzero(self.draws >= 0))
+        return float(min(1.0, 2 * (1 + fewer) / (1 + len(self.draws))))
+
+    def difference(self, confidence: float) -> Difference:
+        """Of two quantities, this being the one less the other."""
+        return Difference(*self.interval(confidence), self.p_value())
 
 
 class SortedScores:
@@ -86,20 +142,24 @@ def bootstrap_intervals(
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     scores = SortedScores(*check_pair(uncertainty, failure))
-    observed = scores.observed()
+    observed, draws = scores.observed(), resampled(kernels, scores, n_resamples, seed)
+    return {
+        name: Quantity(float(kernel(observed)[0]), draws[name]).interval(confidence) for name, kernel in kernels.items()
+    }
+
+
+def resampled(kernels: Mapping[str, Kernel], scores: SortedScores, n_resamples: int, seed: int) -> dict[str, Floats]:
+    """Values (B,) of several metrics on the same resamples; NaN where there is no wrong or no right answer."""
     values: dict[str, list[Floats]] = {name: [] for name in kernels}
     for rows in resampled_rows(scores, n_resamples, seed):
         counts = scores.counts(*rows)
         for name, kernel in kernels.items():
             values[name].append(kernel(counts))
-    return {
-        name: Interval(float(kernel(observed)[0]), *percentiles(np.concatenate(values[name]), confidence))
-        for name, kernel in kernels.items()
-    }
+    return {name: np.concatenate(blocks) for name, blocks in values.items()}
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class ScoredRows:
     """Rows with known failures.
 
     Attributes:
@@ -207,16 +267,7 @@ def paired_bootstrap(
         return Difference(observed, observed, observed, observed)
     blocks = resampled_rows(a, n_resamples, seed)
     differences = np.concatenate([kernel(a.counts(*rows)) - kernel(b.counts(*rows)) for rows in blocks])
-    fewer = min(np.count_nonzero(differences <= 0), np.count_nonzero(differences >= 0))
-    p_value = min(1.0, 2 * (1 + fewer) / (1 + n_resamples))
-    return Difference(observed, *percentiles(differences, confidence), p_value)
-
-
-def percentiles(values: Floats, confidence: float) -> tuple[float, float]:
-    """Ends of the middle ``confidence`` of the values of resamples."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
-    return float(low), float(high)
+    return Quantity(observed, differences).difference(confidence)
 
 
 def _kernel(metric: str | Kernel) -> Kernel:
@@ -224,11 +275,7 @@ def _kernel(metric: str | Kernel) -> Kernel:
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        UsageError: If there is no resample, or the confidence is not in (0, 1).
-    """
+    """Refuse no resample, or a confidence that is not in (0, 1)."""
     if n_resamples < 1:
         raise UsageError(f"n_resamples must be at least 1. Got {n_resamples} instead.")
     if not 0 < confidence < 1:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
+
+import numpy as np
 
 from vilu.errors import UsageError
 from vilu.metrics.calibration import brier_kernel, ece_kernel, log_loss_kernel
@@ -33,6 +36,10 @@ class Metric:
         convention: What was chosen where the literature differs.
         of_probability: Whether it has a meaning only for failure probabilities.
         higher_is_better: Which way is better.
+        percent: Whether tables show it in percent; else as it is.
+        wanted: "always": ``evaluate`` computes it, and its table has a column; "evaluated": a column only where metrics
+            are chosen; "chosen": computed only then.
+        name: What it is asked for by.
     """
 
     title: str
@@ -40,81 +47,94 @@ class Metric:
     convention: str
     of_probability: bool = False
     higher_is_better: bool = False
+    percent: bool = True
+    wanted: Literal["always", "evaluated", "chosen"] = "always"
+    name: str = ""
+
+    def show(self, value: float, sign: str = "") -> str:
+        """A value, or with the sign "+" a difference, as tables have it."""
+        return f"{100 * value:{sign}.1f}" if self.percent else f"{value:{sign}.3g}"
+
+    def brackets(self, low: float, high: float, sign: str = "") -> str:
+        """An interval as tables have it."""
+        return f"[{self.show(low, sign)}, {self.show(high, sign)}]"
 
 
-METRICS = {
+_RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
+_ENTRIES = {
     "auroc": Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True),
     "fpr95": Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation"),
     "fpr95_failure": Metric(
         "FPR95-failure",
         partial(fpr_at_tpr_kernel, positive="failure", rule="first"),
         "positive=failure, first operating point with TPR >= 0.95",
+        wanted="chosen",
     ),
     "aupr_failure": Metric(
         "AUPR-failure", partial(aupr_kernel, positive="failure"), "average precision", higher_is_better=True
     ),
     "aupr_success": Metric(
-        "AUPR-success", partial(aupr_kernel, positive="correct"), "average precision", higher_is_better=True
+        "AUPR-success",
+        partial(aupr_kernel, positive="correct"),
+        "average precision",
+        higher_is_better=True,
+        wanted="evaluated",
     ),
-    "aurc": Metric("AURC", aurc_kernel, "mean selective risk, expected over ties"),
+    "aurc": Metric("AURC", aurc_kernel, "mean selective risk, expected over ties", wanted="evaluated"),
     "aurc_trapezoid": Metric(
-        "AURC-trapezoid", partial(aurc_kernel, convention="trapezoid"), "trapezoids over distinct scores"
+        "AURC-trapezoid",
+        partial(aurc_kernel, convention="trapezoid"),
+        "trapezoids over distinct scores",
+        wanted="chosen",
     ),
-    "excess_aurc": Metric("E-AURC", excess_aurc_kernel, "mean selective risk less the finite-sample optimum"),
-    "naurc": Metric("NAURC", naurc_kernel, "excess AURC over that of a random order"),
+    "excess_aurc": Metric(
+        "E-AURC", excess_aurc_kernel, "mean selective risk less the finite-sample optimum", wanted="evaluated"
+    ),
+    "naurc": Metric("NAURC", naurc_kernel, "excess AURC over that of a random order", wanted="chosen"),
     "augrc": Metric("AUGRC", augrc_kernel, "trapezoids over distinct scores"),
     "risk_at_coverage_0.8": Metric(
-        "Risk@80%", partial(risk_at_coverage_kernel, coverage=0.8), "selective risk, expected over ties"
+        "Risk@80%",
+        partial(risk_at_coverage_kernel, coverage=0.8),
+        "selective risk, expected over ties",
+        wanted="evaluated",
     ),
-    "coverage_at_risk_0.01": Metric(
-        "Cov@1%",
-        partial(coverage_at_risk_kernel, risk=0.01),
-        "largest coverage of a threshold, no guarantee",
-        higher_is_better=True,
-    ),
-    "coverage_at_risk_0.05": Metric(
-        "Cov@5%",
-        partial(coverage_at_risk_kernel, risk=0.05),
-        "largest coverage of a threshold, no guarantee",
-        higher_is_better=True,
-    ),
-    "coverage_at_risk_0.1": Metric(
-        "Cov@10%",
-        partial(coverage_at_risk_kernel, risk=0.1),
-        "largest coverage of a threshold, no guarantee",
-        higher_is_better=True,
-    ),
+    **{
+        f"coverage_at_risk_{risk}": Metric(
+            title,
+            partial(coverage_at_risk_kernel, risk=float(risk)),
+            "largest coverage of a threshold, no guarantee",
+            higher_is_better=True,
+            wanted="always" if risk == "0.05" else "evaluated",
+        )
+        for risk, title in _RISKS.items()
+    },
     "ece": Metric("ECE", ece_kernel, "binary, 15 bins of equal width", of_probability=True),
     "ece_mass": Metric(
-        "ECE-mass", partial(ece_kernel, binning="mass"), "binary, 15 bins of equal mass", of_probability=True
+        "ECE-mass",
+        partial(ece_kernel, binning="mass"),
+        "binary, 15 bins of equal mass",
+        of_probability=True,
+        wanted="evaluated",
     ),
-    "brier": Metric("Brier", brier_kernel, "of the failure probability", of_probability=True),
+    "brier": Metric("Brier", brier_kernel, "of the failure probability", of_probability=True, wanted="evaluated"),
     "log_loss": Metric(
         "log-loss",
         log_loss_kernel,
         "natural logarithm, probabilities at least 1e-12 from certainty",
         of_probability=True,
+        wanted="evaluated",
     ),
 }
+METRICS = {name: replace(metric, name=name) for name, metric in _ENTRIES.items()}
 
-DEFAULT_METRICS = (
-    "auroc",
-    "fpr95",
-    "aupr_failure",
-    "aupr_success",
-    "aurc",
-    "excess_aurc",
-    "augrc",
-    "risk_at_coverage_0.8",
-    "coverage_at_risk_0.01",
-    "coverage_at_risk_0.05",
-    "coverage_at_risk_0.1",
-    "ece",
-    "ece_mass",
-    "brier",
-    "log_loss",
-)
-"""What ``evaluate`` computes; those of a probability only where the uncertainty is one."""
+
+def evaluated_metrics() -> list[str]:
+    """What ``evaluate`` computes unless others are chosen: ours, then those that were added."""
+    return [name for name, metric in METRICS.items() if metric.wanted != "chosen"]
+
+
+DEFAULT_METRICS = tuple(evaluated_metrics())
+"""What ``evaluate`` computes of ours; those of a probability only where the uncertainty is one."""
 
 
 def get_metric(name: str) -> Metric:
@@ -128,3 +148,27 @@ def get_metric(name: str) -> Metric:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"no metric is called {name!r}.{hint} There are: {', '.join(METRICS)}.")
     return METRICS[name]
+
+
+def add_metric(metric: Metric) -> None:
+    """Make a metric one of those of this process: evaluated, shown and benchmarked like ours.
+
+    Raises:
+        UsageError: If it has no name, another metric has it, or the kernel does not give a value for each resample.
+    """
+    if not metric.name or METRICS.get(metric.name, metric) != metric:
+        raise UsageError(
+            f"a metric needs a name of its own, such as Metric(..., name='my_metric'). Got {metric.name!r}; taken are: "
+            f"{', '.join(METRICS)}."
+        )
+    counts = np.array([[2, 1, 0], [1, 1, 1]])  # two resamples of three scores
+    shape = np.shape(metric.kernel(TieCounts(np.array([0.0, 0.5, 1.0]), counts, counts[:, ::-1])))
+    if shape != (2,):
+        raise UsageError(f"the kernel of {metric.name} must give values (B,) for counts (B, G). Got shape {shape}.")
+    METRICS[metric.name] = metric
+
+
+def but_for(metrics: Iterable[Metric]) -> str:
+    """What follows "in percent" where some are not."""
+    plain = [metric.title for metric in metrics if not metric.percent]
+    return f", but for {', '.join(plain)}" if plain else ""

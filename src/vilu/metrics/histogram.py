@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.errors import DataError
-from vilu.metrics.bootstrap import CELLS, Interval, check_settings, percentiles
+from vilu.metrics.bootstrap import CELLS, Interval, Quantity, check_settings
 from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
@@ -187,7 +187,7 @@ class Histogram:
         for name, kernel in kernels.items():
             value = float(kernel(whole))
             shift = value - float(kernel(grouped))
-            low, high = percentiles(np.concatenate(found[name]), confidence)
+            _, low, high = Quantity(value, np.concatenate(found[name])).interval(confidence)
             intervals[name] = Interval(value, low + shift, high + shift)
         return intervals
 

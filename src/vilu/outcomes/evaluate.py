@@ -6,16 +6,16 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics.bootstrap import Interval, paired_bootstrap
-from vilu.metrics.catalog import DEFAULT_METRICS, Metric, get_metric
+from vilu.metrics.catalog import Kernel, Metric, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Tallied, Tally
+from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Scores, Tallied, Tally
 from vilu.outcomes.results import ResultRow, ResultTable
 
 FEW = 30
@@ -35,8 +35,9 @@ def evaluate(
     Args:
         outcomes: What was scored (``Outcomes``, or a ``ScoreFolder`` of any size); several may differ in method, data
             set, split and seed.
-        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS``, of which those of a probability only
-            where there is one: the calibrated ``failure_probability``, or else an uncertainty that is a probability.
+        metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS`` and those that were added, of which
+            those of a probability only where there is one: the calibrated ``failure_probability``, or else an
+            uncertainty that is a probability.
         n_resamples: Bootstrap resamples; 0 for no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
@@ -56,10 +57,10 @@ def evaluate(
     rows: list[ResultRow] = []
     scarce: list[str] = []
     for one in several:
-        chosen = {name: get_metric(name) for name in (DEFAULT_METRICS if metrics is None else metrics)}
+        chosen = {name: get_metric(name) for name in (evaluated_metrics() if metrics is None else metrics)}
         if metrics is None and one.probability is None:
             chosen = {name: metric for name, metric in chosen.items() if not metric.of_probability}
-        rows += _rows(one, chosen, n_resamples=n_resamples, confidence=confidence, seed=seed)
+        rows += _rows(one, chosen, Resampling(n_resamples, confidence, seed))
         scarce += _scarce(one)
     if scarce:
         told = list(dict.fromkeys(scarce))
@@ -103,12 +104,14 @@ class Comparison:
     why: str | None = None
 
     def __str__(self) -> str:
-        names = f"{get_metric(self.metric).title}, {self.method_a or 'a'} against {self.method_b or 'b'}"
+        metric = get_metric(self.metric)
+        unit = " %" if metric.percent else ""
+        names = f"{metric.title}, {self.method_a or 'a'} against {self.method_b or 'b'}"
         if self.why is not None:
             return f"{names}: undefined, {self.why}"
         return (
-            f"{names}: {100 * self.value_a:.1f} against {100 * self.value_b:.1f} %, difference "
-            f"{100 * self.difference:+.1f} [{100 * self.ci_low:+.1f}, {100 * self.ci_high:+.1f}], "
+            f"{names}: {metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}, "
+            f"difference {metric.show(self.difference, '+')} {metric.brackets(self.ci_low, self.ci_high, '+')}, "
             f"p = {self.p_value:.3g} ({self.n} answers, {self.n_failures} wrong)"
         )
 
@@ -165,56 +168,60 @@ def _as_probability(outcomes: Outcomes, metric: str) -> Outcomes:
     return outcomes
 
 
-def _rows(
-    tally: Tally, metrics: Mapping[str, Metric], *, n_resamples: int, confidence: float, seed: int
-) -> list[ResultRow]:
-    scores = tally.scores
-    n, n_failures = scores.n, scores.n_failures
+class Resampling(NamedTuple):
+    """How intervals are made: resamples (0: none), coverage, and the seed."""
+
+    n: int
+    confidence: float
+    seed: int
+
+
+UNDEFINED = Interval(math.nan, math.nan, math.nan)
+
+
+def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[ResultRow]:
+    """A row per metric, in their order: those of the uncertainty and those of a probability are measured apart."""
+    n, n_failures = tally.scores.n, tally.scores.n_failures
     if not n:
         raise DataError(
             f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an unknown failure and "
             f"{tally.n_unusable} no uncertainty. Give labelled data."
         )
-    sources = {name: tally.probability if metric.of_probability else scores for name, metric in metrics.items()}
+    sources = {name: tally.probability if metric.of_probability else tally.scores for name, metric in metrics.items()}
     measured: dict[str, Interval] = {}
-    for source in {id(one): one for one in (scores, tally.probability)}.values():
-        kernels = {name: metric.kernel for name, metric in metrics.items() if sources[name] is source}
-        if source is None or not kernels:
-            continue
-        if n_resamples and 0 < n_failures < n:
-            measured |= source.intervals(kernels, n_resamples=n_resamples, confidence=confidence, seed=seed)
-        else:  # nothing to resample: one class, or no interval is wanted
-            counts = source.counts()
-            measured |= {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
-    row = partial(
-        ResultRow,
-        method=tally.method,
-        dataset=tally.dataset,
-        split=tally.split,
-        seed=tally.seed,
-        n=n,
-        n_failures=n_failures,
-        accuracy=1 - n_failures / n,
-        n_unlabelled=tally.n_unlabelled,
-        n_unusable=tally.n_unusable,
-    )
+    for source in {id(one): one for one in sources.values() if one is not None}.values():
+        kernels = {name: metrics[name].kernel for name, one in sources.items() if one is source}
+        measured |= _measured(source, kernels, how)
+    facts: dict[str, Any] = {name: getattr(tally, name) for name in OF_A_TALLY}
+    facts |= {"n": n, "n_failures": n_failures, "accuracy": 1 - n_failures / n}
     rows = []
     for name, metric in metrics.items():
-        value, low, high = (_null(x) for x in measured.get(name, Interval(math.nan, math.nan, math.nan)))
-        interval = None if low is None else f"{100 * confidence:g} % stratified bootstrap, {n_resamples} resamples"
+        value, low, high = map(_null, measured.get(name, UNDEFINED))
         why = _why(n, n_failures) if name in measured else "the uncertainty is not a probability"
         rows.append(
-            row(
+            ResultRow(
+                **facts,
                 metric=name,
                 value=value,
                 ci_low=low,
                 ci_high=high,
-                convention="; ".join(text for text in (metric.convention, (sources[name] or scores).note) if text),
-                interval=interval,
+                convention="; ".join(filter(None, (metric.convention, (sources[name] or tally.scores).note))),
+                interval=None if low is None else f"{100 * how.confidence:g} % stratified bootstrap, {how.n} resamples",
                 why=why if value is None else None,
             )
         )
     return rows
+
+
+OF_A_TALLY = ("method", "dataset", "split", "seed", "n_unlabelled", "n_unusable")
+
+
+def _measured(source: Scores, kernels: Mapping[str, Kernel], how: Resampling) -> dict[str, Interval]:
+    """Metrics, with intervals but where there is nothing to resample: one class, or none is wanted."""
+    if how.n and 0 < source.n_failures < source.n:
+        return source.intervals(kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed)
+    counts = source.counts()
+    return {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
 
 
 def _null(value: float) -> float | None:
@@ -232,11 +239,7 @@ def _evaluable(outcomes: Outcomes, rows: NDArray[np.bool_]) -> tuple[NDArray[np.
 
 
 def require_same_rows(a: Outcomes, b: Outcomes) -> None:
-    """Refuse outcomes of other rows or answers.
-
-    Raises:
-        ProvenanceError: If number, ids or failures differ; the message names both.
-    """
+    """Refuse outcomes of other rows or answers: other number, ids or failures."""
     names = f"{_name(a)} and {_name(b)}"
     if len(a) != len(b):
         raise ProvenanceError(f"{names} must be of the same rows. Got {len(a)} and {len(b)} rows instead.")

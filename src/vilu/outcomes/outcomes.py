@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from vilu.files import plain_json, read_column, read_table, write_table
-from vilu.metrics.bootstrap import Interval, Sample
+from vilu.metrics.bootstrap import Interval, ScoredRows
 from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import TieCounts
 
@@ -102,7 +102,7 @@ def plain_values(column: pa.ChunkedArray) -> NDArray[np.int64] | NDArray[np.floa
 
 
 class Scores(Protocol):
-    """Scores with known failures: ``metrics.bootstrap.Sample`` of rows, or ``metrics.histogram.Histogram``."""
+    """Scores with known failures: ``metrics.bootstrap.ScoredRows`` of rows, or ``metrics.histogram.Histogram``."""
 
     @property
     def n(self) -> int:
@@ -127,28 +127,18 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Tally:
-    """The rows of one method on one data set.
+    """The rows of one method on one data set."""
 
-    Attributes:
-        scores: The rows that have both an uncertainty and a known failure.
-        n_unlabelled: Rows with an uncertainty whose failure is unknown.
-        n_unusable: Rows without an uncertainty.
-        probability: The same rows with a probability of failure in place of the uncertainty: the calibrated one, or the
-            uncertainty itself where that is one; None where there is none.
-        method: Name of the predictor.
-        dataset: Name of the data set.
-        split: Name of its part.
-        seed: Seed of the predictor.
-    """
-
-    scores: Scores
-    n_unlabelled: int
-    n_unusable: int
+    scores: Scores  # the rows that have both an uncertainty and a known failure
+    n_unlabelled: int  # rows with an uncertainty whose failure is unknown
+    n_unusable: int  # rows without an uncertainty
+    # the same rows with a probability of failure in place of the uncertainty: the calibrated one, or the uncertainty
+    # itself where that is one; None where there is none
     probability: Scores | None
-    method: str | None = None
-    dataset: str | None = None
-    split: str | None = None
-    seed: int | None = None
+    method: str | None = None  # name of the predictor
+    dataset: str | None = None  # name of the data set
+    split: str | None = None  # name of its part
+    seed: int | None = None  # seed of the predictor
 
 
 @runtime_checkable
@@ -294,12 +284,12 @@ class Outcomes:
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
-        scores = Sample(self.uncertainty[rows], self.failure[rows])
+        scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
         calibrated = self.failure_probability
         return Tally(
             scores=scores,
             probability=(
-                Sample(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
+                ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
                 if calibrated is not None
                 else scores
                 if self.is_probability

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,16 +13,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files import SCHEMA_VERSION, read_column, read_table, write_json, write_table
+from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
+from vilu.text import aligned, in_cell, markdown_rows, printable, span
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-from collections import Counter
-from typing import TYPE_CHECKING
-
-from vilu.metrics.catalog import METRICS, get_metric
-from vilu.text import aligned, in_cell, markdown_rows, printable, span
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ResultTable:
         return [asdict(row) for row in self.rows]
 
     def table(self, metrics: Sequence[str] | None = None) -> str:
-        """Aligned text in percent: methods as rows, metrics (by default the main ones) as columns."""
+        """Aligned text: methods as rows, metrics as columns; by default the main ones of all, or those of a choice."""
         return text_table(self.rows, metrics)
 
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
@@ -241,7 +241,6 @@ def _mean(rows: Sequence[ResultRow]) -> ResultRow:
     )
 
 
-MAIN_METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "coverage_at_risk_0.05", "ece")
 UNDEFINED = "undefined"
 
 
@@ -267,13 +266,14 @@ def markdown_table(rows: Sequence[ResultRow], metrics: Sequence[str] | None = No
 
 
 def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:
-    """The metrics asked for, or the main ones, or else whatever there is."""
+    """The metrics asked for, here or when the rows were made; of rows for which nobody asked, those always wanted."""
     if metrics is not None:
-        for name in metrics:
-            get_metric(name)
-        return metrics
+        return [get_metric(name).name for name in metrics]
     present = list(dict.fromkeys(row.metric for row in rows))
-    return [name for name in MAIN_METRICS if name in present] or present
+    ours = {name for name in DEFAULT_METRICS if not METRICS[name].of_probability}
+    nobody_asked = ours <= set(present) <= set(evaluated_metrics())
+    always = [name for name, metric in METRICS.items() if metric.wanted == "always" and name in present]
+    return always if nobody_asked else present
 
 
 def _parts(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
@@ -291,16 +291,16 @@ def _part(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
         lines.setdefault((row.method, row.seed, repeats[key]), {})[row.metric] = row
         repeats[key] += 1  # a second row of the same name gets a line of its own
     several_seeds = len({row.seed for row in rows}) > 1
-    table = [["method", *map(_heading, metrics)]]
+    table = [["method", *(_metric(name).title for name in metrics)]]
     for (method, seed, _), found in lines.items():
         cells = [_cell(found.get(name)) for name in metrics]
         table.append([_label(method, seed if several_seeds else None), *cells])
     return _title(rows), table
 
 
-def _heading(name: str) -> str:
-    """Title of a metric; of one that this version does not know, its name."""
-    return METRICS[name].title if name in METRICS else printable(name)
+def _metric(name: str) -> Metric:
+    """The metric; one that this version does not know is shown by its name."""
+    return METRICS.get(name) or replace(METRICS["auroc"], title=printable(name))
 
 
 def _label(method: str | None, seed: int | None) -> str:
@@ -312,9 +312,10 @@ def _cell(row: ResultRow | None) -> str:
         return ""
     if row.value is None:
         return UNDEFINED
+    metric = _metric(row.metric)
     if row.ci_low is None or row.ci_high is None:
-        return f"{100 * row.value:.1f}"
-    return f"{100 * row.value:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
+        return metric.show(row.value)
+    return f"{metric.show(row.value)} {metric.brackets(row.ci_low, row.ci_high)}"
 
 
 def _title(rows: Sequence[ResultRow]) -> str:
@@ -345,7 +346,8 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
             methods.setdefault(row.interval, {})[_label(row.method, None)] = None
     several = len(methods) > 1
     intervals = [how + (f" ({', '.join(of)})" if several else "") for how, of in methods.items()]
-    notes = ["in percent" + (f"; in brackets: {'; '.join(intervals)}" if intervals else "")]
-    notes += [f"{_heading(row.metric)}: {row.convention}" for row in rows]
+    unit = f"in percent{but_for(map(_metric, shown))}"
+    notes = [unit + (f"; in brackets: {'; '.join(intervals)}" if intervals else "")]
+    notes += [f"{_metric(row.metric).title}: {row.convention}" for row in rows]
     notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
     return list(dict.fromkeys(map(printable, notes)))

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from vilu.datasets.base import ImageDataset
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.metrics.catalog import METRICS
+from vilu.metrics.catalog import METRICS, but_for
 from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
@@ -45,16 +45,17 @@ SHOWN, TOLD = 60, 300
 
 NOTHING = "–"
 
+ADDED = "What a threshold would do, and probabilities"
 TABLES = {
     "How well right and wrong answers are told apart": (
         "auroc", "fpr95", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc",
     ),
-    "What a threshold would do, and probabilities": (
+    ADDED: (
         "risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1",
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Metrics in two tables that fit on a sheet of paper."""
+"""Metrics in two tables that fit on a sheet of paper; ``ADDED`` takes those from outside, too."""
 
 MAX_RISK = 0.05
 """Error rate that is aimed at where no rule was calibrated."""
@@ -187,13 +188,18 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
 def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, Any]]:
     """Metrics as rows of cells per method."""
     found = {(row.method, row.metric): row for row in table}
-    present = {row.metric for row in table}
-    made = []
-    for caption, names in TABLES.items():
-        metrics = [name for name in names if name in present]
-        rows = [[found.get((one.method, name)) for name in metrics] for one in methods]
-        made.append({"caption": caption, "metrics": metrics, "rows": rows})
-    return made
+    present = dict.fromkeys(row.metric for row in table)
+    groups = dict(TABLES)
+    groups[ADDED] += tuple(name for name in present if not any(name in names for names in TABLES.values()))
+    return [
+        {
+            "caption": caption,
+            "but_for": but_for(METRICS[name] for name in names if name in present),
+            "metrics": [name for name in names if name in present],
+            "rows": [[found.get((one.method, name)) for name in names if name in present] for one in methods],
+        }
+        for caption, names in groups.items()
+    ]
 
 
 def _gallery(
