@@ -24,8 +24,9 @@ from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN, find_known
 from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
+from vilu.files import MANIFEST, read_document
 from vilu.predictors.parameters import parameters
-from vilu.store.documents import MANIFEST, Manifest, read_document
+from vilu.store.documents import Manifest
 from vilu.store.folds import TRAIN, VALIDATION
 
 COMPACT_RATE, COMPACT_SIDE = 42.0, 224

@@ -14,19 +14,18 @@ from numpy.typing import NDArray
 
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.errors import DataError, ViLUError
-from vilu.store.documents import MANIFEST, RUN, Receipt, Run, read_document
+from vilu.files import MANIFEST, RUN, file_hash, read_document
+from vilu.store.documents import Receipt, Run
 from vilu.store.parts import (
     ERRORS,
     SHARD,
     Part,
-    file_hash,
+    StoreLedger,
     map_rows,
     metadata_schema,
-    plan,
     positions,
     read_classes,
     read_columns,
-    read_receipt,
 )
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -126,13 +125,13 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     if not (root / RUN).is_file():
         raise DataError(f"{root} is no embedding store (it has no {RUN}). Make one with `vilu embed`.")
     run = read_document(root / RUN, Run)
-    parts = plan(run)
-    report = StoreReport(root.resolve().name, (root / MANIFEST).exists(), run, len(parts), deep)
-    for part in parts:
+    ledger = StoreLedger(root, run)
+    report = StoreReport(root.resolve().name, (root / MANIFEST).exists(), run, len(ledger.parts), deep)
+    for part in ledger.parts:
         if not report.sealed and not (root / part.receipt).exists():
             continue
         try:
-            receipt = read_receipt(root, run, part)
+            receipt = ledger.receipt(part)
             report.add(receipt)
             if deep:
                 report.problems += [

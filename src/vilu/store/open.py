@@ -8,7 +8,8 @@ from pathlib import Path
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError
-from vilu.store.documents import RUN, Run, read_document
+from vilu.files import RUN, read_document
+from vilu.store.documents import Run
 from vilu.store.folds import Fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.reader import CaptionStore, EmbeddingStore

@@ -1,15 +1,15 @@
-"""Parts of a store: what is in one, how it is written, what its receipt says."""
+"""Parts of a store: what is in one, how it is written and read, and the classes beside them."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tokenize import TokenError
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,25 +18,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files import atomic_write, make_folder, write_json
+from vilu.files import RUN, file_hash, make_folder, read_document
 from vilu.store.documents import (
     CLASSES,
     IMAGE,
-    RUN,
     TEXT,
     ArrayInfo,
     ClassColumn,
-    ClassTable,
-    FileInfo,
     Inputs,
     Receipt,
     Run,
-    read_document,
+    StoredClasses,
 )
+from vilu.store.ledger import Ledger, write_hashed
 
 SHARD = 2**32
 """Positions of each shard: an image's is the number of its shard times this, plus its number there."""
@@ -106,45 +104,65 @@ def positions(run: Inputs, part: Part) -> range:
     return range(part.start * SHARD, part.stop * SHARD) if run.shards else range(part.start, part.stop)
 
 
-def read_receipt(root: Path, run: Run, part: Part) -> Receipt:
-    """The receipt of a part that is there in full.
+class StoreLedger(Ledger[Part, Receipt]):
+    """What is to be done and done in the folder of a store; ``data`` are the images, for those who embed."""
 
-    Raises:
-        StorageError: If the receipt or one of its files is missing or has another size than it vouches for.
-        ProvenanceError: If it belongs to another run.
-    """
-    path = root / part.receipt
-    receipt = read_document(path, Receipt)
-    if receipt.fingerprint != run.fingerprint:
-        raise ProvenanceError(
-            f"{path} belongs to run {receipt.fingerprint}, the store to run {run.fingerprint}. "
-            "Run `vilu embed` again to redo the part."
+    what, doing = "embedding store", "embedding into"
+    always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
+    folders = (*always, "features", "views", "columns")
+
+    def __init__(self, root: Path, run: Run, data: ImageDataset | None = None) -> None:
+        super().__init__(root, run.fingerprint, plan(run), Receipt)
+        self.run, self.data = run, data
+
+    def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """Number, bounds and images; how many images shards hold, only the receipt knows."""
+        n_in = receipt.n_in if self.run.shards else len(part)
+        found = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
+        return found, (part.number, part.start, part.stop, n_in)
+
+    def look_up(self, part: Part) -> Receipt | str:
+        """The receipt of a part that is there in full, and of shards as they are now; or else what it lacks."""
+        found = super().look_up(part)
+        stale = isinstance(found, Receipt) and found.source != self.source(part)
+        return "its shards have changed" if stale else found
+
+    def source(self, part: Part) -> str:
+        """Fingerprint of the shards of a part as they are now; empty where parts are made of images."""
+        return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop) if self.run.shards else ""
+
+    def write_rows(self, part: Part, content: PartRows, batch_size: int, source: str) -> Receipt:
+        """Write what became of the images of a part, with the fingerprint of the shards that they were read from.
+
+        Raises:
+            DataError: If a number is too large for the store's number format.
+            StorageError: If the file system refuses.
+        """
+        run, n_ok, n_error = self.run, len(content.rows), len(content.errors)
+        payloads = {
+            part.array(name): _npy(_rows(name, content.arrays.get(name, []), (n_ok, *shape), run.dtype))
+            for name, shape in run.arrays.items()
+        }
+        payloads[part.metadata] = _parquet(content.rows, metadata_schema(run))
+        payloads[part.errors] = _parquet(content.errors, ERRORS)
+        return self.write(
+            part,
+            payloads,
+            lambda files: Receipt(
+                fingerprint=run.fingerprint,
+                part=part.number,
+                start=part.start,
+                stop=part.stop,
+                n_in=n_ok + n_error,
+                n_ok=n_ok,
+                n_error=n_error,
+                errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
+                files=files,
+                batch_size=batch_size,
+                seconds=round(time.monotonic() - content.started, 3),
+                source=source,
+            ),
         )
-    n_in = receipt.n_in if run.shards else len(part)  # how many images shards hold, only the receipt knows
-    found = (receipt.part, receipt.start, receipt.stop, receipt.n_in, tuple(receipt.files))
-    expected = (part.number, part.start, part.stop, n_in, part.files)
-    if found != expected:
-        raise StorageError(f"{path} is damaged: it describes {found}, expected {expected}. Run `vilu embed` again.")
-    for name, info in receipt.files.items():
-        require_size(root / name, info.bytes)
-    return receipt
-
-
-def content_hash(receipts: Iterable[Receipt]) -> str:
-    """Hash over the hashes of every file of every part, in order."""
-    return digest([info.sha256 for receipt in receipts for info in receipt.files.values()])
-
-
-def require_size(path: Path, size: int) -> None:
-    """Refuse a file of another size.
-
-    Raises:
-        StorageError: If it is missing or longer or shorter.
-    """
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-        state = "is missing" if found is None else f"has {found} bytes"
-        raise StorageError(f"{path} {state}, its receipt says {size} bytes. Run `vilu embed` again to redo the part.")
 
 
 METADATA = pa.schema(
@@ -240,14 +258,14 @@ def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: in
     return table
 
 
-def read_classes(root: Path, run: Run) -> tuple[ClassTable, Tensor]:
+def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
     """The class table of a run and its (K, D) float32 text embeddings.
 
     Raises:
         StorageError: If a file is missing or damaged.
         ProvenanceError: If they belong to another run.
     """
-    table = read_document(root / CLASSES, ClassTable)
+    table = read_document(root / CLASSES, StoredClasses)
     if any(getattr(run, name) != getattr(table, name) for name in SHARED):
         raise ProvenanceError(f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}.")
     rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
@@ -272,19 +290,6 @@ def _check_shape(root: Path, run: Run, name: ClassColumn, info: ArrayInfo) -> No
     if info.shape[: len(fixed)] != fixed or len(info.shape) != COLUMNS[name][0]:
         raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
     map_rows(column_path(root, name), info.shape, "float32")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        StorageError: If it cannot be read.
-    """
-    try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
 
 
 MESSAGE_LENGTH = 300
@@ -335,46 +340,6 @@ class PartRows:
     started: float = field(default_factory=time.monotonic)
 
 
-def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: int, source: str = "") -> Receipt:
-    """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part.
-
-    Args:
-        root: The store.
-        run: What it is made from.
-        part: The part.
-        content: What became of its images.
-        batch_size: Images per forward pass.
-        source: Fingerprint of the shards that it was made from, if it was.
-
-    Raises:
-        DataError: If a number is too large for the store's number format.
-        StorageError: If the file system refuses.
-    """
-    payloads = {
-        part.array(name): _npy(_rows(name, content.arrays.get(name, []), (len(content.rows), *shape), run.dtype))
-        for name, shape in run.arrays.items()
-    }
-    payloads[part.metadata] = _parquet(content.rows, metadata_schema(run))
-    payloads[part.errors] = _parquet(content.errors, ERRORS)
-    files = {name: write_hashed(root / name, payloads[name]) for name in part.files}
-    receipt = Receipt(
-        fingerprint=run.fingerprint,
-        part=part.number,
-        start=part.start,
-        stop=part.stop,
-        n_in=len(content.rows) + len(content.errors),
-        n_ok=len(content.rows),
-        n_error=len(content.errors),
-        errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
-        files=files,
-        batch_size=batch_size,
-        seconds=round(time.monotonic() - content.started, 3),
-        source=source,
-    )
-    write_json(root / part.receipt, receipt.model_dump(mode="json"))
-    return receipt
-
-
 def write_classes(root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]) -> None:
     """Write the (K, D) float32 text embeddings and the columns, then the class table that vouches for them.
 
@@ -388,14 +353,7 @@ def write_classes(root: Path, run: Run, text: Tensor, columns: Mapping[ClassColu
         make_folder(path.parent)
         written = write_hashed(path, _npy(np.ascontiguousarray(values.numpy(), dtype="<f4")))
         files[name] = ArrayInfo(**dict(written), shape=tuple(values.shape))
-    write_json(root / CLASSES, ClassTable.of(run, info, files).model_dump(mode="json"))
-
-
-def write_hashed(path: Path, payload: memoryview) -> FileInfo:
-    """Write a file atomically; its size and hash are of what was meant to be written."""
-    with atomic_write(path) as handle:
-        handle.write(payload)
-    return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    StoredClasses.of(run, info, files).write(root / CLASSES)
 
 
 def _rows(name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
 
@@ -18,20 +19,12 @@ from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
 from vilu.embeddings.source import UNKNOWN, Candidates
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.documents import CAPTION, IMAGE, MANIFEST, RUN, ClassColumn, ClassTable, Manifest, read_document
+from vilu.files import MANIFEST, RUN, read_document
+from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, StoredClasses
 from vilu.store.folds import Fold, check_fold, read_captions, rows_of_fold
+from vilu.store.ledger import content_hash
 from vilu.store.mapped import MappedParts, MappedSource, PartStrings
-from vilu.store.parts import (
-    METADATA,
-    Part,
-    column_path,
-    content_hash,
-    map_rows,
-    plan,
-    read_classes,
-    read_columns,
-    read_receipt,
-)
+from vilu.store.parts import METADATA, Part, StoreLedger, column_path, map_rows, read_classes, read_columns
 
 
 class Sealed:
@@ -54,8 +47,8 @@ class Sealed:
 
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, _read_sealed(path)
-        self.parts = plan(self.manifest)
-        receipts = [read_receipt(path, self.manifest, part) for part in self.parts]
+        ledger = StoreLedger(path, self.manifest)
+        self.parts, receipts = ledger.parts, ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
         starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
         arrays = self.manifest.arrays
@@ -91,7 +84,7 @@ class Sealed:
 
 
 def _map_part(
-    root: Path, manifest: Manifest, parts: list[Part], starts: NDArray[np.int64], name: str, number: int
+    root: Path, manifest: Manifest, parts: Sequence[Part], starts: NDArray[np.int64], name: str, number: int
 ) -> NDArray[np.floating]:
     shape = (int(starts[number + 1] - starts[number]), *manifest.arrays[name])
     return map_rows(root / parts[number].array(name), shape, manifest.dtype)
@@ -178,7 +171,7 @@ class EmbeddingStore(MappedSource):
         return target
 
 
-def _read_class_column(root: Path, classes: ClassTable, name: ClassColumn) -> Tensor:
+def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
     return check_columns({name: values}, 0, len(classes.names))[name]
 
