@@ -42,8 +42,7 @@ if TYPE_CHECKING:
     from vilu.report.explain.risk import risk_map
     from vilu.report.page.build import report_page
     from vilu.store.embed import embed
-    from vilu.store.open import open_source
-    from vilu.store.reader import EmbeddingStore
+    from vilu.store.reader import EmbeddingStore, open_source
 
 __version__ = "0.1.0"
 
@@ -76,7 +75,7 @@ _HOME = {
     "score": "vilu.decision.score",
     "EmbeddingSpace": "vilu.embeddings.space",
     "embed": "vilu.store.embed",
-    "open_source": "vilu.store.open",
+    "open_source": "vilu.store.reader",
     "Pools": "vilu.embeddings.pairs",
     "PseudoCaptions": "vilu.embeddings.pairs",
     "ScoreFolder": "vilu.decision.score_folder",

@@ -145,7 +145,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK) -> Iterator[None]:
+def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process") -> Iterator[None]:
     """Hold the lock of a folder that is there; the system lets go of it when the process dies.
 
     Args:
@@ -153,10 +153,7 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK) ->
         doing: What another process that holds it does, for the message: "embedding into".
         patience: Seconds to wait for another process.
         name: Of the lock, where a folder has several.
-
-    Raises:
-        BusyError: If another process holds it, and still does after the wait.
-        StorageError: If the folder cannot be written to.
+        who: The other one, for the message.
     """
     from filelock import FileLock, Timeout
 
@@ -165,7 +162,7 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK) ->
         try:
             lock.acquire(timeout=patience)
         except Timeout as error:
-            raise BusyError(f"another process is {doing} {folder}. Wait for it, or give another folder.") from error
+            raise BusyError(f"another {who} is {doing} {folder}. Wait for it, or give another folder.") from error
     try:
         yield
     finally:
@@ -271,12 +268,7 @@ def explain(error: ValidationError) -> str:
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Write plain JSON (UTF-8, indented, keys in their order) atomically.
-
-    Raises:
-        DataError: If ``value`` is not plain JSON; NaN and infinity are not, write None for what is undefined.
-        StorageError: If the file system refuses.
-    """
+    """Write plain JSON (UTF-8, indented, keys in their order) atomically."""
     content = plain_json(value, f"cannot write {path}: its content", indent=2) + b"\n"
     with atomic_write(path) as handle:
         handle.write(content)
@@ -299,13 +291,7 @@ _DEFUSED = r"^'('*[=+\-@\t\r])"
 
 
 def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> None:
-    """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without).
-
-    Raises:
-        UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
-        DataError: If the metadata is not plain JSON.
-        StorageError: If the file system refuses.
-    """
+    """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without)."""
     import pyarrow as pa
     import pyarrow.csv
 
@@ -379,11 +365,7 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
-    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...); all null if the table lacks it.
-
-    Raises:
-        DataError: If its values cannot be of that type.
-    """
+    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...); all null if the table lacks it."""
     import pyarrow as pa
 
     if name not in table.column_names:

@@ -104,13 +104,7 @@ def has_record(folder: Path) -> bool:
 
 
 def load(folder: str | Path) -> Record:
-    """The record in a predictor's folder, checked, and that it is of the predictor that lies there.
-
-    Raises:
-        DataError: If there is none, or it is damaged.
-        ProvenanceError: If a newer vilu wrote it, or it was made for another predictor.
-        StorageError: If it cannot be read.
-    """
+    """The record in a predictor's folder, checked, and that it is of the predictor that lies there."""
     path = Path(folder) / RISK
     if not path.is_file():
         raise DataError(f"{folder} is not calibrated. Run `vilu calibrate` first.")

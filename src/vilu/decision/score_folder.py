@@ -215,7 +215,7 @@ class ScoreManifest(ScoreDocument):
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     """What is to be done and done in a folder of scores."""
 
-    what, doing = "folder of scores", "scoring into"
+    what, command, doing = "folder of scores", "vilu score", "scoring into"
     folders = ("receipts", "histograms", "scores")
 
     def __init__(self, root: Path, run: ScoreRun) -> None:
@@ -245,10 +245,6 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         }
         counts, run = Counts.of(outcomes, n_seen), self.fingerprint
         self.write(part, payloads, lambda files: ScoreReceipt(fingerprint=run, part=part, counts=counts, files=files))
-
-    def seal(self) -> None:
-        """Write the manifest, if every part is there."""
-        ScoreManifest.of(self.run, self.receipts()).write(self.root / MANIFEST)
 
 
 def read_run(root: Path) -> ScoreRun:
@@ -334,11 +330,9 @@ class ScoreFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / RUN).is_file():
-            raise DataError(f"{self.path} is no folder of scores (it has no {RUN}). Make one with `vilu score`.")
+        ScoreLedger.require_begun(self.path)
         self.run = read_run(self.path)
-        if not (self.path / MANIFEST).is_file():
-            raise DataError(f"{self.path} is not complete. {AGAIN}: it goes on where it stopped.")
+        ScoreLedger.require_sealed(self.path)
         manifest = read_document(self.path / MANIFEST, ScoreManifest)
         self._ledger = ScoreLedger(self.path, self.run)
         self._receipts = self._ledger.receipts()
@@ -354,11 +348,7 @@ class ScoreFolder:
 
     @cached_property
     def histogram(self) -> Histogram:
-        """Correct and wrong answers per bin of the score, of all rows that have a score and a known failure.
-
-        Raises:
-            StorageError: If a file is not the one that its receipt vouches for.
-        """
+        """Correct and wrong answers per bin of the score, of all rows that have a score and a known failure."""
         return Histogram.total(read_histogram(self.path, receipt) for receipt in self._receipts)
 
     def tally(self) -> Tally:
@@ -398,11 +388,7 @@ class ScoreFolder:
         )
 
     def verify(self) -> None:
-        """Read every byte, and compare it with what was written.
-
-        Raises:
-            StorageError: If a file is damaged; the message names it.
-        """
+        """Read every byte, and compare it with what was written; StorageError names the file that is damaged."""
         self._ledger.verify()
 
     def _row_ids(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -83,6 +83,9 @@ CAPTION: Final = "text_emb"
 MAX_PARTS = 1_000_000
 """More files than a file system likes; also keeps a forged document from asking for endless work."""
 
+SHARED = ("names", "folders", "templates", "features", "prompts")
+"""What the class table repeats of the run."""
+
 ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection"]
 
 
@@ -170,11 +173,7 @@ class Inputs(StoreDocument):
         return flat
 
     def require_match(self, other: Inputs, store: Path) -> None:
-        """Refuse to mix the rows of two different runs.
-
-        Raises:
-            ProvenanceError: If anything differs, naming both sides of every difference.
-        """
+        """Refuse to mix the rows of two different runs."""
         mine, theirs = self.identity(), other.identity()
         differences = [
             f"{name} was {mine.get(name)!r:.120} and is now {theirs.get(name)!r:.120}"
@@ -300,13 +299,9 @@ class StoredClasses(StoreDocument):
     def of(cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None) -> Self:
         """The table of a run whose text embeddings are in a file, and its columns in others."""
         draft = cls.model_construct(
-            names=run.names,
-            folders=run.folders,
-            templates=run.templates,
+            **{name: getattr(run, name) for name in SHARED},
             tokenizer=run.space.tokenizer,
             text_file=text_file,
-            features=run.features,
-            prompts=run.prompts,
             columns=dict(columns or {}),
         )
         return draft.model_copy(update={"hash": draft.digest()})
@@ -334,12 +329,7 @@ logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """The columns (``vilu.embeddings.columns``) of classes and model that a run asks for, float32.
-
-    Raises:
-        UsageError: If a prompt has not exactly one ``{}``.
-        DataError: If a prompt has an unusable embedding.
-    """
+    """The columns (``vilu.embeddings.columns``) of classes and model that a run asks for, float32."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)

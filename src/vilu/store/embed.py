@@ -25,7 +25,7 @@ from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace, digest
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
-from vilu.files import MANIFEST, RUN, explain, read_document
+from vilu.files import RUN, explain, read_document
 from vilu.progress import track
 from vilu.store.documents import CLASSES, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
@@ -233,14 +233,7 @@ def _check_classes(dataset: ImageDataset, names: Sequence[str]) -> tuple[str, ..
 
 
 def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:
-    """The run over a data set with a model.
-
-    Args:
-        dataset: The images.
-        space: Of the model.
-        part_size: Images or shards per part; None for ``PART_IMAGES`` or ``PART_SHARDS``.
-        settings: The other fields of ``Inputs``.
-    """
+    """The run over a data set with a model."""
     sharded = isinstance(dataset, ShardedDataset)
     default = PART_SHARDS if sharded else PART_IMAGES
     try:
@@ -304,16 +297,17 @@ def seal(ledger: StoreLedger, max_error_rate: float) -> None:
         raise DataError(_over_budget(root, n_in, errors, max_error_rate))
     if not n_in:
         warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=4)
-    manifest = Manifest(
-        **dict(run) | {"n_in": n_in},
-        n_ok=n_in - n_error,
-        n_error=n_error,
-        errors=dict(sorted(errors.items())),
-        parts=len(receipts),
-        classes="" if run.captions else read_classes(root, run)[0].hash,
-        content=content_hash(receipts),
+    ledger.seal(
+        Manifest(
+            **dict(run) | {"n_in": n_in},
+            n_ok=n_in - n_error,
+            n_error=n_error,
+            errors=dict(sorted(errors.items())),
+            parts=len(receipts),
+            classes="" if run.captions else read_classes(root, run)[0].hash,
+            content=content_hash(receipts),
+        )
     )
-    manifest.write(root / MANIFEST)
 
 
 def _has_classes(root: Path, run: Run) -> bool:

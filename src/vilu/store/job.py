@@ -91,13 +91,7 @@ def marking(root: Path) -> Iterator[Marks]:
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
     """A part without rows: an error row of kind "crash" for every image, of which nothing but the listing is read.
 
-    Where there is no listing, it is a row for every position of the part, or for every shard.
-
-    Args:
-        run: What the store is made from.
-        part: The part.
-        dataset: The images.
-        listing: Whether to try the listing; false where it was tried already and killed the process.
+    Without ``listing``, which was tried already and killed the process, it is a row for every position or shard.
     """
     places = positions(run, part)[:: SHARD if run.shards else 1]
     found = [(place, f"shard {place // SHARD}" if run.shards else f"image {place}") for place in places]
@@ -116,14 +110,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A model by name, for processes that load it themselves; each loads it once.
-
-    Attributes:
-        name: As for ``load_backbone``.
-        device: As for ``load_backbone``.
-        precision: As for ``load_backbone``.
-        models: As for ``load_backbone``; a path that the other processes see too.
-    """
+    """A model by name, for processes that load it themselves; each loads it once."""
 
     name: str
     device: str = "auto"
@@ -176,29 +163,12 @@ class EmbedJob:
 
         Its bytes depend on its own images, the model and the batch size alone, so any process may do it, at any time,
         and more than once. A part in which ``MAX_ATTEMPTS`` processes died is given up: its images become error rows.
-
-        Args:
-            part: Its number.
-
-        Raises:
-            DataError: If an image is bad and ``strict``, or a label is no class.
-            ProvenanceError: If the model is not the one that the run was begun with.
-            StorageError: If the file system refuses.
-            ValueError: If the data set gives other records than it says.
         """
         (receipt,) = self.process_all([part])
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """The same of some parts, in order; decoding runs ahead over the ends of batches and parts.
-
-        Args:
-            parts: Their numbers.
-            progress: Told of every batch.
-
-        Raises:
-            Exception: As ``process``.
-        """
+        """The same of some parts, in order; decoding runs ahead over the ends of batches and parts."""
         fresh: list[Part] = []
         progress = progress or Silence()
         for part in (self.ledger.parts[number] for number in parts):
@@ -287,16 +257,9 @@ class Executor(Protocol):
 
     ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing its process. So an
     executor may do a part twice, at the same time even, and has nothing to do but to try again after a worker's death.
-
-    Attributes:
-        name: Of the executor.
     """
 
     name: str
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipt of each part that it does, as soon as it is done, in any order.
-
-        Raises:
-            ViLUError: What a part raised, or what the executor gave up on. Parts that are done stay done.
-        """
+        """The receipt of each part that it does, as soon as it is done, in any order."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 from pydantic import Field
 
 from vilu.embeddings.space import digest
-from vilu.errors import ProvenanceError, StorageError, UsageError, ViLUError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files import (
     LOCK,
     MANIFEST,
@@ -87,6 +87,7 @@ class Ledger(ABC, Generic[P, R]):
 
     Attributes:
         what: What the folder is, for messages.
+        command: What makes it.
         doing: What a process that holds it does.
         folders: Its sub-folders; those that only some runs have are made where ``begin`` is told so.
         root: The folder.
@@ -95,6 +96,7 @@ class Ledger(ABC, Generic[P, R]):
     """
 
     what: ClassVar[str]
+    command: ClassVar[str]
     doing: ClassVar[str]
     folders: ClassVar[tuple[str, ...]]
 
@@ -104,13 +106,7 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     @contextmanager
     def claim(cls, root: Path, patience: float = 0.0) -> Iterator[None]:
-        """Make the folder and hold its lock; the system lets go of it when the process dies.
-
-        Raises:
-            UsageError: If the folder holds something else.
-            BusyError: If another process holds it, and still does after ``patience`` seconds.
-            StorageError: If it cannot be made or written to.
-        """
+        """Make the folder and hold its lock; the system lets go of it when the process dies."""
         with or_refuse(f"write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
             foreign = [path.name for path in root.iterdir() if path.name != LOCK and not _in_the_making(path)]
@@ -121,6 +117,19 @@ class Ledger(ABC, Generic[P, R]):
                 )
         with locked(root, cls.doing, patience):
             yield
+
+    @classmethod
+    def require_begun(cls, root: Path) -> None:
+        """Refuse a folder of something else."""
+        if not (root / RUN).is_file():
+            raise DataError(f"{root} is no {cls.what} (it has no {RUN}). Make one with `{cls.command}`.")
+
+    @classmethod
+    def require_sealed(cls, root: Path) -> None:
+        """Refuse a folder of something else, or one that is not complete."""
+        cls.require_begun(root)
+        if not (root / MANIFEST).is_file():
+            raise DataError(f"{root} is not complete. Run the same `{cls.command}` again: it goes on where it stopped.")
 
     def begin(self, run: Document, folders: Iterable[str]) -> None:
         """Leave what the run is, unless it is there, and the sub-folders, without what killed processes left."""
@@ -139,17 +148,17 @@ class Ledger(ABC, Generic[P, R]):
                     if _in_the_making(path) and is_leftover(path):
                         path.unlink(missing_ok=True)
 
+    def seal(self, manifest: Document) -> None:
+        """Mark the folder as complete."""
+        manifest.write(self.root / MANIFEST)
+
     def unseal(self) -> None:
         """Mark the folder as not complete."""
         with or_refuse(f"change {self.root}"):
             (self.root / MANIFEST).unlink(missing_ok=True)
 
     def clear(self, *others: str) -> None:
-        """Remove what a run wrote, and nothing else that may lie there; ``run.json`` last, so that a kill leaves a run.
-
-        Args:
-            others: Files beside the sub-folders.
-        """
+        """Remove what a run wrote and nothing else that lies there; ``run.json`` last, so that a kill leaves a run."""
         self.unseal()
         with or_refuse(f"remove the old {self.what} in {self.root}"):
             for name in ("receipts", *self.folders):
@@ -163,12 +172,7 @@ class Ledger(ABC, Generic[P, R]):
         """What a receipt says of its part, and what it should say."""
 
     def receipt(self, part: P) -> R:
-        """The receipt of a part that is there in full.
-
-        Raises:
-            StorageError: If it or one of its files is missing, damaged, or of another size than it vouches for.
-            ProvenanceError: If it belongs to another run.
-        """
+        """The receipt of a part that is there in full."""
         path, again = self.root / part.receipt, self._kind.again
         receipt = read_document(path, self._kind)
         if receipt.fingerprint != self.fingerprint:
