@@ -39,12 +39,7 @@ ACCEPT, ABSTAIN = "accept", "abstain"
 
 @dataclass(frozen=True)
 class Decider:
-    """A predictor, and its calibration where it has one.
-
-    Attributes:
-        predictor: What scores.
-        record: What was promised; None without.
-    """
+    """A predictor, and what was promised of it where it is calibrated."""
 
     predictor: FailurePredictor
     record: Record | None = None

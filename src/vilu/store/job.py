@@ -129,18 +129,10 @@ def _load(spec: BackboneSpec) -> Backbone:
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """All that a process needs to embed any part of a run. It can be pickled, if its data set and model can.
+    """All that a process needs to embed any part of a run (``embed`` says what it is made of).
 
-    Attributes:
-        root: Folder of the store, begun by ``vilu.store.embed.begin``.
-        run: What the store is made from.
-        dataset: The images.
-        backbone: The model: by name for other processes, or loaded.
-        batch_size: Images per forward pass.
-        workers: Decoding threads; by default one per core.
-        threads: Threads of one tensor operation in the process; None leaves them as they are.
-        strict: Stop at the first bad image.
-        limits: What an image may be.
+    It can be pickled, if its data set and model can. ``threads`` are those of one tensor operation in the process; None
+    leaves them as they are.
     """
 
     root: Path

@@ -60,10 +60,14 @@ def _stay_on_one_core() -> None:
     threadpool_limits(1, user_api="openmp")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
-    """Decoding threads: one per core that this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    """Decoding threads: one per core, at most 16."""
+    return min(cores(), 16)
 
 
 OPEN_PARTS = 256

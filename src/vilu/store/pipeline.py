@@ -42,15 +42,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads, decodes and preprocesses one image; what is wrong with an image is a result, not an exception.
-
-    Attributes:
-        preprocess: Of the model.
-        limits: What an image may be.
-        n_classes: K.
-        views: Augmented views to make of each image, if any.
-        captions: Whether each image must have a caption.
-    """
+    """Reads, decodes and preprocesses one image; what is wrong with an image is a result, not an exception."""
 
     preprocess: Callable[[Image.Image], Tensor]
     limits: ImageLimits
@@ -115,17 +107,10 @@ def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple
 
 @dataclass
 class Encoder:
-    """Runs the model over decoded images, and keeps the bad ones apart.
+    """Runs the model over decoded images, and keeps the bad ones apart, or raises on the first where it is ``strict``.
 
-    Attributes:
-        backbone: The model.
-        batch_size: Consecutive positions per forward pass. A batch never reaches over the end of a part and a bad image
-            leaves its place empty, so that a part redone alone meets the same batches and gives the same bytes.
-        strict: Raise on the first bad image.
-        task: Told of every batch.
-        arrays: What to keep of an image, by name and shape (``Inputs.arrays``).
-        dtype: Number format of what is kept (``Inputs.dtype``); what is too large for it becomes infinite.
-        n_errors: Bad images so far.
+    A batch never reaches over the end of a part and a bad image leaves its place empty, so that a part redone alone
+    meets the same batches and gives the same bytes. What is too large for ``dtype`` becomes infinite.
     """
 
     backbone: Backbone

@@ -23,13 +23,13 @@ from vilu.store.documents import Receipt
 from vilu.store.executors.local import (
     Worker,
     check_processes,
-    cores,
     pack_job,
     receipt_of,
     take_gpu,
     threads_per_process,
 )
 from vilu.store.job import EmbedJob
+from vilu.store.mapped import cores
 
 STORE_BYTES = 2**28
 """Shared memory of a Ray of our own: only part numbers, receipts and the job go through it; Ray spills the rest."""

@@ -21,6 +21,7 @@ import torch
 from vilu.errors import StorageError, UsageError, ViLUError
 from vilu.store.documents import Receipt
 from vilu.store.job import EmbedJob
+from vilu.store.mapped import cores
 
 
 class Worker:
@@ -83,11 +84,6 @@ def check_processes(processes: int | None) -> int | None:
     if processes is not None and processes < 1:
         raise UsageError(f"processes must be at least 1. Got {processes} instead.")
     return processes
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_per_process(processes: int) -> int:
