@@ -286,23 +286,19 @@ def read_histogram(root: Path, receipt: ScoreReceipt) -> Histogram:
 
 
 def _are_ends(ends: object) -> bool:
-    if ends is None:
-        return True
-    return isinstance(ends, list) and len(ends) == 2 and all(isinstance(x, float) and math.isfinite(x) for x in ends)
+    numbers = ends if isinstance(ends, list) and len(ends) == 2 else [None]
+    return ends is None or all(isinstance(x, float) and math.isfinite(x) for x in numbers)
 
 
 def _in_order(histogram: Histogram) -> bool:
-    bins = histogram.bins
+    """Whether the bins are such as a histogram has: ascending, none empty, the outer ones with the ends in them."""
+    bins, correct, wrong = histogram.bins, histogram.correct, histogram.wrong
     if not len(bins):
         return True
-    occupied = len(bins) <= MAX_BINS and bool((np.diff(bins) > 0).all()) and _positive(histogram)
     first, last = codes(np.array([histogram.low, histogram.high])) >> histogram.level
-    return occupied and bool(first == bins[0]) and bool(last == bins[-1])
-
-
-def _positive(histogram: Histogram) -> bool:
-    counts: tuple[Ints, ...] = (histogram.correct, histogram.wrong, histogram.correct + histogram.wrong - 1)
-    return all(bool((count >= 0).all()) for count in counts)
+    occupied = min(int(count.min()) for count in (correct, wrong, correct + wrong - 1)) >= 0
+    ascending = len(bins) <= MAX_BINS and bool((np.diff(bins) > 0).all())
+    return ascending and occupied and bool(first == bins[0]) and bool(last == bins[-1])
 
 
 def _damaged(path: Path, what: str) -> StorageError:

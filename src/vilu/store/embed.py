@@ -153,7 +153,7 @@ def _drive(
         missing, receipts = job.ledger.survey()
         if missing:
             job.ledger.unseal()
-            _require_room(job, missing)
+            require_room(job, missing)
         if shared:
             lock.close()
         _work(job, executor, missing, receipts)
@@ -166,12 +166,6 @@ def _drive(
         job.ledger.clean()
         seal(job.ledger, max_error_rate)
     return True
-
-
-def _require_room(job: EmbedJob, missing: Sequence[Part]) -> None:
-    if not job.run.shards:  # how many images are in them, nobody knows
-        row_bytes = sum(map(math.prod, job.run.arrays.values())) * np.dtype(job.run.dtype).itemsize
-        require_room(job.root, sum(map(len, missing)), row_bytes)
 
 
 def _work(job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]) -> None:
@@ -204,24 +198,15 @@ def _check_candidates(
     dataset: ImageDataset, names: Sequence[str], templates: Sequence[str] | None, prompts: Sequence[str]
 ) -> dict[str, object]:
     """Names, templates and prompts of the run."""
-    if not dataset.captioned:
-        checked = _check_classes(dataset, names)
-        return {
-            "names": checked,
-            "templates": TEMPLATES["default"] if templates is None else templates,
-            "prompts": prompts,
-        }
     given = {"names": names, "templates": templates, "prompts": prompts}
     unfit = [name for name, value in given.items() if value]
-    if unfit:
+    if dataset.captioned and unfit:
         raise UsageError(
             f"{dataset.source} has captions, which are the candidates, so it has no classes. Leave out "
             f"{', '.join(unfit)}, or open it without captions."
         )
-    return {"names": (), "templates": (), "prompts": ()}
-
-
-def _check_classes(dataset: ImageDataset, names: Sequence[str]) -> tuple[str, ...]:
+    if dataset.captioned:
+        return dict.fromkeys(given, ())
     folders = dataset.class_names
     if folders is not None and len(folders) != len(names):
         raise DataError(
@@ -229,7 +214,8 @@ def _check_classes(dataset: ImageDataset, names: Sequence[str]) -> tuple[str, ..
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    return check_class_names(names, len(names)) or ()
+    given["names"] = check_class_names(names, len(names)) or ()
+    return {**given, "templates": TEMPLATES["default"] if templates is None else templates}
 
 
 def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:
@@ -274,13 +260,16 @@ def begin(root: Path, run: Run, backbone: Backbone) -> Run:
     return run
 
 
-def require_room(root: Path, n_rows: int, row_bytes: int) -> None:
+def require_room(job: EmbedJob, missing: Sequence[Part]) -> None:
     """Refuse to begin where the disk has less free space than the vectors need, with 5 % for the rest."""
+    if job.run.shards:  # how many images are in them, nobody knows
+        return
+    n_rows, free = sum(map(len, missing)), shutil.disk_usage(job.root).free
+    row_bytes = sum(map(math.prod, job.run.arrays.values())) * np.dtype(job.run.dtype).itemsize
     needed = int(n_rows * row_bytes * OVERHEAD)
-    free = shutil.disk_usage(root).free
     if needed > free:
         raise StorageError(
-            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {root}, where {free / 2**20:.1f} MiB are free. "
+            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {job.root}, where {free / 2**20:.1f} MiB are free. "
             "Make room, or store float16."
         )
 
