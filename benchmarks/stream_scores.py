@@ -71,7 +71,7 @@ def child(data: str, small: str, out: str, method: str) -> None:
     import vilu
     from vilu.decision.score import score_parts
     from vilu.embeddings.pairs import Pools
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     pools = Pools(POOL, seed=None)
     few = open_source(small, pools=pools, logit_scale=30.0)

@@ -240,7 +240,7 @@ def main() -> int:
         lines.append(f"{bar.what:<44}{number(bar.value):>10}{'≤ ' + number(bar.limit):>13}   {judged}")
     for title, items in lists.items():
         lines += ["", f"{title}: {len(items)}", *(f"  {item}" for item in items)]
-    print("\n".join(lines))  # noqa: T201 - a script's result
+    print("\n".join(lines))
     missed = any(bar.value > bar.limit for bar in bars)
     return 1 if missed and not report else 0
 

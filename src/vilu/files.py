@@ -1,4 +1,4 @@
-"""Files: atomic writes, tables with metadata, checked JSON documents."""
+"""Files: atomic writes, locks, checked JSON documents, tables with metadata."""
 
 from __future__ import annotations
 
@@ -16,21 +16,28 @@ from contextlib import contextmanager
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Final, Literal, TypeVar
 
-from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
+
+from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError, ViLUError
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from _typeshed import DataclassInstance
 
-
-from typing import Final
-
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-
 LOCK = ".lock"
 """Name of the lock of a folder."""
+
+RUN, MANIFEST = "run.json", "manifest.json"
+"""First and last document of a folder that a run fills (``vilu.store.ledger``)."""
 
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 """What network file systems answer that cannot sync a folder."""
@@ -54,7 +61,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
+    with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
         try:
             with temporary.open("xb") as handle:
                 yield handle
@@ -64,12 +71,17 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
+
+
+@contextmanager
+def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
+    """A block in which the file system's refusal becomes "cannot ``doing``", a ``StorageError``."""
+    try:
+        yield
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}. Give a folder that exists, is writable and has room."
-        ) from error
+        raise StorageError(f"cannot {doing}: {error.strerror or error}.{hint and ' '}{hint}") from error
 
 
 def host_hash() -> str:
@@ -114,22 +126,6 @@ def _is_zombie(pid: int) -> bool:
     return state.rpartition(b")")[2].split()[:1] == [b"Z"]
 
 
-def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Write plain JSON (UTF-8, indented, keys in their order) atomically.
-
-    Raises:
-        DataError: If ``value`` is not plain JSON; NaN and infinity are not, write None for what is undefined.
-        StorageError: If the file system refuses.
-    """
-    try:
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        content = text.encode()
-    except (TypeError, ValueError) as error:
-        raise DataError(f"cannot write {path}: its content must be plain JSON, but {error}.") from error
-    with atomic_write(path) as handle:
-        handle.write(content)
-
-
 def _sync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` outlast a power cut."""
     if os.name == "nt":  # there a folder cannot be opened
@@ -145,45 +141,149 @@ def _sync_folder(folder: Path) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, made with its parents where it is missing.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """The folder, made with its parents where it is missing; StorageError if the file system refuses."""
     folder = Path(path)
-    try:
+    with or_refuse(f"make the folder {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot make the folder {folder}: {error.strerror or error}.") from error
     return folder
 
 
 @contextmanager
-def locked(folder: Path, doing: str, patience: float = 0.0) -> Iterator[None]:
+def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process") -> Iterator[None]:
     """Hold the lock of a folder that is there; the system lets go of it when the process dies.
 
     Args:
         folder: The folder.
         doing: What another process that holds it does, for the message: "embedding into".
         patience: Seconds to wait for another process.
-
-    Raises:
-        BusyError: If another process holds it, and still does after the wait.
-        StorageError: If the folder cannot be written to.
+        name: Of the lock, where a folder has several.
+        who: The other one, for the message.
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout as error:
-        raise BusyError(f"another process is {doing} {folder}. Wait for it, or give another folder.") from error
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error.strerror or error}.") from error
+    lock = FileLock(folder / name)
+    with or_refuse(f"write to {folder}"):
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout as error:
+            raise BusyError(f"another {who} is {doing} {folder}. Wait for it, or give another folder.") from error
     try:
         yield
     finally:
         lock.release()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; StorageError if it cannot be read."""
+    with or_refuse(f"read {path}"), path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+SCHEMA_VERSION: Final = 1
+MAX_DOCUMENT_BYTES = 64 * 2**20
+"""No document of ours comes near; a larger one is not read."""
+
+
+class Model(BaseModel):
+    """Immutable, refuses unknown fields, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Document(Model):
+    """A JSON file of ours.
+
+    Attributes:
+        again: How it is made again, for messages.
+        fault: Error where it is missing or damaged.
+        later: Fields that came after the first such files. Unused they are not written, so that documents, and the
+            hashes over them, are what they were before.
+    """
+
+    again: ClassVar[str]
+    fault: ClassVar[type[ViLUError]] = StorageError
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value or name not in self.later}
+
+    def write(self, path: Path) -> None:
+        """Write it atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+D = TypeVar("D", bound=Document)
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def read_document(path: Path, kind: type[D]) -> D:
+    """A document of ours, checked as any file from elsewhere.
+
+    Raises:
+        StorageError: If it cannot be read; the document's own ``fault`` if it is missing, too large, or damaged.
+        ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
+    """
+    content = read_bounded(path, kind.again, kind.fault)
+    try:
+        version = _Version.model_validate_json(content).schema_version
+        if version != SCHEMA_VERSION:
+            raise ProvenanceError(
+                f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
+                f"{kind.again}, or use the vilu that wrote it."
+            )
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise kind.fault(f"{path} is damaged: {explain(error)}. {kind.again} to repair it.") from error
+
+
+def read_json(path: Path, again: str, fault: type[ViLUError] = DataError) -> Any:  # noqa: ANN401 - whatever it holds
+    """What is in a JSON file; refused like a document, but for what it says."""
+    content = read_bounded(path, again, fault)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise fault(f"{path} is damaged: it is not JSON ({error}). {again} to repair it.") from error
+
+
+def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
+    """The content of a file, of which no more than ``limit`` bytes (by default ``MAX_DOCUMENT_BYTES``) are read."""
+    limit = MAX_DOCUMENT_BYTES if limit is None else limit
+    if not path.is_file():
+        raise fault(f"{path} is missing. {again} to complete the folder.")
+    with or_refuse(f"read {path}"), path.open("rb") as handle:
+        content = handle.read(limit + 1)
+    if len(content) > limit:
+        raise fault(f"{path} is larger than {limit} bytes, so it is no file of vilu.")
+    return content
+
+
+def explain(error: ValidationError) -> str:
+    """First finding of pydantic, on one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(step) for step in first["loc"])
+    return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write plain JSON (UTF-8, indented, keys in their order) atomically."""
+    content = plain_json(value, f"cannot write {path}: its content", indent=2) + b"\n"
+    with atomic_write(path) as handle:
+        handle.write(content)
+
+
+def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:
+    """UTF-8 JSON; DataError if ``value`` is not plain JSON, which NaN and infinity are not."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} must be plain JSON, but {error}.") from error
 
 
 METADATA_KEY = b"vilu"
@@ -194,29 +294,46 @@ _FORMULA = r"^('*[=+\-@\t\r])"
 _DEFUSED = r"^'('*[=+\-@\t\r])"
 
 
-def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> None:
-    """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without).
+Entry = TypeVar("Entry", bound="DataclassInstance")
 
-    Raises:
-        UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
-        DataError: If the metadata is not plain JSON.
-        StorageError: If the file system refuses.
-    """
+
+def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file, or of TOML text, by name."""
+    try:
+        tables = tomllib.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except OSError as error:
+        raise UsageError(f"cannot read {source}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}.") from error
+    bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
+    if bare is not None:
+        raise UsageError(f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below.")
+    return tables
+
+
+def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
+    """A dataclass from facts by name, whose names and types are checked; ``where`` is for messages."""
+    known = [field.name for field in fields(kind)]
+    unknown = next((name for name in facts if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{where} has no {unknown!r}; it has {', '.join(known)}.")
+    try:
+        return TypeAdapter(kind).validate_python(facts)
+    except ValidationError as error:
+        raise UsageError(f"{where}, {explain(error)}.") from error
+
+
+def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> None:
+    """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without)."""
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.csv
 
-    suffix = table_suffix(path)
-    table = pa.table(dict(columns))
-    if suffix == ".parquet":
+    if table_suffix(path) == ".parquet":
         content = parquet_bytes(columns, metadata)
         with atomic_write(path) as handle:
             handle.write(content)
         return
-    for index, column in enumerate(table.schema):
-        if pa.types.is_string(column.type):
-            safe = pc.replace_substring_regex(table[column.name], pattern=_FORMULA, replacement=r"'\1")
-            table = table.set_column(index, column.name, safe)
+    table = _replaced(pa.table(dict(columns)), None, _FORMULA, r"'\1")
     with atomic_write(path) as handle:
         handle.write((",".join(table.column_names) + "\n").encode())
         options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
@@ -224,11 +341,7 @@ def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Map
 
 
 def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> memoryview:
-    """Columns of one length, with the metadata in their schema, as the content of a Parquet file.
-
-    Raises:
-        DataError: If the metadata is not plain JSON.
-    """
+    """Columns of one length, with the metadata (plain JSON) in their schema, as the content of a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -236,6 +349,18 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     buffer = BytesIO()
     pyarrow.parquet.write_table(pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: content}), buffer)
     return buffer.getbuffer()
+
+
+def _replaced(table: pa.Table, names: Collection[str] | None, pattern: str, replacement: str) -> pa.Table:
+    """The table with a pattern replaced in its columns of text, by default all of them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for index, column in enumerate(table.schema):
+        if pa.types.is_string(column.type) if names is None else column.name in names:
+            text = pc.replace_substring_regex(table.column(index), pattern=pattern, replacement=replacement)
+            table = table.set_column(index, column.name, text)
+    return table
 
 
 def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Table, dict[str, object]]:
@@ -273,11 +398,7 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
-    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...); all null if the table lacks it.
-
-    Raises:
-        DataError: If its values cannot be of that type.
-    """
+    """A column as Arrow type ``kind`` ("float64", "int64", "string", ...); all null if the table lacks it."""
     import pyarrow as pa
 
     if name not in table.column_names:
@@ -288,24 +409,8 @@ def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.C
         raise DataError(f"column {name!r} of {path} must hold {kind} values: {error}") from error
 
 
-def plain_json(value: object) -> bytes:
-    """UTF-8 JSON.
-
-    Raises:
-        DataError: If ``value`` is not plain JSON; NaN and infinity are not.
-    """
-    try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise DataError(f"metadata must be plain JSON, but {error}.") from error
-
-
 def table_suffix(path: str | Path) -> str:
-    """``.parquet`` or ``.csv``.
-
-    Raises:
-        UsageError: If it is neither.
-    """
+    """``.parquet`` or ``.csv``; UsageError if it is neither."""
     suffix = Path(path).suffix.lower()
     if suffix not in {".parquet", ".csv"}:
         raise UsageError(f"a table is a .parquet or a .csv file. Got {Path(path).name!r} instead.")
@@ -320,7 +425,6 @@ def _parse_parquet(source: pa.NativeFile) -> pa.Table:
 
 def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table:
     import pyarrow as pa
-    import pyarrow.compute as pc
     import pyarrow.csv
 
     table = pyarrow.csv.read_csv(
@@ -333,11 +437,7 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
             quoted_strings_can_be_null=False,
         ),
     )
-    for index, column in enumerate(table.schema):
-        if column.name in text_columns:
-            text = pc.replace_substring_regex(table.column(index), pattern=_DEFUSED, replacement=r"\1")
-            table = table.set_column(index, column.name, text)
-    return table
+    return _replaced(table, text_columns, _DEFUSED, r"\1")
 
 
 def _metadata(path: str | Path, table: pa.Table) -> dict[str, object]:
@@ -357,50 +457,3 @@ def _metadata(path: str | Path, table: pa.Table) -> dict[str, object]:
             "Install the vilu that wrote it."
         )
     return metadata
-
-
-SCHEMA_VERSION: Final = 1
-MAX_DOCUMENT_BYTES = 64 * 2**20
-"""No document of ours comes near; a larger one is not read."""
-
-
-class Model(BaseModel):
-    """Immutable, refuses unknown fields, NaN and infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def explain(error: ValidationError) -> str:
-    """First finding of pydantic, on one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(step) for step in first["loc"])
-    return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
-
-
-Entry = TypeVar("Entry", bound="DataclassInstance")
-
-
-def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file, or of TOML text, by name."""
-    try:
-        tables = tomllib.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
-    except OSError as error:
-        raise UsageError(f"cannot read {source}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}.") from error
-    bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
-    if bare is not None:
-        raise UsageError(f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below.")
-    return tables
-
-
-def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
-    """A dataclass from facts by name, whose names and types are checked; ``where`` is for messages."""
-    known = [field.name for field in fields(kind)]
-    unknown = next((name for name in facts if name not in known), None)
-    if unknown is not None:
-        raise UsageError(f"{where} has no {unknown!r}; it has {', '.join(known)}.")
-    try:
-        return TypeAdapter(kind).validate_python(facts)
-    except ValidationError as error:
-        raise UsageError(f"{where}, {explain(error)}.") from error

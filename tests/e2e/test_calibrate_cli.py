@@ -18,7 +18,7 @@ import vilu
 from tests.e2e.test_cli import run as run_process
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.cli import main
-from vilu.decision.apply import Decider
+from vilu.decision.score import Decider
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
 from vilu.outcomes.outcomes import Outcomes

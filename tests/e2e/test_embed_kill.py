@@ -95,9 +95,9 @@ def test_a_kill_costs_the_part_under_way_and_no_byte(killed, undisturbed, point)
 
 LOCKER = """
 import sys, time
-from vilu.store.folder import claim
+from vilu.store.parts import StoreLedger
 from pathlib import Path
-with claim(Path(sys.argv[1])):
+with StoreLedger.claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -15,8 +15,8 @@ import vilu
 from tests.conftest import toy_embeddings
 from tests.e2e.test_cli import run
 from vilu.cli.app import app
-from vilu.decision.apply import Decider
 from vilu.decision.calibration import Target, calibrate_predictor
+from vilu.decision.score import Decider
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 
 

@@ -20,8 +20,8 @@ from vilu.errors import BusyError, DataError, ProvenanceError
 from vilu.store.embed import embed
 from vilu.store.executors import EXECUTORS, make_executor
 from vilu.store.executors.local import RankExecutor
-from vilu.store.folder import claim
 from vilu.store.inspect import inspect
+from vilu.store.parts import StoreLedger
 from vilu.store.reader import EmbeddingStore
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -133,7 +133,7 @@ def test_a_killed_driver_costs_only_what_was_missing(engines, tmp_path, log, und
 @pytest.mark.parametrize("name", IN_SESSION)
 def test_the_second_of_two_drivers_is_sent_away(engines, tmp_path, undisturbed, name):
     engines(name)
-    with claim(tmp_path / "s"), pytest.raises(BusyError) as caught:
+    with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError) as caught:
         run(name, tmp_path / "s", FakeBackbone())
     assert caught.value.exit_code == 75
     run(name, tmp_path / "s", FakeBackbone())

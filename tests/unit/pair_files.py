@@ -10,8 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vilu.embeddings.space import EmbeddingSpace, digest
-from vilu.store.documents import FileInfo, Inputs, Manifest, Receipt, Run
-from vilu.store.parts import CAPTION_FIELD, METADATA, content_hash, file_hash, plan
+from vilu.files import file_hash
+from vilu.store.documents import Inputs, Manifest, Receipt, Run
+from vilu.store.ledger import FileInfo, content_hash
+from vilu.store.parts import CAPTION_FIELD, METADATA, plan
 
 DIM = 8
 SPACE = EmbeddingSpace(DIM, 20.0, backbone="fake", weights="w", preprocess="p", tokenizer="t", precision="fp32")

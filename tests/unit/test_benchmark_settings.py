@@ -19,7 +19,7 @@ from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.errors import UsageError
 from vilu.predictors.init import initialise
 from vilu.store.embed import embed
-from vilu.store.open import open_source
+from vilu.store.reader import open_source
 
 ALL = {"all": {"kind": "labels"}}
 SMALL = {"epochs": 2, "hidden": [8]}

@@ -9,8 +9,8 @@ import pytest
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.decision.apply import Decider
 from vilu.decision.calibration import Target, calibrate_predictor
+from vilu.decision.score import Decider
 from vilu.errors import ProvenanceError, UsageError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vilu.errors import DataError, StorageError
-from vilu.files import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, write_json
+from vilu.files import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse, read_json, write_json
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -183,3 +183,34 @@ def test_the_name_of_a_file_in_the_making_says_what_and_whose_it_is(tmp_path: Pa
     match = TEMPORARY.fullmatch(temporary.name)
     assert match is not None
     assert match.groupdict() == {"name": "run.1.json", "host": host_hash(), "pid": str(os.getpid())}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is missing"),
+        (b"{", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b" " * 101, "larger than 100 bytes"),
+    ],
+    ids=["nothing", "half", "deep", "large"],
+)
+@pytest.mark.parametrize("fault", [DataError, StorageError])
+def test_json_that_cannot_be_read(content, message, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if message.startswith("larger"):
+        monkeypatch.setattr("vilu.files.MAX_DOCUMENT_BYTES", 100)
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(fault, match=rf"a\.json .*{message}"):
+        read_json(tmp_path / "a.json", "Make it again", fault)
+
+
+def test_a_refusal_of_the_file_system_is_an_error_of_ours(tmp_path: Path) -> None:
+    said = r"^cannot look: No such file or directory\. Look elsewhere\.$"
+    with pytest.raises(StorageError, match=said) as caught, or_refuse("look", "Look elsewhere."):
+        (tmp_path / "nothing").stat()
+    assert isinstance(caught.value.__cause__, FileNotFoundError)
+    with pytest.raises(StorageError, match=r"^said already$"), or_refuse("look"):
+        raise StorageError("said already")
+    with pytest.raises(ValueError, match="no matter of files"), or_refuse("look"):
+        raise ValueError("no matter of files")

@@ -10,8 +10,7 @@ from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.embed import embed
 from vilu.store.laion import LaionPairs
-from vilu.store.open import open_source
-from vilu.store.reader import CaptionStore, EmbeddingStore
+from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 
 N = 30
 CAPTIONS = [f"caption {i}" for i in range(N)]

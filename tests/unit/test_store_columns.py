@@ -24,7 +24,7 @@ from vilu.embeddings.columns import COLUMNS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files import host_hash
-from vilu.store.documents import ClassTable, Views
+from vilu.store.documents import StoredClasses, Views
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
 from vilu.store.reader import EmbeddingStore
@@ -245,7 +245,7 @@ def test_numbers_that_cannot_be(root, name, value, fault):
 
 def change_classes(root, change):
     """Another class table, under a hash that agrees."""
-    table = ClassTable.model_validate_json((root / "classes.json").read_bytes())
+    table = StoredClasses.model_validate_json((root / "classes.json").read_bytes())
     forged = table.model_copy(update=change(table))
     (root / "classes.json").write_text(forged.model_copy(update={"hash": forged.digest()}).model_dump_json())
 

@@ -21,7 +21,7 @@ from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, Usa
 from vilu.files import host_hash
 from vilu.progress import reporting
 from vilu.store.embed import embed
-from vilu.store.folder import claim
+from vilu.store.parts import StoreLedger
 from vilu.store.reader import EmbeddingStore
 
 HALF = 2**-11  # largest relative rounding error of float16
@@ -292,7 +292,7 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
 
 
 def test_one_driver_at_a_time(tmp_path):
-    with claim(tmp_path / "s"), pytest.raises(BusyError, match="another process") as caught:
+    with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError, match="another process") as caught:
         run(dataset(5), tmp_path / "s")
     assert caught.value.exit_code == 75
     assert len(run(dataset(5), tmp_path / "s")) == 5

@@ -13,9 +13,9 @@ import pytest
 
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.errors import DataError, StorageError
+from vilu.files import file_hash
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
-from vilu.store.parts import file_hash
 
 BAD = {3: b"", 14: b"x", 15: b"y"}
 

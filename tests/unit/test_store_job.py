@@ -19,11 +19,10 @@ from vilu.embeddings.checks import VALID
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import reporting
 from vilu.store import embed as embed_module
-from vilu.store.embed import embed
-from vilu.store.folder import begin, claim, describe
+from vilu.store.embed import begin, describe, embed
 from vilu.store.inspect import inspect
 from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob, ShardTask, process_shard
-from vilu.store.parts import SHARD
+from vilu.store.parts import SHARD, StoreLedger
 
 BAD = {2: b"", 15: b"<html>"}
 LENGTHS = (3, 2, 5, 1, 4)
@@ -283,7 +282,7 @@ def test_ranks_at_work_hold_no_lock_and_lose_no_file(tmp_path):
 
 def test_ranks_wait_for_the_lock_for_a_while(tmp_path, monkeypatch):
     monkeypatch.setattr(embed_module, "PATIENCE", 0.1)
-    with claim(tmp_path / "s"), pytest.raises(BusyError):
+    with StoreLedger.claim(tmp_path / "s"), pytest.raises(BusyError):
         run(dataset(5), tmp_path / "s", executor=Rank(0, 2), shared=True)
 
 

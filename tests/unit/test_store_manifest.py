@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from vilu.embeddings.space import EmbeddingSpace, digest
 from vilu.errors import ProvenanceError, StorageError, ViLUError
-from vilu.store.documents import MAX_PARTS, ClassTable, FileInfo, Inputs, Manifest, Receipt, Run, read_document
+from vilu.files import read_document
+from vilu.store.documents import MAX_PARTS, Inputs, Manifest, Receipt, Run, StoredClasses
+from vilu.store.ledger import FileInfo
 from vilu.store.parts import plan, positions
 
 SPACE = EmbeddingSpace(8, 100, backbone="b", weights="w", preprocess="p", tokenizer="t", precision="fp32")
@@ -67,7 +69,7 @@ def test_every_input_changes_the_fingerprint_and_nothing_else_does():
 
 def test_documents_without_columns_are_those_of_before_there_were_any():
     """The hashes are of the version that had no columns."""
-    run, table = make_run(), ClassTable.of(make_run(), FileInfo(bytes=1, sha256="0" * 64))
+    run, table = make_run(), StoredClasses.of(make_run(), FileInfo(bytes=1, sha256="0" * 64))
     assert (run.fingerprint, table.hash) == ("bb0d096e5abdeeb9005c943fe522ee0d", "106f8419614043ca13395bb1ad29a702")
     for document in (run, table):
         assert (
@@ -97,10 +99,10 @@ def test_documents_survive_json(tmp_path):
     (tmp_path / "run.json").write_text(run.model_dump_json())
     assert read_document(tmp_path / "run.json", Run) == run
     info = FileInfo(bytes=1, sha256="0" * 64)
-    table = ClassTable.of(run, info)
+    table = StoredClasses.of(run, info)
     (tmp_path / "classes.json").write_text(table.model_dump_json())
-    assert read_document(tmp_path / "classes.json", ClassTable) == table
-    assert ClassTable.of(make_run(names=("a", "c")), info).hash != table.hash
+    assert read_document(tmp_path / "classes.json", StoredClasses) == table
+    assert StoredClasses.of(make_run(names=("a", "c")), info).hash != table.hash
 
 
 def test_whole_numbers_and_floats_are_one():
@@ -163,7 +165,7 @@ def test_another_schema_is_named(tmp_path):
 
 
 def test_a_huge_document_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("vilu.store.documents.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("vilu.files.MAX_DOCUMENT_BYTES", 100)
     (tmp_path / "run.json").write_text(altered())
     with pytest.raises(StorageError, match="larger than 100 bytes"):
         read_document(tmp_path / "run.json", Run)

@@ -141,7 +141,8 @@ def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
     from vilu.embeddings.space import digest
     from vilu.store.documents import Inputs, Manifest, Receipt, Run
-    from vilu.store.parts import content_hash, plan
+    from vilu.store.ledger import content_hash
+    from vilu.store.parts import plan
 
     old = Manifest.model_validate_json((root / "manifest.json").read_bytes())
     fields = {name: getattr(old, name) for name in Run.model_fields} | {"n_in": n, "part_size": n}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,10 +16,11 @@ from filelock import FileLock
 import vilu
 from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
 from vilu.decision.score import predictor_fingerprint, score_parts, source_fingerprint
-from vilu.decision.score_folder import Counts, Part, Run, ScoreFolder
+from vilu.decision.score_folder import Counts, ScoreFolder, ScorePart, ScoreRun
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import BusyError, DataError, NotFittedError, ProvenanceError, StorageError, UsageError
+from vilu.files import host_hash
 from vilu.metrics import METRICS, histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
@@ -175,7 +177,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     kept = {name: (folder / name).stat().st_mtime_ns for name in before if name.startswith("receipts")}
     for name in lost:
         (folder / name).unlink()
-    (folder / "scores" / ".scores_00001.parquet.123.0a1b2c3d.tmp").write_bytes(b"half")
+    (folder / "scores" / f".scores_00001.parquet.{host_hash()}.{10**30}.0a1b2c3d.tmp").write_bytes(b"half")
     with pytest.raises((DataError, StorageError)):
         ScoreFolder(folder)
     steps: list[float] = []
@@ -193,12 +195,25 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     assert len(steps) == len(numbers)
 
 
+def test_what_another_process_writes_is_left_alone(data: Embeddings, done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(done, folder)
+    names = [
+        f"scores/.scores_00001.parquet.{host_hash()}.{os.getpid()}.0a1b2c3d.tmp",
+        f".notes.txt.{10**30}.0a1b2c3d.tmp",
+    ]
+    for name in names:
+        (folder / name).write_bytes(b"half")
+    score_parts(vilu.MCM(), data, folder, rows_per_part=1, dataset="toy", split="test")
+    assert [(folder / name).read_bytes() for name in names] == [b"half"] * 2
+
+
 def test_a_run_that_dies_in_the_middle_leaves_whole_parts(
     data: Embeddings, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vilu.decision import score
+    from vilu.store import ledger
 
-    real, calls = score.write_hashed, []
+    real, calls = ledger.write_hashed, []
 
     def dying(path: Path, content: memoryview) -> object:
         calls.append(path)
@@ -206,7 +221,7 @@ def test_a_run_that_dies_in_the_middle_leaves_whole_parts(
             raise KeyboardInterrupt
         return real(path, content)
 
-    monkeypatch.setattr(score, "write_hashed", dying)
+    monkeypatch.setattr(ledger, "write_hashed", dying)
     with pytest.raises(KeyboardInterrupt):
         score_parts(vilu.MCM(), data, tmp_path / "s", rows_per_part=1, dataset="toy", split="test")
     assert [p.name for p in (tmp_path / "s" / "receipts").iterdir()] == ["00000.json"]
@@ -280,7 +295,7 @@ def flipped(name: str):
         (edited(lambda c: c["counts"].update(n_failures=9000), "receipts/00000.json"), StorageError, "is less than"),
         (edited(lambda c: c["counts"].update(n_failures=1), "receipts/00000.json"), ProvenanceError, "seals other"),
         (edited(lambda c: c["part"].update(stop=5), "receipts/00000.json"), StorageError, "it describes"),
-        (lambda f: (f / "receipts" / "00001.json").write_text("{"), StorageError, "cannot read"),
+        (lambda f: (f / "receipts" / "00001.json").write_text("{"), StorageError, "00001.json is damaged"),
         (lambda f: (f / "scores" / "scores_00000.parquet").write_bytes(b"x"), StorageError, "has 1 bytes"),
         (lambda f: (f / "scores" / "scores_00000.parquet").unlink(), StorageError, "is missing"),
         (flipped("histograms/histogram_00001.parquet"), StorageError, "not the file that its receipt"),
@@ -303,10 +318,10 @@ def test_verify_reads_every_byte(done: Path, tmp_path: Path) -> None:
 
 
 def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
-    from vilu.decision.score_folder import Receipt, histogram_bytes, read_histogram
-    from vilu.store.parts import write_hashed
+    from vilu.decision.score_folder import ScoreReceipt, histogram_bytes, read_histogram
+    from vilu.store.ledger import write_hashed
 
-    receipt = Receipt.model_validate_json((done / "receipts" / "00000.json").read_bytes())
+    receipt = ScoreReceipt.model_validate_json((done / "receipts" / "00000.json").read_bytes())
     good = read_histogram(done, receipt)
     bins = good.bins.copy()
     bins[1] = bins[0]
@@ -390,6 +405,6 @@ def test_counts_and_parts_add_up() -> None:
     total = Counts.total([a, b])
     assert (total.n_in, total.n_scored, total.unscored) == (6, 3, {"k<2": 1, "nonfinite": 2})
     same = {"predictor": "p", "source": "s", "method": None, "dataset": None, "split": None, "seed": None}
-    run = Run(n_in=12, n_candidate=7, rows_per_part=3, is_probability=True, provenance={}, **same)
+    run = ScoreRun(n_in=12, n_candidate=7, rows_per_part=3, is_probability=True, provenance={}, **same)
     assert [(p.start, p.stop) for p in run.parts] == [(0, 3), (3, 6), (6, 7), (7, 10), (10, 12)]
-    assert run.parts[3] == Part(number=3, start=7, stop=10)
+    assert run.parts[3] == ScorePart(number=3, start=7, stop=10)

@@ -27,8 +27,7 @@ from vilu.embeddings.source import UNKNOWN, EmbeddingSource, Subset
 from vilu.embeddings.space import EmbeddingSpace, digest
 from vilu.errors import DataError, ProvenanceError
 from vilu.predictors.nn.train import SCORING_BATCH
-from vilu.store.open import open_source
-from vilu.store.reader import CaptionStore, EmbeddingStore
+from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 
 DRAW, HALVES = 1, 2
 """What a generator is for: two draws of one seed must not go together."""

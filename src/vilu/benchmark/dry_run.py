@@ -19,7 +19,8 @@ from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN, find_known
 from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.store.documents import MANIFEST, Manifest, read_document
+from vilu.files import MANIFEST, read_document
+from vilu.store.documents import Manifest
 from vilu.text import aligned
 
 COMPACT_WIDTHS = 768, 1280

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from filelock import FileLock, Timeout
 
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, plan, sharing_a_fit
@@ -30,8 +29,8 @@ from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, l
 from vilu.benchmark.stores import Part, find_stores, make_stores, require_complete
 from vilu.embeddings.source import SAME_TEXT
 from vilu.embeddings.space import digest
-from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
-from vilu.files import is_leftover, make_folder
+from vilu.errors import ProvenanceError, UsageError
+from vilu.files import is_leftover, locked, make_folder, or_refuse
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.progress import Silence, reporting, track
@@ -269,7 +268,7 @@ def run_all(
     if jobs < 1:
         raise UsageError(f"jobs must be at least 1. Got {jobs} instead.")
     share = share or Share()
-    with claim(make_folder(output), share.lock):
+    with locked(make_folder(output), "at work in", name=share.lock, who="benchmark"):
         remove_leftovers(output)
         works = [_Work.begin(config, data, output, models, make=share.of == 1) for config in configs]
         if embed_only:
@@ -344,29 +343,13 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
 
 def remove_leftovers(root: Path) -> None:
     """Remove what a killed process left half-written; other machines may be writing."""
-    try:
+    with or_refuse(f"clean {root / 'cells'}"):
         for path in (root / "cells").rglob(".*.tmp"):
             if is_leftover(path):
                 path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot remove {error.filename}: {error.strerror}.") from error
 
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
     """Results that are there and hold, of cells that have one of their own."""
     results = {cell: load_result(root, cell, fingerprint_of(bench, cell)) for cell in runs}
     return {cell: result for cell, result in results.items() if result is not None}
-
-
-@contextmanager
-def claim(output: Path, name: str) -> Iterator[None]:
-    """Hold a lock of a folder; the system lets go of it when the process dies."""
-    try:
-        lock = FileLock(output / name)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise BusyError(f"another benchmark is at work in {output}. Wait for it, or give another folder.") from error
-    try:
-        yield
-    finally:
-        lock.release()

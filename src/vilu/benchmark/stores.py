@@ -21,7 +21,8 @@ from vilu.datasets.catalog import open_dataset
 from vilu.datasets.shift import ShiftedImages
 from vilu.embeddings.space import digest
 from vilu.errors import UsageError
-from vilu.store.documents import MANIFEST, Manifest, read_document
+from vilu.files import MANIFEST, read_document
+from vilu.store.documents import Manifest
 from vilu.store.embed import embed
 
 

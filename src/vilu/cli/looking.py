@@ -70,7 +70,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     if output is not None:
         require_json(output)
@@ -237,7 +237,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.files import atomic_write
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     if output.suffix.lower() not in {".html", ".htm"}:
         raise UsageError(f"the page is an .html file. Got {output} instead.")

@@ -81,7 +81,7 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.predictors import find_method
     from vilu.predictors.nn.processes import world
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
     with ExitStack() as stack:
@@ -124,7 +124,7 @@ def _training_set(
     """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.rows import few_shot
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     n_shots, seed = few
     if not pseudo and len(stores) > 1:
@@ -183,11 +183,10 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
     reason, and label sets. A folder is written part by part in bounded memory; interrupted, the same command does what
     is missing.
     """
-    from vilu.decision.apply import Decider
+    from vilu.decision.score import Decider, score_parts
     from vilu.decision.score import score as score_rows
-    from vilu.decision.score import score_parts
     from vilu.predictors.storage import load
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
     data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
@@ -286,7 +285,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.decision.calibration import Target, calibrate_predictor
     from vilu.predictors.storage import load
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
     data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)

@@ -145,7 +145,7 @@ def pools(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
     from vilu.embeddings.pairs import Pools
-    from vilu.store.open import open_source
+    from vilu.store.reader import open_source
 
     found = over_pool_sizes(
         {Path(name).name: _predictor(name) for name in predictors},

@@ -47,11 +47,7 @@ class Target:
     max_miss: float = 0.1
 
     def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
-        """Refuse what cannot be promised, before anything is computed.
-
-        Raises:
-            UsageError: If a target is out of range, or options do not go together.
-        """
+        """Refuse what cannot be promised, before anything is computed."""
         if self.max_risk is None and self.min_coverage is None:
             if self.per_class or self.method != "ltt":
                 raise UsageError(
@@ -67,12 +63,7 @@ class Target:
             check_label_sets(predictor, data, self.max_miss)
 
     def rule(self, rows: Outcomes) -> Rule | None:
-        """The rule that calibration rows support.
-
-        Raises:
-            InfeasibleError: If there is none; with the number of rows that would be needed.
-            UsageError: If the target cannot be.
-        """
+        """The rule that calibration rows support."""
         if self.max_risk is None and self.min_coverage is None:
             return None
         if self.method == "selection":

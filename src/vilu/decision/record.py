@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-import vilu
 from vilu.decision.calibrate import Selector
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import BatchSelector
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import digest
-from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, atomic_write, explain, parquet_bytes, write_json
+from vilu.errors import DataError, ProvenanceError
+from vilu.files import Document, atomic_write, file_hash, parquet_bytes, read_document
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.storage import fit_fingerprint
 
@@ -26,7 +25,7 @@ AGAIN = "Run `vilu calibrate` again"
 Rule = Selector | BatchSelector
 
 
-class Record(Model):
+class Record(Document):
     """The calibration of a predictor.
 
     Attributes:
@@ -45,9 +44,11 @@ class Record(Model):
         label_sets: Sets of labels; None without.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    again = AGAIN
+    fault = DataError
+
     kind: Literal["risk"] = "risk"
-    vilu: str = vilu.__version__
+    vilu: str = version("vilu")
     predictor: str
     n_candidates: int | None
     classes: str | None
@@ -62,11 +63,7 @@ class Record(Model):
     label_sets: LabelSets | None = None
 
     def require_candidates(self, data: EmbeddingSource) -> None:
-        """Refuse rows with other candidates: another problem, of which nothing was promised.
-
-        Raises:
-            ProvenanceError: Naming both sides.
-        """
+        """Refuse rows with other candidates: another problem, of which nothing was promised."""
         mine, theirs = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}, problem(data)
         if mine != theirs:
             raise ProvenanceError(
@@ -92,16 +89,12 @@ def _in_words(found: dict[str, Any]) -> str:
 
 
 def save(folder: Path, rows: Outcomes, **fields: object) -> Record:
-    """Write the calibration rows, and the record that vouches for them last.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """Write the calibration rows, and the record that vouches for them last."""
     content = parquet_bytes(*rows.table())
     with atomic_write(folder / ROWS) as handle:
         handle.write(content)
     record = Record.model_validate({**fields, "rows_sha256": hashlib.sha256(content).hexdigest()})
-    write_json(folder / RISK, record.model_dump(mode="json"))
+    record.write(folder / RISK)
     return record
 
 
@@ -111,15 +104,11 @@ def has_record(folder: Path) -> bool:
 
 
 def load(folder: str | Path) -> Record:
-    """The record in a predictor's folder, checked, and that it is of the predictor that lies there.
-
-    Raises:
-        DataError: If there is none, or it is damaged.
-        ProvenanceError: If a newer vilu wrote it, or it was made for another predictor.
-        StorageError: If it cannot be read.
-    """
+    """The record in a predictor's folder, checked, and that it is of the predictor that lies there."""
     path = Path(folder) / RISK
-    found, fingerprint = _parse(path), fit_fingerprint(folder)
+    if not path.is_file():
+        raise DataError(f"{folder} is not calibrated. Run `vilu calibrate` first.")
+    found, fingerprint = read_document(path, Record), fit_fingerprint(folder)
     if found.predictor != fingerprint:
         raise ProvenanceError(
             f"{path} was made for the predictor {found.predictor}, and {folder} holds {fingerprint}: its thresholds "
@@ -128,46 +117,11 @@ def load(folder: str | Path) -> Record:
     return found
 
 
-def _parse(path: Path) -> Record:
-    content = _read(path)
-    try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}. {AGAIN}.") from error
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION and isinstance(version, int):
-        raise ProvenanceError(f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. {AGAIN}.")
-    try:
-        return Record.model_validate(raw)
-    except ValidationError as error:
-        raise DataError(f"{path} is damaged: {explain(error)}. {AGAIN}.") from error
-
-
 def load_rows(folder: str | Path, record: Record) -> Outcomes:
-    """The calibration rows behind a record.
-
-    Raises:
-        DataError: If they are missing, or others than it names.
-        StorageError: If they cannot be read.
-    """
+    """The calibration rows behind a record; DataError if they are missing, or others than it names."""
     path = Path(folder) / ROWS
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError as error:
-        raise DataError(f"{path} is missing. {AGAIN}.") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
-    if found != record.rows_sha256:
+    if not path.is_file():
+        raise DataError(f"{path} is missing. {AGAIN}.")
+    if file_hash(path) != record.rows_sha256:
         raise DataError(f"{path} does not hold the rows that {RISK} names. {AGAIN}.")
     return Outcomes.load(path)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_DOCUMENT_BYTES:
-            raise DataError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, so it is no file of vilu.")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path.parent} is not calibrated. Run `vilu calibrate` first.") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error

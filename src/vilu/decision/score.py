@@ -1,48 +1,95 @@
-"""Predictor and embeddings to outcomes, in memory or part by part."""
+"""Predictor and embeddings to outcomes, in memory or part by part, and what its calibration says of them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import warnings
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.decision.apply import Decider
-from vilu.decision.score_folder import (
-    MANIFEST,
-    Counts,
-    Manifest,
-    Part,
-    Receipt,
-    Run,
-    ScoreFolder,
-    begin,
-    claim,
-    histogram_bytes,
-    read_receipt,
-    unseal,
-)
+from vilu.decision import record
+from vilu.decision.calibrate import group_names
+from vilu.decision.label_sets import named_sets
+from vilu.decision.record import Record
+from vilu.decision.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScorePart, ScoreRun
 from vilu.embeddings.checks import STATUS, VALID, RowNumbers
 from vilu.embeddings.pairs import PairSource
-from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import digest
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import parquet_bytes, write_json
+from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
-from vilu.metrics.histogram import Histogram
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.storage import describe
 from vilu.progress import track
-from vilu.store.parts import write_hashed
 from vilu.store.reader import CaptionStore, EmbeddingStore
+
+ROWS_PER_PART = 2**17
+
+ACCEPT, ABSTAIN = "accept", "abstain"
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A predictor, and what was promised of it where it is calibrated."""
+
+    predictor: FailurePredictor
+    record: Record | None = None
+
+    @classmethod
+    def of_folder(cls, predictor: FailurePredictor, folder: Path) -> Decider:
+        """The calibration beside a predictor that was loaded from a folder, if there is one."""
+        return cls(predictor, record.load(folder) if record.has_record(folder) else None)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What binds decisions to their calibration; empty without."""
+        return {} if self.record is None else {"risk": digest(self.record.model_dump(mode="json"))}
+
+    def require_match(self, data: EmbeddingSource) -> None:
+        """Refuse rows with other candidates than the calibration rows had."""
+        if self.record is not None:
+            self.record.require_candidates(data)
+
+    def require_streaming(self) -> None:
+        """Refuse a rule that needs all rows at once."""
+        if self.record is not None and self.record.rule is not None and self.record.rule.needs_batch:
+            raise UsageError(
+                "conformal selection judges all rows of a batch together, and a folder of scores is written part by "
+                "part. Give a .parquet or .csv file, or calibrate with --method ltt."
+            )
+
+    def label_sets(self, batch: Batch, uncertainty: Floats, class_names: tuple[str, ...] | None) -> list[str] | None:
+        """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
+        if self.record is None or self.record.label_sets is None or len(batch.text) < 2:
+            return None
+        return named_sets(self.record.label_sets, self.predictor, batch, uncertainty, class_names)
+
+    def decide(self, outcomes: Outcomes) -> Outcomes:
+        """The outcomes with what there is to say of them."""
+        if self.predictor.calibrator_ is None:
+            return outcomes
+        probability = self.predictor.failure_probability(outcomes.uncertainty)
+        outcomes = replace(outcomes, failure_probability=probability)
+        rule = None if self.record is None else self.record.rule
+        if rule is None:
+            return outcomes
+        groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
+        reasons = rule.reasons(outcomes.uncertainty, groups)
+        missing = np.isnan(outcomes.uncertainty)
+        for row in np.flatnonzero(missing).tolist():
+            reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
+        accepted = np.array([reason is None for reason in reasons]) & ~missing
+        decision = [ACCEPT if yes else ABSTAIN for yes in accepted.tolist()]
+        return replace(outcomes, decision=decision, decision_reason=reasons)
 
 
 def score(
@@ -68,49 +115,213 @@ def score(
         ProvenanceError: If the data come from another embedding space, or have other candidates than the rows that the
             ``decider`` was calibrated on.
     """
-    if not len(data):
-        raise DataError("there is nothing to score: the set has no rows.")
-    decider = decider or Decider(predictor)
-    decider.require_match(data)
-    sets: list[str | None] = [None] * len(data)
-    uncertainty, prediction, failure = np.full(len(data), np.nan), np.full(len(data), -1), np.full(len(data), -1)
-    target = data.target.numpy().copy()
-    for batch, scores in predictor.scored(data):
-        rows = batch.index.numpy(force=True)
-        uncertainty[rows], prediction[rows] = scores, batch.prediction.numpy(force=True)
-        failure[rows], target[rows] = batch.failure.numpy(force=True), batch.target.numpy(force=True)
-        for row, found in zip(rows.tolist(), decider.label_sets(batch, scores, data.class_names) or (), strict=False):
-            sets[row] = found
-    reason = [None if code == VALID else STATUS[code] for code in data.status]
-    if data.n_candidates < 2:
-        reason = ["k<2"] * len(data)
-    seen = 0 if predictor.seen_ is None or isinstance(data.ids, RowNumbers) else predictor.seen_.overlap(data.ids)
+    decider = _checked(decider or Decider(predictor), data)
+    seen = _n_seen(predictor, data, data.ids)
     if seen:
         warnings.warn(f"{seen} of {len(data)} rows were used to fit this {predictor.name}.", stacklevel=2)
+    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=seen))
+
+
+def score_rows(
+    decider: Decider,
+    source: EmbeddingSource,
+    facts: dict[str, Any],
+    rows: Ints | None = None,
+    scored: Tensor | None = None,
+) -> Outcomes:
+    """What is said of some rows, in one pass over those of them that can be scored.
+
+    Args:
+        decider: What scores and decides.
+        source: Where the rows are.
+        facts: What the outcomes say of themselves.
+        rows: (M,) their places, each once; by default all of the source.
+        scored: (S,) those that get a score, in the order of scoring; by default all that are usable.
+    """
+    places = np.arange(len(source)) if rows is None else rows
+    order = np.argsort(places, kind="stable")
+    uncertainty, target = np.full(len(places), np.nan), source.target.numpy()[places]
+    prediction, failure = (np.full(len(places), UNKNOWN) for _ in range(2))
+    sets: list[str | None] = [None] * len(places)
+    for batch, scores in decider.predictor.scored(source, scored):
+        at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
+        uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
+        prediction[at], failure[at] = batch.prediction.numpy(force=True), batch.failure.numpy(force=True)
+        for row, found in zip(at.tolist(), decider.label_sets(batch, scores, source.class_names) or (), strict=False):
+            sets[row] = found
+    reasons = _reasons(source, places, uncertainty)
     outcomes = Outcomes(
         uncertainty=uncertainty,
         failure=failure,
         prediction=prediction,
         target=target,
-        ids=data.ids,
-        class_names=data.class_names,
-        method=predictor.label,
-        dataset=dataset,
-        split=split,
-        seed=getattr(predictor, "seed", None),
-        reason=reason,
-        is_probability=predictor.is_probability,
-        provenance={
-            "space": data.space.fingerprint,
-            "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
-            "n_candidates": data.n_candidates,
-            "pool_size": data.pool_size,
-            "n_seen_in_fit": seen,
-            **decider.provenance,
-        },
+        ids=source.ids if rows is None else _keys(source, rows, order),
+        class_names=source.class_names,
+        reason=reasons if rows is None or any(reasons) else None,  # a part on disk says nothing where all have a score
         label_set=sets if any(sets) else None,
+        **facts,
     )
     return decider.decide(outcomes)
+
+
+def _checked(decider: Decider, data: EmbeddingSource) -> Decider:
+    """What decides, if there are rows, with the candidates that it knows."""
+    if not len(data):
+        raise DataError("there is nothing to score: the set has no rows.")
+    decider.require_match(data)
+    return decider
+
+
+def _facts(
+    decider: Decider, source: EmbeddingSource, names: tuple[str | None, str | None], **more: object
+) -> dict[str, Any]:
+    """What made the scores, of the data set and split of these ``names``."""
+    predictor = decider.predictor
+    return {
+        "method": predictor.label,
+        "dataset": names[0],
+        "split": names[1],
+        "seed": getattr(predictor, "seed", None),
+        "is_probability": predictor.is_probability,
+        "provenance": {
+            "space": source.space.fingerprint,
+            "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
+            "n_candidates": source.n_candidates,
+            "pool_size": source.pool_size,
+            **more,
+            **decider.provenance,
+        },
+    }
+
+
+def _n_seen(predictor: FailurePredictor, source: EmbeddingSource, ids: Sequence[str] | None) -> int:
+    """How many rows of these identifiers were used to fit; 0 where identifiers are but numbers."""
+    return 0 if predictor.seen_ is None or isinstance(source.ids, RowNumbers) else predictor.seen_.overlap(ids or ())
+
+
+def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[str | None]:
+    """Per row why it has no score, or None."""
+    missing = np.isnan(uncertainty)
+    if source.n_candidates < 2 or not missing.any():
+        return ["k<2" if gone else None for gone in missing.tolist()]
+    why = ["short_pool" if code == VALID else STATUS[code] for code in source.status[rows]]
+    return [text if gone else None for text, gone in zip(why, missing.tolist(), strict=True)]
+
+
+def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
+    """Identifiers of rows, looked up in ascending ``order``: a store reads them part by part."""
+    keys = np.empty(len(rows), dtype=object)
+    keys[order] = [source.ids[row] for row in rows[order].tolist()]
+    found: list[str] = keys.tolist()
+    return found
+
+
+def score_parts(
+    predictor: FailurePredictor,
+    source: EmbeddingSource,
+    folder: str | Path,
+    *,
+    rows_per_part: int = ROWS_PER_PART,
+    dataset: str | None = None,
+    split: str | None = None,
+    overwrite: bool = False,
+    decider: Decider | None = None,
+) -> ScoreFolder:
+    """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
+
+    A part is a Parquet file of the rows (``Outcomes.load`` reads it; ``row_id`` is the place in the source), the counts
+    from which the whole is evaluated, and last a receipt, each written atomically. Run again after a kill it does the
+    missing parts, and the folder ends with the same bytes. Rows are in the order in which they are scored
+    (``source.usable_rows``, whose pools are the problem). Those that cannot be scored come after them, in parts of
+    their own: null, with the reason "nonfinite", "zero_norm", or "short_pool" (they fill no last pool); with one
+    candidate every row has the reason "k<2".
+
+    Args:
+        predictor: What scores.
+        source: What is scored.
+        folder: New, empty, or of the same run.
+        rows_per_part: Rows of a part. Rounded to whole pools, or up to whole batches of scoring, so that no value
+            depends on it.
+        dataset: Name of the data set.
+        split: Name of its part.
+        overwrite: Remove the scores of another run.
+        decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator alone.
+
+    Warns:
+        If rows of ``source`` were used to fit the predictor.
+
+    Raises:
+        DataError: If there is no row.
+        NotFittedError: If the predictor needs ``fit`` first.
+        ProvenanceError: If the folder holds another run, or the data come from another embedding space.
+        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the rule needs all
+            rows at once.
+        BusyError: If another process scores into it.
+        StorageError: If the file system refuses.
+    """
+    decider = _checked(decider or Decider(predictor), source)
+    predictor.require_fitted()
+    decider.require_streaming()
+    order, facts = _Order.of(source), _facts(decider, source, (dataset, split))
+    run = ScoreRun(
+        predictor=predictor_fingerprint(predictor),
+        source=source_fingerprint(source),
+        n_in=len(source),
+        n_candidate=len(order.scored),
+        rows_per_part=_whole(rows_per_part, source.pool_size),
+        **facts,
+    )
+    ledger = ScoreLedger(Path(folder), run)
+    with ledger.claim(ledger.root):
+        ledger.resume(overwrite=overwrite)
+        missing, _ = ledger.survey()
+        if missing:
+            ledger.unseal()
+        with track("scoring", sum(map(len, missing)), "row") as task:
+            for part in missing:
+                rows, scored = order.rows(part)
+                outcomes = score_rows(decider, source, facts, rows, scored)
+                ledger.write_rows(part, rows, outcomes, _n_seen(predictor, source, outcomes.ids))
+                task.advance(len(part))
+        ledger.seal(ScoreManifest.of(run, ledger.receipts()))
+    done = ScoreFolder(ledger.root)
+    if done.counts.n_seen:
+        warnings.warn(
+            f"{done.counts.n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=2
+        )
+    return done
+
+
+def _whole(rows_per_part: int, pool_size: int | None) -> int:
+    """Rows of a part: whole pools, at least one, or as many more as fill the last batch of scoring."""
+    if rows_per_part < 1:
+        raise UsageError(f"rows_per_part must be at least 1. Got {rows_per_part} instead.")
+    if pool_size:
+        return max(rows_per_part // pool_size, 1) * pool_size
+    return -(-rows_per_part // SCORING_BATCH) * SCORING_BATCH
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Places of all rows of a source: those that are scored, in the order of scoring, then the others."""
+
+    scored: Tensor
+    rest: Ints
+
+    @classmethod
+    def of(cls, source: EmbeddingSource) -> _Order:
+        rows = source.usable_rows
+        if source.pool_size:
+            rows = rows[: len(rows) // source.pool_size * source.pool_size]
+        left_out = np.ones(len(source), dtype=np.bool_)
+        left_out[rows.numpy()] = False
+        return cls(rows, np.flatnonzero(left_out))
+
+    def rows(self, part: ScorePart) -> tuple[Ints, Tensor]:
+        """Places of the rows of a part, and of those among them that are scored: all or none."""
+        n = len(self.scored)
+        scored = self.scored[part.start : part.stop]
+        return (scored.numpy(), scored) if part.start < n else (self.rest[part.start - n : part.stop - n], scored)
 
 
 SAMPLED = 256
@@ -165,212 +376,3 @@ def _hash(tensor: Tensor) -> str:
     ):
         found.update(block.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
-
-
-ROWS_PER_PART = 2**17
-
-
-def score_parts(
-    predictor: FailurePredictor,
-    source: EmbeddingSource,
-    folder: str | Path,
-    *,
-    rows_per_part: int = ROWS_PER_PART,
-    dataset: str | None = None,
-    split: str | None = None,
-    overwrite: bool = False,
-    decider: Decider | None = None,
-) -> ScoreFolder:
-    """Score embeddings of any size into a folder; the same values as ``vilu.score`` on the same machine.
-
-    A part is a Parquet file of the rows (``Outcomes.load`` reads it; ``row_id`` is the place in the source), the counts
-    from which the whole is evaluated, and last a receipt, each written atomically. Run again after a kill it does the
-    missing parts, and the folder ends with the same bytes. Rows are in the order in which they are scored
-    (``source.usable_rows``, whose pools are the problem). Those that cannot be scored come after them, in parts of
-    their own: null, with the reason "nonfinite", "zero_norm", or "short_pool" (they fill no last pool); with one
-    candidate every row has the reason "k<2".
-
-    Args:
-        predictor: What scores.
-        source: What is scored.
-        folder: New, empty, or of the same run.
-        rows_per_part: Rows of a part. Rounded to whole pools, or up to whole batches of scoring, so that no value
-            depends on it.
-        dataset: Name of the data set.
-        split: Name of its part.
-        overwrite: Remove the scores of another run.
-        decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator alone.
-
-    Warns:
-        If rows of ``source`` were used to fit the predictor.
-
-    Raises:
-        DataError: If there is no row.
-        NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the folder holds another run, or the data come from another embedding space.
-        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the rule needs all
-            rows at once.
-        BusyError: If another process scores into it.
-        StorageError: If the file system refuses.
-    """
-    if not len(source):
-        raise DataError("there is nothing to score: the set has no rows.")
-    predictor.require_fitted()
-    decider = decider or Decider(predictor)
-    decider.require_match(source)
-    decider.require_streaming()
-    work = _Work.of(decider, source, rows_per_part, (dataset, split))
-    root = Path(folder)
-    with claim(root):
-        begin(root, work.run, overwrite=overwrite)
-        missing = [part for part in work.run.parts if not _is_there(root, work.run, part)]
-        if missing:
-            unseal(root)
-        with track("scoring", sum(map(len, missing)), "row") as task:
-            for part in missing:
-                work.write(root, part)
-                task.advance(len(part))
-        receipts = [read_receipt(root, work.run, part) for part in work.run.parts]
-        write_json(root / MANIFEST, Manifest.of(work.run, receipts).model_dump(mode="json"))
-    done = ScoreFolder(root)
-    if done.counts.n_seen:
-        warnings.warn(
-            f"{done.counts.n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=2
-        )
-    return done
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A run with what it is made from; ``rows`` are scored, ``rest`` are not."""
-
-    run: Run
-    decider: Decider
-    source: EmbeddingSource
-    rows: Tensor
-    rest: Ints
-
-    @property
-    def predictor(self) -> FailurePredictor:
-        return self.decider.predictor
-
-    @classmethod
-    def of(
-        cls, decider: Decider, source: EmbeddingSource, rows_per_part: int, names: tuple[str | None, str | None]
-    ) -> _Work:
-        predictor, (dataset, split) = decider.predictor, names
-        if rows_per_part < 1:
-            raise UsageError(f"rows_per_part must be at least 1. Got {rows_per_part} instead.")
-        unit = source.pool_size or SCORING_BATCH
-        units = rows_per_part // unit if source.pool_size else -(-rows_per_part // unit)
-        rows = source.usable_rows
-        if source.pool_size:
-            rows = rows[: len(rows) // unit * unit]
-        left_out = np.ones(len(source), dtype=np.bool_)
-        left_out[rows.numpy()] = False
-        run = Run(
-            predictor=predictor_fingerprint(predictor),
-            source=source_fingerprint(source),
-            n_in=len(source),
-            n_candidate=len(rows),
-            rows_per_part=max(units, 1) * unit,
-            method=predictor.label,
-            dataset=dataset,
-            split=split,
-            seed=getattr(predictor, "seed", None),
-            is_probability=predictor.is_probability,
-            provenance={
-                "space": source.space.fingerprint,
-                "predictor_space": None if predictor.space_ is None else predictor.space_.fingerprint,
-                "n_candidates": source.n_candidates,
-                "pool_size": source.pool_size,
-                **decider.provenance,
-            },
-        )
-        return cls(run, decider, source, rows, np.flatnonzero(left_out))
-
-    def write(self, root: Path, part: Part) -> None:
-        """Score the rows of a part and write its files, the receipt last."""
-        row_id, outcomes = self._outcomes(part)
-        known = outcomes.evaluable
-        files = {
-            part.scores: parquet_bytes(*outcomes.table(row_id)),
-            part.histogram: histogram_bytes(Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])),
-        }
-        scored = np.isfinite(outcomes.uncertainty)
-        seen, ids = self.predictor.seen_, self.source.ids
-        counts = Counts(
-            n_in=len(row_id),
-            n_scored=int(scored.sum()),
-            n_failures=int(outcomes.failure[known].sum()),
-            n_unlabelled=int((scored & ~known).sum()),
-            unscored=dict(sorted(Counter(text for text in outcomes.reason or () if text).items())),
-            n_seen=0 if seen is None or isinstance(ids, RowNumbers) else seen.overlap(outcomes.ids or ()),
-        )
-        receipt = Receipt(
-            fingerprint=self.run.fingerprint,
-            part=part,
-            counts=counts,
-            files={name: write_hashed(root / name, content) for name, content in files.items()},
-        )
-        write_json(root / part.receipt, receipt.model_dump(mode="json"))
-
-    def _outcomes(self, part: Part) -> tuple[Ints, Outcomes]:
-        """Rows of the source and what is said of them."""
-        sets: list[str | None] | None = None
-        if part.start < len(self.rows):
-            (rows, uncertainty, failure, prediction, target), sets = self._scored(self.rows[part.start : part.stop])
-        else:
-            rows = self.rest[part.start - len(self.rows) : part.stop - len(self.rows)]
-            uncertainty, failure = np.full(len(rows), np.nan), np.full(len(rows), UNKNOWN)
-            prediction, target = failure, self.source.target.numpy()[rows]
-        outcomes = Outcomes(
-            uncertainty=uncertainty,
-            failure=failure,
-            prediction=prediction,
-            target=target,
-            ids=_keys(self.source, rows),
-            class_names=self.source.class_names,
-            reason=self._reasons(rows, uncertainty),
-            **{name: getattr(self.run, name) for name in ("method", "dataset", "split", "seed", "is_probability")},
-            provenance=self.run.provenance,
-            label_set=sets,
-        )
-        return rows, self.decider.decide(outcomes)
-
-    def _scored(self, rows: Tensor) -> tuple[tuple[Ints, Floats, Ints, Ints, Ints], list[str | None] | None]:
-        """Place in the source, uncertainty, failure, answer and target of the rows, in one pass; and label sets."""
-        blocks, sets = [], list[str | None]()
-        for b, scores in self.predictor.scored(self.source, rows):
-            blocks.append(
-                (b.index.cpu(), torch.from_numpy(scores), b.failure.cpu(), b.prediction.cpu(), b.target.cpu())
-            )
-            sets += self.decider.label_sets(b, scores, self.source.class_names) or ()
-        index, uncertainty, failure, prediction, target = (torch.cat(c).numpy() for c in zip(*blocks, strict=True))
-        return (index, uncertainty, failure, prediction, target), sets or None
-
-    def _reasons(self, rows: Ints, uncertainty: Floats) -> list[str | None] | None:
-        """Per row why it has no score; None where all have one."""
-        if not np.isnan(uncertainty).any():
-            return None
-        if self.source.n_candidates < 2:
-            return ["k<2"] * len(rows)
-        return ["short_pool" if code == VALID else STATUS[code] for code in self.source.status[rows]]
-
-
-def _keys(source: EmbeddingSource, rows: Ints) -> list[str]:
-    """Identifiers of rows, looked up in ascending order: a store reads them part by part."""
-    order = np.argsort(rows, kind="stable")
-    keys = np.empty(len(rows), dtype=object)
-    keys[order] = [source.ids[row] for row in rows[order].tolist()]
-    found: list[str] = keys.tolist()
-    return found
-
-
-def _is_there(root: Path, run: Run, part: Part) -> bool:
-    """Whether a part need not be done again."""
-    try:
-        read_receipt(root, run, part)
-    except (StorageError, ProvenanceError):
-        return False
-    return True

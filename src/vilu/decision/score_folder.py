@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from vilu.embeddings.space import digest
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import (
-    LOCK,
-    MAX_DOCUMENT_BYTES,
-    SCHEMA_VERSION,
-    TEMPORARY,
-    Model,
-    explain,
-    locked,
-    make_folder,
-    parquet_bytes,
-    read_column,
-    read_table,
-    write_json,
-)
+from vilu.errors import DataError, ProvenanceError, StorageError
+from vilu.files import MANIFEST, RUN, Document, Model, parquet_bytes, read_column, read_document, read_json, read_table
 from vilu.metrics.counts import Ints
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import OPTIONAL, UNKNOWN, Outcomes, Tally
-from vilu.store.documents import Count, FileInfo
+from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, content_hash, require_hash
 
-RUN, MANIFEST = "run.json", "manifest.json"
 AGAIN = "Run the same `vilu score` again"
 
 
-class Document(Model):
+class ScoreDocument(Document):
     """A file of the folder."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    again = AGAIN
 
 
-class Run(Document):
+class ScoreRun(ScoreDocument):
     """Everything that decides what the folder holds; its hash is the fingerprint.
 
     Attributes:
@@ -85,22 +69,14 @@ class Run(Document):
         return digest(self.model_dump(mode="json"))
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[ScorePart]:
         """All parts: of the rows to score in their order, then of the rows without a score."""
-        cuts = [
-            *range(0, self.n_candidate, self.rows_per_part),
-            *range(self.n_candidate, self.n_in, self.rows_per_part),
-        ]
-        return [
-            Part(number=i, start=a, stop=b) for i, (a, b) in enumerate(zip(cuts, [*cuts[1:], self.n_in], strict=True))
-        ]
+        size, ends = self.rows_per_part, (self.n_candidate, self.n_in)
+        cuts = [*range(0, ends[0], size), *range(*ends, size), self.n_in]
+        return [ScorePart(number=i, start=a, stop=b) for i, (a, b) in enumerate(pairwise(cuts))]
 
-    def require_same(self, other: Run, path: Path) -> None:
-        """Refuse to mix two runs.
-
-        Raises:
-            ProvenanceError: If a field differs, naming both sides.
-        """
+    def require_same(self, other: ScoreRun, path: Path) -> None:
+        """Refuse to mix two runs, naming both sides of what differs."""
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
         differences = [f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)" for k in mine if mine[k] != theirs[k]]
         if differences:
@@ -110,7 +86,7 @@ class Run(Document):
             )
 
 
-class Part(Model):
+class ScorePart(Model):
     """Rows ``start`` ... ``stop - 1`` in the order of scoring."""
 
     number: Count
@@ -131,6 +107,11 @@ class Part(Model):
     def receipt(self) -> str:
         """Written last."""
         return f"receipts/{self.number:05d}.json"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the receipt vouches for."""
+        return self.scores, self.histogram
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -169,6 +150,19 @@ class Counts(Model):
         return self
 
     @classmethod
+    def of(cls, outcomes: Outcomes, n_seen: int) -> Self:
+        """Those of some rows."""
+        scored, known = np.isfinite(outcomes.uncertainty), outcomes.evaluable
+        return cls(
+            n_in=len(outcomes),
+            n_scored=int(scored.sum()),
+            n_failures=int(outcomes.failure[known].sum()),
+            n_unlabelled=int((scored & ~known).sum()),
+            unscored=dict(sorted(Counter(text for text in outcomes.reason or () if text).items())),
+            n_seen=n_seen,
+        )
+
+    @classmethod
     def total(cls, several: Iterable[Counts]) -> Counts:
         """The sum."""
         every = list(several)
@@ -180,7 +174,7 @@ class Counts(Model):
         )
 
 
-class Receipt(Document):
+class ScoreReceipt(AnyReceipt, ScoreDocument):
     """Vouches for the files of a part; a part exists if and only if its receipt does.
 
     Attributes:
@@ -191,12 +185,12 @@ class Receipt(Document):
     """
 
     fingerprint: str
-    part: Part
+    part: ScorePart
     counts: Counts
     files: dict[str, FileInfo]
 
 
-class Manifest(Document):
+class ScoreManifest(ScoreDocument):
     """The seal of a complete folder.
 
     Attributes:
@@ -212,71 +206,53 @@ class Manifest(Document):
     content: str
 
     @classmethod
-    def of(cls, run: Run, receipts: list[Receipt]) -> Manifest:
+    def of(cls, run: ScoreRun, receipts: list[ScoreReceipt]) -> Self:
         """The seal of these parts."""
-        content = digest([info.sha256 for receipt in receipts for info in receipt.files.values()])
         counts = Counts.total(receipt.counts for receipt in receipts)
-        return cls(fingerprint=run.fingerprint, n_parts=len(receipts), counts=counts, content=content)
+        return cls(fingerprint=run.fingerprint, n_parts=len(receipts), counts=counts, content=content_hash(receipts))
 
 
-D = TypeVar("D", bound=Document)
+class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
+    """What is to be done and done in a folder of scores."""
+
+    what, command, doing = "folder of scores", "vilu score", "scoring into"
+    folders = ("receipts", "histograms", "scores")
+
+    def __init__(self, root: Path, run: ScoreRun) -> None:
+        super().__init__(root, run.fingerprint, run.parts, ScoreReceipt)
+        self.run = run
+
+    def said(self, part: ScorePart, receipt: ScoreReceipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """Its rows."""
+        return (receipt.part, receipt.counts.n_in), (part, len(part))
+
+    def resume(self, *, overwrite: bool) -> None:
+        """See that the folder, whose lock we hold, is of this run, and remove what a killed one left half-written."""
+        if (self.root / RUN).is_file():
+            found = read_run(self.root)
+            if overwrite and found != self.run:
+                self.clear()
+            else:
+                found.require_same(self.run, self.root)
+        self.begin(self.run, self.folders)
+
+    def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
+        """Write what is said of some rows of the source, of which so many were used to fit."""
+        known = outcomes.evaluable
+        payloads = {
+            part.scores: parquet_bytes(*outcomes.table(rows)),
+            part.histogram: histogram_bytes(Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])),
+        }
+        counts, run = Counts.of(outcomes, n_seen), self.fingerprint
+        self.write(part, payloads, lambda files: ScoreReceipt(fingerprint=run, part=part, counts=counts, files=files))
 
 
-def read(path: Path, kind: type[D]) -> D:
-    """A document of the folder, checked.
-
-    Raises:
-        StorageError: If it is missing, too large, or damaged.
-        DataError: If it is a document of something else.
-        ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
-    """
-    try:
-        with path.open("rb") as handle:
-            content = handle.read(MAX_DOCUMENT_BYTES + 1)
-        if len(content) > MAX_DOCUMENT_BYTES:
-            raise StorageError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, so it is no file of vilu.")
-        raw = json.loads(content)
-    except FileNotFoundError as error:
-        raise StorageError(f"{path} is missing. {AGAIN} to complete the folder.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"cannot read {path}: {error}. {AGAIN} to repair it.") from error
-    if kind is Run and not (isinstance(raw, dict) and raw.get("kind") == "scores"):
-        raise DataError(f"{path} is not of a folder of scores. Make one with `vilu score`.")
-    if isinstance(raw, dict) and raw.get("schema_version") != SCHEMA_VERSION:
-        raise ProvenanceError(
-            f"{path} has schema version {raw.get('schema_version')!r}, this vilu reads {SCHEMA_VERSION}. "
-            "Score again, or use the vilu that wrote it."
-        )
-    try:
-        return kind.model_validate_json(content)
-    except ValidationError as error:
-        raise StorageError(f"{path} is damaged: {explain(error)}. {AGAIN} to repair it.") from error
-
-
-def read_receipt(root: Path, run: Run, part: Part) -> Receipt:
-    """The receipt of a part that is there in full.
-
-    Raises:
-        StorageError: If the receipt or one of its files is missing, or has another size than it vouches for.
-        ProvenanceError: If it belongs to another run.
-    """
-    path = root / part.receipt
-    receipt = read(path, Receipt)
-    if receipt.fingerprint != run.fingerprint:
-        raise ProvenanceError(
-            f"{path} belongs to run {receipt.fingerprint}, the folder to run {run.fingerprint}. "
-            f"{AGAIN} to redo the part."
-        )
-    found = (receipt.part, receipt.counts.n_in, list(receipt.files))
-    expected = (part, len(part), [part.scores, part.histogram])
-    if found != expected:
-        raise StorageError(f"{path} is damaged: it describes {found}, expected {expected}. {AGAIN}.")
-    for name, info in receipt.files.items():
-        size = (root / name).stat().st_size if (root / name).is_file() else None
-        if size != info.bytes:
-            state = "is missing" if size is None else f"has {size} bytes"
-            raise StorageError(f"{root / name} {state}, its receipt says {info.bytes} bytes. {AGAIN} to redo the part.")
-    return receipt
+def read_run(root: Path) -> ScoreRun:
+    """``run.json``, a name that other folders have, too."""
+    found = read_json(root / RUN, AGAIN, StorageError)
+    if not (isinstance(found, dict) and found.get("kind") == "scores"):
+        raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
+    return read_document(root / RUN, ScoreRun)
 
 
 COLUMNS = ("bin", "correct", "wrong")
@@ -289,14 +265,10 @@ def histogram_bytes(histogram: Histogram) -> memoryview:
     return parquet_bytes(columns, {"kind": "histogram", "level": histogram.level, "ends": ends})
 
 
-def read_histogram(root: Path, receipt: Receipt) -> Histogram:
-    """The counts of a part, checked against its receipt.
-
-    Raises:
-        StorageError: If the file is not the one that the receipt vouches for, or not such a table.
-    """
+def read_histogram(root: Path, receipt: ScoreReceipt) -> Histogram:
+    """The counts of a part, checked against its receipt."""
     path, counts = root / receipt.part.histogram, receipt.counts
-    require_hash(path, receipt.files[receipt.part.histogram])
+    require_hash(path, receipt.files[receipt.part.histogram], AGAIN)
     table, metadata = read_table(path, ())
     level, ends = metadata.get("level"), metadata.get("ends")
     if table.column_names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
@@ -313,39 +285,20 @@ def read_histogram(root: Path, receipt: Receipt) -> Histogram:
     return histogram
 
 
-def require_hash(path: Path, info: FileInfo) -> None:
-    """Refuse a file with other bytes than its receipt vouches for.
-
-    Raises:
-        StorageError: If it is missing or another.
-    """
-    try:
-        with path.open("rb") as handle:
-            found = hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}. {AGAIN} to redo the part.") from error
-    if found != info.sha256:
-        raise StorageError(f"{path} is not the file that its receipt vouches for. Remove the receipt. {AGAIN}.")
-
-
 def _are_ends(ends: object) -> bool:
-    if ends is None:
-        return True
-    return isinstance(ends, list) and len(ends) == 2 and all(isinstance(x, float) and math.isfinite(x) for x in ends)
+    numbers = ends if isinstance(ends, list) and len(ends) == 2 else [None]
+    return ends is None or all(isinstance(x, float) and math.isfinite(x) for x in numbers)
 
 
 def _in_order(histogram: Histogram) -> bool:
-    bins = histogram.bins
+    """Whether the bins are such as a histogram has: ascending, none empty, the outer ones with the ends in them."""
+    bins, correct, wrong = histogram.bins, histogram.correct, histogram.wrong
     if not len(bins):
         return True
-    occupied = len(bins) <= MAX_BINS and bool((np.diff(bins) > 0).all()) and _positive(histogram)
     first, last = codes(np.array([histogram.low, histogram.high])) >> histogram.level
-    return occupied and bool(first == bins[0]) and bool(last == bins[-1])
-
-
-def _positive(histogram: Histogram) -> bool:
-    counts: tuple[Ints, ...] = (histogram.correct, histogram.wrong, histogram.correct + histogram.wrong - 1)
-    return all(bool((count >= 0).all()) for count in counts)
+    occupied = min(int(count.min()) for count in (correct, wrong, correct + wrong - 1)) >= 0
+    ascending = len(bins) <= MAX_BINS and bool((np.diff(bins) > 0).all())
+    return ascending and occupied and bool(first == bins[0]) and bool(last == bins[-1])
 
 
 def _damaged(path: Path, what: str) -> StorageError:
@@ -373,14 +326,13 @@ class ScoreFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not (self.path / RUN).is_file():
-            raise DataError(f"{self.path} is no folder of scores (it has no {RUN}). Make one with `vilu score`.")
-        self.run = read(self.path / RUN, Run)
-        if not (self.path / MANIFEST).is_file():
-            raise DataError(f"{self.path} is not complete. {AGAIN}: it goes on where it stopped.")
-        manifest = read(self.path / MANIFEST, Manifest)
-        self._receipts = [read_receipt(self.path, self.run, part) for part in self.run.parts]
-        if manifest != Manifest.of(self.run, self._receipts):
+        ScoreLedger.require_begun(self.path)
+        self.run = read_run(self.path)
+        ScoreLedger.require_sealed(self.path)
+        manifest = read_document(self.path / MANIFEST, ScoreManifest)
+        self._ledger = ScoreLedger(self.path, self.run)
+        self._receipts = self._ledger.receipts()
+        if manifest != ScoreManifest.of(self.run, self._receipts):
             raise ProvenanceError(f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}.")
         self.counts: Counts = manifest.counts
 
@@ -392,11 +344,7 @@ class ScoreFolder:
 
     @cached_property
     def histogram(self) -> Histogram:
-        """Correct and wrong answers per bin of the score, of all rows that have a score and a known failure.
-
-        Raises:
-            StorageError: If a file is not the one that its receipt vouches for.
-        """
+        """Correct and wrong answers per bin of the score, of all rows that have a score and a known failure."""
         return Histogram.total(read_histogram(self.path, receipt) for receipt in self._receipts)
 
     def tally(self) -> Tally:
@@ -436,14 +384,8 @@ class ScoreFolder:
         )
 
     def verify(self) -> None:
-        """Read every byte, and compare it with what was written.
-
-        Raises:
-            StorageError: If a file is damaged; the message names it.
-        """
-        for receipt in self._receipts:
-            for name, info in receipt.files.items():
-                require_hash(self.path / name, info)
+        """Read every byte, and compare it with what was written; StorageError names the file that is damaged."""
+        self._ledger.verify()
 
     def _row_ids(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         table, _ = read_table(self.path / name, ())
@@ -461,79 +403,3 @@ def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64
     missing = np.nan if kind == "float64" else UNKNOWN
     numbers = [np.full(len(p), missing) if v is None else v for p, v in zip(parts, found, strict=True)]
     return np.concatenate(numbers)[order]
-
-
-FOLDERS = ("receipts", "histograms", "scores")
-
-
-@contextmanager
-def claim(root: Path) -> Iterator[None]:
-    """Make the folder and hold its lock; the system lets go of it when the process dies.
-
-    Raises:
-        UsageError: If the folder holds something else than scores.
-        BusyError: If another process scores into it.
-        StorageError: If it cannot be made or written to.
-    """
-    make_folder(root)
-    try:
-        foreign = [path.name for path in root.iterdir() if path.name != LOCK and not TEMPORARY.fullmatch(path.name)]
-        if foreign and not (root / RUN).is_file():
-            raise UsageError(
-                f"{root} is not empty ({min(foreign)!r}, ...) and holds no {RUN}, so it is no folder of scores. "
-                "Give a new or an empty folder."
-            )
-    except OSError as error:
-        raise StorageError(f"cannot read {root}: {error.strerror or error}.") from error
-    with locked(root, "scoring into"):
-        yield
-
-
-def begin(root: Path, run: Run, *, overwrite: bool) -> None:
-    """See that the folder, whose lock we hold, is of this run, and remove what a killed one left half-written.
-
-    Raises:
-        DataError: If it is of something else than scores.
-        ProvenanceError: If it is of another run and not to be overwritten.
-        StorageError: If the file system refuses.
-    """
-    if (root / RUN).is_file():
-        found = read(root / RUN, Run)
-        if overwrite and found != run:
-            _clear(root)
-        else:
-            found.require_same(run, root)
-    try:
-        for folder in (root, *(root / name for name in FOLDERS)):
-            folder.mkdir(exist_ok=True)
-            for path in folder.iterdir():
-                if TEMPORARY.fullmatch(path.name):
-                    path.unlink()
-    except OSError as error:
-        raise StorageError(f"cannot prepare {root}: {error.strerror or error}.") from error
-    if not (root / RUN).is_file():
-        write_json(root / RUN, run.model_dump(mode="json"))
-
-
-def unseal(root: Path) -> None:
-    """Mark the folder as not complete.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
-    try:
-        (root / MANIFEST).unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot change {root}: {error.strerror or error}.") from error
-
-
-def _clear(root: Path) -> None:
-    """Remove scores, and nothing else that may lie in the folder; ``run.json`` last, so that a kill leaves a folder."""
-    unseal(root)
-    try:
-        for name in FOLDERS:
-            if (root / name).is_dir():
-                shutil.rmtree(root / name)
-        (root / RUN).unlink()
-    except OSError as error:
-        raise StorageError(f"cannot remove the old scores in {root}: {error.strerror or error}.") from error

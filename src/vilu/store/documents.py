@@ -7,72 +7,26 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Final, Literal, Self
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, prompt_texts
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.space import EmbeddingSpace, digest
-from vilu.errors import ProvenanceError, StorageError
-from vilu.files import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, explain
+from vilu.errors import ProvenanceError
+from vilu.files import Document, Model
+from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
 
-class Document(Model):
-    """A file of the store.
+class StoreDocument(Document):
+    """A file of a store."""
 
-    Attributes:
-        later: Fields that came after the first stores. Unused they are not written, so that documents, and the hashes
-            over them, are what they were before.
-    """
-
-    later: ClassVar[frozenset[str]] = frozenset()
-
-    schema_version: Literal[1] = SCHEMA_VERSION
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if value or name not in self.later}
-
-
-D = TypeVar("D", bound=Document)
-
-
-class _Version(BaseModel):
-    schema_version: int
-
-
-def read_document(path: Path, kind: type[D]) -> D:
-    """A document of the store, checked.
-
-    Raises:
-        StorageError: If the file is missing, too large, or not what it should be.
-        ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
-    """
-    if not path.is_file():
-        raise StorageError(f"{path} is missing. Run `vilu embed` again to complete the store.")
-    try:
-        with path.open("rb") as handle:
-            content = handle.read(MAX_DOCUMENT_BYTES + 1)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
-    if len(content) > MAX_DOCUMENT_BYTES:
-        raise StorageError(f"{path} is larger than {MAX_DOCUMENT_BYTES} bytes, so it is no file of vilu.")
-    try:
-        version = _Version.model_validate_json(content).schema_version
-        if version != SCHEMA_VERSION:
-            raise ProvenanceError(
-                f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
-                "Embed again, or use the vilu that wrote it."
-            )
-        return kind.model_validate_json(content)
-    except ValidationError as error:
-        raise StorageError(f"{path} is damaged: {explain(error)}. Run `vilu embed` again to repair it.") from error
+    again = "Run `vilu embed` again"
 
 
 SMALLEST = 0.5
@@ -118,7 +72,7 @@ def _uniform(seed: int, number: int, key: str) -> tuple[float, float, float, flo
     return float(area), float(left), float(top), float(mirror)
 
 
-RUN, CLASSES, MANIFEST = "run.json", "classes.json", "manifest.json"
+CLASSES = "classes.json"
 TEXT: Final = "text_emb/classes.npy"
 IMAGE: Final = "img_emb"
 """The array of the image embeddings; those of columns have the names of the columns (``vilu.embeddings.columns``)."""
@@ -129,12 +83,13 @@ CAPTION: Final = "text_emb"
 MAX_PARTS = 1_000_000
 """More files than a file system likes; also keeps a forged document from asking for endless work."""
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
+SHARED = ("names", "folders", "templates", "features", "prompts")
+"""What the class table repeats of the run."""
+
 ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection"]
 
 
-class Inputs(Document):
+class Inputs(StoreDocument):
     """Everything that decides what a store holds; its hash is the fingerprint of the run.
 
     Batch size, device and number of threads are not among them: they move a value by rounding only, and a run that
@@ -218,11 +173,7 @@ class Inputs(Document):
         return flat
 
     def require_match(self, other: Inputs, store: Path) -> None:
-        """Refuse to mix the rows of two different runs.
-
-        Raises:
-            ProvenanceError: If anything differs, naming both sides of every difference.
-        """
+        """Refuse to mix the rows of two different runs."""
         mine, theirs = self.identity(), other.identity()
         differences = [
             f"{name} was {mine.get(name)!r:.120} and is now {theirs.get(name)!r:.120}"
@@ -256,7 +207,7 @@ class Run(Inputs):
         return self
 
 
-class Counted(Document):
+class Counted(StoreDocument):
     """Every image that went in came out as a row or as an error.
 
     Attributes:
@@ -278,20 +229,13 @@ class Counted(Document):
         return self
 
 
-class FileInfo(Model):
-    """Size and SHA-256 of a file."""
-
-    bytes: Count
-    sha256: Sha256
-
-
 class ArrayInfo(FileInfo):
-    """The same of a float32 array, and its shape."""
+    """Of a file of a float32 array, with its shape."""
 
     shape: tuple[Count, ...]
 
 
-class Receipt(Counted):
+class Receipt(AnyReceipt, Counted):
     """``receipts/00000.json``, written last of a part: the part exists if and only if this does and the sizes agree.
 
     Attributes:
@@ -317,7 +261,7 @@ class Receipt(Counted):
     source: str = ""
 
 
-class ClassTable(Document):
+class StoredClasses(StoreDocument):
     """``classes.json``: the K candidates and how their texts were made.
 
     Attributes:
@@ -355,13 +299,9 @@ class ClassTable(Document):
     def of(cls, run: Run, text_file: FileInfo, columns: Mapping[ClassColumn, ArrayInfo] | None = None) -> Self:
         """The table of a run whose text embeddings are in a file, and its columns in others."""
         draft = cls.model_construct(
-            names=run.names,
-            folders=run.folders,
-            templates=run.templates,
+            **{name: getattr(run, name) for name in SHARED},
             tokenizer=run.space.tokenizer,
             text_file=text_file,
-            features=run.features,
-            prompts=run.prompts,
             columns=dict(columns or {}),
         )
         return draft.model_copy(update={"hash": draft.digest()})
@@ -389,12 +329,7 @@ logger = logging.getLogger(__name__)
 
 
 def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
-    """The columns (``vilu.embeddings.columns``) of classes and model that a run asks for, float32.
-
-    Raises:
-        UsageError: If a prompt has not exactly one ``{}``.
-        DataError: If a prompt has an unusable embedding.
-    """
+    """The columns (``vilu.embeddings.columns``) of classes and model that a run asks for, float32."""
     columns: dict[ClassColumn, Tensor] = {}
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)

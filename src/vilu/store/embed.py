@@ -5,26 +5,39 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import ValidationError
 
 from vilu.backbones.base import Backbone
-from vilu.backbones.zeroshot import TEMPLATES
-from vilu.datasets.base import ImageDataset
+from vilu.backbones.zeroshot import TEMPLATES, class_texts
+from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
-from vilu.embeddings.checks import check_class_names
-from vilu.errors import DataError, UsageError
+from vilu.embeddings.checks import check_class_names, require_usable
+from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.errors import DataError, StorageError, UsageError, ViLUError
+from vilu.files import RUN, explain, read_document
 from vilu.progress import track
-from vilu.store.documents import Receipt
-from vilu.store.folder import begin, claim, clean, clear, describe, require_room, seal, survey, unseal
+from vilu.store.documents import CLASSES, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
-from vilu.store.parts import Part
+from vilu.store.ledger import content_hash
+from vilu.store.parts import Part, StoreLedger, read_classes, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
+
+PART_IMAGES, PART_SHARDS = 4096, 10
+"""Images or shards per part, unless somebody says otherwise."""
+
+OVERHEAD = 1.05
+"""Of metadata and receipts over the vectors."""
 
 PATIENCE = 600.0
 """Seconds that one of several drivers waits for another one, which may be embedding the texts of many classes."""
@@ -131,34 +144,28 @@ def _drive(
     """Do what is missing and seal the store; whether it was sealed: of several processes only the last one does it."""
     root, patience = job.root, PATIENCE if shared else 0.0
     with ExitStack() as lock:
-        lock.enter_context(claim(root, patience))
+        lock.enter_context(StoreLedger.claim(root, patience))
         if overwrite:
-            clear(root)
+            job.ledger.clear(CLASSES)
         job = replace(job, run=begin(root, job.run, model))
         if not shared:
             forget_attempts(root)
-        missing, receipts = survey(root, job.run, job.dataset)
+        missing, receipts = job.ledger.survey()
         if missing:
-            unseal(root)
-            _require_room(job, missing)
+            job.ledger.unseal()
+            require_room(job, missing)
         if shared:
             lock.close()
         _work(job, executor, missing, receipts)
         if shared:
-            lock.enter_context(claim(root, patience))
-            missing, _ = survey(root, job.run, job.dataset)
+            lock.enter_context(StoreLedger.claim(root, patience))
+            missing, _ = job.ledger.survey()
             if missing:
                 logger.info("%d parts are still missing; the process that ends last seals %s", len(missing), root)
                 return False
-        clean(root)
-        seal(root, job.run, max_error_rate)
+        job.ledger.clean()
+        seal(job.ledger, max_error_rate)
     return True
-
-
-def _require_room(job: EmbedJob, missing: Sequence[Part]) -> None:
-    if not job.run.shards:  # how many images are in them, nobody knows
-        row_bytes = sum(map(math.prod, job.run.arrays.values())) * np.dtype(job.run.dtype).itemsize
-        require_room(job.root, sum(map(len, missing)), row_bytes)
 
 
 def _work(job: EmbedJob, executor: Executor | None, missing: Sequence[Part], done: Sequence[Receipt]) -> None:
@@ -191,24 +198,15 @@ def _check_candidates(
     dataset: ImageDataset, names: Sequence[str], templates: Sequence[str] | None, prompts: Sequence[str]
 ) -> dict[str, object]:
     """Names, templates and prompts of the run."""
-    if not dataset.captioned:
-        checked = _check_classes(dataset, names)
-        return {
-            "names": checked,
-            "templates": TEMPLATES["default"] if templates is None else templates,
-            "prompts": prompts,
-        }
     given = {"names": names, "templates": templates, "prompts": prompts}
     unfit = [name for name, value in given.items() if value]
-    if unfit:
+    if dataset.captioned and unfit:
         raise UsageError(
             f"{dataset.source} has captions, which are the candidates, so it has no classes. Leave out "
             f"{', '.join(unfit)}, or open it without captions."
         )
-    return {"names": (), "templates": (), "prompts": ()}
-
-
-def _check_classes(dataset: ImageDataset, names: Sequence[str]) -> tuple[str, ...]:
+    if dataset.captioned:
+        return dict.fromkeys(given, ())
     folders = dataset.class_names
     if folders is not None and len(folders) != len(names):
         raise DataError(
@@ -216,4 +214,108 @@ def _check_classes(dataset: ImageDataset, names: Sequence[str]) -> tuple[str, ..
         )
     if not names:
         raise DataError("names must have at least one class name. Got none.")
-    return check_class_names(names, len(names)) or ()
+    given["names"] = check_class_names(names, len(names)) or ()
+    return {**given, "templates": TEMPLATES["default"] if templates is None else templates}
+
+
+def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:
+    """The run over a data set with a model."""
+    sharded = isinstance(dataset, ShardedDataset)
+    default = PART_SHARDS if sharded else PART_IMAGES
+    try:
+        inputs = Inputs.model_validate(
+            {
+                "dataset_fingerprint": dataset.fingerprint,
+                "n_in": 0 if sharded else len(dataset),
+                "shards": len(dataset) if sharded else 0,
+                "captions": dataset.captioned,
+                "folders": dataset.class_names,
+                "space": asdict(space),
+                "part_size": default if part_size is None else part_size,
+                **settings,
+            }
+        )
+    except ValidationError as error:
+        raise UsageError(f"cannot embed with these settings: {explain(error)}.") from error
+    source = Path(dataset.source).name or dataset.source
+    return Run(**dict(inputs), fingerprint=digest(inputs.identity()), dataset=source, vilu=version("vilu"))
+
+
+def begin(root: Path, run: Run, backbone: Backbone) -> Run:
+    """Go on with the run that is in the folder, or begin this one; the class texts, if any, are there afterwards.
+
+    Nothing is written before the prompts have been encoded: settings that the model refuses leave no store behind.
+    """
+    if (root / RUN).is_file():
+        earlier = read_document(root / RUN, Run)
+        earlier.require_match(run, root)
+        run = earlier
+    classes = None
+    if not (run.captions or _has_classes(root, run)):
+        text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
+        classes = text, class_columns(backbone, run)
+    StoreLedger(root, run).begin(run, {*StoreLedger.always, *run.arrays})
+    if classes is not None:
+        write_classes(root, run, *classes)
+    return run
+
+
+def require_room(job: EmbedJob, missing: Sequence[Part]) -> None:
+    """Refuse to begin where the disk has less free space than the vectors need, with 5 % for the rest."""
+    if job.run.shards:  # how many images are in them, nobody knows
+        return
+    n_rows, free = sum(map(len, missing)), shutil.disk_usage(job.root).free
+    row_bytes = sum(map(math.prod, job.run.arrays.values())) * np.dtype(job.run.dtype).itemsize
+    needed = int(n_rows * row_bytes * OVERHEAD)
+    if needed > free:
+        raise StorageError(
+            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {job.root}, where {free / 2**20:.1f} MiB are free. "
+            "Make room, or store float16."
+        )
+
+
+def seal(ledger: StoreLedger, max_error_rate: float) -> None:
+    """Write the manifest, if every part is there and few enough images failed; otherwise everything is kept."""
+    root, run, receipts = ledger.root, ledger.run, ledger.receipts()
+    n_in = sum(receipt.n_in for receipt in receipts)
+    errors: Counter[str] = Counter()
+    for receipt in receipts:
+        errors.update(receipt.errors)
+    n_error = errors.total()
+    if n_in and n_error / n_in > max_error_rate:
+        raise DataError(_over_budget(root, n_in, errors, max_error_rate))
+    if not n_in:
+        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=4)
+    ledger.seal(
+        Manifest(
+            **dict(run) | {"n_in": n_in},
+            n_ok=n_in - n_error,
+            n_error=n_error,
+            errors=dict(sorted(errors.items())),
+            parts=len(receipts),
+            classes="" if run.captions else read_classes(root, run)[0].hash,
+            content=content_hash(receipts),
+        )
+    )
+
+
+def _has_classes(root: Path, run: Run) -> bool:
+    if not (root / CLASSES).exists():
+        return False
+    try:
+        read_classes(root, run)
+    except ViLUError as error:
+        logger.warning("the class texts are made again: %s", error)
+        return False
+    return True
+
+
+def _over_budget(root: Path, n_in: int, errors: Counter[str], max_error_rate: float) -> str:
+    n_error = errors.total()
+    share = n_error / n_in
+    kinds = ", ".join(f"{kind} {count}" for kind, count in errors.most_common())
+    return (
+        f"{n_error} of {n_in} images ({share:.2%}) could not be embedded, at most {max_error_rate:.2%} may: "
+        f"{kinds}. They are listed in {root / 'errors'}. The other {n_in - n_error} are kept; to accept that, "
+        f"repeat with --max-error-rate {math.ceil(share * 1000) / 1000:g} (nothing is computed again)."
+    )

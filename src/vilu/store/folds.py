@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.progress import track
-from vilu.store.parts import UNREADABLE_PARQUET
+from vilu.store.parts import or_damaged
 
 Fold = Literal["train", "validation", "test"]
 
@@ -38,23 +38,13 @@ def fold_of(caption: str) -> Fold:
 
 
 def check_fold(fold: str) -> None:
-    """Refuse an unknown fold.
-
-    Raises:
-        UsageError: If it is none of train, validation and test.
-    """
+    """Refuse what is none of train, validation and test."""
     if fold not in get_args(Fold):
         raise UsageError(f"fold must be one of {', '.join(get_args(Fold))}. Got {fold!r} instead.")
 
 
 def rows_of_fold(captions: Iterable[list[str | None]], fold: Fold, n_rows: int) -> NDArray[np.int64]:
-    """(M,) ascending numbers of the rows of a fold.
-
-    Args:
-        captions: Those of all N rows, in blocks; None counts as empty.
-        fold: Which.
-        n_rows: N.
-    """
+    """(M,) ascending numbers of the rows of a fold."""
     found, start = [np.empty(0, np.int64)], 0
     with track("Sorting captions into folds", n_rows, "rows") as task:
         for block in captions:
@@ -66,32 +56,16 @@ def rows_of_fold(captions: Iterable[list[str | None]], fold: Fold, n_rows: int) 
 
 
 def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[list[str | None]]:
-    """The captions of a metadata file, in blocks.
-
-    Args:
-        path: A parquet file.
-        names: Columns that may hold them; the first that is there does.
-        n_rows: Number of rows that it must have.
-
-    Raises:
-        UsageError: If there is no such column: then there are no folds.
-        DataError: If the column is not one of strings.
-        StorageError: If the file cannot be read, or has another number of rows.
-    """
-    found = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            name = _caption_column(path, file.schema_arrow, names)
-            for batch in file.iter_batches(READ_ROWS, columns=[name]):
-                batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
-                found += len(batch)
-                yield batch.column(0).to_pylist()
-    except (UsageError, DataError):
-        raise
-    except UNREADABLE_PARQUET as error:
-        raise StorageError(f"{path} is damaged: {error}. Restore the file, or embed the images again.") from error
+    """The captions of a metadata file of so many rows, in blocks, from the first of the columns that is there."""
+    found, again = 0, "Restore the file, or embed the images again."
+    with or_damaged(path, again), pq.ParquetFile(path) as file:
+        name = _caption_column(path, file.schema_arrow, names)
+        for batch in file.iter_batches(READ_ROWS, columns=[name]):
+            batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+            found += len(batch)
+            yield batch.column(0).to_pylist()
     if found != n_rows:
-        raise StorageError(f"{path} has {found} rows, expected {n_rows}. Restore the file, or embed the images again.")
+        raise StorageError(f"{path} has {found} rows, expected {n_rows}. {again}")
 
 
 def _caption_column(path: Path, schema: pa.Schema, names: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,20 +14,19 @@ import torch
 from numpy.typing import NDArray
 
 from vilu.embeddings.checks import NORM_TOLERANCE
-from vilu.errors import DataError, ViLUError
-from vilu.store.documents import MANIFEST, RUN, Receipt, Run, read_document
+from vilu.errors import ViLUError
+from vilu.files import MANIFEST, RUN, file_hash, read_document
+from vilu.store.documents import Receipt, Run
 from vilu.store.parts import (
     ERRORS,
     SHARD,
     Part,
-    file_hash,
+    StoreLedger,
     map_rows,
     metadata_schema,
-    plan,
     positions,
     read_classes,
     read_columns,
-    read_receipt,
 )
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -75,22 +75,22 @@ class StoreReport:
         self.errors.update(receipt.errors)
         self.bytes += sum(info.bytes for info in receipt.files.values())
 
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """A block in which what is wrong is a finding."""
+        try:
+            yield
+        except ViLUError as error:
+            self.problems.append(str(error))
+
     def __str__(self) -> str:
         run, space = self.run, self.run.space
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
         unfound = "none" if self.deep else "none; --deep reads every byte"
-        kept = {
-            "features": run.features,
-            "views": run.views and run.views.n,
-            "prompts": len(run.prompts),
-        }
+        kept = {"features": run.features, "views": run.views and run.views.n, "prompts": len(run.prompts)}
         columns = ", ".join(f"{name} {size}" for name, size in kept.items() if size)
         n_in = f" of {run.n_in}" if not run.shards else f" from {run.shards} shards"
-        candidates = (
-            {"captions": "one per image"}
-            if run.captions
-            else {"classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}"}
-        )
+        classes = {"classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}"}
         facts = {
             "store": f"{self.store}, {'complete' if self.sealed else 'not complete: run `vilu embed` again'}",
             "images": f"{self.n_in}{n_in} in {self.parts_done} of {self.parts} parts",
@@ -98,7 +98,7 @@ class StoreReport:
             "errors": f"{self.n_error}" + (f" ({kinds})" if kinds else ""),
             "data": f"{run.dataset}, split {run.split or 'not named'}",
             "model": f"{space.backbone}, {space.precision}, logit scale {space.logit_scale:g}",
-            **candidates,
+            **({"captions": "one per image"} if run.captions else classes),
             **({"columns": columns} if columns else {}),
             "fingerprint": run.fingerprint,
             "problems": "".join(f"\n  - {problem}" for problem in self.problems) or unfound,
@@ -123,40 +123,28 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
         ProvenanceError: If another schema wrote it.
     """
     root = Path(path)
-    if not (root / RUN).is_file():
-        raise DataError(f"{root} is no embedding store (it has no {RUN}). Make one with `vilu embed`.")
+    StoreLedger.require_begun(root)
     run = read_document(root / RUN, Run)
-    parts = plan(run)
-    report = StoreReport(root.resolve().name, (root / MANIFEST).exists(), run, len(parts), deep)
-    for part in parts:
+    ledger = StoreLedger(root, run)
+    report = StoreReport(root.resolve().name, (root / MANIFEST).exists(), run, len(ledger.parts), deep)
+    for part in ledger.parts:
         if not report.sealed and not (root / part.receipt).exists():
             continue
-        try:
-            receipt = read_receipt(root, run, part)
+        with report.noting():
+            receipt = ledger.receipt(part)
             report.add(receipt)
             if deep:
-                report.problems += [
-                    *_file_problems(root, run, part, receipt),
-                    *_table_problems(root, run, part, receipt),
-                ]
-        except ViLUError as error:
-            report.problems.append(str(error))
-    try:
-        _open(root, run, whole=report.sealed and not report.problems)
-    except ViLUError as error:
-        report.problems.append(str(error))
+                report.problems += [*_file_problems(ledger, part, receipt), *_table_problems(ledger, part, receipt)]
+    with report.noting():
+        if not run.captions:
+            read_classes(root, run)
+        if report.sealed and not report.problems:  # as those do who use it
+            (CaptionStore if run.captions else EmbeddingStore)(root)
     return report
 
 
-def _open(root: Path, run: Run, *, whole: bool) -> None:
-    """Read what is beside the parts, and if it may be whole, the store as those do who use it."""
-    if not run.captions:
-        read_classes(root, run)
-    if whole:
-        (CaptionStore if run.captions else EmbeddingStore)(root)
-
-
-def _file_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
+def _file_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
+    root, run = ledger.root, ledger.run
     for name, info in receipt.files.items():
         if file_hash(root / name) != info.sha256:
             yield f"{root / name} was changed after it was written: its SHA-256 is not that of its receipt."
@@ -164,7 +152,8 @@ def _file_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterat
         yield from _array_problems(root / part.array(name), name, (receipt.n_ok, *shape), run.dtype)
 
 
-def _table_problems(root: Path, run: Run, part: Part, receipt: Receipt) -> Iterator[str]:
+def _table_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
+    root, run = ledger.root, ledger.run
     names = ["position", "key", "label", *(["caption"] if run.captions else [])]
     good = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
     bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -16,12 +16,11 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
-from vilu.errors import StorageError
+from vilu.files import RUN, or_refuse
 from vilu.progress import Silence, Task
-from vilu.store.documents import RUN, Receipt, Run
-from vilu.store.folder import look_up, shard_fingerprint
+from vilu.store.documents import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
-from vilu.store.parts import SHARD, ErrorRow, Part, PartRows, plan, positions, write_part
+from vilu.store.parts import SHARD, ErrorRow, Part, PartRows, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
 
 MAX_ATTEMPTS = 3
@@ -31,31 +30,21 @@ MESSAGE = f"{MAX_ATTEMPTS} processes died while they worked on the part of this 
 
 
 def attempts(root: Path, part: Part) -> int:
-    """How many processes have begun a part and neither ended it nor failed at it: they died, or are at work.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
-    try:
-        return (root / part.attempts).stat().st_size
-    except FileNotFoundError:
-        return 0
-    except OSError as error:
-        raise StorageError(f"cannot read {root / part.attempts}: {error.strerror or error}.") from error
+    """How many processes have begun a part and neither ended it nor failed at it: they died, or are at work."""
+    path = root / part.attempts
+    with or_refuse(f"read {path}"):
+        try:
+            return path.stat().st_size
+        except FileNotFoundError:
+            return 0
 
 
 def forget_attempts(root: Path) -> None:
-    """Take away all marks: whoever drives a store alone begins anew.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """Take away all marks: whoever drives a store alone begins anew."""
     folder = root / "attempts"
-    try:
+    with or_refuse(f"clean {folder}"):
         for path in folder.iterdir() if folder.is_dir() else ():
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot clean {folder}: {error.strerror or error}.") from error
 
 
 class Marks:
@@ -89,18 +78,11 @@ class Marks:
 
 @contextmanager
 def marking(root: Path) -> Iterator[Marks]:
-    """Marks that are gone after the block, unless the process dies in it.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """Marks that are gone after the block, unless the process dies in it."""
     marks = Marks(root)
     try:
-        yield marks
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        raise StorageError(f"cannot write to {root / 'attempts'}: {error.strerror or error}.") from error
+        with or_refuse(f"write to {root / 'attempts'}"):
+            yield marks
     finally:
         with suppress(OSError):  # a mark too many costs a retry; the exception under way says more
             marks.end_all()
@@ -109,13 +91,7 @@ def marking(root: Path) -> Iterator[Marks]:
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
     """A part without rows: an error row of kind "crash" for every image, of which nothing but the listing is read.
 
-    Where there is no listing, it is a row for every position of the part, or for every shard.
-
-    Args:
-        run: What the store is made from.
-        part: The part.
-        dataset: The images.
-        listing: Whether to try the listing; false where it was tried already and killed the process.
+    Without ``listing``, which was tried already and killed the process, it is a row for every position or shard.
     """
     places = positions(run, part)[:: SHARD if run.shards else 1]
     found = [(place, f"shard {place // SHARD}" if run.shards else f"image {place}") for place in places]
@@ -134,14 +110,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A model by name, for processes that load it themselves; each loads it once.
-
-    Attributes:
-        name: As for ``load_backbone``.
-        device: As for ``load_backbone``.
-        precision: As for ``load_backbone``.
-        models: As for ``load_backbone``; a path that the other processes see too.
-    """
+    """A model by name, for processes that load it themselves; each loads it once."""
 
     name: str
     device: str = "auto"
@@ -160,18 +129,10 @@ def _load(spec: BackboneSpec) -> Backbone:
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """All that a process needs to embed any part of a run. It can be pickled, if its data set and model can.
+    """All that a process needs to embed any part of a run (``embed`` says what it is made of).
 
-    Attributes:
-        root: Folder of the store, begun by ``vilu.store.folder.begin``.
-        run: What the store is made from.
-        dataset: The images.
-        backbone: The model: by name for other processes, or loaded.
-        batch_size: Images per forward pass.
-        workers: Decoding threads; by default one per core.
-        threads: Threads of one tensor operation in the process; None leaves them as they are.
-        strict: Stop at the first bad image.
-        limits: What an image may be.
+    It can be pickled, if its data set and model can. ``threads`` are those of one tensor operation in the process; None
+    leaves them as they are.
     """
 
     root: Path
@@ -184,38 +145,26 @@ class EmbedJob:
     strict: bool = False
     limits: ImageLimits = DEFAULT_LIMITS
 
+    @cached_property
+    def ledger(self) -> StoreLedger:
+        """What is done and to be done."""
+        return StoreLedger(self.root, self.run, self.dataset)
+
     def process(self, part: int) -> Receipt:
         """Embed a part and write it; if it is there already, nothing is computed.
 
         Its bytes depend on its own images, the model and the batch size alone, so any process may do it, at any time,
         and more than once. A part in which ``MAX_ATTEMPTS`` processes died is given up: its images become error rows.
-
-        Args:
-            part: Its number.
-
-        Raises:
-            DataError: If an image is bad and ``strict``, or a label is no class.
-            ProvenanceError: If the model is not the one that the run was begun with.
-            StorageError: If the file system refuses.
-            ValueError: If the data set gives other records than it says.
         """
         (receipt,) = self.process_all([part])
         return receipt
 
     def process_all(self, parts: Sequence[int], progress: Task | None = None) -> Iterator[Receipt]:
-        """The same of some parts, in order; decoding runs ahead over the ends of batches and parts.
-
-        Args:
-            parts: Their numbers.
-            progress: Told of every batch.
-
-        Raises:
-            Exception: As ``process``.
-        """
-        everything, fresh = plan(self.run), []
+        """The same of some parts, in order; decoding runs ahead over the ends of batches and parts."""
+        fresh: list[Part] = []
         progress = progress or Silence()
-        for part in (everything[number] for number in parts):
-            found = look_up(self.root, self.run, part, self.dataset)
+        for part in (self.ledger.parts[number] for number in parts):
+            found = self.ledger.look_up(part)
             deaths = 0 if isinstance(found, Receipt) else attempts(self.root, part)
             if not isinstance(found, Receipt) and not deaths:
                 fresh.append(part)
@@ -247,7 +196,7 @@ class EmbedJob:
         ):
             for part in parts:
                 content = encoder.part(outcomes)
-                receipt = write_part(self.root, self.run, part, content, self.batch_size, sources[part.number])
+                receipt = self.ledger.write_rows(part, content, self.batch_size, sources[part.number])
                 marks.end(part)
                 logger.info(
                     "part %d: %d rows, %d errors, %.1f s", part.number, receipt.n_ok, receipt.n_error, receipt.seconds
@@ -260,16 +209,16 @@ class EmbedJob:
         """The records of all parts, each part with ``END`` after it; its fingerprint is taken before it is read."""
         for part in parts:
             marks.begin(part)
-            sources[part.number] = shard_fingerprint(self.run, part, self.dataset)
+            sources[part.number] = self.ledger.source(part)
             yield from place_records(self.run, part, self.dataset)
             yield END
 
     def _give_up(self, part: Part, deaths: int) -> Receipt:
         with marking(self.root) as marks:
             marks.begin(part)
-            source = shard_fingerprint(self.run, part, self.dataset)
+            source = self.ledger.source(part)
             content = give_up(self.run, part, self.dataset, listing=deaths == MAX_ATTEMPTS)
-            receipt = write_part(self.root, self.run, part, content, self.batch_size, source)
+            receipt = self.ledger.write_rows(part, content, self.batch_size, source)
             marks.end(part)
         logger.warning(
             "part %d was given up after %d processes had died in it: its %d images are counted as errors. "
@@ -300,16 +249,9 @@ class Executor(Protocol):
 
     ``EmbedJob.process`` is deterministic and idempotent, and sets aside a part that keeps killing its process. So an
     executor may do a part twice, at the same time even, and has nothing to do but to try again after a worker's death.
-
-    Attributes:
-        name: Of the executor.
     """
 
     name: str
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipt of each part that it does, as soon as it is done, in any order.
-
-        Raises:
-            ViLUError: What a part raised, or what the executor gave up on. Parts that are done stay done.
-        """
+        """The receipt of each part that it does, as soon as it is done, in any order."""

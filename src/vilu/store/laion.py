@@ -21,11 +21,11 @@ from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.files import or_refuse
 from vilu.progress import track
 from vilu.store.folds import Fold, check_fold, read_captions, rows_of_fold
-from vilu.store.mapped import MappedParts, default_workers, in_threads
-from vilu.store.parts import UNREADABLE_NPY, UNREADABLE_PARQUET
-from vilu.store.reader import MappedPairs
+from vilu.store.mapped import MappedPairs, MappedParts, default_workers, in_threads
+from vilu.store.parts import open_npy, or_damaged
 
 FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
 """Folders of image and caption embeddings, as clip-retrieval and LAION name them."""
@@ -44,13 +44,7 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Shard:
-    """Files whose rows belong together.
-
-    Attributes:
-        image: (n, D) image embeddings.
-        text: (n, D) caption embeddings.
-        metadata: Parquet file with a row for each, if any.
-    """
+    """Files whose rows belong together: (n, D) image and caption embeddings, and a row of metadata for each, if any."""
 
     image: Path
     text: Path
@@ -58,13 +52,7 @@ class Shard:
 
     @cached_property
     def shape(self) -> tuple[int, int]:
-        """(n, D), from the headers of all files.
-
-        Raises:
-            StorageError: If a file is damaged.
-            DataError: If one does not hold a matrix of floats.
-            ProvenanceError: If the files have different numbers of rows, or widths.
-        """
+        """(n, D), from the headers of all files; ProvenanceError if they differ in their rows or widths."""
         shapes = {path: map_matrix(path).shape for path in (self.image, self.text)}
         counts = {path: shape[0] for path, shape in shapes.items()}
         if self.metadata is not None:
@@ -82,17 +70,8 @@ class Shard:
 
 
 def map_matrix(path: Path) -> NDArray[np.floating]:
-    """The matrix in a ``.npy`` file, memory-mapped; float16 or float32 of any byte order.
-
-    Raises:
-        StorageError: If the file is damaged, or longer or shorter than its header says.
-        DataError: If it is no C-order matrix of such numbers.
-    """
-    try:
-        rows = np.lib.format.open_memmap(path, mode="r")
-        n_bytes = path.stat().st_size - rows.offset
-    except UNREADABLE_NPY as error:
-        raise StorageError(f"{path} is damaged: {error}. Fetch or write it again.") from error
+    """The matrix in a ``.npy`` file, memory-mapped; float16 or float32 of any byte order."""
+    rows, n_bytes = open_npy(path, "Fetch or write it again.")
     if rows.dtype.kind != "f" or rows.dtype.itemsize not in (2, 4) or rows.ndim != 2 or not rows.shape[1]:
         raise DataError(
             f"{path} must be a matrix (rows, width) of float16 or float32. Got {rows.dtype} of shape {rows.shape}."
@@ -105,11 +84,7 @@ def map_matrix(path: Path) -> NDArray[np.floating]:
 
 
 def find_shards(root: Path) -> list[Shard]:
-    """The shards of a folder, by number.
-
-    Raises:
-        DataError: If there are none, a file has no partner, or two have the same number.
-    """
+    """The shards of a folder, by number; DataError if there are none, or not every file has its partner."""
     for image, text in FILES:
         if (root / image).is_file() and (root / text).is_file():
             return [Shard(root / image, root / text, None)]
@@ -159,18 +134,13 @@ def _numbered(folder: Path, suffix: str) -> dict[int, Path]:
 def _entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
-    try:
+    with or_refuse(f"read {folder}"):
         return sorted(folder.iterdir())
-    except OSError as error:
-        raise StorageError(f"cannot read {folder}: {error.strerror}.") from error
 
 
 def _count_parquet(path: Path) -> int:
-    try:
-        with pq.ParquetFile(path) as file:
-            return int(file.metadata.num_rows)
-    except UNREADABLE_PARQUET as error:
-        raise StorageError(f"{path} is damaged: {error}. Fetch it again.") from error
+    with or_damaged(path, "Fetch it again."), pq.ParquetFile(path) as file:
+        return int(file.metadata.num_rows)
 
 
 CAPTIONS = ("caption", "TEXT")

@@ -1,4 +1,4 @@
-"""Parts of a store, mapped into memory and read by several threads."""
+"""Rows in files as a source: mapped into memory part by part, and read by several threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import TypeVar, overload
 
 import numpy as np
@@ -18,7 +19,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.checks import SHORT_POOL, VALID
+from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
+from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,10 +60,14 @@ def _stay_on_one_core() -> None:
     threadpool_limits(1, user_api="openmp")
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers() -> int:
-    """Decoding threads: one per core that this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 16)
+    """Decoding threads: one per core, at most 16."""
+    return min(cores(), 16)
 
 
 OPEN_PARTS = 256
@@ -103,11 +111,7 @@ class MappedParts:
         return int(self.starts[-1])
 
     def take(self, name: str, index: Tensor) -> Tensor:
-        """(B, ...) float32 rows ``index`` (int64) of an array.
-
-        Raises:
-            IndexError: If an index is not in 0 ... N-1.
-        """
+        """(B, ...) float32 rows ``index`` (int64) of an array."""
         wanted = index.numpy()
         if wanted.size and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {wanted.min()} to {wanted.max()}.")
@@ -166,14 +170,68 @@ class MappedSource(EmbeddingSource):
         return torch.cat([group[torch.randperm(len(group), generator=generator)] for group in groups])
 
 
-class PartStrings(Sequence[str]):
-    """A string for every row, read part by part when asked for.
+class MappedPairs(PairSource, MappedSource):
+    """Pairs in memory-mapped parts: nothing of the vectors is in memory but what a batch or a block needs.
 
-    Args:
-        starts: As in ``MappedParts``.
-        read: Number of a part -> its strings.
-        rows: The rows that are part of the sequence, ascending; None for all.
+    Per row there are its place in the order of the pools and in the fold (8 bytes each) and its status (1 byte). Rows
+    that fill no last pool have the status "short_pool". Hard pools are made of blocks of rows (``PairSource``).
     """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: MappedParts,
+        arrays: tuple[str, str],
+        space: EmbeddingSpace,
+        pools: Pools,
+        chosen: NDArray[np.int64] | None,
+    ) -> None:
+        self.path, self.space, self.pools = path, space, pools
+        self.pool_size = pools.size
+        self._rows, self._arrays = rows, arrays
+        self._chosen = None if chosen is None else torch.from_numpy(chosen)
+        n_rows = len(rows) if chosen is None else len(chosen)
+        # a target is a candidate of a pool, so only batches know it; one number stands for all rows
+        self.target = torch.tensor(UNKNOWN).expand(n_rows)
+
+    def picture_rows(self, index: Tensor) -> Tensor:
+        """(B, D) float32 unit-norm image embeddings."""
+        return self._take(self._arrays[0], index)
+
+    def caption_rows(self, index: Tensor) -> Tensor:
+        """(B, D) float32 unit-norm caption embeddings."""
+        return self._take(self._arrays[1], index)
+
+    @cached_property
+    def usable_rows(self) -> Tensor:
+        """(M,) positions of the usable rows that fill pools, in the order of the pools."""
+        usable = self.pair_rows
+        require_full_pools(len(usable), self.pools.size, str(self.path))
+        return self._order(usable)
+
+    @property
+    def pair_rows(self) -> Tensor:
+        """(M,) positions of the usable rows, ascending."""
+        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
+
+    @cached_property
+    def status(self) -> NDArray[np.uint8]:
+        """(N,) status of the rows; it takes the order of the pools to know it."""
+        status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
+        status[self.usable_rows.numpy()] = VALID
+        return status
+
+    @cached_property
+    def _row_status(self) -> NDArray[np.uint8]:
+        """(N,) status of the embeddings themselves."""
+        return np.broadcast_to(np.uint8(VALID), len(self))
+
+    def _take(self, name: str, index: Tensor) -> Tensor:
+        return self._rows.take(name, index if self._chosen is None else self._chosen[index])
+
+
+class PartStrings(Sequence[str]):
+    """A string for every row, read part by part when asked for."""
 
     def __init__(
         self, starts: NDArray[np.int64], read: Callable[[int], pa.Array], rows: NDArray[np.int64] | None = None

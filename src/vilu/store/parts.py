@@ -1,15 +1,16 @@
-"""Parts of a store: what is in one, how it is written, what its receipt says."""
+"""Parts of a store: what is in one, how it is written and read, and the classes beside them."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tokenize import TokenError
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,25 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
-from vilu.embeddings.space import digest
-from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files import atomic_write, make_folder, write_json
+from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
+from vilu.files import RUN, file_hash, make_folder, read_document
 from vilu.store.documents import (
     CLASSES,
     IMAGE,
-    RUN,
+    SHARED,
     TEXT,
     ArrayInfo,
     ClassColumn,
-    ClassTable,
-    FileInfo,
     Inputs,
     Receipt,
     Run,
-    read_document,
+    StoredClasses,
 )
+from vilu.store.ledger import Ledger, write_hashed
 
 SHARD = 2**32
 """Positions of each shard: an image's is the number of its shard times this, plus its number there."""
@@ -47,12 +47,6 @@ class Part:
     """Images ``start`` ... ``stop - 1`` of the data set, or the images of so many shards; and what is kept of them.
 
     File names follow LAION's layout, so its tools read the vectors and the metadata as they are.
-
-    Attributes:
-        number: Of the part.
-        start: Position of its first image, or number of its first shard.
-        stop: Position after its last image, or number after its last shard.
-        arrays: What is kept of each image, by name (``Inputs.arrays``).
     """
 
     number: int
@@ -106,80 +100,87 @@ def positions(run: Inputs, part: Part) -> range:
     return range(part.start * SHARD, part.stop * SHARD) if run.shards else range(part.start, part.stop)
 
 
-def read_receipt(root: Path, run: Run, part: Part) -> Receipt:
-    """The receipt of a part that is there in full.
+class StoreLedger(Ledger[Part, Receipt]):
+    """What is to be done and done in the folder of a store; ``data`` are the images, for those who embed."""
 
-    Raises:
-        StorageError: If the receipt or one of its files is missing or has another size than it vouches for.
-        ProvenanceError: If it belongs to another run.
-    """
-    path = root / part.receipt
-    receipt = read_document(path, Receipt)
-    if receipt.fingerprint != run.fingerprint:
-        raise ProvenanceError(
-            f"{path} belongs to run {receipt.fingerprint}, the store to run {run.fingerprint}. "
-            "Run `vilu embed` again to redo the part."
+    what, command, doing = "embedding store", "vilu embed", "embedding into"
+    always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
+    folders = (*always, "features", "views", "columns")
+
+    def __init__(self, root: Path, run: Run, data: ImageDataset | None = None) -> None:
+        super().__init__(root, run.fingerprint, plan(run), Receipt)
+        self.run, self.data = run, data
+
+    def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """Number, bounds and images; how many images shards hold, only the receipt knows."""
+        n_in = receipt.n_in if self.run.shards else len(part)
+        found = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
+        return found, (part.number, part.start, part.stop, n_in)
+
+    def look_up(self, part: Part) -> Receipt | str:
+        """The receipt of a part that is there in full, and of shards as they are now; or else what it lacks."""
+        found = super().look_up(part)
+        stale = isinstance(found, Receipt) and found.source != self.source(part)
+        return "its shards have changed" if stale else found
+
+    def source(self, part: Part) -> str:
+        """Fingerprint of the shards of a part as they are now; empty where parts are made of images."""
+        return cast("ShardedDataset", self.data).shard_fingerprint(part.start, part.stop) if self.run.shards else ""
+
+    def write_rows(self, part: Part, content: PartRows, batch_size: int, source: str) -> Receipt:
+        """Write what became of the images of a part, with the fingerprint of the shards that they were read from."""
+        run, n_ok, n_error = self.run, len(content.rows), len(content.errors)
+        payloads = {
+            part.array(name): _npy(_rows(name, content.arrays.get(name, []), (n_ok, *shape), run.dtype))
+            for name, shape in run.arrays.items()
+        }
+        payloads[part.metadata] = _parquet(content.rows, metadata_schema(run))
+        payloads[part.errors] = _parquet(content.errors, ERRORS)
+        return self.write(
+            part,
+            payloads,
+            lambda files: Receipt(
+                fingerprint=run.fingerprint,
+                part=part.number,
+                start=part.start,
+                stop=part.stop,
+                n_in=n_ok + n_error,
+                n_ok=n_ok,
+                n_error=n_error,
+                errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
+                files=files,
+                batch_size=batch_size,
+                seconds=round(time.monotonic() - content.started, 3),
+                source=source,
+            ),
         )
-    n_in = receipt.n_in if run.shards else len(part)  # how many images shards hold, only the receipt knows
-    found = (receipt.part, receipt.start, receipt.stop, receipt.n_in, tuple(receipt.files))
-    expected = (part.number, part.start, part.stop, n_in, part.files)
-    if found != expected:
-        raise StorageError(f"{path} is damaged: it describes {found}, expected {expected}. Run `vilu embed` again.")
-    for name, info in receipt.files.items():
-        require_size(root / name, info.bytes)
-    return receipt
 
 
-def content_hash(receipts: Iterable[Receipt]) -> str:
-    """Hash over the hashes of every file of every part, in order."""
-    return digest([info.sha256 for receipt in receipts for info in receipt.files.values()])
+INT8, INT32, INT64, STRING = pa.int8(), pa.int32(), pa.int64(), pa.string()
+OPTIONAL = {"label", "exif_orientation", "exception", "bytes"}
 
 
-def require_size(path: Path, size: int) -> None:
-    """Refuse a file of another size.
-
-    Raises:
-        StorageError: If it is missing or longer or shorter.
-    """
-    found = path.stat().st_size if path.is_file() else None
-    if found != size:
-        state = "is missing" if found is None else f"has {found} bytes"
-        raise StorageError(f"{path} {state}, its receipt says {size} bytes. Run `vilu embed` again to redo the part.")
+def _schema(kinds: Mapping[str, pa.DataType]) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=name in OPTIONAL) for name, kind in kinds.items()])
 
 
-METADATA = pa.schema(
-    [
-        pa.field("position", pa.int64(), nullable=False),
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("label", pa.int32()),
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("height", pa.int32(), nullable=False),
-        pa.field("n_frames", pa.int32(), nullable=False),
-        pa.field("exif_orientation", pa.int8()),
-        pa.field("flags", pa.int32(), nullable=False),
-    ]
+METADATA = _schema(
+    {"position": INT64, "key": STRING, "label": INT32, "width": INT32, "height": INT32, "n_frames": INT32}
+    | {"exif_orientation": INT8, "flags": INT32}
 )
 """Of each row. ``position`` is that of the image in the data set, not the number of the row: the latter depends on how
 many images fail in earlier parts, which a part that is written alone cannot know. The reader counts rows."""
 
-CAPTION_FIELD = pa.field("caption", pa.string(), nullable=False)
+CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 """Of each row too where images have captions."""
 
-ERRORS = pa.schema(
-    [
-        pa.field("key", pa.string(), nullable=False),
-        pa.field("position", pa.int64(), nullable=False),
-        pa.field("stage", pa.string(), nullable=False),
-        pa.field("kind", pa.string(), nullable=False),
-        pa.field("exception", pa.string()),
-        pa.field("message", pa.string(), nullable=False),
-        pa.field("bytes", pa.int64()),
-    ]
+ERRORS = _schema(
+    {"key": STRING, "position": INT64, "stage": STRING, "kind": STRING}
+    | {"exception": STRING, "message": STRING, "bytes": INT64}
 )
 """Of each image without a row; ``bytes`` is its encoded size where it could be read."""
 
-SHARED = ("names", "folders", "templates", "features", "prompts")
-"""What the class table repeats of the run."""
+REDO = "Run `vilu embed` again to redo the part."
 
 UNREADABLE_NPY = (OSError, ValueError, OverflowError, SyntaxError, TokenError, RecursionError, MemoryError)
 """What numpy raises on a damaged or hostile file (the last four from parsing its header as a Python literal)."""
@@ -193,61 +194,58 @@ def metadata_schema(run: Inputs) -> pa.Schema:
     return METADATA.append(CAPTION_FIELD) if run.captions else METADATA
 
 
-def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
-    """The rows of a ``.npy`` file, memory-mapped: nothing but the header is read.
-
-    Raises:
-        StorageError: If the file is no C-order array of this shape and dtype, or is longer or shorter than that.
-    """
+@contextmanager
+def or_damaged(path: Path, hint: str, kinds: tuple[type[Exception], ...] = UNREADABLE_PARQUET) -> Iterator[None]:
+    """A block in which exceptions of these kinds become a ``StorageError`` that says so of the file."""
     try:
+        yield
+    except ViLUError:
+        raise
+    except kinds as error:
+        raise StorageError(f"{path} is damaged: {error}. {hint}") from error
+
+
+def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
+    """A ``.npy`` file, memory-mapped (nothing but the header is read), and how many bytes follow its header."""
+    with or_damaged(path, hint, UNREADABLE_NPY):
         rows = np.lib.format.open_memmap(path, mode="r")
-        size = path.stat().st_size
-    except UNREADABLE_NPY as error:
-        raise StorageError(f"{path} is damaged: {error}. Run `vilu embed` again to redo the part.") from error
-    found = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, size - rows.offset)
+        return rows, path.stat().st_size - rows.offset
+
+
+def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:
+    """The rows of an array of the store; StorageError if it is no C-order array of just this shape and dtype."""
+    rows, n_bytes = open_npy(path, REDO)
+    found = (rows.shape, rows.dtype.str, rows.flags.c_contiguous, n_bytes)
     expected = (shape, np.dtype(dtype).newbyteorder("<").str, True, rows.nbytes)
     if found != expected:
         raise StorageError(
             f"{path} has (shape, dtype, C order, bytes of data) {found}, the documents of the store say {expected}. "
-            "Run `vilu embed` again to redo the part."
+            f"{REDO}"
         )
     return rows
 
 
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
-    """Some columns of a parquet file.
-
-    Raises:
-        StorageError: If it cannot be read, has another number of rows, or its columns are not those of the schema.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            found = file.metadata.num_rows
-            table = file.read(columns=list(names)) if found == n_rows else None
-        if table is not None:
+    """Some columns of a parquet file; StorageError if it has other rows, or its columns are not those of the schema."""
+    with or_damaged(path, REDO), pq.ParquetFile(path) as file:
+        found, table = file.metadata.num_rows, None
+        if found == n_rows:
+            table = file.read(columns=list(names))
             table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
             found = len(table)
-    except UNREADABLE_PARQUET as error:
-        raise StorageError(f"{path} is damaged: {error}. Run `vilu embed` again to redo the part.") from error
     if table is None or found != n_rows:
-        raise StorageError(f"{path} has {found} rows, expected {n_rows}. Run `vilu embed` again to redo the part.")
+        raise StorageError(f"{path} has {found} rows, expected {n_rows}. {REDO}")
     expected = pa.schema([schema.field(name) for name in names])
     if not table.schema.equals(expected):
         raise StorageError(
-            f"{path} has columns {table.schema.to_string()!r}, expected {expected.to_string()!r}. "
-            "Run `vilu embed` again to redo the part."
+            f"{path} has columns {table.schema.to_string()!r}, expected {expected.to_string()!r}. {REDO}"
         )
     return table
 
 
-def read_classes(root: Path, run: Run) -> tuple[ClassTable, Tensor]:
-    """The class table of a run and its (K, D) float32 text embeddings.
-
-    Raises:
-        StorageError: If a file is missing or damaged.
-        ProvenanceError: If they belong to another run.
-    """
-    table = read_document(root / CLASSES, ClassTable)
+def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
+    """The class table of a run and its (K, D) float32 text embeddings."""
+    table = read_document(root / CLASSES, StoredClasses)
     if any(getattr(run, name) != getattr(table, name) for name in SHARED):
         raise ProvenanceError(f"{root / CLASSES} holds other classes, templates or columns than {root / RUN}.")
     rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
@@ -272,19 +270,6 @@ def _check_shape(root: Path, run: Run, name: ClassColumn, info: ArrayInfo) -> No
     if info.shape[: len(fixed)] != fixed or len(info.shape) != COLUMNS[name][0]:
         raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
     map_rows(column_path(root, name), info.shape, "float32")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        StorageError: If it cannot be read.
-    """
-    try:
-        with path.open("rb") as handle:
-            return hashlib.file_digest(handle, "sha256").hexdigest()
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
 
 
 MESSAGE_LENGTH = 300
@@ -320,14 +305,7 @@ class ErrorRow:
 
 @dataclass
 class PartRows:
-    """What becomes of the images of a part, before it is written.
-
-    Attributes:
-        arrays: What is kept of the good images, by name: (n, ...) blocks in order, in the store's number format.
-        rows: Their metadata.
-        errors: The other images.
-        started: Clock reading when the part was begun.
-    """
+    """What becomes of the images of a part: of the good ones (n, ...) blocks of what is kept, by name, and metadata."""
 
     arrays: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
@@ -335,52 +313,8 @@ class PartRows:
     started: float = field(default_factory=time.monotonic)
 
 
-def write_part(root: Path, run: Run, part: Part, content: PartRows, batch_size: int, source: str = "") -> Receipt:
-    """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part.
-
-    Args:
-        root: The store.
-        run: What it is made from.
-        part: The part.
-        content: What became of its images.
-        batch_size: Images per forward pass.
-        source: Fingerprint of the shards that it was made from, if it was.
-
-    Raises:
-        DataError: If a number is too large for the store's number format.
-        StorageError: If the file system refuses.
-    """
-    payloads = {
-        part.array(name): _npy(_rows(name, content.arrays.get(name, []), (len(content.rows), *shape), run.dtype))
-        for name, shape in run.arrays.items()
-    }
-    payloads[part.metadata] = _parquet(content.rows, metadata_schema(run))
-    payloads[part.errors] = _parquet(content.errors, ERRORS)
-    files = {name: write_hashed(root / name, payloads[name]) for name in part.files}
-    receipt = Receipt(
-        fingerprint=run.fingerprint,
-        part=part.number,
-        start=part.start,
-        stop=part.stop,
-        n_in=len(content.rows) + len(content.errors),
-        n_ok=len(content.rows),
-        n_error=len(content.errors),
-        errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
-        files=files,
-        batch_size=batch_size,
-        seconds=round(time.monotonic() - content.started, 3),
-        source=source,
-    )
-    write_json(root / part.receipt, receipt.model_dump(mode="json"))
-    return receipt
-
-
 def write_classes(root: Path, run: Run, text: Tensor, columns: Mapping[ClassColumn, Tensor]) -> None:
-    """Write the (K, D) float32 text embeddings and the columns, then the class table that vouches for them.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """Write the (K, D) float32 text embeddings and the columns, then the class table that vouches for them."""
     info = write_hashed(root / TEXT, _npy(text.numpy().astype("<f4")))
     files: dict[ClassColumn, ArrayInfo] = {}
     for name, values in columns.items():
@@ -388,14 +322,7 @@ def write_classes(root: Path, run: Run, text: Tensor, columns: Mapping[ClassColu
         make_folder(path.parent)
         written = write_hashed(path, _npy(np.ascontiguousarray(values.numpy(), dtype="<f4")))
         files[name] = ArrayInfo(**dict(written), shape=tuple(values.shape))
-    write_json(root / CLASSES, ClassTable.of(run, info, files).model_dump(mode="json"))
-
-
-def write_hashed(path: Path, payload: memoryview) -> FileInfo:
-    """Write a file atomically; its size and hash are of what was meant to be written."""
-    with atomic_write(path) as handle:
-        handle.write(payload)
-    return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+    StoredClasses.of(run, info, files).write(root / CLASSES)
 
 
 def _rows(name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: str) -> NDArray[np.floating]:

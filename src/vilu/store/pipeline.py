@@ -31,14 +31,7 @@ END: Final = None
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image ready for the model.
-
-    Attributes:
-        row: Its metadata.
-        pixels: (3, H, W) float32.
-        bytes: Its encoded size.
-        views: Pixels of its augmented views.
-    """
+    """An image ready for the model: its metadata, (3, H, W) float32 pixels, encoded size, and pixels of its views."""
 
     row: Row
     pixels: Tensor
@@ -48,15 +41,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads, decodes and preprocesses one image; what is wrong with an image is a result, not an exception.
-
-    Attributes:
-        preprocess: Of the model.
-        limits: What an image may be.
-        n_classes: K.
-        views: Augmented views to make of each image, if any.
-        captions: Whether each image must have a caption.
-    """
+    """Reads, decodes and preprocesses one image; what is wrong with an image is a result, not an exception."""
 
     preprocess: Callable[[Image.Image], Tensor]
     limits: ImageLimits
@@ -65,11 +50,7 @@ class Decoder:
     captions: bool = False
 
     def __call__(self, item: tuple[int, ImageRecord] | None) -> Decoded | ErrorRow | None:
-        """The outcome for the image at a position; of ``END`` itself.
-
-        Raises:
-            DataError: If its label is not one of the classes.
-        """
+        """The outcome for the image at a position; of ``END`` itself. DataError if its label is no class."""
         return END if item is END else self._decode(*item)
 
     def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
@@ -86,15 +67,9 @@ class Decoder:
             image = read_image(replace(record, read=read), self.limits)
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
-            return ErrorRow(
-                key=record.key,
-                position=position,
-                stage=error.stage,
-                kind=error.kind,
-                exception=type(error.__cause__ or error).__name__,
-                message=str(error)[:MESSAGE_LENGTH],
-                bytes=sizes[0] if sizes else None,
-            )
+            cause, size = type(error.__cause__ or error).__name__, sizes[0] if sizes else None
+            message = str(error)[:MESSAGE_LENGTH]
+            return ErrorRow(record.key, position, error.stage, error.kind, cause, message, size)
         row = Row(
             position=position,
             key=record.key,
@@ -112,11 +87,7 @@ class Decoder:
 
 
 def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple[int, ImageRecord]]:
-    """The records of a part with their positions.
-
-    Raises:
-        ValueError: If the data set gives more or fewer images than it says, or of shards wrong positions.
-    """
+    """The records of a part with their positions; ValueError if there are others than the data set says."""
     places = positions(run, part)
     records = dataset.records(part.start, part.stop)
     if not run.shards:
@@ -135,17 +106,10 @@ def place_records(run: Run, part: Part, dataset: ImageDataset) -> Iterator[tuple
 
 @dataclass
 class Encoder:
-    """Runs the model over decoded images, and keeps the bad ones apart.
+    """Runs the model over decoded images, and keeps the bad ones apart, or raises on the first where it is ``strict``.
 
-    Attributes:
-        backbone: The model.
-        batch_size: Consecutive positions per forward pass. A batch never reaches over the end of a part and a bad image
-            leaves its place empty, so that a part redone alone meets the same batches and gives the same bytes.
-        strict: Raise on the first bad image.
-        task: Told of every batch.
-        arrays: What to keep of an image, by name and shape (``Inputs.arrays``).
-        dtype: Number format of what is kept (``Inputs.dtype``); what is too large for it becomes infinite.
-        n_errors: Bad images so far.
+    A batch never reaches over the end of a part and a bad image leaves its place empty, so that a part redone alone
+    meets the same batches and gives the same bytes. What is too large for ``dtype`` becomes infinite.
     """
 
     backbone: Backbone
@@ -157,12 +121,7 @@ class Encoder:
     n_errors: int = 0
 
     def part(self, outcomes: Iterator[Decoded | ErrorRow | None]) -> PartRows:
-        """Take the outcomes up to the next ``END``.
-
-        Raises:
-            DataError: If ``strict`` and an image is bad.
-            ProvenanceError: If the model's output is not as wide as its space says.
-        """
+        """Take the outcomes up to the next ``END``; DataError if ``strict`` and an image is bad."""
         content = PartRows()
         part: Iterator[Decoded | ErrorRow] = iter(outcomes.__next__, None)  # which is END
         # the batch has no name here: it is freed before the next one is gathered
@@ -179,9 +138,11 @@ class Encoder:
             usable, number_format = torch.from_numpy(status == VALID), getattr(torch, self.dtype)
             for name, rows in arrays.items():
                 content.arrays.setdefault(name, []).append(rows[usable].to(number_format))
-            rows_of_good = zip(self._rows(good), status, strict=True)
-            content.rows += [row for row, code in rows_of_good if code == VALID]
-            bad += [_unusable(outcome, STATUS[code]) for outcome, code in zip(good, status, strict=True) if code]
+            for row, image, code in zip(self._rows(good), good, status, strict=True):
+                if code == VALID:
+                    content.rows.append(row)
+                else:
+                    bad.append(_unusable(image, STATUS[code]))
         if bad and self.strict:
             first = min(bad, key=lambda error: error.position)
             raise DataError(
@@ -203,24 +164,13 @@ class Encoder:
         ]
 
     def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
-        """What to keep of some images, by name, and the worst status (``validate.STATUS``) of each."""
-        arrays: dict[str, Tensor] = {}
-        pixels = torch.stack([image.pixels for image in batch])
-        if "features" in self.arrays:
-            image, arrays["features"] = self.backbone.encode_images_and_features(pixels)
-        else:
-            image = self.backbone.encode_images(pixels)
-        arrays[IMAGE], status = unit_rows(image, "image")
-        if CAPTION in self.arrays:
-            text = self.backbone.encode_texts([image.row.caption or "" for image in batch])
-            arrays[CAPTION], code = unit_rows(text, "caption")
-            status = np.maximum(status, code)
-        # one view of every image at a time: no forward pass is larger than that of the images
-        views = [self.backbone.encode_images(torch.stack(view)) for view in zip(*(i.views for i in batch), strict=True)]
-        if views:
-            usable = [unit_rows(rows, "view") for rows in views]
-            arrays["views"] = torch.stack([rows for rows, _ in usable], dim=1)
-            status = np.maximum.reduce([status, *(code for _, code in usable)])
+        """What to keep of some images, by name, and the worst status (``checks.STATUS``) of each."""
+        arrays = self._forward(batch)
+        status = np.full(len(batch), VALID, dtype=np.uint8)
+        for name, kind in ((IMAGE, "image"), (CAPTION, "caption"), ("views", "view")):
+            if name in arrays:
+                arrays[name], worst = _unit(arrays[name], kind)
+                status = np.maximum(status, worst)
         for name, shape in self.arrays.items():
             rows = arrays[name]
             if rows.shape != (len(batch), *shape):
@@ -230,6 +180,29 @@ class Encoder:
                 )
             status[~torch.isfinite(rows).flatten(1).all(dim=1).numpy()] = NONFINITE
         return arrays, status
+
+    def _forward(self, batch: Sequence[Decoded]) -> dict[str, Tensor]:
+        """(B, ...) outputs of the model by name, as it gives them."""
+        model, arrays = self.backbone, dict[str, Tensor]()
+        pixels = torch.stack([image.pixels for image in batch])
+        if "features" in self.arrays:
+            arrays[IMAGE], arrays["features"] = model.encode_images_and_features(pixels)
+        else:
+            arrays[IMAGE] = model.encode_images(pixels)
+        if CAPTION in self.arrays:
+            arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
+        if "views" in self.arrays:  # one of every image at a time: no forward pass is larger than that of the images
+            views = zip(*(image.views for image in batch), strict=True)
+            arrays["views"] = torch.stack([model.encode_images(torch.stack(view)) for view in views], dim=1)
+        return arrays
+
+
+def _unit(rows: Tensor, kind: str) -> tuple[Tensor, NDArray[np.uint8]]:
+    """Rows (B, D), or (B, V, D) of several views, of unit norm, and the worst status of each image."""
+    if rows.ndim != 3:
+        return unit_rows(rows, kind)
+    each, status = zip(*(unit_rows(view.contiguous(), kind) for view in rows.unbind(1)), strict=True)
+    return torch.stack(each, dim=1), np.maximum.reduce(status)
 
 
 def _unusable(image: Decoded, kind: str) -> ErrorRow:

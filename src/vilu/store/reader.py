@@ -1,9 +1,9 @@
-"""Reading a sealed store."""
+"""Embeddings on disk as a source: a sealed store, or what another tool wrote."""
 
 from __future__ import annotations
 
 import os
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -12,75 +12,82 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import SHORT_POOL, VALID
 from vilu.embeddings.columns import check_columns
-from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
-from vilu.embeddings.source import UNKNOWN, Candidates
-from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.store.documents import CAPTION, IMAGE, MANIFEST, RUN, ClassColumn, ClassTable, Manifest, read_document
+from vilu.embeddings.pairs import Pools
+from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.files import MANIFEST, RUN, read_document
+from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, check_fold, read_captions, rows_of_fold
-from vilu.store.mapped import MappedParts, MappedSource, PartStrings
-from vilu.store.parts import (
-    METADATA,
-    Part,
-    column_path,
-    content_hash,
-    map_rows,
-    plan,
-    read_classes,
-    read_columns,
-    read_receipt,
-)
+from vilu.store.laion import LaionPairs, find_shards
+from vilu.store.ledger import content_hash
+from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
+from vilu.store.parts import METADATA, Part, StoreLedger, column_path, map_rows, read_classes, read_columns
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    pools: Pools | None = None,
+    fold: Fold | None = None,
+    logit_scale: float | None = None,
+) -> EmbeddingSource:
+    """A store of classes or of captions, or embeddings of image-caption pairs that another tool wrote.
+
+    Args:
+        path: A folder that ``vilu embed`` wrote, or one in a layout of ``LaionPairs``.
+        pools: What captions are matched against; by default pools of 1024.
+        fold: Only the pairs whose caption is in this fold: "train", "validation" or "test".
+        logit_scale: Multiplier of the cosine, where the folder does not know it.
+
+    Raises:
+        UsageError: If an argument is given that the data do not take, or the logit scale is missing.
+        DataError: If the folder is none of these, or not complete.
+        StorageError: If a file is missing or damaged; the message names it.
+        ProvenanceError: If files do not belong together.
+    """
+    root = Path(path)
+    if not (root / RUN).is_file():
+        if logit_scale is None:
+            find_shards(root)  # a folder of another kind is told so first
+            raise UsageError(
+                f"{root} does not say which model made it. Give logit_scale, the multiplier of its cosines: "
+                "100 for OpenAI's CLIP, for others the exponential of the learned parameter."
+            )
+        return LaionPairs(root, pools, logit_scale=logit_scale, fold=fold)
+    if logit_scale is not None:
+        raise UsageError(f"{root} is a store, which knows the logit scale of its model. Leave logit_scale out.")
+    if read_document(root / RUN, Run).captions:
+        return CaptionStore(root, pools, fold)
+    if pools is not None or fold is not None:
+        raise UsageError(f"{root} is a store of classes: there are no captions for pools or folds. Leave them out.")
+    return EmbeddingStore(root)
 
 
 class Sealed:
-    """Everything of a complete store but its classes; documents, sizes, shapes and numbers of rows are checked.
-
-    Args:
-        path: The folder that ``vilu embed`` wrote.
-
-    Attributes:
-        path: The folder.
-        manifest: What made it.
-        parts: Its parts.
-        rows: Their rows, by the name of the array.
-
-    Raises:
-        DataError: If the folder is no store, or one that is not complete.
-        StorageError: If a file is missing or damaged; the message names it.
-        ProvenanceError: If files do not belong together, or another schema wrote them.
-    """
+    """Everything of a complete store but its classes; documents, sizes, shapes and numbers of rows are checked."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.manifest = path, _read_sealed(path)
-        self.parts = plan(self.manifest)
-        receipts = [read_receipt(path, self.manifest, part) for part in self.parts]
+        StoreLedger.require_sealed(path)
+        self.path, self.manifest = path, read_document(path / MANIFEST, Manifest)
+        ledger = StoreLedger(path, self.manifest)
+        self.parts, receipts = ledger.parts, ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
         starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
-        arrays = self.manifest.arrays
-        self.rows = MappedParts(starts, arrays, partial(_map_part, path, self.manifest, self.parts, starts))
+        self.rows = MappedParts(starts, self.manifest.arrays, partial(_map_part, ledger, starts))
         for part in self.parts:
             for name in part.arrays:
                 self.rows.part(name, part.number)
 
     def require_seal(self, whole: bool) -> None:
-        """Refuse what the manifest does not vouch for.
-
-        Raises:
-            ProvenanceError: If it does not.
-        """
+        """Refuse what the manifest does not vouch for."""
         if not whole:
             raise ProvenanceError(
                 f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Run `vilu embed` again."
             )
 
     def metadata(self, name: str, number: int) -> pa.Array:
-        """A column of the metadata of a part.
-
-        Raises:
-            StorageError: If the file is damaged.
-        """
+        """A column of the metadata of a part."""
         n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
         path = self.path / self.parts[number].metadata
         return read_columns(path, METADATA, [name], n_rows)[name].combine_chunks()
@@ -90,21 +97,9 @@ class Sealed:
         return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
 
 
-def _map_part(
-    root: Path, manifest: Manifest, parts: list[Part], starts: NDArray[np.int64], name: str, number: int
-) -> NDArray[np.floating]:
-    shape = (int(starts[number + 1] - starts[number]), *manifest.arrays[name])
-    return map_rows(root / parts[number].array(name), shape, manifest.dtype)
-
-
-def _read_sealed(root: Path) -> Manifest:
-    if not (root / RUN).is_file():
-        raise DataError(f"{root} is no embedding store (it has no {RUN}). Make one with `vilu embed`.")
-    if not (root / MANIFEST).is_file():
-        raise DataError(
-            f"{root} is not complete. Run the same `vilu embed` command again: it goes on where it stopped."
-        )
-    return read_document(root / MANIFEST, Manifest)
+def _map_part(ledger: StoreLedger, starts: NDArray[np.int64], name: str, number: int) -> NDArray[np.floating]:
+    shape = (int(starts[number + 1] - starts[number]), *ledger.run.arrays[name])
+    return map_rows(ledger.root / ledger.parts[number].array(name), shape, ledger.run.dtype)
 
 
 class EmbeddingStore(MappedSource):
@@ -150,11 +145,7 @@ class EmbeddingStore(MappedSource):
         return len(self.text)
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 rows, gathered from the parts that hold them.
-
-        Raises:
-            IndexError: If an index is not in 0 ... N-1.
-        """
+        """(B, D) float32 rows, gathered from the parts that hold them."""
         return self._sealed.rows.take(IMAGE, index)
 
     def column(self, name: str, index: Tensor) -> Tensor:
@@ -178,88 +169,9 @@ class EmbeddingStore(MappedSource):
         return target
 
 
-def _read_class_column(root: Path, classes: ClassTable, name: ClassColumn) -> Tensor:
+def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:
     values = map_rows(column_path(root, name), classes.columns[name].shape, "float32")
     return check_columns({name: values}, 0, len(classes.names))[name]
-
-
-class MappedPairs(PairSource, MappedSource):
-    """Pairs in memory-mapped parts: nothing of the vectors is in memory but what a batch or a block needs.
-
-    Per row there are its place in the order of the pools and in the fold (8 bytes each) and its status (1 byte). Rows
-    that fill no last pool have the status "short_pool". Hard pools are made of blocks of rows (``PairSource``).
-
-    Args:
-        path: Where the pairs are, for messages.
-        rows: All rows, and the names of their arrays of images and captions.
-        space: The embedding space.
-        pools: What is matched against what.
-        chosen: Ascending numbers of the rows that belong to the source; None for all.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        rows: MappedParts,
-        arrays: tuple[str, str],
-        space: EmbeddingSpace,
-        pools: Pools,
-        chosen: NDArray[np.int64] | None,
-    ) -> None:
-        self.path, self.space, self.pools = path, space, pools
-        self.pool_size = pools.size
-        self._rows, self._arrays = rows, arrays
-        self._chosen = None if chosen is None else torch.from_numpy(chosen)
-        n_rows = len(rows) if chosen is None else len(chosen)
-        # a target is a candidate of a pool, so only batches know it; one number stands for all rows
-        self.target = torch.tensor(UNKNOWN).expand(n_rows)
-
-    def picture_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm image embeddings.
-
-        Raises:
-            IndexError: If an index is not in 0 ... N-1.
-        """
-        return self._take(self._arrays[0], index)
-
-    def caption_rows(self, index: Tensor) -> Tensor:
-        """(B, D) float32 unit-norm caption embeddings.
-
-        Raises:
-            IndexError: If an index is not in 0 ... N-1.
-        """
-        return self._take(self._arrays[1], index)
-
-    @cached_property
-    def usable_rows(self) -> Tensor:
-        """(M,) positions of the usable rows that fill pools, in the order of the pools.
-
-        Raises:
-            DataError: If they do not fill one pool.
-        """
-        usable = self.pair_rows
-        require_full_pools(len(usable), self.pools.size, str(self.path))
-        return self._order(usable)
-
-    @property
-    def pair_rows(self) -> Tensor:
-        """(M,) positions of the usable rows, ascending."""
-        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
-
-    @cached_property
-    def status(self) -> NDArray[np.uint8]:
-        """(N,) status of the rows; it takes the order of the pools to know it."""
-        status = np.where(self._row_status == VALID, np.uint8(SHORT_POOL), self._row_status)
-        status[self.usable_rows.numpy()] = VALID
-        return status
-
-    @cached_property
-    def _row_status(self) -> NDArray[np.uint8]:
-        """(N,) status of the embeddings themselves."""
-        return np.broadcast_to(np.uint8(VALID), len(self))
-
-    def _take(self, name: str, index: Tensor) -> Tensor:
-        return self._rows.take(name, index if self._chosen is None else self._chosen[index])
 
 
 class CaptionStore(MappedPairs):

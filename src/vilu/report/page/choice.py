@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from vilu.decision import record
 from vilu.decision.calibrate import Certificate, Selector, group_names
 from vilu.decision.record import Rule
-from vilu.decision.score_folder import RUN, ScoreFolder
+from vilu.decision.score_folder import ScoreFolder
 from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.files import RUN
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes

@@ -27,22 +27,16 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
         UsageError: If there is none of this name, or the number of processes cannot be.
         MissingModelError: If it needs a package that is not installed.
     """
+    if name not in EXECUTORS:
+        raise UsageError(f"executor must be one of {', '.join(EXECUTORS)}. Got {name!r} instead.")
+    if name in {"ray", "spark"}:
+        from vilu.store.executors.clusters import RayExecutor, SparkExecutor
+
+        return RayExecutor(processes) if name == "ray" else SparkExecutor(processes)
+    from vilu.store.executors.local import LocalExecutor, RankExecutor
+
     if name == "local":
-        from vilu.store.executors.local import LocalExecutor
-
         return LocalExecutor(processes)
-    if name == "ray":
-        from vilu.store.executors.clusters import RayExecutor
-
-        return RayExecutor(processes)
-    if name == "spark":
-        from vilu.store.executors.clusters import SparkExecutor
-
-        return SparkExecutor(processes)
-    if name == "rank":
-        from vilu.store.executors.local import RankExecutor
-
-        if processes is not None:
-            raise UsageError("the rank executor takes no number of processes: whoever starts the ranks says how many.")
-        return RankExecutor()
-    raise UsageError(f"executor must be one of {', '.join(EXECUTORS)}. Got {name!r} instead.")
+    if processes is not None:
+        raise UsageError("the rank executor takes no number of processes: whoever starts the ranks says how many.")
+    return RankExecutor()

@@ -23,13 +23,13 @@ from vilu.store.documents import Receipt
 from vilu.store.executors.local import (
     Worker,
     check_processes,
-    cores,
     pack_job,
     receipt_of,
     take_gpu,
     threads_per_process,
 )
 from vilu.store.job import EmbedJob
+from vilu.store.mapped import cores
 
 STORE_BYTES = 2**28
 """Shared memory of a Ray of our own: only part numbers, receipts and the job go through it; Ray spills the rest."""
@@ -45,10 +45,6 @@ class RayExecutor:
     Args:
         processes: Number of actors; by default one per core of this machine, or on a cluster one per GPU, or per core
             where it has none.
-
-    Raises:
-        UsageError: If there is no process.
-        MissingModelError: If Ray is not installed.
     """
 
     name = "ray"
@@ -60,11 +56,7 @@ class RayExecutor:
         self._data = import_extra("ray.data", "ray")
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts, as parts are done.
-
-        Raises:
-            Exception: What a part raised.
-        """
+        """The receipts, as parts are done."""
         if not parts:
             return
         with self._cluster() as actors, self._settings(), closing(self._rows(job, parts, actors)) as rows:
@@ -183,13 +175,6 @@ class SparkExecutor:
     An active ``SparkContext``, or that of ``spark-submit``, is used and left running; otherwise one of our own runs
     here and is stopped at the end. Exactly-once comes from the parts' files, so retries and speculation do no harm.
     Receipts come back through an accumulator, which Spark updates as tasks succeed, once per part.
-
-    Args:
-        processes: Tasks at a time in a Spark of our own; by default one per core. A given context decides by itself.
-
-    Raises:
-        UsageError: If there is no process.
-        MissingModelError: If PySpark is not installed.
     """
 
     name = "spark"
@@ -199,13 +184,7 @@ class SparkExecutor:
         self._spark = import_extra("pyspark", "spark")
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts, as parts are done.
-
-        Raises:
-            StorageError: If Spark gave a part up.
-            MissingModelError: If Java is missing.
-            Exception: What a part raised.
-        """
+        """The receipts, as parts are done."""
         if not parts:
             return
         with self._context() as (context, threads):
@@ -281,11 +260,7 @@ class _Action:
         return bool(self._thread.is_alive())
 
     def check(self, arrived: int, expected: int) -> None:
-        """Make sure that all is well at the end.
-
-        Raises:
-            StorageError: If it is not.
-        """
+        """Make sure that all is well at the end."""
         if self._error is not None:
             raise StorageError(f"Spark gave up: {_reason(self._error)} Finished parts are kept.") from self._error
         if arrived != expected:

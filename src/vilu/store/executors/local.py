@@ -21,14 +21,11 @@ import torch
 from vilu.errors import StorageError, UsageError, ViLUError
 from vilu.store.documents import Receipt
 from vilu.store.job import EmbedJob
+from vilu.store.mapped import cores
 
 
 class Worker:
-    """The job in a worker process; it is unpickled at the first part, and the model loaded once.
-
-    Args:
-        payload: The pickled job.
-    """
+    """The job in a worker process; it is unpickled at the first part, and the model loaded once."""
 
     def __init__(self, payload: bytes) -> None:
         self._payload = payload
@@ -47,11 +44,7 @@ class Worker:
 
 
 def receipt_of(packed: bytes) -> Receipt:
-    """The receipt in an outcome.
-
-    Raises:
-        Exception: What the part raised.
-    """
+    """The receipt in an outcome."""
     found = pickle.loads(packed)  # noqa: S301 - from our own worker
     if isinstance(found, Exception):
         raise found
@@ -61,11 +54,7 @@ def receipt_of(packed: bytes) -> Receipt:
 
 
 def pack_job(job: EmbedJob, threads: int) -> bytes:
-    """The job, pickled, with this share of threads for tensors and for decoding where it does not say itself.
-
-    Raises:
-        UsageError: If it cannot be pickled.
-    """
+    """The job, pickled, with this share of threads for tensors and for decoding where it does not say itself."""
     shared = replace(job, threads=job.threads or threads, workers=job.workers or threads)
     try:
         return pickle.dumps(shared)
@@ -91,19 +80,10 @@ def _pack(error: Exception) -> bytes:
 
 
 def check_processes(processes: int | None) -> int | None:
-    """The number of processes, or None for the executor's own choice.
-
-    Raises:
-        UsageError: If it is below 1.
-    """
+    """The number of processes, or None for the executor's own choice."""
     if processes is not None and processes < 1:
         raise UsageError(f"processes must be at least 1. Got {processes} instead.")
     return processes
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_per_process(processes: int) -> int:
@@ -134,12 +114,6 @@ class LocalExecutor:
 
     Only part numbers and receipts travel. No lock is shared, so killing a worker harms nothing but the part under way,
     which another process does again. When the driver dies, however it dies, its workers end at once.
-
-    Args:
-        processes: Number of workers; by default one per core.
-
-    Raises:
-        UsageError: If there is none.
     """
 
     name = "local"
@@ -148,12 +122,7 @@ class LocalExecutor:
         self.processes = check_processes(processes) or cores()
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts, as parts are done.
-
-        Raises:
-            StorageError: If the workers of one part died five times.
-            Exception: What a part raised; the other workers are stopped.
-        """
+        """The receipts, as parts are done."""
         pool = _Pool(job, parts, self.processes)
         try:
             yield from pool.receipts()
@@ -162,13 +131,7 @@ class LocalExecutor:
 
 
 class _Process:
-    """A process, our end of its pipe, and what it does.
-
-    Attributes:
-        number: From 0, unique among those alive.
-        part: The part under way.
-        ready: Whether it has asked for work.
-    """
+    """A process, our end of its pipe, and what it does."""
 
     def __init__(self, number: int) -> None:
         context = get_context("spawn")
@@ -323,9 +286,6 @@ class Rank:
 
         ``RANK`` of ``WORLD_SIZE`` (torchrun) goes first. In Slurm, task ``SLURM_PROCID`` of ``SLURM_NTASKS`` in each
         of the jobs of an array has the rank (number of its job) * ntasks + procid.
-
-        Raises:
-            UsageError: If nothing is said, or it contradicts itself.
         """
         torchrun, task = (_pair(environment, *names) for names in PAIRS)
         if torchrun is not None:
@@ -345,12 +305,6 @@ class RankExecutor:
     """Does the parts of this process's rank, here: those whose number leaves the remainder ``rank`` by ``world``.
 
     Processes that see different parts missing, because one began later, so still never leave a gap between them.
-
-    Args:
-        environment: Variables; by default the process's.
-
-    Raises:
-        UsageError: If they do not tell the rank.
     """
 
     name = "rank"
@@ -362,11 +316,7 @@ class RankExecutor:
             take_gpu(_number("LOCAL_RANK", local))
 
     def run(self, job: EmbedJob, parts: Sequence[int]) -> Iterator[Receipt]:
-        """The receipts of our parts.
-
-        Raises:
-            Exception: What a part raised.
-        """
+        """The receipts of our parts."""
         for part in parts:
             if part % self.rank.world == self.rank.rank:
                 yield job.process(part)

@@ -1,0 +1,255 @@
+"""A folder that a run fills part by part: who may write, what is there, and what vouches for it.
+
+``run.json`` says what is made and comes first; the files of a part come before its receipt, so the part exists if and
+only if its receipt does and the sizes agree; ``manifest.json`` seals the whole and comes last. Every file is written
+atomically, so a kill at any moment costs no more than the part under way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVar
+
+from pydantic import Field
+
+from vilu.embeddings.space import digest
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
+from vilu.files import (
+    LOCK,
+    MANIFEST,
+    RUN,
+    TEMPORARY,
+    Document,
+    Model,
+    atomic_write,
+    file_hash,
+    is_leftover,
+    locked,
+    or_refuse,
+    read_document,
+)
+
+OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
+"""Names of the files that a run writes."""
+
+ABSENT = "it is not there"
+
+logger = logging.getLogger(__name__)
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class FileInfo(Model):
+    """Size and SHA-256 of a file."""
+
+    bytes: Count
+    sha256: Sha256
+
+
+class AnyPart(Protocol):
+    """A share of the work, with the names of its files."""
+
+    @property
+    def number(self) -> int:
+        """From 0."""
+
+    @property
+    def receipt(self) -> str:
+        """Written last."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What the receipt vouches for, in the order in which it is written."""
+
+
+class AnyReceipt(Document):
+    """Vouches for the files of a part, by name; each kind says itself where among its fields these two stand."""
+
+    if TYPE_CHECKING:
+        fingerprint: str
+        files: dict[str, FileInfo]
+
+
+P = TypeVar("P", bound=AnyPart)
+R = TypeVar("R", bound=AnyReceipt)
+
+
+class Ledger(ABC, Generic[P, R]):
+    """What a run has to do in its folder, and what is done.
+
+    Attributes:
+        what: What the folder is, for messages.
+        command: What makes it.
+        doing: What a process that holds it does.
+        folders: Its sub-folders; those that only some runs have are made where ``begin`` is told so.
+        root: The folder.
+        fingerprint: Of the run.
+        parts: All of them.
+    """
+
+    what: ClassVar[str]
+    command: ClassVar[str]
+    doing: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]
+
+    def __init__(self, root: Path, fingerprint: str, parts: Sequence[P], kind: type[R]) -> None:
+        self.root, self.fingerprint, self.parts, self._kind = root, fingerprint, parts, kind
+
+    @classmethod
+    @contextmanager
+    def claim(cls, root: Path, patience: float = 0.0) -> Iterator[None]:
+        """Make the folder and hold its lock; the system lets go of it when the process dies."""
+        with or_refuse(f"write to {root}"):
+            root.mkdir(parents=True, exist_ok=True)
+            foreign = [path.name for path in root.iterdir() if path.name != LOCK and not _in_the_making(path)]
+            if foreign and not (root / RUN).is_file():
+                raise UsageError(
+                    f"{root} is not empty ({min(foreign)!r}, ...) and holds no {RUN}, so it is no {cls.what}. "
+                    "Give a new or an empty folder."
+                )
+        with locked(root, cls.doing, patience):
+            yield
+
+    @classmethod
+    def require_begun(cls, root: Path) -> None:
+        """Refuse a folder of something else."""
+        if not (root / RUN).is_file():
+            raise DataError(f"{root} is no {cls.what} (it has no {RUN}). Make one with `{cls.command}`.")
+
+    @classmethod
+    def require_sealed(cls, root: Path) -> None:
+        """Refuse a folder of something else, or one that is not complete."""
+        cls.require_begun(root)
+        if not (root / MANIFEST).is_file():
+            raise DataError(f"{root} is not complete. Run the same `{cls.command}` again: it goes on where it stopped.")
+
+    def begin(self, run: Document, folders: Iterable[str]) -> None:
+        """Leave what the run is, unless it is there, and the sub-folders, without what killed processes left."""
+        if not (self.root / RUN).is_file():
+            run.write(self.root / RUN)
+        with or_refuse(f"prepare {self.root}"):
+            for name in folders:
+                (self.root / name).mkdir(exist_ok=True)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what killed processes left half-written, and nothing that another one, here or elsewhere, writes."""
+        with or_refuse(f"clean {self.root}"):
+            for folder in (self.root, *(self.root / name for name in self.folders)):
+                for path in folder.iterdir() if folder.is_dir() else ():
+                    if _in_the_making(path) and is_leftover(path):
+                        path.unlink(missing_ok=True)
+
+    def seal(self, manifest: Document) -> None:
+        """Mark the folder as complete."""
+        manifest.write(self.root / MANIFEST)
+
+    def unseal(self) -> None:
+        """Mark the folder as not complete."""
+        with or_refuse(f"change {self.root}"):
+            (self.root / MANIFEST).unlink(missing_ok=True)
+
+    def clear(self, *others: str) -> None:
+        """Remove what a run wrote and nothing else that lies there; ``run.json`` last, so that a kill leaves a run."""
+        self.unseal()
+        with or_refuse(f"remove the old {self.what} in {self.root}"):
+            for name in ("receipts", *self.folders):
+                if (self.root / name).is_dir():
+                    shutil.rmtree(self.root / name)
+            for name in (*others, RUN):
+                (self.root / name).unlink(missing_ok=True)
+
+    @abstractmethod
+    def said(self, part: P, receipt: R) -> tuple[tuple[object, ...], tuple[object, ...]]:
+        """What a receipt says of its part, and what it should say."""
+
+    def receipt(self, part: P) -> R:
+        """The receipt of a part that is there in full."""
+        path, again = self.root / part.receipt, self._kind.again
+        receipt = read_document(path, self._kind)
+        if receipt.fingerprint != self.fingerprint:
+            raise ProvenanceError(
+                f"{path} belongs to run {receipt.fingerprint}, the folder to run {self.fingerprint}. "
+                f"{again} to redo the part."
+            )
+        said, expected = self.said(part, receipt)
+        found, expected = (*said, tuple(receipt.files)), (*expected, part.files)
+        if found != expected:
+            raise StorageError(f"{path} is damaged: it describes {found}, expected {expected}. {again}.")
+        for name, info in receipt.files.items():
+            size = (self.root / name).stat().st_size if (self.root / name).is_file() else None
+            if size != info.bytes:
+                state = "is missing" if size is None else f"has {size} bytes"
+                raise StorageError(
+                    f"{self.root / name} {state}, its receipt says {info.bytes} bytes. {again} to redo the part."
+                )
+        return receipt
+
+    def look_up(self, part: P) -> R | str:
+        """The receipt of a part that is there in full, or else what it lacks."""
+        if not (self.root / part.receipt).exists():
+            return ABSENT
+        try:
+            return self.receipt(part)
+        except ViLUError as error:
+            return str(error)
+
+    def survey(self) -> tuple[list[P], list[R]]:
+        """Parts to do, and the receipts of the others."""
+        missing, receipts = [], []
+        for part in self.parts:
+            found = self.look_up(part)
+            if not isinstance(found, str):
+                receipts.append(found)
+                continue
+            missing.append(part)
+            if found != ABSENT:
+                logger.warning("part %d is done again: %s", part.number, found)
+        return missing, receipts
+
+    def verify(self) -> None:
+        """Read every byte of every part, and compare it with what was written."""
+        for receipt in self.receipts():
+            for name, info in receipt.files.items():
+                require_hash(self.root / name, info, self._kind.again)
+
+    def receipts(self) -> list[R]:
+        """Those of all parts, each of which must be there in full."""
+        return [self.receipt(part) for part in self.parts]
+
+    def write(self, part: P, payloads: Mapping[str, memoryview], receipt_of: Callable[[dict[str, FileInfo]], R]) -> R:
+        """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part."""
+        receipt = receipt_of({name: write_hashed(self.root / name, payloads[name]) for name in part.files})
+        receipt.write(self.root / part.receipt)
+        return receipt
+
+
+def _in_the_making(path: Path) -> bool:
+    match = TEMPORARY.fullmatch(path.name)
+    return match is not None and OURS.fullmatch(match["name"]) is not None
+
+
+def write_hashed(path: Path, payload: memoryview) -> FileInfo:
+    """Write a file atomically; its size and hash are of what was meant to be written."""
+    with atomic_write(path) as handle:
+        handle.write(payload)
+    return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
+
+
+def require_hash(path: Path, info: FileInfo, again: str) -> None:
+    """Refuse a file with other bytes than its receipt vouches for."""
+    if file_hash(path) != info.sha256:
+        raise StorageError(f"{path} is not the file that its receipt vouches for. Remove the receipt. {again}.")
+
+
+def content_hash(receipts: Iterable[AnyReceipt]) -> str:
+    """Hash over the hashes of every file of every part, in order."""
+    return digest([info.sha256 for receipt in receipts for info in receipt.files.values()])
