@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.histogram import Histogram
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -57,6 +59,15 @@ def variant(source: Embeddings, **changes: object) -> Embeddings:
     columns = {name: source.column(name, torch.arange(len(source))) for name in source.columns}
     same = {"image": source.image, "text": source.text, "target": source.target, "space": source.space}
     return Embeddings(**{**same, "ids": source.ids, "columns": columns, **changes})
+
+
+def in_memory(source: EmbeddingSource, rows: torch.Tensor) -> Embeddings:
+    """A copy of some rows of a source with shared candidates."""
+    ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
+    columns = {name: source.column(name, rows) for name in source.columns}
+    same = {"class_names": source.class_names, "ids": ids, "space": source.space, "columns": columns}
+    found = source.candidates(rows)
+    return Embeddings(source.image_rows(rows), found.text, found.target, **same)
 
 
 def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):

@@ -129,7 +129,7 @@ def test_rows_are_scored_one_by_one(name: str, fitted: dict, test: Embeddings) -
     """Neither the order of the rows nor which others are there matters, up to float32 sums in another order."""
     whole = fitted[name].predict_uncertainty(test)
     rows = torch.randperm(len(test), generator=torch.Generator().manual_seed(3))[:37]
-    part = Embeddings.from_rows(test, rows)
+    part = test.take(rows)
     assert np.allclose(fitted[name].predict_uncertainty(part), whole[rows.numpy()], rtol=1e-4, atol=1e-5)
 
 
@@ -240,7 +240,7 @@ def test_few_failures(name: str, train: Embeddings, test: Embeddings, n_failures
     """Methods that learn from class labels need no failure; those that learn from failures say so (below)."""
     failure = failures(train)
     rows = np.concatenate([np.flatnonzero(failure == 0), np.flatnonzero(failure == 1)[:n_failures]])
-    scarce = Embeddings.from_rows(train, torch.from_numpy(rows))
+    scarce = train.take(rows)
     if name in LEARNED and n_failures == 0:
         pytest.skip("test_nothing_to_learn covers it")
     with warnings.catch_warnings():
@@ -252,7 +252,7 @@ def test_few_failures(name: str, train: Embeddings, test: Embeddings, n_failures
 @pytest.mark.parametrize("wrong", [True, False])
 def test_nothing_to_learn(learned: str, train: Embeddings, test: Embeddings, wrong: bool) -> None:
     rows = torch.from_numpy(np.flatnonzero(failures(train) == wrong))
-    degenerate = Embeddings.from_rows(train, rows)
+    degenerate = train.take(rows)
     with pytest.raises(DataError, match=f"Found 0 {'successes' if wrong else 'failures'} among {len(rows)}"):
         make(learned).fit(degenerate)
     with pytest.warns(UserWarning, match="only 0"):
@@ -274,14 +274,14 @@ def test_one_failure_is_enough_to_fit(learned: str, train: Embeddings, test: Emb
     failure = failures(train)
     rows = np.concatenate([np.flatnonzero(failure == 0), np.flatnonzero(failure == 1)[:1]])
     with pytest.warns(UserWarning, match="only 1 failures"):
-        predictor = make(learned).fit(Embeddings.from_rows(train, torch.from_numpy(rows)))
+        predictor = make(learned).fit(train.take(rows))
     assert np.isfinite(predictor.predict_uncertainty(test)).all()
 
 
 def test_constant_survives_saving(learned: str, train: Embeddings, test: Embeddings, tmp_path) -> None:
     rows = torch.from_numpy(np.flatnonzero(failures(train) == 0))
     with pytest.warns(UserWarning, match="only 0"):
-        constant = make(learned, allow_degenerate=True).fit(Embeddings.from_rows(train, rows))
+        constant = make(learned, allow_degenerate=True).fit(train.take(rows))
     constant.save(tmp_path)
     assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), np.zeros(len(test)))
 
@@ -289,7 +289,7 @@ def test_constant_survives_saving(learned: str, train: Embeddings, test: Embeddi
 def test_bad_training_sets(labelled: str, train: Embeddings) -> None:
     nothing = torch.empty(0, dtype=torch.int64)
     with pytest.raises(DataError, match="training set is empty"):
-        make(labelled).fit(Embeddings.from_rows(train, nothing))
+        make(labelled).fit(train.take(nothing))
     columns = {
         column: train.column(column, torch.arange(len(train)))[: 1 if column in TEXT_COLUMNS else None]
         for column in train.columns
