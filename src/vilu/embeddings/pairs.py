@@ -103,10 +103,10 @@ class PairSource(EmbeddingSource):
         caption = self.caption_rows(index)
         first = first_alike(caption, self.pools.near_duplicates)
         everyone = torch.arange(len(index))
-        same = None if torch.equal(first, everyone) else first
+        different = torch.equal(first, everyone)
         if self.pools.direction == "text_to_image":
-            return Candidates(self.picture_rows(index), everyone, same, index)
-        if same is None:
+            return Candidates(self.picture_rows(index), everyone, None if different else first, index)
+        if different:
             return Candidates(caption, everyone, None, index)
         distinct, target = torch.unique(first, return_inverse=True)
         return Candidates(caption[distinct], target, None, index[distinct])
@@ -239,23 +239,18 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 
 def class_captions(sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Texts (sum of K, D) of all classes, and for every chosen row which is its caption; 0 for rows of pairs."""
-    names: list[str | None] = [None]
+    first: dict[str, int] = {}  # by name, the first class that has it
+    class_of = [0]
     texts, captions = [torch.zeros(1, sources[0].space.embed_dim)], []
     for source, rows in zip(sources, chosen, strict=True):
         if isinstance(source, PairSource):
             captions.append(torch.zeros(len(rows), dtype=torch.int64))
             continue
-        captions.append(source.target[rows] + len(names))
+        captions.append(source.target[rows] + len(class_of))
         texts.append(source.candidates(rows[:0]).text)
-        names += source.class_names or [None] * source.n_candidates
-    return torch.cat(texts), first_of_name(names)[torch.cat(captions)]
-
-
-def first_of_name(names: Sequence[str | None]) -> Tensor:
-    """(K,) int64: for every class the first one of the same name; itself where it has none."""
-    first: dict[str, int] = {}
-    found = [i if name is None else first.setdefault(name, i) for i, name in enumerate(names)]
-    return torch.tensor(found, dtype=torch.int64)
+        own = range(len(class_of), len(class_of) + source.n_candidates)
+        class_of += own if source.class_names is None else map(first.setdefault, source.class_names, own)
+    return torch.cat(texts), torch.tensor(class_of)[torch.cat(captions)]
 
 
 def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:

@@ -73,10 +73,7 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast.
-
-        For methods that look at all of them; batches from ``EmbeddingSource.batches`` are small enough.
-        """
+        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
             return (self.image @ self.text.T).mul_(self.logit_scale).add_(self.logit_bias)
 
@@ -100,11 +97,10 @@ class Batch:
     @cached_property
     def failure(self) -> Tensor:
         """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where the target is unknown."""
-        known = self.target != UNKNOWN
-        right = self.prediction, self.target.clamp(min=0)
+        answer, right = self.prediction, self.target.clamp(min=0)
         if self.same is not None:
-            right = self.same[right[0]], self.same[right[1]]
-        return torch.where(known, (right[0] != right[1]).long(), UNKNOWN)
+            answer, right = self.same[answer], self.same[right]
+        return torch.where(self.target != UNKNOWN, (answer != right).long(), UNKNOWN)
 
     @property
     def target_log_probability(self) -> Tensor:
@@ -118,12 +114,7 @@ class Batch:
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """(B,) log of the mass that softmax(logits) gives to an answer: to all candidates that are the same.
-
-        Args:
-            logits: (B, K) of any posterior.
-            answer: (B,) int64 candidates.
-        """
+        """(B,) log of the mass that softmax(logits (B, K)) gives to the answer (B,): to all that are the same."""
         answer = answer.to(logits.device)
         if self.same is None:
             return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
@@ -144,8 +135,8 @@ class Batch:
     def rows(self, part: slice) -> Batch:
         """Some of the rows against all candidates."""
         columns = {name: rows[part] if name in IMAGE_COLUMNS else rows for name, rows in self.columns.items()}
-        image, target, index = self.image[part], self.target[part], self.index[part]
-        return replace(self, image=image, target=target, index=index, columns=columns)
+        own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
+        return replace(self, **own, columns=columns)
 
 
 class EmbeddingSource(ABC):
@@ -244,10 +235,8 @@ class EmbeddingSource(ABC):
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         found = self.candidates(index)
-        more = {
-            name: self.column(name, found.members if found.members is not None and name not in IMAGE_COLUMNS else index)
-            for name in columns
-        }
+        members = index if found.members is None else found.members
+        more = {name: self.column(name, index if name in IMAGE_COLUMNS else members) for name in columns}
         scale, bias = self.space.logit_scale, self.space.logit_bias
         return Batch(self.image_rows(index), found.text, found.target, index, scale, bias, more, found.same)
 
@@ -315,11 +304,7 @@ def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     """(B, K) float64 log p, p = softmax(logits / temperature).
 
     log p_max = -log1p(sum of the other exponentials), so confident rows keep their order where p_max itself rounds to
-    one: at CLIP's scale a float32 softmax ties many of them.
-
-    Args:
-        batch: Some rows and their candidates.
-        temperature: Positive number, or one per row (B, 1).
+    one: at CLIP's scale a float32 softmax ties many of them. The temperature is positive, one or one per row (B, 1).
     """
     logits = float64(batch.logits)
     answer = batch.prediction[:, None].to(logits.device)
