@@ -91,6 +91,12 @@ def same_histogram(one: Histogram, other: Histogram) -> bool:
     return mine == theirs and all(np.array_equal(a, b) for a, b in columns)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that none of them is left for the end when several processes share the files."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def quiet_logger() -> Iterator[None]:
     """A command that runs in this process leaves the logger as it was."""
