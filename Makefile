@@ -8,7 +8,7 @@ demo: .venv/.demo
 	$(BIN)/vilu demo
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-random: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -p randomly -v $(ARGS)

@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.histogram import Histogram
 
 # The same examples on every machine, and no limit of time, which is one of the machine; `make test-fuzz` draws others.
@@ -66,6 +68,15 @@ def variant(source: Embeddings, **changes: object) -> Embeddings:
     return Embeddings(**{**same, "ids": source.ids, "columns": columns, **changes})
 
 
+def in_memory(source: EmbeddingSource, rows: torch.Tensor) -> Embeddings:
+    """A copy of some rows of a source with shared candidates."""
+    ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
+    columns = {name: source.column(name, rows) for name in source.columns}
+    same = {"class_names": source.class_names, "ids": ids, "space": source.space, "columns": columns}
+    found = source.candidates(rows)
+    return Embeddings(source.image_rows(rows), found.text, found.target, **same)
+
+
 def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):
     """Image-caption pairs of the same kind."""
     rng = np.random.default_rng(seed)
@@ -85,6 +96,12 @@ def same_histogram(one: Histogram, other: Histogram) -> bool:
     mine, theirs = ((h.level, h.low, h.high) for h in (one, other))
     columns = ((one.bins, other.bins), (one.correct, other.correct), (one.wrong, other.wrong))
     return mine == theirs and all(np.array_equal(a, b) for a, b in columns)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that none of them is left for the end when several processes share the files."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import vilu
+from tests.command import run
 from vilu.benchmark.dry_run import describe, estimate
 from vilu.benchmark.load import load_config
 
@@ -31,12 +30,10 @@ def test_the_readme_shows_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_in_the_readme_exist(command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "vilu.cli", command, "--help"], capture_output=True, text=True, check=True
-    )
+    shown = run(command, "--help").stdout
     for line in re.findall(rf"^vilu {command} .*", README, re.MULTILINE):
         for option in re.findall(r"\s(--?[a-z][a-z-]*)", line):
-            assert re.search(rf"(^|\s|,){option}\b", done.stdout), f"{option} is not an option of vilu {command}"
+            assert re.search(rf"(^|\s|,){option}\b", shown), f"{option} is not an option of vilu {command}"
 
 
 def test_names_in_the_readme_exist() -> None:

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
+from tests import command
 from tests.unit.bench_fakes import make_stores
 from vilu.predictors import PREDICTORS
 
@@ -45,15 +47,8 @@ kind = "labels"
 """
 
 
-def command(*args: object, name: str = "benchmark") -> list[str]:
-    return [sys.executable, "-m", "vilu.cli", name, *map(str, args)]
-
-
-def run(*args: object, code: int = 0, name: str = "benchmark") -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(*args, name=name), capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
+def run(*args: object, code: int = 0, name: str = "benchmark") -> CompletedProcess[str]:
+    return command.run(name, *args, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +138,7 @@ def test_an_interrupted_benchmark_goes_on(data: Path, tmp_path: Path, jobs: int)
     slow = "[methods.lvu.params]\nepochs = 4000\n"
     config = write(tmp_path, STORES + "\n[methods.mcm]\n" + slow)
     args = config, "--data", data, "-o", tmp_path / "out", "--jobs", jobs
-    process = subprocess.Popen(command(*args), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command.command("benchmark", *args), stderr=subprocess.PIPE, text=True)
     while not list((tmp_path / "out").rglob("seed-*.json")):
         time.sleep(0.05)
         assert process.poll() is None

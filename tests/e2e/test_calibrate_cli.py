@@ -5,44 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-import signal
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
 
 import vilu
-from tests.e2e.test_cli import run as run_process
+from tests.command import run, run_process
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
-from vilu.cli import main
 from vilu.decision.score import Decider
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.choice import read_calibrated
 from vilu.store.embed import embed
-
-
-@pytest.fixture
-def run(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., CompletedProcess[str]]]:
-    """The command line in this process: importing torch takes longer than any of these commands."""
-
-    def call(*args: object, code: int = 0) -> CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", ["vilu", *map(str, args)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        found = capfd.readouterr()
-        assert left.value.code == code, found.err
-        return CompletedProcess(args, code, found.out, found.err)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    yield call
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +39,7 @@ def predictor(work: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(work / "fitted", tmp_path / "predictor"))
 
 
-def test_calibrated_scores_say_what_to_do(run, work: Path, predictor: Path) -> None:
+def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
     target = ("--max-risk", 0.8, "--confidence", 0.9)  # noise has an error rate of two thirds
     done = run("calibrate", predictor, work / "calibration", *target)
     assert "probability: platt (log-loss in cross-validation: temperature 0." in done.stdout
@@ -99,12 +75,12 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
     assert {path.name: path.read_bytes() for path in predictor.iterdir()} == before
 
 
-def test_training_rows_are_refused(run, work: Path, predictor: Path) -> None:
+def test_training_rows_are_refused(work: Path, predictor: Path) -> None:
     done = run("calibrate", predictor, work / "train", "--max-risk", 0.8, code=3)
     assert "at least 90 of the 90 calibration rows were used to fit this vilu" in done.stderr
 
 
-def test_a_rule_of_another_predictor_is_refused(run, work: Path, predictor: Path) -> None:
+def test_a_rule_of_another_predictor_is_refused(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
     vilu.ViLU(hidden=(8,), epochs=1).fit(vilu.open_source(work / "train")).save(predictor)
     done = run("score", predictor, work / "new", "-o", predictor / "scores.parquet", code=6)
@@ -116,7 +92,7 @@ def test_a_rule_of_another_predictor_is_refused(run, work: Path, predictor: Path
         read_calibrated(predictor)
 
 
-def test_a_calibration_outlives_an_upgrade(run, work: Path, predictor: Path, monkeypatch) -> None:
+def test_a_calibration_outlives_an_upgrade(work: Path, predictor: Path, monkeypatch) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
@@ -125,7 +101,7 @@ def test_a_calibration_outlives_an_upgrade(run, work: Path, predictor: Path, mon
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
 
 
-def test_other_candidates_are_another_problem(run, work: Path, predictor: Path) -> None:
+def test_other_candidates_are_another_problem(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
     loaded, new = vilu.load(predictor), vilu.open_source(work / "new")
     fewer = Embeddings(new.image_rows(new.usable_rows), new.candidates(new.usable_rows).text[:2], space=new.space)
@@ -133,7 +109,7 @@ def test_other_candidates_are_another_problem(run, work: Path, predictor: Path) 
         vilu.score(loaded, fewer, decider=Decider.of_folder(loaded, predictor))
 
 
-def test_selection_label_sets_and_classes(run, work: Path, predictor: Path) -> None:
+def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
     done = run(
         "calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--method", "selection", "--label-sets", "aps"
     )
@@ -159,7 +135,7 @@ def test_selection_label_sets_and_classes(run, work: Path, predictor: Path) -> N
         assert (scores.decision[row] == "accept") == (limit is not None and scores.uncertainty[row] <= limit)
 
 
-def test_probabilities_alone_and_a_coverage(run, work: Path, predictor: Path) -> None:
+def test_probabilities_alone_and_a_coverage(work: Path, predictor: Path) -> None:
     assert "decision" not in run("calibrate", predictor, work / "calibration").stdout
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
     scores = Outcomes.load(predictor / "scores.parquet")
@@ -169,7 +145,7 @@ def test_probabilities_alone_and_a_coverage(run, work: Path, predictor: Path) ->
     assert "of the accepted answers are wrong" in done.stdout
 
 
-def test_wrong_arguments(run, work: Path, predictor: Path) -> None:
+def test_wrong_arguments(work: Path, predictor: Path) -> None:
     assert "Usage" in run("calibrate", "--help").stdout
     done = run("monitor", predictor, work / "nothing.parquet", code=3)
     assert "is not calibrated. Run `vilu calibrate` first.\n" in done.stderr

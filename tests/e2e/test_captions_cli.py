@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import vilu
-from tests.e2e.test_cli import run
+from tests.command import run
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 N = 96

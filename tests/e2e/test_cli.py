@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import vilu
+from tests.command import command, run, run_process
 from vilu.embeddings.space import digest
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
@@ -32,14 +32,6 @@ shorts\tshorts
 skirt\tskirt
 t-shirt\tt-shirt
 """
-
-
-def run(*args: object, code: int = 0, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vilu.cli", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +52,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_help_names_every_command() -> None:
-    text = run("--help").stdout
-    for command in (
+    text = run_process("--help").stdout
+    for name in (
         "demo",
         "embed",
         "inspect",
@@ -80,11 +72,11 @@ def test_help_names_every_command() -> None:
         "list",
         "convert",
     ):
-        assert command in text
-        assert "Usage" in run(command, "--help").stdout
+        assert name in text
+        assert "Usage" in run(name, "--help").stdout
     assert "datasets" in text
     assert "check" in run("datasets", "--help").stdout
-    assert run("--version").stdout.strip() == vilu.__version__
+    assert run_process("--version").stdout.strip() == vilu.__version__
 
 
 def test_score_and_evaluate_agree_with_scikit_learn(work: Path) -> None:
@@ -105,7 +97,7 @@ def test_score_and_evaluate_agree_with_scikit_learn(work: Path) -> None:
 def test_the_command_line_does_what_the_library_does(work: Path) -> None:
     train, test = vilu.EmbeddingStore(work / "train"), vilu.EmbeddingStore(work / "test")
     predictor = vilu.ViLU(epochs=10, hidden=(32, 16)).fit(train)
-    run("score", work / "vilu", work / "test", "-o", work / "again.parquet")
+    run_process("score", work / "vilu", work / "test", "-o", work / "again.parquet")
     scored = vilu.Outcomes.load(work / "again.parquet").uncertainty
     assert np.array_equal(scored, predictor.predict_uncertainty(test))
 
@@ -269,8 +261,7 @@ def test_interrupted_and_resumed(work: Path, tmp_path: Path, number: signal.Sign
     """Ctrl-C or SIGTERM in the middle: a clean exit code, and the second run ends with the bytes of the first store."""
     args = ["embed", PHOTOS, "-o", tmp_path / "s", "--backbone", "compact:64", "--classes", work / "names.txt"]
     args += ["--split", "test", "--limit", 160, "--part-size", 32]
-    command = [sys.executable, "-m", "vilu.cli", *map(str, args)]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "s").glob("receipts/*.json")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vilu
-from tests.e2e.test_cli import run
+from tests.command import run
 from tests.unit.image_files import listed
 from tests.unit.known_trees import make_tree
 from vilu.datasets.known import KNOWN, open_known

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vilu
-from tests.e2e.test_cli import run
+from tests.command import run
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.store.embed import embed
 

@@ -8,8 +8,6 @@ them: else it would never be right, and there would be nothing to learn.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.command import run, run_process
 from tests.unit.known_trees import make_tree, make_trees, wnids
 from tests.unit.test_benchmark_files import TABLE_7
 from tests.unit.tiny_models import write_tiny
@@ -96,29 +95,14 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "data", root / "models"
 
 
-def run(miniature: tuple[Path, Path], output: Path, *more: object) -> subprocess.CompletedProcess[str]:
+def words(miniature: tuple[Path, Path], output: Path, *more: object) -> tuple[object, ...]:
     data, models = miniature
-    command = [
-        sys.executable,
-        "-m",
-        "vilu.cli",
-        "benchmark",
-        *CONFIGS,
-        "--data",
-        data,
-        "--models",
-        models,
-        "-o",
-        output,
-    ]
-    done = subprocess.run([*map(str, command), "--smoke", *map(str, more)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    return ("benchmark", *CONFIGS, "--data", data, "--models", models, "-o", output, "--smoke", *more)
 
 
 @pytest.mark.slow
 def test_every_study_runs_from_images_to_tables(miniature: tuple[Path, Path], tmp_path: Path) -> None:
-    text = run(miniature, tmp_path, "--jobs", 2).stdout
+    text = run_process(*words(miniature, tmp_path, "--jobs", 2)).stdout
     output = tmp_path / "smoke"
     for path in CONFIGS:
         config = load_config(path)
@@ -141,12 +125,12 @@ def test_every_study_runs_from_images_to_tables(miniature: tuple[Path, Path], tm
     assert learned["vilu"] >= 20
     assert sum(bool(cell["results"]) for cell in cells) > 0.8 * len(cells)
     before = {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*")}
-    assert run(miniature, tmp_path).stdout == text
+    assert run(*words(miniature, tmp_path)).stdout == text
     assert {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*")} == before
 
 
 def test_a_dry_run_knows_the_miniature(miniature: tuple[Path, Path], tmp_path: Path) -> None:
-    plans = json.loads(run(miniature, tmp_path, "--dry-run", "--json").stdout)
+    plans = json.loads(run(*words(miniature, tmp_path, "--dry-run", "--json")).stdout)
     assert [plan["name"] for plan in plans] == [path.stem for path in CONFIGS]
     parts = {(part["data"], part["part"]): part for plan in plans for part in plan["parts"]}
     assert parts["dtd", "train"]["counted"] == "listing"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import vilu
-from tests.e2e.test_cli import NAMES, PHOTOS, run
+from tests.command import run_process
+from tests.e2e.test_cli import NAMES, PHOTOS
 from tests.unit.tiny_models import write_tiny
-
-OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +26,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embed(site: Path, backbone: str, *options: object, code: int = 0) -> str:
     arguments = ("embed", PHOTOS, "--split", "test", "--limit", 60, "--classes", "names.txt", "--models", "models")
-    done = run(*arguments, "--backbone", backbone, "-o", backbone, *options, cwd=site, env=OFFLINE, code=code)
+    done = run_process(
+        *arguments, "--backbone", backbone, "-o", backbone, *options, cwd=site, code=code, HF_HUB_OFFLINE="1"
+    )
     return done.stderr
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import vilu
+from tests.command import run
 from tests.conftest import toy_embeddings
-from tests.e2e.test_cli import run
 from vilu.cli.app import app
 from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.score import Decider

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.command import run
 from tests.unit.page_data import outcomes_of, write_pictures
 from vilu.outcomes.outcomes import Outcomes
 
@@ -26,14 +25,6 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 N = 700  # more distinct scores than the slider has points
-
-
-def run(*args: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "vilu.cli", *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
+from tests.conftest import in_memory
 from tests.reference.bank_data import answers, clusters, images, posterior, with_targets
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
@@ -106,7 +107,7 @@ def test_one_labelled_image_per_class(name: str, n_wrong: int, d: int) -> None:
     first = np.unique(answers(pool), return_index=True)[1]
     target = np.arange(10)
     target[:n_wrong] = (target[:n_wrong] + 1) % 10
-    train = with_targets(Embeddings.from_rows(pool, pool.usable_rows[first]), target)
+    train = with_targets(in_memory(pool, pool.usable_rows[first]), target)
     scores = PREDICTORS[name]().fit(train).predict_uncertainty(test)
     assert np.isfinite(scores).all()
     assert name == "knn_vote" or len(np.unique(scores)) > 1  # ten of ten neighbours vote the same for every image
@@ -114,7 +115,7 @@ def test_one_labelled_image_per_class(name: str, n_wrong: int, d: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:the largest cosine of a row")
 def test_one_labelled_image_at_all() -> None:
-    train = Embeddings.from_rows(TRAIN, TRAIN.usable_rows[:1])
+    train = in_memory(TRAIN, TRAIN.usable_rows[:1])
     for name in BANK:
         assert np.isfinite(PREDICTORS[name]().fit(train).predict_uncertainty(TEST)).all()
 

@@ -9,6 +9,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 
+from tests.conftest import in_memory
 from tests.reference.bank_data import answers, clusters, posterior, unit, with_targets
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
@@ -111,7 +112,7 @@ def log_odds(density: np.ndarray, answer: np.ndarray) -> np.ndarray:
 def few() -> Embeddings:
     """One image of class 0, the others as they are: fewer images than coordinates."""
     rows = TRAIN.usable_rows[:5]
-    return with_targets(Embeddings.from_rows(TRAIN, rows), np.array([0, 1, 1, 2, 2]))
+    return with_targets(in_memory(TRAIN, rows), np.array([0, 1, 1, 2, 2]))
 
 
 @pytest.mark.parametrize("components", [3, 128])

@@ -10,7 +10,7 @@ import torch
 from torch.autograd.functional import hessian, jacobian
 
 import vilu
-from tests.conftest import toy_embeddings, toy_pairs, variant
+from tests.conftest import in_memory, toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
@@ -173,7 +173,7 @@ def test_variance_shrinks_with_more_data() -> None:
         variances.append(float(learned.variance(draw(5, 4, seed=7)).mean()))
     assert variances[0] > variances[1] > variances[2]
     rows = torch.arange(60)
-    few, many = (BayesVLM().fit(data) for data in (Embeddings.from_rows(toy_embeddings(), rows), toy_embeddings()))
+    few, many = (BayesVLM().fit(data) for data in (in_memory(toy_embeddings(), rows), toy_embeddings()))
     z = toy_embeddings(seed=1).column("features", rows).double()
     few_variance, many_variance = (
         float(Posterior(p.learned_["image_inputs"], p.learned_["image_outputs"]).variance(z).mean())
@@ -257,7 +257,7 @@ def unlike_sides(data):
 @pytest.mark.parametrize("loss", ["infonce", "siglip"])
 def test_scores_against_the_formulas_on_labelled_rows(loss: str) -> None:
     data = [toy_embeddings(n=150, seed=seed, ids_from=200 * seed) for seed in (0, 1)]
-    data[0] = Embeddings.from_rows(data[0], (data[0].target != 4).nonzero().squeeze(1))  # a class without images
+    data[0] = in_memory(data[0], (data[0].target != 4).nonzero().squeeze(1))  # a class without images
     train, test = (variant(d, space=EmbeddingSpace(16, 20.0, -3.0), **unlike_sides(d)) for d in data)
     predictor = BayesVLM(loss=loss).fit(train)
     expected, answers = plain_uncertainty(train, test, siglip=loss == "siglip")

@@ -107,5 +107,5 @@ def test_one_sided_training_sets_are_said(failure: int, what: str) -> None:
     data = toy_embeddings()
     rows = (next(data.batches(600)).failure == failure).nonzero().squeeze(1)
     with pytest.warns(UserWarning, match=f"only 0 {what} among {len(rows)} training rows"):
-        predictor = LMN(epochs=2).fit(Embeddings.from_rows(data, rows))
+        predictor = LMN(epochs=2).fit(data.take(rows))
     assert np.isfinite(predictor.predict_uncertainty(data)).all()

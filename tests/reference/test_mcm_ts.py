@@ -107,7 +107,7 @@ def test_golden_section(centre: float) -> None:
 def test_without_failures_it_scores_as_mcm_and_says_so() -> None:
     data = toy_embeddings()
     failure = next(data.batches(600)).failure
-    right = Embeddings.from_rows(data, (failure == 0).nonzero().squeeze(1))
+    right = data.take((failure == 0).nonzero().squeeze(1))
     with pytest.warns(UserWarning, match="only 0 failures among .* they identify no temperature"):
         predictor = MCMTS().fit(right)
     assert np.array_equal(predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data))

@@ -98,7 +98,7 @@ def test_two_classes_by_hand() -> None:
 
 def test_without_failures_it_is_the_gini_impurity() -> None:
     data = toy_embeddings()
-    right = Embeddings.from_rows(data, (next(data.batches(600)).failure == 0).nonzero().squeeze(1))
+    right = data.take((next(data.batches(600)).failure == 0).nonzero().squeeze(1))
     p, _ = posterior(data, 0.5)
     gini = (p * (1 - p)).sum(axis=1)
     # 1 - p rounds to 1e-16 absolutely.
@@ -107,7 +107,7 @@ def test_without_failures_it_is_the_gini_impurity() -> None:
 
 def test_without_successes_it_is_the_failures_part() -> None:
     data = toy_embeddings()
-    wrong = Embeddings.from_rows(data, (next(data.batches(600)).failure == 1).nonzero().squeeze(1))
+    wrong = data.take((next(data.batches(600)).failure == 1).nonzero().squeeze(1))
     p, _ = posterior(wrong, 0.5)
     expected = p.T @ p
     np.fill_diagonal(expected, 0)

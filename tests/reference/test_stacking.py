@@ -45,7 +45,7 @@ def test_cross_fitted_by_hand() -> None:
     failure = failures(train)
     scores = np.full((200, len(MEMBERS)), np.nan)
     for rest, part in folds.cross_fitting(Rows(train, torch.arange(200)), torch.from_numpy(failure), None, 0):
-        scores[part.index] = columns(*(Embeddings.from_rows(train, rows.index) for rows in (rest, part)))
+        scores[part.index] = columns(*(train.take(rows.index) for rows in (rest, part)))
     found = Stacking(members=MEMBERS).fit(train).predict_uncertainty(test)
     # L-BFGS stops at a gradient of 1e-6, and rounding may make it stop a step earlier.
     assert np.allclose(found, by_hand(scores, failure, columns(train, test)), atol=1e-5)
@@ -86,7 +86,7 @@ def test_a_handful_of_labels() -> None:
     right = [np.flatnonzero((failure == 0) & (target == c))[0] for c in range(10) if c not in target[wrong]]
     for rows in ([wrong[0], right[0]], [*wrong, *right]):
         with pytest.warns(UserWarning, match="expect an unreliable fit"):
-            predictor = Stacking().fit(Embeddings.from_rows(many, torch.tensor(rows)))
+            predictor = Stacking().fit(many.take(torch.tensor(rows)))
         probability = predictor.predict_failure_probability(many)
         assert np.isfinite(probability).all()
         assert probability.std() > 0
@@ -123,7 +123,7 @@ def test_members_are_checked() -> None:
 
 def test_held_out_rows_of_one_kind_are_refused() -> None:
     train, other = toy_embeddings(n=200), toy_embeddings(n=100, seed=1, ids_from=1000)
-    right = Embeddings.from_rows(other, torch.from_numpy(np.flatnonzero(failures(other) == 0)))
+    right = other.take(torch.from_numpy(np.flatnonzero(failures(other) == 0)))
     with pytest.raises(DataError, match="Found 0 failures among them"):
         Stacking(members=("mcm",)).fit(train, right)
 

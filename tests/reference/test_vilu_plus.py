@@ -131,7 +131,7 @@ def test_pool_is_the_most_probable_one() -> None:
 
 
 def test_companions_come_with_enough_labels(data: Embeddings) -> None:
-    fewer = Embeddings.from_rows(data, torch.arange(30))
+    fewer = data.take(torch.arange(30))
     few, many = ViLUPlus(**QUICK).fit(fewer), ViLUPlus(**QUICK).fit(data)
     assert list(few.experts_.companions) == []
     assert few.notes_["pool"] == [1.0]

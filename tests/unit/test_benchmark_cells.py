@@ -10,7 +10,7 @@ import torch
 from tests.conftest import toy_embeddings
 from tests.unit.bench_fakes import config, make_stores
 from vilu.benchmark.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
-from vilu.benchmark.data import Workbench, across_preprocessing, class_halves, draw_rows, of_classes, select
+from vilu.benchmark.data import Workbench, across_preprocessing, class_halves, draw_rows, of_classes
 from vilu.benchmark.stores import Part
 from vilu.embeddings.columns import TEXT_COLUMNS
 from vilu.embeddings.source import EmbeddingSource
@@ -119,9 +119,9 @@ def test_selecting_rows_and_candidates() -> None:
     rows = of_classes(whole, classes)
     assert set(whole.target[rows].tolist()) == {1, 4}
     foreign = of_classes(whole, np.array([0]))[0]
-    part = select(whole, np.append(rows, foreign), classes, ("features", "views", "prompts", "unheard-of"))
+    part = whole.take(np.append(rows, foreign), classes, ("features", "views", "prompts", "unheard-of"))
     assert part.class_names == ("class 1", "class 4")
-    assert torch.equal(part.text, whole.text[[1, 4]])
+    assert torch.equal(part.candidates(torch.arange(0)).text, whole.text[[1, 4]])
     names = np.array(whole.class_names)[whole.target[rows]]
     assert np.array_equal(np.array(part.class_names)[part.target[:-1]], names)
     assert part.target[-1] == -1

@@ -174,7 +174,7 @@ def test_row_numbers_of_two_sets_are_not_the_same_rows(test: Embeddings) -> None
 
 
 def test_training_rows_stand_in_where_the_data_are_few(plus, train, test: Embeddings) -> None:
-    few = Embeddings.from_rows(test, torch.arange(2))
+    few = test.take(torch.arange(2))
     found = vilu.explain(plus, few, train, rows=[0, 1], depth=Depth(background=10))
     assert "10 training rows" in found.attribution
     assert "1 other rows" in vilu.explain(plus, few, rows=[0]).attribution

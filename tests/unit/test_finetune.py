@@ -14,7 +14,7 @@ from vilu import PREDICTORS
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.init import FINE_TUNING, WITH_A_HEAD, initialise
-from vilu.predictors.rows import RowSketch, few_shot, shots
+from vilu.predictors.rows import RowSketch, shots
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}
 
@@ -158,11 +158,12 @@ def test_a_class_with_fewer_rows_gives_all_it_has() -> None:
     assert 39 in rows.tolist()
 
 
-def test_few_shot_copies_the_rows() -> None:
+def test_shots_are_rows_to_take() -> None:
     data = toy_embeddings(n=300)
-    rows, part = shots(data, 4, seed=1), few_shot(data, 4, seed=1)
+    rows = shots(data, 4, seed=1)
+    part = data.take(rows)
     assert list(part.ids) == [data.ids[row] for row in rows.tolist()]
-    assert torch.equal(part.image, data.image[rows])
+    assert torch.equal(part.image_rows(torch.arange(len(rows))), data.image[rows])
     assert torch.equal(part.target, data.target[rows])
 
 

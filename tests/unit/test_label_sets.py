@@ -64,7 +64,7 @@ def test_the_share_that_misses_is_promised(method: str) -> None:
     predictor = vilu.MCM()
     for _ in range(60):
         chosen = torch.from_numpy(rng.permutation(len(data)))
-        calibration, new = (Embeddings.from_rows(data, rows) for rows in (chosen[:300], chosen[300:800]))
+        calibration, new = (data.take(rows) for rows in (chosen[:300], chosen[300:800]))
         sets = fit_label_sets(predictor, calibration, max_miss=0.2, method=method)
         found = [(sets.of(predictor, batch, u), batch.target) for batch, u in predictor.scored(new)]
         inside = torch.cat([one.gather(1, target[:, None])[:, 0] for one, target in found])

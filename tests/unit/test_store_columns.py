@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from tests.conftest import in_memory
 from tests.unit.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from vilu.datasets.images import decode_image
 from vilu.embeddings.columns import COLUMNS
-from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files import host_hash
 from vilu.store.documents import StoredClasses, Views
@@ -87,7 +87,7 @@ def test_maps_lead_from_features_to_embeddings(original):
 
 def test_a_store_serves_columns_like_embeddings_in_memory(original):
     store = EmbeddingStore(original)
-    memory = Embeddings.from_rows(store, torch.arange(len(store)))
+    memory = in_memory(store, torch.arange(len(store)))
     assert memory.columns == store.columns
     names = sorted(store.columns)
     for mine, theirs in zip(store.batches(8, columns=names), memory.batches(8, columns=names), strict=True):

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vilu
+from tests.conftest import in_memory
 from tests.unit.pair_files import DIM, SPACE, reseal, unit_pairs, write_shards, write_store
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.decision.score import score
 from vilu.embeddings.checks import SHORT_POOL
-from vilu.embeddings.memory import Embeddings, PairEmbeddings
+from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.store.embed import embed
@@ -284,7 +285,7 @@ def test_stores_of_classes_are_read_in_blocks_too(tmp_path, monkeypatch):
     everyone = torch.arange(40)
     assert torch.equal(
         store.shuffled(everyone, torch.Generator().manual_seed(2)),
-        Embeddings.from_rows(store, everyone).shuffled(everyone, torch.Generator().manual_seed(2)),
+        in_memory(store, everyone).shuffled(everyone, torch.Generator().manual_seed(2)),
     )
     monkeypatch.setattr("vilu.store.mapped.BLOCK_ROWS", 4)
     halves = store.shuffled(everyone, torch.Generator().manual_seed(2)).split(20)

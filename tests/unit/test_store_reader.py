@@ -17,8 +17,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import in_memory
 from tests.unit.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
-from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
@@ -67,7 +67,7 @@ def test_rows_are_those_of_the_concatenated_parts(tmp_path_factory, data):
 
 def test_it_is_the_source_that_embeddings_in_memory_are(original):
     store = EmbeddingStore(original)
-    memory = Embeddings.from_rows(store, torch.arange(len(store)))
+    memory = in_memory(store, torch.arange(len(store)))
     assert (len(store), store.n_candidates, store.pool_size) == (len(memory), 3, None) == (21, 3, None)
     assert (store.space, store.class_names) == (memory.space, memory.class_names) == (FakeBackbone().space, NAMES)
     assert list(store.ids) == list(memory.ids)

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import toy_embeddings, toy_pairs, variant
+from tests.conftest import in_memory, toy_embeddings, toy_pairs, variant
 from vilu.embeddings.checks import RowNumbers
-from vilu.embeddings.source import Subset
-from vilu.errors import UsageError
+from vilu.errors import DataError, UsageError
 from vilu.predictors import PREDICTORS
 
 ROWS = np.array([3, 4, 10, 41, 59])
@@ -15,7 +14,7 @@ ROWS = np.array([3, 4, 10, 41, 59])
 
 def test_a_subset_is_what_its_rows_are() -> None:
     whole = toy_embeddings(n=60)
-    part, everything = Subset(whole, ROWS), torch.arange(5)
+    part, everything = whole.take(ROWS), torch.arange(5)
     assert len(part) == 5
     assert torch.equal(part.image_rows(everything), whole.image[ROWS])
     assert torch.equal(part.target, whole.target[ROWS])
@@ -28,30 +27,57 @@ def test_a_subset_is_what_its_rows_are() -> None:
     assert (part.n_candidates, part.class_names, part.space) == (whole.n_candidates, whole.class_names, whole.space)
 
 
+def test_rows_come_in_the_order_asked_for() -> None:
+    whole, rows = toy_embeddings(n=60), np.array([41, 3, 59, 3])
+    part, everything = whole.take(rows), torch.arange(4)
+    assert list(part.ids) == part.ids[:] == [f"row-{i}" for i in rows]
+    assert torch.equal(part.image_rows(everything), whole.image[rows])
+    assert torch.equal(part.target, whole.target[rows])
+
+
+def test_taken_of_taken() -> None:
+    whole, classes = toy_embeddings(n=60), np.array([4, 0, 2])
+    rows = np.flatnonzero(np.isin(whole.target, classes))
+    part = whole.take(rows, classes).take(np.array([1, 0]), np.array([2, 1]))
+    assert part.class_names == ("class 2", "class 0")
+    assert torch.equal(part.candidates(torch.arange(2)).text, whole.text[[2, 0]])
+    assert part.target.tolist() == [{2: 0, 0: 1}.get(int(whole.target[row]), -1) for row in rows[[1, 0]]]
+    assert list(part.ids) == [whole.ids[row] for row in rows[[1, 0]]]
+    prompts = part.column("prompts", torch.arange(2))
+    assert torch.equal(prompts, whole.column("prompts", torch.arange(2))[[2, 0]])
+
+
+def test_columns_left_out_are_not_there() -> None:
+    part = toy_embeddings(n=60).take(ROWS, columns=("views", "unheard-of"))
+    assert part.columns == {"views"}
+    with pytest.raises(DataError, match=r"no column 'features'.*--features"):
+        part.column("features", torch.arange(5))
+
+
 def test_unusable_rows_stay_unusable() -> None:
     whole = toy_embeddings(n=60)
     image = whole.image.clone()
     image[10] = torch.nan
-    part = Subset(variant(whole, image=image), ROWS)
+    part = variant(whole, image=image).take(ROWS)
     assert part.status.tolist() == [0, 0, 1, 0, 0]
     assert part.usable_rows.tolist() == [0, 1, 3, 4]
 
 
 def test_rows_without_identifiers_have_none() -> None:
-    assert isinstance(Subset(toy_embeddings(n=60, ids_from=None), ROWS).ids, RowNumbers)
+    assert isinstance(toy_embeddings(n=60, ids_from=None).take(ROWS).ids, RowNumbers)
 
 
 @pytest.mark.parametrize("name", ["mcm", "knn_vote", "vilu"])
 def test_methods_cannot_tell_a_subset_from_a_copy(name: str) -> None:
     whole, rows = toy_embeddings(n=600), np.arange(0, 600, 2)
-    copy = type(whole).from_rows(whole, torch.from_numpy(rows))
+    copy = in_memory(whole, torch.from_numpy(rows))
     settings = {"epochs": 2, "device": "cpu"} if name == "vilu" else {}
     scores = [
-        PREDICTORS[name](**settings).fit(source).predict_uncertainty(source) for source in (Subset(whole, rows), copy)
+        PREDICTORS[name](**settings).fit(source).predict_uncertainty(source) for source in (whole.take(rows), copy)
     ]
     assert np.array_equal(*scores)
 
 
 def test_pairs_have_no_subset() -> None:
     with pytest.raises(UsageError, match="pools"):
-        Subset(toy_pairs(), ROWS)
+        toy_pairs().take(ROWS)

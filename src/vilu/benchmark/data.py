@@ -19,11 +19,9 @@ from vilu.benchmark.cells import Cell, Origin, ScoredSet, needed_parts, origin_o
 from vilu.benchmark.config import Config, Unseen
 from vilu.benchmark.parts import ROLES, Role
 from vilu.benchmark.stores import Part, evenly_spaced
-from vilu.embeddings.checks import STATUS, VALID, RowNumbers
-from vilu.embeddings.columns import TEXT_COLUMNS
-from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
-from vilu.embeddings.source import UNKNOWN, EmbeddingSource, Subset
+from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace, digest
 from vilu.errors import DataError, ProvenanceError
 from vilu.predictors.nn.train import SCORING_BATCH
@@ -70,39 +68,6 @@ def of_classes(source: EmbeddingSource, classes: NDArray[np.int64]) -> NDArray[n
     return np.flatnonzero(np.isin(source.target.numpy(), classes))
 
 
-def select(
-    source: EmbeddingSource,
-    rows: NDArray[np.int64],
-    classes: NDArray[np.int64] | None,
-    columns: tuple[str, ...],
-) -> Embeddings:
-    """A copy in memory of some rows with some candidates (None: all of them) and those of ``columns`` that there are.
-
-    Targets count the chosen candidates; a row of another class has none of them as its target.
-    """
-    index = torch.from_numpy(rows)
-    found = source.candidates(index)
-    kept = torch.arange(len(found.text)) if classes is None else torch.from_numpy(classes)
-    position = torch.full((len(found.text) + 1,), UNKNOWN)
-    position[kept] = torch.arange(len(kept))  # the last entry stays: it is where -1 points
-    present = [name for name in columns if name in source.columns]
-    names = source.class_names
-    return Embeddings(
-        source.image_rows(index),
-        found.text[kept],
-        position[found.target],
-        class_names=None if names is None else [names[i] for i in kept.tolist()],
-        ids=None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()],
-        space=source.space,
-        columns={name: _column(source, name, index, kept) for name in present},
-    )
-
-
-def _column(source: EmbeddingSource, name: str, rows: Tensor, classes: Tensor) -> Tensor:
-    values = source.column(name, rows)
-    return values[classes] if name in TEXT_COLUMNS else values
-
-
 @dataclass(frozen=True)
 class Truth:
     """What is known of the rows of a test set, whatever the method."""
@@ -144,7 +109,7 @@ class Workbench:
     def _share_of_training_rows(self, data: str, role: Role, share: float) -> tuple[EmbeddingSource, str]:
         whole, name = self._open_store(data, "train", None)
         chosen = held_out(whole.ids, share) == (role == "validation")
-        return Subset(whole, np.flatnonzero(chosen)), digest([name, role, share])
+        return whole.take(np.flatnonzero(chosen)), digest([name, role, share])
 
     def _open_store(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
         entry, folder = self.config.data[data], self._folders[data, role]
@@ -158,7 +123,7 @@ class Workbench:
             return source, digest([*what, role, dataclasses.asdict(pools)])
         cut = limit if limit is not None and limit < len(source) else None
         name = digest([*what, cut])
-        return (source if cut is None else Subset(source, evenly_spaced(len(source), cut))), name
+        return (source if cut is None else source.take(evenly_spaced(len(source), cut))), name
 
     def check(self) -> None:
         """Refuse data sets whose parts do not belong together."""
@@ -203,10 +168,10 @@ class Workbench:
             return source
         target = np.where(source.status == VALID, source.target.numpy(), UNKNOWN)
         if origin.halves_seed is None:
-            return Subset(source, drawn(target, origin))
+            return source.take(drawn(target, origin))
         classes = class_halves(source.n_candidates, origin.halves_seed)[0]
         rows = drawn(np.where(np.isin(target, classes), target, UNKNOWN), origin)
-        return select(source, rows, classes, columns)
+        return source.take(rows, classes, columns)
 
     def validation_set(self, origin: Origin) -> EmbeddingSource | None:
         """What a method may select on; None where it has to hold out rows of its own (a small share may hold none)."""
@@ -224,7 +189,7 @@ class Workbench:
         if scored.halves_seed is None:
             return source
         classes = class_halves(source.n_candidates, scored.halves_seed)[1]
-        return select(source, of_classes(source, classes), classes, columns)
+        return source.take(of_classes(source, classes), classes, columns)
 
     def candidates(self, cell: Cell) -> tuple[Tensor, Tensor] | None:
         """Texts (K, D) of the training set's candidates and of the test set's, without their rows; None of captions."""
@@ -247,7 +212,7 @@ class Workbench:
         name = digest([self.fingerprint(scored.data, scored.role, scored.pool_size), scored.halves_seed])
         if scored.halves_seed is not None:
             classes = class_halves(source.n_candidates, scored.halves_seed)[1]
-            source = select(source, of_classes(source, classes), classes, ())
+            source = source.take(of_classes(source, classes), classes, ())
         return truth_of(source, name)
 
 

@@ -123,7 +123,7 @@ def _training_set(
 ) -> EmbeddingSource:
     """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
-    from vilu.predictors.rows import few_shot
+    from vilu.predictors.rows import shots
     from vilu.store.reader import open_source
 
     n_shots, seed = few
@@ -132,7 +132,7 @@ def _training_set(
     of_pairs = None if pseudo else pools
     sources = [open_source(store, pools=of_pairs, fold=fold, logit_scale=logit_scale) for store in stores]
     if n_shots is not None:
-        sources = [few_shot(source, n_shots, seed) for source in sources]
+        sources = [source.take(shots(source, n_shots, seed)) for source in sources]
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
 
 

@@ -1,8 +1,9 @@
-"""Checks on arrays that come from outside, each with a message that names what was found."""
+"""Checks on arrays that come from outside, each a DataError that names what was found; identifiers of rows."""
 
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import overload
@@ -23,11 +24,7 @@ MIN_NORM = 1e-12
 
 
 def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout.
-
-    Raises:
-        DataError: If it is not a two-dimensional array of real numbers with at least one column.
-    """
+    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1."""
     if isinstance(values, Tensor):
         array = values.detach().float().cpu().numpy() if not values.is_complex() else values.detach().cpu().numpy()
     else:
@@ -68,11 +65,7 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """Rows of unit norm, none of them unusable.
-
-    Raises:
-        DataError: If there is no row, or one is not finite or of zero norm.
-    """
+    """Rows of unit norm, at least one and none of them unusable."""
     rows, status = unit_rows(values, name)
     if not len(rows):
         raise DataError(f"{name} must have at least one row. Got none.")
@@ -86,11 +79,7 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
 
 
 def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int) -> Tensor:
-    """(N,) int64 targets; None means that none is known.
-
-    Raises:
-        DataError: If the length is not N, the values are not whole numbers, or one is not in -1 ... K-1.
-    """
+    """(N,) int64 targets in -1 ... K-1; None means that none is known."""
     if values is None:
         return torch.full((n_rows,), -1, dtype=torch.int64)
     array = np.asarray(values)
@@ -107,12 +96,7 @@ def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: 
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """The K names as a tuple.
-
-    Raises:
-        DataError: If there are not K of them, one is blank, or one repeats (two equal prompts tie, and a tie is then
-            counted as a failure).
-    """
+    """The K names as a tuple, none blank, all different: two equal prompts tie, and a tie is counted as a failure."""
     if names is None:
         return None
     names = tuple(str(name) for name in names)
@@ -127,32 +111,38 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
     return names
 
 
-class RowNumbers(Sequence[str]):
-    """Identifiers of rows that came without any: "0", "1", ...; they identify nothing outside their own array."""
+def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
+    """N row identifiers, by default the row numbers."""
+    if ids is None:
+        return RowNumbers(n_rows)
+    if len(ids) != n_rows:
+        raise DataError(f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead.")
+    return ids
 
-    def __init__(self, n_rows: int) -> None:
-        self._numbers = range(n_rows)
 
-    def __len__(self) -> int:
-        return len(self._numbers)
+class Identifiers(Sequence[str]):
+    """Identifiers of rows, made when asked for."""
+
+    @abstractmethod
+    def _of(self, row: int) -> str: ...
 
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        found = self._numbers[index]
-        return str(found) if isinstance(found, int) else [str(i) for i in found]
+        rows = range(len(self))[index]
+        return [self._of(row) for row in rows] if isinstance(rows, range) else self._of(rows)
 
 
-def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
-    """N row identifiers, by default the row numbers.
+class RowNumbers(Identifiers):
+    """Identifiers of rows that came without any: "0", "1", ...; they identify nothing outside their own array."""
 
-    Raises:
-        DataError: If there are not N of them.
-    """
-    if ids is None:
-        return RowNumbers(n_rows)
-    if len(ids) != n_rows:
-        raise DataError(f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead.")
-    return ids
+    def __init__(self, n_rows: int) -> None:
+        self._n_rows = n_rows
+
+    def __len__(self) -> int:
+        return self._n_rows
+
+    def _of(self, row: int) -> str:
+        return str(row)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vilu.embeddings.checks import RowNumbers, check_class_names, check_ids, check_targets, require_usable, unit_rows
+from vilu.embeddings.checks import check_class_names, check_ids, check_targets, require_usable, unit_rows
 from vilu.embeddings.columns import IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.source import Candidates, EmbeddingSource
@@ -94,16 +94,6 @@ class Embeddings(EmbeddingSource):
         if name not in self._columns:
             return super().column(name, index)
         return self._columns[name][index] if name in IMAGE_COLUMNS else self._columns[name]
-
-    @classmethod
-    def from_rows(cls, source: EmbeddingSource, rows: Tensor) -> Embeddings:
-        """A copy in memory of some rows of a source with shared candidates."""
-        found = source.candidates(rows)
-        ids = None if isinstance(source.ids, RowNumbers) else [source.ids[row] for row in rows.tolist()]
-        names = source.class_names
-        columns = {name: source.column(name, rows) for name in sorted(source.columns)}
-        image = source.image_rows(rows)
-        return cls(image, found.text, found.target, class_names=names, ids=ids, space=source.space, columns=columns)
 
     @staticmethod
     def pairs(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args, overload
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.embeddings.checks import RowNumbers
+from vilu.embeddings.checks import Identifiers, RowNumbers
 from vilu.embeddings.similarity import first_equal
 from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
 from vilu.errors import DataError, UsageError
@@ -103,10 +103,10 @@ class PairSource(EmbeddingSource):
         caption = self.caption_rows(index)
         first = first_alike(caption, self.pools.near_duplicates)
         everyone = torch.arange(len(index))
-        same = None if torch.equal(first, everyone) else first
+        different = torch.equal(first, everyone)
         if self.pools.direction == "text_to_image":
-            return Candidates(self.picture_rows(index), everyone, same, index)
-        if same is None:
+            return Candidates(self.picture_rows(index), everyone, None if different else first, index)
+        if different:
             return Candidates(caption, everyone, None, index)
         distinct, target = torch.unique(first, return_inverse=True)
         return Candidates(caption[distinct], target, None, index[distinct])
@@ -127,88 +127,6 @@ class PairSource(EmbeddingSource):
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         blocks = rows.split(max(HARD_ROWS // self.pools.size, 1) * self.pools.size)
         return torch.cat([block[hard_order(self.caption_rows(block), self.pools.size, generator)] for block in blocks])
-
-
-def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
-    """(N,) int64: for every row the first one that is alike: equal, or of at least that cosine to a first one.
-
-    With a cosine rows are taken in order, and one that is near none of the firsts before it is a first itself, so that
-    likeness does not chain. Memory: N times the number of firsts, in blocks.
-
-    Args:
-        rows: (N, D) unit-norm.
-        cosine: In (0, 1]; None for equality.
-    """
-    first = first_equal(rows)
-    if cosine is None:
-        return first
-    leaders = first.unique()
-    leader_of, kept = torch.arange(len(rows)), leaders[:0]
-    for block in leaders.split(NEAR_ROWS):
-        found = torch.full_like(block, -1)
-        for start in range(0, len(kept), NEAR_ROWS):
-            tile = kept[start : start + NEAR_ROWS]
-            near = (rows[block] @ rows[tile].T >= cosine) & (found < 0)[:, None]
-            found = torch.where(near.any(dim=1), tile[near.byte().argmax(dim=1)], found)
-        old, new = block[found >= 0], block[found < 0]
-        leader_of[old] = found[found >= 0]
-        leader_of[new] = new[_greedy(rows[new] @ rows[new].T >= cosine)]
-        kept = torch.cat([kept, leader_of[new].unique()])
-    return leader_of[first]
-
-
-def _greedy(near: Tensor) -> Tensor:
-    """(N,) int64: for every row of a symmetric relation (N, N) the first leader it is near, else itself, a leader."""
-    relation = near.numpy()
-    if not len(relation):
-        return torch.arange(0)
-    np.fill_diagonal(relation, val=True)
-    leader = np.ones(len(relation), dtype=bool)
-    # most rows are near no row before them, and need no look
-    for row in np.flatnonzero(relation.argmax(axis=1) < np.arange(len(relation))):
-        leader[row] = not (relation[row, :row] & leader[:row]).any()
-    relation &= leader
-    return torch.from_numpy(relation.argmax(axis=1))
-
-
-def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
-    """(N,) an order in which each ``pool_size`` consecutive rows are alike: hard negatives of one another.
-
-    The rows are halved, at a multiple of the pool size, by their projection on the direction between two of them that
-    are far apart, and the halves again: N D log(N / pool_size) operations, no matrix of similarities.
-
-    Args:
-        rows: (N, D) unit-norm, N a multiple of ``pool_size``, else the last pool is short.
-        pool_size: Rows of a pool.
-        generator: Chooses the rows that the direction starts from.
-    """
-    pending, done = [torch.arange(len(rows))], []
-    while pending:
-        part = pending.pop()
-        if len(part) <= pool_size:
-            done.append(part)
-            continue
-        block = rows[part]
-        start = int(torch.randint(len(part), (1,), generator=generator))
-        far = int((block @ block[start]).argmin())
-        farther = int((block @ block[far]).argmin())
-        along = (block @ (block[far] - block[farther])).argsort(stable=True)
-        middle = max(len(part) // pool_size // 2, 1) * pool_size
-        pending += [part[along[middle:]], part[along[:middle]]]
-    return torch.cat(done)
-
-
-def require_full_pools(n_rows: int, pool_size: int, what: str) -> None:
-    """Refuse pairs that do not fill one pool.
-
-    Raises:
-        DataError: If there are fewer than ``pool_size``.
-    """
-    if n_rows < pool_size:
-        raise DataError(
-            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}: its size is the number of candidates, "
-            "so it is never cut short. Give more pairs or a smaller --pool-size."
-        )
 
 
 class PseudoCaptions(PairSource):
@@ -285,7 +203,7 @@ class PseudoCaptions(PairSource):
         return int(self._source[row]), int(self._row[row])
 
 
-class PrefixedIds(Sequence[str]):
+class PrefixedIds(Identifiers):
     """Identifiers of the rows of several sources, made when asked for."""
 
     def __init__(self, rows: PseudoCaptions, names: Sequence[str]) -> None:
@@ -294,18 +212,9 @@ class PrefixedIds(Sequence[str]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        source, row = self._rows.origin(range(len(self))[index])
-        return f"{self._names[source]}/{self._rows.sources[source].ids[row]}"
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[i] for i in range(len(self)))
+    def _of(self, row: int) -> str:
+        source, original = self._rows.origin(row)
+        return f"{self._names[source]}/{self._rows.sources[source].ids[original]}"
 
 
 def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> None:
@@ -330,20 +239,85 @@ def labelled_rows(source: EmbeddingSource) -> Tensor:
 
 def class_captions(sources: Sequence[EmbeddingSource], chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Texts (sum of K, D) of all classes, and for every chosen row which is its caption; 0 for rows of pairs."""
-    names: list[str | None] = [None]
+    first: dict[str, int] = {}  # by name, the first class that has it
+    class_of = [0]
     texts, captions = [torch.zeros(1, sources[0].space.embed_dim)], []
     for source, rows in zip(sources, chosen, strict=True):
         if isinstance(source, PairSource):
             captions.append(torch.zeros(len(rows), dtype=torch.int64))
             continue
-        captions.append(source.target[rows] + len(names))
+        captions.append(source.target[rows] + len(class_of))
         texts.append(source.candidates(rows[:0]).text)
-        names += source.class_names or [None] * source.n_candidates
-    return torch.cat(texts), first_of_name(names)[torch.cat(captions)]
+        own = range(len(class_of), len(class_of) + source.n_candidates)
+        class_of += own if source.class_names is None else map(first.setdefault, source.class_names, own)
+    return torch.cat(texts), torch.tensor(class_of)[torch.cat(captions)]
 
 
-def first_of_name(names: Sequence[str | None]) -> Tensor:
-    """(K,) int64: for every class the first one of the same name; itself where it has none."""
-    first: dict[str, int] = {}
-    found = [i if name is None else first.setdefault(name, i) for i, name in enumerate(names)]
-    return torch.tensor(found, dtype=torch.int64)
+def first_alike(rows: Tensor, cosine: float | None = None) -> Tensor:
+    """(N,) int64: for every unit-norm row the first that is alike: equal, or of at least that cosine to a first one.
+
+    With a cosine rows are taken in order, and one that is near none of the firsts before it is a first itself, so that
+    likeness does not chain. Memory: N times the number of firsts, in blocks.
+    """
+    first = first_equal(rows)
+    if cosine is None:
+        return first
+    leaders = first.unique()
+    leader_of, kept = torch.arange(len(rows)), leaders[:0]
+    for block in leaders.split(NEAR_ROWS):
+        found = torch.full_like(block, -1)
+        for start in range(0, len(kept), NEAR_ROWS):
+            tile = kept[start : start + NEAR_ROWS]
+            near = (rows[block] @ rows[tile].T >= cosine) & (found < 0)[:, None]
+            found = torch.where(near.any(dim=1), tile[near.byte().argmax(dim=1)], found)
+        old, new = block[found >= 0], block[found < 0]
+        leader_of[old] = found[found >= 0]
+        leader_of[new] = new[_greedy(rows[new] @ rows[new].T >= cosine)]
+        kept = torch.cat([kept, leader_of[new].unique()])
+    return leader_of[first]
+
+
+def _greedy(near: Tensor) -> Tensor:
+    """(N,) int64: for every row of a symmetric relation (N, N) the first leader it is near, else itself, a leader."""
+    relation = near.numpy()
+    if not len(relation):
+        return torch.arange(0)
+    np.fill_diagonal(relation, val=True)
+    leader = np.ones(len(relation), dtype=bool)
+    # most rows are near no row before them, and need no look
+    for row in np.flatnonzero(relation.argmax(axis=1) < np.arange(len(relation))):
+        leader[row] = not (relation[row, :row] & leader[:row]).any()
+    relation &= leader
+    return torch.from_numpy(relation.argmax(axis=1))
+
+
+def hard_order(rows: Tensor, pool_size: int, generator: torch.Generator) -> Tensor:
+    """(N,) an order in which each ``pool_size`` consecutive rows are alike: hard negatives of one another.
+
+    The rows are halved, at a multiple of the pool size, by their projection on the direction between two of them that
+    are far apart, and the halves again: N D log(N / pool_size) operations, no matrix of similarities. N is a multiple
+    of the pool size, else the last pool is short; the generator chooses the row that a direction starts from.
+    """
+    pending, done = [torch.arange(len(rows))], []
+    while pending:
+        part = pending.pop()
+        if len(part) <= pool_size:
+            done.append(part)
+            continue
+        block = rows[part]
+        start = int(torch.randint(len(part), (1,), generator=generator))
+        far = int((block @ block[start]).argmin())
+        farther = int((block @ block[far]).argmin())
+        along = (block @ (block[far] - block[farther])).argsort(stable=True)
+        middle = max(len(part) // pool_size // 2, 1) * pool_size
+        pending += [part[along[middle:]], part[along[:middle]]]
+    return torch.cat(done)
+
+
+def require_full_pools(n_rows: int, pool_size: int, what: str) -> None:
+    """Refuse pairs that do not fill one pool."""
+    if n_rows < pool_size:
+        raise DataError(
+            f"{what} has {n_rows} usable pairs, and a pool has {pool_size}: its size is the number of candidates, "
+            "so it is never cut short. Give more pairs or a smaller --pool-size."
+        )

@@ -52,9 +52,6 @@ def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, lo
             so that of equal candidates not the first one would win, but one that the size of the block favours.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
-
-    Raises:
-        ValueError: If there is no candidate.
     """
     if not len(text):
         raise ValueError("there is no candidate")
@@ -74,11 +71,7 @@ def of_logits(logits: Tensor, first: Tensor) -> ZeroShot:
 
 
 def first_equal(rows: Tensor) -> Tensor:
-    """(N,) int64: for every row the first one that equals it; as by ``torch.unique`` of the rows, but fast.
-
-    Args:
-        rows: (N, D) float32.
-    """
+    """(N,) int64: for every row (N, D) float32 the first that equals it; as by ``torch.unique``, but fast."""
     # Equal rows have equal keys, made of few columns; only rows of equal keys are compared in full.
     bits = (rows[:, :KEY_COLUMNS] + 0.0).contiguous().view(torch.int32).long()  # + 0: -0 equals 0
     key = (bits * 31 ** torch.arange(bits.shape[1], device=rows.device)).sum(dim=1)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import compress
-from typing import overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import VALID, RowNumbers
-from vilu.embeddings.columns import HOW, IMAGE_COLUMNS
+from vilu.embeddings.checks import VALID, Identifiers, RowNumbers
+from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import ZeroShot, first_equal, float64, of_logits, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
@@ -74,10 +73,7 @@ class Batch:
 
     @cached_property
     def logits(self) -> Tensor:
-        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast.
-
-        For methods that look at all of them; batches from ``EmbeddingSource.batches`` are small enough.
-        """
+        """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
             return (self.image @ self.text.T).mul_(self.logit_scale).add_(self.logit_bias)
 
@@ -101,11 +97,10 @@ class Batch:
     @cached_property
     def failure(self) -> Tensor:
         """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where the target is unknown."""
-        known = self.target != UNKNOWN
-        right = self.prediction, self.target.clamp(min=0)
+        answer, right = self.prediction, self.target.clamp(min=0)
         if self.same is not None:
-            right = self.same[right[0]], self.same[right[1]]
-        return torch.where(known, (right[0] != right[1]).long(), UNKNOWN)
+            answer, right = self.same[answer], self.same[right]
+        return torch.where(self.target != UNKNOWN, (answer != right).long(), UNKNOWN)
 
     @property
     def target_log_probability(self) -> Tensor:
@@ -119,12 +114,7 @@ class Batch:
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """(B,) log of the mass that softmax(logits) gives to an answer: to all candidates that are the same.
-
-        Args:
-            logits: (B, K) of any posterior.
-            answer: (B,) int64 candidates.
-        """
+        """(B,) log of the mass that softmax(logits (B, K)) gives to the answer (B,): to all that are the same."""
         answer = answer.to(logits.device)
         if self.same is None:
             return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
@@ -145,8 +135,8 @@ class Batch:
     def rows(self, part: slice) -> Batch:
         """Some of the rows against all candidates."""
         columns = {name: rows[part] if name in IMAGE_COLUMNS else rows for name, rows in self.columns.items()}
-        image, target, index = self.image[part], self.target[part], self.index[part]
-        return replace(self, image=image, target=target, index=index, columns=columns)
+        own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
+        return replace(self, **own, columns=columns)
 
 
 class EmbeddingSource(ABC):
@@ -185,11 +175,7 @@ class EmbeddingSource(ABC):
         """Candidates of the rows ``index``; with in-batch candidates these rows are the pool."""
 
     def column(self, name: str, index: Tensor) -> Tensor:  # noqa: ARG002 - for sources that have some
-        """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model.
-
-        Raises:
-            DataError: If there is no such column.
-        """
+        """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model."""
         raise DataError(f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`.")
 
     @cached_property
@@ -201,6 +187,28 @@ class EmbeddingSource(ABC):
     def usable_rows(self) -> Tensor:
         """(M,) int64 positions of the usable rows, in the order in which they are scored (and make pools)."""
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
+
+    def take(
+        self,
+        rows: Tensor | NDArray[np.int64],
+        classes: Tensor | NDArray[np.int64] | None = None,
+        columns: Collection[str] | None = None,
+    ) -> EmbeddingSource:
+        """Some rows of a source with shared candidates, as a source; they stay where they are until asked for.
+
+        Args:
+            rows: (M,) int64 positions, in the order to have them in.
+            classes: (K',) int64 candidates to keep, in their new order; by default all. A row of another class is kept
+                with an unknown target.
+            columns: Those to keep, of what there is; by default all.
+
+        Raises:
+            UsageError: If the source has captions: its pools are made of all its rows.
+        """
+        if self.pool_size is not None:
+            raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
+        kept = self.columns if columns is None else self.columns.intersection(columns)
+        return Taken(self, torch.as_tensor(rows), None if classes is None else torch.as_tensor(classes), kept)
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training."""
@@ -227,57 +235,56 @@ class EmbeddingSource(ABC):
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         found = self.candidates(index)
-        more = {
-            name: self.column(name, found.members if found.members is not None and name not in IMAGE_COLUMNS else index)
-            for name in columns
-        }
+        members = index if found.members is None else found.members
+        more = {name: self.column(name, index if name in IMAGE_COLUMNS else members) for name in columns}
         scale, bias = self.space.logit_scale, self.space.logit_bias
         return Batch(self.image_rows(index), found.text, found.target, index, scale, bias, more, found.same)
 
 
-class Subset(EmbeddingSource):
-    """The rows of a source with shared candidates that are at some positions.
-
-    Args:
-        source: The whole.
-        rows: (M,) positions in it, ascending.
-
-    Raises:
-        UsageError: If the source has captions: its pools are made of all its rows.
-    """
+class Taken(EmbeddingSource):
+    """What ``EmbeddingSource.take`` gives: a view, so no row is in memory before it is asked for."""
 
     pool_size: int | None = None
 
-    def __init__(self, source: EmbeddingSource, rows: NDArray[np.int64]) -> None:
-        if source.pool_size is not None:
-            raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
-        self._source, self._rows = source, torch.from_numpy(rows)
-        self.space, self.class_names, self.columns = source.space, source.class_names, source.columns
-        self.target, self.status = source.target[self._rows], source.status[rows]
-        self.ids: Sequence[str] = RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else Picked(source, rows)
+    def __init__(self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]) -> None:
+        self._source, self._rows, self._classes = source, rows, classes
+        self.space, self.class_names, self.columns = source.space, source.class_names, columns
+        self.target, self.status = source.target[rows], source.status[rows.numpy()]
+        self._text = source.candidates(rows[:0]).text
+        self.ids: Sequence[str] = (
+            RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else TakenIds(source, rows)
+        )
+        if classes is not None:
+            position = torch.full((len(self._text) + 1,), UNKNOWN)
+            position[classes] = torch.arange(len(classes))  # the last entry stays: it is where -1 points
+            self.target, self._text = position[self.target], self._text[classes]
+            self.class_names = self.class_names and tuple(self.class_names[i] for i in classes.tolist())
 
     @property
     def n_candidates(self) -> int:
-        """K."""
-        return self._source.n_candidates
+        """K, of those taken."""
+        return len(self._text)
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of the whole."""
         return self._source.image_rows(self._rows[index])
 
     def candidates(self, index: Tensor) -> Candidates:
-        """The (K, D) texts of the whole, and the targets of the rows."""
-        return self._source.candidates(self._rows[index])
+        """The (K, D) texts taken, and the targets of the rows."""
+        return Candidates(self._text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name`` of the whole: rows of it where it is of the images."""
-        return self._source.column(name, self._rows[index] if name in IMAGE_COLUMNS else index)
+        """Column ``name`` of the whole, at the rows or candidates taken."""
+        if name not in self.columns:
+            return super().column(name, index)
+        values = self._source.column(name, self._rows[index] if name in IMAGE_COLUMNS else index)
+        return values if self._classes is None or name not in TEXT_COLUMNS else values[self._classes]
 
 
-class Picked(Sequence[str]):
-    """Identifiers of some rows of a source, read when asked for."""
+class TakenIds(Identifiers):
+    """Identifiers of some rows of a source."""
 
-    def __init__(self, source: EmbeddingSource, rows: NDArray[np.int64]) -> None:
+    def __init__(self, source: EmbeddingSource, rows: Tensor) -> None:
         self._ids, self._rows = source.ids, rows
 
     def __len__(self) -> int:
@@ -286,27 +293,18 @@ class Picked(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         chosen = np.zeros(len(self._ids), dtype=bool)
         chosen[self._rows] = True
-        return compress(self._ids, chosen)  # one pass: identifiers on disk are read part by part
+        distinct = list(compress(self._ids, chosen))  # one pass: identifiers on disk are read part by part
+        return (distinct[i] for i in self._rows.unique(return_inverse=True)[1].tolist())
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self._ids[row] for row in self._rows[index].tolist()]
-        return self._ids[int(self._rows[index])]
+    def _of(self, row: int) -> str:
+        return self._ids[int(self._rows[row])]
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:
     """(B, K) float64 log p, p = softmax(logits / temperature).
 
     log p_max = -log1p(sum of the other exponentials), so confident rows keep their order where p_max itself rounds to
-    one: at CLIP's scale a float32 softmax ties many of them.
-
-    Args:
-        batch: Some rows and their candidates.
-        temperature: Positive number, or one per row (B, 1).
+    one: at CLIP's scale a float32 softmax ties many of them. The temperature is positive, one or one per row (B, 1).
     """
     logits = float64(batch.logits)
     answer = batch.prediction[:, None].to(logits.device)

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, UsageError
 
@@ -51,11 +50,6 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
             stacklevel=2,
         )
     return torch.cat(parts).sort().values
-
-
-def few_shot(source: EmbeddingSource, n: int, seed: int = 0) -> Embeddings:
-    """A copy in memory of the rows that ``shots`` chooses; errors as there."""
-    return Embeddings.from_rows(source, shots(source, n, seed))
 
 
 SIZE = 1 << 14

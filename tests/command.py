@@ -1,0 +1,58 @@
+"""The command line of ``vilu``, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from subprocess import CompletedProcess
+from unittest.mock import patch
+
+from vilu.cli import main
+
+
+def run(*args: object, code: int = 0, cwd: Path | None = None) -> CompletedProcess[str]:
+    """The command in this process: importing torch takes longer than most commands.
+
+    An exception that the command line does not turn into a message passes through.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        logger = logging.getLogger("vilu")
+        stack.callback(logger.setLevel, logger.level)
+        stack.callback(logger.handlers.__setitem__, slice(None), logger.handlers[:])
+        stack.enter_context(warnings.catch_warnings())
+        warnings.resetwarnings()  # pytest makes errors of them
+        stack.enter_context(patch.object(sys, "argv", ["vilu", *map(str, args)]))
+        stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            main()
+        except SystemExit as left:
+            ended = left.code or 0
+        else:
+            ended = 0
+    assert ended == code, err.getvalue()
+    return CompletedProcess([*map(str, args)], code, out.getvalue(), err.getvalue())
+
+
+def command(*args: object) -> list[str]:
+    """What starts the command in a process of its own."""
+    return [sys.executable, "-m", "vilu.cli", *map(str, args)]
+
+
+def run_process(*args: object, code: int = 0, cwd: Path | None = None, **env: str) -> CompletedProcess[str]:
+    """The command in a process of its own, with more environment variables."""
+    env, words = {**os.environ, **env}, command(*args)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
