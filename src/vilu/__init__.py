@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     )
     from vilu.predictors.convert import convert_official
     from vilu.predictors.storage import load
+    from vilu.registry import register
     from vilu.report.explain.explain import explain
     from vilu.report.explain.prompts import prompt_gains
     from vilu.report.explain.risk import risk_map
@@ -72,6 +73,7 @@ _HOME = {
     "ViLUPlus": "vilu.predictors",
     "convert_official": "vilu.predictors.convert",
     "load": "vilu.predictors.storage",
+    "register": "vilu.registry",
     "ResultTable": "vilu.outcomes.results",
     "score": "vilu.decision.score",
     "EmbeddingSpace": "vilu.embeddings.space",
@@ -125,6 +127,7 @@ __all__ = [
     "open_dataset",
     "open_source",
     "prompt_gains",
+    "register",
     "report_page",
     "risk_map",
     "score",

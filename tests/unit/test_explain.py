@@ -80,7 +80,7 @@ def test_rows_by_key_and_by_number(plus, test: Embeddings) -> None:
 def test_competitors_of_vilu_are_its_attention(train, test: Embeddings) -> None:
     for form in ("official", "paper"):
         predictor = vilu.ViLU(attention=form, hidden=(8,), epochs=3).fit(train)
-        w = {name: m.detach().double().numpy() for name, m in predictor.head_.attention.named_parameters()}
+        w = {name: m.detach().double().numpy() for name, m in predictor.heads[0].attention.named_parameters()}
         query, key, scale = (
             (w["query"], w["key"], 1 / math.sqrt(16)) if form == "paper" else (w["image"], w["text"], 20.0)
         )

@@ -18,7 +18,7 @@ from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files import MAX_DOCUMENT_BYTES, SCHEMA_VERSION, Model, atomic_write, explain, parquet_bytes, write_json
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.storage import fit_fingerprint
+from vilu.predictors.record import fit_fingerprint
 
 RISK, ROWS = "risk.json", "calibration.parquet"
 AGAIN = "Run `vilu calibrate` again"

@@ -15,8 +15,9 @@ from torch.nn import functional
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError
+from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.heads.head import Count, Positive
-from vilu.predictors.labelled import TensorPredictor, failure_log_odds
+from vilu.predictors.labelled import failure_log_odds
 from vilu.predictors.nn.train import Rows, steps_per_epoch
 from vilu.progress import track
 
@@ -203,7 +204,7 @@ FARTHEST = 1e-2
 
 
 @dataclass
-class BayesVLM(TensorPredictor):
+class BayesVLM(FailurePredictor):
     """Last-layer Laplace: u = 1 - p_t̂, p = softmax of the logits under a posterior over the last linear maps.
 
     With g = P phi and h = Q psi the last layers of the image and the text encoder, P's posterior precision is
@@ -259,6 +260,8 @@ class BayesVLM(TensorPredictor):
         "on_features",
     )
 
+    seed: int = 0
+    device: str = "auto"
     mode: Literal["auto", "model", "embeddings"] = "auto"
     loss: Literal["infonce", "siglip"] = "infonce"
     pseudo_count: Positive = 10.0
@@ -267,9 +270,10 @@ class BayesVLM(TensorPredictor):
     @property
     def label(self) -> str:
         """The name with the kind of fit, once there is one."""
-        if not self.learned_:
-            return self.name
-        return f"{self.name} (model)" if self._on_features else f"{self.name} (embeddings-only)"
+        return self._label(self._on_features) if self.learned_ else self.name
+
+    def _label(self, on_features: bool) -> str:
+        return f"{self.name} (model)" if on_features else f"{self.name} (embeddings-only)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The four columns in mode "model", or in mode "auto" where they are there; else none."""
@@ -285,7 +289,7 @@ class BayesVLM(TensorPredictor):
     def _on_features(self) -> bool:
         return bool(self.learned_["on_features"])
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - pairs are what counts
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         sums = functools.reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), self._factors(train))
         tensors = {"on_features": torch.tensor(bool(train.columns))}
         for side, found in zip(("image", "text"), sums, strict=True):
@@ -294,7 +298,8 @@ class BayesVLM(TensorPredictor):
             learned, prior = posterior(found, squared_norm, self.pseudo_count)
             tensors |= {f"{side}_inputs": learned.inputs.cpu(), f"{side}_outputs": learned.outputs.cpu()}
             tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
-        return tensors
+        priors = {side: float(tensors[f"{side}_prior"]) for side in ("image", "text")}
+        return Learnt(tensors, {"label": self._label(bool(train.columns)), "prior_precision": priors})
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
         """What every chunk of pairs adds to the factors of the image and the text layer."""
@@ -313,11 +318,7 @@ class BayesVLM(TensorPredictor):
                 )
                 task.advance(1)
 
-    def _notes(self) -> dict[str, object]:
-        priors = {side: float(self.learned_[f"{side}_prior"]) for side in ("image", "text")}
-        return {"label": self.label, "prior_precision": priors}
-
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         (phi, g), (psi, h) = last_layers(batch, on_features=self._on_features)
         image, text = (
             Posterior(self.learned_[f"{side}_inputs"].to(g), self.learned_[f"{side}_outputs"].to(g))

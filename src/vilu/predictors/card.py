@@ -44,7 +44,7 @@ GUARANTEE = {
 
 
 @dataclass(frozen=True)
-class Method:
+class Described:
     """What the code knows of a method.
 
     Attributes:
@@ -64,7 +64,7 @@ class Method:
     columns: tuple[str, ...]
 
 
-def model_card(record: Mapping[str, Any], method: Method, risk: Mapping[str, Any] | None = None) -> str:
+def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None) -> str:
     """The text of a card; whatever the names in it contain, the header is YAML and the body shows them as they are.
 
     Args:
@@ -117,7 +117,7 @@ def hub_id(backbone: str | None) -> str | None:
     return None
 
 
-def fit_facts(notes: Mapping[str, Any], method: Method) -> list[str]:
+def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
     """Rows, failures, candidates."""
     if not method.needs_fit:
         return ["- nothing is learned from labels", *facts(notes, FIT)]
@@ -140,7 +140,7 @@ def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Method) -> list[str]:
+def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described) -> list[str]:
     """Commands."""
     options = ["--backbone", shlex.quote(one_line(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
@@ -160,7 +160,7 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Method) ->
     ]
 
 
-def limits(notes: Mapping[str, Any], method: Method, risk: Mapping[str, Any] | None) -> list[str]:
+def limits(notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None) -> list[str]:
     """What it does not say."""
     found = ["It says nothing about other backbones, weights, preprocessing or logit scales; vilu refuses them."]
     if method.is_probability:

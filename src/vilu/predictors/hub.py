@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 from vilu.errors import DataError, MissingModelError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.files import MAX_DOCUMENT_BYTES, host_hash, make_folder
-from vilu.predictors.storage import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, load, read_record
+from vilu.predictors.record import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, read_record
+from vilu.predictors.storage import load
 
 FILES = {
     WEIGHTS: 4 << 30,

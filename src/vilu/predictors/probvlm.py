@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.source import Batch
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.heads.head import Count, NonNegative
 from vilu.predictors.heads.networks import NetworkPredictor
 from vilu.predictors.labelled import failure_log_odds
@@ -156,14 +157,16 @@ class ProbVLM(NetworkPredictor):
     uncertainty: Literal["aleatoric", "epistemic", "cross_modal"] = "aleatoric"
     samples: Annotated[int, Field(ge=2)] = 15
 
-    def _build(self, dim: int) -> nn.Module:
-        return PairAdapters(dim, self)
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The adapters."""
+        return PairAdapters(space.embed_dim, self)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the batch
         return output.mean()
 
-    def _score(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the batch
-        return output
+    def _score(self, batch: Batch) -> Tensor:
+        score: Tensor = self.network(batch)
+        return score
 
 
 class PairAdapters(nn.Module):
