@@ -12,7 +12,8 @@ import torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import Embeddings
-from vilu.report.explain.attribution import NoAttribution, game_of, shapley
+from vilu.predictors.games import NoAttribution
+from vilu.report.explain.attribution import game_of, shapley
 from vilu.report.explain.explain import Depth
 from vilu.report.explain.rows import draw_rows
 
@@ -261,10 +262,10 @@ def test_what_is_said_to_be_of_one_input_is(train: Embeddings, test: Embeddings)
     looks = {name: vars(cls)["looks_at"] for name, cls in vilu.PREDICTORS.items() if vars(cls).get("looks_at")}
     assert {name for name in looks if looks[name] == {"image"}} == {"pvu", "knn_distance"}
     assert len(looks) == 13
-    for name in looks:
+    for name, look in looks.items():
         quick = {"epochs": 2} if name == "pvu" else {}
         predictor = vilu.PREDICTORS[name](**quick).fit(train)
-        u, changed = (predictor.predict_uncertainty(x) for x in (test, turned if looks[name] == {"logits"} else other))
+        u, changed = (predictor.predict_uncertainty(x) for x in (test, turned if look == {"logits"} else other))
         assert changed == pytest.approx(u, rel=1e-3, abs=1e-5), name
 
 

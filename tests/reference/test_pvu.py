@@ -10,8 +10,8 @@ from torch import nn
 
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import PairEmbeddings
-from vilu.errors import DataError
 from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import DataError
 from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
 from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
 

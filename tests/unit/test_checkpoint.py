@@ -17,8 +17,8 @@ from tests.conftest import toy_embeddings, toy_pairs
 from tests.e2e.ddp_worker import QUICK, Brake, Stop, stop
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
-from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
 from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import DeepEnsemble, MCDropout, ViLU
 from vilu.predictors.nn.checkpoint import (

@@ -17,7 +17,6 @@ from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.predictors.bank import search
 from vilu.predictors.nn.train import SCORING_BATCH
-from vilu.report.explain.attribution import OF_IMAGES, OF_LOGITS
 from vilu.report.explain.competitors import strongest_competitor
 from vilu.report.explain.explain import Depth
 
@@ -64,7 +63,7 @@ def test_a_few_rows_of_many_blocks_have_the_numbers_of_the_scores(train: Embeddi
     for row in vilu.explain(predictor, data, rows=rows, depth=Depth(background=8)):
         assert row.uncertainty == outcomes.uncertainty[row.row]
         assert row.answer == data.class_names[outcomes.prediction[row.row]]
-        if name in OF_LOGITS | OF_IMAGES:
+        if vars(vilu.PREDICTORS[name]).get("looks_at"):
             assert row.attribution.score == row.uncertainty
 
 

@@ -6,8 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import NAMED
 
@@ -43,25 +42,18 @@ GUARANTEE = {
 }
 
 
-@dataclass(frozen=True)
-class Described:
-    """What the code knows of a method.
+class Described(Protocol):
+    """What the code knows of a fitted predictor; see ``FailurePredictor``."""
 
-    Attributes:
-        summary: One line.
-        reference: Where it comes from.
-        is_probability: Whether the uncertainty estimates P(failure).
-        closed_set: Whether it scores the classes that it was fitted on and no others.
-        needs_fit: Whether it learned from labels.
-        columns: What it looks at beside the embeddings.
-    """
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+    is_probability: ClassVar[bool]
+    closed_set: ClassVar[bool]
+    needs_fit: ClassVar[bool]
 
-    summary: str
-    reference: str
-    is_probability: bool
-    closed_set: bool
-    needs_fit: bool
-    columns: tuple[str, ...]
+    @property
+    def columns_to_score(self) -> tuple[str, ...]:
+        """What it looks at beside the embeddings."""
 
 
 def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None) -> str:
@@ -145,7 +137,7 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described)
     options = ["--backbone", shlex.quote(one_line(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
-    if "features" in method.columns:
+    if "features" in method.columns_to_score:
         options.append("--features")
     pools = f" --pool-size {notes['pool_size']}" if isinstance(notes.get("pool_size"), int) else ""
     return [
@@ -172,8 +164,8 @@ def limits(notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] 
         found.append("Its score orders answers; it is no probability.")
     if method.closed_set:
         found.append("It scores the classes that it was fitted on and no others.")
-    if method.columns:
-        found.append(f"It looks at {', '.join(map(code, method.columns))} beside the embeddings.")
+    if method.columns_to_score:
+        found.append(f"It looks at {', '.join(map(code, method.columns_to_score))} beside the embeddings.")
     if isinstance(notes.get("pool_size"), int):
         found.append("Failures depend on the pool size: numbers at another one are not comparable.")
     if method.needs_fit:

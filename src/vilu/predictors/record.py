@@ -7,7 +7,7 @@ import hashlib
 import json
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from safetensors import torch as safetensors_torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from vilu.predictors.card import Described, model_card
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator
 from vilu.predictors.rows import RowSketch
-from vilu.registry import method_names
 
 SCHEMA = 1
 MAX_JSON_BYTES = 64 << 20
@@ -28,23 +27,14 @@ NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN = "seen"
 
 
-class Saved(Parametrised, Protocol):
+class Saved(Parametrised, Described, Protocol):
     """What is written of a predictor."""
 
-    summary: ClassVar[str]
-    reference: ClassVar[str]
-    is_probability: ClassVar[bool]
-    closed_set: ClassVar[bool]
-    needs_fit: ClassVar[bool]
     space_: EmbeddingSpace | None
     similarity_: tuple[float, float] | None
     seen_: RowSketch | None
     notes_: dict[str, Any]
     calibrator_: Calibrator | None
-
-    @property
-    def columns_to_score(self) -> tuple[str, ...]:
-        """What data must carry to be scored."""
 
     def state(self) -> dict[str, Tensor]:
         """Everything learned."""
@@ -100,20 +90,12 @@ def fit_fingerprint(folder: str | Path) -> str:
 
 def write_card(path: Path, record: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None) -> None:
     """The card, with the guarantee of a calibration."""
-    method = Described(
-        summary=predictor.summary,
-        reference=predictor.reference,
-        is_probability=predictor.is_probability,
-        closed_set=predictor.closed_set,
-        needs_fit=predictor.needs_fit,
-        columns=predictor.columns_to_score,
-    )
     with atomic_write(path / CARD) as handle:
-        handle.write(model_card(record, method, risk).encode())
+        handle.write(model_card(record, predictor, risk).encode())
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """``predictor.json``, checked for schema, method and keys."""
+    """``predictor.json``, checked for schema and keys."""
     record = read_object(path)
     if not isinstance(record.get("schema"), int):
         raise DataError(f"{path} does not describe a predictor.")
@@ -122,14 +104,6 @@ def read_record(path: Path) -> dict[str, Any]:
     missing = {"method", "parameters", "space", "similarity", "n_seen", "notes", "weights_sha256"} - record.keys()
     if missing:
         raise DataError(f"{path} lacks {', '.join(sorted(missing))}.")
-    if record["method"] not in method_names():
-        where = record.get("home")
-        if not isinstance(where, dict):
-            raise DataError(f"{path} is for the method {record['method']!r}. Known: {', '.join(method_names())}.")
-        raise DataError(
-            f"{path} is for the method {record['method']!r} of the module {where.get('module')!r}, which is not known "
-            f"here. Install {where.get('distribution') or 'it'}, or give --plugin {where.get('module')}."
-        )
     return record
 
 

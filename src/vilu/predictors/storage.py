@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
@@ -16,7 +17,7 @@ from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
 from vilu.predictors.record import PREDICTOR, RISK, SEEN, WEIGHTS, read_bytes, read_object, read_record
 from vilu.predictors.rows import RowSketch
-from vilu.registry import find_method
+from vilu.registry import find_method, method_names
 
 
 def load(folder: str | Path) -> FailurePredictor:
@@ -35,7 +36,7 @@ def load(folder: str | Path) -> FailurePredictor:
         tensors = safetensors_torch.load(weights)
     except SafetensorError as error:
         raise DataError(f"{path / 'weights.safetensors'} is not a safetensors file: {error}.") from error
-    predictor = build(find_method(found["method"]), found["parameters"])
+    predictor = build(method_of(found, path / PREDICTOR), found["parameters"])
     predictor.space_ = EmbeddingSpace(**found["space"]) if found["space"] else None
     predictor.similarity_ = tuple(found["similarity"]) if found["similarity"] else None
     predictor.seen_ = RowSketch(tensors.pop(SEEN), found["n_seen"]) if SEEN in tensors else None
@@ -43,6 +44,18 @@ def load(folder: str | Path) -> FailurePredictor:
     predictor.calibrator_ = read_calibrator(found["calibrator"]) if "calibrator" in found else None
     predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
     return predictor
+
+
+def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
+    """The class of a saved predictor; where one from outside is missing, what to do is said."""
+    name, home = found["method"], found.get("home")
+    if name in method_names():
+        return find_method(name)
+    if not isinstance(home, dict):
+        raise DataError(f"{path} is for the method {name!r}. Known: {', '.join(method_names())}.")
+    install = f"Install {home['distribution']}, or give" if home.get("distribution") else "Give"
+    module = home.get("module")
+    raise DataError(f"{path} is for the method {name!r} of {module}, which is not here. {install} --plugin {module}.")
 
 
 def write_card(folder: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import math
@@ -23,7 +22,7 @@ from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.games import LOG_ODDS, Game, HeadGame
 from vilu.predictors.labelled import fit_and_selection
 from vilu.predictors.nn.checkpoint import current_session, data_fingerprint
-from vilu.predictors.nn.head import HIDDEN, FailureHead, FoldedAttention, with_weights
+from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
 from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
 from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import HeadTrainer, Loss, Rows, TrainConfig
@@ -110,19 +109,8 @@ class HeadPredictor(FailurePredictor):
 
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
         """One head, selected on the validation rows where there are some."""
-        config = TrainConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            warmup_epochs=self.warmup_epochs,
-            freeze_epochs=self.freeze_epochs,
-            patience=self.patience,
-            precision=self.precision,
-            seed=self.seed,
-            device=resolve_device(self.device),
-        )
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+        config = TrainConfig(**{**settings, "device": resolve_device(self.device)})
         head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
@@ -179,14 +167,12 @@ class HeadGraph(nn.Module):
 
     def __init__(self, heads: list[FailureHead], logit_scale: float) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(copy.deepcopy(head) for head in heads)
-        for head in self.heads:
-            if head.attention is not None:
-                head.attention = FoldedAttention(head.attention, head.first["attended"], logit_scale)
+        self.heads = nn.ModuleList(head.folded(logit_scale) for head in heads)
 
     def forward(self, batch: Batch) -> Tensor:
         """(N,) float64."""
-        logits = [float64(head.rest(head.first_layer(batch)).squeeze(-1)) for head in self.heads]
+        heads = [cast("FailureHead", head) for head in self.heads]
+        logits = [float64(head.rest(head.first_layer(batch)).squeeze(-1)) for head in heads]
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
 
@@ -213,16 +199,6 @@ def bce_loss(weight: FailureWeight) -> Loss:
     return lambda batch, logit: weighted_bce(logit, batch.failure, weight(batch.failure))
 
 
-def withheld_probability(batch: Batch) -> Tensor:
-    """(B,) one minus the zero-shot probability of the true class."""
-    return -torch.expm1(batch.target_log_probability)
-
-
-def backbone_loss(batch: Batch) -> Tensor:
-    """(B,) cross-entropy of the zero-shot posterior."""
-    return -batch.target_log_probability
-
-
 def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]) -> Callable[[FailureWeight], Loss]:
     """Weighted squared error of ``link(g)`` to a target, over the mean squared target where that exceeds one."""
 
@@ -238,8 +214,8 @@ def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tenso
 
 
 LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
-    "mse": regression(withheld_probability, torch.sigmoid),
-    "loss": regression(backbone_loss, functional.softplus),
+    "mse": regression(lambda batch: -torch.expm1(batch.target_log_probability), torch.sigmoid),
+    "loss": regression(lambda batch: -batch.target_log_probability, functional.softplus),
     "bce": bce_loss,
 }
-"""How a head is trained, by name."""
+"""How a head is trained, by name; the targets are 1 - p and -log p, p the zero-shot probability of the true class."""

@@ -137,7 +137,8 @@ class DeepEnsemble(ViLU):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
-        tensors, notes = {}, {}
+        tensors: dict[str, Tensor] = {}
+        notes = {}
         for m, member in enumerate(self._new_members()):
             if isinstance(self.start_, DeepEnsemble):
                 member.start_ = self.start_._new_members()[m]

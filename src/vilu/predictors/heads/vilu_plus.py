@@ -234,8 +234,9 @@ class PlusGraph(nn.Module):
         attention = self.experts.attention
         match = attention.match(batch.text) if len(attention.classes) else None
         logits = self.experts.all_logits(batch, match)
-        is_alone = match is None or len(self.pool) == 1
-        weights: Tensor = self.alone if is_alone else torch.where(match.known.all(), self.pool, self.alone)
+        weights: Tensor = self.alone
+        if match is not None and len(self.pool) > 1:
+            weights = torch.where(match.known.all(), self.pool, self.alone)
         return torch.sigmoid(failure_log_odds(pool(float64(logits).log_softmax(dim=-1), weights), batch))
 
 

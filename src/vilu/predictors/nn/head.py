@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -279,6 +280,14 @@ class FailureHead(nn.Module):
         """(B,) failure logits in float32."""
         logit: Tensor = self.rest(self.first_layer(batch))
         return logit.squeeze(-1).float()
+
+    def folded(self, logit_scale: float) -> FailureHead:
+        """A copy for a graph."""
+        head = copy.deepcopy(self)
+        if head.attention is not None:
+            folded = FoldedAttention(head.attention, head.first["attended"], logit_scale)
+            head.attention = cast("CrossAttention", folded)
+        return head
 
     def first_layer(self, batch: Batch) -> Tensor:
         """(B, H) first hidden layer before its activation: all of the head that sees more than the MLP's input."""

@@ -92,23 +92,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained.
-
-    Attributes:
-        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
-        batch_size: Rows per step (with in-batch candidates, the pool size instead).
-        learning_rate: Peak of the schedule.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        warmup_epochs: Length of the linear warm-up, at most a tenth of the run; then a cosine to zero.
-        freeze_epochs: Epochs during which the attention gets no gradient, no decay and no momentum; None: one epoch
-            (the paper), or as many as make 1,000 steps where that is longer (the released code), but at most half of
-            the run.
-        patience: Stop after so many epochs that were not kept; None: never.
-        precision: "fp32", or "bf16" for the MLP's products (similarities, softmax and losses stay in float32).
-        seed: Of the shuffling.
-        device: Where to train.
-    """
+    """How a head is trained: parameters of ``HeadPredictor``, and the device."""
 
     epochs: int | None
     batch_size: int
@@ -324,16 +308,7 @@ BETAS = (0.8, 0.95)
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """How a network is trained.
-
-    Attributes:
-        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
-        batch_size: Rows per step (with in-batch candidates, the pool size instead).
-        learning_rate: At the start; a cosine takes it to zero.
-        weight_decay: Decoupled.
-        seed: Of the shuffling.
-        device: Where to train.
-    """
+    """How a network is trained: parameters of ``NetworkPredictor``, and the device."""
 
     epochs: int | None
     batch_size: int

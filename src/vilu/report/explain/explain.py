@@ -30,8 +30,9 @@ from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
 from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor
+from vilu.predictors.games import NoAttribution, Scored
 from vilu.progress import track
-from vilu.report.explain.attribution import Attributor, NoAttribution, Scored
+from vilu.report.explain.attribution import Attributor
 from vilu.report.explain.competitors import TrainingRows, Weights, leading, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows
 
