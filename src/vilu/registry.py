@@ -89,20 +89,20 @@ def find_method(name: str) -> type[FailurePredictor]:
     Raises:
         UsageError: If there is none of this name; the nearest is named.
     """
+    if name in PREDICTORS:
+        return PREDICTORS[name]
     known = method_names()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise UsageError(f"there is no method {name!r}; known are {', '.join(known)}.{hint}")
-    if name not in PREDICTORS:
-        entry = entry_points()[name]
-        try:
-            found = entry.load()
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"the method {name!r} ({entry.value}) cannot be imported: {error}.") from error
-        register(found)
-        if getattr(found, "name", None) != name:
-            raise UsageError(f"the entry point {name!r} leads to {entry.value}, whose name is another.")
+    entry = entry_points()[name]
+    try:
+        found = register(entry.load())
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"the method {name!r} ({entry.value}) cannot be imported: {error}.") from error
+    if PREDICTORS.get(name) is not found:
+        raise UsageError(f"the entry point {name!r} leads to {entry.value}, which has another name.")
     return PREDICTORS[name]
 
 
