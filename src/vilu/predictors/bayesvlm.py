@@ -43,13 +43,7 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"infonce": softm
 
 @dataclass(frozen=True)
 class Layer:
-    """The last layer of an encoder at some rows.
-
-    Attributes:
-        inputs: (M, F) phi.
-        outputs: (M, D) g = P phi, before they are brought to unit norm.
-        count: (M,) how often each row occurs.
-    """
+    """The last layer of an encoder at M rows: phi (M, F), g = P phi (M, D) of any norm, how often each row occurs."""
 
     inputs: Tensor
     outputs: Tensor
@@ -102,14 +96,8 @@ def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: s
 def curvature_sum(unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor) -> Tensor:
     """(D, D) sum over rows of w (I - u u^T) M (I - u u^T), M = sum_j a_j c_j c_j^T - m m^T, m = sum_j b_j c_j.
 
-    The projections are multiplied out, so that nothing is larger than (M, K), (M, D) or (D, D).
-
-    Args:
-        unit: (M, D) u.
-        weight: (M,) w.
-        candidates: (K, D) c.
-        diagonal: (M, K) a.
-        outer: (M, K) b.
+    ``unit`` (M, D) are u, ``weight`` (M,) w, ``candidates`` (K, D) c, ``diagonal`` (M, K) a and ``outer`` (M, K) b. The
+    projections are multiplied out, so that nothing is larger than (M, K), (M, D) or (D, D).
     """
     mean = outer @ candidates
     along = (diagonal * (unit @ candidates.T)) @ candidates - mean * (mean * unit).sum(dim=-1, keepdim=True)  # M u
@@ -121,12 +109,7 @@ def curvature_sum(unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Te
 
 @dataclass(frozen=True)
 class Posterior:
-    """Diagonal of the Gaussian posterior of a last layer's output: variance (phi^T inputs phi) * outputs.
-
-    Attributes:
-        inputs: (F, F) inverse of sqrt(tau) A + sqrt(lambda) I.
-        outputs: (D,) diagonal of the inverse of sqrt(tau) B + sqrt(lambda) I.
-    """
+    """Diagonal of the Gaussian posterior of a last layer: (phi^T inputs phi) * outputs, inputs (F, F), outputs (D,)."""
 
     inputs: Tensor
     outputs: Tensor
@@ -150,13 +133,7 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
     """Log marginal likelihood of a Laplace approximation, but for what does not depend on the prior precision lambda.
 
     (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2, with Ã = diag(a) + sqrt(lambda) I in the eigenbasis, B̃
-    likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃.
-
-    Args:
-        log_prior: log lambda.
-        a: (F,) eigenvalues of sqrt(tau) A.
-        b: (D,) eigenvalues of sqrt(tau) B.
-        squared_norm: ‖P‖².
+    likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃; a (F,) and b (D,) are eigenvalues of sqrt(tau) A and B.
     """
     root = math.exp(log_prior / 2)
     log_det = float(len(b) * (a + root).log().sum() + len(a) * (b + root).log().sum())
@@ -182,15 +159,9 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
 
 
 def cosine_moments(g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, K) of the cosine of independent Gaussian vectors of diagonal covariance.
+    """Mean and variance (B, K) of the cosine of Gaussian vectors with means (B, D) and (K, D) and diagonal covariances.
 
     The moments of g · h are exact; the product of the norms counts as the root of its expected square.
-
-    Args:
-        g: (B, D) means.
-        g_variance: (B, D) variances.
-        h: (K, D) means.
-        h_variance: (K, D) variances.
     """
     g_second, h_second = g.square() + g_variance, h.square() + h_variance
     squared_norms = g_second.sum(dim=-1)[:, None] * h_second.sum(dim=-1)
@@ -330,11 +301,7 @@ class BayesVLM(FailurePredictor):
 
 
 def last_layers(batch: Batch, *, on_features: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs and outputs, (B, F) and (B, D), of the last layer of the image encoder, and (K, F), (K, D) of the text's.
-
-    Raises:
-        DataError: If the columns do not give the embeddings.
-    """
+    """Inputs and outputs, (B, F) and (B, D), of the image encoder's last layer, and (K, F), (K, D) of the text's."""
     if not on_features:
         return (batch.image, batch.image), (batch.text, batch.text)
     return (

@@ -57,13 +57,7 @@ class Described(Protocol):
 
 
 def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None) -> str:
-    """The text of a card; whatever the names in it contain, the header is YAML and the body shows them as they are.
-
-    Args:
-        record: The content of ``predictor.json``.
-        method: What the code knows of the method.
-        risk: The content of ``risk.json``, where the predictor was calibrated.
-    """
+    """The card of a ``predictor.json`` and perhaps a ``risk.json``; whatever names contain, the header is YAML."""
     space = record["space"] or {}
     notes, name = record["notes"], record["method"]
     seed = {"seed": record["parameters"]["seed"]} if "seed" in record["parameters"] else {}

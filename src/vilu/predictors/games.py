@@ -35,14 +35,7 @@ Parts = dict[str, Tensor]
 
 
 class Game(ABC):
-    """Values of coalitions.
-
-    Attributes:
-        players: Names of the groups of inputs.
-        unit: What the score is.
-        meaning: What is compared with what, in words.
-        step: Rows of the source scored with each background row (``scored_rows``); 1 where no score is looked at.
-    """
+    """Values of coalitions of players, the groups of inputs; ``step`` rows are scored with each background row."""
 
     players: tuple[str, ...]
     unit: str

@@ -119,17 +119,11 @@ def hold_out(
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Sorted positions (H,) of a random part of the rows: stratified by failure, or whole pools.
+    """Sorted positions (H,) of a random part of rows with failures (M,): stratified by failure, or whole pools.
 
-    With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than two.
-
-    Args:
-        failure: (M,) in {0, 1}.
-        fraction: Share to hold out.
-        pool_size: Rows of a pool, or None.
-        generator: Chooses.
-        groups: (M,) int64: with pools, rows of one number stay together; None: every row by itself. Where there are
-            fewer groups than a pool has rows, they recur in every pool, as classes do, and rows go by themselves.
+    With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than two. Rows of one
+    number in ``groups`` (M,) stay together, unless there are fewer groups than a pool has rows: such groups recur in
+    every pool, as classes do.
     """
     n = len(failure)
     if pool_size is not None:
@@ -149,12 +143,7 @@ def hold_out(
 
 
 def whole_groups(groups: Tensor, room: int) -> Tensor:
-    """Sorted positions of whole groups that fit into ``room`` rows, taken in the order in which they first occur.
-
-    Args:
-        groups: (M,) int64 number of each row's group.
-        room: How many rows at most; groups that are too large for what is left of it are passed over.
-    """
+    """Sorted positions of whole groups, by their numbers (M,), that fit into ``room`` rows; the first ones go first."""
     _, group = torch.unique(groups, return_inverse=True)
     positions = torch.arange(len(groups))
     first = torch.full((int(group.max()) + 1,), len(groups)).scatter_reduce(0, group, positions, "amin")
@@ -185,11 +174,9 @@ def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer, without rounding where p is near zero or one.
+    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer under the softmax of any logits (B, K).
 
-    Args:
-        logits: (B, K) of any posterior; its largest may be at another candidate than the answer.
-        batch: Its answers, and which candidates are the same.
+    Without rounding where p is near zero or one; the largest logit may be at another candidate than the answer.
     """
     logits = float64(logits)
     alike = batch.alike(batch.prediction).to(logits.device)
@@ -206,14 +193,7 @@ FOLDS = 5
 def cross_fitting(
     train: Rows, failure: Tensor, validation: EmbeddingSource | None, seed: int
 ) -> list[tuple[Rows, Rows]]:
-    """Pairs of rows to fit on and rows held out from that fit: the validation set, or folds stratified by failure.
-
-    Args:
-        train: Usable labelled rows with shared candidates.
-        failure: (M,) their failures in {0, 1}.
-        validation: Rows to hold out instead of a part of ``train``.
-        seed: Of the folds.
-    """
+    """Pairs of rows to fit on and rows held out from it: the validation set, or folds stratified by failure (M,)."""
     if validation is not None:
         rows, _ = trainable_rows(validation, "validation")
         return [(train, Rows(validation, rows, train.columns))]

@@ -69,12 +69,7 @@ def positions(rows: Tensor) -> Tensor:
 
 
 class ScoreGraph(nn.Module):
-    """Image and text, and features where the score looks at them, to uncertainty and zero-shot answer.
-
-    Args:
-        score: Of a batch.
-        space: Its logit scale and bias become constants.
-    """
+    """Image and text, and features where the score looks at them, to uncertainty and zero-shot answer in one space."""
 
     batch: type[GraphBatch] = GraphBatch
 
@@ -99,13 +94,7 @@ class ScoreGraph(nn.Module):
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
-    """The score of a predictor as a module of image (N, D) and text (K, D), N and K open.
-
-    Raises:
-        NotFittedError: If it needs ``fit`` first.
-        NotExportable: If its class defines no such graph.
-        UsageError: If it was never given an embedding space.
-    """
+    """The score of a predictor as a module of image (N, D) and text (K, D), N and K open."""
     if "graph" not in vars(type(predictor)):
         known = ", ".join(sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls)))
         raise NotExportable(f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}.")
@@ -219,9 +208,6 @@ def largest_difference(predictor: FailurePredictor, content: bytes) -> float:
     """The largest difference of an ONNX file's uncertainties from the predictor's, over ``trials``.
 
     Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
-
-    Raises:
-        DataError: If one is more than rounding, or an answer differs.
     """
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()

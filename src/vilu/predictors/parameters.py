@@ -30,21 +30,13 @@ def parameters(predictor: Parametrised | type[Parametrised]) -> dict[str, datacl
 
 
 def check_parameters(predictor: Parametrised) -> None:
-    """Refuse values outside the annotated types and ranges.
-
-    Raises:
-        UsageError: Naming the parameter, what it must be and what it is.
-    """
+    """Refuse values outside the annotated types and ranges."""
     for name in parameters(predictor):
         convert(type(predictor), name, getattr(predictor, name), strict=True)
 
 
 def build(cls: type[Made], values: Mapping[str, object]) -> Made:
-    """A predictor from parameters that may be strings (``--set key=value``).
-
-    Raises:
-        UsageError: If a name is unknown (the nearest one is named) or a value does not fit.
-    """
+    """A predictor from parameters that may be strings (``--set key=value``)."""
     known = parameters(cls)
     for name in values:
         if name not in known:
@@ -80,11 +72,7 @@ def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """``["epochs=50"]`` to ``{"epochs": "50"}``.
-
-    Raises:
-        UsageError: If an entry is not KEY=VALUE, or a key repeats.
-    """
+    """``["epochs=50"]`` to ``{"epochs": "50"}``."""
     values: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

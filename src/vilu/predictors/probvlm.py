@@ -65,10 +65,6 @@ class ProbabilisticAdapter(nn.Module):
 
     A coordinate of a unit vector is of the order of 1 / sqrt(D); x and the distribution are in units in which it is of
     order one, so that the start does not depend on D. The MLP has three layers, each head two.
-
-    Args:
-        dim: Embedding width D.
-        width: Width of the two hidden layers.
     """
 
     def __init__(self, dim: int, width: int) -> None:
@@ -170,12 +166,7 @@ class ProbVLM(NetworkPredictor):
 
 
 class PairAdapters(nn.Module):
-    """The adapters of both modalities: losses in training mode, uncertainties in evaluation mode.
-
-    Args:
-        dim: Embedding width.
-        settings: What decides the loss and the uncertainty.
-    """
+    """The adapters of both modalities: losses in training mode, uncertainties in evaluation mode."""
 
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()

@@ -79,11 +79,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
 
 
 def fit_fingerprint(folder: str | Path) -> str:
-    """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it.
-
-    Raises:
-        DataError: If the folder holds no predictor.
-    """
+    """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it."""
     record = read_record(Path(folder) / PREDICTOR)
     return digest({key: value for key, value in record.items() if key not in {"fingerprint", "vilu"}})
 

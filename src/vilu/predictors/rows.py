@@ -71,12 +71,7 @@ def hash_ids(ids: Iterable[str]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class RowSketch:
-    """The smallest hashes of a set of row identifiers (a bottom-k sketch); exact up to 16,384 rows.
-
-    Attributes:
-        hashes: (M,) sorted int64, M <= 16,384.
-        n_rows: Size of the whole set.
-    """
+    """The smallest hashes of a set of row identifiers, sorted (a bottom-k sketch), and its size; exact up to 16,384."""
 
     hashes: torch.Tensor
     n_rows: int

@@ -59,12 +59,7 @@ def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
 
 
 def write_card(folder: str | Path) -> None:
-    """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it.
-
-    Raises:
-        DataError: If the folder holds no predictor, or ``risk.json`` is not a JSON object.
-        StorageError: If the file system refuses.
-    """
+    """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it."""
     path = Path(folder)
     predictor, risk = load(path), None
     if (path / RISK).exists():

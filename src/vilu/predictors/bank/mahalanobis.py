@@ -65,14 +65,9 @@ def spherical_covariance(train: Rows) -> Tensor:
 
 
 def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
-    """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows.
+    """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows, of x x^T and |x|^4.
 
     The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is enough.
-
-    Args:
-        matrix: (D, D) sum of x x^T.
-        fourth: Sum of |x|^4.
-        n: Number of rows.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """

@@ -66,16 +66,10 @@ def gather(train: Rows) -> Tensor:
 
 
 def nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows most similar to each query.
+    """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows (N, D) most similar to each query (B, D).
 
     Exact, on the device of the queries, with one block of similarities in memory at a time. Of equally similar rows
-    the lowest index comes first.
-
-    Args:
-        query: (B, D) embeddings.
-        bank: (N, D) unit-norm embeddings, N > 0.
-        k: How many; at most N of them come back.
-        allowed: Which pairs count; where none is left, the cosine is minus infinity.
+    the lowest index comes first; at most N come back, and of pairs that are not allowed the cosine is minus infinity.
     """
     parts = [
         _nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start)

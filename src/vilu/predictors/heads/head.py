@@ -88,11 +88,7 @@ class HeadPredictor(FailurePredictor):
         """A key of ``LOSSES``."""
 
     def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
-        """As ``FailurePredictor.fit``, from the weights of another fit where there are some to start from.
-
-        Raises:
-            ProvenanceError: Also if those come from another embedding space.
-        """
+        """As ``FailurePredictor.fit``, from the weights of another fit where there are some to start from."""
         start = self.start_
         if start is not None and start.space_ is not None:
             start.space_.require_match(train.space, mine=f"the fitted {self.name} to start from", theirs="the data")

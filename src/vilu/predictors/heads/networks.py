@@ -8,7 +8,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -51,14 +51,10 @@ class NetworkPredictor(FailurePredictor):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            network = self.module({}, train.source.space)
+            network = cast("nn.Module", self.module({}, train.source.space))
         history = train_adamw(network, self._loss, train, config)
         weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         return Learnt(weights, {"history": {"loss": history}})
-
-    @abstractmethod
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:
-        """A new network: a batch to (B,)."""
 
 
 def perceptron(widths: list[int]) -> nn.Sequential:

@@ -39,12 +39,7 @@ POOL_SD = 0.2
 
 
 def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights w >= 0 of a log-linear pool, of largest posterior for the targets under the prior N((1, 0, ...), 0.2^2).
-
-    Args:
-        log_p: (N, M, K) log probabilities of M experts.
-        target: (N,) true classes.
-    """
+    """Weights w (M,) >= 0 of a log-linear pool, of largest posterior under the prior N((1, 0, ...), 0.2^2)."""
     from scipy.optimize import minimize
 
     rows = np.arange(len(target))
@@ -217,10 +212,7 @@ class ViLUPlus(FailurePredictor):
 
 
 class PlusGraph(nn.Module):
-    """``ViLUPlus``; whether all candidates are training classes is a number of the graph, not a branch.
-
-    Every expert is computed; where a candidate is foreign, the companions have no weight in the pool.
-    """
+    """``ViLUPlus`` with all experts: whether all candidates are training classes is a number, not a branch."""
 
     def __init__(self, experts: Experts) -> None:
         super().__init__()

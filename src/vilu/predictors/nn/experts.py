@@ -58,12 +58,7 @@ class Standard(nn.Module):
 
 
 class ImageInputs(nn.Module):
-    """What an image looks like to the experts: its embedding, and its features where there are any, of one weight.
-
-    Args:
-        dim: Embedding width D.
-        feature_dim: Width F of the column "features"; 0 for none.
-    """
+    """What an image looks like to the experts: its embedding (D), and its features (F; 0: none), of one weight."""
 
     def __init__(self, dim: int, feature_dim: int) -> None:
         super().__init__()
@@ -90,13 +85,11 @@ class ImageInputs(nn.Module):
 
 
 class Match(NamedTuple):
-    """What candidates have to do with the training classes.
+    """What candidates have to do with the training classes, each (K,).
 
-    Attributes:
-        row: (K,) the class of each, where it is one.
-        known: (K,) whether it is one.
-        reach: (K,) 1 for a class, else the squared cosine of the standardised text with the nearest class's (0 where it
-            is negative): the share of its variance that the two have in common.
+    ``row`` is the class of each, where it is one, ``known`` whether it is one, and ``reach`` 1 for a class, else the
+    squared cosine of the standardised text with the nearest class's (0 where it is negative): the share of its variance
+    that the two have in common.
     """
 
     row: Tensor
@@ -163,13 +156,7 @@ def fit_attention(
 ) -> SupervisedAttention:
     """The attention of largest posterior for labelled rows: a convex problem, solved by L-BFGS over streamed batches.
 
-    Args:
-        inputs: Fitted.
-        rows: Usable labelled rows.
-        n_classes: K of shared candidates; 0 for captions.
-        variance: Prior variance C of every weight: the penalty is |weights|^2 / (2 C) against the summed loss.
-        sharing: See ``SupervisedAttention``.
-        device: Where to fit.
+    The prior variance C makes the penalty |weights|^2 / (2 C) against the summed loss.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
@@ -234,14 +221,7 @@ GAIN = 8.0
 
 
 class Adapter(nn.Module):
-    """A small network of the image, to be added to the tempered zero-shot logits of the training classes.
-
-    Args:
-        inputs: Fitted.
-        n_classes: Number of training classes.
-        hidden: Width of the one hidden layer.
-        dropout: Rate after it.
-    """
+    """A network of the image with one hidden layer, added to the tempered zero-shot logits of the training classes."""
 
     def __init__(self, inputs: ImageInputs, n_classes: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -259,15 +239,10 @@ class Adapter(nn.Module):
 
 
 class Memory(nn.Module):
-    """Attention over labelled images: kernel ridge regression on what the zero-shot posterior gets wrong.
+    """Attention over M labelled images: kernel ridge regression on what the zero-shot posterior gets wrong.
 
     8 k(x) (K + 0.1 I)^-1 (Y - P), with k the Gaussian kernel exp(-|x - x'|^2 / 2) of ``ImageInputs``, Y the labels
-    and P the tempered zero-shot posterior of the M training images; to be added to the tempered zero-shot logits.
-
-    Args:
-        inputs: Fitted.
-        n_rows: M.
-        n_classes: Number of training classes.
+    and P the tempered zero-shot posterior of the training images; to be added to the tempered zero-shot logits.
     """
 
     def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
@@ -304,13 +279,10 @@ class Memory(nn.Module):
 
 
 class Pooled(NamedTuple):
-    """Three parts whose sum is sum_m w_m l_m, the pooled logits, up to a constant of every row.
+    """Three float64 parts whose sum is sum_m w_m l_m, the pooled logits, up to a constant of every row.
 
-    Attributes:
-        zero_shot: (B, K) float64 tempered zero-shot logits, times sum_m w_m.
-        texts: (1, K) float64 what was learned about the candidates whatever the image: the residual of the experts at
-            the mean training image.
-        image: (B, K) float64 what the image adds to that residual.
+    ``zero_shot`` (B, K) are tempered zero-shot logits, times sum_m w_m; ``texts`` (1, K) the residual of the experts at
+    the mean training image; ``image`` (B, K) what the image adds to that residual.
     """
 
     zero_shot: Tensor
@@ -324,12 +296,9 @@ class Pooled(NamedTuple):
 
 
 class Experts(nn.Module):
-    """Several opinions on which candidate is true.
+    """Several opinions on which candidate is true: an attention, and companions that know the training classes only.
 
-    Args:
-        attention: Scores any candidates.
-        companions: Adapters and memories, which know the training classes only.
-        weights: (M,) float64 of a log-linear pool of all experts; the attention alone counts one.
+    ``weights`` (M,) float64 are those of a log-linear pool of all; the attention alone counts one.
     """
 
     def __init__(

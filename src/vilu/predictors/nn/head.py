@@ -25,13 +25,7 @@ class Dropout(nn.Module):
 
     Masks are drawn on the CPU from a generator of its own: a seed gives the same ones on every device, and the global
     generators are left alone. One instance may serve several layers. Where several processes train together, each draws
-    the masks of all their rows and takes its own, so that their number does not matter.
-
-    Args:
-        rate: In [0, 1).
-        seed: Of the masks in training.
-
-    Source: Srivastava et al., JMLR 2014.
+    the masks of all their rows and takes its own, so that their number does not matter (Srivastava et al., JMLR 2014).
     """
 
     def __init__(self, rate: float, seed: int) -> None:
@@ -92,16 +86,7 @@ class CrossAttention(nn.Module, ABC):
 
 
 def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query @ text.T) @ text, (B, D), without a (B, K) tensor, forward or backward.
-
-    Args:
-        query: (B, D) float32.
-        text: (K, D) float32, without gradient.
-        scale: Multiplier of the products.
-
-    Raises:
-        ValueError: If the texts want a gradient.
-    """
+    """softmax(scale * query @ text.T) @ text, (B, D), without a (B, K) tensor either way; text has no gradient."""
     if text.requires_grad:
         raise ValueError("an attention over so many texts gives them no gradient. Detach them.")
     apply: Callable[[Tensor, Tensor, float], Tensor] = _Attend.apply  # torch gives it no type
@@ -190,15 +175,10 @@ class PaperAttention(CrossAttention):
 
 
 class FoldedAttention(nn.Module):
-    """A fitted attention multiplied out, in one order whatever the number of images and texts: for a graph.
+    """A fitted attention, and the matrix after it, multiplied out in one order whatever the sizes: for a graph.
 
     scale (image W_Q') (text W_K')' is image Q text' with Q (D, D), and what follows the average of the texts is one
     matrix V (H, D); both products are made in float64.
-
-    Args:
-        attention: The fitted one.
-        after: (H, D) matrix that is applied to the attended text.
-        logit_scale: The VLM's own multiplier of the cosine.
     """
 
     def __init__(self, attention: CrossAttention, after: Tensor, logit_scale: float) -> None:

@@ -23,9 +23,6 @@ def shapley(values: Tensor) -> Tensor:
     Args:
         values: (2^G, B) float64: v(S) at the row whose bits are the members of S, player g being bit g.
 
-    Raises:
-        ValueError: If the number of rows is no power of two.
-
     Example:
         >>> shapley(torch.tensor([[0.0], [1.0], [3.0], [6.0]]).double()).squeeze(1).tolist()
         [2.0, 4.0]
@@ -45,13 +42,7 @@ def shapley(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Why a score is above or below that of other images; ``score - baseline`` is the sum of the parts.
-
-    Attributes:
-        score: Of the row, in the unit of the method's game.
-        baseline: Mean score of the background rows.
-        parts: Group of inputs -> its Shapley value, in the same unit.
-    """
+    """Why a score is above or below the mean of the background rows: ``score - baseline`` is the sum of the parts."""
 
     score: float
     baseline: float
@@ -59,11 +50,7 @@ class Attribution:
 
 
 def game_of(predictor: FailurePredictor) -> Game:
-    """The game that a method's own class defines, or the default of what it looks at.
-
-    Raises:
-        NoAttribution: If it has none.
-    """
+    """The game that a method's own class defines, or the default of what it looks at."""
     if predictor.constant_ is not None:
         raise NoAttribution(f"this {predictor.name} is a constant, fitted where there was nothing to learn")
     defines = "game" in vars(type(predictor))
@@ -71,19 +58,7 @@ def game_of(predictor: FailurePredictor) -> Game:
 
 
 class Attributor:
-    """Attributions of one predictor against one background.
-
-    Args:
-        predictor: Ready to score.
-        background: Where the background rows are drawn from.
-        n: How many rows.
-        seed: Of the draw.
-        leave_out: Positions in ``background`` that are not drawn.
-
-    Raises:
-        NoAttribution: If the method has none.
-        DataError: If there is no background row.
-    """
+    """Attributions of one predictor against ``n`` drawn background rows; raises ``NoAttribution`` where it has none."""
 
     def __init__(
         self, predictor: FailurePredictor, background: EmbeddingSource, n: int, seed: int, leave_out: Tensor
