@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vilu.predictors import ViLUPlus as ViLUPlus
     from vilu.predictors.convert import convert_official as convert_official
     from vilu.predictors.storage import load as load
+    from vilu.registry import register as register
     from vilu.report.explain.explain import explain as explain
     from vilu.report.explain.prompts import prompt_gains as prompt_gains
     from vilu.report.explain.risk import risk_map as risk_map
@@ -68,6 +69,7 @@ _NAMES = {
     "vilu.predictors": "LVU MCM PREDICTORS Doctor Entropy FailurePredictor Margin MaxLogit ViLU ViLUPlus",
     "vilu.predictors.convert": "convert_official",
     "vilu.predictors.storage": "load",
+    "vilu.registry": "register",
     "vilu.report.explain.explain": "explain",
     "vilu.report.explain.prompts": "prompt_gains",
     "vilu.report.explain.risk": "risk_map",

@@ -17,12 +17,11 @@ from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.labelled import LabelledPredictor, LearnedPredictor
 from vilu.predictors.parameters import build, parameters
 
 QUICK = {"hidden": (16, 8), "epochs": 12, "batch_size": 64}
-LABELLED = [name for name, cls in PREDICTORS.items() if issubclass(cls, LabelledPredictor)]
-LEARNED = [name for name in LABELLED if issubclass(PREDICTORS[name], LearnedPredictor)]
+LABELLED = [name for name, cls in PREDICTORS.items() if cls.needs_fit]
+LEARNED = [name for name in LABELLED if PREDICTORS[name].learns_failure]
 TRAINED = [name for name in LABELLED if {"seed", "epochs"} <= parameters(PREDICTORS[name]).keys()]
 
 

@@ -40,9 +40,9 @@ def repeated_pairs(direction: str) -> PairEmbeddings:
 def trained(predictor: HeadPredictor, data: object) -> dict[str, np.ndarray]:
     """Weights and history of a fit."""
     predictor.fit(data)
-    history = predictor.history_
+    history = predictor.notes_["history"]
     found = {name: tensor.numpy() for name, tensor in predictor.state().items()}
-    return found | {"loss": np.array(history.loss), "auroc": np.array(history.validation_auroc)}
+    return found | {"loss": np.array(history["loss"]), "auroc": np.array(history["validation_auroc"])}
 
 
 def short_last_step() -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from tests.e2e.test_cli import run as run_process
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.embed import embed
-from vilu.store.open import open_source
+from vilu.store.reader import open_source
 
 METHOD = """
 from dataclasses import dataclass

@@ -1,0 +1,1 @@
+"""Things from outside of the package, as a stranger writes them."""

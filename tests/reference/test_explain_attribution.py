@@ -12,7 +12,8 @@ import torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import Embeddings
-from vilu.report.explain.attribution import NoAttribution, game_of, shapley
+from vilu.predictors.games import NoAttribution
+from vilu.report.explain.attribution import game_of, shapley
 from vilu.report.explain.explain import Depth
 from vilu.report.explain.rows import draw_rows
 
@@ -88,7 +89,7 @@ GROUPS = {"image": "image", "attended": "texts", "caption": "texts", "mcm": "zer
 
 @pytest.mark.parametrize("name", ["all three", "published", "paper", "no caption", "image only"])
 def test_heads_against_inputs_swapped_one_by_one(heads, test: Embeddings, name: str) -> None:
-    head = heads[name].head_
+    (head,) = heads[name].heads
     inputs = inputs_of(head, test)
     background = draw_rows(test, M, 0, torch.tensor(ROWS)).tolist()
     assert len(set(background)) == M
@@ -132,7 +133,7 @@ def test_a_part_without_weights_gets_nothing(train, test, dead: list[str], playe
     predictor = vilu.ViLU(mcm_input=True, **SETTINGS).fit(train)
     with torch.no_grad():
         for part in dead:
-            predictor.head_.first[part].zero_()
+            predictor.heads[0].first[part].zero_()
     for row in vilu.explain(predictor, test, rows=ROWS, depth=DEPTH):
         assert row.attribution.parts[player] == 0
         assert all(abs(value) > 1e-3 for other, value in row.attribution.parts.items() if other != player)
@@ -149,7 +150,7 @@ def test_an_ensemble_shares_out_its_mean_probability(train, test) -> None:
 
 def plus_value(predictor, data: Embeddings, row: int, coalition: set[str]) -> float:
     """Log-odds of failure of the answer under a softmax of the named parts of the pooled logits alone."""
-    experts, w = predictor.experts_, predictor.pool_.numpy()
+    experts, w = predictor.experts, predictor.learned_["pool"].numpy()
     attention = experts.attention
     cosine = (data.image[row] @ data.text.T).double().numpy()
     zero_shot = w.sum() * float(attention.temperature) * data.space.logit_scale * cosine
@@ -188,7 +189,7 @@ def plus_value(predictor, data: Embeddings, row: int, coalition: set[str]) -> fl
 
 def test_vilu_plus_against_its_parts_one_by_one(plus, test: Embeddings) -> None:
     players = ("zero-shot score", "image", "texts")
-    assert set(plus.experts_.companions) == {"adapter", "memory"}  # else parts of the reference are not reached
+    assert set(plus.experts.companions) == {"adapter", "memory"}  # else parts of the reference are not reached
     background = draw_rows(test, M, 0, torch.tensor(ROWS)).tolist()
 
     def shares(row: int) -> dict[str, float]:
@@ -204,7 +205,7 @@ def test_vilu_plus_against_its_parts_one_by_one(plus, test: Embeddings) -> None:
 
 def test_vilu_plus_that_learned_nothing_is_its_zero_shot_score(train, test) -> None:
     predictor = vilu.ViLUPlus(width=16, epochs=1).fit(train)
-    experts = predictor.experts_
+    experts = predictor.experts
     for tensor in (experts.attention.shared, experts.attention.own, experts.companions["memory"].values):
         tensor.zero_()
     for tensor in (experts.companions["adapter"].last.weight, experts.companions["adapter"].last.bias):
@@ -252,18 +253,19 @@ def test_scores_of_one_input_are_all_of_it(train, test, name: str, player: str) 
 
 def test_what_is_said_to_be_of_one_input_is(train: Embeddings, test: Embeddings) -> None:
     """Of the logits alone: the same for two images of the same logits. Of the image alone: whatever the texts."""
-    from vilu.report.explain.attribution import OF_IMAGES, OF_LOGITS
-
     plane = torch.linalg.qr(train.text.T, mode="complete").Q  # its last columns are orthogonal to all texts
     off = torch.linalg.qr(torch.randn(11, 11, generator=torch.Generator().manual_seed(0))).Q
     turned = test.image @ plane
     turned[:, 5:] = turned[:, 5:] @ off
     turned = Embeddings(turned @ plane.T, test.text, test.target, 20.0)
     other = Embeddings(test.image, test.text.flip(1), test.target, 20.0)
-    for name in OF_LOGITS | OF_IMAGES:
+    looks = {name: vars(cls)["looks_at"] for name, cls in vilu.PREDICTORS.items() if vars(cls).get("looks_at")}
+    assert {name for name in looks if looks[name] == {"image"}} == {"pvu", "knn_distance"}
+    assert len(looks) == 13
+    for name, look in looks.items():
         quick = {"epochs": 2} if name == "pvu" else {}
         predictor = vilu.PREDICTORS[name](**quick).fit(train)
-        u, changed = (predictor.predict_uncertainty(x) for x in (test, turned if name in OF_LOGITS else other))
+        u, changed = (predictor.predict_uncertainty(x) for x in (test, turned if look == {"logits"} else other))
         assert changed == pytest.approx(u, rel=1e-3, abs=1e-5), name
 
 

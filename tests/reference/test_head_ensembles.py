@@ -55,7 +55,7 @@ def test_passes_are_thinned_heads(data, dropped: MCDropout) -> None:
 def test_many_passes_are_the_mean_over_random_masks(data, dropped: MCDropout) -> None:
     """Against torch's own dropout, every row with its own masks."""
     torch.manual_seed(0)
-    batch, head = first_batch(data[2]), dropped.head_
+    batch, head = first_batch(data[2]), dropped.heads[0]
     first, draws = head.first_layer(batch).detach(), []
     for _ in range(400):
         hidden = first
@@ -64,7 +64,7 @@ def test_many_passes_are_the_mean_over_random_masks(data, dropped: MCDropout) ->
         draws.append(hidden.squeeze(1).detach().sigmoid())
     draws = torch.stack(draws)
     many = dataclasses.replace(dropped, passes=400)
-    many.space_, many.head_ = dropped.space_, head
+    many.space_, many.network_ = dropped.space_, head
     found = torch.from_numpy(many.predict_uncertainty(data[2]))
     error = draws.std(0) * np.sqrt(2 / 400)
     # 300 rows share the masks of one side: their largest of 300 standard deviations is below five
@@ -82,12 +82,12 @@ def test_a_vanishing_rate_is_vilu(data) -> None:
 
 
 def test_dropout_trains_other_heads_and_selects_without(data, dropped: MCDropout) -> None:
-    assert dropped.history_ is not None
     undropped = ViLU(**QUICK).fit(data[0], data[1])
-    assert dropped.history_.loss != undropped.history_.loss
+    assert dropped.notes_["history"]["loss"] != undropped.notes_["history"]["loss"]
     batch = first_batch(data[1])
-    logit = dropped.head_(batch).detach().double().numpy()  # of the kept epoch, without masks
-    kept = dropped.history_.validation_auroc[dropped.history_.kept_epoch]
+    logit = dropped.heads[0](batch).detach().double().numpy()  # of the kept epoch, without masks
+    history = dropped.notes_["history"]
+    kept = history["validation_auroc"][history["kept_epoch"]]
     assert auroc(logit, batch.failure.numpy()) == kept
 
 

@@ -13,6 +13,7 @@ import vilu
 from tests.conftest import toy_embeddings
 from tests.reference.logit_rows import batch_of
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.heads.networks import LIMIT, LMN, logit_gaps, target_curve
 
 
@@ -98,7 +99,7 @@ def test_wrong_answers_get_higher_temperatures_within_the_bound() -> None:
 
 def test_published_size() -> None:
     """About 17,000 parameters at D = 512 (the paper says 17,000 to 20,000, over its K)."""
-    network = LMN()._build(512)
+    network = LMN().module({}, EmbeddingSpace(512, 100.0))
     assert sum(p.numel() for p in network.parameters()) == (2 * 512 + 15) * 16 + 16 + 16 + 1 == 16_657
 
 

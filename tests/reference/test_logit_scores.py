@@ -30,7 +30,7 @@ def logits(batch: Batch) -> np.ndarray:
 
 
 def score(predictor: object, batch: Batch) -> np.ndarray:
-    return predictor._uncertainty(batch).numpy()
+    return predictor._score(batch).numpy()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, torch.linspace(0.2, 3, 200, dtype=torch.float64)[:, None]])

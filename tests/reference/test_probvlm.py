@@ -13,6 +13,7 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import Batch
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors import ProbVLM, probvlm
 from vilu.predictors.probvlm import GeneralisedGaussian, ProbabilisticAdapter, dropout_masks
 
@@ -97,7 +98,7 @@ def first_batch(data) -> Batch:
 def test_alignment_loss_against_scipy(make) -> None:
     batch = first_batch(make())
     dim = batch.image.shape[1]
-    network = ProbVLM(dropout=0.0, cross_weight=0.25, width=8)._build(dim).train()
+    network = ProbVLM(dropout=0.0, cross_weight=0.25, width=8).module({}, EmbeddingSpace(dim, 100.0)).train()
     own = batch.text[batch.target]
     (_, image), (_, text) = distribution(network.image, batch.image), distribution(network.text, own)
     z_v, z_t = (math.sqrt(dim) * z.double().numpy() for z in (batch.image, own))

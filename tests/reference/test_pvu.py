@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
 from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
@@ -44,7 +45,7 @@ def test_ranking_loss_is_the_margin_ranking_loss_of_consecutive_pairs(n: int) ->
 
 def test_published_size() -> None:
     """Linear layers 512 -> 512 -> 512 -> 1 with biases."""
-    layers = PVU()._build(512)
+    layers = PVU().module({}, EmbeddingSpace(512, 100.0))
     assert sum(p.numel() for p in layers.parameters()) == 2 * (512 * 512 + 512) + 513
 
 

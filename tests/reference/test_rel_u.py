@@ -90,8 +90,9 @@ def test_two_classes_by_hand() -> None:
         penalty = best_penalty(torch.tensor([[1.0, sign], [sign, 3.0]], dtype=torch.float64))
         assert torch.allclose(penalty, torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64) / math.sqrt(2))
     predictor = RelU(temperature=2.0)
-    predictor.learned_ = {"penalty": penalty}
-    u = predictor._class_uncertainty(batch_of([[2.0, 0.0]]), torch.tensor([0, 1]))
+    batch = batch_of([[2.0, 0.0]])
+    predictor.learned_ = {"penalty": penalty, "classes": batch.text}
+    u = predictor._score(batch)
     p = special.expit(1.0)
     assert float(u) == pytest.approx(math.sqrt(2) * p * (1 - p))
 

@@ -14,7 +14,7 @@ from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.predictors.heads.vilu_plus import POOL_SD, ViLUPlus, fit_pool
-from vilu.predictors.nn.experts import Inputs, Memory, fit_attention, fit_temperature
+from vilu.predictors.nn.experts import ImageInputs, Memory, fit_attention, fit_temperature
 from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def data() -> Embeddings:
 
 @pytest.fixture(scope="module")
 def attention(data: Embeddings):
-    inputs = Inputs(8, 0)
+    inputs = ImageInputs(8, 0)
     inputs.fit(rows_of(data))
     return fit_attention(inputs, rows_of(data), 4, VARIANCE, SHARING, CPU)
 
@@ -133,9 +133,9 @@ def test_pool_is_the_most_probable_one() -> None:
 def test_companions_come_with_enough_labels(data: Embeddings) -> None:
     fewer = data.take(torch.arange(30))
     few, many = ViLUPlus(**QUICK).fit(fewer), ViLUPlus(**QUICK).fit(data)
-    assert list(few.experts_.companions) == []
+    assert list(few.experts.companions) == []
     assert few.notes_["pool"] == [1.0]
-    assert list(many.experts_.companions) == ["adapter", "memory"]
+    assert list(many.experts.companions) == ["adapter", "memory"]
     assert len(many.notes_["pool"]) == 3
 
 
@@ -150,7 +150,7 @@ def test_probabilities_are_calibrated(data: Embeddings) -> None:
 
 def test_captions_have_the_attention_alone(tmp_path) -> None:
     predictor = ViLUPlus(**QUICK).fit(toy_pairs())
-    assert list(predictor.experts_.companions) == []
+    assert list(predictor.experts.companions) == []
     test = toy_pairs(seed=1)
     predictor.save(tmp_path)
     assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), predictor.predict_uncertainty(test))

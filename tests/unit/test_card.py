@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,8 +14,8 @@ import yaml
 from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors import LVU, MCM, KNNVote, storage
-from vilu.predictors.card import GUARANTEE, Method, code, hub_id, model_card
+from vilu.predictors import LVU, MCM, KNNVote, record, storage
+from vilu.predictors.card import GUARANTEE, code, hub_id, model_card
 
 EVIL = 'x`` ---\n# owned\n<script>alert(1)</script> | `` \x1b[31m {{ "a": *b }} 🦊'
 
@@ -115,7 +116,7 @@ def test_the_record_is_still_written_last(tmp_path: Path, monkeypatch: pytest.Mo
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, "write_json", crash)
+    monkeypatch.setattr(record, "write_json", crash)
     with pytest.raises(KeyboardInterrupt):
         MCM().fit(toy_embeddings(20)).save(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"weights.safetensors", "README.md"}
@@ -124,7 +125,14 @@ def test_the_record_is_still_written_last(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_pools_and_a_missing_space() -> None:
-    method = Method("s", "r", is_probability=False, closed_set=False, needs_fit=True, columns=("features",))
+    method = SimpleNamespace(
+        summary="s",
+        reference="r",
+        is_probability=False,
+        closed_set=False,
+        needs_fit=True,
+        columns_to_score=("features",),
+    )
     record = {"vilu": "0", "method": "m", "parameters": {}, "space": None, "notes": {"pool_size": 256}}
     card = model_card(record, method)
     assert "chose from): `256`" in card

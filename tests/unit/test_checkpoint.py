@@ -17,6 +17,7 @@ from tests.conftest import toy_embeddings, toy_pairs
 from tests.e2e.ddp_worker import QUICK, Brake, Stop, stop
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import DeepEnsemble, MCDropout, ViLU
@@ -235,7 +236,9 @@ def test_a_newer_schema_is_refused(stopped: Path) -> None:
 def small_trainer() -> HeadTrainer:
     torch.manual_seed(0)
     config = TrainConfig(1, 64, 0.03, 0.9, 2e-3, 1.0, 1, None, "fp32", 0, torch.device("cpu"))
-    return HeadTrainer(ViLU(hidden=(4,))._build_head(16), lambda batch, logit: logit.mean(), config)
+    return HeadTrainer(
+        ViLU(hidden=(4,)).module({}, EmbeddingSpace(16, 20.0)), lambda batch, logit: logit.mean(), config
+    )
 
 
 @pytest.mark.parametrize("broken", ["missing", "shape", "dtype", "momentum", "epoch", "history", "nan"])

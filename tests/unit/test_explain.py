@@ -17,7 +17,6 @@ from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.predictors.bank import search
 from vilu.predictors.nn.train import SCORING_BATCH
-from vilu.report.explain.attribution import OF_IMAGES, OF_LOGITS
 from vilu.report.explain.competitors import strongest_competitor
 from vilu.report.explain.explain import Depth
 
@@ -64,7 +63,7 @@ def test_a_few_rows_of_many_blocks_have_the_numbers_of_the_scores(train: Embeddi
     for row in vilu.explain(predictor, data, rows=rows, depth=Depth(background=8)):
         assert row.uncertainty == outcomes.uncertainty[row.row]
         assert row.answer == data.class_names[outcomes.prediction[row.row]]
-        if name in OF_LOGITS | OF_IMAGES:
+        if vars(vilu.PREDICTORS[name]).get("looks_at"):
             assert row.attribution.score == row.uncertainty
 
 
@@ -80,7 +79,7 @@ def test_rows_by_key_and_by_number(plus, test: Embeddings) -> None:
 def test_competitors_of_vilu_are_its_attention(train, test: Embeddings) -> None:
     for form in ("official", "paper"):
         predictor = vilu.ViLU(attention=form, hidden=(8,), epochs=3).fit(train)
-        w = {name: m.detach().double().numpy() for name, m in predictor.head_.attention.named_parameters()}
+        w = {name: m.detach().double().numpy() for name, m in predictor.heads[0].attention.named_parameters()}
         query, key, scale = (
             (w["query"], w["key"], 1 / math.sqrt(16)) if form == "paper" else (w["image"], w["text"], 20.0)
         )

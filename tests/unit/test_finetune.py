@@ -49,7 +49,7 @@ def test_fine_tuning_learns_and_leaves_the_first_fit_alone(few) -> None:
     first = fitted()
     before = {name: tensor.clone() for name, tensor in first.state().items()}
     tuned = initialise(PREDICTORS["vilu"], first, {"epochs": "3", "learning_rate": "0.05"})
-    assert tuned.head_ is None
+    assert tuned.network_ is None
     tuned.fit(few)
     assert all(torch.equal(first.state()[name], before[name]) for name in before)
     moved = [name for name in before if not torch.equal(before[name], tuned.state()[name])]
@@ -122,8 +122,7 @@ def test_a_constant_is_no_start() -> None:
 def test_pools_can_be_fine_tuned_too() -> None:
     first = PREDICTORS["vilu"](**QUICK).fit(toy_pairs(n=128))
     tuned = initialise(PREDICTORS["vilu"], first, {"epochs": 2}).fit(toy_pairs(n=64, seed=5))
-    assert tuned.history_ is not None
-    assert len(tuned.history_.loss) == 2
+    assert len(tuned.notes_["history"]["loss"]) == 2
 
 
 @pytest.mark.parametrize("n", [1, 5, 12])

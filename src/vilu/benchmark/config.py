@@ -26,9 +26,10 @@ from vilu.benchmark.views import (
     View,
 )
 from vilu.metrics.catalog import METRICS
-from vilu.predictors import PREDICTORS
+from vilu.predictors import PREDICTORS, find_method
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.parameters import build, check_parameters, parameters
+from vilu.registry import method_names
 
 
 class Setting(Section):
@@ -290,7 +291,7 @@ class Config(Section):
         for name in self.settings:
             self._check_setting(name)
         for label, method in self.methods.items():
-            require_known(f"method (methods.{label})", [method.method or label], PREDICTORS)
+            require_known(f"method (methods.{label})", [method.method or label], method_names())
             require_known(f"setting (methods.{label})", method.settings or (), self.settings)
             require_known(f"data set (methods.{label})", method.data or (), self.data)
             if method.steps and ("epochs" in method.params or not is_trained(method.method or label)):
@@ -344,7 +345,7 @@ class Config(Section):
 
     def class_of(self, label: str) -> type[FailurePredictor]:
         """The class behind a label."""
-        return PREDICTORS[str(self.entries[label].method)]
+        return find_method(str(self.entries[label].method))
 
     def depends_on_seed(self, label: str) -> bool:
         """Whether scores can differ between seeds on the same training rows."""
@@ -371,4 +372,4 @@ class Config(Section):
 
 def is_trained(name: str) -> bool:
     """Whether a method trains a network, in steps of some rows."""
-    return {"epochs", "batch_size"} <= parameters(PREDICTORS[name]).keys()
+    return {"epochs", "batch_size"} <= parameters(find_method(name)).keys()

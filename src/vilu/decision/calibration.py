@@ -16,7 +16,8 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.storage import fit_fingerprint, load, write_card
+from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.storage import load, write_card
 
 SAID = 3
 """Groups of which a message says why nothing is accepted."""

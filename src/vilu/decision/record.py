@@ -17,7 +17,7 @@ from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError
 from vilu.files import Document, atomic_write, file_hash, parquet_bytes, read_document
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.storage import fit_fingerprint
+from vilu.predictors.record import fit_fingerprint
 
 RISK, ROWS = "risk.json", "calibration.parquet"
 AGAIN = "Run `vilu calibrate` again"

@@ -28,7 +28,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
-from vilu.predictors.storage import describe
+from vilu.predictors.record import describe
 from vilu.progress import track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 

@@ -3,158 +3,149 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
-from torch import Tensor
+from torch import Tensor, nn
 
 from vilu.device import resolve_device
 from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.columns import HOW
-from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
+from vilu.embeddings.source import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, NotFittedError, UsageError
+from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics.counts import real_vector
-from vilu.predictors.nn.train import SCORING_BATCH
+from vilu.predictors import record
+from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
+from vilu.predictors.labelled import degenerate_rate, refuse_overlap, trainable_rows
+from vilu.predictors.nn.head import with_weights
+from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.parameters import check_parameters
 from vilu.predictors.probability import Calibrator, fit_calibrator
-from vilu.predictors.rows import RowSketch
+from vilu.predictors.rows import RowSketch, similarity_range
 
 CERTAIN = 1e-15
 """Probabilities nearer to 0 or 1 than this count as this far away, so that their log-odds are finite."""
 
-
-@dataclasses.dataclass
-class Calibrated:
-    """A score that can be brought to a probability.
-
-    Attributes:
-        name: Of the method.
-        is_probability: Whether the uncertainty estimates P(failure).
-        calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
-    """
-
-    name: ClassVar[str]
-    is_probability: ClassVar[bool] = False
-
-    calibrator_: Calibrator | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-
-    def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
-
-        Calibrated, where ``calibrate`` was called; else of methods whose uncertainty is a probability, without the bias
-        of a weighted loss (``_log_weight``).
-
-        Raises:
-            UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
-        """
-        if self.calibrator_ is None:
-            return self.raw_failure_probability(uncertainty)
-        return self.calibrator_(self._calibration_score(real_vector(uncertainty, "uncertainty")))
-
-    def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """As ``failure_probability`` before ``calibrate``.
-
-        Raises:
-            UsageError: If the uncertainty of this method is a score without a scale.
-        """
-        if not self.is_probability:
-            raise UsageError(
-                f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
-                "vilu_plus."
-            )
-        score = self._calibration_score(real_vector(uncertainty, "uncertainty"))
-        probability: NDArray[np.float64] = special.expit(score)
-        return probability
-
-    def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
-        """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.
-
-        Raises:
-            DataError: If no row has both.
-        """
-        scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
-        known = np.isfinite(scores) & (failures != UNKNOWN)
-        if not known.any():
-            raise DataError(f"none of the {len(scores)} calibration rows has an uncertainty and a known failure.")
-        score = self._calibration_score(scores[known])
-        self.calibrator_ = fit_calibrator(score, failures[known].astype(np.int64), is_log_odds=self.is_probability)
-        return self
-
-    def _calibration_score(self, uncertainty: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Log-odds without the bias of the loss where the uncertainty is a probability, else the uncertainty itself."""
-        if not self.is_probability:
-            return uncertainty
-        log_odds: NDArray[np.float64] = special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight()
-        return log_odds
-
-    def _log_weight(self) -> float:
-        """What a weighted loss adds to the log-odds of failure."""
-        return 0.0
+CONSTANT, CLASSES = "constant", "classes"
 
 
-SIMILARITY_ROWS = 100
+class NotExportable(UsageError):  # noqa: N818 - an answer, not an accident
+    """A method has no graph of image and text; the message says why."""
+
+
+class Learnt(NamedTuple):
+    """What a fit found: the tensors that are saved, on the CPU, and notes for people, as plain JSON."""
+
+    tensors: dict[str, Tensor]
+    notes: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclasses.dataclass
-class FailurePredictor(Calibrated, ABC):
+class FailurePredictor(ABC):
     """Says per image how likely the zero-shot answer is wrong, from embeddings alone.
 
     A subclass is a dataclass of hyper-parameters. What ``fit`` finds ends in an underscore. Higher uncertainty means
-    more likely wrong.
+    more likely wrong. A method has to say ``name``, ``summary``, ``reference`` and ``_score``; one that learns from
+    labels also ``_learn``, and ``tensors`` or ``module``. All else has defaults. Of ``graph``, ``game`` and
+    ``looks_at`` only what a class defines itself counts: what it inherits may be wrong for it.
+
+    Parameters of the same name mean the same in all methods: ``seed`` is of everything random in ``fit``; ``device``
+    ("auto", "cpu", "cuda", "cuda:N" or "mps") is not part of what is saved; with ``allow_degenerate`` a method that
+    learns from failures fits a constant where the training rows hold no failure, or nothing else, instead of refusing
+    them; ``max_bank`` is the most training images to keep: of more, so many are drawn with ``seed``.
 
     Attributes:
         name: Key in ``vilu.PREDICTORS``.
         summary: One line for ``vilu list predictors``.
         reference: Where the method comes from, in a few words.
         cost: What fitting and scoring cost, in a few words.
-        needs_fit: Whether scores need labels first.
         columns: What the data must carry beside the embeddings (``vilu.embeddings.columns``).
         optional_columns: What it makes use of where the data carry all of it.
         no_captions: Why it cannot work on image-caption pairs; None where it can.
         closed_set: Whether it scores the classes that it was fitted on and no others.
+        is_probability: Whether the uncertainty estimates P(failure).
+        learns_failure: Whether it learns to tell failures from successes, so that it needs both.
+        looks_at: What its score is a function of, {"logits"} or {"image"}; nothing where it is more than one of them.
+        tensors: Names of the saved tensors, beside those of its ``module``.
+        needs_fit: Whether scores need labels first: whether it has a ``_learn``.
+        learned_: The saved tensors by name, without those of the network.
+        network_: The ``module`` with its weights, ready to score; None without.
         space_: Embedding space of the training data; None when never fitted.
         seen_: Sketch of the identifiers of the rows used by ``fit``; None when they had none.
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when never fitted.
+        calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str]
     cost: ClassVar[str] = "none"
-    needs_fit: ClassVar[bool] = False
     columns: ClassVar[tuple[str, ...]] = ()
     optional_columns: ClassVar[tuple[str, ...]] = ()
     no_captions: ClassVar[str | None] = None
     closed_set: ClassVar[bool] = False
+    is_probability: ClassVar[bool] = False
+    learns_failure: ClassVar[bool] = False
+    looks_at: ClassVar[frozenset[str]] = frozenset()
+    tensors: ClassVar[tuple[str, ...]] = ()
+    needs_fit: ClassVar[bool] = False
+
+    learned_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    network_: nn.Module | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     space_: EmbeddingSpace | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     seen_: RowSketch | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     similarity_: tuple[float, float] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     notes_: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    calibrator_: Calibrator | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
-    def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:  # noqa: ARG002
-        """Learn from labelled embeddings; a score that needs no labels only remembers the space.
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.needs_fit = cls._learn is not FailurePredictor._learn
+
+    # What a method says.
+
+    @abstractmethod
+    def _score(self, batch: Batch) -> Tensor:
+        """(B,) uncertainty of a batch, float32 or better, from what was learned; on any device."""
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
+        """Learn from usable labelled rows and their failures (M,) in {0, 1}, leaving the predictor as it is."""
+        raise NotImplementedError(f"{self.name} learns nothing")
+
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module | None:  # noqa: ARG002
+        """A new network, whose weights are saved; None where ``tensors`` are all there is.
 
         Args:
-            train: Rows to learn from.
-            validation: Rows to select on; a learned predictor without them holds out a part of ``train``.
-
-        Raises:
-            UsageError: If the data are image-caption pairs and the method does not work on them.
-            DataError: If the data lack a column that the method needs.
+            tensors: Those that it is to hold, whose shapes may decide its own; empty before a fit.
+            space: Of the embeddings.
         """
-        self._check_source(train, self.columns_to_fit(train))
-        self.space_, self.calibrator_ = train.space, None
-        return self
+        return None
+
+    def tensor_names(self) -> tuple[str, ...]:
+        """``tensors``, where parameters decide which there are."""
+        return self.tensors
+
+    def graph(self) -> nn.Module:
+        """A module of a batch to its (N,) float64 scores that ONNX export can take (``own_graph`` often is one)."""
+        raise NotExportable(f"{self.name} defines no graph of image and text")
+
+    def game(self) -> Game:
+        """Who plays for the score, and what coalitions are worth; the default knows scores of one kind of input."""
+        looks_at = vars(type(self)).get("looks_at", frozenset())
+        if len(looks_at) != 1:
+            raise NoAttribution(f"no attribution is defined for {self.name}")
+        return SingleGame(PLAYER_OF_LOOK[next(iter(looks_at))])
 
     @property
     def label(self) -> str:
@@ -174,6 +165,111 @@ class FailurePredictor(Calibrated, ABC):
     def columns_to_score(self) -> tuple[str, ...]:
         """What data must carry to be scored."""
         return self.columns
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot."""
+        return zero_shot_log_posterior(batch)
+
+    def _log_weight(self) -> float:
+        """What a weighted loss adds to the log-odds of failure."""
+        return 0.0
+
+    # Fit.
+
+    def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
+        """Learn from labelled embeddings; a score that needs no labels only remembers the space.
+
+        Args:
+            train: Rows to learn from. Rows without label are left out with a warning.
+            validation: Rows to select on, none of them among the training rows; where the method selects something and
+                gets none, it holds out a part of ``train``.
+
+        Raises:
+            UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
+            DataError: If nothing can be learned from the rows: empty, one candidate, over 1 % unusable rows, no labels;
+                or if the two sets overlap, or lack a column that the method needs.
+            ProvenanceError: If the two sets come from different embedding spaces.
+        """
+        if self.needs_fit:
+            check_parameters(self)
+        columns = self.columns_to_fit(train)
+        self._check_source(train, columns)
+        if self.needs_fit:
+            self._fit_rows(train, validation, columns)
+        self.space_, self.calibrator_ = train.space, None
+        return self
+
+    def _fit_rows(self, train: EmbeddingSource, validation: EmbeddingSource | None, columns: tuple[str, ...]) -> None:
+        refuse_overlap(train, validation)
+        rows, failure = trainable_rows(train, "training")
+        found = self.learn(Rows(train, rows, columns), failure, validation)
+        self.take(found.tensors, train.space)
+        seen = [
+            source.ids
+            for source in (train, validation)
+            if source is not None and not isinstance(source.ids, RowNumbers)
+        ]
+        self.seen_ = RowSketch.of(chain(*seen)) if seen else None
+        self.similarity_ = similarity_range(train)
+        self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **found.notes}
+
+    def learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None) -> Learnt:
+        """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""
+        if self.learns_failure:
+            rate = degenerate_rate(failure, self.name, allowed=getattr(self, "allow_degenerate", False))
+            if rate is not None:
+                return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
+        return self._learn(train, failure, validation)
+
+    def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
+        """Hold what was learned.
+
+        Raises:
+            DataError: If it has other names or shapes than what this method learns.
+        """
+        if tensors and space is None:
+            raise DataError("the saved predictor has weights but no embedding space.")
+        is_constant = self.learns_failure and tensors.keys() == {CONSTANT}
+        names = (CONSTANT,) if is_constant else self.tensor_names()
+        network = None
+        if space is not None and not is_constant:
+            with torch.device("meta"):  # no numbers are drawn
+                network = self.module(tensors, space)
+        own = {name: tensor for name, tensor in tensors.items() if name in names}
+        if network is not None:
+            weights = {name: tensor for name, tensor in tensors.items() if name not in names}
+            network = with_weights(network.to_empty(device="cpu"), weights, self.name).requires_grad_(False)
+        elif tensors.keys() != set(names):
+            expected = f"a {self.name} holds {', '.join(names)}" if names else f"{self.name} has no weights"
+            raise DataError(f"{expected}. The file has {', '.join(sorted(tensors)[:8])}.")
+        self.learned_, self.network_, self.space_ = own, network, space
+
+    @property
+    def constant_(self) -> float | None:
+        """The one score of a fit where there was nothing to learn; None for others."""
+        is_constant = self.learns_failure and self.learned_.keys() == {CONSTANT}
+        return float(self.learned_[CONSTANT]) if is_constant else None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that ``fit`` learned, as tensors on the CPU."""
+        weights = {} if self.network_ is None else self.network_.state_dict()
+        return {**{name: tensor.cpu() for name, tensor in weights.items()}, **self.learned_}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state``; refuses tensors of the wrong names or shapes."""
+        self.take(state, self.space_)
+
+    def save(self, folder: str | Path) -> str:
+        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``)."""
+        self.require_fitted()
+        return record.save(self, folder)
+
+    def require_fitted(self) -> None:
+        """Refuse to go on without ``fit``, where it is needed."""
+        if self.needs_fit and self.space_ is None:
+            raise NotFittedError(f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one.")
+
+    # Scores.
 
     @property
     def device_(self) -> torch.device:
@@ -214,7 +310,7 @@ class FailurePredictor(Calibrated, ABC):
                 yield batch, np.full(len(batch.index), np.nan)
                 continue
             with torch.no_grad():
-                score = self._uncertainty(batch).cpu().double().numpy()
+                score = self.score_batch(batch).cpu().double().numpy()
             broken = int(np.count_nonzero(~np.isfinite(score)))
             if broken:
                 raise DataError(
@@ -222,32 +318,50 @@ class FailurePredictor(Calibrated, ABC):
                 )
             yield batch, score
 
-    def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
-        """P(failure) (N,) float64 of every row; see ``failure_probability``. Else as ``predict_uncertainty``.
+    def score_batch(self, batch: Batch) -> Tensor:
+        """(B,) uncertainty: the constant where there is one, else as ``_score``."""
+        if self.constant_ is not None:
+            return torch.full((len(batch.index),), self.constant_, dtype=torch.float64)
+        if self.network_ is not None:
+            self.network_.to(batch.image.device)
+        return self._score(batch)
+
+    @property
+    def fitted_space(self) -> EmbeddingSpace:
+        """The embedding space, which is there after a fit."""
+        if self.space_ is None:
+            raise UsageError(
+                f"this {self.name} knows no embedding space, so the logit scale of its graph is not known. "
+                f"Make it with `vilu fit STORE --method {self.name}`."
+            )
+        return self.space_
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, which is there after a fit."""
+        if self.network_ is None:
+            raise DataError(f"this {self.name} holds no network; its file is damaged.")
+        return self.network_
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """A learned tensor where the batch is."""
+        return self.learned_[name].to(device)
+
+    def classes_of(self, text: Tensor) -> Tensor:
+        """(K,) position of every candidate (K, D) among the learned ``classes``, found by the text's embedding.
 
         Raises:
-            UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+            ProvenanceError: If a candidate is none of the fitted classes, or two are the same one.
         """
-        if self.calibrator_ is None and not self.is_probability:
-            self.raw_failure_probability([])  # says why not, before anything is computed
-        return self.failure_probability(self.predict_uncertainty(data))
-
-    def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot."""
-        return zero_shot_log_posterior(batch)
-
-    def calibrate(self, calibration: EmbeddingSource) -> Self:
-        """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
-
-        Raises:
-            DataError: If rows were used to fit, or none has an uncertainty and a known failure.
-        """
-        self.refuse_seen(calibration, "calibration")
-        uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
-        for batch, scores in self.scored(calibration):
-            rows = batch.index.numpy(force=True)
-            uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
-        return self.calibrate_scores(uncertainty, failure)
+        cosine, match = (text @ self.tensor(CLASSES, text.device).T).max(dim=1)
+        unknown = int((cosine < SAME_TEXT).sum())
+        if unknown or len(match.unique()) < len(match):
+            raise ProvenanceError(
+                f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. Of the "
+                f"{len(text)} candidates here {unknown} are others. Fit it on these classes, or take a method that "
+                "works on any (see `vilu list predictors`)."
+            )
+        return match
 
     def refuse_seen(self, data: EmbeddingSource, role: str) -> None:
         """Refuse rows that were used to fit, as far as they are known: up to 16,384 all, of more a sample of so many.
@@ -261,11 +375,6 @@ class FailurePredictor(Calibrated, ABC):
                 f"at least {seen} of the {len(data)} {role} rows were used to fit this {self.name}: it knows their "
                 "answers, so nothing measured on them holds for others. Take rows that it has not seen."
             )
-
-    def require_fitted(self) -> None:
-        """Refuse to go on without ``fit``, where it is needed."""
-        if self.needs_fit and self.space_ is None:
-            raise NotFittedError(f"this {type(self).__name__} is not fitted yet. Call fit, or vilu.load a saved one.")
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         if self.no_captions is not None and data.pool_size is not None:
@@ -297,29 +406,93 @@ class FailurePredictor(Calibrated, ABC):
                 stacklevel=5,
             )
 
-    @abstractmethod
-    def _uncertainty(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty of a batch, float32 or better, on any device."""
+    # Probabilities.
 
-    def save(self, folder: str | Path) -> str:
-        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``)."""
-        from vilu.predictors import storage
+    def predict_failure_probability(self, data: EmbeddingSource) -> NDArray[np.float64]:
+        """P(failure) (N,) float64 of every row; see ``failure_probability``. Else as ``predict_uncertainty``.
 
-        return storage.save(self, folder)
+        Raises:
+            UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+        """
+        if self.calibrator_ is None and not self.is_probability:
+            self.raw_failure_probability([])  # says why not, before anything is computed
+        return self.failure_probability(self.predict_uncertainty(data))
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that ``fit`` learned, as tensors."""
-        return {}
+    def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
+        """P(failure) (N,) float64 of uncertainties (N,) of this predictor; NaN stays NaN.
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``; must refuse tensors of the wrong names or shapes."""
-        if state:
-            raise DataError(f"{self.name} has no weights, but the file holds {', '.join(sorted(state)[:5])}.")
+        Calibrated, where ``calibrate`` was called; else of methods whose uncertainty is a probability, without the bias
+        of a weighted loss (``_log_weight``).
+
+        Raises:
+            UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+        """
+        if self.calibrator_ is None:
+            return self.raw_failure_probability(uncertainty)
+        return self.calibrator_(self._calibration_score(real_vector(uncertainty, "uncertainty")))
+
+    def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
+        """As ``failure_probability`` before ``calibrate``.
+
+        Raises:
+            UsageError: If the uncertainty of this method is a score without a scale.
+        """
+        if not self.is_probability:
+            raise UsageError(
+                f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
+                "vilu_plus."
+            )
+        score = self._calibration_score(real_vector(uncertainty, "uncertainty"))
+        probability: NDArray[np.float64] = special.expit(score)
+        return probability
+
+    def calibrate(self, calibration: EmbeddingSource) -> Self:
+        """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
+
+        Raises:
+            DataError: If rows were used to fit, or none has an uncertainty and a known failure.
+        """
+        self.refuse_seen(calibration, "calibration")
+        uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
+        for batch, scores in self.scored(calibration):
+            rows = batch.index.numpy(force=True)
+            uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
+        return self.calibrate_scores(uncertainty, failure)
+
+    def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
+        """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.
+
+        Raises:
+            DataError: If no row has both.
+        """
+        scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
+        known = np.isfinite(scores) & (failures != UNKNOWN)
+        if not known.any():
+            raise DataError(f"none of the {len(scores)} calibration rows has an uncertainty and a known failure.")
+        score = self._calibration_score(scores[known])
+        self.calibrator_ = fit_calibrator(score, failures[known].astype(np.int64), is_log_odds=self.is_probability)
+        return self
+
+    def _calibration_score(self, uncertainty: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Log-odds without the bias of the loss where the uncertainty is a probability, else the uncertainty itself."""
+        if not self.is_probability:
+            return uncertainty
+        log_odds: NDArray[np.float64] = special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight()
+        return log_odds
 
 
-def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
-    """Mean and standard deviation, over the first 100 usable rows, of the largest cosine with a candidate."""
-    rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
-    batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
-    best = (batch.image @ batch.text.T).amax(dim=1)
-    return float(best.mean()), max(float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best)))
+class Graph(nn.Module):
+    """A function of a batch as a module, with the network that it looks at, which then is part of the graph."""
+
+    def __init__(self, score: Callable[[Batch], Tensor], network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.score, self.network = score, network
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,)."""
+        return self.score(batch)
+
+
+def own_graph(predictor: FailurePredictor) -> nn.Module:
+    """The ``graph`` of a method whose ``_score`` looks at no values and no sizes."""
+    return Graph(predictor._score, predictor.network_)

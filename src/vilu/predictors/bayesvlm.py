@@ -15,8 +15,9 @@ from torch.nn import functional
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError
+from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.heads.head import Count, Positive
-from vilu.predictors.labelled import TensorPredictor, failure_log_odds
+from vilu.predictors.labelled import failure_log_odds
 from vilu.predictors.nn.train import Rows, steps_per_epoch
 from vilu.progress import track
 
@@ -42,13 +43,7 @@ LOSSES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {"infonce": softm
 
 @dataclass(frozen=True)
 class Layer:
-    """The last layer of an encoder at some rows.
-
-    Attributes:
-        inputs: (M, F) phi.
-        outputs: (M, D) g = P phi, before they are brought to unit norm.
-        count: (M,) how often each row occurs.
-    """
+    """The last layer of an encoder at M rows: phi (M, F), g = P phi (M, D) of any norm, how often each row occurs."""
 
     inputs: Tensor
     outputs: Tensor
@@ -101,14 +96,8 @@ def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: s
 def curvature_sum(unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Tensor, outer: Tensor) -> Tensor:
     """(D, D) sum over rows of w (I - u u^T) M (I - u u^T), M = sum_j a_j c_j c_j^T - m m^T, m = sum_j b_j c_j.
 
-    The projections are multiplied out, so that nothing is larger than (M, K), (M, D) or (D, D).
-
-    Args:
-        unit: (M, D) u.
-        weight: (M,) w.
-        candidates: (K, D) c.
-        diagonal: (M, K) a.
-        outer: (M, K) b.
+    ``unit`` (M, D) are u, ``weight`` (M,) w, ``candidates`` (K, D) c, ``diagonal`` (M, K) a and ``outer`` (M, K) b. The
+    projections are multiplied out, so that nothing is larger than (M, K), (M, D) or (D, D).
     """
     mean = outer @ candidates
     along = (diagonal * (unit @ candidates.T)) @ candidates - mean * (mean * unit).sum(dim=-1, keepdim=True)  # M u
@@ -120,12 +109,7 @@ def curvature_sum(unit: Tensor, weight: Tensor, candidates: Tensor, diagonal: Te
 
 @dataclass(frozen=True)
 class Posterior:
-    """Diagonal of the Gaussian posterior of a last layer's output: variance (phi^T inputs phi) * outputs.
-
-    Attributes:
-        inputs: (F, F) inverse of sqrt(tau) A + sqrt(lambda) I.
-        outputs: (D,) diagonal of the inverse of sqrt(tau) B + sqrt(lambda) I.
-    """
+    """Diagonal of the Gaussian posterior of a last layer: (phi^T inputs phi) * outputs, inputs (F, F), outputs (D,)."""
 
     inputs: Tensor
     outputs: Tensor
@@ -149,13 +133,7 @@ def log_evidence(log_prior: float, a: Tensor, b: Tensor, squared_norm: float) ->
     """Log marginal likelihood of a Laplace approximation, but for what does not depend on the prior precision lambda.
 
     (F D log lambda - lambda ‖P‖² - log det(Ã ⊗ B̃)) / 2, with Ã = diag(a) + sqrt(lambda) I in the eigenbasis, B̃
-    likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃.
-
-    Args:
-        log_prior: log lambda.
-        a: (F,) eigenvalues of sqrt(tau) A.
-        b: (D,) eigenvalues of sqrt(tau) B.
-        squared_norm: ‖P‖².
+    likewise, and log det(Ã ⊗ B̃) = D log det Ã + F log det B̃; a (F,) and b (D,) are eigenvalues of sqrt(tau) A and B.
     """
     root = math.exp(log_prior / 2)
     log_det = float(len(b) * (a + root).log().sum() + len(a) * (b + root).log().sum())
@@ -181,15 +159,9 @@ def best_prior_precision(a: Tensor, b: Tensor, squared_norm: float) -> float:
 
 
 def cosine_moments(g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, K) of the cosine of independent Gaussian vectors of diagonal covariance.
+    """Mean and variance (B, K) of the cosine of Gaussian vectors with means (B, D) and (K, D) and diagonal covariances.
 
     The moments of g · h are exact; the product of the norms counts as the root of its expected square.
-
-    Args:
-        g: (B, D) means.
-        g_variance: (B, D) variances.
-        h: (K, D) means.
-        h_variance: (K, D) variances.
     """
     g_second, h_second = g.square() + g_variance, h.square() + h_variance
     squared_norms = g_second.sum(dim=-1)[:, None] * h_second.sum(dim=-1)
@@ -203,7 +175,7 @@ FARTHEST = 1e-2
 
 
 @dataclass
-class BayesVLM(TensorPredictor):
+class BayesVLM(FailurePredictor):
     """Last-layer Laplace: u = 1 - p_t̂, p = softmax of the logits under a posterior over the last linear maps.
 
     With g = P phi and h = Q psi the last layers of the image and the text encoder, P's posterior precision is
@@ -259,6 +231,8 @@ class BayesVLM(TensorPredictor):
         "on_features",
     )
 
+    seed: int = 0
+    device: str = "auto"
     mode: Literal["auto", "model", "embeddings"] = "auto"
     loss: Literal["infonce", "siglip"] = "infonce"
     pseudo_count: Positive = 10.0
@@ -267,9 +241,10 @@ class BayesVLM(TensorPredictor):
     @property
     def label(self) -> str:
         """The name with the kind of fit, once there is one."""
-        if not self.learned_:
-            return self.name
-        return f"{self.name} (model)" if self._on_features else f"{self.name} (embeddings-only)"
+        return self._label(self._on_features) if self.learned_ else self.name
+
+    def _label(self, on_features: bool) -> str:
+        return f"{self.name} (model)" if on_features else f"{self.name} (embeddings-only)"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
         """The four columns in mode "model", or in mode "auto" where they are there; else none."""
@@ -285,7 +260,7 @@ class BayesVLM(TensorPredictor):
     def _on_features(self) -> bool:
         return bool(self.learned_["on_features"])
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - pairs are what counts
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         sums = functools.reduce(lambda a, b: (a[0] + b[0], a[1] + b[1]), self._factors(train))
         tensors = {"on_features": torch.tensor(bool(train.columns))}
         for side, found in zip(("image", "text"), sums, strict=True):
@@ -294,7 +269,8 @@ class BayesVLM(TensorPredictor):
             learned, prior = posterior(found, squared_norm, self.pseudo_count)
             tensors |= {f"{side}_inputs": learned.inputs.cpu(), f"{side}_outputs": learned.outputs.cpu()}
             tensors[f"{side}_prior"] = torch.tensor(prior, dtype=torch.float64)
-        return tensors
+        priors = {side: float(tensors[f"{side}_prior"]) for side in ("image", "text")}
+        return Learnt(tensors, {"label": self._label(bool(train.columns)), "prior_precision": priors})
 
     def _factors(self, train: Rows) -> Iterator[tuple[Factors, Factors]]:
         """What every chunk of pairs adds to the factors of the image and the text layer."""
@@ -313,11 +289,7 @@ class BayesVLM(TensorPredictor):
                 )
                 task.advance(1)
 
-    def _notes(self) -> dict[str, object]:
-        priors = {side: float(self.learned_[f"{side}_prior"]) for side in ("image", "text")}
-        return {"label": self.label, "prior_precision": priors}
-
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         (phi, g), (psi, h) = last_layers(batch, on_features=self._on_features)
         image, text = (
             Posterior(self.learned_[f"{side}_inputs"].to(g), self.learned_[f"{side}_outputs"].to(g))
@@ -329,11 +301,7 @@ class BayesVLM(TensorPredictor):
 
 
 def last_layers(batch: Batch, *, on_features: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Inputs and outputs, (B, F) and (B, D), of the last layer of the image encoder, and (K, F), (K, D) of the text's.
-
-    Raises:
-        DataError: If the columns do not give the embeddings.
-    """
+    """Inputs and outputs, (B, F) and (B, D), of the image encoder's last layer, and (K, F), (K, D) of the text's."""
     if not on_features:
         return (batch.image, batch.image), (batch.text, batch.text)
     return (

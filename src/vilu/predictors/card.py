@@ -6,8 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import NAMED
 
@@ -43,35 +42,22 @@ GUARANTEE = {
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """What the code knows of a method.
+class Described(Protocol):
+    """What the code knows of a fitted predictor; see ``FailurePredictor``."""
 
-    Attributes:
-        summary: One line.
-        reference: Where it comes from.
-        is_probability: Whether the uncertainty estimates P(failure).
-        closed_set: Whether it scores the classes that it was fitted on and no others.
-        needs_fit: Whether it learned from labels.
-        columns: What it looks at beside the embeddings.
-    """
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+    is_probability: ClassVar[bool]
+    closed_set: ClassVar[bool]
+    needs_fit: ClassVar[bool]
 
-    summary: str
-    reference: str
-    is_probability: bool
-    closed_set: bool
-    needs_fit: bool
-    columns: tuple[str, ...]
+    @property
+    def columns_to_score(self) -> tuple[str, ...]:
+        """What it looks at beside the embeddings."""
 
 
-def model_card(record: Mapping[str, Any], method: Method, risk: Mapping[str, Any] | None = None) -> str:
-    """The text of a card; whatever the names in it contain, the header is YAML and the body shows them as they are.
-
-    Args:
-        record: The content of ``predictor.json``.
-        method: What the code knows of the method.
-        risk: The content of ``risk.json``, where the predictor was calibrated.
-    """
+def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None = None) -> str:
+    """The card of a ``predictor.json`` and perhaps a ``risk.json``; whatever names contain, the header is YAML."""
     space = record["space"] or {}
     notes, name = record["notes"], record["method"]
     seed = {"seed": record["parameters"]["seed"]} if "seed" in record["parameters"] else {}
@@ -117,7 +103,7 @@ def hub_id(backbone: str | None) -> str | None:
     return None
 
 
-def fit_facts(notes: Mapping[str, Any], method: Method) -> list[str]:
+def fit_facts(notes: Mapping[str, Any], method: Described) -> list[str]:
     """Rows, failures, candidates."""
     if not method.needs_fit:
         return ["- nothing is learned from labels", *facts(notes, FIT)]
@@ -140,12 +126,12 @@ def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
     ]
 
 
-def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Method) -> list[str]:
+def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described) -> list[str]:
     """Commands."""
     options = ["--backbone", shlex.quote(one_line(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
-    if "features" in method.columns:
+    if "features" in method.columns_to_score:
         options.append("--features")
     pools = f" --pool-size {notes['pool_size']}" if isinstance(notes.get("pool_size"), int) else ""
     return [
@@ -160,7 +146,7 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Method) ->
     ]
 
 
-def limits(notes: Mapping[str, Any], method: Method, risk: Mapping[str, Any] | None) -> list[str]:
+def limits(notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None) -> list[str]:
     """What it does not say."""
     found = ["It says nothing about other backbones, weights, preprocessing or logit scales; vilu refuses them."]
     if method.is_probability:
@@ -172,8 +158,8 @@ def limits(notes: Mapping[str, Any], method: Method, risk: Mapping[str, Any] | N
         found.append("Its score orders answers; it is no probability.")
     if method.closed_set:
         found.append("It scores the classes that it was fitted on and no others.")
-    if method.columns:
-        found.append(f"It looks at {', '.join(map(code, method.columns))} beside the embeddings.")
+    if method.columns_to_score:
+        found.append(f"It looks at {', '.join(map(code, method.columns_to_score))} beside the embeddings.")
     if isinstance(notes.get("pool_size"), int):
         found.append("Failures depend on the pool size: numbers at another one are not comparable.")
     if method.needs_fit:

@@ -13,9 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, log_posterior
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.labelled import ClosedSetPredictor, TensorPredictor
+from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
+from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 LIMIT = math.log(100.0)
@@ -28,7 +29,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass
-class MCMTS(TensorPredictor):
+class MCMTS(FailurePredictor):
     """MCM with one fitted temperature: u = 1 - max_j softmax_j(m l), m = exp(v) > 0 a number learned from labels.
 
     m multiplies the VLM's own logit scale (1 / m is the temperature of Guo et al.), within a factor of 100 either way.
@@ -51,11 +52,14 @@ class MCMTS(TensorPredictor):
     reference: ClassVar[str] = "Guo et al., ICML 2017"
     cost: ClassVar[str] = "fit: about 10 passes over the logits (nll); score: as mcm"
     is_probability: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
     tensors: ClassVar[tuple[str, ...]] = ("log_multiplier",)
 
+    seed: int = 0
+    device: str = "auto"
     objective: Literal["nll", "ece"] = "nll"
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         log_multiplier = 0.0
         if failure.any():
             log_multiplier = OBJECTIVES[self.objective](train, len(failure), self.device_)
@@ -65,12 +69,12 @@ class MCMTS(TensorPredictor):
                 "scores as mcm.",
                 stacklevel=4,
             )
-        return {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
+        tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
+        return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})
 
-    def _notes(self) -> dict[str, object]:
-        return {"multiplier": math.exp(float(self.learned_["log_multiplier"]))}
+    graph = own_graph
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         return uncertainty(batch, float(self.learned_["log_multiplier"]))
 
 
@@ -163,7 +167,7 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 @dataclass
-class RelU(ClosedSetPredictor):
+class RelU(FailurePredictor):
     """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
 
     D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes] over symmetric
@@ -189,13 +193,17 @@ class RelU(ClosedSetPredictor):
     summary: ClassVar[str] = "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
     reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
     cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
-    tensors: ClassVar[tuple[str, ...]] = ("penalty",)
+    closed_set: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    tensors: ClassVar[tuple[str, ...]] = ("penalty", CLASSES)
     no_captions: ClassVar[str | None] = "its penalty is one of confusing two classes, and captions have no classes"
 
+    seed: int = 0
+    device: str = "auto"
     trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         n_failures = int(failure.sum())
         gain = self.trade_off / max(n_failures, 1)
         cost = (1 - self.trade_off) / max(len(failure) - n_failures, 1)
@@ -205,12 +213,13 @@ class RelU(ClosedSetPredictor):
             p = log_posterior(moved, self.temperature).exp()
             weight = torch.where(moved.failure == 1, gain, -cost).to(p)
             moment = moment.to(p) + p.T @ (weight[:, None] * p)
-        return {"penalty": best_penalty(moment).cpu()}
+        return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         p = log_posterior(batch, self.temperature).exp()
         order = classes.to(p.device)
-        return (p @ self._tensor("penalty", p.device)[order][:, order] * p).sum(dim=-1)
+        return (p @ self.tensor("penalty", p.device)[order][:, order] * p).sum(dim=-1)
 
 
 def best_penalty(moment: Tensor) -> Tensor:
@@ -227,7 +236,7 @@ MIN_DEVIATION = 1e-6
 
 
 @dataclass
-class SIRC(TensorPredictor):
+class SIRC(FailurePredictor):
     """Softmax information retaining combination: u = log(S1_max - S1) + log(1 + exp(-b (S2 - a))).
 
     S1 is a confidence of the posterior and S2 a typicality of the image, a = mean(S2) - 3 sd(S2) and b = 1 / sd(S2)
@@ -254,18 +263,20 @@ class SIRC(TensorPredictor):
     cost: ClassVar[str] = "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
     tensors: ClassVar[tuple[str, ...]] = ("shift", "slope")
 
+    seed: int = 0
+    device: str = "auto"
     confidence: Literal["msp", "entropy", "doctor"] = "msp"
     typicality: Literal["norm1", "residual"] = "norm1"
     components: Annotated[int, Field(ge=1)] | None = None
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         learned = {}
         if self.typicality == "residual":
             learned["complement"] = self._complement(train, len(failure))
         parts = [self._typicality(batch.to(self.device_), learned).cpu() for batch in train.batches(SCORING_BATCH)]
         typicality = torch.cat(parts)
         deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)
-        return learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation}
+        return Learnt(learned | {"shift": typicality.mean() - 3 * deviation, "slope": 1 / deviation})
 
     def _complement(self, train: Rows, n: int) -> Tensor:
         """(D, D - components) orthonormal directions in which the second moment of the ``n`` images is least."""
@@ -280,7 +291,8 @@ class SIRC(TensorPredictor):
         vectors: Tensor = torch.linalg.eigh(moment).eigenvectors
         return vectors[:, : dim - components].cpu().clone()
 
-    def _tensor_names(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
+        """The directions only where they are looked at."""
         return (*self.tensors, "complement") if self.typicality == "residual" else self.tensors
 
     def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
@@ -291,9 +303,11 @@ class SIRC(TensorPredictor):
         outside: Tensor = torch.linalg.vector_norm(image @ learned["complement"].to(image.device), dim=-1)
         return -outside
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
         doubt = DOUBT[self.confidence](log_posterior(batch))
-        shift, slope = (self._tensor(name, doubt.device) for name in self.tensors)
+        shift, slope = (self.tensor(name, doubt.device) for name in self.tensors)
         untypical = slope * (shift - self._typicality(batch, self.learned_))
         return doubt + torch.logaddexp(untypical, torch.zeros_like(untypical))
 

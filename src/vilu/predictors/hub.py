@@ -16,7 +16,8 @@ from urllib.parse import unquote, urlsplit
 from vilu.errors import DataError, MissingModelError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.files import MAX_DOCUMENT_BYTES, host_hash, make_folder
-from vilu.predictors.storage import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, load, read_record
+from vilu.predictors.record import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, read_record
+from vilu.predictors.storage import load
 
 FILES = {
     WEIGHTS: 4 << 30,
@@ -30,11 +31,7 @@ FILES = {
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """An empty folder next to ``target``, on the same file system; it is gone after the block.
-
-    Raises:
-        StorageError: If the file system refuses.
-    """
+    """An empty folder next to ``target``, on the same file system; it is gone after the block."""
     make_folder(target.parent)
     name = f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     folder = make_folder(target.with_name(name))
@@ -45,18 +42,7 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 def copy_files(source: Path, destination: Path, *, links: bool) -> str:
-    """Copy what ``FILES`` names, load the copy once, and return its fingerprint.
-
-    Args:
-        source: A saved predictor.
-        destination: A folder that is there and empty.
-        links: Whether symbolic links are followed, as a cache of the hub has them; else they are refused.
-
-    Raises:
-        UsageError: If a file is a symbolic link, and ``links`` is not set.
-        DataError: If a file is too large, or the files are not those of a predictor.
-        StorageError: If the file system refuses.
-    """
+    """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint; links for caches."""
     if not source.is_dir():
         raise DataError(f"no predictor here: {source} is no folder. Make one with `vilu fit`.")
     try:
@@ -82,22 +68,13 @@ def _copy(path: Path, target: Path, limit: int) -> None:
 
 
 def require_size(name: str, size: int, limit: int) -> None:
-    """Refuse a file that no predictor has.
-
-    Raises:
-        DataError: If it is larger than ``limit`` bytes.
-    """
+    """Refuse a file that no predictor has."""
     if size > limit:
         raise DataError(f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a predictor.")
 
 
 def check(folder: Path, name: object) -> str:
-    """Load a predictor once, and return its fingerprint.
-
-    Raises:
-        DataError: If it cannot be loaded, however it fails.
-        ProvenanceError: If a newer vilu wrote it.
-    """
+    """Load a predictor once, and return its fingerprint."""
     try:
         load(folder)
         return str(read_record(folder / PREDICTOR)["fingerprint"])
@@ -110,11 +87,7 @@ def check(folder: Path, name: object) -> str:
 
 
 def require_ours(target: Path) -> None:
-    """Refuse a place that has other files than a predictor's: they would be lost.
-
-    Raises:
-        UsageError: Naming one of them.
-    """
+    """Refuse a place that has other files than a predictor's: they would be lost."""
     if not target.exists():
         return
     foreign = [path.name for path in target.iterdir() if path.name not in FILES] if target.is_dir() else [target.name]
@@ -123,11 +96,7 @@ def require_ours(target: Path) -> None:
 
 
 def require_same(target: Path, fingerprint: str) -> None:
-    """Refuse a place that has another predictor.
-
-    Raises:
-        UsageError: If it has.
-    """
+    """Refuse a place that has another predictor."""
     if not target.exists() or not any(target.iterdir()):
         return
     found = read_record(target / PREDICTOR).get("fingerprint") if (target / PREDICTOR).is_file() else None
@@ -136,11 +105,7 @@ def require_same(target: Path, fingerprint: str) -> None:
 
 
 def place(staged: Path, target: Path) -> None:
-    """Put a finished folder in the place of ``target``; a reader sees the old one, the new one, or for a moment none.
-
-    Raises:
-        StorageError: If the file system refuses; the old folder is then back in its place.
-    """
+    """Put a finished folder in the place of ``target``; a reader sees the old one, the new one, or briefly none."""
     try:
         with beside(target) as aside:
             old = aside / "old"
@@ -232,11 +197,7 @@ def pull(repository: str, folder: str | Path, *, revision: str | None = None, ov
 
 
 def local_folder(repository: str) -> Path | None:
-    """The folder that a repository's name means, None where it is not written as one.
-
-    Raises:
-        UsageError: If it is a file URL of another machine.
-    """
+    """The folder that a repository's name means, None where it is not written as one."""
     if repository.startswith("file://"):
         parts = urlsplit(repository)
         if parts.netloc not in {"", "localhost"}:
@@ -246,11 +207,7 @@ def local_folder(repository: str) -> Path | None:
 
 
 def require_repository(repository: str) -> None:
-    """Refuse what is neither ORG/NAME nor written as a folder.
-
-    Raises:
-        UsageError: Naming both forms.
-    """
+    """Refuse what is neither ORG/NAME nor written as a folder."""
     if not REPOSITORY.fullmatch(repository):
         raise UsageError(
             f"expected ORG/NAME on the model hub, or a folder that begins with ./ or /. Got {repository!r} instead."
@@ -258,11 +215,7 @@ def require_repository(repository: str) -> None:
 
 
 def require_no_revision(repository: str, revision: str | None) -> None:
-    """Refuse a revision of a folder.
-
-    Raises:
-        UsageError: If there is one.
-    """
+    """Refuse a revision of a folder."""
     if revision is not None:
         raise UsageError(f"{repository} is a folder, which has no revisions. Leave --revision out.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -54,7 +54,7 @@ def initialise(
         raise DataError(f"the {fitted.name} to begin from is a constant: its training rows were all of one kind.")
     inherited: dict[str, Any] = {name: getattr(fitted, name) for name in parameters(fitted)}
     settings = {**inherited, **FINE_TUNING, **(values or {})}
-    trial, predictor = (cast("HeadPredictor", build(cls, settings)) for _ in range(2))
+    trial, predictor = (build(cls, settings) for _ in range(2))
     trial.space_ = fitted.space_
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,13 +1,9 @@
-"""What predictors share that learn from labels or failures."""
+"""Rows to learn from: which can be, which are held out, and what they lack."""
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from abc import abstractmethod
 from collections.abc import Iterable
-from itertools import chain
-from typing import ClassVar, Self
 
 import numpy as np
 import torch
@@ -16,145 +12,14 @@ from torch import Tensor
 from vilu.embeddings.checks import SHORT_POOL, RowNumbers
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
-from vilu.errors import DataError, ProvenanceError
-from vilu.predictors.base import FailurePredictor, similarity_range
+from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
+from vilu.errors import DataError
 from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
-from vilu.predictors.parameters import check_parameters
-from vilu.predictors.rows import RowSketch
 
 MAX_UNUSABLE = 0.01
-
-
-@dataclasses.dataclass
-class LabelledPredictor(FailurePredictor):
-    """A predictor that is fitted on labelled rows.
-
-    Args:
-        seed: Of everything random in ``fit``.
-    """
-
-    needs_fit: ClassVar[bool] = True
-
-    seed: int = 0
-
-    def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
-        """Learn from labelled embeddings.
-
-        Args:
-            train: Rows to learn from. Rows without label are left out with a warning.
-            validation: Rows to select on, none of them among the training rows; where the method selects something and
-                gets none, it holds out a part of ``train``.
-
-        Raises:
-            UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
-            DataError: If nothing can be learned from the rows: empty, one candidate, over 1 % unusable rows, no labels;
-                or if the two sets overlap, or lack a column that the method needs.
-            ProvenanceError: If the two sets come from different embedding spaces.
-        """
-        check_parameters(self)
-        columns = self.columns_to_fit(train)
-        self._check_source(train, columns)
-        refuse_overlap(train, validation)
-        rows, failure = trainable_rows(train, "training")
-        self._learn(Rows(train, rows, columns), failure, validation)
-        self.space_, self.calibrator_ = train.space, None
-        seen = [
-            source.ids
-            for source in (train, validation)
-            if source is not None and not isinstance(source.ids, RowNumbers)
-        ]
-        self.seen_ = RowSketch.of(chain(*seen)) if seen else None
-        self.similarity_ = similarity_range(train)
-        self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **self._notes()}
-        return self
-
-    def _notes(self) -> dict[str, object]:
-        """What to remember of the fit, for people."""
-        return {}
-
-    @abstractmethod
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
-        """Learn from usable labelled rows and their failures (M,) in {0, 1}."""
-
-
-@dataclasses.dataclass
-class TensorPredictor(LabelledPredictor):
-    """A labelled predictor whose ``fit`` results in named tensors and nothing else.
-
-    Args:
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
-    """
-
-    tensors: ClassVar[tuple[str, ...]]
-
-    device: str = "auto"
-
-    learned_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:  # noqa: ARG002
-        self.learned_ = self._fit_tensors(train, failure)
-
-    @abstractmethod
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
-        """Learn ``tensors``, on the CPU, from usable labelled rows and their failures (M,) in {0, 1}."""
-
-    def _tensor(self, name: str, device: torch.device) -> Tensor:
-        """A learned tensor where the batch is."""
-        return self.learned_[name].to(device)
-
-    def state(self) -> dict[str, Tensor]:
-        """The learned tensors."""
-        return dict(self.learned_)
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``."""
-        expected = self._tensor_names()
-        if set(state) != set(expected):
-            raise DataError(f"a {self.name} holds {', '.join(expected)}. The file has {', '.join(sorted(state)[:8])}.")
-        self.learned_ = state
-
-    def _tensor_names(self) -> tuple[str, ...]:
-        return self.tensors
-
-
-@dataclasses.dataclass
-class ClosedSetPredictor(TensorPredictor):
-    """A labelled predictor that knows its classes, and recognises them by their text embeddings, whatever the order."""
-
-    closed_set: ClassVar[bool] = True
-    no_captions: ClassVar[str | None] = "it compares images of one class, and captions have no classes"
-
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
-        super()._learn(train, failure, validation)
-        self.learned_["classes"] = train.source.candidates(train.index[:0]).text.clone()
-
-    def _tensor_names(self) -> tuple[str, ...]:
-        return (*self.tensors, "classes")
-
-    def classes_of(self, text: Tensor) -> Tensor:
-        """(K,) fitted class of every candidate (K, D).
-
-        Raises:
-            ProvenanceError: If a candidate is none of the fitted classes, or two are the same one.
-        """
-        cosine, match = (text @ self._tensor("classes", text.device).T).max(dim=1)
-        unknown = int((cosine < SAME_TEXT).sum())
-        if unknown or len(match.unique()) < len(match):
-            raise ProvenanceError(
-                f"{self.name} scores the {len(self.learned_['classes'])} classes that it was fitted on. Of the "
-                f"{len(text)} candidates here {unknown} are others. Fit it on these classes, or take a method that "
-                "works on any (see `vilu list predictors`)."
-            )
-        return match
-
-    def _uncertainty(self, batch: Batch) -> Tensor:
-        return self._class_uncertainty(batch, self.classes_of(batch.text))
-
-    @abstractmethod
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
-        """(B,) uncertainty of a batch whose K candidates are the fitted ``classes`` (K,)."""
+FEW = 20
+GROUP_BLOCK = 16_384
 
 
 def refuse_overlap(train: EmbeddingSource, validation: EmbeddingSource | None) -> None:
@@ -206,113 +71,45 @@ def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     return torch.cat([nothing, *(rows for rows, _ in parts)]), torch.cat([nothing, *(failed for _, failed in parts)])
 
 
-FEW = 20
-GROUP_BLOCK = 16_384
+def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | None:
+    """The error rate (0 or 1) where failures (M,) are all of one kind, which is refused unless allowed; else None."""
+    n, n_failures = len(failure), int(failure.sum())
+    rare, kind = min((n_failures, "failures"), (n - n_failures, "successes"))
+    if rare == 0 and not allowed:
+        raise DataError(
+            f"{name} learns to tell failures from successes. Found {rare} {kind} among {n} training rows; at "
+            f"least {FEW} are needed for a useful fit. Add harder (or easier) images, or set allow_degenerate=true "
+            "for a constant predictor."
+        )
+    if rare < FEW:
+        warnings.warn(f"only {rare} {kind} among {n} training rows: expect an unreliable fit.", stacklevel=3)
+    return n_failures / n if rare == 0 else None
 
 
-@dataclasses.dataclass
-class LearnedPredictor(LabelledPredictor):
-    """A predictor that needs labelled rows with failures and successes among them.
-
-    Args:
-        seed: Of everything random in ``fit``.
-        allow_degenerate: Fit a constant when the training rows hold no failure, or nothing else. Otherwise ``fit``
-            refuses them with a ``DataError``.
-    """
-
-    allow_degenerate: bool = False
-
-    constant_: float | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
-        n_failures = int(failure.sum())
-        self.constant_ = self._degenerate(n_failures, len(failure))
-        if self.constant_ is None:
-            self._learn_difference(train, failure, validation)
-
-    def _degenerate(self, n_failures: int, n: int) -> float | None:
-        """The constant to predict where there is nothing to learn; refused unless allowed."""
-        rare, name = min((n_failures, "failures"), (n - n_failures, "successes"))
-        if rare == 0 and not self.allow_degenerate:
-            raise DataError(
-                f"{self.name} learns to tell failures from successes. Found {rare} {name} among {n} training rows; at "
-                f"least {FEW} are needed for a useful fit. Add harder (or easier) images, or set allow_degenerate=true "
-                "for a constant predictor."
-            )
-        if rare < FEW:
-            warnings.warn(f"only {rare} {name} among {n} training rows: expect an unreliable fit.", stacklevel=3)
-        return n_failures / n if rare == 0 else None
-
-    def _uncertainty(self, batch: Batch) -> Tensor:
-        if self.constant_ is not None:
-            return torch.full((len(batch.index),), self.constant_, dtype=torch.float64)
-        return self._learned_uncertainty(batch)
-
-    def state(self) -> dict[str, Tensor]:
-        """The constant of a degenerate fit, or what ``_learned_state`` gives."""
-        if self.constant_ is not None:
-            return {"constant": torch.tensor(self.constant_, dtype=torch.float64)}
-        return self._learned_state()
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``."""
-        if state.keys() == {"constant"}:
-            self.constant_ = float(state["constant"])
-        else:
-            self._restore_learned(state)
-
-    @abstractmethod
-    def _learn_difference(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
-        """Learn from usable labelled rows; their failures (M,) in {0, 1} are of both kinds."""
-
-    @abstractmethod
-    def _learned_state(self) -> dict[str, Tensor]:
-        """Everything learned, as tensors."""
-
-    @abstractmethod
-    def _restore_learned(self, state: dict[str, Tensor]) -> None:
-        """The inverse; must refuse tensors of the wrong names or shapes."""
-
-    @abstractmethod
-    def _learned_uncertainty(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty of a batch."""
+def class_texts(train: Rows) -> Tensor:
+    """(K, D) texts of the training classes, by which they are recognised, whatever their order."""
+    return train.source.candidates(train.index[:0]).text.clone()
 
 
-@dataclasses.dataclass
-class SelectingPredictor(LearnedPredictor):
-    """A learned predictor that selects something on rows that it does not learn from.
-
-    Args:
-        validation_fraction: Share of the training rows held out for selection when ``fit`` gets no validation set.
-    """
-
-    validation_fraction: float = 0.1
-
-    def _learn_difference(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
-        fit_rows, held_out = self._roles(train, failure, validation)
-        self._fit(fit_rows, held_out, error_rate=float(failure.double().mean()))
-
-    def _roles(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> tuple[Rows, Rows | None]:
-        """Rows to fit on and rows to select on; None when a selection would be blind."""
-        rows, columns = train.index, train.columns
-        if validation is not None:
-            held_out, held_failure = trainable_rows(validation, "validation")
-            chosen = Rows(validation, held_out, columns)
-        else:
-            generator = torch.Generator().manual_seed(self.seed)
-            groups = caption_groups(train.source, rows) if isinstance(train.source, PairSource) else None
-            part = hold_out(failure, self.validation_fraction, train.source.pool_size, generator, groups)
-            chosen = Rows(train.source, rows[part], columns)
-            _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
-            keep = torch.ones(len(rows), dtype=torch.bool)
-            keep[part] = False
-            rows = rows[keep]
-        is_blind = len(held_failure.unique()) < 2
-        return Rows(train.source, rows, columns), None if is_blind else chosen
-
-    @abstractmethod
-    def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
-        """Learn; the rows are usable, labelled, and hold failures and successes."""
+def fit_and_selection(
+    train: Rows, failure: Tensor, validation: EmbeddingSource | None, fraction: float, seed: int
+) -> tuple[Rows, Rows | None]:
+    """Rows to fit on and rows to select on, held out where there is no validation set; None: it would be blind."""
+    rows, columns = train.index, train.columns
+    if validation is not None:
+        held_out, held_failure = trainable_rows(validation, "validation")
+        chosen = Rows(validation, held_out, columns)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        groups = caption_groups(train.source, rows) if isinstance(train.source, PairSource) else None
+        part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
+        chosen = Rows(train.source, rows[part], columns)
+        _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
+        keep = torch.ones(len(rows), dtype=torch.bool)
+        keep[part] = False
+        rows = rows[keep]
+    is_blind = len(held_failure.unique()) < 2
+    return Rows(train.source, rows, columns), None if is_blind else chosen
 
 
 def hold_out(
@@ -322,17 +119,11 @@ def hold_out(
     generator: torch.Generator,
     groups: Tensor | None = None,
 ) -> Tensor:
-    """Sorted positions (H,) of a random part of the rows: stratified by failure, or whole pools.
+    """Sorted positions (H,) of a random part of rows with failures (M,): stratified by failure, or whole pools.
 
-    With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than two.
-
-    Args:
-        failure: (M,) in {0, 1}.
-        fraction: Share to hold out.
-        pool_size: Rows of a pool, or None.
-        generator: Chooses.
-        groups: (M,) int64: with pools, rows of one number stay together; None: every row by itself. Where there are
-            fewer groups than a pool has rows, they recur in every pool, as classes do, and rows go by themselves.
+    With in-batch candidates the part is rounded to whole pools, and empty when there are fewer than two. Rows of one
+    number in ``groups`` (M,) stay together, unless there are fewer groups than a pool has rows: such groups recur in
+    every pool, as classes do.
     """
     n = len(failure)
     if pool_size is not None:
@@ -352,12 +143,7 @@ def hold_out(
 
 
 def whole_groups(groups: Tensor, room: int) -> Tensor:
-    """Sorted positions of whole groups that fit into ``room`` rows, taken in the order in which they first occur.
-
-    Args:
-        groups: (M,) int64 number of each row's group.
-        room: How many rows at most; groups that are too large for what is left of it are passed over.
-    """
+    """Sorted positions of whole groups, by their numbers (M,), that fit into ``room`` rows; the first ones go first."""
     _, group = torch.unique(groups, return_inverse=True)
     positions = torch.arange(len(groups))
     first = torch.full((int(group.max()) + 1,), len(groups)).scatter_reduce(0, group, positions, "amin")
@@ -388,11 +174,9 @@ def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
 
 
 def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
-    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer, without rounding where p is near zero or one.
+    """(B,) float64 log((1 - p) / p), p the mass of the zero-shot answer under the softmax of any logits (B, K).
 
-    Args:
-        logits: (B, K) of any posterior; its largest may be at another candidate than the answer.
-        batch: Its answers, and which candidates are the same.
+    Without rounding where p is near zero or one; the largest logit may be at another candidate than the answer.
     """
     logits = float64(logits)
     alike = batch.alike(batch.prediction).to(logits.device)
@@ -409,14 +193,7 @@ FOLDS = 5
 def cross_fitting(
     train: Rows, failure: Tensor, validation: EmbeddingSource | None, seed: int
 ) -> list[tuple[Rows, Rows]]:
-    """Pairs of rows to fit on and rows held out from that fit: the validation set, or folds stratified by failure.
-
-    Args:
-        train: Usable labelled rows with shared candidates.
-        failure: (M,) their failures in {0, 1}.
-        validation: Rows to hold out instead of a part of ``train``.
-        seed: Of the folds.
-    """
+    """Pairs of rows to fit on and rows held out from it: the validation set, or folds stratified by failure (M,)."""
     if validation is not None:
         rows, _ = trainable_rows(validation, "validation")
         return [(train, Rows(validation, rows, train.columns))]

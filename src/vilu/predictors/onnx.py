@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,27 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-import vilu
 from vilu.embeddings.memory import Embeddings
-from vilu.embeddings.similarity import ZeroShot, float64, of_logits
-from vilu.embeddings.source import UNKNOWN, Batch, log_posterior
+from vilu.embeddings.similarity import ZeroShot, of_logits
+from vilu.embeddings.source import UNKNOWN, Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 from vilu.extras import import_extra, quiet
 from vilu.files import atomic_write
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.fitted import MCMTS, SIRC
-from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.networks import FLOOR, LMN, PVU
-from vilu.predictors.heads.vilu import LVU, DeepEnsemble, ViLU
-from vilu.predictors.heads.vilu_plus import ViLUPlus
-from vilu.predictors.labelled import failure_log_odds
-from vilu.predictors.nn.experts import FEATURES, Experts
-from vilu.predictors.nn.head import CrossAttention, FailureHead
-from vilu.predictors.storage import load, read_record
-from vilu.predictors.zero_shot import MCM, Doctor, Energy, Entropy, KLUniform, Margin, MaxLogit, ProbMargin
-
-Score = Callable[[Batch], Tensor]
+from vilu.predictors.base import FailurePredictor, Graph, NotExportable
+from vilu.predictors.nn.experts import FEATURES
+from vilu.predictors.record import read_record
+from vilu.predictors.storage import load
+from vilu.registry import PREDICTORS
 
 
 class GraphBatch(Batch):
@@ -77,16 +69,11 @@ def positions(rows: Tensor) -> Tensor:
 
 
 class ScoreGraph(nn.Module):
-    """Image and text, and features where the score looks at them, to uncertainty and zero-shot answer.
-
-    Args:
-        score: Of a batch.
-        space: Its logit scale and bias become constants.
-    """
+    """Image and text, and features where the score looks at them, to uncertainty and zero-shot answer in one space."""
 
     batch: type[GraphBatch] = GraphBatch
 
-    def __init__(self, score: Score, space: EmbeddingSpace) -> None:
+    def __init__(self, score: nn.Module, space: EmbeddingSpace) -> None:
         super().__init__()
         self.score, self.space = score, space
 
@@ -102,207 +89,24 @@ class ScoreGraph(nn.Module):
             logit_bias=self.space.logit_bias,
             columns={} if features is None else {FEATURES: features},
         )
-        return self.score(batch).double(), batch.prediction
+        score: Tensor = self.score(batch)
+        return score.double(), batch.prediction
 
 
-class HeadGraph(nn.Module):
-    """sigmoid of a ``FailureHead`` whose attention is multiplied out, in one order whatever N and K.
-
-    scale (image W_Q') (text W_K')' is image Q text' with Q (D, D), and what follows the average of the texts is one
-    matrix V (H, D); both products are made in float64.
-    """
-
-    def __init__(self, head: FailureHead, logit_scale: float) -> None:
-        super().__init__()
-        self.first, self.first_bias, self.rest = head.first, head.first_bias, head.rest
-        if head.attention is not None:
-            query, value = multiplied_out(head.attention, head.first["attended"], logit_scale)
-            self.query, self.value = nn.Buffer(query), nn.Buffer(value)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64."""
-        hidden = batch.image @ self.first["image"].T + self.first_bias
-        if "attended" in self.first:
-            weights = torch.softmax(batch.image @ self.query @ batch.text.T, dim=-1)
-            hidden = hidden + weights @ batch.text @ self.value.T
-        if "caption" in self.first:
-            hidden = hidden + batch.text[batch.prediction] @ self.first["caption"].T
-        if "mcm" in self.first:
-            hidden = hidden + batch.zero_shot.max_probability[:, None] * self.first["mcm"].T
-        return torch.sigmoid(float64(self.rest(hidden).squeeze(-1)))
-
-
-def multiplied_out(attention: CrossAttention, after: Tensor, logit_scale: float) -> tuple[Tensor, Tensor]:
-    """Q (D, D) and V (H, D) of ``HeadGraph``."""
-    query, key, scale = attention.bilinear(logit_scale)
-    joint, value = scale * (query.double().T @ key.double()), after.double() @ attention.value.double()
-    return joint.detach().float(), value.detach().float()
-
-
-class MeanGraph(nn.Module):
-    """Mean over the members of an ensemble."""
-
-    def __init__(self, members: Iterable[HeadGraph]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64."""
-        return torch.stack([member(batch) for member in self.members]).mean(dim=0)
-
-
-class PlusGraph(nn.Module):
-    """``ViLUPlus``; whether all candidates are training classes is a number of the graph, not a branch.
-
-    Every expert is computed; where a candidate is foreign, the companions have no weight in the pool.
-    """
-
-    def __init__(self, experts: Experts, pool: Tensor) -> None:
-        super().__init__()
-        self.experts = experts
-        self.pool, self.alone = nn.Buffer(pool), nn.Buffer(torch.eye(len(pool), dtype=pool.dtype)[0])
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64."""
-        attention, companions = self.experts.attention, self.experts.companions.values()
-        weights: Tensor = self.alone
-        match = attention.match(batch.text) if len(attention.classes) else None
-        logits = [attention(batch, match)]
-        if match is not None and len(companions):
-            offset = attention.offset(batch)
-            logits += [offset + companion(batch)[:, match.row] for companion in companions]
-            weights = torch.where(match.known.all(), self.pool, self.alone)
-        log_p = float64(torch.stack(logits, dim=1)).log_softmax(dim=-1)
-        return torch.sigmoid(failure_log_odds(torch.einsum("m,bmk->bk", weights, log_p), batch))
-
-
-class NetworkGraph(nn.Module):
-    """The network of a ``NetworkPredictor``, and what makes a score of its output."""
-
-    def __init__(self, network: nn.Module, score: Callable[[Batch, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.network, self.score = network, score
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64."""
-        return self.score(batch, self.network(batch))
-
-
-def head_score(predictor: HeadPredictor) -> Score:
-    """The head, or the constant of a degenerate fit."""
-    if predictor.constant_ is not None:
-        return partial(constant_score, predictor.constant_)
-    return head_graph(predictor, predictor.space_)
-
-
-def head_graph(predictor: HeadPredictor, space: EmbeddingSpace | None) -> HeadGraph:
-    """Of a predictor that holds a head.
-
-    Raises:
-        DataError: If it holds none.
-    """
-    if predictor.head_ is None or space is None:
-        raise DataError(f"this {predictor.name} holds neither a head nor a constant; its file is damaged.")
-    return HeadGraph(predictor.head_, space.logit_scale)
+def score_graph(predictor: FailurePredictor) -> ScoreGraph:
+    """The score of a predictor as a module of image (N, D) and text (K, D), N and K open."""
+    if "graph" not in vars(type(predictor)):
+        known = ", ".join(sorted(name for name, cls in PREDICTORS.items() if "graph" in vars(cls)))
+        raise NotExportable(f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}.")
+    predictor.require_fitted()
+    space, constant = predictor.fitted_space, predictor.constant_
+    graph = predictor.graph() if constant is None else Graph(partial(constant_score, constant))
+    return ScoreGraph(graph, space).eval()
 
 
 def constant_score(constant: float, batch: Batch) -> Tensor:
     """(N,) the same number for every row."""
     return torch.full_like(batch.image[:, 0], constant, dtype=torch.float64)
-
-
-def ensemble_score(predictor: DeepEnsemble) -> Score:
-    """The members, or the constant of a degenerate fit."""
-    if predictor.constant_ is not None:
-        return partial(constant_score, predictor.constant_)
-    return MeanGraph(head_graph(member, predictor.space_) for member in predictor.members_.values())
-
-
-def plus_score(predictor: ViLUPlus) -> Score:
-    """The experts and their pool.
-
-    Raises:
-        DataError: If it holds none.
-    """
-    if predictor.experts_ is None or predictor.pool_ is None:
-        raise DataError(f"this {predictor.name} holds no experts; its file is damaged.")
-    return PlusGraph(predictor.experts_, predictor.pool_)
-
-
-def entropy(batch: Batch) -> Tensor:
-    """As ``Entropy``."""
-    log_p = log_posterior(batch)
-    return -(log_p.exp() * log_p).sum(dim=-1) / log_count(log_p)
-
-
-def kl_uniform(batch: Batch) -> Tensor:
-    """As ``KLUniform``."""
-    log_p = log_posterior(batch)
-    return log_p.mean(dim=-1) + log_count(log_p)
-
-
-def log_count(rows: Tensor) -> Tensor:
-    """Log K of rows (N, K), K staying open."""
-    return torch.ones_like(rows[0]).sum().log()
-
-
-def network_score(predictor: PVU | LMN) -> Score:
-    """The network.
-
-    Raises:
-        DataError: If it holds none.
-    """
-    if predictor.network_ is None:
-        raise DataError(f"this {predictor.name} holds no network; its file is damaged.")
-    return NetworkGraph(predictor.network_, softplus if isinstance(predictor, PVU) else predictor._score)
-
-
-def softplus(_: Batch, output: Tensor) -> Tensor:
-    """As ``PVU``; onnxruntime has none in float64."""
-    double = float64(output)
-    return torch.logaddexp(double, torch.zeros_like(double)) + FLOOR
-
-
-def own_score(predictor: FailurePredictor) -> Score:
-    """The predictor's own code."""
-    return predictor._uncertainty
-
-
-GRAPHS: dict[type[FailurePredictor], Callable[[Any], Score]] = {
-    ViLUPlus: plus_score,
-    ViLU: head_score,
-    LVU: head_score,
-    DeepEnsemble: ensemble_score,
-    **dict.fromkeys((MCM, Doctor, MaxLogit, Margin, ProbMargin, Energy, MCMTS, SIRC), own_score),
-    Entropy: lambda _: entropy,
-    KLUniform: lambda _: kl_uniform,
-    PVU: network_score,
-    LMN: network_score,
-}
-"""How the score of a method becomes a graph.
-
-What is not here needs more than image and text, looks at values, or (GEN) needs an expm1, which ONNX has not.
-"""
-
-
-def score_graph(predictor: FailurePredictor) -> ScoreGraph:
-    """The score of a predictor as a module of image (N, D) and text (K, D), N and K open.
-
-    Raises:
-        NotFittedError: If it needs ``fit`` first.
-        UsageError: If its method has no such graph, or it was never given an embedding space.
-    """
-    make = GRAPHS.get(type(predictor))
-    if make is None:
-        known = ", ".join(sorted(cls.name for cls in GRAPHS))
-        raise UsageError(f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}.")
-    predictor.require_fitted()
-    if predictor.space_ is None:
-        raise UsageError(
-            f"this {predictor.name} knows no embedding space, so the logit scale of its graph is not known. "
-            f"Make it with `vilu fit STORE --method {predictor.name}`."
-        )
-    return ScoreGraph(make(predictor), predictor.space_).eval()
 
 
 TOLERANCE = 1e-5
@@ -388,7 +192,7 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
 def metadata(predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: str) -> dict[str, str]:
     """What binds a file to its predictor and to the embedding space, as texts."""
     return {
-        "vilu.version": vilu.__version__,
+        "vilu.version": version("vilu"),
         "vilu.method": predictor.name,
         "vilu.fingerprint": fingerprint,
         "vilu.is_probability": str(predictor.is_probability).lower(),
@@ -404,9 +208,6 @@ def largest_difference(predictor: FailurePredictor, content: bytes) -> float:
     """The largest difference of an ONNX file's uncertainties from the predictor's, over ``trials``.
 
     Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
-
-    Raises:
-        DataError: If one is more than rounding, or an answer differs.
     """
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
@@ -455,41 +256,30 @@ def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], 
 def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
     """Random rows of unit norm: half of the images near a candidate; of many candidates the last equals the first.
 
-    A predictor that knows its classes also meets those alone, in another order, and beside others.
+    A graph that treats some texts unlike others (its ``classes``) also meets those alone, in another order, and beside
+    others.
     """
-    space = predictor.space_
-    if space is None:
-        raise UsageError(f"this {predictor.name} knows no embedding space.")
+    space, graph = predictor.fitted_space, score_graph(predictor).score
     generator = torch.Generator().manual_seed(0)
+    classes = cast("Tensor", getattr(graph, "classes", torch.empty(0, 0))).cpu()
+    widths = {name: getattr(graph, "widths", {})[name] for name in predictor.columns_to_score}
     groups = [random_rows(k, space.embed_dim, generator) for _, k in sizes]
     for (n, _), text in zip(sizes, groups, strict=True):
         if len(text) > 2:
             text[-1] = text[0]
-        yield trial_of(predictor, n, text, generator)
-    classes = class_texts(predictor)
+        yield trial_of(widths, n, text, generator)
     if len(classes) > 1:
         order = classes[torch.randperm(len(classes), generator=generator)]
         for text in (classes, order, order[:2], torch.cat([order, groups[0]])):
-            yield trial_of(predictor, 9, text, generator)
+            yield trial_of(widths, 9, text, generator)
 
 
-def trial_of(predictor: FailurePredictor, n: int, text: Tensor, generator: torch.Generator) -> Trial:
-    """``n`` images for some candidates."""
+def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Generator) -> Trial:
+    """``n`` images for some candidates, with columns of these widths."""
     image = random_rows(n, text.shape[1], generator)
     near = text[torch.randint(len(text), (n,), generator=generator)]
     image[::2] = functional.normalize(near + image / 2, dim=1)[::2]
-    columns = {}
-    if isinstance(predictor, ViLUPlus) and predictor.experts_ is not None and predictor.columns_to_score:
-        width = len(predictor.experts_.attention.inputs.features.mean)
-        columns = {name: torch.randn(n, width, generator=generator) for name in predictor.columns_to_score}
-    return Trial(image, text, columns)
-
-
-def class_texts(predictor: FailurePredictor) -> Tensor:
-    """(C, D) texts of the classes that a predictor treats unlike others; none for most."""
-    if isinstance(predictor, ViLUPlus) and predictor.experts_ is not None:
-        return predictor.experts_.attention.classes.cpu()
-    return torch.empty(0, 0)
+    return Trial(image, text, {name: torch.randn(n, width, generator=generator) for name, width in widths.items()})
 
 
 def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:

@@ -6,37 +6,37 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
 
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from vilu.predictors.base import FailurePredictor
+
+class Parametrised(Protocol):
+    """A dataclass of parameters with a name."""
+
+    name: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
-def parameters(predictor: FailurePredictor | type[FailurePredictor]) -> dict[str, dataclasses.Field[Any]]:
+Made = TypeVar("Made", bound=Parametrised)
+
+
+def parameters(predictor: Parametrised | type[Parametrised]) -> dict[str, dataclasses.Field[Any]]:
     """The constructor's parameters by name."""
     return {field.name: field for field in dataclasses.fields(predictor) if field.init}
 
 
-def check_parameters(predictor: FailurePredictor) -> None:
-    """Refuse values outside the annotated types and ranges.
-
-    Raises:
-        UsageError: Naming the parameter, what it must be and what it is.
-    """
+def check_parameters(predictor: Parametrised) -> None:
+    """Refuse values outside the annotated types and ranges."""
     for name in parameters(predictor):
         convert(type(predictor), name, getattr(predictor, name), strict=True)
 
 
-def build(cls: type[FailurePredictor], values: Mapping[str, object]) -> FailurePredictor:
-    """A predictor from parameters that may be strings (``--set key=value``).
-
-    Raises:
-        UsageError: If a name is unknown (the nearest one is named) or a value does not fit.
-    """
+def build(cls: type[Made], values: Mapping[str, object]) -> Made:
+    """A predictor from parameters that may be strings (``--set key=value``)."""
     known = parameters(cls)
     for name in values:
         if name not in known:
@@ -46,7 +46,7 @@ def build(cls: type[FailurePredictor], values: Mapping[str, object]) -> FailureP
     return cls(**{name: convert(cls, name, value, strict=False) for name, value in values.items()})
 
 
-def convert(cls: type[FailurePredictor], name: str, value: object, *, strict: bool) -> object:
+def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
     """The value as its annotated type; strict: no conversion from strings."""
     from pydantic import ValidationError
 
@@ -63,7 +63,7 @@ def convert(cls: type[FailurePredictor], name: str, value: object, *, strict: bo
 
 
 @cache
-def _checker(cls: type[FailurePredictor], name: str) -> tuple[Any, TypeAdapter[Any]]:
+def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
     from pydantic import TypeAdapter
 
@@ -72,11 +72,7 @@ def _checker(cls: type[FailurePredictor], name: str) -> tuple[Any, TypeAdapter[A
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, str]:
-    """``["epochs=50"]`` to ``{"epochs": "50"}``.
-
-    Raises:
-        UsageError: If an entry is not KEY=VALUE, or a key repeats.
-    """
+    """``["epochs=50"]`` to ``{"epochs": "50"}``."""
     values: dict[str, str] = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

@@ -47,13 +47,7 @@ FORMS = {
 
 
 class _Fitted(Model):
-    """What every calibrator tells of its fit.
-
-    Attributes:
-        n: Calibration rows.
-        n_failures: How many of them are failures.
-        log_loss: Mean log-loss in cross-validation of every form that was tried.
-    """
+    """What every calibrator tells of its fit: rows, failures among them, and the log-loss of every form tried."""
 
     n: int = Field(ge=1)
     n_failures: int = Field(ge=0)
@@ -118,11 +112,7 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
 
 
 def read_calibrator(value: object) -> Calibrator:
-    """A calibrator from plain JSON.
-
-    Raises:
-        DataError: If it is none.
-    """
+    """A calibrator from plain JSON."""
     try:
         found = _READER.validate_python(value)
     except ValidationError as error:

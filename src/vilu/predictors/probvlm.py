@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.source import Batch
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.heads.head import Count, NonNegative
 from vilu.predictors.heads.networks import NetworkPredictor
 from vilu.predictors.labelled import failure_log_odds
@@ -64,10 +65,6 @@ class ProbabilisticAdapter(nn.Module):
 
     A coordinate of a unit vector is of the order of 1 / sqrt(D); x and the distribution are in units in which it is of
     order one, so that the start does not depend on D. The MLP has three layers, each head two.
-
-    Args:
-        dim: Embedding width D.
-        width: Width of the two hidden layers.
     """
 
     def __init__(self, dim: int, width: int) -> None:
@@ -156,23 +153,20 @@ class ProbVLM(NetworkPredictor):
     uncertainty: Literal["aleatoric", "epistemic", "cross_modal"] = "aleatoric"
     samples: Annotated[int, Field(ge=2)] = 15
 
-    def _build(self, dim: int) -> nn.Module:
-        return PairAdapters(dim, self)
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The adapters."""
+        return PairAdapters(space.embed_dim, self)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the batch
         return output.mean()
 
-    def _score(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the batch
-        return output
+    def _score(self, batch: Batch) -> Tensor:
+        score: Tensor = self.network(batch)
+        return score
 
 
 class PairAdapters(nn.Module):
-    """The adapters of both modalities: losses in training mode, uncertainties in evaluation mode.
-
-    Args:
-        dim: Embedding width.
-        settings: What decides the loss and the uncertainty.
-    """
+    """The adapters of both modalities: losses in training mode, uncertainties in evaluation mode."""
 
     def __init__(self, dim: int, settings: ProbVLM) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -64,12 +65,7 @@ def hash_ids(ids: Iterable[str]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class RowSketch:
-    """The smallest hashes of a set of row identifiers (a bottom-k sketch); exact up to 16,384 rows.
-
-    Attributes:
-        hashes: (M,) sorted int64, M <= 16,384.
-        n_rows: Size of the whole set.
-    """
+    """The smallest hashes of a set of row identifiers, sorted (a bottom-k sketch), and its size; exact up to 16,384."""
 
     hashes: torch.Tensor
     n_rows: int
@@ -91,3 +87,14 @@ class RowSketch:
     def overlap(self, ids: Iterable[str]) -> int:
         """How many of ``ids`` are known to be in the set (a lower bound; exact while the set fits the sketch)."""
         return int(np.isin(hash_ids(ids), self.hashes.numpy(), assume_unique=True).sum())
+
+
+SIMILARITY_ROWS = 100
+
+
+def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
+    """Mean and standard deviation, over the first 100 usable rows, of the largest cosine with a candidate."""
+    rows = data.usable_rows[: max(SIMILARITY_ROWS, data.pool_size or 0)]
+    batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
+    best = (batch.image @ batch.text.T).amax(dim=1)
+    return float(best.mean()), max(float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 import torch
@@ -11,11 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
-from vilu.predictors.base import FailurePredictor
-from vilu.predictors.labelled import LabelledPredictor, LearnedPredictor, cross_fitting
+from vilu.predictors.base import CONSTANT, FailurePredictor, Learnt
+from vilu.predictors.labelled import cross_fitting
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.parameters import parameters
+from vilu.registry import find_method
 
 FREE = ("mcm", "entropy", "doctor", "gen", "max_logit", "margin", "prob_margin", "energy", "kl_uniform")
 LABEL_BASED = ("knn_vote", "trine", "icpe", "mahalanobis", "trust_score", "linear_probe")
@@ -28,11 +29,9 @@ FARTHEST = 5.0
 NO_SPREAD = 1e-9
 """Standard deviation, relative to the largest value, that is rounding."""
 
-STACK = ("mean", "deviation", "coefficients", "intercept")
-
 
 @dataclasses.dataclass
-class Stacking(LearnedPredictor):
+class Stacking(FailurePredictor):
     """u = P(failure) = sigmoid(b + sum_m w_m x_m), a logistic regression of the failure on the scores of its members.
 
     x_m is the score of member m (its log-odds where it estimates a probability, clipped at 1e-12), standardised and
@@ -48,7 +47,6 @@ class Stacking(LearnedPredictor):
     Args:
         members: Names of methods (``vilu list predictors``).
         C: Inverse strength of the L2 penalty on w, as in scikit-learn.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
 
     Source: Wolpert, Neural Networks 1992, with a logistic level-1 model (Ting and Witten, JAIR 1999).
     """
@@ -60,7 +58,11 @@ class Stacking(LearnedPredictor):
     no_captions: ClassVar[str | None] = "its members compare images of one class, and captions have no classes"
     closed_set: ClassVar[bool] = True
     is_probability: ClassVar[bool] = True
+    learns_failure: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = ("mean", "deviation", "coefficients", "intercept")
 
+    seed: int = 0
+    allow_degenerate: bool = False
     members: Annotated[tuple[str, ...], Field(min_length=1)] = FREE + LABEL_BASED
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     device: str = "auto"
@@ -68,7 +70,6 @@ class Stacking(LearnedPredictor):
     members_: dict[str, FailurePredictor] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
-    stack_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -84,13 +85,11 @@ class Stacking(LearnedPredictor):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """Those of its members."""
-        members = self.members_.values() if self.constant_ is None else ()
+        members = self.members_.values()
         return tuple(dict.fromkeys(column for member in members for column in member.columns_to_score))
 
     def _new_members(self) -> dict[str, FailurePredictor]:
         """The members, not fitted."""
-        from vilu.predictors import find_method  # which imports this file
-
         if len(set(self.members)) < len(self.members) or self.name in self.members:
             raise UsageError(
                 f"the members of {self.name} must be different methods, and other ones. Got {', '.join(self.members)}."
@@ -102,7 +101,7 @@ class Stacking(LearnedPredictor):
             made[name] = cls(**{key: value for key, value in shared.items() if key in parameters(cls)})
         return made
 
-    def _learn_difference(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores, failed = [], []
         for rows, held_out in cross_fitting(train, failure, validation, self.seed):
             members = self._fit_members(rows)
@@ -110,16 +109,15 @@ class Stacking(LearnedPredictor):
                 for batch in held_out.batches(SCORING_BATCH):
                     scores.append(member_scores(members, batch.to(self.device_)))
                     failed.append(batch.failure)
-        self.stack_ = self._regress(torch.cat(scores), torch.cat(failed))
-        self.members_ = self._fit_members(train)
+        stack = self._regress(torch.cat(scores), torch.cat(failed))
+        notes = {"coefficients": dict(zip(self.members, stack["coefficients"].tolist(), strict=True))}
+        return Learnt(stack | member_tensors(self._fit_members(train)), notes)
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
         members = self._new_members()
         failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
         for member in members.values():
-            member.space_ = rows.source.space
-            if isinstance(member, LabelledPredictor):
-                member._learn(rows, failure, None)
+            member.take(member.learn(rows, failure).tensors if member.needs_fit else {}, rows.source.space)
         return members
 
     def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:
@@ -143,38 +141,28 @@ class Stacking(LearnedPredictor):
             "intercept": torch.from_numpy(model.intercept_.copy()),
         }
 
-    def _learned_uncertainty(self, batch: Batch) -> Tensor:
-        if not self.members_:
-            raise DataError(f"this {self.name} holds neither members nor a constant; its file is damaged.")
-        x = standardised(member_scores(self.members_, batch), self.stack_)
-        return torch.sigmoid(x @ self.stack_["coefficients"] + self.stack_["intercept"])
+    def _score(self, batch: Batch) -> Tensor:
+        x = standardised(member_scores(self.members_, batch), self.learned_)
+        return torch.sigmoid(x @ self.learned_["coefficients"] + self.learned_["intercept"])
 
-    def _notes(self) -> dict[str, object]:
-        if self.constant_ is not None:
-            return {}
-        return {"coefficients": dict(zip(self.members, self.stack_["coefficients"].tolist(), strict=True))}
-
-    def _learned_state(self) -> dict[str, Tensor]:
-        return {**self.stack_, **dict(self._member_tensors())}
-
-    def _member_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, member in self.members_.items():
-            for key, tensor in member.state().items():
-                yield prefix(name) + key, tensor
-
-    def _restore_learned(self, state: dict[str, Tensor]) -> None:
-        members = self._new_members()
-        groups = {name: {key for key in state if key.startswith(prefix(name))} for name in members}
-        if set(state) != set(STACK).union(*groups.values()) or len(state["coefficients"]) != len(members):
+    def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
+        """The level-1 model, and the members' tensors by their prefix."""
+        members = {} if tensors.keys() == {CONSTANT} else self._new_members()
+        groups = {name: {key for key in tensors if key.startswith(prefix(name))} for name in members}
+        own = {key: tensor for key, tensor in tensors.items() if key not in set().union(*groups.values())}
+        if members and (own.keys() != set(self.tensors) or len(own["coefficients"]) != len(members)):
             raise DataError(
-                f"a {self.name} holds {', '.join(STACK)} and the state of {', '.join(members)}. "
-                f"The file has {', '.join(sorted(state)[:8])}."
+                f"a {self.name} holds {', '.join(self.tensors)} and the state of {', '.join(members)}. "
+                f"The file has {', '.join(sorted(tensors)[:8])}."
             )
         for name, member in members.items():
-            member.space_ = self.space_
-            member.restore({key.removeprefix(prefix(name)): state[key] for key in groups[name]})
-        self.stack_ = {key: state[key] for key in STACK}
+            member.take({key.removeprefix(prefix(name)): tensors[key] for key in groups[name]}, space)
+        super().take(own, space)
         self.members_ = members
+
+    def state(self) -> dict[str, Tensor]:
+        """The level-1 model, and the members' tensors."""
+        return super().state() | member_tensors(self.members_)
 
 
 def prefix(member: str) -> str:
@@ -182,11 +170,16 @@ def prefix(member: str) -> str:
     return f"members.{member}."
 
 
+def member_tensors(members: dict[str, FailurePredictor]) -> dict[str, Tensor]:
+    """What all members have learned."""
+    return {prefix(name) + key: tensor for name, member in members.items() for key, tensor in member.state().items()}
+
+
 def member_scores(members: dict[str, FailurePredictor], batch: Batch) -> Tensor:
     """(B, M) float64 on the CPU, where the devices of all members meet: scores, or log-odds of probabilities."""
     columns = []
     for member in members.values():
-        score = member._uncertainty(batch).cpu().double()
+        score = member.score_batch(batch).cpu().double()
         columns.append(torch.logit(score, eps=CERTAIN) if member.is_probability else score)
     return torch.stack(columns, dim=1)
 

@@ -38,7 +38,7 @@ class Disagreement(FailurePredictor):
 
     statistic: Statistic = "mean"
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         doubt, answer = DOUBT[self.statistic], batch.prediction[:, None]
         total, n_looks = doubt(batch.logits, answer), 1
         for logits in self._looks(batch):

@@ -8,11 +8,13 @@ from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, log_posterior
-from vilu.predictors.base import FailurePredictor
+from vilu.predictors.base import FailurePredictor, Graph, own_graph
+
+LOGITS = frozenset({"logits"})
 
 
 @dataclass
@@ -25,9 +27,12 @@ class MCM(FailurePredictor):
     name: ClassVar[str] = "mcm"
     summary: ClassVar[str] = "one minus the largest zero-shot probability (Ming et al. 2022)"
     reference: ClassVar[str] = "Ming et al., NeurIPS 2022"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
     is_probability: ClassVar[bool] = True
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
         return -torch.expm1(log_posterior(batch).amax(dim=-1))
 
 
@@ -43,10 +48,15 @@ class Entropy(FailurePredictor):
     name: ClassVar[str] = "entropy"
     summary: ClassVar[str] = "Shannon entropy of the zero-shot posterior over log K"
     reference: ClassVar[str] = "Shannon, 1948"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         log_p = log_posterior(batch)
         return -(log_p.exp() * log_p).sum(dim=-1) / math.log(log_p.shape[-1])
+
+    def graph(self) -> nn.Module:
+        """With log K of a K that stays open."""
+        return Graph(open_entropy)
 
 
 @dataclass
@@ -61,8 +71,11 @@ class Doctor(FailurePredictor):
     name: ClassVar[str] = "doctor"
     summary: ClassVar[str] = "DOCTOR alpha: odds of the Gini impurity (Granese et al. 2021)"
     reference: ClassVar[str] = "Granese et al., NeurIPS 2021"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
         log_p = log_posterior(batch)
         p = log_p.exp()
         return -(p * torch.expm1(log_p)).sum(dim=-1) / p.square().sum(dim=-1)
@@ -78,8 +91,11 @@ class MaxLogit(FailurePredictor):
     name: ClassVar[str] = "max_logit"
     summary: ClassVar[str] = "negative largest zero-shot logit (Hendrycks et al. 2022)"
     reference: ClassVar[str] = "Hendrycks et al., ICML 2022"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
         return -batch.logits.amax(dim=-1)
 
 
@@ -95,8 +111,11 @@ class Margin(FailurePredictor):
     name: ClassVar[str] = "margin"
     summary: ClassVar[str] = "negative gap between the two largest zero-shot logits"
     reference: ClassVar[str] = '"Know When to Abstain", ICLR 2026'
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
         first, second = batch.logits.topk(2, dim=-1).values.unbind(dim=-1)
         return second - first
 
@@ -114,8 +133,11 @@ class ProbMargin(FailurePredictor):
     name: ClassVar[str] = "prob_margin"
     summary: ClassVar[str] = "one minus the gap between the two largest zero-shot probabilities"
     reference: ClassVar[str] = "Joshi et al., CVPR 2009"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
         first, second = log_posterior(batch).topk(2, dim=-1).values.unbind(dim=-1)
         return second.exp() - torch.expm1(first)
 
@@ -133,10 +155,13 @@ class Energy(FailurePredictor):
     name: ClassVar[str] = "energy"
     summary: ClassVar[str] = "negative log-sum-exp of the zero-shot logits (Liu et al. 2020)"
     reference: ClassVar[str] = "Liu et al., NeurIPS 2020"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
         return -self.temperature * torch.logsumexp(float64(batch.logits) / self.temperature, dim=-1)
 
 
@@ -157,11 +182,12 @@ class GEN(FailurePredictor):
     name: ClassVar[str] = "gen"
     summary: ClassVar[str] = "generalised entropy of the largest zero-shot probabilities (Liu et al. 2023)"
     reference: ClassVar[str] = "Liu et al., CVPR 2023"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
     gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
     largest: Annotated[int, Field(ge=1)] = 100
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         log_p = log_posterior(batch)
         log_p = log_p.topk(min(self.largest, log_p.shape[-1]), dim=-1).values
         return (self.gamma * (log_p + torch.log(-torch.expm1(log_p)))).exp().sum(dim=-1)
@@ -180,7 +206,29 @@ class KLUniform(FailurePredictor):
     name: ClassVar[str] = "kl_uniform"
     summary: ClassVar[str] = "negative KL divergence of the uniform distribution from the zero-shot posterior"
     reference: ClassVar[str] = "Lee et al., ICLR 2018"
+    looks_at: ClassVar[frozenset[str]] = LOGITS
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         log_p = log_posterior(batch)
         return log_p.mean(dim=-1) + math.log(log_p.shape[-1])
+
+    def graph(self) -> nn.Module:
+        """With log K of a K that stays open."""
+        return Graph(open_divergence)
+
+
+def open_entropy(batch: Batch) -> Tensor:
+    """As ``Entropy``."""
+    log_p = log_posterior(batch)
+    return -(log_p.exp() * log_p).sum(dim=-1) / log_count(log_p)
+
+
+def open_divergence(batch: Batch) -> Tensor:
+    """As ``KLUniform``."""
+    log_p = log_posterior(batch)
+    return log_p.mean(dim=-1) + log_count(log_p)
+
+
+def log_count(rows: Tensor) -> Tensor:
+    """Log K of rows (N, K), K staying open."""
+    return torch.ones_like(rows[0]).sum().log()

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.mahalanobis import (
     class_means,
     shared_covariance,
@@ -19,8 +19,9 @@ from vilu.predictors.bank.mahalanobis import (
     squared_distances,
     whitener,
 )
-from vilu.predictors.bank.search import BankPredictor, Count, draw_rows, gather, labels, nearest, squared_distance
-from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.predictors.bank.search import Count, draw_rows, gather, labels, nearest, squared_distance
+from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
+from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -38,7 +39,7 @@ SMALLEST = 1e-6
 
 
 @dataclasses.dataclass
-class DeltaKNN(BankPredictor, ClosedSetPredictor):
+class DeltaKNN(FailurePredictor):
     """Delta-KNN: log-distances to training images that the VLM answers rightly, less those to images answered wrongly.
 
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6) - margin_weight * (cos_(1) - cos_(2)), with
@@ -62,18 +63,24 @@ class DeltaKNN(BankPredictor, ClosedSetPredictor):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "n_right")
+    closed_set: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "n_right", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
+    max_bank: Count = 100_000
     k: Count = 25
     margin_weight: MarginWeight = 0.0
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         kept, positions = draw_rows(train, self.max_bank, self.seed)
         right_first = failure[positions].argsort(stable=True)
         bank = gather(dataclasses.replace(kept, index=kept.index[right_first]))
-        return {"bank": bank, "n_right": (failure[positions] == 0).sum()}
+        n_right = (failure[positions] == 0).sum()
+        return Learnt({"bank": bank, "n_right": n_right, CLASSES: class_texts(train)}, {"n_bank": len(bank)})
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:  # noqa: ARG002
+    def _score(self, batch: Batch) -> Tensor:
+        self.classes_of(batch.text)  # others would make other images wrong
         bank, n_right = self.learned_["bank"], int(self.learned_["n_right"])
         right, wrong = (self._log_distance(batch.image, part) for part in (bank[:n_right], bank[n_right:]))
         return right - wrong - self.margin_weight * cosine_margin(batch)
@@ -97,7 +104,7 @@ class DeltaKNNMargin(DeltaKNN):
 
 
 @dataclasses.dataclass
-class DeltaMDS(ClosedSetPredictor):
+class DeltaMDS(FailurePredictor):
     """Delta-MDS: squared Mahalanobis distance to images that the VLM answers rightly, less that to those it does not.
 
     u = min_c (z - m_c)^T R^-1 (z - m_c) - min_c (z - n_c)^T W^-1 (z - n_c) - margin_weight * (cos_(1) - cos_(2)): m_c
@@ -120,13 +127,17 @@ class DeltaMDS(ClosedSetPredictor):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: two passes, D x D; score: 2 D (D + K) a row"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    tensors: ClassVar[tuple[str, ...]] = tuple(
-        f"{bank}_{part}" for bank in ("right", "wrong") for part in ("means", "counts", "whitener")
+    closed_set: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = (
+        *(f"{bank}_{part}" for bank in ("right", "wrong") for part in ("means", "counts", "whitener")),
+        CLASSES,
     )
 
+    seed: int = 0
+    device: str = "auto"
     margin_weight: MarginWeight = 0.0
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         label = labels(train)
         learned: dict[str, Tensor] = {}
         for bank, value in (("right", 0), ("wrong", 1)):
@@ -135,9 +146,10 @@ class DeltaMDS(ClosedSetPredictor):
             covariance = shared_covariance(part, label[failure == value], means)
             white = whitener(stand_in(train, label) if covariance is None else covariance)
             learned |= {f"{bank}_means": means @ white, f"{bank}_counts": counts, f"{bank}_whitener": white}
-        return learned
+        return Learnt(learned | {CLASSES: class_texts(train)})
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         image = float64(batch.image)
         known = classes.to(image.device)
         right, wrong = (self._distance(image, known, bank) for bank in ("right", "wrong"))
@@ -145,8 +157,8 @@ class DeltaMDS(ClosedSetPredictor):
 
     def _distance(self, image: Tensor, classes: Tensor, bank: str) -> Tensor:
         """(B,) squared distance to the nearest class of a bank."""
-        means, counts = (self._tensor(f"{bank}_{part}", image.device)[classes] for part in ("means", "counts"))
-        squares = squared_distances(image @ self._tensor(f"{bank}_whitener", image.device), means)
+        means, counts = (self.tensor(f"{bank}_{part}", image.device)[classes] for part in ("means", "counts"))
+        squares = squared_distances(image @ self.tensor(f"{bank}_whitener", image.device), means)
         found = squares.masked_fill(counts == 0, math.inf).amin(dim=1)
         return torch.where(found == math.inf, 0.0, found)
 

@@ -11,10 +11,11 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, log_posterior
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.predictors.bank.mahalanobis import NO_SPREAD, class_means, scatter, squared_distances, whitener
-from vilu.predictors.bank.search import Count, image_blocks, labels
-from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.predictors.bank.search import NO_CLASSES, Count, image_blocks, labels
+from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
+from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
 ABSENT, POOLED = 0, 1
@@ -22,7 +23,7 @@ ABSENT, POOLED = 0, 1
 
 
 @dataclasses.dataclass
-class ICPE(ClosedSetPredictor):
+class ICPE(FailurePredictor):
     """ICPE: zero-shot probability and class-conditional density of the image, averaged.
 
     s_d = N_t̂(z) / sum_c N_c(z), with one Gaussian N_c per class, fitted on unit-norm image embeddings that are centred
@@ -46,13 +47,17 @@ class ICPE(ClosedSetPredictor):
     summary: ClassVar[str] = "zero-shot probability averaged with the density of the predicted class (ICPE, WACV 2026)"
     reference: ClassVar[str] = "ICPE, WACV 2026"
     cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
-    tensors: ClassVar[tuple[str, ...]] = ("centre", "projection", "means", "whiteners", "log_dets", "groups")
+    closed_set: ClassVar[bool] = True
+    no_captions: ClassVar[str | None] = NO_CLASSES
+    tensors: ClassVar[tuple[str, ...]] = ("centre", "projection", "means", "whiteners", "log_dets", "groups", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
     score: Literal["probability", "log_odds"] = "probability"
     components: Count = 128
     ridge: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-4
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         label = labels(train)
         means, count = class_means(train, label, train.source.n_candidates)
         centre, projection, variance = principal_components(train, self.components)
@@ -64,14 +69,16 @@ class ICPE(ClosedSetPredictor):
         own = covariances / (count[groups > POOLED] - 1)[:, None, None]
         ridge = self.ridge * torch.eye(len(variance), dtype=torch.float64)
         everything = torch.stack([variance.diag(), pooled, *own]) + ridge
-        return {
+        tensors = {
             "centre": centre,
             "projection": projection,
             "means": (means - centre) @ projection,
             "whiteners": torch.stack([whitener(covariance) for covariance in everything]),
             "log_dets": torch.linalg.slogdet(everything).logabsdet,
             "groups": groups,
+            CLASSES: class_texts(train),
         }
+        return Learnt(tensors)
 
     def _covariances(
         self, train: Rows, label: Tensor, means: Tensor, count: Tensor, projection: Tensor
@@ -90,10 +97,11 @@ class ICPE(ClosedSetPredictor):
         empty = projection.new_empty(0, projection.shape[1], projection.shape[1])
         return torch.stack(found) if found else empty, groups
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         image = float64(batch.image)
         answer = batch.prediction.to(image.device)[:, None]
-        groups = self._tensor("groups", image.device)[classes.to(image.device)]
+        groups = self.tensor("groups", image.device)[classes.to(image.device)]
         density = self._log_density(image, classes, groups)
         mine = density.gather(1, answer).squeeze(1)
         others = density.masked_fill(groups == ABSENT, -math.inf).scatter(1, answer, -math.inf).logsumexp(dim=1)
@@ -105,9 +113,9 @@ class ICPE(ClosedSetPredictor):
 
     def _log_density(self, image: Tensor, classes: Tensor, groups: Tensor) -> Tensor:
         """(B, K) float64 log N_c up to a constant, class by class of equal covariance."""
-        z = (image - self._tensor("centre", image.device)) @ self._tensor("projection", image.device)
-        means = self._tensor("means", image.device)[classes.to(image.device)]
-        whiteners, log_dets = (self._tensor(name, image.device) for name in ("whiteners", "log_dets"))
+        z = (image - self.tensor("centre", image.device)) @ self.tensor("projection", image.device)
+        means = self.tensor("means", image.device)[classes.to(image.device)]
+        whiteners, log_dets = (self.tensor(name, image.device) for name in ("whiteners", "log_dets"))
         density = z.new_empty(len(z), len(groups))
         for group in groups.unique().tolist():
             member = groups == group

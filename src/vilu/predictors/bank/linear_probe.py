@@ -12,14 +12,15 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch
-from vilu.predictors.bank.search import Count, draw_rows, gather, labels
-from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.bank.search import NO_CLASSES, Count, draw_rows, gather, labels
+from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
+from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
 
 @dataclasses.dataclass
-class LinearProbe(ClosedSetPredictor):
+class LinearProbe(FailurePredictor):
     """Logistic regression of the classes on image embeddings: u = 1 - P(t̂ | z), P its softmax.
 
     u is computed as sigmoid(log sum_{c != t̂} exp l_c - l_t̂) in float64, so that confident images do not tie. A class
@@ -40,13 +41,17 @@ class LinearProbe(ClosedSetPredictor):
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
     is_probability: ClassVar[bool] = True
-    tensors: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    closed_set: ClassVar[bool] = True
+    no_captions: ClassVar[str | None] = NO_CLASSES
+    tensors: ClassVar[tuple[str, ...]] = ("weight", "bias", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     max_iter: Count = 500
     max_bank: Count = 100_000
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         kept, _ = draw_rows(train, self.max_bank, self.seed)
         label = labels(kept)
         weight = torch.zeros(train.source.n_candidates, train.source.space.embed_dim, dtype=torch.float64)
@@ -60,7 +65,7 @@ class LinearProbe(ClosedSetPredictor):
             centre = image.mean(dim=0)
             weight[fitted], intercept = self._regress(image - centre, label)
             bias[fitted] = intercept - weight[fitted] @ centre.double()
-        return {"weight": weight, "bias": bias}
+        return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
 
     def _regress(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (C, D) and biases (C,), float64."""
@@ -72,9 +77,10 @@ class LinearProbe(ClosedSetPredictor):
             model.fit(image.numpy(), label.numpy())
         return torch.from_numpy(model.coef_).double(), torch.from_numpy(model.intercept_).double()
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         image = float64(batch.image)
-        weight, bias = (self._tensor(name, image.device)[classes.to(image.device)] for name in self.tensors)
+        weight, bias = (self.tensor(name, image.device)[classes.to(image.device)] for name in ("weight", "bias"))
         logits = image @ weight.T + bias
         answer = batch.prediction.to(image.device)[:, None]
         others = logits.scatter(1, answer, -math.inf).logsumexp(dim=1)

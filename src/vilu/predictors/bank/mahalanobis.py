@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch
-from vilu.predictors.bank.search import image_blocks, labels
-from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.bank.search import NO_CLASSES, image_blocks, labels
+from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
+from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
 NO_SPREAD = 1e-12
@@ -64,14 +65,9 @@ def spherical_covariance(train: Rows) -> Tensor:
 
 
 def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
-    """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows.
+    """Covariance (D, D) shrunk towards a multiple of the identity, from sums over n centred rows, of x x^T and |x|^4.
 
     The sum of all entries of sum_i (x_i^2) (x_i^2)^T is sum_i |x_i|^4, so one pass over the rows is enough.
-
-    Args:
-        matrix: (D, D) sum of x x^T.
-        fourth: Sum of |x|^4.
-        n: Number of rows.
 
     Source: Ledoit and Wolf, Journal of Multivariate Analysis 2004.
     """
@@ -101,7 +97,7 @@ def squared_distances(whitened: Tensor, means: Tensor) -> Tensor:
 
 
 @dataclasses.dataclass
-class Mahalanobis(ClosedSetPredictor):
+class Mahalanobis(FailurePredictor):
     """Squared Mahalanobis distance to the mean of the predicted class, under a covariance that all classes share.
 
     u = (z - mu_t̂)^T S^-1 (z - mu_t̂) [- (z - mu)^T S_0^-1 (z - mu) with ``relative``], mu and S_0 being the mean and
@@ -121,29 +117,35 @@ class Mahalanobis(ClosedSetPredictor):
     summary: ClassVar[str] = "Mahalanobis distance to the predicted class (Lee et al. 2018)"
     reference: ClassVar[str] = "Lee et al., NeurIPS 2018"
     cost: ClassVar[str] = "fit: two passes, D x D; score: D^2 a row"
-    tensors: ClassVar[tuple[str, ...]] = ("means", "whitener")
+    closed_set: ClassVar[bool] = True
+    no_captions: ClassVar[str | None] = NO_CLASSES
+    tensors: ClassVar[tuple[str, ...]] = ("means", "whitener", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
     relative: bool = False
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         label = labels(train)
         learned = gaussian(train, label, train.source.n_candidates)
         if self.relative:
             mean, everything = gaussian(train, torch.zeros_like(label), 1).values()
             learned |= {"global_mean": mean, "global_whitener": everything}
-        return learned
+        return Learnt(learned | {CLASSES: class_texts(train)})
 
-    def _tensor_names(self) -> tuple[str, ...]:
+    def tensor_names(self) -> tuple[str, ...]:
+        """The global ones only where they are subtracted."""
         extra = ("global_mean", "global_whitener") if self.relative else ()
-        return (*super()._tensor_names(), *extra)
+        return (*self.tensors, *extra)
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         image = float64(batch.image)
-        means = self._tensor("means", image.device)[classes[batch.prediction].to(image.device)]
-        score = ((image - means) @ self._tensor("whitener", image.device)).square().sum(dim=1)
+        means = self.tensor("means", image.device)[classes[batch.prediction].to(image.device)]
+        score = ((image - means) @ self.tensor("whitener", image.device)).square().sum(dim=1)
         if self.relative:
-            centred = image - self._tensor("global_mean", image.device)
-            score = score - (centred @ self._tensor("global_whitener", image.device)).square().sum(dim=1)
+            centred = image - self.tensor("global_mean", image.device)
+            score = score - (centred @ self.tensor("global_whitener", image.device)).square().sum(dim=1)
         return score
 
 

@@ -12,24 +12,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, log_posterior
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import ProvenanceError
-from vilu.predictors.bank.search import (
-    Allowed,
-    BankPredictor,
-    Count,
-    distance,
-    draw_rows,
-    gather,
-    labels,
-    nearest,
-)
-from vilu.predictors.labelled import ClosedSetPredictor
+from vilu.predictors.bank.search import NO_CLASSES, Allowed, Count, distance, draw_rows, gather, labels, nearest
+from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
+from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
 
 @dataclasses.dataclass
-class KNNVote(BankPredictor, ClosedSetPredictor):
+class KNNVote(FailurePredictor):
     """Share of the k nearest training images that are not of the predicted class.
 
     u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2. A predicted class
@@ -49,24 +41,29 @@ class KNNVote(BankPredictor, ClosedSetPredictor):
     summary: ClassVar[str] = "share of the nearest training images not of the predicted class"
     reference: ClassVar[str] = "Cover and Hart, IEEE Trans. Inf. Theory 1967"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels")
+    closed_set: ClassVar[bool] = True
+    no_captions: ClassVar[str | None] = NO_CLASSES
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
+    max_bank: Count = 100_000
     k: Count = 20
     weighting: Literal["uniform", "similarity"] = "uniform"
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        kept, _ = draw_rows(train, self.max_bank, self.seed)
-        return {"bank": gather(kept), "labels": labels(kept)}
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        return labelled_bank(train, *labelled_images(train, self.max_bank, self.seed))
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
-        other = self._tensor("labels", index.device)[index] != classes[batch.prediction][:, None]
+        other = self.tensor("labels", index.device)[index] != classes[batch.prediction][:, None]
         weight = torch.ones_like(similarity) if self.weighting == "uniform" else (1 + similarity) / 2
         return (weight * other).sum(dim=1) / weight.sum(dim=1)
 
 
 @dataclasses.dataclass
-class KNNDistance(BankPredictor):
+class KNNDistance(FailurePredictor):
     """Distance to the k-th nearest training image: u = ||z - z_(k)||, z of unit norm.
 
     It says how unusual an image is, whatever the candidates are and whatever was answered: it uses no class labels and
@@ -83,20 +80,25 @@ class KNNDistance(BankPredictor):
     summary: ClassVar[str] = "distance to the k-th nearest training image (Sun et al. 2022)"
     reference: ClassVar[str] = "Sun et al., ICML 2022"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
     tensors: ClassVar[tuple[str, ...]] = ("bank",)
 
+    seed: int = 0
+    device: str = "auto"
+    max_bank: Count = 100_000
     k: Count = 50
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        return {"bank": gather(draw_rows(train, self.max_bank, self.seed)[0])}
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        bank = gather(draw_rows(train, self.max_bank, self.seed)[0])
+        return Learnt({"bank": bank}, {"n_bank": len(bank)})
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
         similarity, _ = nearest(batch.image, self.learned_["bank"], self.k)
         return distance(similarity[:, -1])
 
 
 @dataclasses.dataclass
-class TRINE(BankPredictor, ClosedSetPredictor):
+class TRINE(FailurePredictor):
     """TRINE: margin of the support that the nearest training images and the texts give the predicted class.
 
     Neighbour r = 0 ... k-1 of class y_r has the weight
@@ -117,19 +119,24 @@ class TRINE(BankPredictor, ClosedSetPredictor):
     summary: ClassVar[str] = "margin of rank-weighted neighbours of the predicted class, with their texts (TRINE)"
     reference: ClassVar[str] = "sgchr273/TRINE, 2026"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels")
+    closed_set: ClassVar[bool] = True
+    no_captions: ClassVar[str | None] = NO_CLASSES
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
+    max_bank: Count = 100_000
     k: Count = 20
     decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        kept, _ = draw_rows(train, self.max_bank, self.seed)
-        return {"bank": gather(kept), "labels": labels(kept)}
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        return labelled_bank(train, *labelled_images(train, self.max_bank, self.seed))
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
-        label = self._tensor("labels", index.device)[index]
-        text = self._tensor("classes", index.device)
+        label = self.tensor("labels", index.device)[index]
+        text = self.tensor("classes", index.device)
         answer = classes[batch.prediction]
         text_similarity = (text[answer] @ text.T).gather(1, label)
         rank = torch.arange(similarity.shape[1], device=index.device)
@@ -149,7 +156,7 @@ TINY = 1e-6
 
 
 @dataclasses.dataclass
-class TrustScore(BankPredictor, ClosedSetPredictor):
+class TrustScore(FailurePredictor):
     """Inverse trust score: distance to the predicted class over distance to the nearest other class.
 
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit vectors to the nearest
@@ -168,18 +175,22 @@ class TrustScore(BankPredictor, ClosedSetPredictor):
     summary: ClassVar[str] = "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
     reference: ClassVar[str] = "Jiang et al., NeurIPS 2018"
     cost: ClassVar[str] = "fit: copies the images; score: two products with the bank"
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels")
+    closed_set: ClassVar[bool] = True
+    no_captions: ClassVar[str | None] = NO_CLASSES
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
+    max_bank: Count = 100_000
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
     k: Count = 10
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
-        kept, _ = draw_rows(train, self.max_bank, self.seed)
-        bank, label = gather(kept), labels(kept)
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        bank, label = labelled_images(train, self.max_bank, self.seed)
         if self.alpha > 0:
             dense = self._dense(bank, label)
             bank, label = bank[dense], label[dense]
-        return {"bank": bank, "labels": label}
+        return labelled_bank(train, bank, label)
 
     def _dense(self, bank: Tensor, label: Tensor) -> Tensor:
         """Sorted positions of the images that are kept."""
@@ -190,9 +201,10 @@ class TrustScore(BankPredictor, ClosedSetPredictor):
             kept.append(members[radius <= radius.quantile(1 - self.alpha)])
         return torch.cat(kept).sort().values
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         answer = classes[batch.prediction]
-        label = self._tensor("labels", answer.device)
+        label = self.tensor("labels", answer.device)
         mine = self._distance(batch.image, lambda queries, rows: answer[queries, None] == label[rows])
         rival = self._distance(batch.image, lambda queries, rows: answer[queries, None] != label[rows])
         return (mine + TINY) / (rival + TINY)
@@ -207,7 +219,7 @@ class TrustScore(BankPredictor, ClosedSetPredictor):
 
 
 @dataclasses.dataclass
-class TrustVLM(ClosedSetPredictor):
+class TrustVLM(FailurePredictor):
     """TrustVLM: zero-shot probability plus similarity to the predicted class's images in a second encoder.
 
     u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder (column ``features``; the
@@ -227,21 +239,27 @@ class TrustVLM(ClosedSetPredictor):
     reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
     cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
     columns: ClassVar[tuple[str, ...]] = ("features",)
-    tensors: ClassVar[tuple[str, ...]] = ("prototypes",)
+    closed_set: ClassVar[bool] = True
+    no_captions: ClassVar[str | None] = NO_CLASSES
+    tensors: ClassVar[tuple[str, ...]] = ("prototypes", CLASSES)
 
+    seed: int = 0
+    device: str = "auto"
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     shots: Count = 16
 
-    def _fit_tensors(self, train: Rows, failure: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         label = labels(train)
         kept = few_per_class(label, self.shots, self.seed)
         features = train.source.column("features", train.index[kept])
         total = features.new_zeros(train.source.n_candidates, features.shape[1])
-        return {"prototypes": normalize(total.index_add_(0, label[kept], features), dim=1)}
+        prototypes = normalize(total.index_add_(0, label[kept], features), dim=1)
+        return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
 
-    def _class_uncertainty(self, batch: Batch, classes: Tensor) -> Tensor:
+    def _score(self, batch: Batch) -> Tensor:
+        classes = self.classes_of(batch.text)
         features = normalize(batch.columns["features"], dim=1)
-        prototypes = self._tensor("prototypes", features.device)
+        prototypes = self.tensor("prototypes", features.device)
         if features.shape[1] != prototypes.shape[1]:
             raise ProvenanceError(
                 f"{self.name} was fitted on features of width {prototypes.shape[1]}, and those to score have "
@@ -250,6 +268,17 @@ class TrustVLM(ClosedSetPredictor):
         similarity = (features * prototypes[classes[batch.prediction]]).sum(dim=1)
         failure = -torch.expm1(log_posterior(batch).amax(dim=1))
         return failure + self.weight * (1 - float64(similarity))
+
+
+def labelled_images(train: Rows, most: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Images (N, D) to keep, and their classes (N,)."""
+    kept, _ = draw_rows(train, most, seed)
+    return gather(kept), labels(kept)
+
+
+def labelled_bank(train: Rows, bank: Tensor, label: Tensor) -> Learnt:
+    """Images with their classes, as they are saved."""
+    return Learnt({"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)})
 
 
 def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:

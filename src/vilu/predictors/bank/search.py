@@ -16,7 +16,6 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vilu.predictors.labelled import TensorPredictor
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
@@ -27,18 +26,7 @@ QUERY_ROWS = 1_024
 BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time
 
 
-@dataclasses.dataclass
-class BankPredictor(TensorPredictor):
-    """A predictor that keeps training images in its tensor ``bank``.
-
-    Args:
-        max_bank: Most training images to keep; of more, so many are drawn with ``seed``.
-    """
-
-    max_bank: Count = 100_000
-
-    def _notes(self) -> dict[str, object]:
-        return {"n_bank": len(self.learned_["bank"])}
+NO_CLASSES = "it compares images of one class, and captions have no classes"
 
 
 def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
@@ -78,16 +66,10 @@ def gather(train: Rows) -> Tensor:
 
 
 def nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows most similar to each query.
+    """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows (N, D) most similar to each query (B, D).
 
     Exact, on the device of the queries, with one block of similarities in memory at a time. Of equally similar rows
-    the lowest index comes first.
-
-    Args:
-        query: (B, D) embeddings.
-        bank: (N, D) unit-norm embeddings, N > 0.
-        k: How many; at most N of them come back.
-        allowed: Which pairs count; where none is left, the cosine is minus infinity.
+    the lowest index comes first; at most N come back, and of pairs that are not allowed the cosine is minus infinity.
     """
     parts = [
         _nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start)

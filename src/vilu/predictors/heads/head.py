@@ -6,19 +6,25 @@ import dataclasses
 import hashlib
 import math
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, Self, TypeVar
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vilu.device import resolve_device
+from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.errors import DataError
-from vilu.predictors.labelled import SelectingPredictor
-from vilu.predictors.nn.checkpoint import History, current_session, data_fingerprint
-from vilu.predictors.nn.head import HIDDEN, FailureHead
-from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, weighted_bce
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.predictors.base import FailurePredictor, Learnt
+from vilu.predictors.games import LOG_ODDS, Game, HeadGame
+from vilu.predictors.labelled import fit_and_selection
+from vilu.predictors.nn.checkpoint import current_session, data_fingerprint
+from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
+from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
+from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import HeadTrainer, Loss, Rows, TrainConfig
 from vilu.predictors.parameters import parameters
 from vilu.predictors.rows import RowSketch
@@ -27,11 +33,10 @@ Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclasses.dataclass
-class HeadPredictor(SelectingPredictor):
+class HeadPredictor(FailurePredictor):
     """A predictor whose uncertainty is sigmoid(g), g the output of a trained ``FailureHead``.
 
     Its training can be shared by several processes (``vilu.predictors.nn.processes``), leave checkpoints
@@ -39,6 +44,7 @@ class HeadPredictor(SelectingPredictor):
     depends on none of these.
 
     Args:
+        validation_fraction: Share of the training rows held out for selection when ``fit`` gets no validation set.
         hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
         epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
         batch_size: Rows per step.
@@ -52,11 +58,14 @@ class HeadPredictor(SelectingPredictor):
         weighting: Weight of failures in the loss (see ``vilu.predictors.nn.losses.FailureWeight``).
         static_weight: The weight of mode "static".
         precision: Arithmetic of the MLP's products in training.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
     """
 
     is_probability: ClassVar[bool] = True
+    learns_failure: ClassVar[bool] = True
 
+    seed: int = 0
+    allow_degenerate: bool = False
+    validation_fraction: float = 0.1
     hidden: tuple[Count, ...] = HIDDEN
     epochs: Count | None = None
     batch_size: Count = 128
@@ -71,59 +80,48 @@ class HeadPredictor(SelectingPredictor):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "auto"
 
-    head_: FailureHead | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-    history_: History | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     start_: HeadPredictor | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
+    @property
     @abstractmethod
-    def _build_head(self, dim: int) -> FailureHead:
-        """A new head for embeddings of width ``dim``."""
-
-    @abstractmethod
-    def _loss(self, weight: FailureWeight) -> Loss:
-        """The training loss."""
+    def loss(self) -> str:
+        """A key of ``LOSSES``."""
 
     def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
-        """As ``LabelledPredictor.fit``, from the weights of another fit where there are some to start from.
-
-        Raises:
-            ProvenanceError: Also if those come from another embedding space.
-        """
+        """As ``FailurePredictor.fit``, from the weights of another fit where there are some to start from."""
         start = self.start_
         if start is not None and start.space_ is not None:
             start.space_.require_match(train.space, mine=f"the fitted {self.name} to start from", theirs="the data")
         super().fit(train, validation)
         if start is not None:
             self.seen_ = RowSketch.union(self.seen_, start.seen_)
+        if self.constant_ is not None:
+            self.notes_ |= self._start_notes()
         return self
 
-    def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
-        config = TrainConfig(
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            warmup_epochs=self.warmup_epochs,
-            freeze_epochs=self.freeze_epochs,
-            patience=self.patience,
-            precision=self.precision,
-            seed=self.seed,
-            device=resolve_device(self.device),
-        )
-        head = self._first_head(train.source.space.embed_dim)
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
+        parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
+        return self.train_head(*parts, float(failure.double().mean()))
+
+    def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
+        """One head, selected on the validation rows where there are some."""
+        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+        config = TrainConfig(**{**settings, "device": resolve_device(self.device)})
+        head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
-        trainer = HeadTrainer(head, self._loss(weight), config, keeper, [weight])
-        self.history_ = trainer.run(train, validation)
-        self.head_ = head.eval()
+        history = HeadTrainer(head, LOSSES[self.loss](weight), config, keeper, [weight]).run(train, validation)
+        weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
+        return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
 
-    def _first_head(self, dim: int) -> FailureHead:
+    def _first_head(self, space: EmbeddingSpace) -> FailureHead:
         """What training begins with: a new head of the seed, or fitted weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            head = self._build_head(dim)
-        return head if self.start_ is None else with_weights(head, self.start_._learned_state(), self.name)
+            head = cast("FailureHead", self.module({}, space))
+        if self.start_ is not None:
+            with_weights(head, self.start_.state(), self.name)
+        return head
 
     def _binding(self, head: FailureHead, train: Rows, validation: Rows | None) -> dict[str, object]:
         """What must be the same when training begins again from a checkpoint."""
@@ -136,60 +134,52 @@ class HeadPredictor(SelectingPredictor):
             "validation rows": validation and data_fingerprint(validation.source, validation.index),
         }
 
-    def _learned_uncertainty(self, batch: Batch) -> Tensor:
-        if self.head_ is None:
-            raise DataError(f"this {self.name} holds neither a head nor a constant; its file is damaged.")
-        return self._failure_probability(self.head_.to(batch.image.device), batch)
+    def _start_notes(self) -> dict[str, object]:
+        if self.start_ is None:
+            return {}
+        return {"start": {"weights": weights_digest(self.start_.state()), **self.start_.notes_}}
 
-    def _failure_probability(self, head: FailureHead, batch: Batch) -> Tensor:
-        """(B,) float64 sigmoid(g)."""
-        logit: Tensor = head(batch)
-        return torch.sigmoid(logit.cpu().double())  # some devices have no float64
+    @property
+    def heads(self) -> list[FailureHead]:
+        """The fitted heads, of which there is one."""
+        return [cast("FailureHead", self.network)]
+
+    def _score(self, batch: Batch) -> Tensor:
+        logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
+        return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
     def _log_weight(self) -> float:
         """Log w, w that of the training set's error rate: weighted BCE is least at the odds w p / (1 - p)."""
         n, n_failures = self.notes_.get("n_train"), self.notes_.get("n_failures")
-        if not self.learns_failure or self.constant_ is not None or not n or n_failures is None:
+        if self.loss != "bce" or self.constant_ is not None or not n or n_failures is None:
             return 0.0  # a converted checkpoint does not say what it was trained on
         rate = torch.tensor(n_failures / n)
         weight = FailureWeight(self.weighting, float(rate), self.static_weight)
         return math.log(float(adaptive_weight(rate) if weight.constant is None else weight.constant))
 
-    @property
-    @abstractmethod
-    def learns_failure(self) -> bool:
-        """Whether the loss is weighted BCE on the failure itself, and not a regression of something else."""
 
-    def _notes(self) -> dict[str, object]:
-        notes: dict[str, object] = {}
-        if self.start_ is not None:
-            notes["start"] = {"weights": weights_digest(self.start_.state()), **self.start_.notes_}
-        if self.history_ and self.constant_ is None:
-            notes["history"] = dataclasses.asdict(self.history_)
-        return notes
+class HeadGraph(nn.Module):
+    """Mean of sigmoid(g) over heads, as a graph."""
 
-    def _learned_state(self) -> dict[str, Tensor]:
-        return {} if self.head_ is None else {name: t.cpu() for name, t in self.head_.state_dict().items()}
+    def __init__(self, heads: list[FailureHead], logit_scale: float) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(head.folded(logit_scale) for head in heads)
 
-    def _restore_learned(self, state: dict[str, Tensor]) -> None:
-        if self.space_ is None:
-            raise DataError("the saved predictor has weights but no embedding space.")
-        self.head_ = with_weights(self._build_head(self.space_.embed_dim), state, self.name)
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) float64."""
+        heads = [cast("FailureHead", head) for head in self.heads]
+        logits = [float64(head.rest(head.first_layer(batch)).squeeze(-1)) for head in heads]
+        return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
 
-def with_weights(network: Network, state: dict[str, Tensor], method: str) -> Network:
-    """The network with saved weights, ready to score.
+def head_graph(predictor: HeadPredictor) -> nn.Module:
+    """The ``graph`` of heads whose probabilities are averaged."""
+    return HeadGraph(predictor.heads, predictor.fitted_space.logit_scale)
 
-    Raises:
-        DataError: If the weights have other names or shapes.
-    """
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if found != expected:
-        differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
-        raise DataError(f"the weights do not fit a {method} with these parameters; they differ in {differing}.")
-    network.load_state_dict(state)
-    return network.eval()
+
+def head_game(predictor: HeadPredictor) -> Game:
+    """The ``game`` of one head."""
+    return HeadGame(predictor.heads, lambda logit: logit, LOG_ODDS)
 
 
 def weights_digest(state: dict[str, Tensor]) -> str:
@@ -203,3 +193,25 @@ def weights_digest(state: dict[str, Tensor]) -> str:
 def bce_loss(weight: FailureWeight) -> Loss:
     """Weighted BCE on the failure of the zero-shot answer."""
     return lambda batch, logit: weighted_bce(logit, batch.failure, weight(batch.failure))
+
+
+def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]) -> Callable[[FailureWeight], Loss]:
+    """Weighted squared error of ``link(g)`` to a target, over the mean squared target where that exceeds one."""
+
+    def weighted(weight: FailureWeight) -> Loss:
+        def loss(batch: Batch, logit: Tensor) -> Tensor:
+            wanted = target(batch)
+            size = current_world().mean(wanted.square()).clamp(min=1)
+            return weighted_mse(logit, wanted, batch.failure, weight(batch.failure), link) / size
+
+        return loss
+
+    return weighted
+
+
+LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
+    "mse": regression(lambda batch: -torch.expm1(batch.target_log_probability), torch.sigmoid),
+    "loss": regression(lambda batch: -batch.target_log_probability, functional.softplus),
+    "bce": bce_loss,
+}
+"""How a head is trained, by name; the targets are 1 - p and -log p, p the zero-shot probability of the true class."""

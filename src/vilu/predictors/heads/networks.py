@@ -8,7 +8,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -17,14 +17,14 @@ from torch.nn import functional
 
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
-from vilu.errors import DataError
-from vilu.predictors.heads.head import Count, NonNegative, Positive, with_weights
-from vilu.predictors.labelled import LabelledPredictor
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.predictors.base import FailurePredictor, Learnt, own_graph
+from vilu.predictors.heads.head import Count, NonNegative, Positive
 from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
 
 
 @dataclasses.dataclass
-class NetworkPredictor(LabelledPredictor):
+class NetworkPredictor(FailurePredictor):
     """A predictor with a network that gives one number per row, trained by AdamW; the last epoch is kept.
 
     Args:
@@ -32,57 +32,29 @@ class NetworkPredictor(LabelledPredictor):
         batch_size: Rows per step.
         learning_rate: At the start; a cosine takes it to zero.
         weight_decay: Of AdamW.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
     """
 
+    seed: int = 0
     epochs: Count | None = None
     batch_size: Count = 128
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 1e-4
     device: str = "auto"
 
-    network_: nn.Module | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-    history_: list[float] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-
-    @abstractmethod
-    def _build(self, dim: int) -> nn.Module:
-        """A new network for embeddings of width ``dim``: a batch to (B,)."""
-
     @abstractmethod
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         """The training loss of the network's output (B,)."""
 
-    @abstractmethod
-    def _score(self, batch: Batch, output: Tensor) -> Tensor:
-        """(B,) uncertainty from the network's output (B,)."""
-
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:  # noqa: ARG002
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         config = AdamWConfig(
             self.epochs, self.batch_size, self.learning_rate, self.weight_decay, self.seed, self.device_
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            network = self._build(train.source.space.embed_dim)
-        self.history_ = train_adamw(network, self._loss, train, config)
-        self.network_ = network.eval()
-
-    def _notes(self) -> dict[str, object]:
-        return {"history": {"loss": self.history_}}
-
-    def _uncertainty(self, batch: Batch) -> Tensor:
-        if self.network_ is None:
-            raise DataError(f"this {self.name} holds no network; its file is damaged.")
-        return self._score(batch, self.network_.to(batch.image.device)(batch))
-
-    def state(self) -> dict[str, Tensor]:
-        """The network's weights."""
-        return {} if self.network_ is None else {name: t.cpu() for name, t in self.network_.state_dict().items()}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``."""
-        if self.space_ is None:
-            raise DataError("the saved predictor has weights but no embedding space.")
-        self.network_ = with_weights(self._build(self.space_.embed_dim), state, self.name)
+            network = cast("nn.Module", self.module({}, train.source.space))
+        history = train_adamw(network, self._loss, train, config)
+        weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+        return Learnt(weights, {"history": {"loss": history}})
 
 
 def perceptron(widths: list[int]) -> nn.Sequential:
@@ -120,19 +92,25 @@ class PVU(NetworkPredictor):
     summary: ClassVar[str] = "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
     reference: ClassVar[str] = "Kirchhof et al., 2024"
     cost: ClassVar[str] = "fit: 6,000 steps of an MLP; score: 1 MFLOP a row"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
 
     hidden: tuple[Count, ...] = (512, 512)
     loss: Literal["ranking", "mse"] = "ranking"
 
-    def _build(self, dim: int) -> nn.Module:
-        return ImageNetwork(dim, self.hidden)
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The network."""
+        return ImageNetwork(space.embed_dim, self.hidden)
+
+    def graph(self) -> nn.Module:
+        """Onnxruntime has no softplus in float64."""
+        return SoftplusGraph(self.network)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         backbone = -batch.log_probability(log_posterior(batch), batch.target)
         return LOSSES[self.loss](functional.softplus(output) + FLOOR, backbone.to(output.device))
 
-    def _score(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the image
-        return functional.softplus(float64(output)) + FLOOR
+    def _score(self, batch: Batch) -> Tensor:
+        return functional.softplus(float64(self.network(batch))) + FLOOR
 
 
 class ImageNetwork(nn.Module):
@@ -147,6 +125,19 @@ class ImageNetwork(nn.Module):
         """(B,) float32."""
         output: Tensor = self.layers(batch.image * self.scale)
         return output.squeeze(-1)
+
+
+class SoftplusGraph(nn.Module):
+    """The score of ``PVU`` as a graph."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) float64."""
+        output = float64(self.network(batch))
+        return torch.logaddexp(output, torch.zeros_like(output)) + FLOOR
 
 
 def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
@@ -207,16 +198,17 @@ class LMN(NetworkPredictor):
     balance: Annotated[float, Field(ge=0, le=1)] = 0.6
     steepness: Positive = 0.05
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         for count, what in ((int(failure.sum()), "failures"), (int((1 - failure).sum()), "successes")):
             if not count:
                 warnings.warn(
                     f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.", stacklevel=4
                 )
-        super()._learn(train, failure, validation)
+        return super()._learn(train, failure, validation)
 
-    def _build(self, dim: int) -> nn.Module:
-        return MetaNetwork(dim, self.hidden, self.n_logits)
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The network."""
+        return MetaNetwork(space.embed_dim, self.hidden, self.n_logits)
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         log_p = torch.log_softmax(batch.logits * torch.exp(-output)[:, None], dim=-1)
@@ -226,8 +218,10 @@ class LMN(NetworkPredictor):
         right, wrong = self.balance * (1 - psi - log_s), (1 - self.balance) * (psi + flatness)
         return torch.where(batch.failure == 1, wrong, right).mean()
 
-    def _score(self, batch: Batch, output: Tensor) -> Tensor:
-        log_p = log_posterior(batch, float64(output).exp()[:, None])
+    graph = own_graph
+
+    def _score(self, batch: Batch) -> Tensor:
+        log_p = log_posterior(batch, float64(self.network(batch)).exp()[:, None])
         return -torch.expm1(log_p.amax(dim=-1))
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import Tensor
-from torch.nn import functional
+from torch import Tensor, nn
 
-from vilu.embeddings.source import Batch
-from vilu.errors import DataError
-from vilu.predictors.heads.head import Count, HeadPredictor, bce_loss
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.predictors.base import Learnt
+from vilu.predictors.games import Game, HeadGame, NoAttribution
+from vilu.predictors.heads.head import Count, HeadPredictor, head_game, head_graph
+from vilu.predictors.labelled import fit_and_selection
 from vilu.predictors.nn.head import Dropout, FailureHead
-from vilu.predictors.nn.losses import FailureWeight, weighted_mse
-from vilu.predictors.nn.processes import current_world
-from vilu.predictors.nn.train import Loss, Rows
+from vilu.predictors.nn.train import Rows
 from vilu.predictors.parameters import parameters
 
 
@@ -46,48 +45,12 @@ class LVU(HeadPredictor):
 
     loss: Literal["mse", "loss", "bce"] = "mse"
 
-    def _build_head(self, dim: int) -> FailureHead:
-        return FailureHead(dim, self.hidden, attention=None, predicted_caption=False)
+    graph = head_graph
+    game = head_game
 
-    @property
-    def learns_failure(self) -> bool:
-        """Whether the loss is weighted BCE."""
-        return self.loss == "bce"
-
-    def _loss(self, weight: FailureWeight) -> Loss:
-        return LOSSES[self.loss](weight)
-
-
-def withheld_probability(batch: Batch) -> Tensor:
-    """(B,) one minus the zero-shot probability of the true class."""
-    return -torch.expm1(batch.target_log_probability)
-
-
-def backbone_loss(batch: Batch) -> Tensor:
-    """(B,) cross-entropy of the zero-shot posterior."""
-    return -batch.target_log_probability
-
-
-def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]) -> Callable[[FailureWeight], Loss]:
-    """Weighted squared error of ``link(g)`` to a target, over the mean squared target where that exceeds one."""
-
-    def weighted(weight: FailureWeight) -> Loss:
-        def loss(batch: Batch, logit: Tensor) -> Tensor:
-            wanted = target(batch)
-            size = current_world().mean(wanted.square()).clamp(min=1)
-            return weighted_mse(logit, wanted, batch.failure, weight(batch.failure), link) / size
-
-        return loss
-
-    return weighted
-
-
-LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
-    "mse": regression(withheld_probability, torch.sigmoid),
-    "loss": regression(backbone_loss, functional.softplus),
-    "bce": bce_loss,
-}
-"""How a head is trained, by name."""
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> FailureHead:  # noqa: ARG002
+        """The head."""
+        return FailureHead(space.embed_dim, self.hidden, attention=None, predicted_caption=False)
 
 
 @dataclasses.dataclass
@@ -119,18 +82,22 @@ class ViLU(HeadPredictor):
     mcm_input: bool = False
     loss: Literal["bce", "mse"] = "bce"
 
-    def _build_head(self, dim: int) -> FailureHead:
+    graph = head_graph
+    game = head_game
+
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The head."""
+        return self._head(space)
+
+    def _head(self, space: EmbeddingSpace, dropout: Dropout | None = None) -> FailureHead:
         return FailureHead(
-            dim, self.hidden, attention=self.attention, predicted_caption=self.predicted_caption, mcm=self.mcm_input
+            space.embed_dim,
+            self.hidden,
+            attention=self.attention,
+            predicted_caption=self.predicted_caption,
+            mcm=self.mcm_input,
+            dropout=dropout,
         )
-
-    @property
-    def learns_failure(self) -> bool:
-        """Whether the loss is weighted BCE."""
-        return self.loss == "bce"
-
-    def _loss(self, weight: FailureWeight) -> Loss:
-        return LOSSES[self.loss](weight)
 
 
 @dataclasses.dataclass
@@ -153,41 +120,40 @@ class DeepEnsemble(ViLU):
 
     members: Count = 5
 
-    members_: dict[int, ViLU] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    graph = head_graph
 
-    def _new_members(self) -> dict[int, ViLU]:
+    def game(self) -> Game:
+        """Of the mean probability."""
+        return HeadGame(self.heads, torch.sigmoid, "uncertainty, mean over the members' probabilities of failure")
+
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The heads, by their number."""
+        return nn.ModuleList(self._head(space) for _ in range(self.members))
+
+    @property
+    def heads(self) -> list[FailureHead]:
+        """Those of the members."""
+        return [cast("FailureHead", head) for head in cast("nn.ModuleList", self.network)]
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
+        parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
+        tensors: dict[str, Tensor] = {}
+        notes = {}
+        for m, member in enumerate(self._new_members()):
+            if isinstance(self.start_, DeepEnsemble):
+                member.start_ = self.start_._new_members()[m]
+                member.start_.network_ = self.start_.heads[m]
+            found = member.train_head(*parts, float(failure.double().mean()))
+            tensors |= {f"{m}.{name}": tensor for name, tensor in found.tensors.items()}
+            notes[f"member_{m}"] = found.notes
+        return Learnt(tensors, notes)
+
+    def _new_members(self) -> list[ViLU]:
         values = {name: getattr(self, name) for name in parameters(ViLU)}
-        return {m: ViLU(**values | {"seed": self.seed * self.members + m}) for m in range(self.members)}
+        return [ViLU(**values | {"seed": self.seed * self.members + m}) for m in range(self.members)]
 
-    def _fit(self, train: Rows, validation: Rows | None, error_rate: float) -> None:
-        self.members_ = self._new_members()
-        for m, member in self.members_.items():
-            member.start_ = self.start_.members_[m] if isinstance(self.start_, DeepEnsemble) else None
-            member._fit(train, validation, error_rate)
-
-    def _learned_uncertainty(self, batch: Batch) -> Tensor:
-        if not self.members_:
-            raise DataError(f"this {self.name} holds neither heads nor a constant; its file is damaged.")
-        scores = [member._learned_uncertainty(batch) for member in self.members_.values()]
-        return torch.stack(scores).mean(dim=0)
-
-    def _notes(self) -> dict[str, object]:
-        return {f"member_{m}": member._notes() for m, member in self.members_.items()} if self.constant_ is None else {}
-
-    def _learned_state(self) -> dict[str, Tensor]:
-        states = {m: member._learned_state() for m, member in self.members_.items()}
-        return {f"{m}.{name}": tensor for m, state in states.items() for name, tensor in state.items()}
-
-    def _restore_learned(self, state: dict[str, Tensor]) -> None:
-        members = self._new_members()
-        unknown = [name for name in state if name.partition(".")[0] not in map(str, members)]
-        if unknown:
-            raise DataError(f"the weights are not those of {self.members} heads: {', '.join(sorted(unknown)[:4])}.")
-        for m, member in members.items():
-            member.space_ = self.space_
-            start = f"{m}."
-            member._restore_learned({n.removeprefix(start): t for n, t in state.items() if n.startswith(start)})
-        self.members_ = members
+    def _start_notes(self) -> dict[str, object]:
+        return {}  # each member has its own
 
 
 @dataclasses.dataclass
@@ -212,17 +178,16 @@ class MCDropout(ViLU):
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
     passes: Count = 20
 
-    def _build_head(self, dim: int) -> FailureHead:
-        return FailureHead(
-            dim,
-            self.hidden,
-            attention=self.attention,
-            predicted_caption=self.predicted_caption,
-            mcm=self.mcm_input,
-            dropout=Dropout(self.dropout, self.seed),
-        )
+    def game(self) -> Game:
+        """None."""
+        raise NoAttribution("the score of mc_dropout is a mean over thinned heads, for which no game is defined")
 
-    def _failure_probability(self, head: FailureHead, batch: Batch) -> Tensor:
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
+        """The head, with dropout in training."""
+        return self._head(space, Dropout(self.dropout, self.seed))
+
+    def _score(self, batch: Batch) -> Tensor:
+        (head,) = self.heads
         first, generator = head.first_layer(batch), torch.Generator().manual_seed(self.seed)
         total = torch.zeros(len(first), dtype=torch.float64)
         for _ in range(self.passes):

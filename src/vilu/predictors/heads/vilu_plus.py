@@ -5,21 +5,33 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.heads.head import Count, NonNegative, Positive, with_weights
-from vilu.predictors.labelled import LabelledPredictor, cross_fitting, failure_log_odds
-from vilu.predictors.nn.experts import FEATURES, Adapter, Experts, Inputs, Memory, SupervisedAttention, fit_attention
+from vilu.predictors.base import FailurePredictor, Learnt
+from vilu.predictors.games import Game, PoolGame
+from vilu.predictors.heads.head import Count, NonNegative, Positive
+from vilu.predictors.labelled import cross_fitting, failure_log_odds
+from vilu.predictors.nn.experts import (
+    FEATURES,
+    Adapter,
+    Experts,
+    ImageInputs,
+    Memory,
+    SupervisedAttention,
+    fit_attention,
+    pool,
+)
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, steps_per_epoch, train_adamw
 
 POOL_SD = 0.2
@@ -27,12 +39,7 @@ POOL_SD = 0.2
 
 
 def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Weights w >= 0 of a log-linear pool, of largest posterior for the targets under the prior N((1, 0, ...), 0.2^2).
-
-    Args:
-        log_p: (N, M, K) log probabilities of M experts.
-        target: (N,) true classes.
-    """
+    """Weights w (M,) >= 0 of a log-linear pool, of largest posterior under the prior N((1, 0, ...), 0.2^2)."""
     from scipy.optimize import minimize
 
     rows = np.arange(len(target))
@@ -65,7 +72,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclasses.dataclass
-class ViLUPlus(LabelledPredictor):
+class ViLUPlus(FailurePredictor):
     """u = P(failure) = 1 - q_t̂, q a log-linear pool of experts on which candidate is true.
 
     log q_j = sum_m w_m log p_mj - const. The experts: the supervised cross-attention (``SupervisedAttention``, the
@@ -87,7 +94,6 @@ class ViLUPlus(LabelledPredictor):
         batch_size: Of the network.
         learning_rate: Of the network (AdamW, cosine).
         weight_decay: Of the network.
-        device: "auto", "cpu", "cuda", "cuda:N" or "mps"; not part of what is saved.
 
     Source: ours; docs/methods/vilu_plus.md has the ablation.
     """
@@ -99,6 +105,7 @@ class ViLUPlus(LabelledPredictor):
     optional_columns: ClassVar[tuple[str, ...]] = (FEATURES,)
     is_probability: ClassVar[bool] = True
 
+    seed: int = 0
     features: bool = True
     variance: Positive = 10.0
     sharing: Share = 0.5
@@ -110,8 +117,7 @@ class ViLUPlus(LabelledPredictor):
     weight_decay: NonNegative = 0.2
     device: str = "auto"
 
-    experts_: Experts | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-    pool_: Tensor | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    tensors: ClassVar[tuple[str, ...]] = (POOL,)
 
     @property
     def label(self) -> str:
@@ -125,20 +131,24 @@ class ViLUPlus(LabelledPredictor):
     @property
     def columns_to_score(self) -> tuple[str, ...]:
         """The features, where fitted on them."""
-        on_features = self.experts_ is not None and self.experts_.attention.inputs.on_features
-        return self.optional_columns if on_features else ()
+        return self.optional_columns if self.network_ and self.experts.attention.inputs.on_features else ()
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> None:
-        self.pool_ = torch.ones(1, dtype=torch.float64)
-        kinds = self._kinds(train)
+    @property
+    def experts(self) -> Experts:
+        """The fitted network."""
+        return cast("Experts", self.network)
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
+        weights, kinds = torch.ones(1, dtype=torch.float64), self._kinds(train)
         if kinds:
             parts = [
-                log_posteriors(self._fit_experts(rows, kinds), held_out, self.device_)
+                log_posteriors(self._fit_experts(rows, kinds, weights), held_out, self.device_)
                 for rows, held_out in cross_fitting(train, failure, validation, self.seed)
             ]
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
-            self.pool_ = torch.from_numpy(fit_pool(log_p, target))
-        self.experts_ = self._fit_experts(train, kinds)
+            weights = torch.from_numpy(fit_pool(log_p, target))
+        state = self._fit_experts(train, kinds, weights).state_dict()
+        return Learnt({**{n: t.cpu() for n, t in state.items()}, POOL: weights}, {"pool": weights.tolist()})
 
     def _kinds(self, train: Rows) -> tuple[str, ...]:
         """The companions that the training set is large enough, and small enough, for."""
@@ -147,15 +157,15 @@ class ViLUPlus(LabelledPredictor):
             return ()
         return ("adapter", "memory") if n <= MEMORY_ROWS else ("adapter",)
 
-    def _fit_experts(self, rows: Rows, kinds: tuple[str, ...]) -> Experts:
+    def _fit_experts(self, rows: Rows, kinds: tuple[str, ...], weights: Tensor) -> Experts:
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
-        inputs = Inputs(rows.source.space.embed_dim, feature_dim(rows))
+        inputs = ImageInputs(rows.source.space.embed_dim, feature_dim(rows))
         inputs.fit(rows)
         attention = fit_attention(inputs, rows, n_classes, self.variance, self.sharing, self.device_)
         fits: dict[str, Callable[[SupervisedAttention, Rows], Adapter | Memory]]
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
-        return Experts(attention, companions).eval().requires_grad_(requires_grad=False)
+        return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
 
     def _fit_adapter(self, attention: SupervisedAttention, rows: Rows) -> Adapter:
         def loss(batch: Batch, residual: Tensor) -> Tensor:
@@ -171,45 +181,55 @@ class ViLUPlus(LabelledPredictor):
             train_adamw(adapter, loss, rows, config)
         return adapter.eval()
 
-    def _uncertainty(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(failure_log_odds(self._pooled(batch), batch))
+    def _score(self, batch: Batch) -> Tensor:
+        return torch.sigmoid(failure_log_odds(self.experts(batch), batch))
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled experts."""
-        return self._pooled(batch).log_softmax(dim=-1)
+        pooled: Tensor = self.experts.to(batch.image.device)(batch)
+        return pooled.log_softmax(dim=-1)
 
-    def _pooled(self, batch: Batch) -> Tensor:
-        """(B, K) weighted log probabilities of the experts."""
-        if self.experts_ is None or self.pool_ is None:
-            raise DataError(f"this {self.name} holds no experts; its file is damaged.")
-        log_p = float64(self.experts_.to(batch.image.device)(batch)).log_softmax(dim=-1)
-        weights = self.pool_.to(log_p.device) if log_p.shape[1] > 1 else torch.ones_like(log_p[0, :1, 0])
-        return torch.einsum("m,bmk->bk", weights, log_p)
+    def graph(self) -> nn.Module:
+        """The experts and their pool."""
+        return PlusGraph(self.experts)
 
-    def _notes(self) -> dict[str, object]:
-        return {"pool": None if self.pool_ is None else self.pool_.tolist()}
+    def game(self) -> Game:
+        """Of the parts of the pooled logits."""
+        return PoolGame(self.experts)
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights of the experts and of the pool."""
-        if self.experts_ is None or self.pool_ is None:
-            return {}
-        return {**{name: t.cpu() for name, t in self.experts_.state_dict().items()}, POOL: self.pool_}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``."""
-        if not state.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
-            raise DataError(f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(state)[:8])}.")
-        n_classes, dim = state[CLASSES].shape
-        inputs = Inputs(dim, len(state[FEATURE_MEAN]))
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:  # noqa: ARG002
+        """The experts, as large as their tensors say."""
+        if not tensors.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
+            raise DataError(f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}.")
+        n_classes, dim = tensors[CLASSES].shape
+        inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
         companions: dict[str, Adapter | Memory] = {}
-        if ADAPTER in state:
+        if ADAPTER in tensors:
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout)
-        if BANK in state:
-            companions["memory"] = Memory(inputs, len(state[BANK]), n_classes)
-        experts = Experts(SupervisedAttention(inputs, dim, n_classes, self.sharing), companions)
-        self.pool_ = state[POOL]
-        weights = {name: tensor for name, tensor in state.items() if name != POOL}
-        self.experts_ = with_weights(experts, weights, self.name).requires_grad_(requires_grad=False)
+        if BANK in tensors:
+            companions["memory"] = Memory(inputs, len(tensors[BANK]), n_classes)
+        return Experts(SupervisedAttention(inputs, dim, n_classes, self.sharing), companions, tensors[POOL])
+
+
+class PlusGraph(nn.Module):
+    """``ViLUPlus`` with all experts: whether all candidates are training classes is a number, not a branch."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts, attention = experts, experts.attention
+        self.classes, self.widths = attention.classes, {FEATURES: len(attention.inputs.features.mean)}
+        self.pool = nn.Buffer(experts.weights)
+        self.alone = nn.Buffer(torch.eye(len(self.pool), dtype=self.pool.dtype)[0])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,) float64."""
+        attention = self.experts.attention
+        match = attention.match(batch.text) if len(attention.classes) else None
+        logits = self.experts.all_logits(batch, match)
+        weights: Tensor = self.alone
+        if match is not None and len(self.pool) > 1:
+            weights = torch.where(match.known.all(), self.pool, self.alone)
+        return torch.sigmoid(failure_log_odds(pool(float64(logits).log_softmax(dim=-1), weights), batch))
 
 
 def feature_dim(rows: Rows) -> int:
@@ -222,6 +242,6 @@ def log_posteriors(experts: Experts, rows: Rows, device: torch.device) -> tuple[
     log_p, target = [], []
     with torch.no_grad():
         for batch in rows.batches(SCORING_BATCH):
-            log_p.append(float64(experts(batch.to(device))).log_softmax(dim=-1).cpu())
+            log_p.append(experts.log_posteriors(batch.to(device)).cpu())
             target.append(batch.target)
     return torch.cat(log_p), torch.cat(target)

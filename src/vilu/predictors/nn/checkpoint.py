@@ -37,22 +37,13 @@ Binding = Mapping[str, object]
 
 
 class Checkpoint(NamedTuple):
-    """A state of training.
-
-    Attributes:
-        position: How far it is, as plain JSON.
-        tensors: Everything else.
-    """
+    """A state of training: how far it is, as plain JSON, and the tensors of everything else."""
 
     position: dict[str, Any]
     tensors: dict[str, Tensor]
 
     def numbers(self) -> tuple[int, int]:
-        """Finished epochs, and finished steps of the next one.
-
-        Raises:
-            DataError: If they are not there.
-        """
+        """Finished epochs, and finished steps of the next one."""
         numbers = self.position.get("epoch"), self.position.get("step")
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise DataError(f"a checkpoint says epoch {numbers[0]!r} and step {numbers[1]!r}.")
@@ -75,14 +66,7 @@ class Keeper:
 
 
 class FolderKeeper(Keeper):
-    """Keeps the two newest checkpoints of one run in a folder; of several processes the leading one writes.
-
-    Args:
-        folder: Where; of this run alone.
-        binding: What the run is.
-        every: Minutes between two checkpoints within an epoch.
-        world: The processes that train together.
-    """
+    """Keeps the two newest checkpoints of one run in its folder; of several processes the leading one writes."""
 
     def __init__(self, folder: Path, binding: Binding, every: float, world: World) -> None:
         self.folder, self.every, self.world = folder, every, world
@@ -90,12 +74,7 @@ class FolderKeeper(Keeper):
         self.saved_at = time.monotonic()
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, or if that is damaged the one before it, with a warning.
-
-        Raises:
-            ProvenanceError: If it is of another run; what differs is named.
-            DataError: If there are checkpoints and all are damaged.
-        """
+        """The newest checkpoint, or if that is damaged the one before it, with a warning."""
         record, weights = self._newest() if self.world.leads else (b"", b"")
         record, weights = self.world.broadcast(record), self.world.broadcast(weights)
         if not record:
@@ -109,11 +88,7 @@ class FolderKeeper(Keeper):
         return self.world.leads and time.monotonic() - self.saved_at >= 60 * self.every
 
     def save(self, make: Callable[[], Checkpoint]) -> None:
-        """Write a checkpoint, and remove those that are neither this one nor the one before it.
-
-        Raises:
-            StorageError: If the file system refuses.
-        """
+        """Write a checkpoint, and remove those that are neither this one nor the one before it."""
         if not self.world.leads:
             return
         from safetensors.torch import save
@@ -180,13 +155,7 @@ def is_ours(name: str) -> bool:
 
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
-    """A record and the bytes of its tensors, as they were written.
-
-    Raises:
-        DataError: If one of them is not.
-        ProvenanceError: If a newer schema wrote it.
-        StorageError: If the file system refuses.
-    """
+    """A record and the bytes of its tensors, as they were written."""
     try:
         size = path.stat().st_size
         content = path.read_bytes() if size <= MAX_RECORD_BYTES else b""
@@ -239,11 +208,7 @@ class FolderSession(Session):
         return sorted(path for path in self.folder.iterdir() if RUN.fullmatch(path.name))
 
     def remove(self) -> None:
-        """Remove the checkpoints: what they led to is saved.
-
-        Raises:
-            StorageError: If the file system refuses.
-        """
+        """Remove the checkpoints: what they led to is saved."""
         try:
             for run in self.runs() if self.world.leads else ():
                 shutil.rmtree(run)
@@ -294,12 +259,7 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
-    """Hash of some rows of a source: which, their targets and space, and a sample of identifiers and embeddings.
-
-    Args:
-        source: Where the rows are.
-        rows: (M,) int64 positions.
-    """
+    """Hash of some rows of a source: which, their targets and space, and a sample of identifiers and embeddings."""
     hashed = hashlib.blake2b(digest_size=16)
     for numbers in (rows, source.target[rows]):
         hashed.update(numbers.numpy().tobytes())
@@ -339,13 +299,8 @@ class History:
 class Position:
     """How far a training run is.
 
-    Attributes:
-        order: State of the shuffling at the start of the epoch.
-        total: () float32 sum of the epoch's losses so far.
-        epoch: Finished epochs.
-        step: Finished steps of the next one.
-        kept: Weights of the epoch that validation chose so far.
-        history: Of the finished epochs.
+    ``order`` is the state of the shuffling at the start of the epoch, ``total`` the sum of its losses so far, ``step``
+    its finished steps, and ``kept`` the weights of the epoch that validation chose.
     """
 
     order: Tensor
@@ -374,11 +329,7 @@ def pack(at: Position, head: nn.Module, optimizer: torch.optim.SGD, stateful: Se
 def unpack(
     checkpoint: Checkpoint, head: nn.Module, optimizer: torch.optim.SGD, stateful: Sequence[Stateful]
 ) -> Position:
-    """The inverse of ``pack``: fill head, optimiser and memories, and say where to go on.
-
-    Raises:
-        DataError: If the checkpoint does not have what these need.
-    """
+    """The inverse of ``pack``: fill head, optimiser and memories, and say where to go on."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         part, _, rest = name.partition(".")
@@ -417,11 +368,7 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
 
 
 def _load(what: str, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
-    """Copy tensors into those of the same names.
-
-    Raises:
-        DataError: If names, shapes or dtypes differ.
-    """
+    """Copy tensors into those of the same names."""
     kinds = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (found, into)]
     if kinds[0] != kinds[1]:
         differing = sorted(kinds[0].keys() ^ kinds[1].keys()) or [n for n in kinds[0] if kinds[0][n] != kinds[1][n]]

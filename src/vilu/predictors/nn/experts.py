@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import NamedTuple, cast
 
@@ -56,13 +57,8 @@ class Standard(nn.Module):
         return scaled
 
 
-class Inputs(nn.Module):
-    """What an image looks like to the experts: its embedding, and its features where there are any, of one weight.
-
-    Args:
-        dim: Embedding width D.
-        feature_dim: Width F of the column "features"; 0 for none.
-    """
+class ImageInputs(nn.Module):
+    """What an image looks like to the experts: its embedding (D), and its features (F; 0: none), of one weight."""
 
     def __init__(self, dim: int, feature_dim: int) -> None:
         super().__init__()
@@ -89,13 +85,11 @@ class Inputs(nn.Module):
 
 
 class Match(NamedTuple):
-    """What candidates have to do with the training classes.
+    """What candidates have to do with the training classes, each (K,).
 
-    Attributes:
-        row: (K,) the class of each, where it is one.
-        known: (K,) whether it is one.
-        reach: (K,) 1 for a class, else the squared cosine of the standardised text with the nearest class's (0 where it
-            is negative): the share of its variance that the two have in common.
+    ``row`` is the class of each, where it is one, ``known`` whether it is one, and ``reach`` 1 for a class, else the
+    squared cosine of the standardised text with the nearest class's (0 where it is negative): the share of its variance
+    that the two have in common.
     """
 
     row: Tensor
@@ -106,7 +100,7 @@ class Match(NamedTuple):
 class SupervisedAttention(nn.Module):
     """Logits of K candidates: the zero-shot logits, tempered, plus a bilinear form in image and text.
 
-    l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the ``Inputs``, t
+    l_j = a l0_j + (x, 1) . (sqrt(rho) A t_j + sqrt(1 - rho) v_j), l0 the zero-shot logits, x the ``ImageInputs``, t
     standardised texts. v_j belongs to class j of the training set and is zero for every other candidate, so any
     candidates can be scored; A is what they have in common. It and the temperature count for other candidates as much
     as their texts are like those of classes (``Match.reach``), so that foreign ones have their zero-shot logits. Starts
@@ -119,7 +113,7 @@ class SupervisedAttention(nn.Module):
         sharing: rho, the share of the prior variance that classes have in common.
     """
 
-    def __init__(self, inputs: Inputs, dim: int, n_classes: int, sharing: float) -> None:
+    def __init__(self, inputs: ImageInputs, dim: int, n_classes: int, sharing: float) -> None:
         super().__init__()
         self.sharing = sharing
         self.temperature = nn.Buffer(torch.ones(()))
@@ -158,17 +152,11 @@ class SupervisedAttention(nn.Module):
 
 
 def fit_attention(
-    inputs: Inputs, rows: Rows, n_classes: int, variance: float, sharing: float, device: torch.device
+    inputs: ImageInputs, rows: Rows, n_classes: int, variance: float, sharing: float, device: torch.device
 ) -> SupervisedAttention:
     """The attention of largest posterior for labelled rows: a convex problem, solved by L-BFGS over streamed batches.
 
-    Args:
-        inputs: Fitted.
-        rows: Usable labelled rows.
-        n_classes: K of shared candidates; 0 for captions.
-        variance: Prior variance C of every weight: the penalty is |weights|^2 / (2 C) against the summed loss.
-        sharing: See ``SupervisedAttention``.
-        device: Where to fit.
+    The prior variance C makes the penalty |weights|^2 / (2 C) against the summed loss.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
@@ -233,16 +221,9 @@ GAIN = 8.0
 
 
 class Adapter(nn.Module):
-    """A small network of the image, to be added to the tempered zero-shot logits of the training classes.
+    """A network of the image with one hidden layer, added to the tempered zero-shot logits of the training classes."""
 
-    Args:
-        inputs: Fitted.
-        n_classes: Number of training classes.
-        hidden: Width of the one hidden layer.
-        dropout: Rate after it.
-    """
-
-    def __init__(self, inputs: Inputs, n_classes: int, hidden: int, dropout: float) -> None:
+    def __init__(self, inputs: ImageInputs, n_classes: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
         self.first, self.last = nn.Linear(inputs.width, hidden), nn.Linear(hidden, n_classes)
@@ -258,18 +239,13 @@ class Adapter(nn.Module):
 
 
 class Memory(nn.Module):
-    """Attention over labelled images: kernel ridge regression on what the zero-shot posterior gets wrong.
+    """Attention over M labelled images: kernel ridge regression on what the zero-shot posterior gets wrong.
 
-    8 k(x) (K + 0.1 I)^-1 (Y - P), with k the Gaussian kernel exp(-|x - x'|^2 / 2) of ``Inputs``, Y the labels
-    and P the tempered zero-shot posterior of the M training images; to be added to the tempered zero-shot logits.
-
-    Args:
-        inputs: Fitted.
-        n_rows: M.
-        n_classes: Number of training classes.
+    8 k(x) (K + 0.1 I)^-1 (Y - P), with k the Gaussian kernel exp(-|x - x'|^2 / 2) of ``ImageInputs``, Y the labels
+    and P the tempered zero-shot posterior of the training images; to be added to the tempered zero-shot logits.
     """
 
-    def __init__(self, inputs: Inputs, n_rows: int, n_classes: int) -> None:
+    def __init__(self, inputs: ImageInputs, n_rows: int, n_classes: int) -> None:
         super().__init__()
         self.inputs = copy.deepcopy(inputs)  # tensors of a file must not share memory
         self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width))
@@ -302,23 +278,88 @@ class Memory(nn.Module):
         return (self.kernel(rows) @ float64(self.values)).to(rows)
 
 
-class Experts(nn.Module):
-    """Several opinions on which candidate is true.
+class Pooled(NamedTuple):
+    """Three float64 parts whose sum is sum_m w_m l_m, the pooled logits, up to a constant of every row.
 
-    Args:
-        attention: Scores any candidates.
-        companions: Adapters and memories, which know the training classes only.
+    ``zero_shot`` (B, K) are tempered zero-shot logits, times sum_m w_m; ``texts`` (1, K) the residual of the experts at
+    the mean training image; ``image`` (B, K) what the image adds to that residual.
     """
 
-    def __init__(self, attention: SupervisedAttention, companions: dict[str, Adapter | Memory]) -> None:
+    zero_shot: Tensor
+    texts: Tensor
+    image: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, K) their sum."""
+        return self.zero_shot + self.texts + self.image
+
+
+class Experts(nn.Module):
+    """Several opinions on which candidate is true: an attention, and companions that know the training classes only.
+
+    ``weights`` (M,) float64 are those of a log-linear pool of all; the attention alone counts one.
+    """
+
+    def __init__(
+        self, attention: SupervisedAttention, companions: dict[str, Adapter | Memory], weights: Tensor
+    ) -> None:
         super().__init__()
         self.attention, self.companions = attention, nn.ModuleDict(companions)
+        self.weights = weights  # no buffer: some devices have no float64
 
     def forward(self, batch: Batch) -> Tensor:
+        """(B, K) float64 log probabilities, pooled, up to a constant of every row."""
+        return pool(self.log_posteriors(batch), self.weights)
+
+    def log_posteriors(self, batch: Batch) -> Tensor:
+        """(B, M, K) float64 log probabilities of the experts."""
+        return float64(self.logits(batch)).log_softmax(dim=-1)
+
+    def logits(self, batch: Batch) -> Tensor:
         """(B, M, K) logits: of all experts where every candidate is a training class, else of the attention (M = 1)."""
         match = self.attention.match(batch.text)
+        return self.all_logits(batch, match) if bool(match.known.all()) else self.attention(batch, match)[:, None]
+
+    def all_logits(self, batch: Batch, match: Match | None) -> Tensor:
+        """(B, M, K) logits of all experts, those of the companions wrong for other candidates than training classes."""
         logits = [self.attention(batch, match)]
-        if bool(match.known.all()):
+        if match is not None and len(self.companions):
             offset = self.attention.offset(batch)
             logits += [offset + companion(batch)[:, match.row] for companion in self.companions.values()]
         return torch.stack(logits, dim=1)
+
+    def pooled_parts(self, batch: Batch) -> Pooled:
+        """The pooled logits of a batch in their parts.
+
+        l_m = a l0 + r_m(x) for every expert m: l0 the zero-shot logits, a their temperature, r_m the expert's residual,
+        x the standardised image, which is zero at the training mean. So sum_m w_m l_m = (sum_m w_m) a l0 + R(0) +
+        (R(x) - R(0)) with R = sum_m w_m r_m.
+        """
+        offset, logits = self._of(batch)
+        mean_offset, mean_logits = self._of(self._mean_image(batch))
+        texts = pool(mean_logits - mean_offset[:, None], self.weights)
+        residual = pool(logits - offset[:, None], self.weights)
+        return Pooled(weights_of(logits, self.weights).sum() * offset, texts, residual - texts)
+
+    def _of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, K) offset that all experts share, and their (B, M, K) logits, float64."""
+        offset = self.attention.offset(batch, self.attention.match(batch.text))
+        return float64(offset), float64(self.logits(batch))
+
+    def _mean_image(self, batch: Batch) -> Batch:
+        """One row, the mean training image, against the candidates of a batch."""
+        inputs = self.attention.inputs
+        columns = dict(batch.columns) | ({FEATURES: inputs.features.mean[None]} if inputs.on_features else {})
+        one = batch.rows(slice(0, 1))
+        return dataclasses.replace(one, image=inputs.image.mean[None], columns=columns)
+
+
+def pool(rows: Tensor, weights: Tensor) -> Tensor:
+    """(B, K) float64 weighted sum of the rows (B, M, K) of all experts, or the rows of the attention where M is 1."""
+    return torch.einsum("m,bmk->bk", weights_of(rows, weights), rows)
+
+
+def weights_of(rows: Tensor, weights: Tensor) -> Tensor:
+    """(M,) weights of rows (B, M, K)."""
+    return weights.to(rows.device) if rows.shape[1] > 1 else torch.ones_like(rows[0, :1, 0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn import functional
 
 from vilu.embeddings.similarity import TILE_CELLS, row_blocks
 from vilu.embeddings.source import Batch
+from vilu.errors import DataError
 from vilu.predictors.nn.processes import current_world
 
 
@@ -22,13 +25,7 @@ class Dropout(nn.Module):
 
     Masks are drawn on the CPU from a generator of its own: a seed gives the same ones on every device, and the global
     generators are left alone. One instance may serve several layers. Where several processes train together, each draws
-    the masks of all their rows and takes its own, so that their number does not matter.
-
-    Args:
-        rate: In [0, 1).
-        seed: Of the masks in training.
-
-    Source: Srivastava et al., JMLR 2014.
+    the masks of all their rows and takes its own, so that their number does not matter (Srivastava et al., JMLR 2014).
     """
 
     def __init__(self, rate: float, seed: int) -> None:
@@ -89,16 +86,7 @@ class CrossAttention(nn.Module, ABC):
 
 
 def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
-    """softmax(scale * query @ text.T) @ text, (B, D), without a (B, K) tensor, forward or backward.
-
-    Args:
-        query: (B, D) float32.
-        text: (K, D) float32, without gradient.
-        scale: Multiplier of the products.
-
-    Raises:
-        ValueError: If the texts want a gradient.
-    """
+    """softmax(scale * query @ text.T) @ text, (B, D), without a (B, K) tensor either way; text has no gradient."""
     if text.requires_grad:
         raise ValueError("an attention over so many texts gives them no gradient. Detach them.")
     apply: Callable[[Tensor, Tensor, float], Tensor] = _Attend.apply  # torch gives it no type
@@ -186,6 +174,25 @@ class PaperAttention(CrossAttention):
         return self.value_projection
 
 
+class FoldedAttention(nn.Module):
+    """A fitted attention, and the matrix after it, multiplied out in one order whatever the sizes: for a graph.
+
+    scale (image W_Q') (text W_K')' is image Q text' with Q (D, D), and what follows the average of the texts is one
+    matrix V (H, D); both products are made in float64.
+    """
+
+    def __init__(self, attention: CrossAttention, after: Tensor, logit_scale: float) -> None:
+        super().__init__()
+        query, key, scale = attention.bilinear(logit_scale)
+        self.query = nn.Buffer((scale * (query.double().T @ key.double())).detach().float())
+        self.value = nn.Buffer((after.double() @ attention.value.double()).detach().float())
+
+    def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:  # noqa: ARG002
+        """As ``CrossAttention``; scale and matrix are those that it was made with."""
+        weights = torch.softmax(image @ self.query @ text.T, dim=-1)
+        return weights @ text @ self.value.T
+
+
 ATTENTION: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
     "official": OfficialAttention,
     "paper": PaperAttention,
@@ -254,18 +261,31 @@ class FailureHead(nn.Module):
         logit: Tensor = self.rest(self.first_layer(batch))
         return logit.squeeze(-1).float()
 
+    def folded(self, logit_scale: float) -> FailureHead:
+        """A copy for a graph."""
+        head = copy.deepcopy(self)
+        if head.attention is not None:
+            folded = FoldedAttention(head.attention, head.first["attended"], logit_scale)
+            head.attention = cast("CrossAttention", folded)
+        return head
+
     def first_layer(self, batch: Batch) -> Tensor:
         """(B, H) first hidden layer before its activation: all of the head that sees more than the MLP's input."""
+        return functools.reduce(torch.add, self.parts(batch, self.first_bias).values())
+
+    def parts(self, batch: Batch, bias: Tensor | None = None) -> dict[str, Tensor]:
+        """What each part of z adds to the first hidden layer, (B, H) each, in their order; the image's with a bias."""
         # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are projected before they
         # are averaged over or picked: K rows instead of B.
-        hidden = torch.addmm(self.first_bias, batch.image, self.first["image"].T)
+        image = self.first["image"].T
+        found = {"image": batch.image @ image if bias is None else torch.addmm(bias, batch.image, image)}
         if self.attention is not None:
-            hidden = hidden + self.attention(batch.image, batch.text, batch.logit_scale, self.first["attended"])
+            found["attended"] = self.attention(batch.image, batch.text, batch.logit_scale, self.first["attended"])
         if "caption" in self.first:
-            hidden = hidden + project_rows(batch.text, batch.prediction, self.first["caption"])
+            found["caption"] = project_rows(batch.text, batch.prediction, self.first["caption"])
         if "mcm" in self.first:
-            hidden = hidden + batch.zero_shot.max_probability[:, None] * self.first["mcm"].T
-        return hidden
+            found["mcm"] = batch.zero_shot.max_probability[:, None] * self.first["mcm"].T
+        return found
 
 
 def project_rows(text: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
@@ -273,6 +293,18 @@ def project_rows(text: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
 
     They are then picked by a product with one-hot rows, since the gradient of an indexing is many times slower.
     """
-    if len(text) * (1 + len(rows) / text.shape[1]) > len(rows):
+    # a graph has one form for all sizes
+    if torch.compiler.is_exporting() or len(text) * (1 + len(rows) / text.shape[1]) > len(rows):
         return text[rows] @ weight.T
     return functional.one_hot(rows, len(text)).to(text.dtype) @ (text @ weight.T)
+
+
+def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
+    """The network with saved weights, ready to score; refuses those of other names or shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if found != expected:
+        differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        raise DataError(f"the weights do not fit a {method} with these parameters; they differ in {differing}.")
+    network.load_state_dict(state)
+    return network.eval()

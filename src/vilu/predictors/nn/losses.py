@@ -43,9 +43,6 @@ class FailureWeight:
         mode: One of the above.
         error_rate: e of the training set, in [0, 1].
         static: The constant of mode "static".
-
-    Raises:
-        UsageError: If the mode is unknown or the constant is not positive.
     """
 
     MODES = ("batch", "dataset", "ema", "static", "balanced")
@@ -81,13 +78,7 @@ class FailureWeight:
 
 
 def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
-    """Mean over the batch of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))].
-
-    Args:
-        logit: (B,) failure logits g.
-        failure: (B,) labels y, 1 = the VLM is wrong.
-        weight: Scalar w of the failure term.
-    """
+    """Mean over the batch of -[w y log sigmoid(g) + (1 - y) log(1 - sigmoid(g))], logits g (B,), failures y (B,)."""
     return functional.binary_cross_entropy_with_logits(logit.float(), failure.float(), pos_weight=weight)
 
 
@@ -100,12 +91,7 @@ def weighted_mse(
 ) -> Tensor:
     """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w on failures and 1 elsewhere.
 
-    Args:
-        logit: (B,) failure logits g.
-        target: (B,) values in the range of ``link``, for LVU one minus the true-class probability.
-        failure: (B,) labels, 1 = the VLM is wrong.
-        weight: Scalar w.
-        link: Increasing, from failure logits to the range of the target.
+    The increasing ``link`` takes failure logits (B,) to the range of the targets (B,).
     """
     squared = (link(logit.float()) - target).square()
     return (torch.where(failure == 1, weight, 1.0) * squared).mean()

@@ -20,12 +20,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World:
-    """One process, which is all there are.
-
-    Attributes:
-        rank: Number of this process.
-        size: Number of processes.
-    """
+    """One process, which is all there are: its number, and how many there are."""
 
     rank: int = 0
     size: int = 1
@@ -60,13 +55,7 @@ class World:
 
 
 class Group(World):
-    """One of several processes of ``torch.distributed``; every call must be made by all of them.
-
-    Args:
-        rank: Number of this process.
-        size: Number of processes.
-        device: Where bytes and counts travel from.
-    """
+    """One of several processes of ``torch.distributed``; every call must be made by all of them."""
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device = rank, size, device
@@ -153,11 +142,7 @@ def world(device: str = "auto", environment: Mapping[str, str] = os.environ, tim
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) from torchrun's variables; (0, 1, 0) where there are none.
-
-    Raises:
-        UsageError: If some are missing, not numbers, or out of range.
-    """
+    """(rank, number of processes, rank on this machine) from torchrun's variables; (0, 1, 0) where there are none."""
     if not environment.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 1, 0
     missing = [name for name in VARIABLES if not environment.get(name)]

@@ -37,14 +37,7 @@ def default_epochs(steps: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Lengths of a training run.
-
-    Attributes:
-        steps: Steps of an epoch.
-        epochs: Passes over the rows.
-        warmup: Steps of the warm-up.
-        frozen: Epochs without the attention.
-    """
+    """Lengths of a training run: steps of an epoch, passes, steps of the warm-up, and epochs without the attention."""
 
     steps: int
     epochs: int
@@ -92,23 +85,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained.
-
-    Attributes:
-        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
-        batch_size: Rows per step (with in-batch candidates, the pool size instead).
-        learning_rate: Peak of the schedule.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        warmup_epochs: Length of the linear warm-up, at most a tenth of the run; then a cosine to zero.
-        freeze_epochs: Epochs during which the attention gets no gradient, no decay and no momentum; None: one epoch
-            (the paper), or as many as make 1,000 steps where that is longer (the released code), but at most half of
-            the run.
-        patience: Stop after so many epochs that were not kept; None: never.
-        precision: "fp32", or "bf16" for the MLP's products (similarities, softmax and losses stay in float32).
-        seed: Of the shuffling.
-        device: Where to train.
-    """
+    """How a head is trained: parameters of ``HeadPredictor``, and the device."""
 
     epochs: int | None
     batch_size: int
@@ -124,11 +101,7 @@ class TrainConfig:
 
 
 def steps_per_epoch(rows: Rows, batch_size: int) -> int:
-    """How many batches the rows make.
-
-    Raises:
-        DataError: If they do not fill one batch of in-batch candidates.
-    """
+    """How many batches the rows make."""
     size = rows.source.pool_size or batch_size
     steps = len(rows.index) // size if rows.source.pool_size else math.ceil(len(rows.index) / size)
     if not steps:
@@ -137,11 +110,7 @@ def steps_per_epoch(rows: Rows, batch_size: int) -> int:
 
 
 def finite_mean(mean: float, learning_rate: float) -> float:
-    """The mean loss of an epoch.
-
-    Raises:
-        DataError: If it is not finite.
-    """
+    """The mean loss of an epoch."""
     if not math.isfinite(mean):
         raise DataError(
             f"training diverged: the mean loss of an epoch is {mean}. "
@@ -166,13 +135,6 @@ class HeadTrainer:
     Each process computes its share of the rows of a step; the gradients are summed. Not by
     ``DistributedDataParallel``: that fixes at its start which parameters have gradients, and the attention has none
     before it thaws; and it averages over processes, where shares of rows are unequal.
-
-    Args:
-        head: What to train.
-        loss: The mean over the rows of a batch.
-        config: How.
-        keeper: Where checkpoints go, and come from.
-        stateful: What in the loss remembers earlier batches.
     """
 
     def __init__(
@@ -202,11 +164,6 @@ class HeadTrainer:
 
         Kept is the latest epoch whose validation AUROC is within one standard error of the best so far: a few hundred
         validation rows cannot tell such epochs apart, and the cosine schedule makes later ones better.
-
-        Raises:
-            DataError: If the training rows do not fill one batch of in-batch candidates, or the loss is not finite.
-            UsageError: If a step has fewer rows than there are processes.
-            ProvenanceError: If the checkpoints are of another run.
         """
         config = self.config
         require_shares(train.source.pool_size or config.batch_size, self.world)
@@ -307,11 +264,7 @@ def failure_logits(head: FailureHead, rows: Rows, device: torch.device) -> Itera
 
 
 def require_shares(n_rows: int, world: World) -> None:
-    """Refuse processes that would have nothing to do.
-
-    Raises:
-        UsageError: If a step has fewer rows than there are processes.
-    """
+    """Refuse processes that would have nothing to do."""
     if n_rows < world.size:
         raise UsageError(
             f"a step of {n_rows} rows cannot be shared by {world.size} processes. Start fewer, or take larger batches."
@@ -324,16 +277,7 @@ BETAS = (0.8, 0.95)
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """How a network is trained.
-
-    Attributes:
-        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
-        batch_size: Rows per step (with in-batch candidates, the pool size instead).
-        learning_rate: At the start; a cosine takes it to zero.
-        weight_decay: Decoupled.
-        seed: Of the shuffling.
-        device: Where to train.
-    """
+    """How a network is trained: parameters of ``NetworkPredictor``, and the device."""
 
     epochs: int | None
     batch_size: int
@@ -344,17 +288,7 @@ class AdamWConfig:
 
 
 def train_adamw(network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig) -> list[float]:
-    """Train a network in place, and return the mean loss of every epoch.
-
-    Args:
-        network: Maps a batch to one number per row (B,).
-        loss: Of a batch and those numbers.
-        rows: What to train on.
-        config: How.
-
-    Raises:
-        DataError: If the rows do not fill one batch of in-batch candidates, or the loss is not finite.
-    """
+    """Train a network of a batch to (B,) in place, and return the mean loss of every epoch."""
     steps = steps_per_epoch(rows, config.batch_size)
     epochs = config.epochs or default_epochs(steps)
     generator = torch.Generator().manual_seed(config.seed)

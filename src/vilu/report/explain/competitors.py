@@ -16,12 +16,10 @@ from vilu.errors import UsageError
 from vilu.predictors.bank.search import image_blocks, leaders, nearest
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.heads.head import HeadPredictor
-from vilu.predictors.heads.vilu import DeepEnsemble
 from vilu.predictors.heads.vilu_plus import ViLUPlus
 from vilu.predictors.labelled import trainable_rows
 from vilu.predictors.nn.head import CrossAttention
 from vilu.predictors.nn.train import Rows
-from vilu.report.explain.attribution import pooled
 from vilu.report.explain.rows import Names, plain_rows
 
 
@@ -43,7 +41,7 @@ def weights_of(predictor: FailurePredictor) -> Weights:
         members = f", mean of {len(attentions)} members" if len(attentions) > 1 else ""
         return Weights(f"weights of the trained attention{members}", lambda batch: _attention(attentions, batch))
     if isinstance(predictor, ViLUPlus):
-        return Weights("posterior of the pooled experts", lambda batch: pooled(predictor, batch).logits.softmax(dim=1))
+        return Weights("posterior of the pooled experts", lambda batch: _pooled(predictor, batch))
     return Weights("zero-shot posterior", lambda batch: log_posterior(batch).exp())
 
 
@@ -51,9 +49,12 @@ def trained_attentions(predictor: FailurePredictor) -> list[CrossAttention]:
     """The attention of every head of a method; none where it has no head, or one without attention."""
     if not isinstance(predictor, HeadPredictor) or predictor.constant_ is not None:
         return []
-    members = list(predictor.members_.values()) if isinstance(predictor, DeepEnsemble) else [predictor]
-    heads = [member.head_ for member in members]
-    return [head.attention for head in heads if head is not None and head.attention is not None]
+    return [head.attention for head in predictor.heads if head.attention is not None]
+
+
+def _pooled(predictor: ViLUPlus, batch: Batch) -> Tensor:
+    """(B, K) posterior."""
+    return predictor.experts.to(batch.image.device).pooled_parts(batch).logits.softmax(dim=1)
 
 
 def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:

@@ -18,8 +18,9 @@ from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
 from vilu.errors import DataError, UsageError
 from vilu.files import SCHEMA_VERSION, write_json
 from vilu.predictors.base import FailurePredictor
+from vilu.predictors.games import NoAttribution, Scored
 from vilu.progress import track
-from vilu.report.explain.attribution import Attribution, Attributor, NoAttribution, Scored
+from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, leading, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows
 from vilu.text import aligned, rest

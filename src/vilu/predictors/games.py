@@ -1,0 +1,179 @@
+"""What a score is played for: groups of inputs, and what each coalition of them is worth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vilu.embeddings.similarity import TILE_CELLS
+from vilu.embeddings.source import Batch
+from vilu.predictors.labelled import failure_log_odds
+from vilu.predictors.nn.experts import Experts, Pooled
+from vilu.predictors.nn.head import FailureHead
+from vilu.predictors.nn.train import SCORING_BATCH
+
+
+class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
+    """A method has none; the message says why. The rest of an explanation stands without it."""
+
+
+ZERO_SHOT, IMAGE, TEXTS = "zero-shot score", "image", "texts"
+PLAYER_OF_LOOK = {"logits": ZERO_SHOT, "image": IMAGE}
+PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
+"""The group of every part of a head's input."""
+
+LOG_ODDS = "log-odds of failure"
+
+Scored = tuple[Batch, NDArray[np.float64]]
+Parts = dict[str, Tensor]
+"""Group -> (B, H) what its inputs add to the first hidden layer."""
+
+
+class Game(ABC):
+    """Values of coalitions of players, the groups of inputs; ``step`` rows are scored with each background row."""
+
+    players: tuple[str, ...]
+    unit: str
+    meaning: str
+    step = 1
+
+    @abstractmethod
+    def see(self, background: list[Scored]) -> None:
+        """Remember the rows that stand in for inputs that a coalition lacks."""
+
+    @abstractmethod
+    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:
+        """(2^G, B) float64 on the CPU: v(S) at the row whose bits are the members of S."""
+
+
+class SingleGame(Game):
+    """A score that looks at one group of inputs alone: all of its distance from the background mean is that group's."""
+
+    unit = "uncertainty"
+    step = SCORING_BATCH
+
+    def __init__(self, player: str) -> None:
+        self.players = (player,)
+        self.meaning = f"the score is a function of one input alone, so all of it is the {player}"
+        self._mean = 0.0
+
+    def see(self, background: list[Scored]) -> None:
+        """Take their mean score."""
+        self._mean = float(np.concatenate([scores for _, scores in background]).mean())
+
+    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - the score says it all
+        """The mean, and the score."""
+        found = torch.from_numpy(scores).double()
+        return torch.stack([torch.full_like(found, self._mean), found])
+
+
+class HeadGame(Game):
+    """Inputs of one or several ``FailureHead`` s, mixed between a row and the background rows.
+
+    v(S) = 1/M sum_b link(g(z with the groups in S from this row, the others from background row b)), averaged over the
+    heads: the interventional game (Janzing et al., AISTATS 2020). The groups are parts of z: "image" z_v, "texts" the
+    attended text and the predicted caption, "zero-shot score" the MCM input. The first layer is a sum over parts, so
+    swapping a part is swapping its summand.
+
+    Args:
+        heads: Of one embedding width and the same parts.
+        link: What is averaged over heads: the identity for one head's logit, the sigmoid for an ensemble.
+        unit: What that is.
+    """
+
+    def __init__(self, heads: list[FailureHead], link: Callable[[Tensor], Tensor], unit: str) -> None:
+        self.heads, self.link, self.unit = heads, link, unit
+        inputs = {PLAYER_OF_PART[part] for part in heads[0].first}
+        self.players = tuple(player for player in (ZERO_SHOT, IMAGE, TEXTS) if player in inputs)
+        self.meaning = "inputs that a coalition lacks are taken from background rows, and the score is averaged"
+        self._background: list[Parts] = []
+
+    def see(self, background: list[Scored]) -> None:
+        """Keep what their inputs add to the first layer of every head."""
+        with torch.no_grad():
+            seen = [[first_layer_parts(head, batch) for batch, _ in background] for head in self.heads]
+        self._background = [
+            {player: torch.cat([parts[player] for parts in of_head]) for player in self.players} for of_head in seen
+        ]
+
+    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - of the logits, not of u
+        """Mean over heads and background rows."""
+        total = torch.zeros(1 << len(self.players), len(batch.image), dtype=torch.float64)
+        with torch.no_grad():
+            for head, background in zip(self.heads, self._background, strict=True):
+                own = first_layer_parts(head, batch)
+                for coalition in range(len(total)):
+                    total[coalition] += self._value(head, own, background, coalition)
+        return total / len(self.heads)
+
+    def _value(self, head: FailureHead, own: Parts, background: Parts, coalition: int) -> Tensor:
+        """(B,) float64 v(S) of one head."""
+        inside = [player for bit, player in enumerate(self.players) if coalition >> bit & 1]
+        zero = torch.zeros_like(head.first_bias)[None]
+        mine = sum((own[player] for player in inside), head.first_bias + zero)
+        others = sum((background[player] for player in self.players if player not in inside), zero)
+        step = max(TILE_CELLS // (len(others) * mine.shape[1]), 1)
+        means = [
+            self.link(head.rest(part[:, None] + others).squeeze(-1).cpu().double()).mean(dim=1)
+            for part in mine.split(step)
+        ]
+        return torch.cat(means).expand(len(own[IMAGE]))
+
+
+def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
+    """What each group adds to the first hidden layer of a head; with the bias they make ``head.first_layer``."""
+    found: Parts = {}
+    for part, added in head.to(batch.image.device).parts(batch).items():
+        player = PLAYER_OF_PART[part]
+        found[player] = found[player] + added if player in found else added
+    return found
+
+
+class PoolGame(Game):
+    """Parts of the pooled logits of ViLU+, each in or out, against what they do for the background rows.
+
+    The pooled logits are a sum (``Pooled``): tempered zero-shot logits ("zero-shot score"), what was learned about the
+    candidates whatever the image ("texts"), and what the image adds ("image": its terms of the attention, the network
+    and the memory). With f(S) the log-odds of failure of the zero-shot answer under the softmax of the summands in S
+    alone, and f(nobody) = 0, the game is v(S) = f(S) + mean over background rows of [f_b(all) - f_b(S)]: so v(all) is
+    the score, v(nobody) the mean score of the background, and a part that does for this row what it does for others
+    on average gets nothing. Inputs are not swapped between images here: residuals of one image on the zero-shot logits
+    of another have no meaning, since each of them speaks of classes.
+    """
+
+    players = (ZERO_SHOT, IMAGE, TEXTS)
+    unit = LOG_ODDS
+    meaning = "parts of the pooled logits are added or left out, less what that does to background rows on average"
+
+    def __init__(self, experts: Experts) -> None:
+        self.experts = experts
+        self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
+
+    def see(self, background: list[Scored]) -> None:
+        """Take the mean f of every coalition."""
+        self._mean = torch.cat([self._log_odds(batch) for batch, _ in background], dim=1).mean(dim=1)
+
+    def values(self, batch: Batch, scores: NDArray[np.float64]) -> Tensor:  # noqa: ARG002 - of the log-odds, not of u
+        """F of every coalition, about the background's."""
+        return self._log_odds(batch) + (self._mean[-1] - self._mean)[:, None]
+
+    def _log_odds(self, batch: Batch) -> Tensor:
+        """(2^G, B) f(S)."""
+        with torch.no_grad():
+            parts = self.experts.to(batch.image.device).pooled_parts(batch)
+            found = [coalition_log_odds(parts, coalition, batch).cpu() for coalition in range(len(self._mean))]
+        return torch.stack(found)
+
+
+def coalition_log_odds(parts: Pooled, coalition: int, batch: Batch) -> Tensor:
+    """(B,) float64 log-odds of failure of the zero-shot answer when only some parts of the logits are there."""
+    summands = dict(zip(PoolGame.players, (parts.zero_shot, parts.image, parts.texts), strict=True))
+    inside = [summand for bit, summand in enumerate(summands.values()) if coalition >> bit & 1]
+    if not inside:
+        return torch.zeros(len(batch.image), dtype=torch.float64)
+    return failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch)

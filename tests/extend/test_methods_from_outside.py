@@ -1,0 +1,280 @@
+"""A score of ten lines and a learned method of thirty, from outside: registered, they do all that ours do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.contract import test_predictors as contract
+from vilu import registry
+from vilu.embeddings.memory import Embeddings
+from vilu.errors import DataError, UsageError
+from vilu.predictors import FailurePredictor
+from vilu.predictors.base import own_graph
+from vilu.predictors.onnx import export_onnx
+
+SOURCE = '''
+"""Methods of a stranger."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch.nn.functional import pad
+
+import vilu
+from vilu.predictors.base import Learnt, own_graph
+
+
+@vilu.register
+@dataclass
+class Narrow(vilu.FailurePredictor):
+    """u = the mean logit less the largest."""
+
+    name: ClassVar[str] = "narrow"
+    summary: ClassVar[str] = "mean logit less the largest"
+    reference: ClassVar[str] = "a stranger, 2026"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
+    graph = own_graph
+
+    def _score(self, batch):
+        return batch.logits.mean(dim=-1) - batch.logits.amax(dim=-1)
+
+
+@vilu.register
+@dataclass
+class Ridge(vilu.FailurePredictor):
+    """Ridge regression of the failure on the image."""
+
+    name: ClassVar[str] = "ridge"
+    summary: ClassVar[str] = "ridge regression of the failure on the image"
+    reference: ClassVar[str] = "a stranger, 2026"
+    learns_failure: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
+    tensors: ClassVar[tuple[str, ...]] = ("weight",)
+    graph = own_graph
+
+    penalty: Annotated[float, Field(gt=0)] = 1.0
+    allow_degenerate: bool = False
+
+    def _learn(self, train, failure, validation):
+        x = torch.cat([with_one(batch.image) for batch in train.batches(4096)])
+        moment = x.T @ x + self.penalty * torch.eye(x.shape[1], dtype=x.dtype)
+        weight = torch.linalg.solve(moment, x.T @ failure.double())
+        return Learnt({"weight": weight}, {"length": float(weight.norm())})
+
+    def _score(self, batch):
+        return with_one(batch.image) @ self.tensor("weight", batch.image.device)
+
+
+def with_one(image):
+    return pad(image.double(), (0, 1), value=1.0)
+'''
+
+CHECKS = [
+    contract.test_catalogue_key_is_the_name,
+    contract.test_constructor_only_stores_its_parameters,
+    contract.test_unfitted_is_refused_where_a_fit_is_needed,
+    contract.test_scores_are_float64_of_one_sign,
+    contract.test_fit_returns_self_and_leaves_parameters_alone,
+    contract.test_refit_and_same_seed_give_the_same_bytes,
+    contract.test_fit_leaves_the_global_generator_alone,
+    contract.test_rows_are_scored_one_by_one,
+    contract.test_order_of_the_classes_does_not_matter,
+    contract.test_saved_and_loaded_scores_are_equal_bit_for_bit,
+    contract.test_foreign_space_is_refused,
+    contract.test_unusable_rows_get_nan_and_change_no_other,
+    contract.test_one_candidate_has_no_uncertainty,
+    contract.test_half_precision_input,
+    contract.test_in_batch_candidates,
+    contract.test_probability_of_failure,
+]
+OF_LEARNED = [
+    contract.test_one_failure_is_enough_to_fit,
+    contract.test_constant_survives_saving,
+    contract.test_bad_training_sets,
+    contract.test_a_few_bad_or_unlabelled_rows_are_left_out_aloud,
+    contract.test_overlap_of_training_and_validation_is_refused,
+    contract.test_damaged_files_are_refused,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the stranger's module is."""
+    found = tmp_path_factory.mktemp("outside")
+    (found / "stranger.py").write_text(SOURCE)
+    return found
+
+
+@pytest.fixture
+def stranger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module, as ``--plugin stranger`` imports it; afterwards nobody knows it."""
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv(registry.PLUGINS, "")
+    registry.load_plugin("stranger")
+    assert os.environ[registry.PLUGINS] == "stranger"
+    yield sys.modules["stranger"]
+    for name in ("narrow", "ridge"):
+        registry.unregister(name)
+    del sys.modules["stranger"]
+
+
+@pytest.fixture
+def fitted(stranger: ModuleType, train: Embeddings) -> dict[str, FailurePredictor]:
+    return {"narrow": stranger.Narrow().fit(train), "ridge": stranger.Ridge().fit(train)}
+
+
+def elsewhere(code: str, *paths: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Some code in a process of its own."""
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, paths), *sys.path]), **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=found)
+
+
+CASES = [*(("narrow", check) for check in CHECKS), *(("ridge", check) for check in CHECKS + OF_LEARNED)]
+
+
+@pytest.mark.parametrize(("name", "check"), CASES, ids=[f"{name}-{check.__name__}" for name, check in CASES])
+def test_the_contract_holds(name, check, stranger, fitted, train, test, tmp_path) -> None:
+    given = {"name": name, "learned": name, "labelled": name, "fitted": fitted, "train": train, "test": test}
+    given["tmp_path"] = tmp_path
+    code = check.__code__
+    check(**{key: given[key] for key in code.co_varnames[: code.co_argcount]})
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_nothing_to_learn(stranger, train, test, wrong: bool) -> None:
+    contract.test_nothing_to_learn("ridge", train, test, wrong)
+
+
+def test_they_are_scored_and_evaluated(fitted, test) -> None:
+    for predictor in fitted.values():
+        outcomes = vilu.score(predictor, test)
+        assert np.array_equal(outcomes.uncertainty, predictor.predict_uncertainty(test))
+        assert vilu.evaluate(outcomes, n_resamples=10).rows
+
+
+def test_they_are_explained(fitted, test) -> None:
+    for name, player in (("narrow", "zero-shot score"), ("ridge", "image")):
+        for row in vilu.explain(fitted[name], test, n=3):
+            attribution = row.attribution
+            assert attribution.parts.keys() == {player}
+            assert attribution.score == row.uncertainty
+            assert attribution.parts[player] == pytest.approx(attribution.score - attribution.baseline)
+
+
+def test_they_are_exported(fitted, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    for name, predictor in fitted.items():
+        predictor.save(tmp_path / name)
+        assert export_onnx(tmp_path / name, tmp_path / f"{name}.onnx") < 1e-4
+
+
+def test_a_subclass_does_not_inherit_a_graph_or_a_game(stranger, train, test, tmp_path: Path) -> None:
+    @vilu.register
+    @dataclasses.dataclass
+    class Blurred(stranger.Narrow):
+        """Another score, which looks at other things."""
+
+        name = "blurred"
+
+        def _score(self, batch):
+            return super()._score(batch) + batch.image[:, 0]
+
+    try:
+        predictor = Blurred().fit(train)
+        predictor.save(tmp_path / "p")
+        with pytest.raises(UsageError, match=r"blurred cannot be exported.*These can: .*narrow"):
+            export_onnx(tmp_path / "p", tmp_path / "p.onnx")
+        assert vilu.explain(predictor, test, n=1).rows[0].attribution is None
+    finally:
+        registry.unregister("blurred")
+
+
+def test_they_are_members_of_a_stack(stranger, train, test, tmp_path: Path) -> None:
+    stack = vilu.PREDICTORS["stacking"](members=("mcm", "narrow", "ridge")).fit(train)
+    assert stack.notes_["coefficients"].keys() == {"mcm", "narrow", "ridge"}
+    stack.save(tmp_path)
+    assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), stack.predict_uncertainty(test))
+    assert "stranger" in stack.modules
+
+
+def test_saved_ones_load_in_another_process_that_has_the_plugin(folder, fitted, test, tmp_path: Path) -> None:
+    fitted["ridge"].save(tmp_path / "ridge")
+    np.savez(tmp_path / "test.npz", image=test.image.numpy(), text=test.text.numpy())
+    record = json.loads((tmp_path / "ridge/predictor.json").read_text())
+    assert record["home"] == {"distribution": None, "module": "stranger"}
+    code = (
+        "import numpy, vilu; rows = numpy.load('test.npz');"
+        "data = vilu.Embeddings(rows['image'], rows['text'], None, 20.0);"
+        "print(vilu.load('ridge').predict_uncertainty(data).tobytes().hex())"
+    )
+    code = f"import os; os.chdir({str(tmp_path)!r}); {code}"
+    there = elsewhere(code, folder, VILU_PLUGINS="stranger")
+    assert there.stdout.strip() == fitted["ridge"].predict_uncertainty(test).tobytes().hex(), there.stderr
+    without = elsewhere(code, folder, VILU_PLUGINS="")
+    assert without.returncode != 0
+    assert "the method 'ridge' of stranger, which is not here. Give --plugin stranger." in without.stderr
+
+
+def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    info = site / "stranger_methods-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "stranger.py").write_text(SOURCE)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-methods\nVersion: 1.0\n")
+    (info / "top_level.txt").write_text("stranger\n")
+    (info / "entry_points.txt").write_text("[vilu.predictors]\nridge = stranger:Ridge\nbroken = nowhere:Else\n")
+    code = (
+        "import sys, json; from vilu import registry; from vilu.predictors import find_method;"
+        "from vilu.errors import UsageError; from vilu.predictors.record import home_of\n"
+        "assert registry.method_names()[-2:] == ['ridge', 'broken'] and 'stranger' not in sys.modules\n"
+        "print(json.dumps(home_of(find_method('ridge'))))\n"
+        "try: find_method('broken')\n"
+        "except UsageError as error: print(error)"
+    )
+    found = elsewhere(code, site, VILU_PLUGINS="")
+    lines = found.stdout.splitlines()
+    assert json.loads(lines[0]) == {"home": {"distribution": "stranger-methods", "module": "stranger"}}, found.stderr
+    assert "the method 'broken' (nowhere:Else) cannot be imported" in lines[1]
+
+
+def test_what_cannot_be_registered_is_told(stranger) -> None:
+    named = {"name": "new", "summary": "a score", "reference": "nobody", "_score": lambda self, batch: batch.index}
+    whole = dataclasses.dataclass(type("Whole", (FailurePredictor,), named))
+    assert vilu.register(whole) is whole
+    assert vilu.register(whole) is whole  # a module that is imported twice
+    registry.unregister("new")
+    for made, reason in [
+        ("mcm", "Got 'mcm' instead"),
+        (type("Odd", (FailurePredictor,), named), "must be a dataclass"),
+        (dataclasses.dataclass(type("Odd", (FailurePredictor,), {**named, "name": "mcm"})), "a method 'mcm' already"),
+        (dataclasses.dataclass(type("Odd", (FailurePredictor,), {**named, "summary": ""})), "has no summary"),
+        (dataclasses.dataclass(type("Odd", (FailurePredictor,), {"name": "x"})), "has no summary and no reference"),
+        (dataclasses.make_dataclass("Odd", [("k", int)], bases=(FailurePredictor,), namespace=named), "default for k"),
+    ]:
+        with pytest.raises(UsageError, match=reason):
+            vilu.register(made)
+    assert "new" not in vilu.PREDICTORS
+    with pytest.raises(UsageError, match="the plugin 'nowhere_at_all' cannot be imported"):
+        registry.load_plugin("nowhere_at_all")
+
+
+def test_a_learned_tensor_that_is_not_declared_is_told(train: Embeddings) -> None:
+    ridge = importlib.import_module("vilu.predictors.fitted").SIRC
+    body = {"name": "odd", "summary": "s", "reference": "r", "tensors": ("other",), "graph": own_graph}
+    odd = dataclasses.dataclass(type("Odd", (ridge,), {**body, "tensor_names": FailurePredictor.tensor_names}))
+    with pytest.raises(DataError, match=r"a odd holds other\. The file has shift, slope"):
+        odd().fit(train)
