@@ -91,13 +91,6 @@ def calibrate_predictor(
     and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
     refused, or without a rule. Where the target is out of reach nothing is written.
 
-    Args:
-        folder: Of the predictor.
-        data: Calibration rows.
-        target: What is to be promised.
-        dataset: Name of the data set.
-        split: Name of its part.
-
     Raises:
         DataError: If rows were used to fit, or none has an uncertainty and a known failure.
         InfeasibleError: If these rows cannot support the target.

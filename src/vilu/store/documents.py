@@ -208,14 +208,7 @@ class Run(Inputs):
 
 
 class Counted(StoreDocument):
-    """Every image that went in came out as a row or as an error.
-
-    Attributes:
-        n_in: Images.
-        n_ok: Rows.
-        n_error: Errors.
-        errors: Errors by kind.
-    """
+    """Every image that went in came out as a row or as an error."""
 
     n_in: Count
     n_ok: Count

@@ -83,22 +83,12 @@ R = TypeVar("R", bound=AnyReceipt)
 
 
 class Ledger(ABC, Generic[P, R]):
-    """What a run has to do in its folder, and what is done.
+    """What a run has to do in its folder, and what is done."""
 
-    Attributes:
-        what: What the folder is, for messages.
-        command: What makes it.
-        doing: What a process that holds it does.
-        folders: Its sub-folders; those that only some runs have are made where ``begin`` is told so.
-        root: The folder.
-        fingerprint: Of the run.
-        parts: All of them.
-    """
-
-    what: ClassVar[str]
+    what: ClassVar[str]  # what the folder is, what makes it, and what a process that holds it does: for messages
     command: ClassVar[str]
     doing: ClassVar[str]
-    folders: ClassVar[tuple[str, ...]]
+    folders: ClassVar[tuple[str, ...]]  # its sub-folders, those that only some runs have included
 
     def __init__(self, root: Path, fingerprint: str, parts: Sequence[P], kind: type[R]) -> None:
         self.root, self.fingerprint, self.parts, self._kind = root, fingerprint, parts, kind
