@@ -118,6 +118,7 @@ def test_a_rule_of_another_predictor_is_refused(run, work: Path, predictor: Path
 def test_a_calibration_outlives_an_upgrade(run, work: Path, predictor: Path, monkeypatch) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
     monkeypatch.setattr(vilu, "__version__", "99.0")
+    monkeypatch.setattr("vilu.predictors.record.version", lambda _: "99.0")
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
     vilu.load(predictor).save(predictor)  # the same fit, written by the other version
     run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
