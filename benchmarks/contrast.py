@@ -20,9 +20,8 @@ from torch.nn import functional
 
 from benchmarks.memory import peak_mb
 from vilu.embeddings.memory import PairEmbeddings
-from vilu.predictors.heads.head import bce_loss
 from vilu.predictors.nn.head import HIDDEN, FailureHead, attend
-from vilu.predictors.nn.losses import FailureWeight, weighted_bce
+from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
 from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 
 D, SCALE, REPEATS = 512, 100.0, 5

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 
 from vilu.embeddings.memory import Embeddings
-from vilu.predictors.heads.head import bce_loss
 from vilu.predictors.nn.head import HIDDEN, FailureHead
-from vilu.predictors.nn.losses import FailureWeight
+from vilu.predictors.nn.losses import FailureWeight, bce_loss
 from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 
 D, K, REPEATS = 512, 10, 7

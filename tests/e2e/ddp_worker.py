@@ -17,11 +17,11 @@ import torch
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
-from vilu.predictors.heads.head import HeadPredictor, bce_loss
+from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import LVU, MCDropout, ViLU
 from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.predictors.nn.head import FailureHead
-from vilu.predictors.nn.losses import FailureWeight
+from vilu.predictors.nn.losses import FailureWeight, bce_loss
 from vilu.predictors.nn.processes import World, world
 from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 from vilu.progress import Task, reporting

@@ -128,7 +128,7 @@ def stranger(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleTy
     assert os.environ[registry.PLUGINS] == "stranger"
     yield sys.modules["stranger"]
     for name in ("narrow", "ridge"):
-        registry.unregister(name)
+        del vilu.PREDICTORS[name]
     del sys.modules["stranger"]
 
 
@@ -200,7 +200,7 @@ def test_a_subclass_does_not_inherit_a_graph_or_a_game(stranger, train, test, tm
             export_onnx(tmp_path / "p", tmp_path / "p.onnx")
         assert vilu.explain(predictor, test, n=1).rows[0].attribution is None
     finally:
-        registry.unregister("blurred")
+        del vilu.PREDICTORS["blurred"]
 
 
 def test_they_are_members_of_a_stack(stranger, train, test, tmp_path: Path) -> None:
@@ -238,9 +238,9 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
     (info / "top_level.txt").write_text("stranger\n")
     (info / "entry_points.txt").write_text("[vilu.predictors]\nridge = stranger:Ridge\nbroken = nowhere:Else\n")
     code = (
-        "import sys, json; from vilu import registry; from vilu.predictors import find_method;"
+        "import sys, json; from vilu.predictors.catalogue import find_method, method_names;"
         "from vilu.errors import UsageError; from vilu.predictors.record import home_of\n"
-        "assert registry.method_names()[-2:] == ['ridge', 'broken'] and 'stranger' not in sys.modules\n"
+        "assert method_names()[-2:] == ['ridge', 'broken'] and 'stranger' not in sys.modules\n"
         "print(json.dumps(home_of(find_method('ridge'))))\n"
         "try: find_method('broken')\n"
         "except UsageError as error: print(error)"
@@ -256,7 +256,7 @@ def test_what_cannot_be_registered_is_told(stranger) -> None:
     whole = dataclasses.dataclass(type("Whole", (FailurePredictor,), named))
     assert vilu.register(whole) is whole
     assert vilu.register(whole) is whole  # a module that is imported twice
-    registry.unregister("new")
+    del vilu.PREDICTORS["new"]
     for made, reason in [
         ("mcm", "Got 'mcm' instead"),
         (type("Odd", (FailurePredictor,), named), "must be a dataclass"),

@@ -16,9 +16,8 @@ import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
-from vilu.predictors.heads.head import bce_loss
 from vilu.predictors.nn.head import ATTENTION, FailureHead
-from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
+from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, bce_loss, weighted_bce, weighted_mse
 from vilu.predictors.nn.train import HeadTrainer, Plan, Rows, TrainConfig, auroc_standard_error, schedule
 
 CONFIG = TrainConfig(

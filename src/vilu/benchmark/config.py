@@ -28,8 +28,8 @@ from vilu.benchmark.views import (
 from vilu.metrics.catalog import METRICS
 from vilu.predictors import PREDICTORS, find_method
 from vilu.predictors.base import FailurePredictor
+from vilu.predictors.catalogue import method_names
 from vilu.predictors.parameters import build, check_parameters, parameters
-from vilu.registry import method_names
 
 
 class Setting(Section):

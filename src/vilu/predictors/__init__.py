@@ -9,6 +9,7 @@ from vilu.predictors.bank.mahalanobis import Mahalanobis, RelativeMahalanobis
 from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore, TrustVLM
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.bayesvlm import BayesVLM
+from vilu.predictors.catalogue import PREDICTORS, add_predictor, find_method
 from vilu.predictors.fitted import MCMTS, SIRC, RelU
 from vilu.predictors.heads.networks import LMN, PVU
 from vilu.predictors.heads.vilu import LVU, DeepEnsemble, MCDropout, ViLU
@@ -17,7 +18,7 @@ from vilu.predictors.probvlm import ProbVLM
 from vilu.predictors.stacking import Stacking
 from vilu.predictors.views import TTA, PromptDisagreement
 from vilu.predictors.zero_shot import GEN, MCM, Doctor, Energy, Entropy, KLUniform, Margin, MaxLogit, ProbMargin
-from vilu.registry import ADDERS, KINDS, PREDICTORS, add_predictor, find_method, load_plugins
+from vilu.registry import load_plugins
 
 METHODS: tuple[type[FailurePredictor], ...] = (
     ViLUPlus, ViLU, LVU, MCM, Entropy, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, KLUniform, MCMTS, RelU,
@@ -30,15 +31,6 @@ METHODS: tuple[type[FailurePredictor], ...] = (
 for _method in METHODS:
     add_predictor(_method)
 
-
-def _add(thing: object) -> bool:
-    if not (isinstance(thing, type) and issubclass(thing, FailurePredictor)):
-        return False
-    add_predictor(thing)
-    return True
-
-
-ADDERS[KINDS] = _add
 load_plugins()
 
 __all__ = [

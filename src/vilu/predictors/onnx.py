@@ -24,10 +24,10 @@ from vilu.errors import DataError, UsageError
 from vilu.extras import import_extra, quiet
 from vilu.files import atomic_write
 from vilu.predictors.base import FailurePredictor, Graph, NotExportable
+from vilu.predictors.catalogue import PREDICTORS
 from vilu.predictors.nn.experts import FEATURES
 from vilu.predictors.record import read_record
 from vilu.predictors.storage import load
-from vilu.registry import PREDICTORS
 
 
 class GraphBatch(Batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from importlib.metadata import packages_distributions, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +66,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
     values = {name: getattr(predictor, name) for name in parameters(predictor) if name not in NOT_SAVED}
     return {
         "schema": SCHEMA,
-        "vilu": version("vilu"),
+        "vilu": metadata.version("vilu"),
         "method": predictor.name,
         "parameters": values,
         "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
@@ -108,7 +108,7 @@ def home_of(cls: type) -> dict[str, Any]:
     package = cls.__module__.partition(".")[0]
     if package == __name__.partition(".")[0]:
         return {}
-    distribution = next(iter(packages_distributions().get(package, ())), None)
+    distribution = next(iter(metadata.packages_distributions().get(package, ())), None)
     return {"home": {"distribution": distribution, "module": cls.__module__}}
 
 

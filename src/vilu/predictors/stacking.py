@@ -13,10 +13,10 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 from vilu.predictors.base import CONSTANT, FailurePredictor, Learnt
+from vilu.predictors.catalogue import find_method
 from vilu.predictors.labelled import cross_fitting
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.parameters import parameters
-from vilu.registry import find_method
 
 FREE = ("mcm", "entropy", "doctor", "gen", "max_logit", "margin", "prob_margin", "energy", "kl_uniform")
 LABEL_BASED = ("knn_vote", "trine", "icpe", "mahalanobis", "trust_score", "linear_probe")

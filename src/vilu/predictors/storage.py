@@ -13,11 +13,11 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
+from vilu.predictors.catalogue import find_method, method_names
 from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
 from vilu.predictors.record import PREDICTOR, RISK, SEEN, WEIGHTS, read_bytes, read_object, read_record
 from vilu.predictors.rows import RowSketch
-from vilu.registry import find_method, method_names
 
 
 def load(folder: str | Path) -> FailurePredictor:

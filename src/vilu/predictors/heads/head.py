@@ -6,13 +6,11 @@ import dataclasses
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vilu.device import resolve_device
 from vilu.embeddings.similarity import float64
@@ -23,9 +21,8 @@ from vilu.predictors.games import LOG_ODDS, Game, HeadGame
 from vilu.predictors.labelled import fit_and_selection
 from vilu.predictors.nn.checkpoint import current_session, data_fingerprint
 from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
-from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, weighted_bce, weighted_mse
-from vilu.predictors.nn.processes import current_world
-from vilu.predictors.nn.train import HeadTrainer, Loss, Rows, TrainConfig
+from vilu.predictors.nn.losses import LOSSES, FailureWeight, adaptive_weight
+from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 from vilu.predictors.parameters import parameters
 from vilu.predictors.rows import RowSketch
 
@@ -188,30 +185,3 @@ def weights_digest(state: dict[str, Tensor]) -> str:
     for name in sorted(state):
         hashed.update(state[name].cpu().numpy().tobytes())
     return hashed.hexdigest()
-
-
-def bce_loss(weight: FailureWeight) -> Loss:
-    """Weighted BCE on the failure of the zero-shot answer."""
-    return lambda batch, logit: weighted_bce(logit, batch.failure, weight(batch.failure))
-
-
-def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]) -> Callable[[FailureWeight], Loss]:
-    """Weighted squared error of ``link(g)`` to a target, over the mean squared target where that exceeds one."""
-
-    def weighted(weight: FailureWeight) -> Loss:
-        def loss(batch: Batch, logit: Tensor) -> Tensor:
-            wanted = target(batch)
-            size = current_world().mean(wanted.square()).clamp(min=1)
-            return weighted_mse(logit, wanted, batch.failure, weight(batch.failure), link) / size
-
-        return loss
-
-    return weighted
-
-
-LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
-    "mse": regression(lambda batch: -torch.expm1(batch.target_log_probability), torch.sigmoid),
-    "loss": regression(lambda batch: -batch.target_log_probability, functional.softplus),
-    "bce": bce_loss,
-}
-"""How a head is trained, by name; the targets are 1 - p and -log p, p the zero-shot probability of the true class."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.predictors.nn.processes import current_world
+from vilu.predictors.nn.train import Loss
 
 EPSILON = 1e-6
 MIN_WEIGHT = 0.05  # -log(e) tends to 0 as e tends to 1; a batch of failures only must still teach something
@@ -95,3 +97,30 @@ def weighted_mse(
     """
     squared = (link(logit.float()) - target).square()
     return (torch.where(failure == 1, weight, 1.0) * squared).mean()
+
+
+def bce_loss(weight: FailureWeight) -> Loss:
+    """Weighted BCE on the failure of the zero-shot answer."""
+    return lambda batch, logit: weighted_bce(logit, batch.failure, weight(batch.failure))
+
+
+def regression(target: Callable[[Batch], Tensor], link: Callable[[Tensor], Tensor]) -> Callable[[FailureWeight], Loss]:
+    """Weighted squared error of ``link(g)`` to a target, over the mean squared target where that exceeds one."""
+
+    def weighted(weight: FailureWeight) -> Loss:
+        def loss(batch: Batch, logit: Tensor) -> Tensor:
+            wanted = target(batch)
+            size = current_world().mean(wanted.square()).clamp(min=1)
+            return weighted_mse(logit, wanted, batch.failure, weight(batch.failure), link) / size
+
+        return loss
+
+    return weighted
+
+
+LOSSES: dict[str, Callable[[FailureWeight], Loss]] = {
+    "mse": regression(lambda batch: -torch.expm1(batch.target_log_probability), torch.sigmoid),
+    "loss": regression(lambda batch: -batch.target_log_probability, functional.softplus),
+    "bce": bce_loss,
+}
+"""How a head is trained, by name; the targets are 1 - p and -log p, p the zero-shot probability of the true class."""

@@ -1,0 +1,69 @@
+"""The methods by their names: those that ``vilu.predictors`` lists, registered ones, and those of entry points."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+
+from vilu.errors import UsageError
+from vilu.predictors.base import FailurePredictor
+from vilu.registry import ADDERS, entry_points, register
+
+PREDICTORS: dict[str, type[FailurePredictor]] = {}
+"""Every method by its name; ``vilu.predictors`` fills it."""
+
+GROUP = "vilu.predictors"
+"""Entry points of methods."""
+
+
+def add_predictor(cls: object) -> bool:
+    """Put a method into ``PREDICTORS``; refuses one that could not be listed, built or saved."""
+    if not (isinstance(cls, type) and issubclass(cls, FailurePredictor)):
+        return False
+    where = f"{cls.__module__}.{cls.__qualname__}"
+    missing = [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]
+    if missing:
+        raise UsageError(f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute.")
+    if PREDICTORS.get(cls.name, cls) is not cls:
+        raise UsageError(f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. Rename {where}.")
+    if "__dataclass_params__" not in vars(cls):
+        raise UsageError(f"the method {where} must be a dataclass, so that its parameters are known. Decorate it.")
+    if inspect.isabstract(cls):
+        raise UsageError(f"the method {where} lacks {', '.join(sorted(cls.__abstractmethods__))}. Define it.")
+    without = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory]
+    if without:
+        raise UsageError(f"the method {where} needs a default for {', '.join(without)}: `vilu fit` gives none.")
+    PREDICTORS[cls.name] = cls
+    return True
+
+
+ADDERS["a subclass of vilu.FailurePredictor"] = add_predictor
+
+
+def method_names() -> list[str]:
+    """Of all methods that are known without an import: ours, the registered ones, and those of entry points."""
+    return list(dict.fromkeys([*PREDICTORS, *entry_points(GROUP)]))
+
+
+def find_method(name: str) -> type[FailurePredictor]:
+    """The class of a method; one of an entry point is imported now.
+
+    Raises:
+        UsageError: If there is none of this name (the nearest is named), or it cannot be imported.
+    """
+    if name in PREDICTORS:
+        return PREDICTORS[name]
+    known = method_names()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"there is no method {name!r}; known are {', '.join(known)}.{hint}")
+    entry = entry_points(GROUP)[name]
+    try:
+        found = register(entry.load())
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"the method {name!r} ({entry.value}) cannot be imported: {error}.") from error
+    if PREDICTORS.get(name) is not found:
+        raise UsageError(f"the entry point {name!r} leads to {entry.value}, which has another name.")
+    return PREDICTORS[name]
