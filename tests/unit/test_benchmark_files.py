@@ -9,9 +9,8 @@ import pytest
 from vilu.backbones.catalog import NAMED
 from vilu.benchmark.config import Config
 from vilu.benchmark.load import load_config, load_configs
-from vilu.benchmark.published import find_published, published_tables
 from vilu.benchmark.run import Share
-from vilu.benchmark.views import Better
+from vilu.benchmark.views import Better, find_published, published_tables
 from vilu.datasets.known import KNOWN
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
