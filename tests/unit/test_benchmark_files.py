@@ -10,9 +10,8 @@ from tests.unit.known_trees import TREES
 from vilu.backbones.catalog import NAMED
 from vilu.benchmark.config import Config
 from vilu.benchmark.load import load_config, load_configs
-from vilu.benchmark.published import find_published, published_tables
 from vilu.benchmark.run import Share
-from vilu.benchmark.views import Better
+from vilu.benchmark.views import Better, find_published, published_tables
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
 

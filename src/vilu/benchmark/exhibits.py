@@ -51,13 +51,8 @@ def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
 def _curves(board: Board, view: CurveView) -> Exhibit:
     from vilu.report.figures import curves
 
-    config = board.config
-    places = {
-        "method": {label: entry.x for label, entry in config.entries.items()},
-        "data": {label: entry.x for label, entry in config.data.items()},
-        "setting": {label: entry.x for label, entry in config.settings.items()},
-    }[view.x]
-    panels = _panels(board, view, lambda key: places[key.of([view.x])[0]], view.panel, view.line)
+    places = view.places(board.config, view.x)
+    panels = _panels(board, view, lambda key: places[key.of([view.x])[0]].x, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
     return Exhibit(view.name, view.title, sheet, lambda: curves(panels, view.x_label, log=view.log))
 

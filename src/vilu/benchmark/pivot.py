@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from vilu.benchmark.board import Board, Entrant, Mean
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import RANKED_BY
-from vilu.benchmark.published import Published, find_published
 from vilu.benchmark.sheet import Sheet, Shown
-from vilu.benchmark.views import FIELDS, TableView, View
+from vilu.benchmark.views import FIELDS, Published, TableView, View, find_published
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.text import short, span
 

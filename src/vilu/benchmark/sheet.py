@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from vilu.benchmark.published import Published
+from vilu.benchmark.views import Published
 from vilu.metrics.bootstrap import Interval
 from vilu.metrics.catalog import METRICS
 from vilu.text import NOTHING, aligned, harmless, in_latex, in_markdown, latex_rows, markdown_rows, span

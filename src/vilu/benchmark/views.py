@@ -1,17 +1,24 @@
-"""How a study shows what it found: tables, figures, and what the paper claims of it."""
+"""How a study shows what it found: tables, figures, what the paper claims of it, and its numbers to stand beside."""
 
 from __future__ import annotations
 
+import csv
+from abc import abstractmethod
 from collections import Counter
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from vilu.benchmark.parts import RANKED_BY, Name, Names, Section, require_known
-from vilu.benchmark.published import published_tables
+from vilu.errors import DataError
 
 Axis = Literal["method", "data", "setting"]
-FIELDS = ("method", "data", "setting", "metric")
+AXES: tuple[Axis, ...] = ("method", "data", "setting")
+FIELDS = (*AXES, "metric")
 
 
 class Study(Section):
@@ -20,13 +27,39 @@ class Study(Section):
     title: str  # in a few words
     reproduces: str = ""  # which table or figure of a publication, if any
     protocol: str = ""  # what was chosen, and where that differs from the publication
-    published: Names = ()  # tables of published numbers that go with it (``vilu.benchmark.published``)
+    published: Names = ()  # tables of published numbers that go with it (assets/published.csv)
 
     @field_validator("published")
     @classmethod
     def _check_published(cls, names: Names) -> Names:
         require_known("table of published numbers", names, published_tables())
         return names
+
+
+class Placed(Protocol):
+    """What may stand on the axis of a curve."""
+
+    @property
+    def x(self) -> float | None:
+        """Where."""
+
+
+class Known(Protocol):
+    """What views and claims may name: the ``Config`` that they are part of."""
+
+    metrics: Names
+
+    @property
+    def entries(self) -> Mapping[str, Placed]:
+        """Methods by label."""
+
+    @property
+    def data(self) -> Mapping[str, Placed]:
+        """Data sets by name."""
+
+    @property
+    def settings(self) -> Mapping[str, Placed]:
+        """Settings by name."""
 
 
 class View(Section):
@@ -38,6 +71,27 @@ class View(Section):
     data: Names | None = None  # only these, in this order
     settings: Names | None = None  # only these, in this order
     metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # what is shown
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"(view {self.name})"
+
+    def check(self, known: Known) -> None:
+        """Refuse a view that names what is not there, or could not be shown, with a ValueError."""
+        require_known(f"method {self.where}", self.methods or (), known.entries)
+        require_known(f"data set {self.where}", self.data or (), known.data)
+        require_known(f"setting {self.where}", self.settings or (), known.settings)
+        require_known(f"metric {self.where}", self.metrics, known.metrics)
+
+    def places(self, known: Known, axis: Axis) -> dict[str, Placed]:
+        """What is shown along an axis."""
+        chosen, there = {
+            "method": (self.methods, known.entries),
+            "data": (self.data, known.data),
+            "setting": (self.settings, known.settings),
+        }[axis]
+        return {name: there[name] for name in chosen or there}
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """The numbers of a figure as a table."""
@@ -63,6 +117,18 @@ class TableView(View):
             raise ValueError(f"{twice[0]} is both in the rows and in the columns")
         return self
 
+    def check(self, known: Known) -> None:
+        """Also refuse a table in which two numbers would stand in one cell."""
+        super().check(known)
+        require_known(f"data set {self.where}", self.mean, known.data)
+        several = {axis: tuple(self.places(known, axis)) for axis in AXES} | {"metric": self.metrics}
+        for field, names in several.items():
+            if field not in (*self.rows, *self.columns) and len(names) > 1:
+                raise ValueError(
+                    f"the view {self.name} has several values of {field} ({', '.join(names)}), and neither rows nor "
+                    "columns name it"
+                )
+
 
 class CurveView(View):
     """A metric against a number, a line for every method (or data set, or setting), with its interval."""
@@ -80,11 +146,23 @@ class CurveView(View):
             raise ValueError("x, line and panel must be three different things")
         return self
 
+    def check(self, known: Known) -> None:
+        """Also refuse a metric without interval, and points without place."""
+        super().check(known)
+        require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
+        if all(place.x is None for place in self.places(known, self.x).values()):
+            raise ValueError(f"no {self.x} has an x to stand on the axis {self.where}")
+
 
 class ScatterView(View):
     """A metric against the zero-shot accuracy, a point a data set and setting, a trend line a method."""
 
     kind: Literal["scatter"]
+
+    def check(self, known: Known) -> None:
+        """Also refuse a metric without interval."""
+        super().check(known)
+        require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
 
 class HistogramView(View):
@@ -101,11 +179,23 @@ class GridView(View):
     select_on: str  # setting that chooses
     report_on: str  # setting that is reported
 
+    def check(self, known: Known) -> None:
+        """Also refuse a choice by a metric without interval, or in a setting that is not there."""
+        super().check(known)
+        require_known(f"metric with an interval {self.where}", self.metrics[:1], RANKED_BY)
+        require_known(f"setting {self.where}", (self.select_on, self.report_on), known.settings)
+
 
 class RankingView(View):
     """Every method of every data set and setting, best first, with wins and mean ranks over all of them."""
 
     kind: Literal["ranking"]
+
+    def check(self, known: Known) -> None:
+        """Also refuse a choice: it is of everything."""
+        super().check(known)
+        if self.methods or self.data or self.settings or self.metrics != RANKED_BY:
+            raise ValueError(f"a ranking is of everything, so there is nothing to choose {self.where}")
 
 
 AnyView = Annotated[
@@ -128,6 +218,19 @@ class Claim(Section):
     data: Names | None = None  # data sets that it is decided on: the number is a mean over them
     metric: str = RANKED_BY[0]
 
+    @property
+    @abstractmethod
+    def subjects(self) -> tuple[Names, Names]:
+        """Methods and settings that it is about."""
+
+    def check(self, known: Known) -> None:
+        """Refuse a claim that names what is not there, or could not be decided, with a ValueError."""
+        require_known("data set (claim)", self.data or (), known.data)
+        require_known("metric (claim)", [self.metric], RANKED_BY)
+        methods, settings = self.subjects
+        require_known("method (claim)", methods, known.entries)
+        require_known("setting (claim)", settings, known.settings)
+
 
 class Better(Claim):
     """One method (in a setting) is better than another, by the mean over the data sets."""
@@ -135,6 +238,11 @@ class Better(Claim):
     kind: Literal["better"]
     better: Subject
     than: Subject
+
+    @property
+    def subjects(self) -> tuple[Names, Names]:
+        """Both."""
+        return (self.better.method, self.than.method), (self.better.setting, self.than.setting)
 
 
 class Trend(Claim):
@@ -145,6 +253,18 @@ class Trend(Claim):
     settings: Annotated[Names, Field(min_length=2)]  # with their ``x``
     metric_goes: Literal["up", "down"]  # direction
 
+    @property
+    def subjects(self) -> tuple[Names, Names]:
+        """The method, and all settings of the line."""
+        return (self.method,), self.settings
+
+    def check(self, known: Known) -> None:
+        """Also refuse settings without places on a logarithmic axis."""
+        super().check(known)
+        x = [known.settings[name].x for name in self.settings]
+        if any(value is None or value <= 0 for value in x) or len(set(x)) < 2:
+            raise ValueError(f"the trend of {self.method} needs settings with different x above zero")
+
 
 class Steeper(Claim):
     """A metric depends more on the zero-shot accuracy for one method than for another, by the slopes of trend lines."""
@@ -154,5 +274,52 @@ class Steeper(Claim):
     than: str
     settings: Names
 
+    @property
+    def subjects(self) -> tuple[Names, Names]:
+        """Both methods, and all settings."""
+        return (self.steeper, self.than), self.settings
+
 
 AnyClaim = Annotated[Better | Trend | Steeper, Field(discriminator="kind")]
+
+
+PublishedKey = tuple[str, str, str, str]
+"""Data set, setting, method, metric; each as publications are entered in the file."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number of a publication."""
+
+    value: float  # the metric, as a fraction
+    backbone: str  # the model behind it (``vilu.backbones.catalog``)
+    source: str  # where it stands
+    doubt: str  # why it is doubtful; "" where nothing speaks against it
+
+
+@cache
+def published_tables() -> dict[str, dict[PublishedKey, tuple[Published, ...]]]:
+    """Every published table by name: numbers by data set, setting, method and metric, one for each backbone."""
+    tables: dict[str, dict[PublishedKey, tuple[Published, ...]]] = {}
+    text = resources.files("vilu").joinpath("assets", "published.csv").read_text(encoding="utf-8")
+    for row in csv.DictReader(text.splitlines()):
+        key = row["dataset"], row["setting"], row["method"], row["metric"]
+        cells = tables.setdefault(row["table"], {})
+        number = Published(round(float(row["percent"]) / 100, 6), row["backbone"], row["source"], row["doubt"])
+        if any(other.backbone == number.backbone for other in cells.get(key, ())):
+            raise DataError(f"published.csv has {row['table']}, {', '.join(key)} twice for {number.backbone}.")
+        cells[key] = (*cells.get(key, ()), number)
+    return tables
+
+
+def find_published(tables: Sequence[str], key: PublishedKey, backbone: str) -> Published | None:
+    """The number of the first of some tables that has one: of this backbone, or of the only one there is.
+
+    Numbers of several other backbones are none: which of them would be meant, nobody knows.
+    """
+    for name in tables:
+        found = published_tables()[name].get(key, ())
+        same = [number for number in found if number.backbone == backbone]
+        if same or len(found) == 1:
+            return (same or list(found))[0]
+    return None
