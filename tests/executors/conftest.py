@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHONPATH = os.pathsep.join(map(str, (ROOT / "src", ROOT)))
+"""For processes that need the fakes, and this source whatever is installed."""
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,7 @@ def engines():
     """Starts the engine of a name, once; all are stopped at the end."""
     stops = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))  # workers import the fakes
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         patch.setenv("OMP_NUM_THREADS", "1")
 
         def start(name: str) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.executors.conftest import PYTHONPATH
 from tests.executors.fakes import BAD, N_PARTS, PER_PART, SETTINGS, Clumsy, pictures, pictures_seen
 from tests.unit.store_fakes import FakeBackbone, tree
 from vilu.errors import BusyError, DataError, ProvenanceError
@@ -24,7 +25,6 @@ from vilu.store.inspect import inspect
 from vilu.store.parts import StoreLedger
 from vilu.store.reader import EmbeddingStore
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 N_BAD = len(BAD)
 POISON = 5
 GOOD = [sum(i not in BAD for i in range(p * PER_PART, (p + 1) * PER_PART)) for p in range(N_PARTS)]
@@ -43,7 +43,7 @@ def run(name: str, root: Path, model: FakeBackbone, workers: int = 2, **settings
 
 def drive(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """A driver in its own process, to its end."""
-    everything = os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"} | environment
+    everything = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, "-m", "tests.executors.driver", *map(str, arguments)]
     return subprocess.run(command, env=everything, stdout=subprocess.PIPE, timeout=120, check=False)
 

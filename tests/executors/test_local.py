@@ -11,8 +11,9 @@ import time
 import psutil
 import pytest
 
+from tests.executors.conftest import PYTHONPATH
 from tests.executors.fake_job import EmptyJob, FileJob, calls
-from tests.executors.test_acceptance import CHECKOUT, wait_for_death
+from tests.executors.test_acceptance import wait_for_death
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.store.executors import local, make_executor
 from vilu.store.executors.local import threads_per_process
@@ -94,7 +95,7 @@ def test_ten_thousand_parts_need_little_memory():
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_driver(tmp_path, kind):
     """Long before their part would."""
-    environment = os.environ | {"PYTHONPATH": str(CHECKOUT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-m", "tests.executors.driver", "slowly", "local", tmp_path / "s", tmp_path]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as driver:
         end = time.monotonic() + 60

@@ -141,10 +141,8 @@ class PairEmbeddings(PairSource):
     ) -> None:
         self.image, self.text = require_usable(image, "image"), require_usable(text, "text")
         if self.image.shape != self.text.shape:
-            raise DataError(
-                "image and text must be pairs of one shape. "
-                f"Got {tuple(self.image.shape)} and {tuple(self.text.shape)} instead."
-            )
+            shapes = f"{tuple(self.image.shape)} and {tuple(self.text.shape)}"
+            raise DataError(f"image and text must be pairs of one shape. Got {shapes} instead.")
         self.pools = Pools(pool_size, seed=None) if isinstance(pool_size, int) else pool_size
         self.pool_size = self.pools.size
         if len(self.image) % self.pool_size:

@@ -43,15 +43,9 @@ class ZeroShot(NamedTuple):
 def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, logit_bias: float = 0.0) -> ZeroShot:
     """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias, tile by tile, in float32.
 
-    Memory above the input and the result is one tile of ``TILE_CELLS`` numbers, whatever B and K.
-
-    Args:
-        image: (B, D) unit-norm queries.
-        text: (K, D) unit-norm candidates.
-        first: (K,) as from ``first_equal``: a matrix product may round the same sum differently at the edge of a block,
-            so that of equal candidates not the first one would win, but one that the size of the block favours.
-        logit_scale: Multiplier of the cosine.
-        logit_bias: Added to every logit.
+    Memory above the input (B, D), (K, D) and the result is one tile of ``TILE_CELLS`` numbers. ``first`` (K,) is of
+    ``first_equal``: a matrix product may round the same sum differently at the edge of a block, so that of equal
+    candidates not the first one would win, but one that the size of the block favours.
     """
     if not len(text):
         raise ValueError("there is no candidate")
