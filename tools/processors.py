@@ -76,8 +76,8 @@ def run(name: str, arguments: list[str]) -> tuple[int, str]:
     """Exit status of one run, and its row of the table."""
     threads, switched, more = RUNS[name]
     of_threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    # MKL takes no more threads than there are cores unless it is told to
-    environment = os.environ | switched | of_threads | {"MKL_DYNAMIC": "FALSE"}
+    # MKL takes no more threads than there are cores unless it is told to; and threads without a core are not to spin
+    environment = os.environ | switched | of_threads | {"MKL_DYNAMIC": "FALSE", "OMP_WAIT_POLICY": "PASSIVE"}
     workers = max((os.cpu_count() or 1) // threads, 1)
     command = [sys.executable, "-m", "pytest", "-n", str(workers), "--tb=short", *more, *arguments]
     start = time.monotonic()

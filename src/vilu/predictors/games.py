@@ -115,14 +115,16 @@ class HeadGame(Game):
         """(B,) float64 v(S) of one head."""
         inside = [player for bit, player in enumerate(self.players) if coalition >> bit & 1]
         zero = torch.zeros_like(head.first_bias)[None]
-        mine = sum((own[player] for player in inside), head.first_bias + zero)
+        # products of one shape whatever the coalition: they round alike, so a player without effect gets exactly zero
+        mine = sum((own[player] for player in inside), head.first_bias + zero).expand_as(own[IMAGE])
         others = sum((background[player] for player in self.players if player not in inside), zero)
+        others = others.expand_as(background[IMAGE])
         step = max(TILE_CELLS // (len(others) * mine.shape[1]), 1)
         means = [
             self.link(head.rest(part[:, None] + others).squeeze(-1).cpu().double()).mean(dim=1)
             for part in mine.split(step)
         ]
-        return torch.cat(means).expand(len(own[IMAGE]))
+        return torch.cat(means)
 
 
 def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
