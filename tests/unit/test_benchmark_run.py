@@ -179,7 +179,7 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert digest_with("def f():\n    return 1\n", "A = 2\n") != first
     facts._read.cache_clear()
     facts.code_digest.cache_clear()
-    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.zero_shot")
+    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.fitted")
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_a_draw_without_successes_is_refused_for_its_seed_alone(data: Path, tmp_
 class Broken(MCM):
     name: ClassVar[str] = "broken"
 
-    def _uncertainty(self, batch: Batch) -> torch.Tensor:
+    def _score(self, batch: Batch) -> torch.Tensor:
         raise ZeroDivisionError("a bug")
 
 
@@ -250,7 +250,7 @@ class Broken(MCM):
 class Interrupted(MCM):
     name: ClassVar[str] = "interrupted"
 
-    def _uncertainty(self, batch: Batch) -> torch.Tensor:
+    def _score(self, batch: Batch) -> torch.Tensor:
         raise KeyboardInterrupt
 
 
@@ -271,7 +271,7 @@ def test_finished_cells_survive_an_interrupt(data: Path, tmp_path: Path, monkeyp
         benchmark(with_method(Interrupted, monkeypatch), data, tmp_path)
     before = times(tmp_path)
     assert set(before) == {"one/all/mcm/seed-0.json"}
-    monkeypatch.setattr(Interrupted, "_uncertainty", MCM._uncertainty)
+    monkeypatch.setattr(Interrupted, "_score", MCM._score)
     benchmark(with_method(Interrupted, monkeypatch), data, tmp_path)
     assert len(ran(tmp_path, before)) == 5
     assert not (set(before) & ran(tmp_path, before))
