@@ -255,5 +255,5 @@ def test_a_file_for_both(tmp_path: Path) -> None:
     path.write_text("[metrics.x]\n")
     with pytest.raises(UsageError, match=r"a section \[metrics\]; there are \[datasets.NAME\], \[backbones.NAME\]"):
         vilu.register(path)
-    with pytest.raises(UsageError, match="register takes the path of a TOML file, or .* Got 'mine.txt'"):
+    with pytest.raises(UsageError, match=r"register takes the path of a TOML file, or .* Got 'mine.txt'"):
         vilu.register("mine.txt")

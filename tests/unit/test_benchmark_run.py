@@ -182,7 +182,6 @@ def test_a_changed_method_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert digest_with("def f():\n    return 1\n", "A = 2\n") != first
     facts._read.cache_clear()
     facts.code_digest.cache_clear()
-<<<<<<< HEAD
     assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.heads.vilu")
 
 
@@ -226,9 +225,6 @@ def test_cells_of_older_code_are_shown_and_counted(
         assert f"benchmark: {n} of {n} results are of older code" in caplog.text
         benchmark(config(), data, output)
         assert f"benchmark: {n} cells are of older code" in caplog.text
-=======
-    assert facts.code_digest("vilu.predictors.zero_shot") != facts.code_digest("vilu.predictors.fitted")
->>>>>>> w-pred
 
 
 @pytest.mark.slow
