@@ -23,7 +23,7 @@ from vilu.embeddings.checks import STATUS, VALID, RowNumbers
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import digest
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, require_at_least
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
@@ -294,8 +294,7 @@ def score_parts(
 
 def _whole(rows_per_part: int, pool_size: int | None) -> int:
     """Rows of a part: whole pools, at least one, or as many more as fill the last batch of scoring."""
-    if rows_per_part < 1:
-        raise UsageError(f"rows_per_part must be at least 1. Got {rows_per_part} instead.")
+    require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
     return -(-rows_per_part // SCORING_BATCH) * SCORING_BATCH

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least
 from vilu.metrics.bootstrap import Interval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
@@ -52,8 +52,7 @@ def evaluate(
     several = [one.tally() for one in ([outcomes] if isinstance(outcomes, Tallied) else outcomes)]
     if not several:
         raise UsageError("evaluate needs at least one set of outcomes. Got none.")
-    if n_resamples < 0:
-        raise UsageError(f"n_resamples must be at least 0. Got {n_resamples} instead.")
+    require_at_least("n_resamples", n_resamples, 0)
     rows: list[ResultRow] = []
     scarce: list[str] = []
     for one in several:
