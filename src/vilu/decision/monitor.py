@@ -346,13 +346,8 @@ class Wealth(Model):
         """What there is to keep of it."""
         if not martingale.n:
             return None
-        counts = tuple(tuple(cells.tolist()) for cells in martingale.counts)
-        return cls(
-            n=martingale.n,
-            growth=tuple(martingale.growth.tolist()),
-            started=tuple(martingale.started.tolist()),
-            counts=counts,
-        )
+        sums = {"growth": martingale.growth.tolist(), "started": martingale.started.tolist()}
+        return cls.model_validate({"n": martingale.n, **sums, "counts": [n.tolist() for n in martingale.counts]})
 
     def martingale(self) -> Martingale:
         """What was kept."""
