@@ -71,7 +71,7 @@ def require_at_least(name: str, value: int, least: int) -> None:
 
 def require_between(name: str, value: float, interval: str = "(0, 1)") -> None:
     """Refuse a number that is not between 0 and 1; the brackets say whether these are allowed."""
-    ends = {0: interval.startswith("["), 1: interval.endswith("]")}
+    ends = {0.0: interval.startswith("["), 1.0: interval.endswith("]")}
     if not (0 < value < 1 or ends.get(value)):
         raise UsageError(f"{name} must be in {interval}. Got {value} instead.")
 

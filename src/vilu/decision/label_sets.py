@@ -131,14 +131,7 @@ def _labelled(predictor: FailurePredictor, data: EmbeddingSource, method: Kind) 
         yield nonconformity(predictor, batch, uncertainty, method)[known], batch.target.cpu()[known]
 
 
-def named_sets(
-    label_sets: LabelSets,
-    predictor: FailurePredictor,
-    batch: Batch,
-    uncertainty: Floats,
-    class_names: Sequence[str] | None,
-) -> list[str]:
-    """The sets of a batch as JSON lists of names, in the order of the candidates."""
-    members = label_sets.of(predictor, batch, uncertainty)
+def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
+    """Sets (B, K) as JSON lists of names, in the order of the candidates."""
     names = [str(j) for j in range(members.shape[1])] if class_names is None else class_names
     return [json.dumps(list(compress(names, row)), ensure_ascii=False) for row in members.tolist()]

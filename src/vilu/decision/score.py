@@ -66,7 +66,7 @@ class Decider:
         """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
         if self.record is None or self.record.label_sets is None or len(batch.text) < 2:
             return None
-        return named_sets(self.record.label_sets, self.predictor, batch, uncertainty, class_names)
+        return named_sets(self.record.label_sets.of(self.predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes) -> Outcomes:
         """The outcomes with what there is to say of them."""

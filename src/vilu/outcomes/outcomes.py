@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import DataError
 from vilu.files import plain_json, read_column, read_table, write_table
-from vilu.metrics.bootstrap import Interval, ScoredRows
-from vilu.metrics.catalog import Kernel
-from vilu.metrics.counts import TieCounts, real_vector
+from vilu.metrics.bootstrap import ScoredRows
+from vilu.metrics.counts import real_vector
+from vilu.metrics.histogram import Histogram
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,28 +77,8 @@ def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - b
     return column.to_pylist() if kind == "string" else column.fill_null(MISSING[kind]).to_numpy()
 
 
-class Scores(Protocol):
-    """Scores with known failures: ``metrics.bootstrap.ScoredRows`` of rows, or ``metrics.histogram.Histogram``."""
-
-    @property
-    def n(self) -> int:
-        """Number of rows."""
-
-    @property
-    def n_failures(self) -> int:
-        """How many of them are wrong."""
-
-    @property
-    def note(self) -> str | None:
-        """What to say beside the metrics; None where they are exact."""
-
-    def counts(self) -> TieCounts:
-        """What every metric is computed from."""
-
-    def intervals(
-        self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
-    ) -> dict[str, Interval]:
-        """Metrics with stratified percentile bootstrap intervals."""
+Scores = ScoredRows | Histogram
+"""Scores with known failures."""
 
 
 @dataclass(frozen=True)
@@ -272,16 +252,12 @@ class Outcomes:
         """What ``vilu.evaluate`` needs."""
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
         scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
-        calibrated = self.failure_probability
+        probability, calibrated = scores if self.is_probability else None, self.failure_probability
+        if calibrated is not None:
+            probability = ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
         return Tally(
             scores=scores,
-            probability=(
-                ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
-                if calibrated is not None
-                else scores
-                if self.is_probability
-                else None
-            ),
+            probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
             **facts_of(self),

@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
@@ -70,12 +70,9 @@ class ResultRow:
                 raise DataError(f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}.")
 
 
-TYPES = {
-    **dict.fromkeys(("method", "dataset", "split", "metric", "convention", "interval", "why"), "string"),
-    **dict.fromkeys(("seed", "n", "n_failures", "n_unlabelled", "n_unusable"), "int64"),
-    **dict.fromkeys(("value", "ci_low", "ci_high", "accuracy"), "float64"),
-}
-COLUMNS = tuple(ResultRow.__dataclass_fields__)
+ARROW = {"str": "string", "int": "int64", "float": "float64"}
+TYPES = {field.name: ARROW[str(field.type).removesuffix(" | None")] for field in fields(ResultRow)}
+COLUMNS = tuple(TYPES)
 COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
 REQUIRED = ("metric", *COUNTS, "accuracy", "convention")
 
