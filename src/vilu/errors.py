@@ -1,10 +1,11 @@
-"""Every error that vilu raises on purpose, each with the exit code of the command line.
+"""Every error that vilu raises on purpose, each with the exit code of the command line; checks of settings.
 
 A message says what was found, what was expected, and how to mend it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -60,3 +61,22 @@ class BusyError(ViLUError):
     """Another process holds the lock; trying again later can succeed."""
 
     exit_code = 75
+
+
+def require_at_least(name: str, value: int, least: int) -> None:
+    """Refuse a smaller number."""
+    if value < least:
+        raise UsageError(f"{name} must be at least {least}. Got {value} instead.")
+
+
+def require_between(name: str, value: float, interval: str = "(0, 1)") -> None:
+    """Refuse a number that is not between 0 and 1; the brackets say whether these are allowed."""
+    ends = {0.0: interval.startswith("["), 1.0: interval.endswith("]")}
+    if not (0 < value < 1 or ends.get(value)):
+        raise UsageError(f"{name} must be in {interval}. Got {value} instead.")
+
+
+def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Refuse another word."""
+    if value not in choices:
+        raise UsageError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead.")

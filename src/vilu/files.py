@@ -362,6 +362,7 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
         ProvenanceError: If a newer version of vilu wrote it.
     """
     import pyarrow as pa
+    import pyarrow.parquet
 
     suffix = table_suffix(path)
     try:
@@ -372,7 +373,7 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
         raise StorageError(f"cannot open {path}: {error}") from error
     with source:
         try:
-            table = _parse_parquet(source) if suffix == ".parquet" else _parse_csv(source, text_columns)
+            table = pyarrow.parquet.read_table(source) if suffix == ".parquet" else _parse_csv(source, text_columns)
             names = table.column_names
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
@@ -402,12 +403,6 @@ def table_suffix(path: str | Path) -> str:
     return suffix
 
 
-def _parse_parquet(source: pa.NativeFile) -> pa.Table:
-    import pyarrow.parquet
-
-    return pyarrow.parquet.read_table(source)
-
-
 def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table:
     import pyarrow as pa
     import pyarrow.csv
@@ -435,10 +430,14 @@ def _metadata(path: str | Path, table: pa.Table) -> dict[str, object]:
         raise DataError(f"the metadata of {path} must be JSON: {error}") from error
     if not isinstance(metadata, dict):
         raise DataError(f"the metadata of {path} must be a JSON object. Got {type(metadata).__name__} instead.")
-    version = metadata.pop("schema_version", None)
+    require_schema(path, metadata.pop("schema_version", None))
+    return metadata
+
+
+def require_schema(path: str | Path, version: object) -> None:
+    """Refuse what another version of vilu wrote."""
     if version != SCHEMA_VERSION:
         raise ProvenanceError(
             f"{path} has schema version {version!r}, this vilu reads version {SCHEMA_VERSION}. "
             "Install the vilu that wrote it."
         )
-    return metadata

@@ -19,7 +19,7 @@ from vilu.decision.thresholds import (
     rows_without_error,
     shrunk_rates,
 )
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, require_between, require_one_of
 from vilu.files import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes
@@ -263,14 +263,12 @@ def check_target(max_risk: float | None, min_coverage: float | None, confidence:
     """Refuse what cannot be promised."""
     if max_risk is None and min_coverage is None:
         raise UsageError("what is to be promised? Give max_risk, min_coverage or both.")
-    if max_risk is not None and not 0 < max_risk < 1:
-        raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
-    if min_coverage is not None and not 0 < min_coverage <= 1:
-        raise UsageError(f"min_coverage must be in (0, 1]. Got {min_coverage} instead.")
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence must be in (0, 1). Got {confidence} instead.")
-    if method not in METHODS:
-        raise UsageError(f"method must be one of {', '.join(METHODS)}. Got {method!r} instead.")
+    if max_risk is not None:
+        require_between("max_risk", max_risk)
+    if min_coverage is not None:
+        require_between("min_coverage", min_coverage, "(0, 1]")
+    require_between("confidence", confidence)
+    require_one_of("method", method, METHODS)
 
 
 def _members(names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]) -> dict[str, Ints]:

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
-from vilu.errors import DataError, InfeasibleError, UsageError
+from vilu.errors import DataError, InfeasibleError, UsageError, require_between
 from vilu.files import Model
 from vilu.metrics.counts import Floats
 from vilu.predictors.base import FailurePredictor
@@ -107,8 +107,7 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
 
 def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_miss: float) -> None:
     """Refuse what no sets can be made of."""
-    if not 0 < max_miss < 1:
-        raise UsageError(f"max_miss must be in (0, 1). Got {max_miss} instead.")
+    require_between("max_miss", max_miss)
     if data.pool_size is not None:
         raise UsageError(
             "label sets need classes; these are image-caption pairs, each with candidates of its own pool."
@@ -132,14 +131,7 @@ def _labelled(predictor: FailurePredictor, data: EmbeddingSource, method: Kind) 
         yield nonconformity(predictor, batch, uncertainty, method)[known], batch.target.cpu()[known]
 
 
-def named_sets(
-    label_sets: LabelSets,
-    predictor: FailurePredictor,
-    batch: Batch,
-    uncertainty: Floats,
-    class_names: Sequence[str] | None,
-) -> list[str]:
-    """The sets of a batch as JSON lists of names, in the order of the candidates."""
-    members = label_sets.of(predictor, batch, uncertainty)
+def named_sets(members: Tensor, class_names: Sequence[str] | None) -> list[str]:
+    """Sets (B, K) as JSON lists of names, in the order of the candidates."""
     names = [str(j) for j in range(members.shape[1])] if class_names is None else class_names
     return [json.dumps(list(compress(names, row)), ensure_ascii=False) for row in members.tolist()]

@@ -105,11 +105,9 @@ class Martingale:
 
     def _bets(self, p: Floats) -> Floats:
         """(B, K) log densities of all bets."""
-        learnt = []
-        for number, (_, weight) in enumerate(HISTOGRAMS):
-            bets, self.counts[number] = histogram_bets(p, self.counts[number], weight)
-            learnt.append(bets)
-        return np.concatenate([beta_bets(p), np.stack(learnt, axis=1)], axis=1)
+        learnt = [histogram_bets(p, n, weight) for n, (_, weight) in zip(self.counts, HISTOGRAMS, strict=True)]
+        self.counts = [after for _, after in learnt]
+        return np.column_stack([beta_bets(p), *(bets for bets, _ in learnt)])
 
 
 @dataclass

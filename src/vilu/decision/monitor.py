@@ -20,7 +20,7 @@ from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
 from vilu.decision.record import Rule
 from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
 from vilu.embeddings.space import digest
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least, require_between
 from vilu.files import Model, explain, read_column, read_table, table_suffix, write_table
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
@@ -72,10 +72,8 @@ class Monitor:
         false_alarm: float = 0.05,
         seed: int = 0,
     ) -> None:
-        if not 0 < false_alarm < 1:
-            raise UsageError(f"false_alarm must be in (0, 1). Got {false_alarm} instead.")
-        if seed < 0:
-            raise UsageError(f"seed must be at least 0. Got {seed} instead.")
+        require_between("false_alarm", false_alarm)
+        require_at_least("seed", seed, 0)
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again.")
         self.calibration, self.false_alarm, self.seed = calibration, false_alarm, seed
@@ -348,13 +346,8 @@ class Wealth(Model):
         """What there is to keep of it."""
         if not martingale.n:
             return None
-        counts = tuple(tuple(cells.tolist()) for cells in martingale.counts)
-        return cls(
-            n=martingale.n,
-            growth=tuple(martingale.growth.tolist()),
-            started=tuple(martingale.started.tolist()),
-            counts=counts,
-        )
+        sums = {"growth": martingale.growth.tolist(), "started": martingale.started.tolist()}
+        return cls.model_validate({"n": martingale.n, **sums, "counts": [n.tolist() for n in martingale.counts]})
 
     def martingale(self) -> Martingale:
         """What was kept."""

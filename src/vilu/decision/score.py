@@ -23,7 +23,7 @@ from vilu.embeddings.checks import STATUS, VALID, RowNumbers
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import digest
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, require_at_least
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
@@ -54,11 +54,6 @@ class Decider:
         """What binds decisions to their calibration; empty without."""
         return {} if self.record is None else {"risk": digest(self.record.model_dump(mode="json"))}
 
-    def require_match(self, data: EmbeddingSource) -> None:
-        """Refuse rows with other candidates than the calibration rows had."""
-        if self.record is not None:
-            self.record.require_candidates(data)
-
     def require_streaming(self) -> None:
         """Refuse a rule that needs all rows at once."""
         if self.record is not None and self.record.rule is not None and self.record.rule.needs_batch:
@@ -71,7 +66,7 @@ class Decider:
         """The label sets of a batch; None where there are none, or no uncertainty (one candidate)."""
         if self.record is None or self.record.label_sets is None or len(batch.text) < 2:
             return None
-        return named_sets(self.record.label_sets, self.predictor, batch, uncertainty, class_names)
+        return named_sets(self.record.label_sets.of(self.predictor, batch, uncertainty), class_names)
 
     def decide(self, outcomes: Outcomes) -> Outcomes:
         """The outcomes with what there is to say of them."""
@@ -117,8 +112,7 @@ def score(
     """
     decider = _checked(decider or Decider(predictor), data)
     seen = _n_seen(predictor, data, data.ids)
-    if seen:
-        warnings.warn(f"{seen} of {len(data)} rows were used to fit this {predictor.name}.", stacklevel=2)
+    _warn_seen(seen, data, predictor)
     return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=seen))
 
 
@@ -168,7 +162,8 @@ def _checked(decider: Decider, data: EmbeddingSource) -> Decider:
     """What decides, if there are rows, with the candidates that it knows."""
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
-    decider.require_match(data)
+    if decider.record is not None:
+        decider.record.require_candidates(data)
     return decider
 
 
@@ -199,6 +194,11 @@ def _n_seen(predictor: FailurePredictor, source: EmbeddingSource, ids: Sequence[
     return 0 if predictor.seen_ is None or isinstance(source.ids, RowNumbers) else predictor.seen_.overlap(ids or ())
 
 
+def _warn_seen(n_seen: int, source: EmbeddingSource, predictor: FailurePredictor) -> None:
+    if n_seen:
+        warnings.warn(f"{n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=3)
+
+
 def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[str | None]:
     """Per row why it has no score, or None."""
     missing = np.isnan(uncertainty)
@@ -210,10 +210,8 @@ def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[s
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     """Identifiers of rows, looked up in ascending ``order``: a store reads them part by part."""
-    keys = np.empty(len(rows), dtype=object)
-    keys[order] = [source.ids[row] for row in rows[order].tolist()]
-    found: list[str] = keys.tolist()
-    return found
+    keys = {row: source.ids[row] for row in rows[order].tolist()}
+    return [keys[row] for row in rows.tolist()]
 
 
 def score_parts(
@@ -285,17 +283,13 @@ def score_parts(
                 task.advance(len(part))
         ledger.seal(ScoreManifest.of(run, ledger.receipts()))
     done = ScoreFolder(ledger.root)
-    if done.counts.n_seen:
-        warnings.warn(
-            f"{done.counts.n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=2
-        )
+    _warn_seen(done.counts.n_seen, source, predictor)
     return done
 
 
 def _whole(rows_per_part: int, pool_size: int | None) -> int:
     """Rows of a part: whole pools, at least one, or as many more as fill the last batch of scoring."""
-    if rows_per_part < 1:
-        raise UsageError(f"rows_per_part must be at least 1. Got {rows_per_part} instead.")
+    require_at_least("rows_per_part", rows_per_part, 1)
     if pool_size:
         return max(rows_per_part // pool_size, 1) * pool_size
     return -(-rows_per_part // SCORING_BATCH) * SCORING_BATCH

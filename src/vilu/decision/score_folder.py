@@ -20,7 +20,7 @@ from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files import MANIFEST, RUN, Document, Model, parquet_bytes, read_column, read_document, read_json, read_table
 from vilu.metrics.counts import Ints
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
-from vilu.outcomes.outcomes import OPTIONAL, UNKNOWN, Outcomes, Tally
+from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of
 from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, content_hash, require_hash
 
 AGAIN = "Run the same `vilu score` again"
@@ -354,10 +354,7 @@ class ScoreFolder:
             probability=self.histogram if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,
-            method=self.run.method,
-            dataset=self.run.dataset,
-            split=self.run.split,
-            seed=self.run.seed,
+            **facts_of(self.run),
         )
 
     def outcomes(self) -> Outcomes:
@@ -379,7 +376,8 @@ class ScoreFolder:
             failure=np.concatenate([part.failure for part in parts])[order],
             **{name: values for name, values in optional.items() if values is not None},
             class_names=parts[0].class_names,
-            **{name: getattr(self.run, name) for name in ("method", "dataset", "split", "seed", "is_probability")},
+            **facts_of(self.run),
+            is_probability=self.run.is_probability,
             provenance={**self.run.provenance, "n_seen_in_fit": self.counts.n_seen},
         )
 
@@ -400,6 +398,5 @@ def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64
     if kind == "string":
         texts = [text for part, values in zip(parts, found, strict=True) for text in values or [None] * len(part)]
         return [texts[place] for place in order]
-    missing = np.nan if kind == "float64" else UNKNOWN
-    numbers = [np.full(len(p), missing) if v is None else v for p, v in zip(parts, found, strict=True)]
+    numbers = [np.full(len(p), MISSING[kind]) if v is None else v for p, v in zip(parts, found, strict=True)]
     return np.concatenate(numbers)[order]

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from vilu.decision.calibrate import evaluable
-from vilu.errors import InfeasibleError, UsageError
+from vilu.errors import InfeasibleError, require_between
 from vilu.files import Model
 from vilu.metrics.counts import Floats, real_vector
 from vilu.outcomes.outcomes import Outcomes
@@ -83,8 +83,7 @@ def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
         InfeasibleError: If there are fewer than 1 / max_risk - 1 rows: nothing could ever be selected.
         DataError: If no row has both an uncertainty and a known failure.
     """
-    if not 0 < max_risk < 1:
-        raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
+    require_between("max_risk", max_risk)
     rows = np.flatnonzero(evaluable(outcomes))[:MAX_ROWS]
     fewest = math.ceil(1 / max_risk) - 1
     if len(rows) < fewest:

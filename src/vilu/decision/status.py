@@ -103,16 +103,8 @@ class Audited(Model):
     @classmethod
     def from_audit(cls, audit: Audit) -> Audited:
         """The bounds in numbers."""
-        return cls(
-            n=audit.n,
-            wrong=audit.wrong,
-            promise=audit.promise,
-            lower=audit.lower,
-            upper=audit.upper,
-            confidence=1 - audit.delta,
-            verdict=audit.verdict,
-            n_needed=audit.n_needed(),
-        )
+        found = {name: getattr(audit, name) for name in ("n", "wrong", "promise", "lower", "upper", "verdict")}
+        return cls(**found, confidence=1 - audit.delta, n_needed=audit.n_needed())
 
     def __str__(self) -> str:
         found = f"{self.wrong} of {self.n} audited accepted answers are wrong"

@@ -196,13 +196,10 @@ def rows_needed(counts: TieCounts, max_risk: float, delta: float) -> int | None:
     """
     rates = shrunk_rates(counts)
     low = np.flatnonzero(rates < max_risk)
-    best: float | None = None
-    for index in low[:: max(len(low) // LOOKED_AT, 1)]:
-        rows = rows_for_rate(float(rates[index]), max_risk, delta / 2)
-        if rows is not None:
-            total = (rows + 1) * int(counts.n) / int(counts.accepted[index])
-            best = total if best is None else min(best, total)
-    return None if best is None else math.ceil(best)
+    looked_at = low[:: max(len(low) // LOOKED_AT, 1)].tolist()
+    accepted = {index: rows_for_rate(float(rates[index]), max_risk, delta / 2) for index in looked_at}
+    totals = [(m + 1) * int(counts.n) / int(counts.accepted[i]) for i, m in accepted.items() if m is not None]
+    return math.ceil(min(totals)) if totals else None
 
 
 def shrunk_rates(counts: TieCounts) -> Floats:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import overload
 
 import numpy as np
@@ -121,10 +120,13 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
 
 
 class Identifiers(Sequence[str]):
-    """Identifiers of rows, made when asked for."""
+    """Identifiers of so many rows, each made by ``of`` when it is asked for."""
 
-    @abstractmethod
-    def _of(self, row: int) -> str: ...
+    def __init__(self, n_rows: int, of: Callable[[int], str]) -> None:
+        self._n_rows, self._of = n_rows, of
+
+    def __len__(self) -> int:
+        return self._n_rows
 
     @overload
     def __getitem__(self, index: int) -> str: ...
@@ -139,10 +141,4 @@ class RowNumbers(Identifiers):
     """Identifiers of rows that came without any: "0", "1", ...; they identify nothing outside their own array."""
 
     def __init__(self, n_rows: int) -> None:
-        self._n_rows = n_rows
-
-    def __len__(self) -> int:
-        return self._n_rows
-
-    def _of(self, row: int) -> str:
-        return str(row)
+        super().__init__(n_rows, str)

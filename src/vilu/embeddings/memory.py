@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from vilu.embeddings.checks import check_class_names, check_ids, check_targets, require_usable, unit_rows
-from vilu.embeddings.columns import IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
+from vilu.embeddings.columns import check_columns
 from vilu.embeddings.pairs import PairSource, Pools
-from vilu.embeddings.source import Candidates, EmbeddingSource
+from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 
@@ -47,8 +47,6 @@ class Embeddings(EmbeddingSource):
         [0, 0, 1]
     """
 
-    pool_size: int | None = None
-
     def __init__(  # noqa: PLR0913 - one argument per property of the data
         self,
         image: ArrayLike | Tensor,
@@ -76,24 +74,9 @@ class Embeddings(EmbeddingSource):
         self._columns = check_columns(columns, len(self.image), len(self.text))
         self.columns = frozenset(self._columns)
 
-    @property
-    def n_candidates(self) -> int:
-        """K."""
-        return len(self.text)
-
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``image``."""
         return self.image[index]
-
-    def candidates(self, index: Tensor) -> Candidates:
-        """The same (K, D) texts for every batch, and the targets of the rows."""
-        return Candidates(self.text, self.target[index])
-
-    def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name``: rows of it where it is of the images."""
-        if name not in self._columns:
-            return super().column(name, index)
-        return self._columns[name][index] if name in IMAGE_COLUMNS else self._columns[name]
 
     @staticmethod
     def pairs(
@@ -169,9 +152,3 @@ class PairEmbeddings(PairSource):
     def caption_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``text``."""
         return self.text[index]
-
-    def column(self, name: str, index: Tensor) -> Tensor:
-        """Column ``name``: rows of it where it is of the images or of their captions."""
-        if name not in self._columns:
-            return super().column(name, index)
-        return self._columns[name][index] if name in IMAGE_COLUMNS | TEXT_COLUMNS else self._columns[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from vilu.embeddings.checks import Identifiers, RowNumbers
 from vilu.embeddings.similarity import first_equal
 from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, require_at_least, require_one_of
 
 Direction = Literal["image_to_text", "text_to_image"]
 
@@ -46,12 +46,8 @@ class Pools:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UsageError(f"pool_size must be at least 1. Got {self.size} instead.")
-        if self.direction not in get_args(Direction):
-            raise UsageError(
-                f"direction must be one of {', '.join(get_args(Direction))}. Got {self.direction!r} instead."
-            )
+        require_at_least("pool_size", self.size, 1)
+        require_one_of("direction", self.direction, get_args(Direction))
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise UsageError(f"near_duplicates must be a cosine in (0, 1]. Got {self.near_duplicates} instead.")
 
@@ -164,8 +160,8 @@ class PseudoCaptions(PairSource):
         require_full_pools(len(self._row), self.pool_size, "the union of the labelled rows")
         self._text, self._caption = class_captions(sources, chosen)
         self.target = torch.arange(len(self._row)) % self.pool_size
-        anonymous = any(isinstance(source.ids, RowNumbers) for source in sources)
-        self.ids: Sequence[str] = RowNumbers(len(self._row)) if anonymous else PrefixedIds(self, names)
+        n, anonymous = len(self._row), any(isinstance(source.ids, RowNumbers) for source in sources)
+        self.ids = RowNumbers(n) if anonymous else Identifiers(n, partial(self._identifier, names))
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -202,19 +198,9 @@ class PseudoCaptions(PairSource):
         """(number of the source, row in it) of a row."""
         return int(self._source[row]), int(self._row[row])
 
-
-class PrefixedIds(Identifiers):
-    """Identifiers of the rows of several sources, made when asked for."""
-
-    def __init__(self, rows: PseudoCaptions, names: Sequence[str]) -> None:
-        self._rows, self._names = rows, names
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def _of(self, row: int) -> str:
-        source, original = self._rows.origin(row)
-        return f"{self._names[source]}/{self._rows.sources[source].ids[original]}"
+    def _identifier(self, names: Sequence[str], row: int) -> str:
+        source, original = self.origin(row)
+        return f"{names[source]}/{self.sources[source].ids[original]}"
 
 
 def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> None:

@@ -147,6 +147,7 @@ class EmbeddingSource(ABC):
         class_names: Names of the candidates, or None (captions, or bare arrays).
         ids: (N,) row identifiers.
         target: (N,) int64 targets, -1 where unknown.
+        text: (K, D) the candidates of all rows, when they are shared.
         pool_size: Number of rows whose captions are the candidates of each of them, or None when candidates are shared.
         columns: Names of what there is beside the embeddings (``vilu.embeddings.columns``).
     """
@@ -155,28 +156,33 @@ class EmbeddingSource(ABC):
     class_names: tuple[str, ...] | None
     ids: Sequence[str]
     target: Tensor
-    pool_size: int | None
+    text: Tensor
+    pool_size: int | None = None
     columns: frozenset[str] = frozenset()
+    _columns: Mapping[str, Tensor] = {}  # those in memory
 
     def __len__(self) -> int:
         return len(self.target)
 
     @property
-    @abstractmethod
     def n_candidates(self) -> int:
         """K; with in-batch candidates at most so many."""
+        return len(self.text)
 
     @abstractmethod
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 image embeddings of the rows ``index`` (int64)."""
 
-    @abstractmethod
     def candidates(self, index: Tensor) -> Candidates:
-        """Candidates of the rows ``index``; with in-batch candidates these rows are the pool."""
+        """Candidates of the rows ``index``: the same for all; with in-batch candidates these rows are the pool."""
+        return Candidates(self.text, self.target[index])
 
-    def column(self, name: str, index: Tensor) -> Tensor:  # noqa: ARG002 - for sources that have some
+    def column(self, name: str, index: Tensor) -> Tensor:
         """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model."""
-        raise DataError(f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`.")
+        if name not in self._columns:
+            raise DataError(f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`.")
+        of_rows = IMAGE_COLUMNS if self.pool_size is None else IMAGE_COLUMNS | TEXT_COLUMNS
+        return self._columns[name][index] if name in of_rows else self._columns[name]
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
@@ -244,34 +250,21 @@ class EmbeddingSource(ABC):
 class Taken(EmbeddingSource):
     """What ``EmbeddingSource.take`` gives: a view, so no row is in memory before it is asked for."""
 
-    pool_size: int | None = None
-
     def __init__(self, source: EmbeddingSource, rows: Tensor, classes: Tensor | None, columns: frozenset[str]) -> None:
         self._source, self._rows, self._classes = source, rows, classes
         self.space, self.class_names, self.columns = source.space, source.class_names, columns
         self.target, self.status = source.target[rows], source.status[rows.numpy()]
-        self._text = source.candidates(rows[:0]).text
-        self.ids: Sequence[str] = (
-            RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else TakenIds(source, rows)
-        )
+        self.text = source.candidates(rows[:0]).text
+        self.ids = RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else TakenIds(source.ids, rows)
         if classes is not None:
-            position = torch.full((len(self._text) + 1,), UNKNOWN)
+            position = torch.full((len(self.text) + 1,), UNKNOWN)
             position[classes] = torch.arange(len(classes))  # the last entry stays: it is where -1 points
-            self.target, self._text = position[self.target], self._text[classes]
+            self.target, self.text = position[self.target], self.text[classes]
             self.class_names = self.class_names and tuple(self.class_names[i] for i in classes.tolist())
-
-    @property
-    def n_candidates(self) -> int:
-        """K, of those taken."""
-        return len(self._text)
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of the whole."""
         return self._source.image_rows(self._rows[index])
-
-    def candidates(self, index: Tensor) -> Candidates:
-        """The (K, D) texts taken, and the targets of the rows."""
-        return Candidates(self._text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name`` of the whole, at the rows or candidates taken."""
@@ -284,20 +277,15 @@ class Taken(EmbeddingSource):
 class TakenIds(Identifiers):
     """Identifiers of some rows of a source."""
 
-    def __init__(self, source: EmbeddingSource, rows: Tensor) -> None:
-        self._ids, self._rows = source.ids, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
+    def __init__(self, ids: Sequence[str], rows: Tensor) -> None:
+        super().__init__(len(rows), lambda row: ids[int(rows[row])])
+        self._ids, self._rows = ids, rows
 
     def __iter__(self) -> Iterator[str]:
         chosen = np.zeros(len(self._ids), dtype=bool)
         chosen[self._rows] = True
         distinct = list(compress(self._ids, chosen))  # one pass: identifiers on disk are read part by part
         return (distinct[i] for i in self._rows.unique(return_inverse=True)[1].tolist())
-
-    def _of(self, row: int) -> str:
-        return self._ids[int(self._rows[row])]
 
 
 def log_posterior(batch: Batch, temperature: float | Tensor = 1.0) -> Tensor:

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 
-from vilu.errors import ProvenanceError, UsageError
+from vilu.errors import ProvenanceError, UsageError, require_at_least
 
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
 
@@ -45,8 +45,7 @@ class EmbeddingSpace:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        if self.embed_dim < 1:
-            raise UsageError(f"embed_dim must be at least 1. Got {self.embed_dim} instead.")
+        require_at_least("embed_dim", self.embed_dim, 1)
         if not (math.isfinite(self.logit_scale) and self.logit_scale > 0):
             raise UsageError(f"logit_scale must be a positive finite number. Got {self.logit_scale} instead.")
         if not math.isfinite(self.logit_bias):

@@ -8,14 +8,14 @@ at a time. Time is of order rows · resamples, memory is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import UsageError
+from vilu.errors import require_at_least, require_between
 from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 
@@ -120,10 +120,13 @@ class SortedScores:
 def resampled_rows(scores: SortedScores, n_resamples: int, seed: int) -> Iterator[tuple[Ints, Ints]]:
     """Blocks of resamples: rows (B, N_correct) and rows (B, N_wrong), drawn with repetition within each class."""
     rng = np.random.default_rng(seed)
-    block = max(1, CELLS // len(scores.group))
-    for start in range(0, n_resamples, block):
-        size = min(block, n_resamples - start)
+    for size in block_sizes(n_resamples, CELLS // len(scores.group)):
         yield _draw(rng, scores.correct_rows, size), _draw(rng, scores.wrong_rows, size)
+
+
+def block_sizes(n_resamples: int, most: int) -> list[int]:
+    """Resamples of each block: as many as fit, at least one."""
+    return [min(max(1, most), n_resamples - start) for start in range(0, n_resamples, max(1, most))]
 
 
 def _draw(rng: np.random.Generator, rows: Ints, n_resamples: int) -> Ints:
@@ -150,12 +153,13 @@ def bootstrap_intervals(
 
 def resampled(kernels: Mapping[str, Kernel], scores: SortedScores, n_resamples: int, seed: int) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples; NaN where there is no wrong or no right answer."""
-    values: dict[str, list[Floats]] = {name: [] for name in kernels}
-    for rows in resampled_rows(scores, n_resamples, seed):
-        counts = scores.counts(*rows)
-        for name, kernel in kernels.items():
-            values[name].append(kernel(counts))
-    return {name: np.concatenate(blocks) for name, blocks in values.items()}
+    return values_of(kernels, (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed)))
+
+
+def values_of(kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts]) -> dict[str, Floats]:
+    """Values (B,) of several metrics on blocks of resamples, of which one is held at a time."""
+    found = [{name: kernel(counts) for name, kernel in kernels.items()} for counts in blocks]
+    return {name: np.concatenate([values[name] for values in found]) for name in kernels}
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +280,5 @@ def _kernel(metric: str | Kernel) -> Kernel:
 
 def check_settings(n_resamples: int, confidence: float) -> None:
     """Refuse no resample, or a confidence that is not in (0, 1)."""
-    if n_resamples < 1:
-        raise UsageError(f"n_resamples must be at least 1. Got {n_resamples} instead.")
-    if not 0 < confidence < 1:
-        raise UsageError(f"confidence must be in (0, 1). Got {confidence} instead.")
+    require_at_least("n_resamples", n_resamples, 1)
+    require_between("confidence", confidence)

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, require_at_least
 from vilu.metrics.counts import Floats, TieCounts, ratio, tie_counts
 
 Binning = Literal["width", "mass"]
@@ -73,8 +73,7 @@ def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
 
 def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") -> Floats:
     """Expected calibration error (...); see ``ece``."""
-    if bins < 1:
-        raise UsageError(f"bins must be at least 1. Got {bins} instead.")
+    require_at_least("bins", bins, 1)
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
         of_score = np.broadcast_to(np.searchsorted(inner_edges, counts.value, side="left"), counts.size.shape)

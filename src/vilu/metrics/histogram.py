@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.errors import DataError
-from vilu.metrics.bootstrap import CELLS, Interval, Quantity, check_settings
+from vilu.metrics.bootstrap import CELLS, Interval, Quantity, block_sizes, check_settings, values_of
 from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
@@ -175,19 +175,15 @@ class Histogram:
         """
         check_settings(n_resamples, confidence)
         whole, grouped = self.counts(), self._grouped()
-        rng = np.random.default_rng(seed)
-        block = max(1, CELLS // len(grouped.value))
-        found: dict[str, list[Floats]] = {name: [] for name in kernels}
-        for start in range(0, n_resamples, block):
-            size = min(block, n_resamples - start)
-            drawn = TieCounts(grouped.value, _draw(rng, grouped.correct, size), _draw(rng, grouped.wrong, size))
-            for name, kernel in kernels.items():
-                found[name].append(kernel(drawn))
-        intervals = {}
+        rng, sizes = np.random.default_rng(seed), block_sizes(n_resamples, CELLS // len(grouped.value))
+        blocks = (
+            TieCounts(grouped.value, *(_draw(rng, n, size) for n in (grouped.correct, grouped.wrong))) for size in sizes
+        )
+        draws, intervals = values_of(kernels, blocks), {}
         for name, kernel in kernels.items():
             value = float(kernel(whole))
             shift = value - float(kernel(grouped))
-            _, low, high = Quantity(value, np.concatenate(found[name])).interval(confidence)
+            _, low, high = Quantity(value, draws[name]).interval(confidence)
             intervals[name] = Interval(value, low + shift, high + shift)
         return intervals
 

@@ -6,16 +6,18 @@ equal uncertainties the order is unknown, so the number of wrong answers grows t
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import UsageError
+from vilu.errors import UsageError, require_between
 from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
 
 Convention = Literal["mean", "trapezoid"]
+
+_HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
+"""Harmonic numbers H_0 ... H_65535."""
 
 
 def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
@@ -137,8 +139,7 @@ def augrc_kernel(counts: TieCounts) -> Floats:
 
 def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
     """Selective risk (...) at one coverage; see ``risk_at_coverage``."""
-    if not 0 < coverage <= 1:
-        raise UsageError(f"coverage must be in (0, 1]. Got {coverage} instead.")
+    require_between("coverage", coverage, "(0, 1]")
     # rounding first: 0.07 · 100 is a little more than 7
     kept = np.ceil(np.round(counts.n * coverage, 9))[..., None]
     inside = np.clip(kept - (counts.accepted - counts.size), 0, counts.size)
@@ -147,31 +148,19 @@ def risk_at_coverage_kernel(counts: TieCounts, coverage: float) -> Floats:
 
 def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
     """Coverage (...) at one risk; see ``coverage_at_risk``."""
-    if not 0 <= risk <= 1:
-        raise UsageError(f"risk must be in [0, 1]. Got {risk} instead.")
+    require_between("risk", risk, "[0, 1]")
     meets = ratio(counts.accepted_wrong, counts.accepted) <= risk
     return ratio(np.where(meets, counts.accepted, 0).max(-1), counts.n)
 
 
-@lru_cache(maxsize=1)
-def _first_harmonic() -> Floats:
-    """Harmonic numbers H_0 ... H_65535."""
-    numbers: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
-    numbers.setflags(write=False)
-    return numbers
-
-
 def _harmonic(n: Ints) -> Floats:
     """Harmonic numbers H_n (...); of large n from ln n + γ + 1 / 2n - 1 / 12n², whose next term is below 1e-20."""
-    first = _first_harmonic()
-    if not n.size or n.max() < len(first):
-        return first[n]
-    large = np.maximum(n, len(first)).astype(np.float64)
-    return np.where(n < len(first), first[np.minimum(n, len(first) - 1)], _series(large))
-
-
-def _series(n: Floats) -> Floats:
-    return np.log(n) + np.euler_gamma + 1 / (2 * n) - 1 / (12 * n**2)
+    size = len(_HARMONIC)
+    if not n.size or n.max() < size:
+        return _HARMONIC[n]
+    large = np.maximum(n, size).astype(np.float64)
+    series = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
+    return np.where(n < size, _HARMONIC[np.minimum(n, size - 1)], series)
 
 
 def _mean_risk(counts: TieCounts) -> Floats:

@@ -6,16 +6,16 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least
 from vilu.metrics.bootstrap import Interval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Scores, Tallied, Tally
+from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable
 
 FEW = 30
@@ -52,8 +52,7 @@ def evaluate(
     several = [one.tally() for one in ([outcomes] if isinstance(outcomes, Tallied) else outcomes)]
     if not several:
         raise UsageError("evaluate needs at least one set of outcomes. Got none.")
-    if n_resamples < 0:
-        raise UsageError(f"n_resamples must be at least 0. Got {n_resamples} instead.")
+    require_at_least("n_resamples", n_resamples, 0)
     rows: list[ResultRow] = []
     scarce: list[str] = []
     for one in several:
@@ -192,7 +191,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
     for source in {id(one): one for one in sources.values() if one is not None}.values():
         kernels = {name: metrics[name].kernel for name, one in sources.items() if one is source}
         measured |= _measured(source, kernels, how)
-    facts: dict[str, Any] = {name: getattr(tally, name) for name in OF_A_TALLY}
+    facts = facts_of(tally) | {"n_unlabelled": tally.n_unlabelled, "n_unusable": tally.n_unusable}
     facts |= {"n": n, "n_failures": n_failures, "accuracy": 1 - n_failures / n}
     rows = []
     for name, metric in metrics.items():
@@ -211,9 +210,6 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
             )
         )
     return rows
-
-
-OF_A_TALLY = ("method", "dataset", "split", "seed", "n_unlabelled", "n_unusable")
 
 
 def _measured(source: Scores, kernels: Mapping[str, Kernel], how: Resampling) -> dict[str, Interval]:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import DataError
-from vilu.metrics.counts import real_vector
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
-
 from vilu.files import plain_json, read_column, read_table, write_table
-from vilu.metrics.bootstrap import Interval, ScoredRows
-from vilu.metrics.catalog import Kernel
-from vilu.metrics.counts import TieCounts
+from vilu.metrics.bootstrap import ScoredRows
+from vilu.metrics.counts import real_vector
+from vilu.metrics.histogram import Histogram
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -79,50 +72,13 @@ def check_probabilities(values: ArrayLike | None, name: str) -> NDArray[np.float
     return numbers
 
 
-def extra_columns(
-    probability: NDArray[np.float64] | None, texts: Mapping[str, Sequence[str | None] | None]
-) -> dict[str, pa.Array]:
-    """Columns of what there is of a probability and of texts."""
-    import pyarrow as pa
-
-    numbers = {} if probability is None else {"failure_probability": pa.array(probability, mask=np.isnan(probability))}
-    return numbers | {name: pa.array(values, pa.string()) for name, values in texts.items() if values is not None}
-
-
-def plain_values(column: pa.ChunkedArray) -> NDArray[np.int64] | NDArray[np.float64] | list[str | None]:
+def plain_values(column: pa.ChunkedArray, kind: str) -> Any:  # noqa: ANN401 - by its kind
     """Whole numbers with -1 for null, numbers with NaN, or texts with None."""
-    import pyarrow as pa
-
-    if pa.types.is_string(column.type):
-        texts: list[str | None] = column.to_pylist()
-        return texts
-    if pa.types.is_floating(column.type):
-        return np.asarray(column.fill_null(np.nan).to_numpy(), dtype=np.float64)
-    return np.asarray(column.fill_null(UNKNOWN).to_numpy(), dtype=np.int64)
+    return column.to_pylist() if kind == "string" else column.fill_null(MISSING[kind]).to_numpy()
 
 
-class Scores(Protocol):
-    """Scores with known failures: ``metrics.bootstrap.ScoredRows`` of rows, or ``metrics.histogram.Histogram``."""
-
-    @property
-    def n(self) -> int:
-        """Number of rows."""
-
-    @property
-    def n_failures(self) -> int:
-        """How many of them are wrong."""
-
-    @property
-    def note(self) -> str | None:
-        """What to say beside the metrics; None where they are exact."""
-
-    def counts(self) -> TieCounts:
-        """What every metric is computed from."""
-
-    def intervals(
-        self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
-    ) -> dict[str, Interval]:
-        """Metrics with stratified percentile bootstrap intervals."""
+Scores = ScoredRows | Histogram
+"""Scores with known failures."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +95,11 @@ class Tally:
     dataset: str | None = None  # name of the data set
     split: str | None = None  # name of its part
     seed: int | None = None  # seed of the predictor
+
+
+def facts_of(scores: object) -> dict[str, Any]:
+    """What tells these scores from others: ``FACTS``."""
+    return {name: getattr(scores, name) for name in FACTS}
 
 
 @runtime_checkable
@@ -163,6 +124,12 @@ OPTIONAL = {
     **dict.fromkeys(DECISION, "string"),
 }
 """What need not be there, and the type of its column."""
+
+MISSING = {"int64": UNKNOWN, "float64": np.nan, "string": None}
+"""What stands where there is nothing, by the type of the column."""
+
+FACTS = ("method", "dataset", "split", "seed")
+"""What tells scores from others."""
 
 KINDS = {
     "method": str | None,
@@ -285,22 +252,15 @@ class Outcomes:
         """What ``vilu.evaluate`` needs."""
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
         scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
-        calibrated = self.failure_probability
+        probability, calibrated = scores if self.is_probability else None, self.failure_probability
+        if calibrated is not None:
+            probability = ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
         return Tally(
             scores=scores,
-            probability=(
-                ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
-                if calibrated is not None
-                else scores
-                if self.is_probability
-                else None
-            ),
+            probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),
-            method=self.method,
-            dataset=self.dataset,
-            split=self.split,
-            seed=self.seed,
+            **facts_of(self),
         )
 
     def save(self, path: str | Path) -> None:
@@ -329,22 +289,23 @@ class Outcomes:
         """
         import pyarrow as pa
 
-        n = len(self)
+        n, nothing = len(self), pa.nulls(len(self), pa.string())
         names = None if self.class_names is None else pa.array(self.class_names, pa.string())
         pred, label = nullable_codes(self.prediction, n), nullable_codes(self.target, n)
+        more = [name for name in ("failure_probability", *DECISION) if getattr(self, name) is not None]
         try:
             columns = {
                 "row_id": pa.array(np.arange(n) if row_id is None else np.asarray(row_id, dtype=np.int64)),
-                "key": pa.nulls(n, pa.string()) if self.ids is None else pa.array(self.ids, pa.string()),
+                "key": nothing if self.ids is None else pa.array(self.ids, pa.string()),
                 "pred": pred,
-                "pred_name": pa.nulls(n, pa.string()) if names is None else names.take(pred),
+                "pred_name": nothing if names is None else names.take(pred),
                 "label": label,
-                "label_name": pa.nulls(n, pa.string()) if names is None else names.take(label),
+                "label_name": nothing if names is None else names.take(label),
                 "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
                 "failure": nullable_codes(self.failure, n).cast(pa.int8()),
-                "reason": pa.nulls(n, pa.string()) if self.reason is None else pa.array(self.reason, pa.string()),
+                "reason": nothing if self.reason is None else pa.array(self.reason, pa.string()),
                 "score_name": pa.repeat(pa.scalar(self.method, pa.string()), n),
-                **extra_columns(self.failure_probability, {name: getattr(self, name) for name in DECISION}),
+                **{name: pa.array(getattr(self, name), OPTIONAL[name], from_pandas=True) for name in more},
             }
         except UnicodeError as error:
             raise DataError(f"ids, class_names and reason must be valid Unicode: {error}") from error
@@ -371,10 +332,7 @@ class Outcomes:
                 f"{path} must have the columns uncertainty and failure. Missing: {', '.join(missing)}; "
                 f"it has {', '.join(table.column_names):.200}."
             )
-
-        def read(name: str, kind: str) -> pa.ChunkedArray:
-            return read_column(path, table, name, kind)
-
+        read = partial(read_column, path, table)
         stored = {"prediction": "pred", "target": "label", "ids": "key"}
         columns = {name: read(stored.get(name, name), kind) for name, kind in OPTIONAL.items()}
         filled = [name for name, column in columns.items() if column.null_count < len(table)]
@@ -382,10 +340,9 @@ class Outcomes:
         present = present if isinstance(present, list) else filled
         methods = read("score_name", "string").unique().to_pylist()
         known: dict[str, Any] = {"method": methods[0] if len(methods) == 1 else None, **metadata}
-        plain: dict[str, Any] = {name: plain_values(column) for name, column in columns.items() if name in present}
         return cls(
-            uncertainty=read("uncertainty", "float64").fill_null(np.nan).to_numpy(),
-            failure=read("failure", "int64").fill_null(UNKNOWN).to_numpy(),
-            **plain,
+            uncertainty=plain_values(read("uncertainty", "float64"), "float64"),
+            failure=plain_values(read("failure", "int64"), "int64"),
+            **{name: plain_values(columns[name], kind) for name, kind in OPTIONAL.items() if name in present},
             **{name: known[name] for name in ("class_names", *KINDS) if name in known},
         )

@@ -6,19 +6,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import SCHEMA_VERSION, read_column, read_table, write_json, write_table
+from vilu.errors import DataError, UsageError
+from vilu.files import SCHEMA_VERSION, or_refuse, read_column, read_table, require_schema, write_json, write_table
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
 from vilu.text import aligned, in_cell, markdown_rows, printable, span
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -74,12 +70,9 @@ class ResultRow:
                 raise DataError(f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}.")
 
 
-TYPES = {
-    **dict.fromkeys(("method", "dataset", "split", "metric", "convention", "interval", "why"), "string"),
-    **dict.fromkeys(("seed", "n", "n_failures", "n_unlabelled", "n_unusable"), "int64"),
-    **dict.fromkeys(("value", "ci_low", "ci_high", "accuracy"), "float64"),
-}
-COLUMNS = tuple(ResultRow.__dataclass_fields__)
+ARROW = {"str": "string", "int": "int64", "float": "float64"}
+TYPES = {field.name: ARROW[str(field.type).removesuffix(" | None")] for field in fields(ResultRow)}
+COLUMNS = tuple(TYPES)
 COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
 REQUIRED = ("metric", *COUNTS, "accuracy", "convention")
 
@@ -153,11 +146,17 @@ class ResultTable:
 
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """Aligned text: methods as rows, metrics as columns; by default the main ones of all, or those of a choice."""
-        return text_table(self.rows, metrics)
+        shown = _shown(self.rows, metrics)
+        parts = ["\n".join([title, *aligned(lines)]) for title, lines in _parts(self.rows, shown)]
+        return "\n\n".join([*parts, "\n".join(_notes(self.rows, shown))])
 
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
         """The same as ``table``, in Markdown."""
-        return markdown_table(self.rows, metrics)
+        shown, parts = _shown(self.rows, metrics), []
+        for title, lines in _parts(self.rows, shown):
+            heading, *body = ([in_cell(cell) for cell in line] for line in lines)
+            parts.append("\n".join([f"**{in_cell(title)}**", "", *markdown_rows(heading, body)]))
+        return "\n\n".join([*parts, "\n".join(f"- {in_cell(note)}" for note in _notes(self.rows, shown))])
 
     def save(self, path: str | Path) -> None:
         """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
@@ -201,18 +200,13 @@ def _table_of_json(path: str | Path) -> pa.Table:
     import pyarrow as pa
 
     try:
-        content = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise StorageError(f"cannot open {path}: {error}") from error
+        with or_refuse(f"open {path}"):
+            content = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not (isinstance(content, dict) and isinstance(content.get("rows"), list)):
         raise DataError(f"{path} must hold an object with a list 'rows'. Got {type(content).__name__} instead.")
-    if content.get("schema_version") != SCHEMA_VERSION:
-        raise ProvenanceError(
-            f"{path} has schema version {content.get('schema_version')!r}, this vilu reads version {SCHEMA_VERSION}. "
-            "Install the vilu that wrote it."
-        )
+    require_schema(path, content.get("schema_version"))
     if not all(isinstance(row, dict) for row in content["rows"]):
         raise DataError(f"every entry of 'rows' in {path} must be an object.")
     try:
@@ -246,23 +240,6 @@ UNDEFINED = "undefined"
 
 Titled = tuple[str, list[list[str]]]
 """The results on one data set: a title; and the heading, then a line of cells per method."""
-
-
-def text_table(rows: Sequence[ResultRow], metrics: Sequence[str] | None = None) -> str:
-    """Aligned plain text, one part per data set, the notes last."""
-    shown = _shown(rows, metrics)
-    parts = ["\n".join([title, *aligned(lines)]) for title, lines in _parts(rows, shown)]
-    return "\n\n".join([*parts, "\n".join(_notes(rows, shown))])
-
-
-def markdown_table(rows: Sequence[ResultRow], metrics: Sequence[str] | None = None) -> str:
-    """Markdown, one table per data set, the notes last."""
-    shown = _shown(rows, metrics)
-    parts = []
-    for title, lines in _parts(rows, shown):
-        heading, *body = ([in_cell(cell) for cell in line] for line in lines)
-        parts.append("\n".join([f"**{in_cell(title)}**", "", *markdown_rows(heading, body)]))
-    return "\n\n".join([*parts, "\n".join(f"- {in_cell(note)}" for note in _notes(rows, shown))])
 
 
 def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence[str]:

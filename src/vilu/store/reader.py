@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vilu.embeddings.columns import check_columns
 from vilu.embeddings.pairs import Pools
-from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
+from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files import MANIFEST, RUN, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
@@ -121,8 +121,6 @@ class EmbeddingStore(MappedSource):
         ProvenanceError: If files do not belong together, or another schema wrote them.
     """
 
-    pool_size: int | None = None
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
@@ -139,11 +137,6 @@ class EmbeddingStore(MappedSource):
         self.target = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
         self.ids = self._sealed.keys()
 
-    @property
-    def n_candidates(self) -> int:
-        """K."""
-        return len(self.text)
-
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 rows, gathered from the parts that hold them."""
         return self._sealed.rows.take(IMAGE, index)
@@ -153,10 +146,6 @@ class EmbeddingStore(MappedSource):
         if name not in self.columns:
             return super().column(name, index)
         return self._sealed.rows.take(name, index) if name in self.manifest.arrays else self._class_column(name)
-
-    def candidates(self, index: Tensor) -> Candidates:
-        """The same (K, D) texts for every batch, and the targets of the rows."""
-        return Candidates(self.text, self.target[index])
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
         labels: pa.Array = self._sealed.metadata("label", part.number)
