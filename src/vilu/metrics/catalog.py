@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib import resources
-from pkgutil import resolve_name
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from vilu.errors import UsageError
+from vilu.metrics.calibration import brier_kernel, ece_kernel, log_loss_kernel
 from vilu.metrics.counts import Floats, TieCounts
+from vilu.metrics.ranking import aupr_kernel, auroc_kernel, fpr_at_tpr_kernel
+from vilu.metrics.selective import (
+    augrc_kernel,
+    aurc_kernel,
+    coverage_at_risk_kernel,
+    excess_aurc_kernel,
+    naurc_kernel,
+    risk_at_coverage_kernel,
+)
 from vilu.registry import ADDERS
 
 Kernel = Callable[[TieCounts], Floats]
@@ -54,15 +61,72 @@ class Metric:
         return f"[{self.show(low, sign)}, {self.show(high, sign)}]"
 
 
-def _entry(name: str, kernel: str, choices: Mapping[str, object] | None = None, **facts: Any) -> Metric:  # noqa: ANN401
-    found = resolve_name(kernel)
-    return Metric(name=name, kernel=partial(found, **choices) if choices else found, **facts)
-
-
-_TEXT = resources.files("vilu").joinpath("assets", "metrics.toml").read_text(encoding="utf-8")
-
-METRICS = {name: _entry(name, **facts) for name, facts in tomllib.loads(_TEXT).items()}
-"""By name: ours, from ``assets/metrics.toml``, then those that were added."""
+_RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
+_ENTRIES = {
+    "auroc": Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True),
+    "fpr95": Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation"),
+    "fpr95_failure": Metric(
+        "FPR95-failure",
+        partial(fpr_at_tpr_kernel, positive="failure", rule="first"),
+        "positive=failure, first operating point with TPR >= 0.95",
+        wanted="chosen",
+    ),
+    "aupr_failure": Metric(
+        "AUPR-failure", partial(aupr_kernel, positive="failure"), "average precision", higher_is_better=True
+    ),
+    "aupr_success": Metric(
+        "AUPR-success",
+        partial(aupr_kernel, positive="correct"),
+        "average precision",
+        higher_is_better=True,
+        wanted="evaluated",
+    ),
+    "aurc": Metric("AURC", aurc_kernel, "mean selective risk, expected over ties", wanted="evaluated"),
+    "aurc_trapezoid": Metric(
+        "AURC-trapezoid",
+        partial(aurc_kernel, convention="trapezoid"),
+        "trapezoids over distinct scores",
+        wanted="chosen",
+    ),
+    "excess_aurc": Metric(
+        "E-AURC", excess_aurc_kernel, "mean selective risk less the finite-sample optimum", wanted="evaluated"
+    ),
+    "naurc": Metric("NAURC", naurc_kernel, "excess AURC over that of a random order", wanted="chosen"),
+    "augrc": Metric("AUGRC", augrc_kernel, "trapezoids over distinct scores"),
+    "risk_at_coverage_0.8": Metric(
+        "Risk@80%",
+        partial(risk_at_coverage_kernel, coverage=0.8),
+        "selective risk, expected over ties",
+        wanted="evaluated",
+    ),
+    **{
+        f"coverage_at_risk_{risk}": Metric(
+            title,
+            partial(coverage_at_risk_kernel, risk=float(risk)),
+            "largest coverage of a threshold, no guarantee",
+            higher_is_better=True,
+            wanted="always" if risk == "0.05" else "evaluated",
+        )
+        for risk, title in _RISKS.items()
+    },
+    "ece": Metric("ECE", ece_kernel, "binary, 15 bins of equal width", of_probability=True),
+    "ece_mass": Metric(
+        "ECE-mass",
+        partial(ece_kernel, binning="mass"),
+        "binary, 15 bins of equal mass",
+        of_probability=True,
+        wanted="evaluated",
+    ),
+    "brier": Metric("Brier", brier_kernel, "of the failure probability", of_probability=True, wanted="evaluated"),
+    "log_loss": Metric(
+        "log-loss",
+        log_loss_kernel,
+        "natural logarithm, probabilities at least 1e-12 from certainty",
+        of_probability=True,
+        wanted="evaluated",
+    ),
+}
+METRICS = {name: replace(metric, name=name) for name, metric in _ENTRIES.items()}
 
 
 def evaluated_metrics() -> list[str]:
