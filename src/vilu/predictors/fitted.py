@@ -15,6 +15,7 @@ from torch import Tensor
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
+from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
 from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
@@ -167,7 +168,7 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
 
 
 @dataclass
-class RelU(FailurePredictor):
+class RelU(ClosedSet):
     """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
 
     D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes] over symmetric
@@ -193,13 +194,10 @@ class RelU(FailurePredictor):
     summary: ClassVar[str] = "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
     reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
     cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
-    closed_set: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
     tensors: ClassVar[tuple[str, ...]] = ("penalty", CLASSES)
     no_captions: ClassVar[str | None] = "its penalty is one of confusing two classes, and captions have no classes"
 
-    seed: int = 0
-    device: str = "auto"
     trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
 

@@ -26,9 +26,6 @@ QUERY_ROWS = 1_024
 BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time
 
 
-NO_CLASSES = "it compares images of one class, and captions have no classes"
-
-
 def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
     """At most so many of the rows, in order, and their positions (M,) among them; said aloud where some are left."""
     n = len(train.index)
