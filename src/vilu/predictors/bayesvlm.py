@@ -272,11 +272,8 @@ class BayesVLM(FailurePredictor):
                 (phi, g), (psi, h) = ((float64(inputs), float64(outputs)) for inputs, outputs in layers)
                 image = Layer(phi, g, g.new_ones(len(g)))
                 text = Layer(psi, h, torch.bincount(batch.target, minlength=len(h)).to(h))
-                logit = (batch.logit_scale, batch.logit_bias)
-                yield (
-                    factors(image, text.directions, *logit, loss=self.loss),
-                    factors(text, image.directions, *logit, loss=self.loss),
-                )
+                found = functools.partial(factors, scale=batch.logit_scale, bias=batch.logit_bias, loss=self.loss)
+                yield found(image, text.directions), found(text, image.directions)
                 task.advance(1)
 
     def _score(self, batch: Batch) -> Tensor:

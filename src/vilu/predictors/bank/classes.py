@@ -31,6 +31,10 @@ class ClosedSet(FailurePredictor):
     seed: int = 0
     device: str = "auto"
 
+    def answer_of(self, batch: Batch) -> Tensor:
+        """(B,) zero-shot answers among the learned classes."""
+        return self.classes_of(batch.text)[batch.prediction]
+
 
 @dataclasses.dataclass
 class LinearProbe(ClosedSet):
@@ -128,7 +132,7 @@ class TrustVLM(ClosedSet):
         return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
+        answer = self.answer_of(batch)
         features = normalize(batch.columns["features"], dim=1)
         prototypes = self.tensor("prototypes", features.device)
         if features.shape[1] != prototypes.shape[1]:
@@ -136,7 +140,7 @@ class TrustVLM(ClosedSet):
                 f"{self.name} was fitted on features of width {prototypes.shape[1]}, and those to score have "
                 f"{features.shape[1]}. Embed both with the same second encoder."
             )
-        similarity = (features * prototypes[classes[batch.prediction]]).sum(dim=1)
+        similarity = (features * prototypes[answer]).sum(dim=1)
         failure = -torch.expm1(log_posterior(batch).amax(dim=1))
         return failure + self.weight * (1 - float64(similarity))
 

@@ -138,9 +138,8 @@ class DeltaMDS(ClosedSet):
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
         image = float64(batch.image)
-        known = classes.to(image.device)
+        known = self.classes_of(batch.text).to(image.device)
         right, wrong = (self._distance(image, known, bank) for bank in ("right", "wrong"))
         return right - wrong - self.margin_weight * cosine_margin(batch)
 

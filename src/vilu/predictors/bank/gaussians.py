@@ -80,8 +80,7 @@ def ledoit_wolf(matrix: Tensor, fourth: float, n: int) -> Tensor:
     dispersion = squares - d * variance**2
     error = (fourth / n - squares) / n
     shrinkage = (error / dispersion).clamp(0, 1) if float(dispersion) > 0 else torch.ones(())
-    identity = torch.eye(d, dtype=torch.float64)
-    return (1 - shrinkage) * covariance + shrinkage * variance * identity
+    return (1 - shrinkage) * covariance + shrinkage * variance * torch.eye(d, dtype=torch.float64)
 
 
 def whitener(covariance: Tensor) -> Tensor:
@@ -134,13 +133,11 @@ class Mahalanobis(ClosedSet):
 
     def tensor_names(self) -> tuple[str, ...]:
         """The global ones only where they are subtracted."""
-        extra = ("global_mean", "global_whitener") if self.relative else ()
-        return (*self.tensors, *extra)
+        return (*self.tensors, "global_mean", "global_whitener") if self.relative else self.tensors
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
         image = float64(batch.image)
-        means = self.tensor("means", image.device)[classes[batch.prediction].to(image.device)]
+        means = self.tensor("means", image.device)[self.answer_of(batch).to(image.device)]
         score = ((image - means) @ self.tensor("whitener", image.device)).square().sum(dim=1)
         if self.relative:
             centred = image - self.tensor("global_mean", image.device)
@@ -205,14 +202,14 @@ class ICPE(ClosedSet):
         label = labels(train)
         means, count = class_means(train, label, train.source.n_candidates)
         centre, projection, variance = principal_components(train, self.components)
-        covariances, groups = self._covariances(train, label, means, count, projection)
+        covariances, groups = class_scatters(train, label, means, count, projection)
         pooled = covariances.sum(dim=0) / max(len(label) - int((count > 0).sum()), 1)
         if float(pooled.trace()) <= NO_SPREAD:
             pooled = torch.eye(len(variance), dtype=torch.float64) * variance.mean()
         own = covariances / (count[groups > POOLED] - 1)[:, None, None]
         ridge = self.ridge * torch.eye(len(variance), dtype=torch.float64)
         everything = torch.stack([variance.diag(), pooled, *own]) + ridge
-        learned = {
+        found = {
             "centre": centre,
             "projection": projection,
             "means": (means - centre) @ projection,
@@ -221,22 +218,7 @@ class ICPE(ClosedSet):
             "groups": groups,
             CLASSES: class_texts(train),
         }
-        return Learnt(learned)
-
-    def _covariances(
-        self, train: Rows, label: Tensor, means: Tensor, count: Tensor, projection: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Projected scatter (G, R, R) of each class of two images or more, and the covariance (K,) of every class."""
-        several = (count > 1).nonzero().squeeze(1)
-        groups = torch.where(count > 0, POOLED, ABSENT)
-        groups[several] = torch.arange(len(several)) + POOLED + 1
-        members = label.argsort(stable=True).split(count.tolist())
-        found = projection.new_zeros(len(several), projection.shape[1], projection.shape[1])
-        for total, c in zip(found, several.tolist(), strict=True):
-            for _, image in image_blocks(dataclasses.replace(train, index=train.index[members[c]])):
-                projected = (image.double() - means[c]) @ projection
-                total.add_(projected.T @ projected)
-        return found, groups
+        return Learnt(found)
 
     def _score(self, batch: Batch) -> Tensor:
         classes = self.classes_of(batch.text)
@@ -274,3 +256,17 @@ def principal_components(train: Rows, most: int) -> tuple[Tensor, Tensor, Tensor
     rank = max(min(most, len(matrix), n - 1), 1)
     variance, components = torch.linalg.eigh(matrix / max(n - 1, 1))
     return mean[0], components.flip(1)[:, :rank].contiguous(), variance.flip(0)[:rank].clamp(min=0).contiguous()
+
+
+def class_scatters(train: Rows, label: Tensor, means: Tensor, count: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Projected scatter (G, R, R) of each class of two images or more, and the covariance (K,) of every class."""
+    several = (count > 1).nonzero().squeeze(1)
+    groups = torch.where(count > 0, POOLED, ABSENT)
+    groups[several] = torch.arange(len(several)) + POOLED + 1
+    members = label.argsort(stable=True).split(count.tolist())
+    found = basis.new_zeros(len(several), basis.shape[1], basis.shape[1])
+    for total, c in zip(found, several.tolist(), strict=True):
+        for _, image in image_blocks(dataclasses.replace(train, index=train.index[members[c]])):
+            projected = (image.double() - means[c]) @ basis
+            total.add_(projected.T @ projected)
+    return found, groups

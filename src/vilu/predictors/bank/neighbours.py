@@ -63,9 +63,8 @@ class KNNVote(LabelledBank):
     weighting: Literal["uniform", "similarity"] = "uniform"
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
-        other = self.tensor("labels", index.device)[index] != classes[batch.prediction][:, None]
+        other = self.tensor("labels", index.device)[index] != self.answer_of(batch)[:, None]
         weight = torch.ones_like(similarity) if self.weighting == "uniform" else (1 + similarity) / 2
         return (weight * other).sum(dim=1) / weight.sum(dim=1)
 
@@ -131,11 +130,10 @@ class TRINE(LabelledBank):
     decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
+        answer = self.answer_of(batch)
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
         label = self.tensor("labels", index.device)[index]
         text = self.tensor("classes", index.device)
-        answer = classes[batch.prediction]
         text_similarity = (text[answer] @ text.T).gather(1, label)
         rank = torch.arange(similarity.shape[1], device=index.device)
         weight = torch.exp(-self.decay * rank) * (1 + similarity) / 2 * (1 + text_similarity) / 2
@@ -189,8 +187,7 @@ class TrustScore(LabelledBank):
         return bank[dense], label[dense]
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
-        answer = classes[batch.prediction]
+        answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
         mine = self._distance(batch.image, lambda queries, rows: answer[queries, None] == label[rows])
         rival = self._distance(batch.image, lambda queries, rows: answer[queries, None] != label[rows])
