@@ -14,8 +14,14 @@ from tests.reference.bank_data import answers, clusters, posterior, unit, with_t
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.predictors.bank.delta import DeltaMDS, DeltaMDSMargin
-from vilu.predictors.bank.icpe import ICPE
-from vilu.predictors.bank.mahalanobis import Mahalanobis, RelativeMahalanobis, ledoit_wolf, squared_distances, whitener
+from vilu.predictors.bank.gaussians import (
+    ICPE,
+    Mahalanobis,
+    RelativeMahalanobis,
+    ledoit_wolf,
+    squared_distances,
+    whitener,
+)
 
 TRAIN, TEST = clusters(80), clusters(50, seed=1)
 # Both sides start from the same float32 unit vectors and go on in float64; an inverted covariance is off by FLOOR =

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from vilu.predictors.bank.classes import LinearProbe, TrustVLM
 from vilu.predictors.bank.delta import DeltaKNN, DeltaKNNMargin, DeltaMDS, DeltaMDSMargin
-from vilu.predictors.bank.icpe import ICPE
-from vilu.predictors.bank.linear_probe import LinearProbe
-from vilu.predictors.bank.mahalanobis import Mahalanobis, RelativeMahalanobis
-from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore, TrustVLM
+from vilu.predictors.bank.gaussians import ICPE, Mahalanobis, RelativeMahalanobis
+from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.bayesvlm import BayesVLM
 from vilu.predictors.catalogue import PREDICTORS, add_predictor, find_method

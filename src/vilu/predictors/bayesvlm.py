@@ -214,20 +214,10 @@ class BayesVLM(FailurePredictor):
     summary: ClassVar[str] = "Laplace posterior over the VLM's last layers, as a temperature per candidate (BayesVLM)"
     reference: ClassVar[str] = "Baumann et al., ICLR 2026"
     cost: ClassVar[str] = "fit: one pass, O(N D (K + D)); score: three products with the candidates"
-    optional_columns: ClassVar[tuple[str, ...]] = (
-        "features",
-        "text_features",
-        "image_projection",
-        "text_projection",
-    )
+    optional_columns: ClassVar[tuple[str, ...]] = ("features", "text_features", "image_projection", "text_projection")
     is_probability: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = (
-        "image_inputs",
-        "image_outputs",
-        "image_prior",
-        "text_inputs",
-        "text_outputs",
-        "text_prior",
+        *(f"{side}_{part}" for side in ("image", "text") for part in ("inputs", "outputs", "prior")),
         "on_features",
     )
 
@@ -282,11 +272,8 @@ class BayesVLM(FailurePredictor):
                 (phi, g), (psi, h) = ((float64(inputs), float64(outputs)) for inputs, outputs in layers)
                 image = Layer(phi, g, g.new_ones(len(g)))
                 text = Layer(psi, h, torch.bincount(batch.target, minlength=len(h)).to(h))
-                logit = (batch.logit_scale, batch.logit_bias)
-                yield (
-                    factors(image, text.directions, *logit, loss=self.loss),
-                    factors(text, image.directions, *logit, loss=self.loss),
-                )
+                found = functools.partial(factors, scale=batch.logit_scale, bias=batch.logit_bias, loss=self.loss)
+                yield found(image, text.directions), found(text, image.directions)
                 task.advance(1)
 
     def _score(self, batch: Batch) -> Tensor:

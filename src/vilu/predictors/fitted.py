@@ -15,6 +15,7 @@ from torch import Tensor
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
+from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
 from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
@@ -83,7 +84,7 @@ def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     return -torch.expm1(log_posterior(batch, math.exp(-log_multiplier)).amax(dim=-1))
 
 
-def likelihood_optimum(train: Rows, n: int, device: torch.device) -> float:
+def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
     """The log m of the least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS."""
     from scipy.optimize import minimize
 
@@ -116,7 +117,7 @@ def mean_logit(chosen: Tensor, z: Tensor) -> Tensor:
     return (torch.softmax(chosen, dim=-1) * z).sum(dim=-1)
 
 
-def calibration_optimum(train: Rows, n: int, device: torch.device) -> float:
+def best_calibration(train: Rows, n: int, device: torch.device) -> float:
     """The log m of the least calibration error of ``n`` labelled rows."""
     grid = torch.linspace(-LIMIT, LIMIT, GRID, dtype=torch.float64).tolist()
     errors = calibration_errors(train, n, device, grid)
@@ -145,9 +146,8 @@ def calibration_errors(train: Rows, n: int, device: torch.device, log_multiplier
 
 def golden_section(function: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
     """The best point that a golden-section search of [low, high] meets, and its value."""
-    seen: dict[float, float] = {}
     left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
-    seen |= {left: function(left), right: function(right)}
+    seen = {left: function(left), right: function(right)}
     while high - low > TOLERANCE:
         if seen[left] <= seen[right]:
             high, right, left = right, left, right - GOLDEN * (right - low)
@@ -159,15 +159,12 @@ def golden_section(function: Callable[[float], float], low: float, high: float) 
     return best, seen[best]
 
 
-OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {
-    "nll": likelihood_optimum,
-    "ece": calibration_optimum,
-}
+OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {"nll": best_likelihood, "ece": best_calibration}
 """How log m is found, by the name of the objective."""
 
 
 @dataclass
-class RelU(FailurePredictor):
+class RelU(ClosedSet):
     """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
 
     D maximises trade_off * E[p D p^T over failures] - (1 - trade_off) * E[p D p^T over successes] over symmetric
@@ -193,13 +190,10 @@ class RelU(FailurePredictor):
     summary: ClassVar[str] = "posterior under a learned penalty of confusing two classes (Rel-U, ICLR 2024)"
     reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
     cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
-    closed_set: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
     tensors: ClassVar[tuple[str, ...]] = ("penalty", CLASSES)
     no_captions: ClassVar[str | None] = "its penalty is one of confusing two classes, and captions have no classes"
 
-    seed: int = 0
-    device: str = "auto"
     trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
 
@@ -216,9 +210,8 @@ class RelU(FailurePredictor):
         return Learnt({"penalty": best_penalty(moment).cpu(), CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
         p = log_posterior(batch, self.temperature).exp()
-        order = classes.to(p.device)
+        order = self.classes_of(batch.text).to(p.device)
         return (p @ self.tensor("penalty", p.device)[order][:, order] * p).sum(dim=-1)
 
 
@@ -270,9 +263,7 @@ class SIRC(FailurePredictor):
     components: Annotated[int, Field(ge=1)] | None = None
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        learned = {}
-        if self.typicality == "residual":
-            learned["complement"] = self._complement(train, len(failure))
+        learned = {"complement": self._complement(train, len(failure))} if self.typicality == "residual" else {}
         parts = [self._typicality(batch.to(self.device_), learned).cpu() for batch in train.batches(SCORING_BATCH)]
         typicality = torch.cat(parts)
         deviation = typicality.std(correction=0).clamp(min=MIN_DEVIATION)

@@ -86,7 +86,7 @@ class ProbabilisticAdapter(nn.Module):
         y = x
         for number, layer in enumerate(self.hidden):
             y = torch.relu(layer(y))
-            y = y * masks[number] if masks else y
+            y = y * masks[number].to(y.device) if masks else y
         y = x + self.out(y)
         inverse_scale = functional.softplus(self.inverse_scale(y)).clamp(FLATTEST, SHARPEST)
         shape = LOWEST_SHAPE + (HIGHEST_SHAPE - LOWEST_SHAPE) * torch.sigmoid(self.shape(y))
@@ -178,18 +178,16 @@ class PairAdapters(nn.Module):
         """(B,) alignment losses, or uncertainties, as torchvision's detectors do."""
         if self.training:
             return self.alignment_loss(batch)
-        return {"aleatoric": self.aleatoric, "epistemic": self.epistemic, "cross_modal": self.cross_modal}[
-            self.settings.uncertainty
-        ](batch)
+        score: Tensor = getattr(self, self.settings.uncertainty)(batch)
+        return score
 
     def alignment_loss(self, batch: Batch) -> Tensor:
         """(B,) L of every pair."""
         pair = torch.stack([batch.image, batch.text[batch.target]])
-        losses = []
-        for adapter, own in ((self.image, pair[0]), (self.text, pair[1])):
-            masks = self._masks((len(own), self.settings.width), self.draws, own.device)
-            losses.append(adapter(own, masks).nll(in_units(pair)).mean(dim=-1))
-        (image, cross), (cross_back, text) = losses
+        (image, cross), (cross_back, text) = (
+            adapter(own, self._masks(len(own), self.draws)).nll(in_units(pair)).mean(dim=-1)
+            for adapter, own in zip((self.image, self.text), pair, strict=True)
+        )
         loss: Tensor = image + text + self.settings.cross_weight * (cross + cross_back)
         return loss
 
@@ -201,8 +199,8 @@ class PairAdapters(nn.Module):
     def epistemic(self, batch: Batch) -> Tensor:
         """(B,) mean variance of the mean over dropout masks."""
         draws = torch.Generator().manual_seed(self.settings.seed)
-        drawn = self._masks((self.settings.samples, self.settings.width), draws, batch.image.device)
-        means = torch.stack([self.image(batch.image, masks).mean for masks in zip(*drawn, strict=True)])
+        drawn = zip(*self._masks(self.settings.samples, draws), strict=True)
+        means = torch.stack([self.image(batch.image, masks).mean for masks in drawn])
         return means.var(dim=0).mean(dim=-1)
 
     def cross_modal(self, batch: Batch) -> Tensor:
@@ -217,6 +215,5 @@ class PairAdapters(nn.Module):
             losses.append((forward + back).mean(dim=-1))
         return failure_log_odds(-torch.cat(losses, dim=1), batch)
 
-    def _masks(self, size: tuple[int, int], draws: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor]:
-        first, second = dropout_masks(size, self.settings.dropout, draws)
-        return first.to(device), second.to(device)
+    def _masks(self, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+        return dropout_masks((n, self.settings.width), self.settings.dropout, draws)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,19 +34,18 @@ class Disagreement(FailurePredictor):
     """
 
     is_probability: ClassVar[bool] = True
+    varied: ClassVar[str]  # what of a batch the column has other versions of
 
     statistic: Statistic = "mean"
 
     def _score(self, batch: Batch) -> Tensor:
         doubt, answer = DOUBT[self.statistic], batch.prediction[:, None]
-        total, n_looks = doubt(batch.logits, answer), 1
-        for logits in self._looks(batch):
-            total, n_looks = total + doubt(logits, answer), n_looks + 1
-        return total / n_looks
-
-    @abstractmethod
-    def _looks(self, batch: Batch) -> Iterator[Tensor]:
-        """(B, K) zero-shot logits of each of the R other looks."""
+        looks = batch.columns[self.columns[0]].unbind(dim=1)
+        total = doubt(batch.logits, answer)
+        for look in looks:
+            other: dict[str, Any] = {self.varied: look}
+            total = total + doubt(replace(batch, **other).logits, answer)
+        return total / (1 + len(looks))
 
 
 def improbability(logits: Tensor, answer: Tensor) -> Tensor:
@@ -82,10 +80,7 @@ class TTA(Disagreement):
     reference: ClassVar[str] = "Ayhan and Berens, MIDL 2018"
     cost: ClassVar[str] = "embed: V passes an image; score: V products with the classes"
     columns: ClassVar[tuple[str, ...]] = ("views",)
-
-    def _looks(self, batch: Batch) -> Iterator[Tensor]:
-        for view in batch.columns["views"].unbind(dim=1):
-            yield replace(batch, image=view).logits
+    varied: ClassVar[str] = "image"
 
 
 @dataclass
@@ -104,7 +99,4 @@ class PromptDisagreement(Disagreement):
     reference: ClassVar[str] = "Wightman et al., TrustNLP 2023"
     cost: ClassVar[str] = "score: P products with the classes"
     columns: ClassVar[tuple[str, ...]] = ("prompts",)
-
-    def _looks(self, batch: Batch) -> Iterator[Tensor]:
-        for text in batch.columns["prompts"].unbind(dim=1):
-            yield replace(batch, text=text).logits
+    varied: ClassVar[str] = "text"

@@ -12,15 +12,10 @@ from torch import Tensor
 
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.predictors.bank.mahalanobis import (
-    class_means,
-    shared_covariance,
-    spherical_covariance,
-    squared_distances,
-    whitener,
-)
+from vilu.predictors.bank.classes import ClosedSet
+from vilu.predictors.bank.gaussians import class_means, gaussian, shared_covariance, squared_distances, whitener
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels, nearest, squared_distance
-from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
+from vilu.predictors.base import CLASSES, Learnt
 from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
@@ -39,7 +34,7 @@ SMALLEST = 1e-6
 
 
 @dataclasses.dataclass
-class DeltaKNN(FailurePredictor):
+class DeltaKNN(ClosedSet):
     """Delta-KNN: log-distances to training images that the VLM answers rightly, less those to images answered wrongly.
 
     u = mean_{i <= k} log(d_i^2 + 1e-6) - mean_{j <= k} log(e_j^2 + 1e-6) - margin_weight * (cos_(1) - cos_(2)), with
@@ -63,11 +58,8 @@ class DeltaKNN(FailurePredictor):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    closed_set: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = ("bank", "n_right", CLASSES)
 
-    seed: int = 0
-    device: str = "auto"
     max_bank: Count = 100_000
     k: Count = 25
     margin_weight: MarginWeight = 0.0
@@ -104,7 +96,7 @@ class DeltaKNNMargin(DeltaKNN):
 
 
 @dataclasses.dataclass
-class DeltaMDS(FailurePredictor):
+class DeltaMDS(ClosedSet):
     """Delta-MDS: squared Mahalanobis distance to images that the VLM answers rightly, less that to those it does not.
 
     u = min_c (z - m_c)^T R^-1 (z - m_c) - min_c (z - n_c)^T W^-1 (z - n_c) - margin_weight * (cos_(1) - cos_(2)): m_c
@@ -127,31 +119,27 @@ class DeltaMDS(FailurePredictor):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: two passes, D x D; score: 2 D (D + K) a row"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    closed_set: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = (
         *(f"{bank}_{part}" for bank in ("right", "wrong") for part in ("means", "counts", "whitener")),
         CLASSES,
     )
 
-    seed: int = 0
-    device: str = "auto"
     margin_weight: MarginWeight = 0.0
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        label = labels(train)
+        label, n_classes = labels(train), train.source.n_candidates
         learned: dict[str, Tensor] = {}
         for bank, value in (("right", 0), ("wrong", 1)):
             part = dataclasses.replace(train, index=train.index[failure == value])
-            means, counts = class_means(part, label[failure == value], train.source.n_candidates)
+            means, counts = class_means(part, label[failure == value], n_classes)
             covariance = shared_covariance(part, label[failure == value], means)
-            white = whitener(stand_in(train, label) if covariance is None else covariance)
+            white = gaussian(train, label, n_classes)["whitener"] if covariance is None else whitener(covariance)
             learned |= {f"{bank}_means": means @ white, f"{bank}_counts": counts, f"{bank}_whitener": white}
         return Learnt(learned | {CLASSES: class_texts(train)})
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
         image = float64(batch.image)
-        known = classes.to(image.device)
+        known = self.classes_of(batch.text).to(image.device)
         right, wrong = (self._distance(image, known, bank) for bank in ("right", "wrong"))
         return right - wrong - self.margin_weight * cosine_margin(batch)
 
@@ -171,10 +159,3 @@ class DeltaMDSMargin(DeltaMDS):
     summary: ClassVar[str] = "delta_mds plus the margin of the two largest cosines (Heng and Soh 2026)"
 
     margin_weight: MarginWeight = 10_000.0
-
-
-def stand_in(train: Rows, label: Tensor) -> Tensor:
-    """Covariance for a bank that has none of its own."""
-    means, _ = class_means(train, label, train.source.n_candidates)
-    covariance = shared_covariance(train, label, means)
-    return spherical_covariance(train) if covariance is None else covariance

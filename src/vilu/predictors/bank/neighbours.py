@@ -11,17 +11,35 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
-from vilu.errors import ProvenanceError
-from vilu.predictors.bank.search import NO_CLASSES, Allowed, Count, distance, draw_rows, gather, labels, nearest
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.bank.classes import ClosedSet
+from vilu.predictors.bank.search import Allowed, Count, distance, draw_rows, gather, labels, nearest
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
 from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
 
 @dataclasses.dataclass
-class KNNVote(FailurePredictor):
+class LabelledBank(ClosedSet):
+    """A method that keeps training images with their classes."""
+
+    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
+    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
+
+    max_bank: Count = 100_000
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        drawn, _ = draw_rows(train, self.max_bank, self.seed)
+        bank, label = self._kept(gather(drawn), labels(drawn))
+        return Learnt({"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)})
+
+    def _kept(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the images (N, D) that are worth keeping, and their classes; all of them by default."""
+        return bank, label
+
+
+@dataclasses.dataclass
+class KNNVote(LabelledBank):
     """Share of the k nearest training images that are not of the predicted class.
 
     u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2. A predicted class
@@ -40,24 +58,13 @@ class KNNVote(FailurePredictor):
     name: ClassVar[str] = "knn_vote"
     summary: ClassVar[str] = "share of the nearest training images not of the predicted class"
     reference: ClassVar[str] = "Cover and Hart, IEEE Trans. Inf. Theory 1967"
-    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
-    closed_set: ClassVar[bool] = True
-    no_captions: ClassVar[str | None] = NO_CLASSES
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
 
-    seed: int = 0
-    device: str = "auto"
-    max_bank: Count = 100_000
     k: Count = 20
     weighting: Literal["uniform", "similarity"] = "uniform"
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        return labelled_bank(train, *labelled_images(train, self.max_bank, self.seed))
-
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
-        other = self.tensor("labels", index.device)[index] != classes[batch.prediction][:, None]
+        other = self.tensor("labels", index.device)[index] != self.answer_of(batch)[:, None]
         weight = torch.ones_like(similarity) if self.weighting == "uniform" else (1 + similarity) / 2
         return (weight * other).sum(dim=1) / weight.sum(dim=1)
 
@@ -98,7 +105,7 @@ class KNNDistance(FailurePredictor):
 
 
 @dataclasses.dataclass
-class TRINE(FailurePredictor):
+class TRINE(LabelledBank):
     """TRINE: margin of the support that the nearest training images and the texts give the predicted class.
 
     Neighbour r = 0 ... k-1 of class y_r has the weight
@@ -118,26 +125,15 @@ class TRINE(FailurePredictor):
     name: ClassVar[str] = "trine"
     summary: ClassVar[str] = "margin of rank-weighted neighbours of the predicted class, with their texts (TRINE)"
     reference: ClassVar[str] = "sgchr273/TRINE, 2026"
-    cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
-    closed_set: ClassVar[bool] = True
-    no_captions: ClassVar[str | None] = NO_CLASSES
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
 
-    seed: int = 0
-    device: str = "auto"
-    max_bank: Count = 100_000
     k: Count = 20
     decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        return labelled_bank(train, *labelled_images(train, self.max_bank, self.seed))
-
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
+        answer = self.answer_of(batch)
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
         label = self.tensor("labels", index.device)[index]
         text = self.tensor("classes", index.device)
-        answer = classes[batch.prediction]
         text_similarity = (text[answer] @ text.T).gather(1, label)
         rank = torch.arange(similarity.shape[1], device=index.device)
         weight = torch.exp(-self.decay * rank) * (1 + similarity) / 2 * (1 + text_similarity) / 2
@@ -156,7 +152,7 @@ TINY = 1e-6
 
 
 @dataclasses.dataclass
-class TrustScore(FailurePredictor):
+class TrustScore(LabelledBank):
     """Inverse trust score: distance to the predicted class over distance to the nearest other class.
 
     u = (d(z, H_t̂) + 1e-6) / (min_{c != t̂} d(z, H_c) + 1e-6), d the Euclidean distance of unit vectors to the nearest
@@ -175,35 +171,23 @@ class TrustScore(FailurePredictor):
     summary: ClassVar[str] = "distance to the predicted class over that to the nearest other (Jiang et al. 2018)"
     reference: ClassVar[str] = "Jiang et al., NeurIPS 2018"
     cost: ClassVar[str] = "fit: copies the images; score: two products with the bank"
-    closed_set: ClassVar[bool] = True
-    no_captions: ClassVar[str | None] = NO_CLASSES
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
 
-    seed: int = 0
-    device: str = "auto"
-    max_bank: Count = 100_000
     alpha: Annotated[float, Field(ge=0, lt=1)] = 0.0
     k: Count = 10
 
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        bank, label = labelled_images(train, self.max_bank, self.seed)
-        if self.alpha > 0:
-            dense = self._dense(bank, label)
-            bank, label = bank[dense], label[dense]
-        return labelled_bank(train, bank, label)
-
-    def _dense(self, bank: Tensor, label: Tensor) -> Tensor:
-        """Sorted positions of the images that are kept."""
+    def _kept(self, bank: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        if self.alpha == 0:
+            return bank, label
         kept = []
         for c in label.unique():
             members = (label == c).nonzero().squeeze(1)
             radius = distance(nearest(bank[members], bank[members], self.k)[0][:, -1]).double()
             kept.append(members[radius <= radius.quantile(1 - self.alpha)])
-        return torch.cat(kept).sort().values
+        dense = torch.cat(kept).sort().values
+        return bank[dense], label[dense]
 
     def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
-        answer = classes[batch.prediction]
+        answer = self.answer_of(batch)
         label = self.tensor("labels", answer.device)
         mine = self._distance(batch.image, lambda queries, rows: answer[queries, None] == label[rows])
         rival = self._distance(batch.image, lambda queries, rows: answer[queries, None] != label[rows])
@@ -216,75 +200,3 @@ class TrustScore(FailurePredictor):
         # From the coordinates: 2 - 2 cos has no digits left for near duplicates.
         found = torch.linalg.vector_norm(normalize(image, dim=1) - closest, dim=1)
         return torch.where(similarity == -math.inf, FARTHEST, found)
-
-
-@dataclasses.dataclass
-class TrustVLM(FailurePredictor):
-    """TrustVLM: zero-shot probability plus similarity to the predicted class's images in a second encoder.
-
-    u = (1 - p_max) + weight * (1 - cos(f, P_t̂)), f the image's features in a second encoder (column ``features``; the
-    VLM's own features make another method) and P_c the mean of the features of up to ``shots`` training images
-    of class c, drawn with ``seed``. A class without training images has the prototype 0, hence the cosine 0.
-
-    Args:
-        weight: Of the similarity.
-        shots: Most training images per class.
-
-    Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2 features averaged
-    over tokens). Its starred variant answers anew, and is no score of the VLM's own answer.
-    """
-
-    name: ClassVar[str] = "trustvlm"
-    summary: ClassVar[str] = "zero-shot probability plus similarity to class prototypes of a second encoder (TrustVLM)"
-    reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
-    cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
-    columns: ClassVar[tuple[str, ...]] = ("features",)
-    closed_set: ClassVar[bool] = True
-    no_captions: ClassVar[str | None] = NO_CLASSES
-    tensors: ClassVar[tuple[str, ...]] = ("prototypes", CLASSES)
-
-    seed: int = 0
-    device: str = "auto"
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    shots: Count = 16
-
-    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        label = labels(train)
-        kept = few_per_class(label, self.shots, self.seed)
-        features = train.source.column("features", train.index[kept])
-        total = features.new_zeros(train.source.n_candidates, features.shape[1])
-        prototypes = normalize(total.index_add_(0, label[kept], features), dim=1)
-        return Learnt({"prototypes": prototypes, CLASSES: class_texts(train)})
-
-    def _score(self, batch: Batch) -> Tensor:
-        classes = self.classes_of(batch.text)
-        features = normalize(batch.columns["features"], dim=1)
-        prototypes = self.tensor("prototypes", features.device)
-        if features.shape[1] != prototypes.shape[1]:
-            raise ProvenanceError(
-                f"{self.name} was fitted on features of width {prototypes.shape[1]}, and those to score have "
-                f"{features.shape[1]}. Embed both with the same second encoder."
-            )
-        similarity = (features * prototypes[classes[batch.prediction]]).sum(dim=1)
-        failure = -torch.expm1(log_posterior(batch).amax(dim=1))
-        return failure + self.weight * (1 - float64(similarity))
-
-
-def labelled_images(train: Rows, most: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images (N, D) to keep, and their classes (N,)."""
-    kept, _ = draw_rows(train, most, seed)
-    return gather(kept), labels(kept)
-
-
-def labelled_bank(train: Rows, bank: Tensor, label: Tensor) -> Learnt:
-    """Images with their classes, as they are saved."""
-    return Learnt({"bank": bank, "labels": label, CLASSES: class_texts(train)}, {"n_bank": len(bank)})
-
-
-def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:
-    """Sorted positions of at most so many rows of each class, drawn at random."""
-    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(seed))
-    order = order[label[order].argsort(stable=True)]
-    first = torch.bincount(label).cumsum(0) - torch.bincount(label)
-    rank = torch.arange(len(label)) - first[label[order]]
-    return order[rank < most].sort().values

@@ -26,9 +26,6 @@ QUERY_ROWS = 1_024
 BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time
 
 
-NO_CLASSES = "it compares images of one class, and captions have no classes"
-
-
 def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
     """At most so many of the rows, in order, and their positions (M,) among them; said aloud where some are left."""
     n = len(train.index)
@@ -37,8 +34,7 @@ def draw_rows(train: Rows, most: int, seed: int) -> tuple[Rows, Tensor]:
     warnings.warn(
         f"{most} of {n} training rows are kept, drawn with seed {seed}. Raise max_bank for more.", stacklevel=2
     )
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.randperm(n, generator=generator)[:most].sort().values
+    kept = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:most].sort().values
     return dataclasses.replace(train, index=train.index[kept]), kept
 
 
@@ -71,10 +67,8 @@ def nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None)
     Exact, on the device of the queries, with one block of similarities in memory at a time. Of equally similar rows
     the lowest index comes first; at most N come back, and of pairs that are not allowed the cosine is minus infinity.
     """
-    parts = [
-        _nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start)
-        for start in range(0, len(query), QUERY_ROWS)
-    ]
+    starts = range(0, len(query), QUERY_ROWS)
+    parts = [_nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start) for start in starts]
     similarity, index = zip(*parts, strict=True)
     return torch.cat(similarity), torch.cat(index)
 
@@ -113,8 +107,7 @@ def leaders(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     ``topk`` leaves open which of equal values it takes, so rows with a tie at the last place are sorted in full.
     """
-    n = values.shape[1]
-    if k >= n:
+    if k >= values.shape[1]:
         best, where = values.sort(dim=1, descending=True, stable=True)
         return best, where
     best, where = values.topk(k + 1, dim=1)
