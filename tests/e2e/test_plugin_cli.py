@@ -43,7 +43,7 @@ def run(tmp_path: Path):
     """The command line of a user who has the module ``runner_up`` on the path."""
     (tmp_path / "runner_up.py").write_text(METHOD)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    return functools.partial(run_process, env={**os.environ, "PYTHONPATH": path})
+    return functools.partial(run_process, PYTHONPATH=path)
 
 
 def test_a_method_from_outside_is_listed_fitted_and_scored(run, tmp_path: Path) -> None:
