@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.test_cli import run as run_process
+from tests.command import run_process
 from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.embed import embed
