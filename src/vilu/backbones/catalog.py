@@ -188,8 +188,7 @@ def load_backbone(
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Got {precision!r} instead.")
     module, _, function = BACKBONES[kind].loader.partition(":")
     load = getattr(importlib.import_module(module), function)
-    options = source.options if source else {}
-    backbone: Backbone = load(argument, resolve_device(device), precision, **options)
+    backbone: Backbone = load(argument, resolve_device(device), precision, **(source.options if source else {}))
     if source:
         backbone.space = replace(backbone.space, backbone=source.name)
     return backbone
@@ -222,8 +221,7 @@ def add_backbones(source: Path | str) -> list[str]:
     tables = toml_tables(source)
     for name, facts in tables.items():
         where = f"backbone {name!r}"
-        is_kind = "loader" in facts
-        add_backbone(name, fill(BackboneKind, facts, where) if is_kind else fill(NamedBackbone, facts, where))
+        add_backbone(name, fill(BackboneKind if "loader" in facts else NamedBackbone, facts, where))
     return list(tables)
 
 

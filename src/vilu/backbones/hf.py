@@ -24,14 +24,8 @@ MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 MASK = "attention_mask"
 
 PIXEL_SETTINGS = (
-    "do_",
-    "size",
-    "crop_size",
-    "resample",
-    "rescale_factor",
-    "image_mean",
-    "image_std",
-    "image_processor",
+    *("do_", "size", "crop_size", "resample", "rescale_factor"),
+    *("image_mean", "image_std", "image_processor"),
 )
 """How the settings of an image processor begin that change pixels."""
 
@@ -46,10 +40,8 @@ class Towers:
     @property
     def text_length(self) -> int:
         """Tokens of a text, which is padded to it: SigLIP was trained so, and to CLIP it makes no difference."""
-        length: int = min(
-            self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings
-        )
-        return length
+        lengths = self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings
+        return int(min(lengths))
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """What the text tower takes; never a mask for SigLIP, which reads its padding."""
