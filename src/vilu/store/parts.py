@@ -114,8 +114,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Number, bounds and images; how many images shards hold, only the receipt knows."""
         n_in = receipt.n_in if self.run.shards else len(part)
-        found = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
-        return found, (part.number, part.start, part.stop, n_in)
+        return (receipt.part, receipt.start, receipt.stop, receipt.n_in), (part.number, part.start, part.stop, n_in)
 
     def look_up(self, part: Part) -> Receipt | str:
         """The receipt of a part that is there in full, and of shards as they are now; or else what it lacks."""
@@ -228,18 +227,15 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
     """Some columns of a parquet file; StorageError if it has other rows, or its columns are not those of the schema."""
     with or_damaged(path, REDO), pq.ParquetFile(path) as file:
-        found, table = file.metadata.num_rows, None
-        if found == n_rows:
-            table = file.read(columns=list(names))
-            table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
-            found = len(table)
-    if table is None or found != n_rows:
-        raise StorageError(f"{path} has {found} rows, expected {n_rows}. {REDO}")
-    expected = pa.schema([schema.field(name) for name in names])
-    if not table.schema.equals(expected):
-        raise StorageError(
-            f"{path} has columns {table.schema.to_string()!r}, expected {expected.to_string()!r}. {REDO}"
-        )
+        if file.metadata.num_rows != n_rows:
+            raise StorageError(f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}")
+        table = file.read(columns=list(names))
+        table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+    if len(table) != n_rows:
+        raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO}")
+    found, expected = table.schema, pa.schema([schema.field(name) for name in names])
+    if not found.equals(expected):
+        raise StorageError(f"{path} has columns {found.to_string()!r}, expected {expected.to_string()!r}. {REDO}")
     return table
 
 

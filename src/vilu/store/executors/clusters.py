@@ -94,9 +94,8 @@ class RayExecutor:
         with quiet():
             self._ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            yield (
-                self._actors() if address else _Actors(processes, threads_per_process(processes), self._gpus(processes))
-            )
+            own = None if address else _Actors(processes, threads_per_process(processes), self._gpus(processes))
+            yield own or self._actors()
         finally:
             self._ray.shutdown()
 
@@ -192,8 +191,7 @@ class SparkExecutor:
             held = context.broadcast(payload)
             arrived = context.accumulator([], _Outcomes())
             task = partial(_run, held, hashlib.sha256(payload).hexdigest(), arrived)
-            tasks = context.parallelize(list(parts), len(parts)).map(task)
-            action = _Action(self._spark, context, tasks)
+            action = _Action(self._spark, context, context.parallelize(list(parts), len(parts)).map(task))
             try:
                 n = 0
                 while action.goes_on() or n < len(arrived.value):
@@ -223,9 +221,8 @@ class SparkExecutor:
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
         }
-        conf = self._spark.SparkConf().setAll(list(settings.items()))
         try:
-            context = self._spark.SparkContext(conf=conf)
+            context = self._spark.SparkContext(conf=self._spark.SparkConf().setAll(list(settings.items())))
         except self._spark.errors.PySparkRuntimeError as error:
             raise MissingModelError(f"Spark did not start; it needs Java 17 or later on the path ({error}).") from error
         context.pythonExec = sys.executable  # workers of this very environment
