@@ -58,8 +58,7 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
     """The captions of a metadata file of so many rows, in blocks, from the first of the columns that is there."""
     found, again = 0, "Restore the file, or embed the images again."
     with or_damaged(path, again), pq.ParquetFile(path) as file:
-        name = _caption_column(path, file.schema_arrow, names)
-        for batch in file.iter_batches(READ_ROWS, columns=[name]):
+        for batch in file.iter_batches(READ_ROWS, columns=[_caption_column(path, file.schema_arrow, names)]):
             batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
             found += len(batch)
             yield batch.column(0).to_pylist()

@@ -68,8 +68,7 @@ class Decoder:
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
             cause, size = type(error.__cause__ or error).__name__, sizes[0] if sizes else None
-            message = str(error)[:MESSAGE_LENGTH]
-            return ErrorRow(record.key, position, error.stage, error.kind, cause, message, size)
+            return ErrorRow(record.key, position, error.stage, error.kind, cause, str(error)[:MESSAGE_LENGTH], size)
         row = Row(
             position=position,
             key=record.key,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from hashlib import blake2b
 from importlib import resources
+from itertools import islice
 from os import stat_result
 from pathlib import Path
 from typing import Final
@@ -73,8 +74,7 @@ class ClassFolders:
         folder = self.root / self.part
         prefix = f"{self.part}/" if self.part else ""
         for name in self._classes(folder):
-            files = list(walk_images(folder / name, Counter()))
-            for path, status in self.choose(name, files):
+            for path, status in self.choose(name, list(walk_images(folder / name, Counter()))):
                 yield f"{prefix}{name}/{path}", self.labels[name], status
 
     def _classes(self, folder: Path) -> list[str]:
@@ -147,8 +147,7 @@ def half(name: str, files: Files, *, first: bool) -> Files:
     keys = [blake2b(f"{name}/{path}".encode("utf-8", "surrogateescape"), digest_size=8).digest() for path, _ in files]
     order = sorted(range(len(files)), key=keys.__getitem__)
     middle = len(files) // 2
-    chosen = order[:middle] if first else order[middle:]
-    return [files[number] for number in sorted(chosen)]
+    return [files[number] for number in sorted(order[:middle] if first else order[middle:])]
 
 
 @cache
@@ -205,8 +204,7 @@ def food101(place: Place) -> Listing:
         return own
     files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
     content = {split: read_json_object(file) for split, file in files.items()}
-    dishes = sorted({name for split in content.values() for name in split})
-    lists = SplitLists.of(files, dishes, files["train"])
+    lists = SplitLists.of(files, sorted(set().union(*content.values())), files["train"])
 
     def parse(entry: tuple[str, object]) -> tuple[str, int]:
         name, path = entry
@@ -298,15 +296,13 @@ class ShardReader:
         """Tars and gaps in their numbers; ``deep`` lists their members, so that it counts pairs and finds damage."""
         shards = find_known_shards(place.folder)
         found, problem = _count_pairs(place, shards) if deep else (None, None)
-        gaps = missing_numbers(place.folder, shards)
-        count = Count(found, None, missing=gaps, problem=problem)
+        count = Count(found, None, missing=missing_numbers(place.folder, shards), problem=problem)
         return Survey(f"{len(shards)} tar files", {"all": count}, binding=False)
 
 
 def find_known_shards(folder: Path) -> list[Path]:
     """The tars in a folder, else those in the folders below it (train, validation), in the order of their names."""
-    parts = [folder, *(folder / name for name in subfolders(folder))]
-    shards = find_shards(folder) or [shard for part in parts[1:] for shard in find_shards(part) or ()]
+    shards = find_shards(folder) or [tar for name in subfolders(folder) for tar in find_shards(folder / name) or ()]
     if not shards:
         raise DataError(f"{folder} holds no tar files. Expected 00000.tar, 00001.tar, ... as img2dataset writes them.")
     return shards
@@ -319,14 +315,13 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
         match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
         if match is not None:
             numbers[shard.parent, match[1], len(match[2])].add(int(match[2]))
-    gaps: list[str] = []
-    for (parent, prefix, width), present in numbers.items():
-        for number in range(min(max(present), MAX_SHARDS)):
-            if number not in present:
-                gaps.append(str((parent / f"{prefix}{number:0{width}}.tar").relative_to(folder).as_posix()))
-                if len(gaps) == SHOWN:
-                    return tuple(gaps)
-    return tuple(gaps)
+    gaps = (
+        (parent / f"{prefix}{number:0{width}}.tar").relative_to(folder).as_posix()
+        for (parent, prefix, width), present in numbers.items()
+        for number in range(min(max(present), MAX_SHARDS))
+        if number not in present
+    )
+    return tuple(islice(gaps, SHOWN))
 
 
 def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:

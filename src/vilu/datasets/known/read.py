@@ -274,9 +274,8 @@ def user_list(place: Place, file: str, images: str) -> Listing | None:
     path = place.find(file)
     if path is None:
         return None
-    lists = read_split_file(path)
     try:
-        return lists.listing(place.folder, images, f"{file} of the user", binding=False)
+        return read_split_file(path).listing(place.folder, images, f"{file} of the user", binding=False)
     except ValueError as error:
         refuse(path, error)
 
