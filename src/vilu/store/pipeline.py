@@ -69,17 +69,8 @@ class Decoder:
         except BadImage as error:
             cause, size = type(error.__cause__ or error).__name__, sizes[0] if sizes else None
             return ErrorRow(record.key, position, error.stage, error.kind, cause, str(error)[:MESSAGE_LENGTH], size)
-        row = Row(
-            position=position,
-            key=record.key,
-            label=record.label,
-            width=image.width,
-            height=image.height,
-            n_frames=image.n_frames,
-            exif_orientation=image.exif_orientation,
-            flags=int(image.flags),
-            caption=caption,
-        )
+        facts = image.width, image.height, image.n_frames, image.exif_orientation, int(image.flags)
+        row = Row(position, record.key, record.label, *facts, caption)
         views = [] if self.views is None else self.views.of(image.image, record.key)
         pixels, *others = map(self.preprocess, [image.image, *views])
         return Decoded(row, pixels, sizes[0], tuple(others))

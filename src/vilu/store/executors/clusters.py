@@ -20,14 +20,7 @@ import numpy as np
 from vilu.errors import MissingModelError, StorageError
 from vilu.extras import import_extra, quiet
 from vilu.store.documents import Receipt
-from vilu.store.executors.local import (
-    Worker,
-    check_processes,
-    pack_job,
-    receipt_of,
-    take_gpu,
-    threads_per_process,
-)
+from vilu.store.executors.local import Worker, check_processes, pack_job, receipt_of, take_gpu, threads_per_process
 from vilu.store.job import EmbedJob
 from vilu.store.mapped import cores
 
