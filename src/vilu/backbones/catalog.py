@@ -220,8 +220,8 @@ def add_backbones(source: Path | str) -> list[str]:
     """
     tables = toml_tables(source)
     for name, facts in tables.items():
-        where = f"backbone {name!r}"
-        add_backbone(name, fill(BackboneKind if "loader" in facts else NamedBackbone, facts, where))
+        kind: type[NamedBackbone | BackboneKind] = BackboneKind if "loader" in facts else NamedBackbone
+        add_backbone(name, fill(kind, facts, f"backbone {name!r}"))
     return list(tables)
 
 

@@ -224,14 +224,12 @@ def imagenet_class_names() -> list[str]:
 
 
 def _parse_size(argument: str) -> int:
-    if not argument:
-        return DEFAULT_SIZE
-    if not argument.isdecimal() or int(argument) not in SIZES:
+    if argument and not (argument.isdecimal() and int(argument) in SIZES):
         raise UsageError(
             f"the picture size of compact must be a multiple of 32 from 64 to 384, as in compact:128. "
             f"Got {argument!r} instead."
         )
-    return int(argument)
+    return int(argument or DEFAULT_SIZE)
 
 
 def _sentence_encoder(transformers: ModuleType, folder: Path, device: torch.device) -> Sentences:

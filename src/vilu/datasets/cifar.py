@@ -37,8 +37,7 @@ MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 class PickledArray:
     """Stands for a numpy array: keeps the state that would have been restored."""
 
-    def __init__(self) -> None:
-        self.state: object = None
+    state: object = None
 
     def __setstate__(self, state: object) -> None:
         self.state = state

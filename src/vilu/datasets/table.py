@@ -97,14 +97,10 @@ def table_rows(table: pa.Table, source: str, selection: Selection, *, default_ke
         default_key: The column that is the key where there is no key column.
     """
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
-    if caption is None:
-        captions = None
-        table.validate(full=True)
-        labels, table_of_classes = _labels(table, source, selection.classes)
-    else:
-        captions = bytes_of(table[caption], f"{source}, column {caption!r}")
-        table.drop_columns([caption]).validate(full=True)
-        labels, table_of_classes = np.full(len(table), UNLABELLED, dtype=np.int32), None
+    captions = None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
+    (table if caption is None else table.drop_columns([caption])).validate(full=True)
+    unlabelled = np.full(len(table), UNLABELLED, dtype=np.int32), None
+    labels, table_of_classes = _labels(table, source, selection.classes) if caption is None else unlabelled
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
     chosen = pa.array(rows)
     name = find_column(table.column_names, KEY) or default_key
