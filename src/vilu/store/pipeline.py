@@ -149,9 +149,7 @@ class Encoder:
         if CAPTION not in self.arrays:
             return rows
         cut = self.backbone.truncates([row.caption or "" for row in rows])
-        return [
-            replace(row, flags=row.flags | TEXT_TRUNCATED) if long else row for row, long in zip(rows, cut, strict=True)
-        ]
+        return [replace(row, flags=row.flags | TEXT_TRUNCATED * long) for row, long in zip(rows, cut, strict=True)]
 
     def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
         """What to keep of some images, by name, and the worst status (``checks.STATUS``) of each."""

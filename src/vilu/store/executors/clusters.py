@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from vilu.errors import MissingModelError, StorageError
-from vilu.extras import import_extra, quiet
+from vilu.extras import import_extra, quiet, setting
 from vilu.store.documents import Receipt
 from vilu.store.executors.local import Worker, check_processes, pack_job, receipt_of, take_gpu, threads_per_process
 from vilu.store.job import EmbedJob
@@ -112,19 +112,10 @@ class RayExecutor:
         """Quiet, and patient: a part may take hours, and actors may die while a machine starts."""
         with quiet():
             context = self._data.DataContext.get_current()
-        ours = {
-            "enable_progress_bars": False,
-            "execution_no_progress_timeout_s": -1,
-            "max_consecutive_actor_init_deaths": 5,
-        }
-        before = {name: getattr(context, name) for name in ours if hasattr(context, name)}
-        try:
-            for name in before:
-                setattr(context, name, ours[name])
+        patience = {"execution_no_progress_timeout_s": -1, "max_consecutive_actor_init_deaths": 5}
+        ours = {"enable_progress_bars": False, **patience}
+        with setting(context, **{name: value for name, value in ours.items() if hasattr(context, name)}):
             yield
-        finally:
-            for name, value in before.items():
-                setattr(context, name, value)
 
 
 @dataclass(frozen=True)
