@@ -84,7 +84,8 @@ def _check_templates(templates: Sequence[str]) -> None:
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     pairs = []
     for start in range(0, len(text), BLOCK):
-        near = (text[start : start + BLOCK] @ text[start:].T).triu(diagonal=1) > NEAR_DUPLICATE
+        rows = text[start : start + BLOCK]
+        near = (rows @ text[start:].T).triu(diagonal=1) > NEAR_DUPLICATE
         pairs += [(start + i, start + j) for i, j in torch.nonzero(near).tolist()]
     if pairs:
         first, second = (names[i] for i in pairs[0])
