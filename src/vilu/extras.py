@@ -61,6 +61,19 @@ def _no_progress_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
+@contextmanager
+def setting(target: object, **values: object) -> Iterator[None]:
+    """A block in which attributes have other values."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(target, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(target, name, value)
+
+
 def hub_reachable() -> bool:
     """Whether the hub may be asked (HF_HUB_OFFLINE is not set) and accepts a connection within ``REACH_TIMEOUT``."""
     from huggingface_hub import constants

@@ -115,9 +115,8 @@ class DualEncoder:
         return _unit(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        bf16 = self.space.precision == "bf16"
         with torch.inference_mode():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.space.precision == "bf16"):
                 features = self._image_tower(pixels.to(self.device)).float()
             with torch.autocast(self.device.type, enabled=False):
                 return self._image_head(features), features
@@ -196,5 +195,4 @@ def _maps(weight: Tensor, features: Tensor, expected: Tensor) -> bool:
     """Whether the probe's embedding is the image of its features."""
     if features.shape[-1] != weight.shape[1] or expected.shape[-1] != weight.shape[0]:
         return False
-    difference = (features @ weight.T - expected).abs().max()
-    return bool(difference < ROUNDING * expected.abs().max())
+    return bool((features @ weight.T - expected).abs().max() < ROUNDING * expected.abs().max())

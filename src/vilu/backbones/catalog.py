@@ -191,8 +191,7 @@ def load_backbone(
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Got {precision!r} instead.")
     module, _, function = BACKBONES[kind].loader.partition(":")
     load = getattr(importlib.import_module(module), function)
-    options = source.options if source else {}
-    backbone: Backbone = load(argument, resolve_device(device), precision, **options)
+    backbone: Backbone = load(argument, resolve_device(device), precision, **(source.options if source else {}))
     if source:
         backbone.space = replace(backbone.space, backbone=source.name)
     return backbone
@@ -228,9 +227,8 @@ def add_backbones(source: Path | str) -> list[str]:
 def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
     """``add_backbones`` of tables by name."""
     for name, facts in tables.items():
-        where = f"backbone {name!r}"
-        is_kind = "loader" in facts
-        add_backbone(name, fill(BackboneKind, facts, where) if is_kind else fill(NamedBackbone, facts, where))
+        kind: type[NamedBackbone | BackboneKind] = BackboneKind if "loader" in facts else NamedBackbone
+        add_backbone(name, fill(kind, facts, f"backbone {name!r}"))
     return list(tables)
 
 

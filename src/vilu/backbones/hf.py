@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -21,17 +21,9 @@ from vilu.extras import import_extra
 MEMBERS = ("get_image_features", "get_text_features", "logit_scale")
 """What a model of transformers must have to be a dual encoder with a temperature of its own."""
 
-MASK = "attention_mask"
-
 PIXEL_SETTINGS = (
-    "do_",
-    "size",
-    "crop_size",
-    "resample",
-    "rescale_factor",
-    "image_mean",
-    "image_std",
-    "image_processor",
+    *("do_", "size", "crop_size", "resample", "rescale_factor"),
+    *("image_mean", "image_std", "image_processor"),
 )
 """How the settings of an image processor begin that change pixels."""
 
@@ -46,10 +38,8 @@ class Towers:
     @property
     def text_length(self) -> int:
         """Tokens of a text, which is padded to it: SigLIP was trained so, and to CLIP it makes no difference."""
-        length: int = min(
-            self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings
-        )
-        return length
+        lengths = self.processor.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings
+        return int(min(lengths))
 
     def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
         """What the text tower takes; never a mask for SigLIP, which reads its padding."""
@@ -57,7 +47,7 @@ class Towers:
             text=texts, padding="max_length", truncation=True, max_length=self.text_length, return_tensors="pt"
         )
         masked = not self.model.config.model_type.startswith("siglip")
-        return {name: rows for name, rows in tokens.to(self.model.device).items() if masked or name != MASK}
+        return {name: rows for name, rows in tokens.to(self.model.device).items() if masked or name != "attention_mask"}
 
     def truncates(self, texts: list[str]) -> list[bool]:
         """Whether texts have more tokens, with the special ones, than the tower reads."""
@@ -75,13 +65,11 @@ class Towers:
     def _features(self, tower: str, **inputs: Tensor) -> Tensor:
         """Embeddings from a tower: it answers with a tensor in transformers 4, with an output object in 5."""
         output = getattr(self.model, tower)(**inputs)
-        rows: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-        return rows
+        return output if isinstance(output, Tensor) else cast("Tensor", output.pooler_output)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """(3, H, W)."""
-        rows: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"]
-        return rows[0]
+        return cast("Tensor", self.processor(images=image, return_tensors="pt")["pixel_values"][0])
 
     def pixel_settings(self) -> str:
         """What decides about pixels, as JSON: the class, which says who resizes, and its settings."""

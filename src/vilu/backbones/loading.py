@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vilu.embeddings.space import digest
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.extras import hub_reachable, quiet
+from vilu.extras import hub_reachable, quiet, setting
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
 DISTINCT = 5
@@ -120,12 +120,8 @@ def _hub_offline() -> Iterator[None]:
     """As with HF_HUB_OFFLINE=1, which the hub's client reads only once, when it is imported."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
+    with setting(constants, HF_HUB_OFFLINE=True):
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def _brief(error: BaseException) -> str:

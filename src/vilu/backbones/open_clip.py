@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from PIL import Image
@@ -92,8 +92,7 @@ def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool
     network = network.to(device)
 
     def encode_texts(texts: list[str]) -> Tensor:
-        rows: Tensor = network.encode_text(tokenizer(texts).to(device))
-        return rows
+        return cast("Tensor", network.encode_text(tokenizer(texts).to(device)))
 
     probe = transform(Image.new("RGB", (64, 64)))[None].to(device)
     space = EmbeddingSpace(
@@ -135,8 +134,7 @@ def find_truncated(tokenizer: Tokenizer, texts: list[str]) -> list[bool]:
     """
     length = tokenizer.context_length
     with_room = tokenizer(texts, context_length=length + 1)[:, :length]
-    differs: list[bool] = (tokenizer(texts) != with_room).any(dim=1).tolist()
-    return differs
+    return [bool(differs) for differs in (tokenizer(texts) != with_room).any(dim=1)]
 
 
 def find_source(open_clip: ModuleType, argument: str) -> Source:
@@ -166,13 +164,9 @@ def find_source(open_clip: ModuleType, argument: str) -> Source:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
         raise UsageError(f"{model} of open_clip has no pretraining tag {tag!r}. Its tags: {tags}.")
     repository = "/".join(pretrained["hf_hub"].split("/")[:2])
+    quick_gelu = bool(pretrained.get("quick_gelu"))
     return Source(
-        f"open_clip:{argument}",
-        model,
-        repository,
-        lambda: hub.download_pretrained(pretrained),
-        tag,
-        bool(pretrained.get("quick_gelu")),
+        f"open_clip:{argument}", model, repository, lambda: hub.download_pretrained(pretrained), tag, quick_gelu
     )
 
 

@@ -81,7 +81,7 @@ class Chosen:
         mark: What sets them apart, for the fingerprint.
     """
 
-    def __init__(self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, int]) -> None:
+    def __init__(self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, object]) -> None:
         self.source = images.source
         self.class_names = images.class_names
         self.captioned = images.captioned

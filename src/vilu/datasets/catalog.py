@@ -57,15 +57,14 @@ def open_dataset(
         DataError: If nothing there can be read as images, or what there is contradicts itself.
         StorageError: If a folder cannot be listed.
     """
-    if dataset is None and raw_names:
-        raise UsageError("--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out.")
-    if dataset is not None and (captions or where):
+    if dataset is None:
+        if raw_names:
+            raise UsageError("--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out.")
+        images = _open(source, Selection(split, classes, captions, dict(where or {})))
+    elif captions or where:
         raise UsageError(f"--captions and --where are of tables. {dataset} is none: leave them out.")
-    images = (
-        _open(source, Selection(split, classes, captions, dict(where or {})))
-        if dataset is None
-        else open_known(dataset, source, split=split, raw_names=raw_names, classes=classes)
-    )
+    else:
+        images = open_known(dataset, source, split=split, raw_names=raw_names, classes=classes)
     return images if limit is None else _first(images, limit)
 
 

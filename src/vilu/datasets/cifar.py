@@ -7,11 +7,9 @@ import itertools
 import pickle
 import pickletools
 import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +20,7 @@ from PIL import Image
 from vilu.datasets.base import ImageRecord, parse_split
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import ListingHash
+from vilu.datasets.images import CORRUPT
 from vilu.errors import DataError
 
 MAX_BYTES: Final = 256 * 2**20
@@ -38,8 +37,7 @@ MEMO: Final = frozenset({"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"})
 class PickledArray:
     """Stands for a numpy array: keeps the state that would have been restored."""
 
-    def __init__(self) -> None:
-        self.state: object = None
+    state: object = None
 
     def __setstate__(self, state: object) -> None:
         self.state = state
@@ -119,18 +117,7 @@ def read_pickle(file: Path) -> dict[str, object]:
             warnings.simplefilter("error")  # no array's pickle has escapes that Python has to guess at
             _require_shallow(raw)
             content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
-    except (
-        Warning,  # whatever the filter of the program
-        pickle.UnpicklingError,  # refused names, opcodes out of place
-        OSError,  # the file cannot be read
-        EOFError,  # cut short
-        ValueError,  # opcodes with impossible arguments
-        TypeError,  # calls of a stand-in with other arguments than numpy writes
-        LookupError,  # a memo or mark that is not there
-        AttributeError,  # state for an object that takes none
-        OverflowError,  # sizes beyond the machine's
-        MemoryError,  # sizes beyond its memory
-    ) as error:
+    except (pickle.UnpicklingError, *CORRUPT) as error:  # refused names and opcodes out of place; what damage brings
         raise DataError(
             f"{file} was refused: {error}. Only pickled arrays are read; unpack the archive again."
         ) from error
@@ -216,24 +203,21 @@ class CifarDataset:
         self.classes = class_table(raw, classes, by_position=True, names=raw if raw_names else None)
         self.class_names: tuple[str, ...] | None = self.classes.names
         files = [folder / name for part in splits for name in layout.splits[part]]
-        self._batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]
-        self._ends = list(accumulate(len(batch.labels) for batch in self._batches))
+        batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]
         listing = ListingHash(*raw, *splits)
-        for file, batch in zip(files, self._batches, strict=True):
+        for file, batch in zip(files, batches, strict=True):
             status = file.stat()
             for row, label in enumerate(batch.labels):
                 listing.add(f"{batch.name}/{row}", label, status)
         self.fingerprint = listing.hexdigest()
+        self._rows = [(batch, row) for batch in batches for row in range(len(batch.labels))]
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return len(self._rows)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
-        for position in range(len(self))[start:stop]:
-            number = bisect_right(self._ends, position)
-            batch = self._batches[number]
-            row = position - (self._ends[number - 1] if number else 0)
+        for batch, row in self._rows[start:stop]:
             yield ImageRecord(f"{batch.name}/{row}", batch.labels[row], partial(_png, batch.pixels[row]))
 
 

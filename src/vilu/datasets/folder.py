@@ -33,8 +33,7 @@ class ListedFiles:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            known = None if label == UNLABELLED else label
-            yield ImageRecord(portable_name(path), known, self._reader(path))
+            yield ImageRecord(portable_name(path), None if label == UNLABELLED else label, self._reader(path))
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(read_below, self._folder, path)
@@ -92,8 +91,7 @@ class FolderDataset(ListedFiles):
                 self.ignored["outside_class"] += 1
                 continue
             path = f"{part}/{below}" if part else below
-            label = labels[first] if slash else UNLABELLED
-            self._add(path, label, status, listing)
+            self._add(path, labels[first] if slash else UNLABELLED, status, listing)
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import struct
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import IntFlag
 from functools import partial
+from importlib import resources
 from io import BytesIO
 from itertools import repeat
 from typing import TYPE_CHECKING, Final, Literal
@@ -64,15 +66,13 @@ def orientation(block: bytes) -> int | None:
 def count_directories(data: bytes, limit: int) -> int:
     """Number of pages of a TIFF file; counting stops at ``limit``, at a loop, and where the chain leaves the file."""
     seen: set[int] = set()
-    try:
+    with suppress(struct.error, OverflowError):
         order, count, entry, pointer = _layout(data)
         (offset,) = struct.unpack_from(order + pointer, data, 8 if pointer == "Q" else 4)
         while offset and offset not in seen and len(seen) < limit:
             (entries,) = struct.unpack_from(order + count, data, offset)
             seen.add(offset)
             (offset,) = struct.unpack_from(order + pointer, data, offset + struct.calcsize(count) + entries * entry)
-    except (struct.error, OverflowError):
-        return len(seen)
     return len(seen)
 
 
@@ -103,30 +103,11 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
 MAX_FRAMES = 10_000
 """Counting stops here: a hostile file can hold millions of empty frames."""
 
-_SIGNATURES = (
-    (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
-    (8, b"WEBP", "WebP"),
-    (0, b"GIF87a", "GIF"),
-    (0, b"GIF89a", "GIF"),
-    (0, b"BM", "BMP"),
-    *((0, magic, "TIFF") for magic in BYTE_ORDER),
-    *((0, magic, "PPM") for magic in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf")),
-    *((4, b"ftyp" + brand, "AVIF") for brand in (b"avif", b"avis")),
-    *((4, b"ftyp" + brand, "HEIC") for brand in (b"heic", b"heix", b"hevc", b"mif1", b"msf1")),
-    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
-    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
-    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
-    (0, b"\xff\x0a", "JPEG XL"),
-    (0, b"8BPS", "PSD"),
-    (0, b"\0\0\1\0", "ICO"),
-    (0, b"%!PS", "EPS"),
-    (0, b"%PDF", "PDF"),
-    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
-    (0, b"#?RADIANCE", "Radiance HDR"),
-    (0, b"qoif", "QOI"),
-    (0, b"DDS ", "DDS"),
-)
+_TABLE = resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
+_SIGNATURES = [
+    (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in csv.DictReader(_TABLE.splitlines())
+]
+"""Where in a file which bytes stand, by format."""
 
 
 def sniff(data: bytes) -> str | None:
@@ -135,8 +116,7 @@ def sniff(data: bytes) -> str | None:
         if data.startswith(magic, offset):
             return name
     head = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n")
-    is_svg = head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--")) and b"<svg" in head)
-    return "SVG" if is_svg else None
+    return "SVG" if head.startswith(b"<svg") or (head.startswith((b"<?xml", b"<!--")) and b"<svg" in head) else None
 
 
 def count_frames(name: str, data: bytes, image: ImageFile.ImageFile) -> int:
@@ -156,7 +136,7 @@ def _count_gif_frames(data: bytes) -> int:
         return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
     frames = 0
-    try:
+    with suppress(IndexError):  # no trailer: what came before it counts
         position = 13 + colour_table(data[10])
         while frames < MAX_FRAMES and data[position] in b"\x2c\x21":
             if data[position] == 0x2C:
@@ -167,8 +147,6 @@ def _count_gif_frames(data: bytes) -> int:
             while data[position]:
                 position += data[position] + 1
             position += 1
-    except IndexError:  # no trailer: what came before it counts
-        return max(frames, 1)
     return max(frames, 1)
 
 
@@ -194,8 +172,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
         return gray.convert("RGB"), flags
     if image.has_transparency_data:
         pixels = image.convert("RGBA")
-        white = Image.new("RGBA", pixels.size, "white")
-        return Image.alpha_composite(white, pixels).convert("RGB"), ImageFlag.ALPHA
+        return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB"), ImageFlag.ALPHA
     return image.convert("RGB"), ImageFlag(0)
 
 
@@ -217,28 +194,11 @@ def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
 
 Stage = Literal["open", "decode", "geometry", "text"]
-Kind = Literal[
-    "empty",
-    "unidentified",
-    "unsupported",
-    "truncated",
-    "decode_error",
-    "bomb",
-    "bad_geometry",
-    "too_large",
-    "read_error",
-    "truncated_shard",
-    "bad_shard",
-    "interleaved",
-    "duplicate",
-    "missing_image",
-    "not_a_file",
-    "bad_path",
-    "missing_caption",
-    "bad_text",
-    "empty_text",
-    "bad_label",
-]
+OfPicture = Literal["empty", "unidentified", "unsupported", "truncated", "decode_error", "bomb", "bad_geometry"]
+OfFile = Literal["too_large", "read_error", "truncated_shard", "bad_shard", "not_a_file", "bad_path"]
+OfSample = Literal["interleaved", "duplicate", "missing_image"]
+OfText = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
+Kind = OfPicture | OfFile | OfSample | OfText
 
 CORRUPT: Final = (
     OSError,  # data cut short, a codec's error, a header field that makes no sense
@@ -296,8 +256,7 @@ class ImageLimits:
     max_bytes: int = MAX_FILE_BYTES
 
     def __post_init__(self) -> None:
-        ceilings = {"max_pixels": 89_478_485, "max_bytes": MAX_FILE_BYTES}
-        for name, ceiling in ceilings.items():
+        for name, ceiling in (("max_pixels", 89_478_485), ("max_bytes", MAX_FILE_BYTES)):
             if not 1 <= getattr(self, name) <= ceiling:
                 raise UsageError(f"{name} must be from 1 to {ceiling}. Got {getattr(self, name)} instead.")
         if self.min_side < 1 or self.max_aspect < 1:
@@ -361,8 +320,7 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> DecodedIm
             if name == "TIFF":  # Pillow would turn the pixels by the tag on loading
                 opened.getexif().pop(ORIENTATION, None)
             opened.load()
-        exif = data if name == "TIFF" else opened.info.get("exif")
-        exif_orientation, flags = _orientation(exif)
+        exif_orientation, flags = _orientation(data if name == "TIFF" else opened.info.get("exif"))
         n_frames = count_frames(name, data, opened)
         if n_frames > 1:
             flags |= ImageFlag.ANIMATED

@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from vilu.datasets.base import ImageDataset, ImageRecord
+from vilu.datasets.base import Chosen, ImageDataset, ImageRecord
 from vilu.datasets.images import decode_image
-from vilu.embeddings.space import digest
 from vilu.errors import UsageError
 
 SEVERITIES: Final = 5
@@ -87,7 +86,7 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
 """Ways of damage with their strengths at severity 1 to 5."""
 
 
-class ShiftedImages:
+class ShiftedImages(Chosen):
     """A data set whose every picture is damaged, each in one way that a hash of its key chooses.
 
     The keys stay, so a picture and its damaged form are known to be the same row. What comes out is a PNG.
@@ -110,19 +109,13 @@ class ShiftedImages:
             raise UsageError(f"kinds of shift are {', '.join(KINDS)}. Got {', '.join(unknown) or 'none'} instead.")
         if not 1 <= severity <= SEVERITIES:
             raise UsageError(f"severity must be 1 to {SEVERITIES}. Got {severity} instead.")
+        self._strengths = {kind: KINDS[kind][1][severity - 1] for kind in kinds}
+        super().__init__(images, range(len(images)), {"shift": self._strengths})
         self.source = f"{images.source} ({'+'.join(kinds)}, severity {severity})"
-        self.class_names = images.class_names
-        self.captioned = images.captioned
-        strengths = {kind: KINDS[kind][1][severity - 1] for kind in kinds}
-        self.fingerprint = digest({"dataset": images.fingerprint, "shift": strengths})
-        self._images, self._strengths = images, strengths
-
-    def __len__(self) -> int:
-        return len(self._images)
 
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1, damaged when they are read."""
-        for record in self._images.records(start, stop):
+        for record in super().records(start, stop):
             yield replace(record, read=partial(_damaged, record, self._strengths))
 
 

@@ -71,8 +71,7 @@ def caption_column(names: Sequence[str], metadata: Mapping[bytes, bytes], select
     """The column of captions: where they are asked for, or where there is nothing else (no label, no class names)."""
     name = find_column(names, CAPTION)
     if not selection.captions:
-        labelled = selection.classes or find_column(names, LABEL) or CLASS_NAMES in metadata
-        return None if labelled else name
+        return None if selection.classes or find_column(names, LABEL) or CLASS_NAMES in metadata else name
     if selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
     if name is None:
@@ -98,14 +97,10 @@ def table_rows(table: pa.Table, source: str, selection: Selection, *, default_ke
         default_key: The column that is the key where there is no key column.
     """
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
-    if caption is None:
-        captions = None
-        table.validate(full=True)
-        labels, table_of_classes = _labels(table, source, selection.classes)
-    else:
-        captions = bytes_of(table[caption], f"{source}, column {caption!r}")
-        table.drop_columns([caption]).validate(full=True)
-        labels, table_of_classes = np.full(len(table), UNLABELLED, dtype=np.int32), None
+    captions = None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
+    (table if caption is None else table.drop_columns([caption])).validate(full=True)
+    unlabelled = np.full(len(table), UNLABELLED, dtype=np.int32), None
+    labels, table_of_classes = _labels(table, source, selection.classes) if caption is None else unlabelled
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
     chosen = pa.array(rows)
     name = find_column(table.column_names, KEY) or default_key
@@ -146,8 +141,7 @@ def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     rank = np.empty(len(names) + 1, dtype=np.int32)
     rank[order] = np.arange(len(names))
     rank[-1] = UNLABELLED
-    codes = pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
-    return rank[codes], [names[i] for i in order]
+    return rank[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)], [names[i] for i in order]
 
 
 def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
@@ -163,8 +157,7 @@ def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
 
 
 def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
-    bad = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
-    row = pc.index(bad, True).as_py()
+    row = pc.index(pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes)), True).as_py()
     if row >= 0:
         raise DataError(
             f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has {n_classes} names, so "
@@ -299,10 +292,9 @@ class ParquetDataset(_RowsOfTable):
     def _images(self, first: int) -> Iterator[pa.Scalar]:
         """The cells from position ``first`` to the end."""
         rows = self._rows[first:]
-        bounds = np.searchsorted(rows, self._starts)
         try:
             with pq.ParquetFile(self._path, metadata=self._metadata, **STREAMED) as file:
-                for group, (begin, end) in enumerate(pairwise(bounds)):
+                for group, (begin, end) in enumerate(pairwise(np.searchsorted(rows, self._starts))):
                     if begin < end:
                         yield from _cells(file, group, rows[begin:end] - self._starts[group])
         except (pa.ArrowException, OSError) as error:

@@ -81,9 +81,8 @@ class Sample:
 
     def listed(self) -> str:
         """The extensions, for messages."""
-        return ", ".join(f".{name[:20]}" for name in list(self.members)[:5]) + (
-            ", ..." if len(self.members) > 5 else ""
-        )
+        more = ", ..." if len(self.members) > 5 else ""
+        return ", ".join(f".{name[:20]}" for name in list(self.members)[:5]) + more
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -214,8 +213,7 @@ class TarShards:
             label = None if self.captioned else self._label(path, sample.companion(LABEL))
         except BadImage as error:
             return _bad(key, error, position, self.captioned)
-        read = partial(_read_at, path, image.start, image.size)
-        return ImageRecord(key, label, read, caption, position)
+        return ImageRecord(key, label, partial(_read_at, path, image.start, image.size), caption, position)
 
     def _label(self, path: Path, member: Member | None) -> int | None:
         if member is None:
@@ -321,8 +319,7 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     first, last = int(match[1]), int(match[2])
     if abs(last - first) >= MAX_SHARDS:
         raise UsageError(f"{pattern} stands for more than {MAX_SHARDS} names. Name fewer shards.")
-    padded = any(len(end) > 1 and end.startswith("0") for end in match.groups())
-    width = max(map(len, match.groups())) if padded else 0
+    width = max(map(len, match.groups())) if any(len(end) > 1 and end[0] == "0" for end in match.groups()) else 0
     step = 1 if last >= first else -1
     return [str(number).zfill(width) for number in range(first, last + step, step)]
 

@@ -100,9 +100,8 @@ def _read_header(file: BinaryIO, position: int) -> tarfile.TarInfo | None:
 
 
 def _parse_header(block: bytes, position: int) -> tarfile.TarInfo:
-    where = (
-        f"the header at byte {position} is damaged, and what follows it is lost" if position else "this is no tar file"
-    )
+    damaged = f"the header at byte {position} is damaged, and what follows it is lost"
+    where = damaged if position else "this is no tar file"
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except tarfile.HeaderError as error:

@@ -153,23 +153,16 @@ class Inputs(StoreDocument):
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """What is kept of an image, by name and shape; the embedding first."""
         dim = self.space.embed_dim
-        arrays: dict[str, tuple[int, ...]] = {IMAGE: (dim,)}
-        if self.captions:
-            arrays[CAPTION] = (dim,)
-        if self.features is not None:
-            arrays["features"] = (self.features,)
-        if self.views is not None:
-            arrays["views"] = (self.views.n, dim)
-        return arrays
+        captions = {CAPTION: (dim,)} if self.captions else {}
+        features = {} if self.features is None else {"features": (self.features,)}
+        return {IMAGE: (dim,), **captions, **features, **({} if self.views is None else {"views": (self.views.n, dim)})}
 
     def identity(self) -> dict[str, object]:
         """The fields that are hashed, one level deep (``space.weights``)."""
         known = set(Inputs.model_fields) - ({"n_in"} if self.shards else set())
-        fields = self.model_dump(mode="json", include=known)
         flat: dict[str, object] = {}
-        for name, value in fields.items():
-            nested = value if isinstance(value, dict) else None
-            flat |= {name: value} if nested is None else {f"{name}.{key}": item for key, item in nested.items()}
+        for name, value in self.model_dump(mode="json", include=known).items():
+            flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
         return flat
 
     def require_match(self, other: Inputs, store: Path) -> None:

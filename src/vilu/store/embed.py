@@ -221,7 +221,6 @@ def _check_candidates(
 def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:
     """The run over a data set with a model."""
     sharded = isinstance(dataset, ShardedDataset)
-    default = PART_SHARDS if sharded else PART_IMAGES
     try:
         inputs = Inputs.model_validate(
             {
@@ -231,7 +230,7 @@ def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | N
                 "captions": dataset.captioned,
                 "folders": dataset.class_names,
                 "space": asdict(space),
-                "part_size": default if part_size is None else part_size,
+                "part_size": (PART_SHARDS if sharded else PART_IMAGES) if part_size is None else part_size,
                 **settings,
             }
         )
@@ -278,9 +277,7 @@ def seal(ledger: StoreLedger, max_error_rate: float) -> None:
     """Write the manifest, if every part is there and few enough images failed; otherwise everything is kept."""
     root, run, receipts = ledger.root, ledger.run, ledger.receipts()
     n_in = sum(receipt.n_in for receipt in receipts)
-    errors: Counter[str] = Counter()
-    for receipt in receipts:
-        errors.update(receipt.errors)
+    errors = sum((Counter(receipt.errors) for receipt in receipts), Counter[str]())
     n_error = errors.total()
     if n_in and n_error / n_in > max_error_rate:
         raise DataError(_over_budget(root, n_in, errors, max_error_rate))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -37,17 +38,15 @@ def fold_of(caption: str) -> Fold:
     return "train" if u < TRAIN else "validation" if u < VALIDATION else "test"
 
 
-def check_fold(fold: str) -> None:
-    """Refuse what is none of train, validation and test."""
+def rows_of_fold(
+    files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
+) -> NDArray[np.int64]:
+    """(M,) ascending numbers of the rows of a fold, in metadata files of so many rows each."""
     if fold not in get_args(Fold):
         raise UsageError(f"fold must be one of {', '.join(get_args(Fold))}. Got {fold!r} instead.")
-
-
-def rows_of_fold(captions: Iterable[list[str | None]], fold: Fold, n_rows: int) -> NDArray[np.int64]:
-    """(M,) ascending numbers of the rows of a fold."""
     found, start = [np.empty(0, np.int64)], 0
     with track("Sorting captions into folds", n_rows, "rows") as task:
-        for block in captions:
+        for block in chain.from_iterable(read_captions(path, names, n) for path, n in files):
             mine = np.array([fold_of(caption or "") == fold for caption in block], dtype=bool)
             found.append(np.flatnonzero(mine) + start)
             start += len(block)
@@ -59,8 +58,7 @@ def read_captions(path: Path, names: tuple[str, ...], n_rows: int) -> Iterator[l
     """The captions of a metadata file of so many rows, in blocks, from the first of the columns that is there."""
     found, again = 0, "Restore the file, or embed the images again."
     with or_damaged(path, again), pq.ParquetFile(path) as file:
-        name = _caption_column(path, file.schema_arrow, names)
-        for batch in file.iter_batches(READ_ROWS, columns=[name]):
+        for batch in file.iter_batches(READ_ROWS, columns=[_caption_column(path, file.schema_arrow, names)]):
             batch.validate(full=True)  # strings are UTF-8, offsets are within their buffers
             found += len(batch)
             yield batch.column(0).to_pylist()

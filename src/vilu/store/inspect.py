@@ -11,23 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.errors import ViLUError
 from vilu.files import MANIFEST, RUN, file_hash, read_document
 from vilu.store.documents import Receipt, Run
-from vilu.store.parts import (
-    ERRORS,
-    SHARD,
-    Part,
-    StoreLedger,
-    map_rows,
-    metadata_schema,
-    positions,
-    read_classes,
-    read_columns,
-)
+from vilu.store.parts import ERRORS, Part, StoreLedger, holds_all, map_rows, metadata_schema, read_classes, read_columns
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 CHUNK = 8192
@@ -159,7 +148,7 @@ def _table_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterat
     bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)
     where = f"part {part.number} ({root / part.metadata}, {root / part.errors})"
     of_rows, of_errors = good["position"].to_numpy(), bad["position"].to_numpy()
-    if not _is_every_image(run, part, np.union1d(of_rows, of_errors), receipt.n_in):
+    if not holds_all(run, part, np.union1d(of_rows, of_errors), receipt.n_in):
         what = "of its shards" if run.shards else f"from {part.start} to {part.stop - 1}"
         yield f"{where} does not hold every image {what} once."
     elif np.any(np.diff(of_rows) <= 0):
@@ -171,17 +160,6 @@ def _table_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterat
         yield f"{where} has labels from {labels.min()} to {labels.max()} for {len(run.names)} classes."
     if len(good["key"].unique()) != len(good):
         yield f"{where} has keys more than once."
-
-
-def _is_every_image(run: Run, part: Part, found: NDArray[np.int64], n_in: int) -> bool:
-    """Whether sorted positions are those of ``n_in`` images of the part: all, or in each shard the first ones."""
-    places = positions(run, part)
-    if not run.shards:
-        return np.array_equal(found, np.arange(places.start, places.stop))
-    number = found % SHARD
-    follows = np.diff(found) == 1
-    inside = len(found) == 0 or (found[0] >= places.start and found[-1] < places.stop and number[0] == 0)
-    return len(found) == n_in and bool(inside) and bool(np.all(follows | (number[1:] == 0)))
 
 
 def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[str]:

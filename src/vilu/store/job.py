@@ -52,7 +52,7 @@ class Marks:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._set: set[Path] = set()
+        self._set: set[Part] = set()
 
     def begin(self, part: Part) -> None:
         """Leave one."""
@@ -60,20 +60,17 @@ class Marks:
         path.parent.mkdir(exist_ok=True)
         with path.open("ab") as handle:
             handle.write(b"x")
-        self._set.add(path)
+        self._set.add(part)
 
     def end(self, part: Part) -> None:
         """Take it away, and with it those of processes that died before this one came through."""
-        self._remove(self._root / part.attempts)
+        (self._root / part.attempts).unlink(missing_ok=True)
+        self._set.discard(part)
 
     def end_all(self) -> None:
         """Take away what is left."""
-        for path in tuple(self._set):
-            self._remove(path)
-
-    def _remove(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-        self._set.discard(path)
+        for part in tuple(self._set):
+            self.end(part)
 
 
 @contextmanager
@@ -198,9 +195,8 @@ class EmbedJob:
                 content = encoder.part(outcomes)
                 receipt = self.ledger.write_rows(part, content, self.batch_size, sources[part.number])
                 marks.end(part)
-                logger.info(
-                    "part %d: %d rows, %d errors, %.1f s", part.number, receipt.n_ok, receipt.n_error, receipt.seconds
-                )
+                counts = receipt.n_ok, receipt.n_error, receipt.seconds
+                logger.info("part %d: %d rows, %d errors, %.1f s", part.number, *counts)
                 yield receipt
 
     def _items(

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,7 +22,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files import or_refuse
 from vilu.progress import track
-from vilu.store.folds import Fold, check_fold, read_captions, rows_of_fold
+from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.mapped import MappedPairs, MappedParts, default_workers, in_threads
 from vilu.store.parts import open_npy, or_damaged
 
@@ -65,8 +64,7 @@ class Shard:
                 f"{self.image} has width {shapes[self.image][1]} and {self.text} {shapes[self.text][1]}: "
                 "they are not of one model."
             )
-        n_rows, width = shapes[self.image]
-        return n_rows, width
+        return shapes[self.image][0], shapes[self.image][1]
 
 
 def map_matrix(path: Path) -> NDArray[np.floating]:
@@ -264,13 +262,8 @@ class ChosenNumbers(RowNumbers):
         super().__init__(len(rows))
         self._rows = rows
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        found = self._rows[index].tolist()
-        return str(found) if isinstance(index, int) else [str(row) for row in found]
+    def _of(self, row: int) -> str:
+        return str(self._rows[row])
 
 
 def _open(shard: Shard, name: str) -> NDArray[np.floating]:
@@ -282,14 +275,12 @@ def _open(shard: Shard, name: str) -> NDArray[np.floating]:
 
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
-    check_fold(fold)
-
-    def captions() -> Iterator[list[str | None]]:
+    def files() -> Iterator[tuple[Path, int]]:
         for shard in shards:
             if shard.metadata is None:
                 raise UsageError(
                     f"folds are made by caption, and {root} has no metadata with captions. Leave fold out."
                 )
-            yield from read_captions(shard.metadata, CAPTIONS, shard.shape[0])
+            yield shard.metadata, shard.shape[0]
 
-    return rows_of_fold(captions(), fold, sum(shard.shape[0] for shard in shards))
+    return rows_of_fold(files(), CAPTIONS, fold, sum(shard.shape[0] for shard in shards))

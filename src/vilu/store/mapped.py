@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from vilu.embeddings.checks import SHORT_POOL, VALID
+from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers
 from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -133,11 +133,11 @@ class MappedParts:
         self._touched += n_rows * max([PAGE, *(part[:1].nbytes for part in parts)])
         if self._touched < MAX_RESIDENT:
             return
-        resident, self._resident, self._touched = self._resident, {}, 0
-        for part in resident.values():
+        for part in self._resident.values():
             mapped = getattr(part.base, "_mmap", None)
             if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 mapped.madvise(mmap.MADV_DONTNEED)
+        self._resident, self._touched = {}, 0
 
 
 class MappedSource(EmbeddingSource):
@@ -190,9 +190,8 @@ class MappedPairs(PairSource, MappedSource):
         self.pool_size = pools.size
         self._rows, self._arrays = rows, arrays
         self._chosen = None if chosen is None else torch.from_numpy(chosen)
-        n_rows = len(rows) if chosen is None else len(chosen)
         # a target is a candidate of a pool, so only batches know it; one number stands for all rows
-        self.target = torch.tensor(UNKNOWN).expand(n_rows)
+        self.target = torch.tensor(UNKNOWN).expand(len(rows if chosen is None else chosen))
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 unit-norm image embeddings."""
@@ -230,7 +229,7 @@ class MappedPairs(PairSource, MappedSource):
         return self._rows.take(name, index if self._chosen is None else self._chosen[index])
 
 
-class PartStrings(Sequence[str]):
+class PartStrings(Identifiers):
     """A string for every row, read part by part when asked for."""
 
     def __init__(
@@ -242,15 +241,8 @@ class PartStrings(Sequence[str]):
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._rows is None else len(self._rows)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        row = places if self._rows is None else int(self._rows[places])
+    def _of(self, row: int) -> str:
+        row = row if self._rows is None else int(self._rows[row])
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         return str(self._read(part)[row - int(self._starts[part])].as_py())
 

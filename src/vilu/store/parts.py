@@ -24,18 +24,7 @@ from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.files import RUN, file_hash, make_folder, read_document
-from vilu.store.documents import (
-    CLASSES,
-    IMAGE,
-    SHARED,
-    TEXT,
-    ArrayInfo,
-    ClassColumn,
-    Inputs,
-    Receipt,
-    Run,
-    StoredClasses,
-)
+from vilu.store.documents import CLASSES, IMAGE, SHARED, TEXT, ArrayInfo, ClassColumn, Receipt, Run, StoredClasses
 from vilu.store.ledger import Ledger, write_hashed
 
 SHARD = 2**32
@@ -88,16 +77,26 @@ class Part:
         return self.stop - self.start
 
 
-def plan(run: Inputs) -> list[Part]:
+def plan(run: Run) -> list[Part]:
     """All parts of a run; they depend on nothing but the number of images (or shards) and the part size."""
     starts = range(0, run.extent, run.part_size)
     arrays = tuple(run.arrays)
     return [Part(i, start, min(start + run.part_size, run.extent), arrays) for i, start in enumerate(starts)]
 
 
-def positions(run: Inputs, part: Part) -> range:
+def positions(run: Run, part: Part) -> range:
     """Where the positions of a part's images are; of shards not all of them are taken."""
     return range(part.start * SHARD, part.stop * SHARD) if run.shards else range(part.start, part.stop)
+
+
+def holds_all(run: Run, part: Part, found: NDArray[np.int64], n_in: int) -> bool:
+    """Whether sorted positions are those of ``n_in`` images of the part: all, or in each shard the first ones."""
+    places = positions(run, part)
+    if not run.shards:
+        return np.array_equal(found, np.arange(places.start, places.stop))
+    number = found % SHARD
+    inside = len(found) == 0 or (found[0] >= places.start and found[-1] < places.stop and number[0] == 0)
+    return len(found) == n_in and bool(inside) and bool(np.all((np.diff(found) == 1) | (number[1:] == 0)))
 
 
 class StoreLedger(Ledger[Part, Receipt]):
@@ -114,8 +113,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Number, bounds and images; how many images shards hold, only the receipt knows."""
         n_in = receipt.n_in if self.run.shards else len(part)
-        found = (receipt.part, receipt.start, receipt.stop, receipt.n_in)
-        return found, (part.number, part.start, part.stop, n_in)
+        return (receipt.part, receipt.start, receipt.stop, receipt.n_in), (part.number, part.start, part.stop, n_in)
 
     def look_up(self, part: Part) -> Receipt | str:
         """The receipt of a part that is there in full, and of shards as they are now; or else what it lacks."""
@@ -189,7 +187,7 @@ UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on one (ValueError also for names that are no text)."""
 
 
-def metadata_schema(run: Inputs) -> pa.Schema:
+def metadata_schema(run: Run) -> pa.Schema:
     """Columns of the metadata."""
     return METADATA.append(CAPTION_FIELD) if run.captions else METADATA
 
@@ -228,18 +226,15 @@ def map_rows(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.float
 def read_columns(path: Path, schema: pa.Schema, names: Sequence[str], n_rows: int) -> pa.Table:
     """Some columns of a parquet file; StorageError if it has other rows, or its columns are not those of the schema."""
     with or_damaged(path, REDO), pq.ParquetFile(path) as file:
-        found, table = file.metadata.num_rows, None
-        if found == n_rows:
-            table = file.read(columns=list(names))
-            table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
-            found = len(table)
-    if table is None or found != n_rows:
-        raise StorageError(f"{path} has {found} rows, expected {n_rows}. {REDO}")
-    expected = pa.schema([schema.field(name) for name in names])
-    if not table.schema.equals(expected):
-        raise StorageError(
-            f"{path} has columns {table.schema.to_string()!r}, expected {expected.to_string()!r}. {REDO}"
-        )
+        if file.metadata.num_rows != n_rows:
+            raise StorageError(f"{path} has {file.metadata.num_rows} rows, expected {n_rows}. {REDO}")
+        table = file.read(columns=list(names))
+        table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+    if len(table) != n_rows:
+        raise StorageError(f"{path} has {len(table)} rows, expected {n_rows}. {REDO}")
+    found, expected = table.schema, pa.schema([schema.field(name) for name in names])
+    if not found.equals(expected):
+        raise StorageError(f"{path} has columns {found.to_string()!r}, expected {expected.to_string()!r}. {REDO}")
     return table
 
 

@@ -68,19 +68,9 @@ class Decoder:
             caption = read_caption(record) if self.captions else None
         except BadImage as error:
             cause, size = type(error.__cause__ or error).__name__, sizes[0] if sizes else None
-            message = str(error)[:MESSAGE_LENGTH]
-            return ErrorRow(record.key, position, error.stage, error.kind, cause, message, size)
-        row = Row(
-            position=position,
-            key=record.key,
-            label=record.label,
-            width=image.width,
-            height=image.height,
-            n_frames=image.n_frames,
-            exif_orientation=image.exif_orientation,
-            flags=int(image.flags),
-            caption=caption,
-        )
+            return ErrorRow(record.key, position, error.stage, error.kind, cause, str(error)[:MESSAGE_LENGTH], size)
+        facts = image.width, image.height, image.n_frames, image.exif_orientation, int(image.flags)
+        row = Row(position, record.key, record.label, *facts, caption)
         views = [] if self.views is None else self.views.of(image.image, record.key)
         pixels, *others = map(self.preprocess, [image.image, *views])
         return Decoded(row, pixels, sizes[0], tuple(others))
@@ -159,9 +149,7 @@ class Encoder:
         if CAPTION not in self.arrays:
             return rows
         cut = self.backbone.truncates([row.caption or "" for row in rows])
-        return [
-            replace(row, flags=row.flags | TEXT_TRUNCATED) if long else row for row, long in zip(rows, cut, strict=True)
-        ]
+        return [replace(row, flags=row.flags | TEXT_TRUNCATED * long) for row, long in zip(rows, cut, strict=True)]
 
     def _run_model(self, batch: Sequence[Decoded]) -> tuple[dict[str, Tensor], NDArray[np.uint8]]:
         """What to keep of some images, by name, and the worst status (``checks.STATUS``) of each."""

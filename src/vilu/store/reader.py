@@ -18,7 +18,7 @@ from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files import MANIFEST, RUN, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
-from vilu.store.folds import Fold, check_fold, read_captions, rows_of_fold
+from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import content_hash
 from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
@@ -89,8 +89,7 @@ class Sealed:
     def metadata(self, name: str, number: int) -> pa.Array:
         """A column of the metadata of a part."""
         n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
-        path = self.path / self.parts[number].metadata
-        return read_columns(path, METADATA, [name], n_rows)[name].combine_chunks()
+        return read_columns(self.path / self.parts[number].metadata, METADATA, [name], n_rows)[name].combine_chunks()
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> PartStrings:
         """Keys of some rows, ascending, by default of all."""
@@ -192,8 +191,7 @@ class CaptionStore(MappedPairs):
             raise DataError(f"{path} has classes and no captions. Open it with vilu.EmbeddingStore.")
         sealed.require_seal(not self.manifest.classes)
         chosen = None if fold is None else _rows_of_fold(sealed, fold)
-        arrays = (IMAGE, CAPTION)
-        super().__init__(sealed.path, sealed.rows, arrays, self.manifest.space, pools or Pools(), chosen)
+        super().__init__(sealed.path, sealed.rows, (IMAGE, CAPTION), self.manifest.space, pools or Pools(), chosen)
         # of the pictures: to a caption that asks for its picture they would tell which one it is
         kept = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.columns = kept if self.pools.direction == "image_to_text" else frozenset()
@@ -205,11 +203,6 @@ class CaptionStore(MappedPairs):
 
 
 def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
-    check_fold(fold)
-    counts = np.diff(sealed.rows.starts)
-    blocks = (
-        block
-        for part, n_rows in zip(sealed.parts, counts, strict=True)
-        for block in read_captions(sealed.path / part.metadata, ("caption",), int(n_rows))
-    )
-    return rows_of_fold(blocks, fold, len(sealed.rows))
+    counts = np.diff(sealed.rows.starts).tolist()
+    files = [(sealed.path / part.metadata, n_rows) for part, n_rows in zip(sealed.parts, counts, strict=True)]
+    return rows_of_fold(files, ("caption",), fold, len(sealed.rows))

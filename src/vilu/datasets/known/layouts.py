@@ -6,31 +6,20 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache, partial
 from hashlib import blake2b
 from importlib import resources
+from itertools import islice
 from os import stat_result
 from pathlib import Path
 from typing import Final
 
 from vilu.datasets.cifar import CIFAR10, CIFAR100, CifarDataset, Layout
-from vilu.datasets.classes import clean_name
 from vilu.datasets.files import portable_name, subfolders, walk_images
 from vilu.datasets.known.entry import SHOWN, Count, Place, Reader, Request, Survey
-from vilu.datasets.known.read import (
-    CoopListing,
-    Entry,
-    Listing,
-    ListReader,
-    Parse,
-    SplitLists,
-    T,
-    read_json_object,
-    read_lines,
-    user_list,
-)
+from vilu.datasets.known.read import CoopListing, Entry, Listing, ListReader, fgvc_aircraft, food101, sun397
 from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
 from vilu.errors import DataError, UsageError
 from vilu.files import fill
@@ -73,8 +62,7 @@ class ClassFolders:
         folder = self.root / self.part
         prefix = f"{self.part}/" if self.part else ""
         for name in self._classes(folder):
-            files = list(walk_images(folder / name, Counter()))
-            for path, status in self.choose(name, files):
+            for path, status in self.choose(name, list(walk_images(folder / name, Counter()))):
                 yield f"{prefix}{name}/{path}", self.labels[name], status
 
     def _classes(self, folder: Path) -> list[str]:
@@ -147,8 +135,7 @@ def half(name: str, files: Files, *, first: bool) -> Files:
     keys = [blake2b(f"{name}/{path}".encode("utf-8", "surrogateescape"), digest_size=8).digest() for path, _ in files]
     order = sorted(range(len(files)), key=keys.__getitem__)
     middle = len(files) // 2
-    chosen = order[:middle] if first else order[middle:]
-    return [files[number] for number in sorted(chosen)]
+    return [files[number] for number in sorted(order[:middle] if first else order[middle:])]
 
 
 @cache
@@ -179,78 +166,6 @@ def _listing(folders: tuple[str, ...], splits: Mapping[str, ClassFolders], origi
 
 def _asset(name: str) -> str:
     return resources.files("vilu").joinpath("assets", name).read_text(encoding="utf-8")
-
-
-OFFICIAL: Final = "official split"
-
-
-def fgvc_aircraft(place: Place) -> Listing:
-    """100 variants; the official training, validation and test images."""
-    variants = place.require("variants.txt")
-    keys = {"train": "train", "validation": "val", "test": "test"}
-    files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
-    lists = SplitLists.of(files, read_lines(variants), variants)
-
-    def parse(line: str) -> tuple[str, int]:
-        number, _, variant = line.partition(" ")
-        return f"{number}.jpg", lists.label_of(variant)
-
-    return _official(place, lists, "images", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
-
-
-def food101(place: Place) -> Listing:
-    """101 dishes; the user's CoOp list, else the official split, which has no validation images."""
-    own = user_list(place, "split_zhou_Food101.json", "images")
-    if own is not None:
-        return own
-    files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
-    content = {split: read_json_object(file) for split, file in files.items()}
-    dishes = sorted({name for split in content.values() for name in split})
-    lists = SplitLists.of(files, dishes, files["train"])
-
-    def parse(entry: tuple[str, object]) -> tuple[str, int]:
-        name, path = entry
-        if not isinstance(path, str):
-            raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004 - told with the entry
-        return f"{path}.jpg", lists.label_of(name)
-
-    entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
-    return _official(place, lists, "images", entries, parse)
-
-
-def sun397(place: Place) -> Listing:
-    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
-    own = user_list(place, "split_zhou_SUN397.json", "")
-    if own is not None:
-        return own
-    wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
-    files = {split: place.require(name, f"Partitions/{name}") for split, name in wanted.items()}
-    scenes = place.require("ClassName.txt", "Partitions/ClassName.txt")
-    lists = SplitLists.of(files, read_lines(scenes), scenes)
-
-    def parse(line: str) -> tuple[str, int]:
-        return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
-
-    found = _official(place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
-    below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
-    raw = tuple("/".join(parts) for parts in below_letter)
-    return replace(found, classes=raw, names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter))
-
-
-def _official(
-    place: Place, lists: SplitLists, images: str, entries: Mapping[Path, tuple[str, Iterable[T]]], parse: Parse[T]
-) -> Listing:
-    """The listing by files of the authors, each with its split and what stands in it."""
-    for file, (split, lines) in entries.items():
-        lists.fill(split, file, lines, parse)
-    return lists.listing(place.folder, images, OFFICIAL, binding=True)
-
-
-def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
-    for name, paths in content.items():
-        if not isinstance(paths, list):
-            raise DataError(f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}.")
-        yield from ((name, path) for path in paths)
 
 
 @dataclass(frozen=True)
@@ -298,15 +213,13 @@ class ShardReader:
         """Tars and gaps in their numbers; ``deep`` lists their members, so that it counts pairs and finds damage."""
         shards = find_known_shards(place.folder)
         found, problem = _count_pairs(place, shards) if deep else (None, None)
-        gaps = missing_numbers(place.folder, shards)
-        count = Count(found, None, missing=gaps, problem=problem)
+        count = Count(found, None, missing=missing_numbers(place.folder, shards), problem=problem)
         return Survey(f"{len(shards)} tar files", {"all": count}, binding=False)
 
 
 def find_known_shards(folder: Path) -> list[Path]:
     """The tars in a folder, else those in the folders below it (train, validation), in the order of their names."""
-    parts = [folder, *(folder / name for name in subfolders(folder))]
-    shards = find_shards(folder) or [shard for part in parts[1:] for shard in find_shards(part) or ()]
+    shards = find_shards(folder) or [tar for name in subfolders(folder) for tar in find_shards(folder / name) or ()]
     if not shards:
         raise DataError(f"{folder} holds no tar files. Expected 00000.tar, 00001.tar, ... as img2dataset writes them.")
     return shards
@@ -319,14 +232,13 @@ def missing_numbers(folder: Path, shards: list[Path]) -> tuple[str, ...]:
         match = re.fullmatch(r"(.*?)([0-9]{1,18})", shard.stem)
         if match is not None:
             numbers[shard.parent, match[1], len(match[2])].add(int(match[2]))
-    gaps: list[str] = []
-    for (parent, prefix, width), present in numbers.items():
-        for number in range(min(max(present), MAX_SHARDS)):
-            if number not in present:
-                gaps.append(str((parent / f"{prefix}{number:0{width}}.tar").relative_to(folder).as_posix()))
-                if len(gaps) == SHOWN:
-                    return tuple(gaps)
-    return tuple(gaps)
+    gaps = (
+        (parent / f"{prefix}{number:0{width}}.tar").relative_to(folder).as_posix()
+        for (parent, prefix, width), present in numbers.items()
+        for number in range(min(max(present), MAX_SHARDS))
+        if number not in present
+    )
+    return tuple(islice(gaps, SHOWN))
 
 
 def _count_pairs(place: Place, shards: list[Path]) -> tuple[int, str | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from os import stat_result
@@ -14,7 +14,7 @@ from stat import S_ISREG
 from typing import Final, NoReturn, TypeVar
 
 from vilu.datasets.base import parse_split
-from vilu.datasets.classes import class_table
+from vilu.datasets.classes import class_table, clean_name
 from vilu.datasets.files import ListingHash, portable_name, read_file, status_below, stays_below
 from vilu.datasets.folder import ListedFiles
 from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
@@ -67,19 +67,19 @@ class ListReader:
         return Survey(listing.origin, counts, listing.binding)
 
 
+@dataclass(frozen=True)
 class PathList:
     """Images of a list, in the byte order of their paths, so that one list in any order is one data set.
 
     Iterating costs one stat per image.
     """
 
-    def __init__(self, folder: Path, entries: Iterable[tuple[str, int]]) -> None:
-        self._folder = folder
-        self._entries = sorted(entries)
+    folder: Path
+    entries: Iterable[tuple[str, int]]
 
     def __iter__(self) -> Iterator[Entry]:
-        for path, label in self._entries:
-            yield path, label, status_below(self._folder, path)
+        for path, label in sorted(self.entries):
+            yield path, label, status_below(self.folder, path)
 
 
 class ListedDataset(ListedFiles):
@@ -223,7 +223,7 @@ class SplitLists:
         names = self.names()
         prefix = f"{images}/" if images else ""
         splits = {
-            split: PathList(folder, ((prefix + path, label) for path, label in entries))
+            split: PathList(folder, [(prefix + path, label) for path, label in entries])
             for split, entries in self.splits.items()
         }
         return Listing(names, splits, origin, binding=binding)
@@ -274,9 +274,8 @@ def user_list(place: Place, file: str, images: str) -> Listing | None:
     path = place.find(file)
     if path is None:
         return None
-    lists = read_split_file(path)
     try:
-        return lists.listing(place.folder, images, f"{file} of the user", binding=False)
+        return read_split_file(path).listing(place.folder, images, f"{file} of the user", binding=False)
     except ValueError as error:
         refuse(path, error)
 
@@ -344,3 +343,71 @@ class CoopListing:
         if lists is None:
             raise place.lacks(self.file)
         return lists.listing(place.folder, self.images, "CoOp list shipped with vilu", binding=True)
+
+
+def fgvc_aircraft(place: Place) -> Listing:
+    """100 variants; the official training, validation and test images."""
+    variants = place.require("variants.txt")
+    keys = {"train": "train", "validation": "val", "test": "test"}
+    files = {split: place.require(f"images_variant_{key}.txt") for split, key in keys.items()}
+    lists = SplitLists.of(files, read_lines(variants), variants)
+
+    def parse(line: str) -> tuple[str, int]:
+        number, _, variant = line.partition(" ")
+        return f"{number}.jpg", lists.label_of(variant)
+
+    return _official(place, lists, "images", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
+
+
+def food101(place: Place) -> Listing:
+    """101 dishes; the user's CoOp list, else the official split, which has no validation images."""
+    own = user_list(place, "split_zhou_Food101.json", "images")
+    if own is not None:
+        return own
+    files = {split: place.require(f"meta/{split}.json") for split in ("train", "test")}
+    content = {split: read_json_object(file) for split, file in files.items()}
+    lists = SplitLists.of(files, sorted(set().union(*content.values())), files["train"])
+
+    def parse(entry: tuple[str, object]) -> tuple[str, int]:
+        name, path = entry
+        if not isinstance(path, str):
+            raise ValueError(f"expected a path below images/; found {path!r:.80}")  # noqa: TRY004 - told with the entry
+        return f"{path}.jpg", lists.label_of(name)
+
+    entries = {file: (split, _flat(content[split], file)) for split, file in files.items()}
+    return _official(place, lists, "images", entries, parse)
+
+
+def sun397(place: Place) -> Listing:
+    """397 scenes; the user's CoOp list, else the first official partition, which has no validation images."""
+    own = user_list(place, "split_zhou_SUN397.json", "")
+    if own is not None:
+        return own
+    wanted = {"train": "Training_01.txt", "test": "Testing_01.txt"}
+    files = {split: place.require(name, f"Partitions/{name}") for split, name in wanted.items()}
+    scenes = place.require("ClassName.txt", "Partitions/ClassName.txt")
+    lists = SplitLists.of(files, read_lines(scenes), scenes)
+
+    def parse(line: str) -> tuple[str, int]:
+        return line.removeprefix("/"), lists.label_of(line.rpartition("/")[0])
+
+    found = _official(place, lists, "", {file: (split, read_lines(file)) for split, file in files.items()}, parse)
+    below_letter = [name.split("/")[2:] for name in found.classes]  # /a/apartment_building/outdoor
+    raw = tuple("/".join(parts) for parts in below_letter)
+    return replace(found, classes=raw, names=tuple(clean_name(" ".join(reversed(parts))) for parts in below_letter))
+
+
+def _official(
+    place: Place, lists: SplitLists, images: str, entries: Mapping[Path, tuple[str, Iterable[T]]], parse: Parse[T]
+) -> Listing:
+    """The listing by files of the authors, each with its split and what stands in it."""
+    for file, (split, lines) in entries.items():
+        lists.fill(split, file, lines, parse)
+    return lists.listing(place.folder, images, "official split", binding=True)
+
+
+def _flat(content: dict[str, object], file: Path) -> Iterator[tuple[str, object]]:
+    for name, paths in content.items():
+        if not isinstance(paths, list):
+            raise DataError(f"{file}: expected a list of paths per class; {name[:80]!r} has {type(paths).__name__}.")
+        yield from ((name, path) for path in paths)

@@ -35,8 +35,6 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
         return RayExecutor(processes) if name == "ray" else SparkExecutor(processes)
     from vilu.store.executors.local import LocalExecutor, RankExecutor
 
-    if name == "local":
-        return LocalExecutor(processes)
-    if processes is not None:
+    if name == "rank" and processes is not None:
         raise UsageError("the rank executor takes no number of processes: whoever starts the ranks says how many.")
-    return RankExecutor()
+    return RankExecutor() if name == "rank" else LocalExecutor(processes)

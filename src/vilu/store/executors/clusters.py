@@ -18,16 +18,9 @@ from typing import Any
 import numpy as np
 
 from vilu.errors import MissingModelError, StorageError
-from vilu.extras import import_extra, quiet
+from vilu.extras import import_extra, quiet, setting
 from vilu.store.documents import Receipt
-from vilu.store.executors.local import (
-    Worker,
-    check_processes,
-    pack_job,
-    receipt_of,
-    take_gpu,
-    threads_per_process,
-)
+from vilu.store.executors.local import Worker, check_processes, pack_job, receipt_of, take_gpu, threads_per_process
 from vilu.store.job import EmbedJob
 from vilu.store.mapped import cores
 
@@ -94,9 +87,8 @@ class RayExecutor:
         with quiet():
             self._ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            yield (
-                self._actors() if address else _Actors(processes, threads_per_process(processes), self._gpus(processes))
-            )
+            own = None if address else _Actors(processes, threads_per_process(processes), self._gpus(processes))
+            yield own or self._actors()
         finally:
             self._ray.shutdown()
 
@@ -120,19 +112,10 @@ class RayExecutor:
         """Quiet, and patient: a part may take hours, and actors may die while a machine starts."""
         with quiet():
             context = self._data.DataContext.get_current()
-        ours = {
-            "enable_progress_bars": False,
-            "execution_no_progress_timeout_s": -1,
-            "max_consecutive_actor_init_deaths": 5,
-        }
-        before = {name: getattr(context, name) for name in ours if hasattr(context, name)}
-        try:
-            for name in before:
-                setattr(context, name, ours[name])
+        patience = {"execution_no_progress_timeout_s": -1, "max_consecutive_actor_init_deaths": 5}
+        ours = {"enable_progress_bars": False, **patience}
+        with setting(context, **{name: value for name, value in ours.items() if hasattr(context, name)}):
             yield
-        finally:
-            for name, value in before.items():
-                setattr(context, name, value)
 
 
 @dataclass(frozen=True)
@@ -192,8 +175,7 @@ class SparkExecutor:
             held = context.broadcast(payload)
             arrived = context.accumulator([], _Outcomes())
             task = partial(_run, held, hashlib.sha256(payload).hexdigest(), arrived)
-            tasks = context.parallelize(list(parts), len(parts)).map(task)
-            action = _Action(self._spark, context, tasks)
+            action = _Action(self._spark, context, context.parallelize(list(parts), len(parts)).map(task))
             try:
                 n = 0
                 while action.goes_on() or n < len(arrived.value):
@@ -223,9 +205,8 @@ class SparkExecutor:
             "spark.driver.bindAddress": "127.0.0.1",
             "spark.driver.host": "127.0.0.1",
         }
-        conf = self._spark.SparkConf().setAll(list(settings.items()))
         try:
-            context = self._spark.SparkContext(conf=conf)
+            context = self._spark.SparkContext(conf=self._spark.SparkConf().setAll(list(settings.items())))
         except self._spark.errors.PySparkRuntimeError as error:
             raise MissingModelError(f"Spark did not start; it needs Java 17 or later on the path ({error}).") from error
         context.pythonExec = sys.executable  # workers of this very environment

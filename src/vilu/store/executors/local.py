@@ -55,9 +55,8 @@ def receipt_of(packed: bytes) -> Receipt:
 
 def pack_job(job: EmbedJob, threads: int) -> bytes:
     """The job, pickled, with this share of threads for tensors and for decoding where it does not say itself."""
-    shared = replace(job, threads=job.threads or threads, workers=job.workers or threads)
     try:
-        return pickle.dumps(shared)
+        return pickle.dumps(replace(job, threads=job.threads or threads, workers=job.workers or threads))
     except (pickle.PicklingError, TypeError, AttributeError) as error:
         raise UsageError(
             f"this job cannot go to other processes: {error}. Give the model by name (BackboneSpec), and a data set "
@@ -191,10 +190,8 @@ class _Pool:
     def _hire(self) -> None:
         """Keep as many workers as there is work for."""
         missing = min(self.size, self._busy() + len(self.waiting)) - len(self.workers)
-        taken = {worker.number for worker in self.workers.values()}
-        free = [number for number in range(self.size) if number not in taken]
-        for number in free[: max(0, missing)]:
-            worker = _Process(number)
+        free = sorted(set(range(self.size)) - {worker.number for worker in self.workers.values()})
+        for worker in map(_Process, free[: max(0, missing)]):
             self.workers[worker.pipe] = worker
 
     def _assign(self) -> None:
@@ -275,10 +272,9 @@ class Rank:
     world: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rank < self.world:
-            raise UsageError(
-                f"the rank must be from 0 to {self.world - 1} in a world of {self.world}. Got {self.rank}."
-            )
+        rank, world = self.rank, self.world
+        if not 0 <= rank < world:
+            raise UsageError(f"the rank must be from 0 to {world - 1} in a world of {world}. Got {rank}.")
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Rank:
