@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import (
-    Data,
-    Direction,
-    Fold,
-    Hard,
-    Json,
-    JsonFile,
-    LogitScale,
-    NearDuplicates,
-    PoolSize,
-    Predictor,
-    choose_pools,
-    next_step,
-    printable,
-)
+from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, printable, reads
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +24,7 @@ ALARM = 8
 """Exit code: the guarantee should no longer be relied on."""
 
 
+@reads
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
@@ -56,12 +42,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool, typer.Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
     ] = False,
     coverage: Annotated[float, typer.Option(help="With --summary: share of answers that are accepted.")] = 0.8,
-    pool_size: PoolSize = None,
-    direction: Direction = "image_to_text",
-    hard_negatives: Hard = False,
-    near_duplicates: NearDuplicates = None,
-    fold: Fold = None,
-    logit_scale: LogitScale = None,
+    *,
+    reading: Reading,
     as_json: Json = False,
     output: JsonFile = None,
 ) -> None:
@@ -70,13 +52,10 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
-    from vilu.store.reader import open_source
 
     if output is not None:
         require_json(output)
-    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
-    opened = partial(open_source, pools=pools, logit_scale=logit_scale)
-    data, fitted = opened(store, fold=fold), load(predictor)
+    data, fitted = reading.open(store), load(predictor)
     if summary:
         if train is not None or key or row:
             raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
@@ -85,7 +64,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
         following = f"to see single rows: vilu explain {predictor} {store}"
     else:
-        known = None if train is None else opened(train, fold=fold and "train")
+        known = None if train is None else reading.open(train, "train")
         wanted = [*(key or ()), *(row or ())]
         depth = Depth(candidates, neighbours, background, seed)
         found = explain_rows(fitted, data, known, wanted or None, n=n, depth=depth)
