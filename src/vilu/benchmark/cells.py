@@ -109,6 +109,11 @@ def plan(config: Config) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
+def own_results(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that are run, since none before has their result."""
+    return [cell for cell in cells if cell.same_as is None]
+
+
 def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
     """What decides the fit of a cell: method, training rows, and the method's own seed where it matters."""
     seed = cell.seed if config.depends_on_seed(cell.method) else None

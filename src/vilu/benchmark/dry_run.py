@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vilu.backbones.catalog import NAMED
-from vilu.benchmark.cells import needed_parts, origin_of, plan, sharing_a_fit
+from vilu.benchmark.cells import needed_parts, origin_of, own_results, plan, sharing_a_fit
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import Data, Role
 from vilu.benchmark.stores import PACKAGE, Part, is_complete, open_images, store_of
@@ -65,7 +65,7 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
     """What a benchmark would do with the folder of data and the output as they are; embeds and runs nothing."""
     cells = plan(config)
     parts = {part: _part(part, config.data[part[0]], data, output) for part in needed_parts(config, cells)}
-    runs = [cell for cell in cells if cell.same_as is None]
+    runs = own_results(cells)
     groups = sharing_a_fit(config, runs)
     return StudyPlan(
         name=config.name,

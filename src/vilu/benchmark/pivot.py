@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vilu.benchmark.board import Board, Entrant, Mean
+from vilu.benchmark.board import Board, Entrant, Mean, occurring
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.sheet import Sheet, Shown
@@ -41,7 +41,8 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     for entrant in entrants:
         _, data, setting = entrant.place
         if entrant.found:
-            fact = f"{span(entrant.n)} answers, {span(entrant.n_failures)} wrong"
+            n, wrong = (span(occurring(field, [entrant])) for field in ("n", "n_failures"))
+            fact = f"{n} answers, {wrong} wrong"
             settings = told.setdefault((data, fact), [])
             settings += [setting] if setting not in settings else []
     several = {data for data, _ in told if sum(other == data for other, _ in told) > 1}
@@ -180,8 +181,8 @@ def show(config: Config, key: Key, found: Mean) -> Shown:
         metric=key.metric,
         value=value,
         interval=found.quantity(key.metric).interval(config.confidence) if has_interval else None,
-        n=tuple(sorted({n for part in parts for n in part.n})),
-        n_failures=tuple(sorted({n for part in parts for n in part.n_failures})),
+        n=occurring("n", parts),
+        n_failures=occurring("n_failures", parts),
         n_runs=max(part.n_runs for part in parts),
         published=published,
         why=None if value is not None else "undefined",

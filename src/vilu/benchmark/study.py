@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vilu.benchmark.board import Board
-from vilu.benchmark.cells import plan
+from vilu.benchmark.cells import own_results, plan
 from vilu.benchmark.claims import Verdict, decide
 from vilu.benchmark.config import Config
 from vilu.benchmark.exhibits import Exhibit, exhibit
@@ -80,16 +80,15 @@ def _load(path: Path, output: Path) -> Board:
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
     results = {}
-    for cell in cells:
-        if cell.same_as is None:
-            fingerprint = archive.fingerprints.get(cell.path.as_posix())
-            result = None if fingerprint is None else load_result(output, cell, fingerprint)
-            if result is None:
-                raise DataError(
-                    f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. Run its "
-                    "`vilu benchmark` again."
-                )
-            results[cell] = result
+    for cell in own_results(cells):
+        fingerprint = archive.fingerprints.get(cell.path.as_posix())
+        result = None if fingerprint is None else load_result(output, cell, fingerprint)
+        if result is None:
+            raise DataError(
+                f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. Run its "
+                "`vilu benchmark` again."
+            )
+        results[cell] = result
     older = sum(result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items())
     if older:
         logger.info("%s: %d of %d results are of older code", config.name, older, len(results))
@@ -97,19 +96,12 @@ def _load(path: Path, output: Path) -> Board:
 
 
 RULINGS = {
-    "holds": "**holds**",
-    "does not hold": "**does not hold**",
-    "open": "**open**: zero is in the interval",
-    "not tested": "**not tested**",
+    "holds": ("**holds**", "**Holds**"),
+    "does not hold": ("**does not hold**", "**Does not hold**"),
+    "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
+    "not tested": ("**not tested**", "**Not tested**"),
 }
-
-
-HEADINGS = {
-    "holds": "**Holds**",
-    "does not hold": "**Does not hold**",
-    "open": "**Open**, since zero is in the interval",
-    "not tested": "**Not tested**",
-}
+"""In a table, and as a heading."""
 
 
 def page(
@@ -131,11 +123,11 @@ def page(
 
 def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
     """Every claim of several studies under what became of it."""
-    found: dict[str, list[Verdict]] = {ruling: [] for ruling in HEADINGS}
+    found: dict[str, list[Verdict]] = {ruling: [] for ruling in RULINGS}
     for verdict in (one for several in verdicts for one in several):
         found[verdict.ruling].append(verdict)
     parts = []
-    for ruling, heading in HEADINGS.items():
+    for ruling, (_, heading) in RULINGS.items():
         lines = [f"- {in_markdown(one.claim.says)} ({in_markdown(one.claim.source)})" for one in found[ruling]]
         if lines:
             parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
@@ -163,7 +155,7 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
                 f"{100 * ends.ci_high:+.1f}] points"
             )
         lines.append(
-            [in_markdown(verdict.claim.says), RULINGS[verdict.ruling], number, in_markdown(verdict.claim.source)]
+            [in_markdown(verdict.claim.says), RULINGS[verdict.ruling][0], number, in_markdown(verdict.claim.source)]
         )
     note = f"Brackets: {100 * config.confidence:g} % bootstrap interval; a positive number speaks for the claim."
     table = markdown_rows(["claim", "here", "by", "source"], lines)

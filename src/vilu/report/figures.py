@@ -87,6 +87,13 @@ def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
     return outcomes.uncertainty[rows], outcomes.failure[rows]
 
 
+def probability(outcomes: Outcomes) -> Floats | None:
+    """(N,) failure probabilities: the calibrated ones, or else an uncertainty that is one; None without."""
+    if outcomes.failure_probability is not None:
+        return outcomes.failure_probability
+    return outcomes.uncertainty if outcomes.is_probability else None
+
+
 @dataclass(frozen=True)
 class Photo:
     """A picture of the contact sheet: what the model said, what is true (None if unknown), and its uncertainty."""

@@ -112,6 +112,11 @@ def unusable(status: int) -> str:
     return "its pool is not full" if status == SHORT_POOL else f"its embedding is of status {STATUS[status]!r}"
 
 
+def class_name(names: Sequence[str] | None, candidate: int) -> str:
+    """Of a class, or its number where classes have no names."""
+    return f"candidate {candidate}" if names is None else names[candidate]
+
+
 class Names:
     """What the candidates of rows are called: classes by their names, captions by the keys of their pairs."""
 
@@ -123,8 +128,7 @@ class Names:
     def of(self, row: int, candidate: int) -> str:
         """Name of one candidate of a row."""
         if self.data.pool_size is None:
-            names = self.data.class_names
-            return f"candidate {candidate}" if names is None else names[candidate]
+            return class_name(self.data.class_names, candidate)
         return self.data.ids[int(self._pool_members(row)[candidate])]
 
     def _pool_members(self, row: int) -> Tensor:
