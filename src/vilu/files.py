@@ -10,7 +10,6 @@ import re
 import secrets
 import socket
 import time
-import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -295,20 +294,6 @@ _DEFUSED = r"^'('*[=+\-@\t\r])"
 
 
 Entry = TypeVar("Entry", bound="DataclassInstance")
-
-
-def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
-    """The tables of a TOML file, or of TOML text, by name."""
-    try:
-        tables = tomllib.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
-    except OSError as error:
-        raise UsageError(f"cannot read {source}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}.") from error
-    bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
-    if bare is not None:
-        raise UsageError(f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below.")
-    return tables
 
 
 def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:

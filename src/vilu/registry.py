@@ -4,37 +4,76 @@ from __future__ import annotations
 
 import importlib
 import os
+import tomllib
 from collections.abc import Callable
 from importlib import metadata
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from vilu.errors import UsageError
 
 Added = TypeVar("Added")
 
 ADDERS: dict[str, Callable[[object], bool]] = {}
-"""Kind -> what adds a thing of this kind and says so; False where the thing is of another kind."""
+"""Kind -> what adds a thing of it and says so; False where it is of another kind. Each room puts its own here."""
+
+SECTIONS = {"datasets": "vilu.datasets.known", "backbones": "vilu.backbones.catalog"}
+"""Section of a TOML file -> the module whose ``add_tables`` takes its tables."""
 
 PLUGINS = "VILU_PLUGINS"
 """Environment variable: modules that ``load_plugin`` has imported, separated by commas; child processes inherit it."""
 
 
 def register(thing: Added) -> Added:
-    """Make a method known by its name in this process: it is listed, fitted, saved and benchmarked as ours are.
+    """Make a thing known by its name in this process: it is listed, used, evaluated and benchmarked as ours are.
 
-    As a decorator it gives its argument back. For all processes (commands, workers) an entry point of the group
-    "vilu.predictors" names the class, or ``--plugin MODULE`` imports the module that calls this.
+    As a decorator it gives its argument back. For all processes (commands, workers) ``--plugin MODULE`` imports the
+    module that calls this, or, for a method, an entry point of the group "vilu.predictors" names the class.
 
     Args:
-        thing: A subclass of ``FailurePredictor``.
+        thing: A subclass of ``FailurePredictor``; a ``vilu.metrics.catalog.Metric`` with a name; a
+            ``vilu.datasets.known.KnownDataset``; or the path of a TOML file with tables [datasets.NAME] and
+            [backbones.NAME], whose keys are those of ``assets/datasets.toml`` and ``assets/backbones.toml``.
 
     Raises:
         UsageError: If it is nothing that can be registered, lacks something, or its name is taken.
+
+    Example:
+        >>> from vilu.metrics.catalog import METRICS, Metric
+        >>> wrong = register(Metric("Wrong", lambda c: c.n_wrong / c.n, "share of wrong answers", name="wrong"))
+        >>> METRICS.pop("wrong").title
+        'Wrong'
     """
-    if not any(adder(thing) for adder in ADDERS.values()):
-        kinds = " or ".join(ADDERS) or "a class derived from one of vilu"
+    if isinstance(thing, str | os.PathLike) and Path(thing).suffix == ".toml":
+        _register_file(Path(thing))
+    elif not any(adder(thing) for adder in ADDERS.values()):
+        kinds = ", or ".join(["the path of a TOML file", *ADDERS])
         raise UsageError(f"register takes {kinds}. Got {thing!r} instead.")
     return thing
+
+
+def _register_file(path: Path) -> None:
+    sections = toml_tables(path)
+    unknown = next((name for name in sections if name not in SECTIONS), None)
+    if unknown is not None:
+        known = ", ".join(f"[{name}.NAME]" for name in SECTIONS)
+        raise UsageError(f"{path} has a section [{unknown}]; there are {known}.")
+    for name, tables in sections.items():
+        importlib.import_module(SECTIONS[name]).add_tables(tables)
+
+
+def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file, or of TOML text, by name."""
+    try:
+        tables = tomllib.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except OSError as error:
+        raise UsageError(f"cannot read {source}: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{source if isinstance(source, Path) else 'the text'} is not TOML: {error}.") from error
+    bare = next((name for name, table in tables.items() if not isinstance(table, dict)), None)
+    if bare is not None:
+        raise UsageError(f"{bare!r} stands outside a table. Write [NAME], and what there is to say of it below.")
+    return tables
 
 
 def entry_points(group: str) -> dict[str, metadata.EntryPoint]:

@@ -18,7 +18,7 @@ from tests.unit.known_images import CLASSES, THREE, Row, rows, save, write_list
 from tests.unit.store_fakes import FakeBackbone
 from vilu.backbones.catalog import BACKBONES, NAMED, BackboneKind, add_backbone, add_backbones, find_named
 from vilu.cli.app import app
-from vilu.datasets.known import KNOWN, Presence, add_dataset, add_datasets, check, open_known
+from vilu.datasets.known import KNOWN, Presence, add_datasets, check, open_known
 from vilu.datasets.known.layouts import LAYOUTS
 from vilu.errors import DataError, UsageError, ViLUError
 
@@ -192,7 +192,7 @@ def test_what_is_wrong_with_a_table_is_said(before: str, after: str, message: st
 def test_an_entry_is_added_once_and_may_be_an_object_or_a_file(tmp_path: Path) -> None:
     assert add_datasets(ENTRIES) == [KNOWN["ponds"], KNOWN["meadows"]]
     lakes = replace(KNOWN["ponds"], name="lakes", reader=LAYOUTS["tars"], n_classes=None)
-    assert add_dataset(lakes).captioned
+    assert vilu.register(lakes).captioned
     assert "lakes" in run("datasets", "list")
     (tmp_path / "more.toml").write_text(ENTRIES.replace("[ponds]", "[rivers]"))
     assert [entry.name for entry in add_datasets(tmp_path / "more.toml")] == ["rivers", "meadows"]
@@ -240,3 +240,20 @@ def test_the_embedding_space_is_the_strangers() -> None:
     assert vilu.load_backbone("stranger").space.backbone == "fake"
     with pytest.raises(UsageError, match="Did you mean 'stranger'"):
         vilu.load_backbone("strangr")
+
+
+def test_a_file_for_both(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    tables = {
+        "datasets": ENTRIES.replace("[ponds]", "[tarns]").replace("[meadows]", "[lawns]"),
+        "backbones": NAMED_ENTRY,
+    }
+    path.write_text("".join(text.replace("\n[", f"\n[{section}.") for section, text in tables.items()))
+    assert vilu.register(path) == path
+    assert {"tarns", "lawns"} <= set(KNOWN)
+    assert "clip-small" in NAMED
+    path.write_text("[metrics.x]\n")
+    with pytest.raises(UsageError, match=r"a section \[metrics\]; there are \[datasets.NAME\], \[backbones.NAME\]"):
+        vilu.register(path)
+    with pytest.raises(UsageError, match=r"register takes the path of a TOML file, or .* Got 'mine.txt'"):
+        vilu.register("mine.txt")

@@ -17,12 +17,15 @@ import pytest
 
 import vilu
 from tests.contract import test_predictors as contract
+from tests.unit.bench_fakes import benchmark, config, make_stores
 from vilu import registry
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
+from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import FailurePredictor
 from vilu.predictors.base import own_graph
 from vilu.predictors.onnx import export_onnx
+from vilu.report.page.build import report_page
 
 SOURCE = '''
 """Methods of a stranger."""
@@ -88,9 +91,7 @@ CHECKS = [
     contract.test_constructor_only_stores_its_parameters,
     contract.test_unfitted_is_refused_where_a_fit_is_needed,
     contract.test_scores_are_float64_of_one_sign,
-    contract.test_fit_returns_self_and_leaves_parameters_alone,
-    contract.test_refit_and_same_seed_give_the_same_bytes,
-    contract.test_fit_leaves_the_global_generator_alone,
+    contract.test_a_fit,
     contract.test_rows_are_scored_one_by_one,
     contract.test_order_of_the_classes_does_not_matter,
     contract.test_saved_and_loaded_scores_are_equal_bit_for_bit,
@@ -209,6 +210,18 @@ def test_they_are_members_of_a_stack(stranger, train, test, tmp_path: Path) -> N
     stack.save(tmp_path)
     assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(test), stack.predict_uncertainty(test))
     assert "stranger" in stack.modules
+
+
+def test_they_are_benchmarked_and_reported(fitted, test, tmp_path: Path) -> None:
+    chosen = config(methods={"mcm": {}, "narrow": {}, "ridge": {}}, settings={"all": {"kind": "labels"}}, seeds=1)
+    found = benchmark(chosen, make_stores(tmp_path / "stores"), tmp_path / "out", jobs=2)  # in other processes, too
+    for name in fitted:
+        cell = Outcomes.load(tmp_path / f"out/cells/one/all/{name}/seed-0.parquet")
+        (ranked,) = [line for line in found.summary.blocks[0].lines if line.method == name]
+        assert ranked.values["auroc"] == vilu.metrics.auroc(cell.uncertainty, cell.failure)
+        assert name in found.text
+    page = report_page([vilu.score(predictor, test) for predictor in fitted.values()])
+    assert all(f">{name}<" in page for name in fitted)
 
 
 def test_saved_ones_load_in_another_process_that_has_the_plugin(folder, fitted, test, tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import vilu
 from tests.unit.bench_fakes import benchmark, config, make_stores
 from vilu.benchmark import facts
 from vilu.benchmark.study import run_studies
 from vilu.errors import UsageError
 from vilu.metrics import METRICS, Metric
-from vilu.metrics.catalog import add_metric
 from vilu.metrics.counts import Floats, TieCounts, ratio
 from vilu.outcomes.evaluate import compare, evaluate
 from vilu.outcomes.outcomes import Outcomes
@@ -34,7 +34,7 @@ ODDS = Metric("Odds@50%", odds_of_half, "ties at the median left out", percent=F
 
 @pytest.fixture(autouse=True)
 def added() -> Iterator[None]:
-    add_metric(ODDS)
+    vilu.register(ODDS)
     yield
     del METRICS[ODDS.name]
 
@@ -115,12 +115,12 @@ def test_its_code_decides_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_added() -> None:
-    add_metric(ODDS)  # the same again is no other metric
+    vilu.register(ODDS)  # the same again is no other metric
     with pytest.raises(UsageError, match="a name of its own"):
-        add_metric(replace(ODDS, name=""))
+        vilu.register(replace(ODDS, name=""))
     with pytest.raises(UsageError, match="Got 'auroc'; taken are: auroc, fpr95"):
-        add_metric(replace(ODDS, name="auroc"))
+        vilu.register(replace(ODDS, name="auroc"))
     with pytest.raises(UsageError, match=r"must give values \(B,\) for counts \(B, G\)\. Got shape \(\)"):
-        add_metric(replace(ODDS, name="total", kernel=lambda counts: np.float64(counts.wrong.sum())))
+        vilu.register(replace(ODDS, name="total", kernel=lambda counts: np.float64(counts.wrong.sum())))
     assert set(METRICS) >= {"auroc", "odds_of_half"}
     assert "total" not in METRICS

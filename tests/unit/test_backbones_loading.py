@@ -84,7 +84,7 @@ def test_quiet_leaves_no_handler_on_a_bare_root() -> None:
     # pytest's own handlers would hide it: logging.info() calls basicConfig() on a root without handlers
     code = """if True:
         import logging
-        from vilu.backbones.loading import quiet
+        from vilu.extras import quiet
         with quiet():
             logging.info("x"); logging.warning("y")
         raise SystemExit(len(logging.getLogger().handlers))

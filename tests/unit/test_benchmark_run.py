@@ -287,7 +287,7 @@ def test_a_draw_without_successes_is_refused_for_its_seed_alone(data: Path, tmp_
 class Broken(MCM):
     name: ClassVar[str] = "broken"
 
-    def _uncertainty(self, batch: Batch) -> torch.Tensor:
+    def _score(self, batch: Batch) -> torch.Tensor:
         raise ZeroDivisionError("a bug")
 
 
@@ -295,7 +295,7 @@ class Broken(MCM):
 class Interrupted(MCM):
     name: ClassVar[str] = "interrupted"
 
-    def _uncertainty(self, batch: Batch) -> torch.Tensor:
+    def _score(self, batch: Batch) -> torch.Tensor:
         raise KeyboardInterrupt
 
 
@@ -316,7 +316,7 @@ def test_finished_cells_survive_an_interrupt(data: Path, tmp_path: Path, monkeyp
         benchmark(with_method(Interrupted, monkeypatch), data, tmp_path)
     before = times(tmp_path)
     assert set(before) == {"one/all/mcm/seed-0.json"}
-    monkeypatch.setattr(Interrupted, "_uncertainty", MCM._uncertainty)
+    monkeypatch.setattr(Interrupted, "_score", MCM._score)
     benchmark(with_method(Interrupted, monkeypatch), data, tmp_path)
     assert len(ran(tmp_path, before)) == 5
     assert not (set(before) & ran(tmp_path, before))

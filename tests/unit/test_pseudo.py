@@ -14,7 +14,7 @@ from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.labelled import caption_groups, hold_out, whole_groups, with_failures
+from vilu.predictors.labelled import caption_groups, fit_and_selection, hold_out, whole_groups, with_failures
 from vilu.predictors.nn.train import Rows
 
 
@@ -219,7 +219,7 @@ def test_selection_that_would_be_blind_is_none() -> None:
     rows = Rows(pairs, torch.arange(16))
     assert with_failures(rows.batches(4))[1].tolist() == [0] * 16
     assert [len(part) for part in with_failures([])] == [0, 0]
-    fit_rows, held_out = PREDICTORS["vilu"](validation_fraction=0.5)._roles(rows, torch.arange(16) % 2, None)
+    fit_rows, held_out = fit_and_selection(rows, torch.arange(16) % 2, None, 0.5, seed=0)
     assert len(fit_rows.index) == 8
     assert held_out is None
 
@@ -244,9 +244,7 @@ def test_selection_rows_of_pairs_have_captions_of_their_own() -> None:
     text[128:] = text[:128]
     source = PairEmbeddings(pairs.image, text, Pools(32, seed=0), 20.0)
     failure = torch.arange(256) % 2
-    fit_rows, held_out = PREDICTORS["vilu"](validation_fraction=0.25)._roles(
-        Rows(source, source.usable_rows), failure, None
-    )
+    fit_rows, held_out = fit_and_selection(Rows(source, source.usable_rows), failure, None, 0.25, seed=0)
     assert held_out is not None
     assert len(held_out.index) == 64
     assert not set((fit_rows.index % 128).tolist()) & set((held_out.index % 128).tolist())

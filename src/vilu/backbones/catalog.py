@@ -6,13 +6,15 @@ import difflib
 import importlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.files import fill, toml_tables
+from vilu.files import fill
+from vilu.registry import load_plugins, toml_tables
 
 if TYPE_CHECKING:
     from vilu.backbones.base import Backbone
@@ -177,6 +179,7 @@ def load_backbone(
     """
     from vilu.device import resolve_device
 
+    load_plugins()
     source = find_named(spec, None if models is None else Path(models))
     kind, _, argument = (source.spec if source else spec).partition(":")
     if kind not in BACKBONES:
@@ -219,7 +222,11 @@ def add_backbones(source: Path | str) -> list[str]:
     Raises:
         UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is taken.
     """
-    tables = toml_tables(source)
+    return add_tables(toml_tables(source))
+
+
+def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[str]:
+    """``add_backbones`` of tables by name."""
     for name, facts in tables.items():
         where = f"backbone {name!r}"
         is_kind = "loader" in facts

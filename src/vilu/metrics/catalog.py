@@ -22,6 +22,7 @@ from vilu.metrics.selective import (
     naurc_kernel,
     risk_at_coverage_kernel,
 )
+from vilu.registry import ADDERS
 
 Kernel = Callable[[TieCounts], Floats]
 
@@ -166,6 +167,15 @@ def add_metric(metric: Metric) -> None:
     if shape != (2,):
         raise UsageError(f"the kernel of {metric.name} must give values (B,) for counts (B, G). Got shape {shape}.")
     METRICS[metric.name] = metric
+
+
+def _add(thing: object) -> bool:
+    if isinstance(thing, Metric):
+        add_metric(thing)
+    return isinstance(thing, Metric)
+
+
+ADDERS["a vilu.metrics.catalog.Metric"] = _add
 
 
 def but_for(metrics: Iterable[Metric]) -> str:

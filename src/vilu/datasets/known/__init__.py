@@ -8,14 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, Survey, find_place, require_place
 from vilu.datasets.known.layouts import ShardReader, make_reader
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.files import fill, toml_tables
+from vilu.files import fill
 from vilu.progress import track
+from vilu.registry import ADDERS, load_plugins, toml_tables
 
 __all__ = ["KNOWN", "KnownDataset", "Presence", "add_dataset", "add_datasets", "check", "find_known", "open_known"]
 
@@ -25,6 +26,7 @@ KNOWN: Final[dict[str, KnownDataset]] = {}
 
 def find_known(name: str) -> KnownDataset:
     """The entry of a data set; where there is none, the message names the nearest."""
+    load_plugins()
     if name in KNOWN:
         return KNOWN[name]
     near = difflib.get_close_matches(name.lower().replace("-", "_"), KNOWN, n=1, cutoff=0.5)
@@ -72,8 +74,22 @@ def add_datasets(source: Path | str) -> list[KnownDataset]:
     Raises:
         UsageError: If it cannot be read, a key is missing, unknown or of another type, or a name is taken.
     """
-    entries = [_entry(name, facts) for name, facts in toml_tables(source).items()]
+    return add_tables(toml_tables(source))
+
+
+def add_tables(tables: Mapping[str, dict[str, Any]]) -> list[KnownDataset]:
+    """``add_datasets`` of tables by name: all of them, or none."""
+    entries = [_entry(name, facts) for name, facts in tables.items()]
     return [add_dataset(entry) for entry in entries]
+
+
+def _add(thing: object) -> bool:
+    if isinstance(thing, KnownDataset):
+        add_dataset(thing)
+    return isinstance(thing, KnownDataset)
+
+
+ADDERS["a vilu.datasets.known.KnownDataset"] = _add
 
 
 def _entry(name: str, facts: dict[str, object]) -> KnownDataset:
