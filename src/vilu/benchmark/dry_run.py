@@ -117,15 +117,8 @@ def _expected(part: Part, entry: Data, images: int | None, counted: str, state: 
     width, features = _widths(entry.backbone)
     views = entry.views if part[1] == "test" and not entry.captions else 0
     numbers = width * (1 + views + entry.captions) + (features if entry.features else 0)
-    return PartPlan(
-        data=part[0],
-        part=_title(part, entry),
-        backbone=entry.backbone,
-        images=images,
-        counted=counted,
-        state=state,
-        n_bytes=None if images is None or not width else images * numbers * HALF,
-    )
+    n_bytes = None if images is None or not width else images * numbers * HALF
+    return PartPlan(part[0], _title(part, entry), entry.backbone, images, counted, state, n_bytes)
 
 
 def _title(part: Part, entry: Data) -> str:

@@ -158,10 +158,8 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 
 def chosen(board: Board, view: View) -> dict[Key, Entrant]:
     """Every entrant of a view by its key, in the order of the view; also those without result."""
-    config, found = board.config, {}
-    methods, data, settings = view.methods or config.entries, view.data or config.data, view.settings or config.settings
-    for place in itertools.product(data, settings, methods, view.metrics):
-        name, setting, method, metric = place
+    axes, found = (view.places(board.config, axis) for axis in ("data", "setting", "method")), {}
+    for name, setting, method, metric in itertools.product(*axes, view.metrics):
         entrant = board.entrants.get((method, name, setting))
         if entrant is not None:
             found[Key(method, name, setting, metric)] = entrant
@@ -228,10 +226,10 @@ def _ranked(shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: S
         if len(keys) < 2:
             continue
         sign = -1 if METRICS[keys[0].metric].higher_is_better else 1
-        order = sorted({sign * (shown[key].value or 0.0) for key in keys})
-        best = next(key for key in keys if sign * (shown[key].value or 0.0) == order[0])
+        values = {key: sign * (shown[key].value or 0.0) for key in keys}
+        order, best = sorted(set(values.values())), min(keys, key=values.__getitem__)
         for key in keys:
-            place = order.index(sign * (shown[key].value or 0.0))
+            place = order.index(values[key])
             tied = place > 0 and _is_tied(measured[key], measured[best], key.metric)
             ranked[key] = replace(shown[key], rank=("best", "second", None)[min(place, 2)], tied=tied)
     return ranked
@@ -253,6 +251,4 @@ def title_of(config: Config, field: str, label: str) -> str:
         return METRICS[label].title
     if field == "data" and label == MEAN:
         return MEAN
-    if field == "data":
-        return config.data[label].title or label
-    return (config.entries[label] if field == "method" else config.settings[label]).title or label
+    return config.along(field)[label].title or label

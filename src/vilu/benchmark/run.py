@@ -22,7 +22,7 @@ from vilu.benchmark.board import Board
 from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, own_results, plan, sharing_a_fit
 from vilu.benchmark.config import Config
 from vilu.benchmark.data import Truth, Workbench
-from vilu.benchmark.facts import decided_by, fingerprint_of
+from vilu.benchmark.facts import decided_by
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
 from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
 from vilu.benchmark.stores import Part, find_stores, make_stores, require_complete
@@ -330,5 +330,5 @@ def remove_leftovers(root: Path) -> None:
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
     """Results that are there and hold, of cells that have one of their own."""
-    results = {cell: load_result(root, cell, fingerprint_of(bench, cell)) for cell in runs}
+    results = {cell: load_result(root, cell, digest(decided_by(bench, cell))) for cell in runs}
     return {cell: result for cell, result in results.items() if result is not None}

@@ -185,7 +185,9 @@ def render(board: Board, output: Path) -> Rendered:
     config, folder = board.config, output / STUDIES / board.config.name
     exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
     verdicts = tuple(decide(board, claim) for claim in config.claims)
-    text = "\n\n".join([*(_in_text(one) for one in exhibits), *_in_words(verdicts)])
+    text = "\n\n".join(
+        [*(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits), *_in_words(verdicts)]
+    )
     done = Rendered(board, exhibits, verdicts, text)
     _write_results(board, folder)
     for one in exhibits:
@@ -211,10 +213,6 @@ def write_document(studies: Sequence[Rendered], document: Path, title: str, intr
 def views_of(config: Config) -> tuple[AnyView, ...]:
     """The views of a study; a ranking where it names none."""
     return config.views or (RankingView(kind="ranking", name="ranking", title="Every method, best first"),)
-
-
-def _in_text(one: Exhibit) -> str:
-    return one.body if isinstance(one.body, str) else to_text(one.body)
 
 
 def _in_words(verdicts: Sequence[Verdict]) -> list[str]:
