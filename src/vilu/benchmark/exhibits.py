@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vilu.benchmark.board import Board, Entrant, Mean, Place
+from vilu.benchmark.board import Board, Entrant, Mean
 from vilu.benchmark.pivot import Key, chosen, notes_of, published_of, show, table_sheet, title_of
 from vilu.benchmark.ranking import layout, summarise
 from vilu.benchmark.sheet import Sheet
@@ -172,19 +172,15 @@ def _grid(board: Board, view: GridView) -> Exhibit:
 
 def _fields(board: Board, view: GridView, data: str) -> list[_Field]:
     """What there is of a data set: one field, or none where there is no result."""
-    methods = {}
-    for label in view.methods or board.config.entries:
-        values = [board.config.entries[label].params.get(name) for name in view.parameters]
-        if None not in values and board.find(label, data, view.select_on) is not None:
-            methods[str(values[0]), str(values[1])] = label
     best = view.metrics[0]
-    sign = 1 if METRICS[best].higher_is_better else -1
-    means = {values: sign * _mean(board, (label, data, view.select_on), best) for values, label in methods.items()}
-    return [_Field(data, methods, max(means, key=means.__getitem__))] if means else []
-
-
-def _mean(board: Board, place: Place, metric: str) -> float:
-    return board.entrants[place].quantity(metric).value
+    sign, methods, found = 1 if METRICS[best].higher_is_better else -1, {}, {}
+    for label in view.places(board.config, "method"):
+        values = [board.config.entries[label].params.get(name) for name in view.parameters]
+        entrant = board.find(label, data, view.select_on)
+        if None not in values and entrant is not None:
+            pair = str(values[0]), str(values[1])
+            methods[pair], found[pair] = label, sign * entrant.quantity(best).value
+    return [_Field(data, methods, max(found, key=found.__getitem__))] if found else []
 
 
 def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
@@ -195,9 +191,9 @@ def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
         rows, columns = ([*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1))
         for setting in (view.select_on, view.report_on):
             means = {
-                (rows.index(a), columns.index(b)): _mean(board, (method, field.data, setting), best)
+                (rows.index(a), columns.index(b)): entrant.quantity(best).value
                 for (a, b), method in field.methods.items()
-                if board.find(method, field.data, setting) is not None
+                if (entrant := board.find(method, field.data, setting)) is not None
             }
             names = title_of(board.config, "data", field.data), title_of(board.config, "setting", setting)
             place = rows.index(field.chosen[0]), columns.index(field.chosen[1])

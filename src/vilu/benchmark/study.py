@@ -27,7 +27,7 @@ from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError, StorageError
-from vilu.files import atomic_write, make_folder, write_json
+from vilu.files import make_folder, write_json, write_text
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 
@@ -192,8 +192,8 @@ def render(board: Board, output: Path) -> Rendered:
     _write_results(board, folder)
     for one in exhibits:
         _write_exhibit(one, folder)
-    _write(folder / "table.txt", text + "\n")
-    _write(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
+    write_text(folder / "table.txt", text + "\n")
+    write_text(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
     return done
 
 
@@ -207,7 +207,7 @@ def write_document(studies: Sequence[Rendered], document: Path, title: str, intr
             if one.draw is not None:
                 save(one.draw(), figures / f"{name}-{one.name}.svg")
         parts.append(page(study.board.config, study.exhibits, study.verdicts, f"{figures.name}/{name}-{{}}.svg".format))
-    _write(document, "\n".join(parts))
+    write_text(document, "\n".join(parts))
 
 
 def views_of(config: Config) -> tuple[AnyView, ...]:
@@ -232,16 +232,11 @@ def _write_exhibit(one: Exhibit, folder: Path) -> None:
     if isinstance(one.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, written in FORMATS.items():
-            _write(tables / f"{one.name}{suffix}", written(one.body))
+            write_text(tables / f"{one.name}{suffix}", written(one.body))
     if one.draw is not None:
         figures = make_folder(folder / "figures")
         for suffix in FIGURE_SUFFIXES:
             save(one.draw(), figures / f"{one.name}{suffix}")
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as handle:
-        handle.write(text.encode())
 
 
 DRAWN = (CurveView, ScatterView, HistogramView, GridView)

@@ -18,7 +18,7 @@ from vilu.datasets.images import decode_image
 from vilu.decision.score import score
 from vilu.embeddings.space import digest
 from vilu.errors import DataError
-from vilu.files import atomic_write, make_folder
+from vilu.files import make_folder, write_text
 from vilu.metrics import risk_at_coverage
 from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
@@ -43,11 +43,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu": ("vilu", TRAINING),
     "lvu": ("lvu", {"loss": "mse"}),  # the regression does better with the defaults
     "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
-    "mcm": ("mcm", {}),
-    "entropy": ("entropy", {}),
-    "doctor": ("doctor", {}),
-    "max_logit": ("max_logit", {}),
-    "margin": ("margin", {}),
+    **{name: (name, {}) for name in ("mcm", "entropy", "doctor", "max_logit", "margin")},
 }
 """Label in the table: method and hyper-parameters."""
 
@@ -84,10 +80,8 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
     table = evaluate(outcomes, seed=seed)
     table.save(output / "results.json")
     outcomes[0].save(output / "scores.csv")
-    with atomic_write(output / "results.md") as handle:
-        handle.write((table.to_markdown() + "\n").encode())
-    with atomic_write(output / "report.html") as handle:
-        handle.write(page.encode())
+    write_text(output / "results.md", table.to_markdown() + "\n")
+    write_text(output / "report.html", page)
     drawings = {
         "histograms": figures.score_histograms({str(one.method): one for one in outcomes}),
         "roc": figures.roc_curves(outcomes),
@@ -152,15 +146,12 @@ def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]
 def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
     """What was found, in words, then the table."""
     best, published, free = (next(o for o in outcomes if o.method == method) for method in ("vilu_plus", "vilu", "mcm"))
-    failure = best.failure
+    three, failure = (best, published, free), best.failure
+    half = ", ".join(f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in three)
     lines = [
         f"The compact model, a small stand-in for CLIP, names {len(failure)} test photos it has never been trained on "
         f"and is wrong on {failure.mean():.1%} of them.",
-        "Accepting only the half that a method trusts most, this share is still wrong: "
-        + ", ".join(
-            f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in (best, published, free)
-        )
-        + ".",
+        f"Accepting only the half that a method trusts most, this share is still wrong: {half}.",
         *(str(compare(best, other)) for other in (published, free)),
         "",
         str(table),

@@ -213,7 +213,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
     from vilu.datasets.catalog import open_dataset
-    from vilu.files import atomic_write
+    from vilu.files import write_text
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source
@@ -231,7 +231,6 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         embeddings=None if store is None else open_source(store),
         title=title,
     )
-    with atomic_write(output) as handle:
-        handle.write(page.encode())
+    write_text(output, page)
     typer.echo(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")

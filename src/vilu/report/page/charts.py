@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from vilu.decision.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
-from vilu.metrics.counts import Floats, Ints, tie_counts
+from vilu.metrics.counts import Floats, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.figures import known, probability
 from vilu.report.page.choice import Choice
@@ -169,16 +169,11 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
         return [], 0
     rows = outcomes.evaluable & (said >= 0)
 
-    def count(these: NDArray[np.bool_]) -> Ints:
-        return np.bincount(said[rows & these], minlength=len(names))
-
     wrong = outcomes.failure == 1
-    n, k, m, j = count(rows), count(wrong), count(choice.accepted), count(choice.accepted & wrong)
+    kinds = rows, wrong, choice.accepted, choice.accepted & wrong
+    n, k, m, j = (np.bincount(said[rows & kind], minlength=len(names)).tolist() for kind in kinds)
     answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-k[c], -n[c], c))
-    found = [
-        ClassRow(names[c], Rate(int(k[c]), int(n[c])), Rate(int(m[c]), int(n[c])), Rate(int(j[c]), int(m[c])))
-        for c in answered[:MAX_CLASSES]
-    ]
+    found = [ClassRow(names[c], Rate(k[c], n[c]), Rate(m[c], n[c]), Rate(j[c], m[c])) for c in answered[:MAX_CLASSES]]
     return found, len(answered) - len(found)
 
 
