@@ -99,12 +99,9 @@ class Workbench:
         return self._open(data, role, pool_size)[1]
 
     def _open_part(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
-        entry = self.config.data[data]
-        if isinstance(entry.validation, float) and role != "test":
-            return self._share_of_training_rows(data, role, entry.validation)
-        return self._open_store(data, role, pool_size)
-
-    def _share_of_training_rows(self, data: str, role: Role, share: float) -> tuple[EmbeddingSource, str]:
+        share = self.config.data[data].validation
+        if not isinstance(share, float) or role == "test":
+            return self._open_store(data, role, pool_size)
         whole, name = self._open_store(data, "train", None)
         chosen = held_out(whole.ids, share) == (role == "validation")
         return whole.take(np.flatnonzero(chosen)), digest([name, role, share])

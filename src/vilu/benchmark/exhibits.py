@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vilu.report.style import Figure
 
 
+Draw = Callable[[], "Figure"]
+"""Makes a figure."""
+
+
 @dataclass(frozen=True)
 class Exhibit:
     """What a view shows."""
@@ -28,7 +32,7 @@ class Exhibit:
     name: str
     title: str
     body: Sheet | str  # the table, or the numbers behind the figure; or a text
-    draw: Callable[[], Figure] | None = None  # makes the figure; None where there is none
+    draw: Draw | None = None  # None where there is no figure
 
 
 def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
@@ -39,25 +43,26 @@ def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
         case RankingView():
             return Exhibit(view.name, view.title, layout(board.config, summarise(board)))
         case GridView():
-            return _grid(board, view)
+            shown = _grid(board, view)
         case HistogramView():
-            return _histograms(board, view, root)
+            shown = _histograms(board, view, root)
         case CurveView():
-            return _curves(board, view)
+            shown = _curves(board, view)
         case ScatterView():
-            return _scatter(board, view)
+            shown = _scatter(board, view)
+    return Exhibit(view.name, view.title, *shown)
 
 
-def _curves(board: Board, view: CurveView) -> Exhibit:
+def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     from vilu.report.figures import curves
 
     places = view.places(board.config, view.x)
     panels = _panels(board, view, lambda key: places[key.of([view.x])[0]].x, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
-    return Exhibit(view.name, view.title, sheet, lambda: curves(panels, view.x_label, log=view.log))
+    return sheet, (lambda: curves(panels, view.x_label, log=view.log))
 
 
-def _scatter(board: Board, view: ScatterView) -> Exhibit:
+def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
     from vilu.report.figures import scatter
 
     def accuracy(key: Key) -> float | None:
@@ -66,7 +71,7 @@ def _scatter(board: Board, view: ScatterView) -> Exhibit:
 
     panels = _panels(board, view, accuracy, "metric", "method")
     sheet = table_sheet(board, view.as_table(("data", "setting"), ("method", "metric")))
-    return Exhibit(view.name, view.title, sheet, lambda: scatter(panels, "zero-shot accuracy (%)"))
+    return sheet, (lambda: scatter(panels, "zero-shot accuracy (%)"))
 
 
 def _panels(
@@ -106,7 +111,7 @@ def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) ->
     )
 
 
-def _histograms(board: Board, view: HistogramView, root: Path) -> Exhibit:
+def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, Draw]:
     from vilu.report.figures import score_histograms
 
     keys = [key for key, entrant in chosen(board, view).items() if entrant.found and key.metric == view.metrics[0]]
@@ -119,12 +124,7 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> Exhibit:
     if not panels:
         raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
     sheet = table_sheet(board, view.as_table(("data", "method"), ("setting", "metric")))
-    return Exhibit(
-        view.name,
-        view.title,
-        sheet,
-        lambda: score_histograms({title: Outcomes.load(path) for title, path in panels.items()}),
-    )
+    return sheet, (lambda: score_histograms({title: Outcomes.load(path) for title, path in panels.items()}))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Field:
     chosen: tuple[str, str]
 
 
-def _grid(board: Board, view: GridView) -> Exhibit:
+def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
     """Data sets without a result are left out; the notes tell why."""
     config, found = board.config, chosen(board, view)
     fields = [field for data in dict.fromkeys(key.data for key in found) for field in _fields(board, view, data)]
@@ -167,7 +167,7 @@ def _grid(board: Board, view: GridView) -> Exhibit:
             *notes_of(board, view, cells.values(), found.values()),
         ),
     )
-    return Exhibit(view.name, view.title, sheet, lambda: _draw(board, view, fields))
+    return sheet, (lambda: _draw(board, view, fields))
 
 
 def _fields(board: Board, view: GridView, data: str) -> list[_Field]:

@@ -37,19 +37,18 @@ def notes_of(board: Board, view: View, shown: Iterable[Shown], measured: Iterabl
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Rows and accuracy by data set and setting; settings with the same numbers together."""
-    told: dict[tuple[str, str], list[str]] = {}
+    told: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         _, data, setting = entrant.place
         if entrant.found:
             n, wrong = (span(occurring(field, [entrant])) for field in ("n", "n_failures"))
             fact = f"{n} answers, {wrong} wrong"
-            settings = told.setdefault((data, fact), [])
-            settings += [setting] if setting not in settings else []
-    several = {data for data, _ in told if sum(other == data for other, _ in told) > 1}
+            told.setdefault((data, fact), {})[setting] = None
+    counts = Counter(data for data, _ in told)
     parts = []
     for (data, fact), settings in told.items():
         name = board.config.data[data].title or data
-        parts.append(f"{name} ({', '.join(settings)}) {fact}" if data in several else f"{name} {fact}")
+        parts.append(f"{name} ({', '.join(settings)}) {fact}" if counts[data] > 1 else f"{name} {fact}")
     return f"Test rows: {'; '.join(parts)}." if parts else ""
 
 

@@ -89,10 +89,10 @@ def to_markdown(sheet: Sheet) -> str:
 def to_latex(sheet: Sheet) -> str:
     """A ``table`` that needs the package booktabs; a column field that spans several columns is written once."""
     n_labels, n_columns = len(sheet.row_fields), len(sheet.columns)
-    heading = [
-        [*(in_latex(field) if last else "" for field in sheet.row_fields), *_spans(level)]
-        for last, level in _levels(sheet)
-    ]
+    depth, heading = len(sheet.column_fields), []
+    for level in range(1, depth + 1):  # the last level stands above the rows, too
+        fields = (in_latex(field) if level == depth else "" for field in sheet.row_fields)
+        heading.append([*fields, *_spans([labels[:level] for labels in sheet.columns])])
     notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
     return "\n".join(
         [
@@ -167,12 +167,6 @@ def _markdown(shown: Shown, number: str, more: str) -> str:
 def _latex(shown: Shown, number: str, more: str) -> str:
     marked = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % number
     return marked + (r"$\approx$" if shown.tied else "") + (rf" {{\scriptsize {more}}}" if more else "")
-
-
-def _levels(sheet: Sheet) -> list[tuple[bool, list[tuple[str, ...]]]]:
-    """Labels of the columns down to each field; the last level stands above the rows."""
-    last = len(sheet.column_fields) - 1
-    return [(level == last, [labels[: level + 1] for labels in sheet.columns]) for level in range(last + 1)]
 
 
 def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:

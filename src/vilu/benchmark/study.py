@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import own_results, plan
 from vilu.benchmark.claims import Verdict, decide
@@ -26,8 +24,8 @@ from vilu.benchmark.result import load_bootstrap, load_result
 from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
-from vilu.errors import DataError, StorageError
-from vilu.files import make_folder, write_json, write_text
+from vilu.errors import DataError
+from vilu.files import make_folder, or_refuse, write_json, write_text
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 
@@ -72,10 +70,9 @@ def load_studies(output: Path) -> list[Board]:
 
 def _load(path: Path, output: Path) -> Board:
     try:
-        archive = Archive.model_validate(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, ValidationError) as error:
+        with or_refuse(f"read {path}"):
+            archive = Archive.model_validate(json.loads(path.read_bytes()))
+    except ValueError as error:
         raise DataError(f"{path} is not the document of a study: {error}") from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)

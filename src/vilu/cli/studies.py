@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vilu.cli.console import Data, Reading, RowsFile, RowsJson, next_step, reads
+from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.benchmark.study import Rendered
@@ -159,7 +160,6 @@ def pools(
 
 def _predictor(name: str) -> FailurePredictor:
     """A saved predictor, or a method by its name."""
-    from vilu.errors import UsageError
     from vilu.predictors import find_method
     from vilu.predictors.storage import load
 
@@ -174,8 +174,6 @@ def _predictor(name: str) -> FailurePredictor:
 
 
 def _sizes(text: str) -> list[int]:
-    from vilu.errors import UsageError
-
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) > 1 for word in words):
         raise UsageError(f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead.")
