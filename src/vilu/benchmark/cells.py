@@ -141,19 +141,14 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
             needed |= dict.fromkeys((data, "train") for data in step.train)
             if selects(step) and isinstance(config.data[step.train[0]].validation, str):
                 needed[step.train[0], "validation"] = None
-        role: Role = "train" if _is_held_out(config, test) else test.role
-        needed[test.data, role] = None
+        share_of_training = test.role == "validation" and isinstance(config.data[test.data].validation, float)
+        needed[test.data, "train" if share_of_training else test.role] = None
     return needed
 
 
 def selects(origin: Origin) -> bool:
     """Whether a fit may select on the validation rows of its data set: one whole set, so that they are of its kind."""
     return len(origin.train) == 1 and origin.budget == "all" and origin.halves_seed is None and origin.pool_size is None
-
-
-def _is_held_out(config: Config, test: ScoredSet) -> bool:
-    """Whether the rows are a share of the training rows."""
-    return test.role == "validation" and isinstance(config.data[test.data].validation, float)
 
 
 def _grid(config: Config) -> list[Cell]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from vilu.datasets.images import decode_image
 from vilu.decision.score import score
 from vilu.embeddings.space import digest
 from vilu.errors import DataError
-from vilu.files import make_folder, write_text
+from vilu.files import file_hash, make_folder, write_text
 from vilu.metrics import risk_at_coverage
 from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
@@ -97,7 +96,7 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
 def cache_key(photos: Path, seed: int) -> str:
     """Name of the cache folder: what the slow steps depend on."""
     versions = [importlib.metadata.version(package) for package in PACKAGES]
-    return digest([importlib.metadata.version("vilu"), versions, hashlib.sha256(photos.read_bytes()).hexdigest(), seed])
+    return digest([importlib.metadata.version("vilu"), versions, file_hash(photos), seed])
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
@@ -148,6 +147,7 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
     best, published, free = (next(o for o in outcomes if o.method == method) for method in ("vilu_plus", "vilu", "mcm"))
     three, failure = (best, published, free), best.failure
     half = ", ".join(f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in three)
+    worst = np.argsort(-best.uncertainty, kind="stable")[:SHOWN]
     lines = [
         f"The compact model, a small stand-in for CLIP, names {len(failure)} test photos it has never been trained on "
         f"and is wrong on {failure.mean():.1%} of them.",
@@ -157,17 +157,9 @@ def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[P
         str(table),
         "",
         f"Photos to distrust most, by {best.method} (all in scores.csv):",
-        *doubted_lines(best),
+        *(f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}" for key, said, true, u in answers(best, worst)),
         "",
         "Figures, and a page to open in a browser:",
         *(f"  {path}" for path in drawn),
     ]
     return "\n".join(lines)
-
-
-def doubted_lines(outcomes: Outcomes) -> list[str]:
-    """The least trusted rows, one a line."""
-    worst = np.argsort(-outcomes.uncertainty, kind="stable")[:SHOWN]
-    return [
-        f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}" for key, said, true, u in answers(outcomes, worst)
-    ]

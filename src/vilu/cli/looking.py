@@ -178,16 +178,9 @@ def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
     from vilu.outcomes.outcomes import Outcomes
 
     order = np.random.default_rng(seed).permutation(len(outcomes))
-    return Outcomes(
-        uncertainty=outcomes.uncertainty[order],
-        failure=outcomes.failure[order],
-        prediction=None if outcomes.prediction is None else outcomes.prediction[order],
-        ids=None if outcomes.ids is None else [outcomes.ids[row] for row in order],
-        reason=None if outcomes.reason is None else [outcomes.reason[row] for row in order],
-        class_names=outcomes.class_names,
-        method=outcomes.method,
-        provenance=outcomes.provenance,
-    )
+    columns = {name: getattr(outcomes, name) for name in ("uncertainty", "failure", "prediction", "ids", "reason")}
+    mixed: dict[str, Any] = {name: [rows[i] for i in order] for name, rows in columns.items() if rows is not None}
+    return Outcomes(**mixed, class_names=outcomes.class_names, method=outcomes.method, provenance=outcomes.provenance)
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag

@@ -89,13 +89,12 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
     """(M,) distinct positions of the rows with these numbers or keys, in the order asked for."""
-    keys = {key for key in wanted if isinstance(key, str)}
-    places: dict[str, list[int]] = {key: [] for key in keys}
-    for row, key in enumerate(data.ids if keys else ()):
-        if key in keys:
+    places: dict[str, list[int]] = {key: [] for key in wanted if isinstance(key, str)}
+    for row, key in enumerate(data.ids if places else ()):
+        if key in places:
             places[key].append(row)
     rows = [row for name in wanted for row in (places[name] if isinstance(name, str) else [int(name)])]
-    missing = next((key for key in wanted if isinstance(key, str) and not places[key]), None)
+    missing = next((key for key, found in places.items() if not found), None)
     if missing is not None:
         raise DataError(f"no row has the key {missing!r}. Keys look like {data.ids[0] if len(data) else None!r}.")
     outside = next((row for row in rows if not 0 <= row < len(data)), None)

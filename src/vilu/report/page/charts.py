@@ -190,8 +190,7 @@ DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 def line_looks(n: int) -> list[dict[str, str]]:
     """Colour and SVG dash pattern of so many methods, the main one first."""
-    found: list[dict[str, Any]] = list(itertools.islice(looks(), n))
-    return [{"colour": one["color"], "dash": _dash(one["linestyle"])} for one in found]
+    return [{"colour": one["color"], "dash": _dash(one["linestyle"])} for one in itertools.islice(looks(), n)]
 
 
 def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
