@@ -277,6 +277,12 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
         handle.write(content)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 atomically."""
+    with atomic_write(path) as handle:
+        handle.write(text.encode())
+
+
 def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:
     """UTF-8 JSON; DataError if ``value`` is not plain JSON, which NaN and infinity are not."""
     try:

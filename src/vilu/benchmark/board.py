@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
 
 import numpy as np
 
@@ -62,19 +63,15 @@ class Entrant:
         return self.quantity(metric, seeds) - other.quantity(metric, seeds) if seeds else None
 
     @property
-    def n(self) -> tuple[int, ...]:
-        """Numbers of test rows that occur."""
-        return tuple(sorted({result.results[0].n for result in self.found.values()}))
-
-    @property
-    def n_failures(self) -> tuple[int, ...]:
-        """Numbers of wrong answers that occur."""
-        return tuple(sorted({result.results[0].n_failures for result in self.found.values()}))
-
-    @property
     def accuracy(self) -> float:
         """Share of right zero-shot answers, as a mean over seeds."""
         return fmean(result.results[0].accuracy for result in self.found.values())
+
+
+def occurring(field: Literal["n", "n_failures"], entrants: Iterable[Entrant]) -> tuple[int, ...]:
+    """Numbers of test rows, or of wrong answers, that occur."""
+    results = (result for entrant in entrants for result in entrant.found.values())
+    return tuple(sorted({getattr(result.results[0], field) for result in results}))
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ def plan(config: Config) -> tuple[Cell, ...]:
     return tuple(cells)
 
 
+def own_results(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells that are run, since none before has their result."""
+    return [cell for cell in cells if cell.same_as is None]
+
+
 def fit_of(config: Config, cell: Cell) -> tuple[str, Origin, int | None]:
     """What decides the fit of a cell: method, training rows, and the method's own seed where it matters."""
     seed = cell.seed if config.depends_on_seed(cell.method) else None
@@ -136,19 +141,14 @@ def needed_parts(config: Config, cells: Iterable[Cell]) -> dict[tuple[str, Role]
             needed |= dict.fromkeys((data, "train") for data in step.train)
             if selects(step) and isinstance(config.data[step.train[0]].validation, str):
                 needed[step.train[0], "validation"] = None
-        role: Role = "train" if _is_held_out(config, test) else test.role
-        needed[test.data, role] = None
+        share_of_training = test.role == "validation" and isinstance(config.data[test.data].validation, float)
+        needed[test.data, "train" if share_of_training else test.role] = None
     return needed
 
 
 def selects(origin: Origin) -> bool:
     """Whether a fit may select on the validation rows of its data set: one whole set, so that they are of its kind."""
     return len(origin.train) == 1 and origin.budget == "all" and origin.halves_seed is None and origin.pool_size is None
-
-
-def _is_held_out(config: Config, test: ScoredSet) -> bool:
-    """Whether the rows are a share of the training rows."""
-    return test.role == "validation" and isinstance(config.data[test.data].validation, float)
 
 
 def _grid(config: Config) -> list[Cell]:

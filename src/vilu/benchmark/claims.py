@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,16 +48,16 @@ def decide(board: Board, claim: AnyClaim) -> Verdict:
 
 def _better(board: Board, claim: Better) -> Verdict:
     data = claim.data or tuple(board.config.data)
-    a = [board.find(claim.better.method, name, claim.better.setting) for name in data]
-    b = [board.find(claim.than.method, name, claim.than.setting) for name in data]
+    sides = [(side.method, [(name, side.setting) for name in data]) for side in (claim.better, claim.than)]
+    a, b = (_entrants(board, *side) for side in sides)
     title, sign = METRICS[claim.metric].title, 1 if METRICS[claim.metric].higher_is_better else -1
     what = (
         f"{title} of {_name(board, claim.better.method, claim.better.setting)} "
         f"{'less' if sign > 0 else 'below'} that of {_name(board, claim.than.method, claim.than.setting)}, {_on(data)}"
     )
-    if not _all_there(a) or not _all_there(b):
+    if a is None or b is None:
         return _not_tested(claim, what)
-    first, second = (Mean(tuple(one for one in side if one is not None)) for side in (a, b))
+    first, second = Mean(a), Mean(b)
     difference = first.less(second, claim.metric)
     if difference is None:
         return _not_tested(claim, what, "the methods have no seed in common")
@@ -70,11 +71,11 @@ def _trend(board: Board, claim: Trend) -> Verdict:
     what = f"change of the {METRICS[claim.metric].title} of {claim.method} per doubling, going {claim.metric_goes}"
     slopes = []
     for name in data:
-        points = [board.find(claim.method, name, setting) for setting in claim.settings]
-        if not _all_there(points):
+        points = _entrants(board, claim.method, [(name, setting) for setting in claim.settings])
+        if points is None:
             return _not_tested(claim, what)
         logs = np.log2(np.array(x, dtype=np.float64))
-        slopes.append(Quantity.slope(logs, [one.quantity(claim.metric) for one in points if one is not None]))
+        slopes.append(Quantity.slope(logs, [one.quantity(claim.metric) for one in points]))
     sign = 1 if claim.metric_goes == "up" else -1
     slope = Quantity.mean(slopes)
     return _rule(board, claim, sign * slope, f"{what}, {_on(data)}")
@@ -90,8 +91,8 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
     )
     slopes = []
     for method in (claim.steeper, claim.than):
-        points = [found for found in (board.find(method, *place) for place in places) if found is not None]
-        if len(points) < len(places):
+        points = _entrants(board, method, places)
+        if points is None:
             return _not_tested(claim, what)
         if len(points) < LEAST_POINTS:
             return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} places")
@@ -122,8 +123,11 @@ def _on_seeds(a: Mean, b: Mean) -> str:
     return f", on the seeds that both have ({', '.join(map(str, common))})"
 
 
-def _all_there(entrants: list[Entrant | None]) -> bool:
-    return all(entrant is not None for entrant in entrants)
+def _entrants(board: Board, method: str, places: Iterable[tuple[str, str]]) -> tuple[Entrant, ...] | None:
+    """A method's results in all of some places; None where it lacks one."""
+    found = [board.find(method, *place) for place in places]
+    there = tuple(one for one in found if one is not None)
+    return there if len(there) == len(found) else None
 
 
 def _name(board: Board, method: str, setting: str) -> str:

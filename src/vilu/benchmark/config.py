@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
@@ -224,6 +225,12 @@ class Config(Section):
         """Every method that runs, by label, with all that holds for it."""
         every = {name: Method() for name in PREDICTORS} if self.all_methods or not self.methods else {}
         return {label: self._complete(label, method) for label, method in (every | self.methods).items()}
+
+    def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
+        """Methods by label, data sets or settings by name."""
+        if axis == "method":
+            return self.entries
+        return self.data if axis == "data" else self.settings
 
     def _complete(self, label: str, method: Method) -> Method:
         name = method.method or label

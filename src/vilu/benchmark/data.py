@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -87,8 +86,7 @@ class Workbench:
     """
 
     def __init__(self, config: Config, folders: Mapping[Part, Path]) -> None:
-        self.config = config
-        self._folders = folders
+        self.config, self.folders = config, folders
         self._open = cache(self._open_part)
         self._truth = cache(self._truth_of)
 
@@ -101,18 +99,15 @@ class Workbench:
         return self._open(data, role, pool_size)[1]
 
     def _open_part(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
-        entry = self.config.data[data]
-        if isinstance(entry.validation, float) and role != "test":
-            return self._share_of_training_rows(data, role, entry.validation)
-        return self._open_store(data, role, pool_size)
-
-    def _share_of_training_rows(self, data: str, role: Role, share: float) -> tuple[EmbeddingSource, str]:
+        share = self.config.data[data].validation
+        if not isinstance(share, float) or role == "test":
+            return self._open_store(data, role, pool_size)
         whole, name = self._open_store(data, "train", None)
         chosen = held_out(whole.ids, share) == (role == "validation")
         return whole.take(np.flatnonzero(chosen)), digest([name, role, share])
 
     def _open_store(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
-        entry, folder = self.config.data[data], self._folders[data, role]
+        entry, folder = self.config.data[data], self.folders[data, role]
         pools = Pools(pool_size or entry.pool_size) if entry.captions else None
         source = open_source(folder, pools=pools, fold=role if entry.captions else None)
         if not isinstance(source, EmbeddingStore | CaptionStore):
@@ -120,7 +115,7 @@ class Workbench:
         manifest, limit = source.manifest, entry.limit_of(role)
         what = [manifest.fingerprint, manifest.classes, manifest.content]
         if pools is not None:
-            return source, digest([*what, role, dataclasses.asdict(pools)])
+            return source, digest([*what, role, asdict(pools)])
         cut = limit if limit is not None and limit < len(source) else None
         name = digest([*what, cut])
         return (source if cut is None else source.take(evenly_spaced(len(source), cut))), name
@@ -183,9 +178,13 @@ class Workbench:
     def test_set(self, cell: Cell, columns: tuple[str, ...]) -> EmbeddingSource:
         """What the method of a cell is tested on."""
         origin, scored = origin_of(self.config, cell), scored_set_of(self.config, cell)
-        source = self.source(scored.data, scored.role, scored.pool_size)
+        found = self._scored(scored, columns)
         if scored.across_preprocessing:
-            source = across_preprocessing(source, self.source(origin.train[0], "train").space)
+            return across_preprocessing(found, self.source(origin.train[0], "train").space)
+        return found
+
+    def _scored(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
+        source = self.source(scored.data, scored.role, scored.pool_size)
         if scored.halves_seed is None:
             return source
         classes = class_halves(source.n_candidates, scored.halves_seed)[1]
@@ -208,12 +207,8 @@ class Workbench:
         return self._truth(scored_set_of(self.config, cell))
 
     def _truth_of(self, scored: ScoredSet) -> Truth:
-        source = self.source(scored.data, scored.role, scored.pool_size)
         name = digest([self.fingerprint(scored.data, scored.role, scored.pool_size), scored.halves_seed])
-        if scored.halves_seed is not None:
-            classes = class_halves(source.n_candidates, scored.halves_seed)[1]
-            source = source.take(of_classes(source, classes), classes, ())
-        return truth_of(source, name)
+        return truth_of(self._scored(scored), name)
 
 
 def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:
@@ -236,7 +231,7 @@ def truth_of(source: EmbeddingSource, name: str) -> Truth:
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:
     """Whether two spaces are of one model with other preprocessing, such as another picture size."""
-    return a is not None and a != b and _as(a, b) == b
+    return a is not None and a != b and replace(a, backbone=b.backbone, preprocess=b.preprocess) == b
 
 
 def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> EmbeddingSource:
@@ -249,7 +244,3 @@ def across_preprocessing(source: EmbeddingSource, space: EmbeddingSpace) -> Embe
     moved = copy.copy(source)
     moved.space = space
     return moved
-
-
-def _as(space: EmbeddingSpace, other: EmbeddingSpace) -> EmbeddingSpace:
-    return dataclasses.replace(space, backbone=other.backbone, preprocess=other.preprocess)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vilu.backbones.catalog import NAMED
-from vilu.benchmark.cells import needed_parts, origin_of, plan, sharing_a_fit
+from vilu.benchmark.cells import needed_parts, origin_of, own_results, plan, sharing_a_fit
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import Data, Role
 from vilu.benchmark.stores import PACKAGE, Part, is_complete, open_images, store_of
@@ -65,7 +65,7 @@ def estimate(config: Config, data: Path, output: Path) -> StudyPlan:
     """What a benchmark would do with the folder of data and the output as they are; embeds and runs nothing."""
     cells = plan(config)
     parts = {part: _part(part, config.data[part[0]], data, output) for part in needed_parts(config, cells)}
-    runs = [cell for cell in cells if cell.same_as is None]
+    runs = own_results(cells)
     groups = sharing_a_fit(config, runs)
     return StudyPlan(
         name=config.name,
@@ -117,15 +117,8 @@ def _expected(part: Part, entry: Data, images: int | None, counted: str, state: 
     width, features = _widths(entry.backbone)
     views = entry.views if part[1] == "test" and not entry.captions else 0
     numbers = width * (1 + views + entry.captions) + (features if entry.features else 0)
-    return PartPlan(
-        data=part[0],
-        part=_title(part, entry),
-        backbone=entry.backbone,
-        images=images,
-        counted=counted,
-        state=state,
-        n_bytes=None if images is None or not width else images * numbers * HALF,
-    )
+    n_bytes = None if images is None or not width else images * numbers * HALF
+    return PartPlan(part[0], _title(part, entry), entry.backbone, images, counted, state, n_bytes)
 
 
 def _title(part: Part, entry: Data) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vilu.benchmark.board import Board, Entrant, Mean, Place
+from vilu.benchmark.board import Board, Entrant, Mean
 from vilu.benchmark.pivot import Key, chosen, notes_of, published_of, show, table_sheet, title_of
 from vilu.benchmark.ranking import layout, summarise
 from vilu.benchmark.sheet import Sheet
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vilu.report.style import Figure
 
 
+Draw = Callable[[], "Figure"]
+"""Makes a figure."""
+
+
 @dataclass(frozen=True)
 class Exhibit:
     """What a view shows."""
@@ -28,7 +32,7 @@ class Exhibit:
     name: str
     title: str
     body: Sheet | str  # the table, or the numbers behind the figure; or a text
-    draw: Callable[[], Figure] | None = None  # makes the figure; None where there is none
+    draw: Draw | None = None  # None where there is no figure
 
 
 def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
@@ -39,25 +43,26 @@ def exhibit(board: Board, view: AnyView, root: Path) -> Exhibit:
         case RankingView():
             return Exhibit(view.name, view.title, layout(board.config, summarise(board)))
         case GridView():
-            return _grid(board, view)
+            shown = _grid(board, view)
         case HistogramView():
-            return _histograms(board, view, root)
+            shown = _histograms(board, view, root)
         case CurveView():
-            return _curves(board, view)
+            shown = _curves(board, view)
         case ScatterView():
-            return _scatter(board, view)
+            shown = _scatter(board, view)
+    return Exhibit(view.name, view.title, *shown)
 
 
-def _curves(board: Board, view: CurveView) -> Exhibit:
+def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     from vilu.report.figures import curves
 
     places = view.places(board.config, view.x)
     panels = _panels(board, view, lambda key: places[key.of([view.x])[0]].x, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
-    return Exhibit(view.name, view.title, sheet, lambda: curves(panels, view.x_label, log=view.log))
+    return sheet, (lambda: curves(panels, view.x_label, log=view.log))
 
 
-def _scatter(board: Board, view: ScatterView) -> Exhibit:
+def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
     from vilu.report.figures import scatter
 
     def accuracy(key: Key) -> float | None:
@@ -66,7 +71,7 @@ def _scatter(board: Board, view: ScatterView) -> Exhibit:
 
     panels = _panels(board, view, accuracy, "metric", "method")
     sheet = table_sheet(board, view.as_table(("data", "setting"), ("method", "metric")))
-    return Exhibit(view.name, view.title, sheet, lambda: scatter(panels, "zero-shot accuracy (%)"))
+    return sheet, (lambda: scatter(panels, "zero-shot accuracy (%)"))
 
 
 def _panels(
@@ -106,7 +111,7 @@ def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) ->
     )
 
 
-def _histograms(board: Board, view: HistogramView, root: Path) -> Exhibit:
+def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, Draw]:
     from vilu.report.figures import score_histograms
 
     keys = [key for key, entrant in chosen(board, view).items() if entrant.found and key.metric == view.metrics[0]]
@@ -119,12 +124,7 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> Exhibit:
     if not panels:
         raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
     sheet = table_sheet(board, view.as_table(("data", "method"), ("setting", "metric")))
-    return Exhibit(
-        view.name,
-        view.title,
-        sheet,
-        lambda: score_histograms({title: Outcomes.load(path) for title, path in panels.items()}),
-    )
+    return sheet, (lambda: score_histograms({title: Outcomes.load(path) for title, path in panels.items()}))
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class _Field:
     chosen: tuple[str, str]
 
 
-def _grid(board: Board, view: GridView) -> Exhibit:
+def _grid(board: Board, view: GridView) -> tuple[Sheet, Draw]:
     """Data sets without a result are left out; the notes tell why."""
     config, found = board.config, chosen(board, view)
     fields = [field for data in dict.fromkeys(key.data for key in found) for field in _fields(board, view, data)]
@@ -167,24 +167,20 @@ def _grid(board: Board, view: GridView) -> Exhibit:
             *notes_of(board, view, cells.values(), found.values()),
         ),
     )
-    return Exhibit(view.name, view.title, sheet, lambda: _draw(board, view, fields))
+    return sheet, (lambda: _draw(board, view, fields))
 
 
 def _fields(board: Board, view: GridView, data: str) -> list[_Field]:
     """What there is of a data set: one field, or none where there is no result."""
-    methods = {}
-    for label in view.methods or board.config.entries:
-        values = [board.config.entries[label].params.get(name) for name in view.parameters]
-        if None not in values and board.find(label, data, view.select_on) is not None:
-            methods[str(values[0]), str(values[1])] = label
     best = view.metrics[0]
-    sign = 1 if METRICS[best].higher_is_better else -1
-    means = {values: sign * _mean(board, (label, data, view.select_on), best) for values, label in methods.items()}
-    return [_Field(data, methods, max(means, key=means.__getitem__))] if means else []
-
-
-def _mean(board: Board, place: Place, metric: str) -> float:
-    return board.entrants[place].quantity(metric).value
+    sign, methods, found = 1 if METRICS[best].higher_is_better else -1, {}, {}
+    for label in view.places(board.config, "method"):
+        values = [board.config.entries[label].params.get(name) for name in view.parameters]
+        entrant = board.find(label, data, view.select_on)
+        if None not in values and entrant is not None:
+            pair = str(values[0]), str(values[1])
+            methods[pair], found[pair] = label, sign * entrant.quantity(best).value
+    return [_Field(data, methods, max(found, key=found.__getitem__))] if found else []
 
 
 def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
@@ -195,9 +191,9 @@ def _draw(board: Board, view: GridView, fields: list[_Field]) -> Figure:
         rows, columns = ([*dict.fromkeys(values[axis] for values in field.methods)] for axis in (0, 1))
         for setting in (view.select_on, view.report_on):
             means = {
-                (rows.index(a), columns.index(b)): _mean(board, (method, field.data, setting), best)
+                (rows.index(a), columns.index(b)): entrant.quantity(best).value
                 for (a, b), method in field.methods.items()
-                if board.find(method, field.data, setting) is not None
+                if (entrant := board.find(method, field.data, setting)) is not None
             }
             names = title_of(board.config, "data", field.data), title_of(board.config, "setting", setting)
             place = rows.index(field.chosen[0]), columns.index(field.chosen[1])

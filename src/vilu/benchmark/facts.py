@@ -137,8 +137,3 @@ def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:
         "pool_size": origin.pool_size,
         "start": None if origin.start is None else _rows_of(bench, origin.start),
     }
-
-
-def fingerprint_of(bench: Workbench, cell: Cell) -> str:
-    """Hash of ``decided_by``."""
-    return digest(decided_by(bench, cell))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vilu.benchmark.board import Board, Entrant, Mean
+from vilu.benchmark.board import Board, Entrant, Mean, occurring
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.sheet import Sheet, Shown
@@ -37,18 +37,18 @@ def notes_of(board: Board, view: View, shown: Iterable[Shown], measured: Iterabl
 
 def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     """Rows and accuracy by data set and setting; settings with the same numbers together."""
-    told: dict[tuple[str, str], list[str]] = {}
+    told: dict[tuple[str, str], dict[str, None]] = {}
     for entrant in entrants:
         _, data, setting = entrant.place
         if entrant.found:
-            fact = f"{span(entrant.n)} answers, {span(entrant.n_failures)} wrong"
-            settings = told.setdefault((data, fact), [])
-            settings += [setting] if setting not in settings else []
-    several = {data for data, _ in told if sum(other == data for other, _ in told) > 1}
+            n, wrong = (span(occurring(field, [entrant])) for field in ("n", "n_failures"))
+            fact = f"{n} answers, {wrong} wrong"
+            told.setdefault((data, fact), {})[setting] = None
+    counts = Counter(data for data, _ in told)
     parts = []
     for (data, fact), settings in told.items():
         name = board.config.data[data].title or data
-        parts.append(f"{name} ({', '.join(settings)}) {fact}" if data in several else f"{name} {fact}")
+        parts.append(f"{name} ({', '.join(settings)}) {fact}" if counts[data] > 1 else f"{name} {fact}")
     return f"Test rows: {'; '.join(parts)}." if parts else ""
 
 
@@ -157,10 +157,8 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 
 def chosen(board: Board, view: View) -> dict[Key, Entrant]:
     """Every entrant of a view by its key, in the order of the view; also those without result."""
-    config, found = board.config, {}
-    methods, data, settings = view.methods or config.entries, view.data or config.data, view.settings or config.settings
-    for place in itertools.product(data, settings, methods, view.metrics):
-        name, setting, method, metric = place
+    axes, found = (view.places(board.config, axis) for axis in ("data", "setting", "method")), {}
+    for name, setting, method, metric in itertools.product(*axes, view.metrics):
         entrant = board.entrants.get((method, name, setting))
         if entrant is not None:
             found[Key(method, name, setting, metric)] = entrant
@@ -180,8 +178,8 @@ def show(config: Config, key: Key, found: Mean) -> Shown:
         metric=key.metric,
         value=value,
         interval=found.quantity(key.metric).interval(config.confidence) if has_interval else None,
-        n=tuple(sorted({n for part in parts for n in part.n})),
-        n_failures=tuple(sorted({n for part in parts for n in part.n_failures})),
+        n=occurring("n", parts),
+        n_failures=occurring("n_failures", parts),
         n_runs=max(part.n_runs for part in parts),
         published=published,
         why=None if value is not None else "undefined",
@@ -227,10 +225,10 @@ def _ranked(shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: S
         if len(keys) < 2:
             continue
         sign = -1 if METRICS[keys[0].metric].higher_is_better else 1
-        order = sorted({sign * (shown[key].value or 0.0) for key in keys})
-        best = next(key for key in keys if sign * (shown[key].value or 0.0) == order[0])
+        values = {key: sign * (shown[key].value or 0.0) for key in keys}
+        order, best = sorted(set(values.values())), min(keys, key=values.__getitem__)
         for key in keys:
-            place = order.index(sign * (shown[key].value or 0.0))
+            place = order.index(values[key])
             tied = place > 0 and _is_tied(measured[key], measured[best], key.metric)
             ranked[key] = replace(shown[key], rank=("best", "second", None)[min(place, 2)], tied=tied)
     return ranked
@@ -252,6 +250,4 @@ def title_of(config: Config, field: str, label: str) -> str:
         return METRICS[label].title
     if field == "data" and label == MEAN:
         return MEAN
-    if field == "data":
-        return config.data[label].title or label
-    return (config.entries[label] if field == "method" else config.settings[label]).title or label
+    return config.along(field)[label].title or label

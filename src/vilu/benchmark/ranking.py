@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
-from vilu.benchmark.board import BEST, Board, Entrant
+from vilu.benchmark.board import BEST, Board, Entrant, occurring
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import RANKED_BY
 from vilu.metrics.bootstrap import Difference, Interval
@@ -120,8 +120,8 @@ def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant])
         data=data,
         setting=setting,
         description=str(board.config.settings[setting]),
-        n=tuple(sorted({n for entrant in able for n in entrant.n})),
-        n_failures=tuple(sorted({n for entrant in able for n in entrant.n_failures})),
+        n=occurring("n", able),
+        n_failures=occurring("n_failures", able),
         lines=tuple(_ranked(board.config, entrant, able) for entrant in able),
         refused={entrant.method: str(entrant.reason) for entrant in entrants if not entrant.found},
         contests={
@@ -203,13 +203,7 @@ def _value(metric: str, value: float | None, ends: Interval | None = None) -> st
 def _standings(summary: Summary) -> str:
     """Wins and mean ranks, with the mean AUROC of every data set and setting beside them."""
     blocks = [{line.method: line.values[BEST] for line in block.lines} for block in summary.blocks]
-    heading = [
-        "method",
-        "wins",
-        "mean rank",
-        "contests",
-        *(f"{block.data}/{block.setting}" for block in summary.blocks),
-    ]
+    heading = ["method", "wins", "mean rank", "contests", *(f"{one.data}/{one.setting}" for one in summary.blocks)]
     rows = [
         [
             standing.method,

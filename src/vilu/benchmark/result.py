@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from pydantic import Field, ValidationError
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.parts import RANKED_BY, Section
 from vilu.errors import StorageError
-from vilu.files import atomic_write, make_folder, write_json
+from vilu.files import atomic_write, make_folder, or_refuse, write_json
 from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints
@@ -72,10 +71,8 @@ class CellResult(Section):
         files = {}
         if outcomes is not None and bootstrap is not None:
             outcomes.save(path.with_suffix(SCORES))
-            buffer = io.BytesIO()
-            np.save(buffer, bootstrap, allow_pickle=False)
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
-                handle.write(buffer.getbuffer())
+                np.save(handle, bootstrap, allow_pickle=False)
             files = {suffix: _sha256(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
         write_json(path, self.model_copy(update={"files": files}).model_dump(mode="json"))
 
@@ -112,10 +109,8 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
     """(M, B) bootstrap values of a finished cell."""
     path = (root / cell.path).with_suffix(BOOTSTRAP)
-    try:
+    with or_refuse(f"read {path}"):
         values: Floats = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     return values
 
 

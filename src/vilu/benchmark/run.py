@@ -10,20 +10,19 @@ import signal
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from vilu.benchmark.board import Board
-from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, plan, sharing_a_fit
+from vilu.benchmark.cells import Cell, Origin, needed_parts, origin_of, own_results, plan, sharing_a_fit
 from vilu.benchmark.config import Config
 from vilu.benchmark.data import Truth, Workbench
-from vilu.benchmark.facts import decided_by, fingerprint_of
+from vilu.benchmark.facts import decided_by
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
 from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
 from vilu.benchmark.stores import Part, find_stores, make_stores, require_complete
@@ -42,12 +41,10 @@ def run_group(bench: Workbench, cells: Sequence[Cell], root: Path) -> Iterator[C
     """Score, evaluate and write each of the cells that share a fit, fitting once; a refusal is a result, too."""
     fits: dict[Origin, Fitted] = {}
     for cell in cells:
-        with Naming(cell), one_thread(), reporting(Silence()):
-            refused = refuse_other_classes(bench, cell)
-            if refused is not None:
-                write(bench, cell, Fitted(predictor_of(bench.config, cell), refused), root)
-            else:
-                write(bench, cell, fit(bench, cell, origin_of(bench.config, cell), fits), root)
+        with naming(cell), one_thread(), reporting(Silence()):
+            refused, origin = refuse_other_classes(bench, cell), origin_of(bench.config, cell)
+            refusing = None if refused is None else Fitted(predictor_of(bench.config, cell), refused)
+            write(bench, cell, refusing or fit(bench, cell, origin, fits), root)
         yield cell
 
 
@@ -59,13 +56,13 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     known, asked = candidates
     if known.shape[1] != asked.shape[1]:
         reason = f"it is fitted on embeddings of width {known.shape[1]}, and these have {asked.shape[1]}."
-        return Refusal(error=ProvenanceError.__name__, reason=reason)
+        return refusal(ProvenanceError(reason))
     others = int(((asked @ known.T).amax(dim=1) < SAME_TEXT).sum())
     reason = (
         f"it scores the {len(known)} classes that it is fitted on, and {others} of the {len(asked)} candidates here "
         "are others."
     )
-    return Refusal(error=ProvenanceError.__name__, reason=reason) if others else None
+    return refusal(ProvenanceError(reason)) if others else None
 
 
 def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
@@ -124,19 +121,15 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
     )
 
 
-class Naming(AbstractContextManager[None]):
+@contextmanager
+def naming(cell: Cell) -> Iterator[None]:
     """Adds the cell to whatever exception leaves the block, and to the log."""
-
-    def __init__(self, cell: Cell) -> None:
-        self._cell = cell
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Name the cell."""
-        if isinstance(error, Exception):
-            error.add_note(f"in the cell: {self._cell}")
-            logger.error("the benchmark stops at %s", self._cell)
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the cell: {cell}")
+        logger.error("the benchmark stops at %s", cell)  # noqa: TRY400 - whoever catches it shows the traceback
+        raise
 
 
 @contextmanager
@@ -158,13 +151,11 @@ _bench: dict[str, Workbench] = {}
 """What a worker process has open."""
 
 
-def run_cells(
-    bench: Workbench, folders: Mapping[Part, Path], cells: Sequence[Cell], root: Path, jobs: int, n_done: int
-) -> None:
+def run_cells(bench: Workbench, cells: Sequence[Cell], root: Path, jobs: int, n_done: int) -> None:
     """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
     groups = sharing_a_fit(bench.config, cells)
     started = time.monotonic()
-    running = _in_workers(bench.config, folders, groups, root, jobs) if jobs > 1 else _here(bench, groups, root)
+    running = _in_workers(bench, groups, root, jobs) if jobs > 1 else _here(bench, groups, root)
     with track("benchmark", n_done + len(cells), "cells") as task, closing(running):
         task.advance(n_done)
         for number, cell in enumerate(running, start=1):
@@ -178,26 +169,17 @@ def _here(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path) -> Gen
         yield from run_group(bench, cells, root)
 
 
-def _in_workers(
-    config: Config, folders: Mapping[Part, Path], groups: Sequence[Sequence[Cell]], root: Path, jobs: int
-) -> Generator[Cell]:
-    with _workers(config, folders, jobs) as pool:
+def _in_workers(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path, jobs: int) -> Generator[Cell]:
+    """The same in a pool of processes, which are ended at once where it is closed or fails before its end."""
+    others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+    start = bench.config, dict(bench.folders)
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, start)
+    through = False
+    try:
         running = [pool.submit(_run_in_worker, cells, root) for cells in groups]
         for future in concurrent.futures.as_completed(running):
             yield from future.result()
-
-
-@contextmanager
-def _workers(
-    config: Config, folders: Mapping[Part, Path], jobs: int
-) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """A pool whose processes are ended at once where the block is left by an exception."""
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (config, dict(folders)))
-    through = False
-    try:
-        yield pool
         through = True
     finally:
         pool.shutdown(wait=through, cancel_futures=True)
@@ -285,9 +267,7 @@ def run_all(
 class _Work:
     """A benchmark under way."""
 
-    config: Config
     cells: tuple[Cell, ...]
-    folders: dict[Part, Path]
     bench: Workbench
 
     @classmethod
@@ -299,45 +279,44 @@ class _Work:
         else:
             folders = find_stores(config, parts, data, output)
             require_complete(folders)
-        return cls(config, cells, folders, Workbench(config, folders))
+        return cls(cells, Workbench(config, folders))
 
     def run(self, output: Path, share: Share, jobs: int) -> None:
         """Run the cells that are missing of a share."""
-        groups = sharing_a_fit(self.config, [cell for cell in self.cells if cell.same_as is None])
+        groups = sharing_a_fit(self.bench.config, own_results(self.cells))
         mine = [cell for group in groups[share.number :: share.of] for cell in group]
         found = finished(self.bench, mine, output)
         missing = [cell for cell in mine if cell not in found]
         stale = sum((output / cell.path).is_file() for cell in missing)
         if stale:
-            logger.info("%s: %d cells are of older code, or other data or parameters: again", self.config.name, stale)
-        run_cells(self.bench, self.folders, missing, output, jobs, len(found))
+            name = self.bench.config.name
+            logger.info("%s: %d cells are of older code, or other data or parameters: again", name, stale)
+        run_cells(self.bench, missing, output, jobs, len(found))
 
     def board(self, output: Path) -> Board:
         """All results."""
-        runs = [cell for cell in self.cells if cell.same_as is None]
+        runs = own_results(self.cells)
         results = finished(self.bench, runs, output)
         if len(results) < len(runs):
             raise ProvenanceError(
                 f"{len(runs) - len(results)} cells were made from other code or data than this process has read: "
                 "something changed meanwhile. Start it again: they are run again, and nothing else."
             )
-        return Board(self.config, self.cells, results, cache(lambda cell: load_bootstrap(output, cell)))
+        return Board(self.bench.config, self.cells, results, cache(lambda cell: load_bootstrap(output, cell)))
 
 
 def refuse_contradictions(works: Sequence[_Work]) -> None:
     """Refuse benchmarks that share an output and would undo each other's cells."""
     known: dict[Cell, tuple[str, dict[str, object]]] = {}
     for work in works:
-        for cell in work.cells:
-            if cell.same_as is not None:
-                continue
+        for cell in own_results(work.cells):
             facts = decided_by(work.bench, cell)
-            other, before = known.setdefault(cell, (work.config.name, facts))
+            other, before = known.setdefault(cell, (work.bench.config.name, facts))
             differing = [key for key, value in facts.items() if before[key] != value]
             if differing:
                 raise UsageError(
-                    f"{other} and {work.config.name} both have {cell}, and mean different things by it: they differ in "
-                    f"{', '.join(differing)}. Give one of them another name, or each an output of its own."
+                    f"{other} and {work.bench.config.name} both have {cell}, and mean different things by it: they "
+                    f"differ in {', '.join(differing)}. Give one of them another name, or each an output of its own."
                 )
 
 
@@ -351,5 +330,5 @@ def remove_leftovers(root: Path) -> None:
 
 def finished(bench: Workbench, runs: Sequence[Cell], root: Path) -> dict[Cell, CellResult]:
     """Results that are there and hold, of cells that have one of their own."""
-    results = {cell: load_result(root, cell, fingerprint_of(bench, cell)) for cell in runs}
+    results = {cell: load_result(root, cell, digest(decided_by(bench, cell))) for cell in runs}
     return {cell: result for cell, result in results.items() if result is not None}

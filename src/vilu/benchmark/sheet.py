@@ -89,10 +89,10 @@ def to_markdown(sheet: Sheet) -> str:
 def to_latex(sheet: Sheet) -> str:
     """A ``table`` that needs the package booktabs; a column field that spans several columns is written once."""
     n_labels, n_columns = len(sheet.row_fields), len(sheet.columns)
-    heading = [
-        [*(in_latex(field) if last else "" for field in sheet.row_fields), *_spans(level)]
-        for last, level in _levels(sheet)
-    ]
+    depth, heading = len(sheet.column_fields), []
+    for level in range(1, depth + 1):  # the last level stands above the rows, too
+        fields = (in_latex(field) if level == depth else "" for field in sheet.row_fields)
+        heading.append([*fields, *_spans([labels[:level] for labels in sheet.columns])])
     notes = [f"  {in_latex(note)}" for note in _all_notes(sheet, "Bold: best; underlined: second best")]
     return "\n".join(
         [
@@ -126,25 +126,22 @@ def to_csv(sheet: Sheet) -> str:
     return buffer.getvalue()
 
 
-def _lines(
-    sheet: Sheet, label: Callable[[str], str], written: Callable[[Shown, Sequence[str]], str]
-) -> list[list[str]]:
-    """The labels and the cells of every row."""
-    doubts, columns = sheet.doubts, range(len(sheet.columns))
-    lines = []
+def _lines(sheet: Sheet, label: Callable[[str], str], written: Callable[[Shown, str, str], str]) -> list[list[str]]:
+    """The labels and the cells of every row, ``written`` with the number and what stands beside it."""
+    lines, doubts = [], sheet.doubts
     for row, labels in enumerate(sheet.rows):
-        cells = (sheet.cells.get((row, column)) for column in columns)
-        lines.append([*map(label, labels), *("" if shown is None else written(shown, doubts) for shown in cells)])
+        cells = (sheet.cells.get((row, column)) for column in range(len(sheet.columns)))
+        texts = ("" if one is None else written(one, *_number(one, doubts)) for one in cells)
+        lines.append([*map(label, labels), *texts])
     return lines
 
 
-def _number(shown: Shown) -> str:
-    return NOTHING if shown.value is None else METRICS[shown.metric].show(shown.value)
-
-
-def _interval(shown: Shown) -> str:
-    ends = shown.interval
-    return "" if ends is None else METRICS[shown.metric].brackets(ends.ci_low, ends.ci_high)
+def _number(shown: Shown, doubts: Sequence[str]) -> tuple[str, str]:
+    """The number; its interval and the published number."""
+    metric, ends = METRICS[shown.metric], shown.interval
+    brackets = "" if ends is None else metric.brackets(ends.ci_low, ends.ci_high)
+    number = NOTHING if shown.value is None else metric.show(shown.value)
+    return number, " ".join(filter(None, [brackets, _theirs(shown, doubts)]))
 
 
 def _theirs(shown: Shown, doubts: Sequence[str]) -> str:
@@ -157,27 +154,19 @@ def _theirs(shown: Shown, doubts: Sequence[str]) -> str:
     return f"({show(shown.published.value)}{mark}{difference})"
 
 
-def _plain(shown: Shown, doubts: Sequence[str]) -> str:
+def _plain(shown: Shown, number: str, more: str) -> str:
     marks = {"best": "*", "second": "+", None: ""}[shown.rank] + ("≈" if shown.tied else "")
-    return " ".join(filter(None, [_number(shown) + marks, _interval(shown), _theirs(shown, doubts)]))
+    return f"{number}{marks} {more}".rstrip()
 
 
-def _markdown(shown: Shown, doubts: Sequence[str]) -> str:
-    number = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank].format(_number(shown))
-    more = " ".join(filter(None, [_interval(shown), _theirs(shown, doubts)]))
-    return f"{number}{'≈' if shown.tied else ''}" + (f" <sub>{more}</sub>" if more else "")
+def _markdown(shown: Shown, number: str, more: str) -> str:
+    marked = {"best": "**{}**", "second": "<u>{}</u>", None: "{}"}[shown.rank].format(number)
+    return f"{marked}{'≈' if shown.tied else ''}" + (f" <sub>{more}</sub>" if more else "")
 
 
-def _latex(shown: Shown, doubts: Sequence[str]) -> str:
-    number = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % _number(shown)
-    more = " ".join(filter(None, [_interval(shown), _theirs(shown, doubts)]))
-    return number + (r"$\approx$" if shown.tied else "") + (rf" {{\scriptsize {more}}}" if more else "")
-
-
-def _levels(sheet: Sheet) -> list[tuple[bool, list[tuple[str, ...]]]]:
-    """Labels of the columns down to each field; the last level stands above the rows."""
-    last = len(sheet.column_fields) - 1
-    return [(level == last, [labels[: level + 1] for labels in sheet.columns]) for level in range(last + 1)]
+def _latex(shown: Shown, number: str, more: str) -> str:
+    marked = {"best": r"\textbf{%s}", "second": r"\underline{%s}", None: "%s"}[shown.rank] % number
+    return marked + (r"$\approx$" if shown.tied else "") + (rf" {{\scriptsize {more}}}" if more else "")
 
 
 def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
@@ -187,24 +176,13 @@ def _spans(labels: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _csv_values(shown: Shown) -> list[object]:
-    ends, theirs = shown.interval, shown.published
-    return [
-        shown.metric,
-        shown.value,
-        None if ends is None else ends.ci_low,
-        None if ends is None else ends.ci_high,
-        span(shown.n),
-        span(shown.n_failures),
-        shown.n_runs,
-        shown.rank,
-        shown.tied,
-        None if theirs is None else theirs.value,
-        shown.difference,
-        None if theirs is None else theirs.source,
-        None if theirs is None else theirs.doubt or None,
-        METRICS[shown.metric].convention,
-        None if shown.why is None else harmless(shown.why),
-    ]
+    low, high = (None, None) if shown.interval is None else shown.interval[1:]
+    theirs = shown.published
+    value, source, doubt = (None, None, None) if theirs is None else (theirs.value, theirs.source, theirs.doubt or None)
+    ours = shown.metric, shown.value, low, high, span(shown.n), span(shown.n_failures), shown.n_runs
+    why = None if shown.why is None else harmless(shown.why)
+    convention = METRICS[shown.metric].convention
+    return [*ours, shown.rank, shown.tied, value, shown.difference, source, doubt, convention, why]
 
 
 def _all_notes(sheet: Sheet, marks: str) -> list[str]:

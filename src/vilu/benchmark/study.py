@@ -11,10 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from vilu.benchmark.board import Board
-from vilu.benchmark.cells import plan
+from vilu.benchmark.cells import own_results, plan
 from vilu.benchmark.claims import Verdict, decide
 from vilu.benchmark.config import Config
 from vilu.benchmark.exhibits import Exhibit, exhibit
@@ -26,8 +24,8 @@ from vilu.benchmark.result import load_bootstrap, load_result
 from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
-from vilu.errors import DataError, StorageError
-from vilu.files import atomic_write, make_folder, write_json
+from vilu.errors import DataError
+from vilu.files import make_folder, or_refuse, write_json, write_text
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 
@@ -72,24 +70,22 @@ def load_studies(output: Path) -> list[Board]:
 
 def _load(path: Path, output: Path) -> Board:
     try:
-        archive = Archive.model_validate(json.loads(path.read_bytes()))
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
-    except (ValueError, ValidationError) as error:
+        with or_refuse(f"read {path}"):
+            archive = Archive.model_validate(json.loads(path.read_bytes()))
+    except ValueError as error:
         raise DataError(f"{path} is not the document of a study: {error}") from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
     results = {}
-    for cell in cells:
-        if cell.same_as is None:
-            fingerprint = archive.fingerprints.get(cell.path.as_posix())
-            result = None if fingerprint is None else load_result(output, cell, fingerprint)
-            if result is None:
-                raise DataError(
-                    f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. Run its "
-                    "`vilu benchmark` again."
-                )
-            results[cell] = result
+    for cell in own_results(cells):
+        fingerprint = archive.fingerprints.get(cell.path.as_posix())
+        result = None if fingerprint is None else load_result(output, cell, fingerprint)
+        if result is None:
+            raise DataError(
+                f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. Run its "
+                "`vilu benchmark` again."
+            )
+        results[cell] = result
     older = sum(result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items())
     if older:
         logger.info("%s: %d of %d results are of older code", config.name, older, len(results))
@@ -97,19 +93,12 @@ def _load(path: Path, output: Path) -> Board:
 
 
 RULINGS = {
-    "holds": "**holds**",
-    "does not hold": "**does not hold**",
-    "open": "**open**: zero is in the interval",
-    "not tested": "**not tested**",
+    "holds": ("**holds**", "**Holds**"),
+    "does not hold": ("**does not hold**", "**Does not hold**"),
+    "open": ("**open**: zero is in the interval", "**Open**, since zero is in the interval"),
+    "not tested": ("**not tested**", "**Not tested**"),
 }
-
-
-HEADINGS = {
-    "holds": "**Holds**",
-    "does not hold": "**Does not hold**",
-    "open": "**Open**, since zero is in the interval",
-    "not tested": "**Not tested**",
-}
+"""In a table, and as a heading."""
 
 
 def page(
@@ -131,11 +120,11 @@ def page(
 
 def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
     """Every claim of several studies under what became of it."""
-    found: dict[str, list[Verdict]] = {ruling: [] for ruling in HEADINGS}
+    found: dict[str, list[Verdict]] = {ruling: [] for ruling in RULINGS}
     for verdict in (one for several in verdicts for one in several):
         found[verdict.ruling].append(verdict)
     parts = []
-    for ruling, heading in HEADINGS.items():
+    for ruling, (_, heading) in RULINGS.items():
         lines = [f"- {in_markdown(one.claim.says)} ({in_markdown(one.claim.source)})" for one in found[ruling]]
         if lines:
             parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
@@ -163,7 +152,7 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
                 f"{100 * ends.ci_high:+.1f}] points"
             )
         lines.append(
-            [in_markdown(verdict.claim.says), RULINGS[verdict.ruling], number, in_markdown(verdict.claim.source)]
+            [in_markdown(verdict.claim.says), RULINGS[verdict.ruling][0], number, in_markdown(verdict.claim.source)]
         )
     note = f"Brackets: {100 * config.confidence:g} % bootstrap interval; a positive number speaks for the claim."
     table = markdown_rows(["claim", "here", "by", "source"], lines)
@@ -193,13 +182,15 @@ def render(board: Board, output: Path) -> Rendered:
     config, folder = board.config, output / STUDIES / board.config.name
     exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
     verdicts = tuple(decide(board, claim) for claim in config.claims)
-    text = "\n\n".join([*(_in_text(one) for one in exhibits), *_in_words(verdicts)])
+    text = "\n\n".join(
+        [*(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits), *_in_words(verdicts)]
+    )
     done = Rendered(board, exhibits, verdicts, text)
     _write_results(board, folder)
     for one in exhibits:
         _write_exhibit(one, folder)
-    _write(folder / "table.txt", text + "\n")
-    _write(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
+    write_text(folder / "table.txt", text + "\n")
+    write_text(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
     return done
 
 
@@ -213,16 +204,12 @@ def write_document(studies: Sequence[Rendered], document: Path, title: str, intr
             if one.draw is not None:
                 save(one.draw(), figures / f"{name}-{one.name}.svg")
         parts.append(page(study.board.config, study.exhibits, study.verdicts, f"{figures.name}/{name}-{{}}.svg".format))
-    _write(document, "\n".join(parts))
+    write_text(document, "\n".join(parts))
 
 
 def views_of(config: Config) -> tuple[AnyView, ...]:
     """The views of a study; a ranking where it names none."""
     return config.views or (RankingView(kind="ranking", name="ranking", title="Every method, best first"),)
-
-
-def _in_text(one: Exhibit) -> str:
-    return one.body if isinstance(one.body, str) else to_text(one.body)
 
 
 def _in_words(verdicts: Sequence[Verdict]) -> list[str]:
@@ -242,16 +229,11 @@ def _write_exhibit(one: Exhibit, folder: Path) -> None:
     if isinstance(one.body, Sheet):
         tables = make_folder(folder / "tables")
         for suffix, written in FORMATS.items():
-            _write(tables / f"{one.name}{suffix}", written(one.body))
+            write_text(tables / f"{one.name}{suffix}", written(one.body))
     if one.draw is not None:
         figures = make_folder(folder / "figures")
         for suffix in FIGURE_SUFFIXES:
             save(one.draw(), figures / f"{one.name}{suffix}")
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as handle:
-        handle.write(text.encode())
 
 
 DRAWN = (CurveView, ScatterView, HistogramView, GridView)

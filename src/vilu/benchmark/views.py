@@ -17,7 +17,9 @@ from vilu.benchmark.parts import RANKED_BY, Name, Names, Section, require_known
 from vilu.errors import DataError
 
 Axis = Literal["method", "data", "setting"]
-AXES: tuple[Axis, ...] = ("method", "data", "setting")
+AXES = {"method": "method", "data": "data set", "setting": "setting"}
+"""What each is called in messages."""
+
 FIELDS = (*AXES, "metric")
 
 
@@ -49,17 +51,14 @@ class Known(Protocol):
 
     metrics: Names
 
-    @property
-    def entries(self) -> Mapping[str, Placed]:
-        """Methods by label."""
+    def along(self, axis: str) -> Mapping[str, Placed]:
+        """Methods by label, data sets or settings by name."""
 
-    @property
-    def data(self) -> Mapping[str, Placed]:
-        """Data sets by name."""
 
-    @property
-    def settings(self) -> Mapping[str, Placed]:
-        """Settings by name."""
+def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) -> None:
+    """Refuse what is not there with a ValueError."""
+    for axis, names in chosen.items():
+        require_known(f"{AXES[axis]} {where}", names or (), known.along(axis))
 
 
 class View(Section):
@@ -77,21 +76,20 @@ class View(Section):
         """For messages."""
         return f"(view {self.name})"
 
+    @property
+    def chosen(self) -> dict[str, Names | None]:
+        """What is shown; None: all that there is."""
+        return {"method": self.methods, "data": self.data, "setting": self.settings}
+
     def check(self, known: Known) -> None:
         """Refuse a view that names what is not there, or could not be shown, with a ValueError."""
-        require_known(f"method {self.where}", self.methods or (), known.entries)
-        require_known(f"data set {self.where}", self.data or (), known.data)
-        require_known(f"setting {self.where}", self.settings or (), known.settings)
+        require_all(self.where, known, self.chosen)
         require_known(f"metric {self.where}", self.metrics, known.metrics)
 
-    def places(self, known: Known, axis: Axis) -> dict[str, Placed]:
+    def places(self, known: Known, axis: str) -> dict[str, Placed]:
         """What is shown along an axis."""
-        chosen, there = {
-            "method": (self.methods, known.entries),
-            "data": (self.data, known.data),
-            "setting": (self.settings, known.settings),
-        }[axis]
-        return {name: there[name] for name in chosen or there}
+        there = known.along(axis)
+        return {name: there[name] for name in self.chosen[axis] or there}
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """The numbers of a figure as a table."""
@@ -120,7 +118,7 @@ class TableView(View):
     def check(self, known: Known) -> None:
         """Also refuse a table in which two numbers would stand in one cell."""
         super().check(known)
-        require_known(f"data set {self.where}", self.mean, known.data)
+        require_all(self.where, known, {"data": self.mean})
         several = {axis: tuple(self.places(known, axis)) for axis in AXES} | {"metric": self.metrics}
         for field, names in several.items():
             if field not in (*self.rows, *self.columns) and len(names) > 1:
@@ -183,7 +181,7 @@ class GridView(View):
         """Also refuse a choice by a metric without interval, or in a setting that is not there."""
         super().check(known)
         require_known(f"metric with an interval {self.where}", self.metrics[:1], RANKED_BY)
-        require_known(f"setting {self.where}", (self.select_on, self.report_on), known.settings)
+        require_all(self.where, known, {"setting": (self.select_on, self.report_on)})
 
 
 class RankingView(View):
@@ -194,7 +192,7 @@ class RankingView(View):
     def check(self, known: Known) -> None:
         """Also refuse a choice: it is of everything."""
         super().check(known)
-        if self.methods or self.data or self.settings or self.metrics != RANKED_BY:
+        if any(self.chosen.values()) or self.metrics != RANKED_BY:
             raise ValueError(f"a ranking is of everything, so there is nothing to choose {self.where}")
 
 
@@ -225,11 +223,9 @@ class Claim(Section):
 
     def check(self, known: Known) -> None:
         """Refuse a claim that names what is not there, or could not be decided, with a ValueError."""
-        require_known("data set (claim)", self.data or (), known.data)
+        require_all("(claim)", known, {"data": self.data})
         require_known("metric (claim)", [self.metric], RANKED_BY)
-        methods, settings = self.subjects
-        require_known("method (claim)", methods, known.entries)
-        require_known("setting (claim)", settings, known.settings)
+        require_all("(claim)", known, dict(zip(("method", "setting"), self.subjects, strict=True)))
 
 
 class Better(Claim):
@@ -261,7 +257,7 @@ class Trend(Claim):
     def check(self, known: Known) -> None:
         """Also refuse settings without places on a logarithmic axis."""
         super().check(known)
-        x = [known.settings[name].x for name in self.settings]
+        x = [known.along("setting")[name].x for name in self.settings]
         if any(value is None or value <= 0 for value in x) or len(set(x)) < 2:
             raise ValueError(f"the trend of {self.method} needs settings with different x above zero")
 

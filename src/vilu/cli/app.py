@@ -56,22 +56,10 @@ def common(
         load_plugin(module)
 
 
-app.command()(demo)
-app.command()(embed)
-app.command()(inspect)
-app.command()(fit)
-app.command()(calibrate)
-app.command()(score)
-app.command()(evaluate)
-app.command()(report)
-app.command()(explain)
-app.command()(monitor)
-app.command()(pools)
-app.command()(benchmark)
-app.command()(render)
+ON_DATA = (demo, embed, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools, benchmark, render)
+for command in ON_DATA:
+    app.command()(command)
 app.command("list")(list_catalogue)
-app.command()(convert)
-app.command()(export)
-app.command()(push)
-app.command()(pull)
+for command in (convert, export, push, pull):
+    app.command()(command)
 app.add_typer(datasets, name="datasets")

@@ -6,10 +6,13 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -40,14 +43,7 @@ def printable(text: str) -> str:
 def show_warnings() -> Iterator[None]:
     """Python warnings as one readable line each, without a source line."""
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,  # noqa: ARG001 - the signature that the warnings module calls
-        lineno: int,  # noqa: ARG001
-        file: TextIO | None = None,  # noqa: ARG001
-        line: str | None = None,  # noqa: ARG001
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], *_where: object, **_more: object) -> None:
         if issubclass(category, UserWarning):
             complain("warning", str(message))
 
@@ -89,31 +85,19 @@ class Bars:
 
     def start(self, description: str, total: float | None, unit: str) -> Bar:
         """Show a new bar."""
+        from rich import progress as bars
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            ProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Task as RichTask
         from rich.text import Text
 
-        class Speed(ProgressColumn):
-            def render(self, task: RichTask) -> Text:
+        class Speed(bars.ProgressColumn):
+            def render(self, task: bars.Task) -> Text:
                 return Text(f"{task.finished_speed or task.speed or 0:,.0f} {task.fields['unit']}/s")
 
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            Speed(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            *(bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn()),
+            *(Speed(), bars.TimeRemainingColumn(), bars.TextColumn("{task.fields[note]}")),
         )
-        progress = Progress(*columns, console=Console(stderr=True))
+        progress = bars.Progress(*columns, console=Console(stderr=True))
         progress.start()
         return Bar(progress, description, total, unit)
 
@@ -180,44 +164,75 @@ Data = Annotated[
     Path,
     typer.Argument(help="Store that `vilu embed` wrote, or precomputed embeddings in shards as LAION's."),
 ]
-PoolSize = Annotated[
-    int | None,
-    typer.Option("--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"),
-]
-Direction = Annotated[
-    Literal["image_to_text", "text_to_image"], typer.Option(help="Pairs: which side is asked for the other.")
-]
-Hard = Annotated[bool, typer.Option("--hard-negatives", help="Pairs: pools of rows that are alike.")]
-NearDuplicates = Annotated[
-    float | None,
-    typer.Option(min=0, max=1, metavar="COSINE", help="Pairs: captions from this cosine on are the same answer."),
-]
-Fold = Annotated[
-    Literal["train", "validation", "test"] | None,
-    typer.Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]"),
-]
-LogitScale = Annotated[
-    float | None,
-    typer.Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
-]
+Fold = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How stores are read; every field is a flag of the commands that have ``@reads``."""
+
+    pool_size: Annotated[
+        int | None,
+        typer.Option("--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"),
+    ] = None
+    direction: Annotated[
+        Literal["image_to_text", "text_to_image"], typer.Option(help="Pairs: which side is asked for the other.")
+    ] = "image_to_text"
+    hard: Annotated[bool, typer.Option("--hard-negatives", help="Pairs: pools of rows that are alike.")] = False
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="COSINE", help="Pairs: captions from this cosine on are the same answer."),
+    ] = None
+    fold: Annotated[
+        Fold | None, typer.Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]")
+    ] = None
+    logit_scale: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
+    ] = None
+
+    @property
+    def pools(self) -> Pools | None:
+        """None where the flags ask for nothing special, so that class stores are fine."""
+        rest = self.direction, self.hard, self.near_duplicates
+        if self.pool_size is None and rest == ("image_to_text", False, None):
+            return None
+        from vilu.embeddings.pairs import Pools
+
+        return Pools(Pools.size if self.pool_size is None else self.pool_size, *rest)
+
+    def open(self, store: Path, role: Fold | None = None) -> EmbeddingSource:
+        """A store; where a fold is asked for, that of a role."""
+        return self.open_in(self.pools, store, role)
+
+    def open_in(self, pools: Pools | None, store: Path, role: Fold | None = None) -> EmbeddingSource:
+        """The same in other pools."""
+        from vilu.store.reader import open_source
+
+        return open_source(store, pools=pools, fold=self.fold and (role or self.fold), logit_scale=self.logit_scale)
+
+    def split_of(self, data: EmbeddingSource) -> str | None:
+        """Name of the part of the data that is read; None where the store does not say."""
+        from vilu.store.reader import CaptionStore, EmbeddingStore
+
+        return self.fold or (data.manifest.split if isinstance(data, EmbeddingStore | CaptionStore) else None)
+
+
+def reads(command: Callable[..., None], *, without: str = "") -> Callable[..., None]:
+    """The command with flags in place of its parameter ``reading``: all but one that may be left out."""
+    flags = {name: flag for name, flag in signature(Reading, eval_str=True).parameters.items() if name != without}
+
+    @wraps(command)
+    def flagged(**values: Any) -> None:  # noqa: ANN401 - what the flags hold
+        command(reading=Reading(**{name: values.pop(name) for name in flags}), **values)
+
+    own = signature(command, eval_str=True).parameters.items()
+    expanded = [one for name, given in own for one in (flags.values() if name == "reading" else [given])]
+    vars(flagged)["__signature__"] = Signature(expanded)  # what typer makes the command line from
+    return flagged
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+RowsJson = Annotated[bool, typer.Option("--json", help="Print tidy rows as JSON instead of a table.")]
+RowsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")]
 JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")]
-
-
-def choose_pools(
-    size: int | None, direction: Literal["image_to_text", "text_to_image"], hard: bool, near_duplicates: float | None
-) -> Pools | None:
-    """The pools that the options ask for; None when they ask for nothing special, so that class stores are fine."""
-    if size is None and direction == "image_to_text" and not hard and near_duplicates is None:
-        return None
-    from vilu.embeddings.pairs import Pools
-
-    return Pools(Pools.size if size is None else size, direction, hard, near_duplicates)
-
-
-def split_of(data: EmbeddingSource) -> str | None:
-    """Name of the part that a store holds; None where it does not say."""
-    from vilu.store.reader import CaptionStore, EmbeddingStore
-
-    return data.manifest.split if isinstance(data, EmbeddingStore | CaptionStore) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from vilu.datasets.images import decode_image
 from vilu.decision.score import score
 from vilu.embeddings.space import digest
 from vilu.errors import DataError
-from vilu.files import atomic_write, make_folder
+from vilu.files import file_hash, make_folder, write_text
 from vilu.metrics import risk_at_coverage
 from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
@@ -43,11 +42,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "vilu": ("vilu", TRAINING),
     "lvu": ("lvu", {"loss": "mse"}),  # the regression does better with the defaults
     "lvu-bce": ("lvu", {"loss": "bce", **TRAINING}),
-    "mcm": ("mcm", {}),
-    "entropy": ("entropy", {}),
-    "doctor": ("doctor", {}),
-    "max_logit": ("max_logit", {}),
-    "margin": ("margin", {}),
+    **{name: (name, {}) for name in ("mcm", "entropy", "doctor", "max_logit", "margin")},
 }
 """Label in the table: method and hyper-parameters."""
 
@@ -84,10 +79,8 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
     table = evaluate(outcomes, seed=seed)
     table.save(output / "results.json")
     outcomes[0].save(output / "scores.csv")
-    with atomic_write(output / "results.md") as handle:
-        handle.write((table.to_markdown() + "\n").encode())
-    with atomic_write(output / "report.html") as handle:
-        handle.write(page.encode())
+    write_text(output / "results.md", table.to_markdown() + "\n")
+    write_text(output / "report.html", page)
     drawings = {
         "histograms": figures.score_histograms({str(one.method): one for one in outcomes}),
         "roc": figures.roc_curves(outcomes),
@@ -103,7 +96,7 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
 def cache_key(photos: Path, seed: int) -> str:
     """Name of the cache folder: what the slow steps depend on."""
     versions = [importlib.metadata.version(package) for package in PACKAGES]
-    return digest([importlib.metadata.version("vilu"), versions, hashlib.sha256(photos.read_bytes()).hexdigest(), seed])
+    return digest([importlib.metadata.version("vilu"), versions, file_hash(photos), seed])
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
@@ -152,31 +145,21 @@ def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]
 def describe(outcomes: Sequence[Outcomes], table: ResultTable, drawn: Sequence[Path]) -> str:
     """What was found, in words, then the table."""
     best, published, free = (next(o for o in outcomes if o.method == method) for method in ("vilu_plus", "vilu", "mcm"))
-    failure = best.failure
+    three, failure = (best, published, free), best.failure
+    half = ", ".join(f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in three)
+    worst = np.argsort(-best.uncertainty, kind="stable")[:SHOWN]
     lines = [
         f"The compact model, a small stand-in for CLIP, names {len(failure)} test photos it has never been trained on "
         f"and is wrong on {failure.mean():.1%} of them.",
-        "Accepting only the half that a method trusts most, this share is still wrong: "
-        + ", ".join(
-            f"{o.method} {risk_at_coverage(o.uncertainty, o.failure, 0.5):.1%}" for o in (best, published, free)
-        )
-        + ".",
+        f"Accepting only the half that a method trusts most, this share is still wrong: {half}.",
         *(str(compare(best, other)) for other in (published, free)),
         "",
         str(table),
         "",
         f"Photos to distrust most, by {best.method} (all in scores.csv):",
-        *doubted_lines(best),
+        *(f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}" for key, said, true, u in answers(best, worst)),
         "",
         "Figures, and a page to open in a browser:",
         *(f"  {path}" for path in drawn),
     ]
     return "\n".join(lines)
-
-
-def doubted_lines(outcomes: Outcomes) -> list[str]:
-    """The least trusted rows, one a line."""
-    worst = np.argsort(-outcomes.uncertainty, kind="stable")[:SHOWN]
-    return [
-        f"  {u:.3f}  {key}: the model says {said!r}, it is {true!r}" for key, said, true, u in answers(outcomes, worst)
-    ]

@@ -186,11 +186,9 @@ def list_known(as_json: AsJson = False) -> None:
     """
     from vilu.datasets.known import KNOWN
 
-    entries = list(KNOWN.values())
-    if as_json:
-        typer.echo(json.dumps([{name: getattr(entry, name) for name in FACTS} for entry in entries], indent=2))
-    else:
-        typer.echo(columns([_dataset_in_brief(entry) for entry in entries], below=("how", "url")))
+    facts = [{name: getattr(entry, name) for name in FACTS} for entry in KNOWN.values()]
+    table = columns([_dataset_in_brief(entry) for entry in KNOWN.values()], below=("how", "url"))
+    typer.echo(json.dumps(facts, indent=2) if as_json else table)
     next_step("which are here, and whether they are whole: vilu datasets check FOLDER")
 
 
@@ -208,10 +206,8 @@ def check_known(
     from vilu.errors import DataError
 
     found = check(path, names or None, deep=deep)
-    if as_json:
-        typer.echo(json.dumps([presence.to_dict() for presence in found], indent=2))
-    else:
-        typer.echo(columns([_row(presence) for presence in found], below=BELOW))
+    facts, rows = [presence.to_dict() for presence in found], [_row(presence) for presence in found]
+    typer.echo(json.dumps(facts, indent=2) if as_json else columns(rows, below=BELOW))
     short = [presence.name for presence in found if presence.state in {"absent", "incomplete"}]
     if names and short:
         raise DataError(f"not whole: {', '.join(short)} ({len(short)} of {len(found)} data sets). See above.")

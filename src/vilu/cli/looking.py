@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import (
-    Data,
-    Direction,
-    Fold,
-    Hard,
-    Json,
-    JsonFile,
-    LogitScale,
-    NearDuplicates,
-    PoolSize,
-    Predictor,
-    choose_pools,
-    next_step,
-    printable,
-)
+from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, printable, reads
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +24,7 @@ ALARM = 8
 """Exit code: the guarantee should no longer be relied on."""
 
 
+@reads
 def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
@@ -56,12 +42,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool, typer.Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
     ] = False,
     coverage: Annotated[float, typer.Option(help="With --summary: share of answers that are accepted.")] = 0.8,
-    pool_size: PoolSize = None,
-    direction: Direction = "image_to_text",
-    hard_negatives: Hard = False,
-    near_duplicates: NearDuplicates = None,
-    fold: Fold = None,
-    logit_scale: LogitScale = None,
+    *,
+    reading: Reading,
     as_json: Json = False,
     output: JsonFile = None,
 ) -> None:
@@ -70,13 +52,10 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
-    from vilu.store.reader import open_source
 
     if output is not None:
         require_json(output)
-    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
-    opened = partial(open_source, pools=pools, logit_scale=logit_scale)
-    data, fitted = opened(store, fold=fold), load(predictor)
+    data, fitted = reading.open(store), load(predictor)
     if summary:
         if train is not None or key or row:
             raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
@@ -85,7 +64,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
         following = f"to see single rows: vilu explain {predictor} {store}"
     else:
-        known = None if train is None else opened(train, fold=fold and "train")
+        known = None if train is None else reading.open(train, "train")
         wanted = [*(key or ()), *(row or ())]
         depth = Depth(candidates, neighbours, background, seed)
         found = explain_rows(fitted, data, known, wanted or None, n=n, depth=depth)
@@ -199,16 +178,9 @@ def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
     from vilu.outcomes.outcomes import Outcomes
 
     order = np.random.default_rng(seed).permutation(len(outcomes))
-    return Outcomes(
-        uncertainty=outcomes.uncertainty[order],
-        failure=outcomes.failure[order],
-        prediction=None if outcomes.prediction is None else outcomes.prediction[order],
-        ids=None if outcomes.ids is None else [outcomes.ids[row] for row in order],
-        reason=None if outcomes.reason is None else [outcomes.reason[row] for row in order],
-        class_names=outcomes.class_names,
-        method=outcomes.method,
-        provenance=outcomes.provenance,
-    )
+    columns = {name: getattr(outcomes, name) for name in ("uncertainty", "failure", "prediction", "ids", "reason")}
+    mixed: dict[str, Any] = {name: [rows[i] for i in order] for name, rows in columns.items() if rows is not None}
+    return Outcomes(**mixed, class_names=outcomes.class_names, method=outcomes.method, provenance=outcomes.provenance)
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -234,7 +206,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
     from vilu.datasets.catalog import open_dataset
-    from vilu.files import atomic_write
+    from vilu.files import write_text
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source
@@ -252,7 +224,6 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         embeddings=None if store is None else open_source(store),
         title=title,
     )
-    with atomic_write(output) as handle:
-        handle.write(page.encode())
+    write_text(output, page)
     typer.echo(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")

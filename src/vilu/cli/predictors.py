@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vilu.cli.console import (
-    Data,
-    Direction,
-    Fold,
-    Hard,
-    LogitScale,
-    NearDuplicates,
-    PoolSize,
-    Predictor,
-    choose_pools,
-    next_step,
-    split_of,
-)
+from vilu.cli.console import Data, Predictor, Reading, RowsFile, RowsJson, next_step, reads
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.decision.record import Record
-    from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
     from vilu.predictors.base import FailurePredictor
     from vilu.predictors.nn.checkpoint import FolderSession
@@ -40,7 +26,8 @@ Repository = Annotated[
 Revision = Annotated[str | None, typer.Option(help="On the hub. [main]")]
 
 
-def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
+@reads
+def fit(  # noqa: PLR0913 - one parameter per flag
     stores: Annotated[
         list[Path],
         typer.Argument(help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo."),
@@ -56,12 +43,8 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
         typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    pool_size: PoolSize = None,
-    direction: Direction = "image_to_text",
-    hard_negatives: Hard = False,
-    near_duplicates: NearDuplicates = None,
-    fold: Fold = None,
-    logit_scale: LogitScale = None,
+    *,
+    reading: Reading,
     init: Annotated[
         Path | None, typer.Option(metavar="PREDICTOR", help="Begin with the weights of a fitted predictor.")
     ] = None,
@@ -81,15 +64,12 @@ def fit(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.predictors import find_method
     from vilu.predictors.nn.processes import world
-    from vilu.store.reader import open_source
 
-    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
         predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
-        train = _training_set(stores, pools, fold, logit_scale, (shots, seed), pseudo)
-        opened = partial(open_source, pools=pools, logit_scale=logit_scale)
-        chosen = None if validation is None else opened(validation, fold=fold and "validation")
+        train = _training_set(stores, reading, (shots, seed), pseudo)
+        chosen = None if validation is None else reading.open(validation, "validation")
         checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes, restart)
         predictor.fit(train, chosen)
         predictor.notes_ |= _candidates(train)
@@ -113,24 +93,16 @@ def _new_predictor(
     return build(cls, values) if init is None else initialise(cls, load(init), values)
 
 
-def _training_set(
-    stores: list[Path],
-    pools: Pools | None,
-    fold: Literal["train", "validation", "test"] | None,
-    logit_scale: float | None,
-    few: tuple[int | None, int],
-    pseudo: bool,
-) -> EmbeddingSource:
+def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, int], pseudo: bool) -> EmbeddingSource:
     """The rows to learn from; ``few`` is the number of rows per class, and a seed."""
     from vilu.embeddings.pairs import Pools, PseudoCaptions
     from vilu.predictors.rows import shots
-    from vilu.store.reader import open_source
 
     n_shots, seed = few
     if not pseudo and len(stores) > 1:
         raise UsageError(f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add --pseudo.")
-    of_pairs = None if pseudo else pools
-    sources = [open_source(store, pools=of_pairs, fold=fold, logit_scale=logit_scale) for store in stores]
+    pools = reading.pools
+    sources = [reading.open_in(None if pseudo else pools, store) for store in stores]
     if n_shots is not None:
         sources = [source.take(shots(source, n_shots, seed)) for source in sources]
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
@@ -162,19 +134,16 @@ def _checkpoints(
     return session
 
 
-def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
+@reads
+def score(
     predictor: Predictor,
     store: Data,
     output: Annotated[
         Path,
         typer.Option("--output", "-o", help="File, .parquet or .csv; or a folder, for any number of rows."),
     ],
-    pool_size: PoolSize = None,
-    direction: Direction = "image_to_text",
-    hard_negatives: Hard = False,
-    near_duplicates: NearDuplicates = None,
-    fold: Fold = None,
-    logit_scale: LogitScale = None,
+    *,
+    reading: Reading,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder of scores of another run.")] = False,
 ) -> None:
     """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
@@ -186,11 +155,9 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.decision.score import Decider, score_parts
     from vilu.decision.score import score as score_rows
     from vilu.predictors.storage import load
-    from vilu.store.reader import open_source
 
-    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
-    data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
-    fitted, split = load(predictor), fold or split_of(data)
+    data, fitted = reading.open(store), load(predictor)
+    split = reading.split_of(data)
     decider = Decider.of_folder(fitted, predictor)
     if output.suffix.lower() in {".parquet", ".csv"}:
         score_rows(fitted, data, dataset=store.name, split=split, decider=decider).save(output)
@@ -204,10 +171,8 @@ def score(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def evaluate(
     scores: Annotated[list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print tidy rows as JSON instead of a table.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
-    ] = None,
+    as_json: RowsJson = False,
+    output: RowsFile = None,
     resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples behind each interval.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
@@ -241,6 +206,7 @@ def convert(
     next_step(f"a {predictor.name} head; next: vilu score {output} STORE -o scores.parquet")
 
 
+@reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[Path, typer.Argument(help="Folder of a fitted predictor; the result is written into it.")],
     store: Data,
@@ -269,12 +235,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     max_miss: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of label sets without the right label.")
     ] = 0.1,
-    pool_size: PoolSize = None,
-    direction: Direction = "image_to_text",
-    hard_negatives: Hard = False,
-    near_duplicates: NearDuplicates = None,
-    fold: Fold = None,
-    logit_scale: LogitScale = None,
+    *,
+    reading: Reading,
     as_json: Annotated[bool, typer.Option("--json", help="Print risk.json instead of a summary.")] = False,
 ) -> None:
     """Probabilities, and a threshold with a stated risk, from labelled embeddings that the predictor has not seen.
@@ -285,12 +247,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.decision.calibration import Target, calibrate_predictor
     from vilu.predictors.storage import load
-    from vilu.store.reader import open_source
 
-    pools = choose_pools(pool_size, direction, hard_negatives, near_duplicates)
-    data = open_source(store, pools=pools, fold=fold, logit_scale=logit_scale)
+    data = reading.open(store)
     target = Target(max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss)
-    record = calibrate_predictor(predictor, data, target, dataset=store.name, split=fold or split_of(data))
+    record = calibrate_predictor(predictor, data, target, dataset=store.name, split=reading.split_of(data))
     calibrator = load(predictor).calibrator_
     typer.echo(json.dumps(record.model_dump(mode="json"), indent=2) if as_json else _summary(record, calibrator))
     next_step(f"calibrated on {record.n:,} rows; next: vilu score {predictor} STORE -o scores.parquet")

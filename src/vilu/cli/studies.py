@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vilu.cli.console import Data, Direction, Fold, Hard, LogitScale, NearDuplicates, next_step
+from vilu.cli.console import Data, Reading, RowsFile, RowsJson, next_step, reads
+from vilu.errors import UsageError
 
 if TYPE_CHECKING:
     from vilu.benchmark.study import Rendered
@@ -120,7 +122,8 @@ def demo(
 PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
 
 
-def pools(  # noqa: PLR0913, PLR0917 - one parameter per flag
+@partial(reads, without="pool_size")
+def pools(
     store: Data,
     predictors: Annotated[
         list[str],
@@ -128,15 +131,10 @@ def pools(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ],
     sizes: Annotated[str, typer.Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
     draws: Annotated[int, typer.Option(min=1, help="Drawings of the pools, which are averaged.")] = 1,
-    direction: Direction = "image_to_text",
-    hard_negatives: Hard = False,
-    near_duplicates: NearDuplicates = None,
-    fold: Fold = None,
-    logit_scale: LogitScale = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print tidy rows as JSON instead of a table.")] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")
-    ] = None,
+    *,
+    reading: Reading,
+    as_json: RowsJson = False,
+    output: RowsFile = None,
     resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples behind each interval.")] = 1000,
 ) -> None:
     """Failure prediction on image-caption pairs against the number of captions to choose from: AUROC / FPR95.
@@ -144,14 +142,12 @@ def pools(  # noqa: PLR0913, PLR0917 - one parameter per flag
     A method that does not work on pairs is refused with the reason. Sizes that the pairs do not fill are left out.
     """
     from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
-    from vilu.embeddings.pairs import Pools
-    from vilu.store.reader import open_source
 
     found = over_pool_sizes(
         {Path(name).name: _predictor(name) for name in predictors},
-        lambda pools: open_source(store, pools=pools, fold=fold, logit_scale=logit_scale),
+        lambda pools: reading.open_in(pools, store),
         _sizes(sizes),
-        pools=Pools(direction=direction, hard=hard_negatives, near_duplicates=near_duplicates),
+        pools=reading.pools,
         draws=draws,
         dataset=store.name,
         n_resamples=resamples,
@@ -164,7 +160,6 @@ def pools(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def _predictor(name: str) -> FailurePredictor:
     """A saved predictor, or a method by its name."""
-    from vilu.errors import UsageError
     from vilu.predictors import find_method
     from vilu.predictors.storage import load
 
@@ -179,8 +174,6 @@ def _predictor(name: str) -> FailurePredictor:
 
 
 def _sizes(text: str) -> list[int]:
-    from vilu.errors import UsageError
-
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and int(word) > 1 for word in words):
         raise UsageError(f"--sizes must be whole numbers from 2, joined by commas. Got {text!r} instead.")

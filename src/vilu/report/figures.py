@@ -35,9 +35,8 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
                 shown = uncertainty[failure == kind]
                 share = np.full(len(shown), 100 / max(len(shown), 1))
                 axes.hist(shown, edges, weights=share, alpha=0.65, label=f"answer {label}", color=colour, hatch=hatch)
-            axes.set_title(f"{title}: AUROC {auroc(uncertainty, failure):.1%}")
-            axes.set_xlabel("uncertainty")
-            axes.set_ylabel("% of its kind")
+            head = f"{title}: AUROC {auroc(uncertainty, failure):.1%}"
+            axes.set(title=head, xlabel="uncertainty", ylabel="% of its kind")
         if panels:
             panels[0].legend(fontsize=8)
     return figure
@@ -45,49 +44,54 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
 
 def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Share of correct answers kept against share of wrong ones kept, at every threshold (positive = correct)."""
-
-    def curve(uncertainty: Floats, failure: Ints) -> tuple[Floats, Floats, str]:
-        return *roc_curve_points(uncertainty, failure), f"FPR95 {fpr_at_tpr(uncertainty, failure):.1%}"
-
-    figure, axes = _line_per_method(outcomes, curve)
+    figure = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
+    (axes,) = figure.axes
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
-    axes.set_xlabel("wrong answers accepted (false positive rate)")
-    axes.set_ylabel("correct answers accepted (true positive rate)")
+    axes.set(
+        xlabel="wrong answers accepted (false positive rate)", ylabel="correct answers accepted (true positive rate)"
+    )
     axes.legend(fontsize=8, loc="lower right")
     return figure
 
 
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Error rate among the most trusted answers against the share that is trusted."""
-
-    def curve(uncertainty: Floats, failure: Ints) -> tuple[Floats, Floats, str]:
-        return *risk_coverage_curve(uncertainty, failure), f"AURC {aurc(uncertainty, failure):.3f}"
-
-    figure, axes = _line_per_method(outcomes, curve)
-    axes.set_xlabel("coverage: share of the answers accepted")
-    axes.set_ylabel("selective risk: error rate among them")
+    figure = _line_per_method(outcomes, risk_coverage_curve, "AURC {:.3f}", aurc)
+    (axes,) = figure.axes
+    axes.set(xlabel="coverage: share of the answers accepted", ylabel="selective risk: error rate among them")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, loc="upper left")
     return figure
 
 
 def _line_per_method(
-    outcomes: Sequence[Outcomes], curve: Callable[[Floats, Ints], tuple[Floats, Floats, str]]
-) -> tuple[Figure, Axes]:
-    """``curve`` gives x, y and a note for the legend; solid for ViLU, dashed for others: readable without colour."""
+    outcomes: Sequence[Outcomes],
+    curve: Callable[[Floats, Ints], tuple[Floats, Floats]],
+    note: str,
+    number: Callable[[Floats, Ints], float],
+) -> Figure:
+    """``note`` shows a number in the legend; solid for ViLU, dashed for others: readable without colour."""
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
     for one, colour in zip(outcomes, itertools.cycle(COLOURS), strict=False):
-        x, y, note = curve(*known(one))
+        pair = known(one)
         style = "-" if (one.method or "").startswith("vilu") else "--"
-        axes.plot(x, y, color=colour, linestyle=style, label=f"{one.method}  ({note})")
-    return figure, axes
+        label = f"{one.method}  ({note.format(number(*pair))})"
+        axes.plot(*curve(*pair), color=colour, linestyle=style, label=label)
+    return figure
 
 
 def known(outcomes: Outcomes) -> tuple[Floats, Ints]:
     """Uncertainties and failures of the rows that have both."""
     rows = outcomes.evaluable
     return outcomes.uncertainty[rows], outcomes.failure[rows]
+
+
+def probability(outcomes: Outcomes) -> Floats | None:
+    """(N,) failure probabilities: the calibrated ones, or else an uncertainty that is one; None without."""
+    if outcomes.failure_probability is not None:
+        return outcomes.failure_probability
+    return outcomes.uncertainty if outcomes.is_probability else None
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,9 @@ def draw_photo(axes: Axes, photo: Photo) -> None:
     words = textwrap.shorten(photo.prediction, 24, placeholder="…")
     axes.imshow(photo.image)
     axes.set_title(f"“{words}”{verdict}\nu = {photo.uncertainty:.3f}", fontsize=8, color=WRONG if wrong else CORRECT)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
-        spine.set_edgecolor(WRONG if wrong else CORRECT)
-        spine.set_linewidth(3 if wrong else 1)
+        spine.set(edgecolor=WRONG if wrong else CORRECT, linewidth=3 if wrong else 1)
 
 
 @dataclass(frozen=True)
@@ -149,38 +151,34 @@ class Panel:
 
 def curves(panels: Sequence[Panel], x_label: str, *, log: bool) -> Figure:
     """A line for every series, intervals as bars; one legend for all panels."""
-    with house_style():
-        figure, axes = _curve_panels(panels, x_label)
-        styles = _styles(panels)
-        for axis, panel in zip(axes, panels, strict=True):
-            for line in panel.lines:
-                _bars(axis, line, styles[line.label])
-                if line.published:
-                    _published(axis, line, styles[line.label])
-            ticks = sorted({x for line in panel.lines for x in line.x})
-            if log:
-                axis.set_xscale("log")
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
-            axis.minorticks_off()
-        _legend(figure, axes, len(styles))
-    return figure
+
+    def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
+        for line in panel.lines:
+            _bars(axis, line, styles[line.label])
+            if line.published:
+                _published(axis, line, styles[line.label])
+        ticks = sorted({x for line in panel.lines for x in line.x})
+        if log:
+            axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
+        axis.minorticks_off()
+
+    return _curve_panels(panels, x_label, draw)
 
 
 def scatter(panels: Sequence[Panel], x_label: str) -> Figure:
     """Points with intervals, and the least-squares line through those of each series."""
-    with house_style():
-        figure, axes = _curve_panels(panels, x_label)
-        styles = _styles(panels)
-        for axis, panel in zip(axes, panels, strict=True):
-            for line in panel.lines:
-                style = styles[line.label]
-                _bars(axis, line, {**style, "linestyle": "none"})
-                if len(set(line.x)) > 1:
-                    ends = np.array([min(line.x), max(line.x)])
-                    slope, offset = np.polyfit(line.x, line.y, 1)
-                    axis.plot(100 * ends, 100 * (slope * ends + offset), color=style["color"], ls=style["linestyle"])
-        _legend(figure, axes, len(styles))
-    return figure
+
+    def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
+        for line in panel.lines:
+            style = styles[line.label]
+            _bars(axis, line, {**style, "linestyle": "none"})
+            if len(set(line.x)) > 1:
+                ends = np.array([min(line.x), max(line.x)])
+                slope, offset = np.polyfit(line.x, line.y, 1)
+                axis.plot(100 * ends, 100 * (slope * ends + offset), color=style["color"], ls=style["linestyle"])
+
+    return _curve_panels(panels, x_label, draw)
 
 
 def _panels(n: int, columns: int, width: float, height: float, below: float = 0.0) -> tuple[Figure, list[Axes]]:
@@ -190,20 +188,23 @@ def _panels(n: int, columns: int, width: float, height: float, below: float = 0.
     return figure, [figure.add_subplot(rows, columns, number + 1) for number in range(n)]
 
 
-def _curve_panels(panels: Sequence[Panel], x_label: str) -> tuple[Figure, list[Axes]]:
-    figure, axes = _panels(len(panels), min(2, len(panels)), 4.4, 3.0, below=0.5)
-    for axis, panel in zip(axes, panels, strict=True):
-        axis.set_title(panel.title)
-        axis.set_xlabel(x_label)
-        axis.set_ylabel(f"{panel.y_label} (%)")
-        axis.grid(alpha=0.25, linewidth=0.5)
-    return figure, axes
-
-
-def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
-    """One look for a label in all panels."""
-    labels = dict.fromkeys(line.label for panel in panels for line in panel.lines)
-    return dict(zip(labels, looks(), strict=False))
+def _curve_panels(
+    panels: Sequence[Panel], x_label: str, draw: Callable[[Axes, Panel, Mapping[str, dict[str, Any]]], None]
+) -> Figure:
+    """Panels that ``draw`` fills, with one look for a label in all of them, and one legend."""
+    styles = dict(zip(dict.fromkeys(line.label for panel in panels for line in panel.lines), looks(), strict=False))
+    handles: dict[str, Any] = {}
+    with house_style():
+        figure, axes = _panels(len(panels), min(2, len(panels)), 4.4, 3.0, below=0.5)
+        for axis, panel in zip(axes, panels, strict=True):
+            axis.set(title=panel.title, xlabel=x_label, ylabel=f"{panel.y_label} (%)")
+            axis.grid(alpha=0.25, linewidth=0.5)
+            draw(axis, panel, styles)
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        columns = min(max(len(styles), 1), 4)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
 
 
 def _bars(axis: Axes, line: Series, style: dict[str, Any]) -> None:
@@ -220,16 +221,6 @@ def _published(axis: Axes, line: Series, style: dict[str, Any]) -> None:
     x, y = zip(*sorted(line.published), strict=True)
     look = {"color": style["color"], "marker": style["marker"], "linestyle": ":", "linewidth": 0.7}
     axis.plot(x, 100 * np.asarray(y), markerfacecolor="white", markersize=5, label=f"{line.label}, published", **look)
-
-
-def _legend(figure: Figure, axes: Sequence[Axes], n_labels: int) -> None:
-    handles: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(max(n_labels, 1), 4), fontsize=8
-    )
 
 
 @dataclass(frozen=True)
@@ -262,7 +253,5 @@ def grids(panels: Sequence[Grid], row_label: str, column_label: str) -> Figure:
                 axis.plot(*frame, color=WRONG, linewidth=2)
             axis.set_xticks(range(len(panel.columns)), panel.columns)
             axis.set_yticks(range(len(panel.rows)), panel.rows)
-            axis.set_title(panel.title)
-            axis.set_xlabel(column_label)
-            axis.set_ylabel(row_label)
+            axis.set(title=panel.title, xlabel=column_label, ylabel=row_label)
     return figure

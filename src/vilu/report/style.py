@@ -60,7 +60,7 @@ def house_style() -> Iterator[None]:
         yield
 
 
-def looks() -> Iterator[dict[str, object]]:
+def looks() -> Iterator[dict[str, Any]]:
     """Colour, dashes and marker of one line after the other; they repeat after eight, the markers out of step."""
     for number in itertools.count():
         shift = number // len(COLOURS)

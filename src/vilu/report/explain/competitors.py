@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.bank.search import image_blocks, leaders, nearest
+from vilu.predictors.bank.search import image_blocks, nearest
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu_plus import ViLUPlus
@@ -65,11 +65,6 @@ def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
             query, key, scale = attention.to(batch.image.device).bilinear(batch.logit_scale)
             total += torch.softmax(scale * torch.linalg.multi_dot([batch.image, query.T, key, batch.text.T]), dim=-1)
     return total / len(attentions)
-
-
-def leading(weights: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The ``n`` largest weights (B, n) of (B, K), falling, and their candidates; of equal ones the lowest first."""
-    return leaders(weights, min(n, weights.shape[1]))
 
 
 def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> NDArray[np.int64]:

@@ -17,11 +17,12 @@ from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
 from vilu.errors import DataError, UsageError
 from vilu.files import SCHEMA_VERSION, write_json
+from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NoAttribution, Scored
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
-from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, leading, weights_of
+from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows
 from vilu.text import aligned, rest
 
@@ -285,11 +286,11 @@ def _of_batch(
 ) -> Iterator[tuple[Explanation, Tensor]]:
     batch, scores = scored
     posterior = log_posterior(batch).exp().cpu()
-    weight, leader = leading(weights.of(batch).cpu(), depth.candidates)
+    weight, leader = leaders(weights.of(batch).cpu(), min(depth.candidates, len(batch.text)))
     attributions = None if attributor is None else attributor.of(scored)
     for place, row in enumerate(batch.index.tolist()):
         answer, target, failure = (int(column[place]) for column in (batch.prediction, batch.target, batch.failure))
-        p, leaders = posterior[place], zip(weight[place].tolist(), leader[place].tolist(), strict=True)
+        p, leading = posterior[place], zip(weight[place].tolist(), leader[place].tolist(), strict=True)
         explanation = Explanation(
             row=row,
             key=names.data.ids[row],
@@ -298,7 +299,7 @@ def _of_batch(
             uncertainty=float(scores[place]),
             truth=None if target == UNKNOWN else names.of(row, target),
             wrong=None if failure == UNKNOWN else bool(failure),
-            competitors=tuple(Competitor(names.of(row, j), given, float(p[j])) for given, j in leaders),
+            competitors=tuple(Competitor(names.of(row, j), given, float(p[j])) for given, j in leading),
             failures=None,
             successes=None,
             attribution=None if attributions is None else attributions[place],

@@ -17,7 +17,7 @@ from vilu.errors import DataError, UsageError
 from vilu.predictors.bank.search import leaders
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines
-from vilu.report.explain.rows import ROWS
+from vilu.report.explain.rows import ROWS, class_name
 
 STEPS, SHARED = (0.5, 1.0, 2.0, 4.0, 8.0), (0.0, 0.1)
 MIXES = tuple(itertools.product(STEPS, SHARED))
@@ -230,7 +230,7 @@ def _ranked(data: EmbeddingSource, n: Tensor, failures: Tensor, saved: Tensor, l
     total = int(n.sum())
     for c in (saved - lost).argsort(descending=True, stable=True).tolist():
         plus, minus = int(saved[c]), int(lost[c])
-        name = f"candidate {c}" if data.class_names is None else data.class_names[c]
+        name = class_name(data.class_names, c)
         low, high = paired_interval(plus, minus, total)
         yield PromptGain(name, int(n[c]), int(failures[c]), plus, minus, (plus - minus) / total, low, high)
 

@@ -13,6 +13,8 @@ from vilu.errors import DataError, UsageError
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.report.explain.explain import Findings, first_lines
+from vilu.report.explain.rows import class_name
+from vilu.report.figures import probability
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,13 @@ def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverag
 
 def _probability(outcomes: Outcomes) -> Floats:
     """(N,) the calibrated probability of failure, or else an uncertainty that is one."""
-    if outcomes.failure_probability is not None:
-        return outcomes.failure_probability
-    if not outcomes.is_probability:
+    known = probability(outcomes)
+    if known is None:
         raise UsageError(
             f"without labels failures are expected from probabilities, and {outcomes.method} gives a score. "
             "Calibrate it (`vilu calibrate`), take vilu_plus, or give labels."
         )
-    return outcomes.uncertainty
+    return known
 
 
 def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool) -> Ints:
@@ -175,25 +176,18 @@ def _confusions(
 ) -> list[Confusion]:
     """One entry per pair of answer and truth that has a failure in it."""
     found, group = np.unique(np.stack(pairs, axis=1), axis=0, return_inverse=True)
-
-    def total(values: Floats) -> list[float]:
-        return [float(x) for x in np.bincount(group.ravel(), weights=values, minlength=len(found))]
-
-    failures, mean, cost = total(weight), total(weight * uncertainty), total(weight * accepted)
-
-    def name(candidate: int) -> str:
-        return f"candidate {candidate}" if names is None else str(names[candidate])
-
+    values = weight, weight * uncertainty, weight * accepted
+    sums = np.stack([np.bincount(group.ravel(), weights=one, minlength=len(found)) for one in values], axis=1)
     return [
         Confusion(
-            answer=name(answer),
-            instead=name(other),
-            failures=failures[i],
-            share=float(failures[i] / weight.sum()),
-            uncertainty=mean[i] / failures[i],
-            accepted=cost[i],
-            risk=float(cost[i] / accepted.sum()),
+            answer=class_name(names, answer),
+            instead=class_name(names, other),
+            failures=failures,
+            share=float(failures / weight.sum()),
+            uncertainty=mean / failures,
+            accepted=cost,
+            risk=float(cost / accepted.sum()),
         )
-        for i, (answer, other) in enumerate(found.tolist())
-        if failures[i] > 0
+        for (answer, other), (failures, mean, cost) in zip(found.tolist(), sums.tolist(), strict=True)
+        if failures > 0
     ]

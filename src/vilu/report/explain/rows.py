@@ -89,13 +89,12 @@ def draw_rows(data: EmbeddingSource, n: int, seed: int, leave_out: Tensor) -> Te
 
 def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
     """(M,) distinct positions of the rows with these numbers or keys, in the order asked for."""
-    keys = {key for key in wanted if isinstance(key, str)}
-    places: dict[str, list[int]] = {key: [] for key in keys}
-    for row, key in enumerate(data.ids if keys else ()):
-        if key in keys:
+    places: dict[str, list[int]] = {key: [] for key in wanted if isinstance(key, str)}
+    for row, key in enumerate(data.ids if places else ()):
+        if key in places:
             places[key].append(row)
     rows = [row for name in wanted for row in (places[name] if isinstance(name, str) else [int(name)])]
-    missing = next((key for key in wanted if isinstance(key, str) and not places[key]), None)
+    missing = next((key for key, found in places.items() if not found), None)
     if missing is not None:
         raise DataError(f"no row has the key {missing!r}. Keys look like {data.ids[0] if len(data) else None!r}.")
     outside = next((row for row in rows if not 0 <= row < len(data)), None)
@@ -112,6 +111,11 @@ def unusable(status: int) -> str:
     return "its pool is not full" if status == SHORT_POOL else f"its embedding is of status {STATUS[status]!r}"
 
 
+def class_name(names: Sequence[str] | None, candidate: int) -> str:
+    """Of a class, or its number where classes have no names."""
+    return f"candidate {candidate}" if names is None else names[candidate]
+
+
 class Names:
     """What the candidates of rows are called: classes by their names, captions by the keys of their pairs."""
 
@@ -123,8 +127,7 @@ class Names:
     def of(self, row: int, candidate: int) -> str:
         """Name of one candidate of a row."""
         if self.data.pool_size is None:
-            names = self.data.class_names
-            return f"candidate {candidate}" if names is None else names[candidate]
+            return class_name(self.data.class_names, candidate)
         return self.data.ids[int(self._pool_members(row)[candidate])]
 
     def _pool_members(self, row: int) -> Tensor:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from vilu.decision.thresholds import lower_bound, upper_bound
 from vilu.metrics import risk_coverage_curve, roc_curve_points
-from vilu.metrics.counts import Floats, Ints, tie_counts
+from vilu.metrics.counts import Floats, tie_counts
 from vilu.outcomes.outcomes import Outcomes
-from vilu.report.figures import known
+from vilu.report.figures import known, probability
 from vilu.report.page.choice import Choice
 from vilu.report.style import looks
 
@@ -169,16 +169,11 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
         return [], 0
     rows = outcomes.evaluable & (said >= 0)
 
-    def count(these: NDArray[np.bool_]) -> Ints:
-        return np.bincount(said[rows & these], minlength=len(names))
-
     wrong = outcomes.failure == 1
-    n, k, m, j = count(rows), count(wrong), count(choice.accepted), count(choice.accepted & wrong)
+    kinds = rows, wrong, choice.accepted, choice.accepted & wrong
+    n, k, m, j = (np.bincount(said[rows & kind], minlength=len(names)).tolist() for kind in kinds)
     answered = sorted(np.flatnonzero(n).tolist(), key=lambda c: (-k[c], -n[c], c))
-    found = [
-        ClassRow(names[c], Rate(int(k[c]), int(n[c])), Rate(int(m[c]), int(n[c])), Rate(int(j[c]), int(m[c])))
-        for c in answered[:MAX_CLASSES]
-    ]
+    found = [ClassRow(names[c], Rate(k[c], n[c]), Rate(m[c], n[c]), Rate(j[c], m[c])) for c in answered[:MAX_CLASSES]]
     return found, len(answered) - len(found)
 
 
@@ -195,8 +190,7 @@ DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 def line_looks(n: int) -> list[dict[str, str]]:
     """Colour and SVG dash pattern of so many methods, the main one first."""
-    found: list[dict[str, Any]] = list(itertools.islice(looks(), n))
-    return [{"colour": one["color"], "dash": _dash(one["linestyle"])} for one in found]
+    return [{"colour": one["color"], "dash": _dash(one["linestyle"])} for one in itertools.islice(looks(), n)]
 
 
 def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset, lengths)
@@ -205,12 +199,8 @@ def _dash(style: Any) -> str:  # noqa: ANN401 - a name, or matplotlib's (offset,
 
 def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
     """Selective risk over coverage, the main method (the first) on top."""
-    limit = _points_each(methods)
-    lines, top = [], 0.0
-    for look, one in enumerate(methods):
-        coverage, risk = risk_coverage_curve(*known(one))
-        top = max(top, float(risk[(coverage >= 0.05) | (coverage == 1)].max()))
-        lines.append(Line(one.method or "", *thin(coverage, risk, limit), look))
+    curves = [risk_coverage_curve(*known(one)) for one in methods]
+    top = max(float(risk[(coverage >= 0.05) | (coverage == 1)].max()) for coverage, risk in curves)
     _, failure = known(methods[0])
     accepted = choice.accepted[methods[0].evaluable]
     m = int(accepted.sum())
@@ -221,7 +211,7 @@ def risk_coverage(methods: Sequence[Outcomes], choice: Choice) -> Chart:
         says="Error rate among the answers that are accepted, against the share that is accepted; lower is better.",
         x=Axis("accepted, % of all answers", "coverage", 0.0, 1.0),
         y=Axis("wrong, % of the accepted", "errors", 0.0, _ceiling(top)),
-        lines=tuple(reversed(lines)),
+        lines=_thin_lines(methods, curves),
         marker=(m / len(failure), float(failure[accepted].mean()) if m else 0.0),
         guide=((0.0, rate, 1.0, rate), f"all answers: {100 * rate:.1f} %") if rate else None,
     )
@@ -232,10 +222,7 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
     _, failure = known(methods[0])
     if not 0 < failure.sum() < len(failure):
         return None
-    limit = _points_each(methods)
-    lines = [
-        Line(one.method or "", *thin(*roc_curve_points(*known(one)), limit), look) for look, one in enumerate(methods)
-    ]
+    curves = [roc_curve_points(*known(one)) for one in methods]
     accepted = choice.accepted[methods[0].evaluable]
     return Chart(
         key="roc",
@@ -243,7 +230,7 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
         says="Share of the right answers that is accepted, against the share of the wrong ones; higher is better.",
         x=Axis("wrong answers accepted, %", "wrong accepted", 0.0, 1.0),
         y=Axis("right answers accepted, %", "right accepted", 0.0, 1.0),
-        lines=tuple(reversed(lines)),
+        lines=_thin_lines(methods, curves),
         marker=(float(accepted[failure == 1].mean()), float(accepted[failure == 0].mean())),
         guide=((0.0, 0.0, 1.0, 1.0), "by chance"),
     )
@@ -256,20 +243,18 @@ def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, BINS + 1)
-    shares = []
-    for kind in (0, 1):
-        counts, _ = np.histogram(uncertainty[failure == kind], edges)
-        shares.append(counts / max(counts.sum(), 1))
+    counts = [np.histogram(uncertainty[failure == kind], edges)[0] for kind in (0, 1)]
+    right, wrong = (of_kind / max(of_kind.sum(), 1) for of_kind in counts)
     x = np.repeat(edges, 2)[1:-1]
     return Chart(
         key=f"histogram-{number}",
         title="Uncertainty of right and wrong answers" if number == 0 else outcomes.method or "",
         says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
         x=Axis("uncertainty", "uncertainty", low, high, percent=False),
-        y=Axis("% of its kind", "share", 0.0, _ceiling(max(float(share.max()) for share in shares))),
+        y=Axis("% of its kind", "share", 0.0, _ceiling(float(max(right.max(), wrong.max())))),
         lines=(
-            Line("right answers", x, np.repeat(shares[0], 2), RIGHT_LOOK, filled=True),
-            Line("wrong answers", x, np.repeat(shares[1], 2), WRONG_LOOK, filled=True),
+            Line("right answers", x, np.repeat(right, 2), RIGHT_LOOK, filled=True),
+            Line("wrong answers", x, np.repeat(wrong, 2), WRONG_LOOK, filled=True),
         ),
         marker=None if threshold is None else (float(np.clip(threshold, low, high)), None),
     )
@@ -299,13 +284,6 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     )
 
 
-def probability(outcomes: Outcomes) -> Floats | None:
-    """(N,) failure probabilities: the calibrated ones, or else an uncertainty that is one; None without."""
-    if outcomes.failure_probability is not None:
-        return outcomes.failure_probability
-    return outcomes.uncertainty if outcomes.is_probability else None
-
-
 def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     """The bins of the ECE, right-closed; empty ones have no point."""
     rows = outcomes.evaluable
@@ -322,8 +300,11 @@ def _reliability_line(outcomes: Outcomes, stated: Floats, look: int) -> Line:
     return Line(outcomes.method or "", total[there] / n[there], wrong[there] / n[there], look, False, *ends)
 
 
-def _points_each(methods: Sequence[Outcomes]) -> int:
-    return int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
+def _thin_lines(methods: Sequence[Outcomes], curves: Sequence[tuple[Floats, Floats]]) -> tuple[Line, ...]:
+    """A line per method, the main one last, which is on top."""
+    limit = int(np.clip(TOTAL_POINTS // len(methods), 40, 250))
+    each = enumerate(zip(methods, curves, strict=True))
+    return tuple(Line(one.method or "", *thin(*curve, limit), look) for look, (one, curve) in each)[::-1]
 
 
 def _ceiling(value: float) -> float:
