@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.store.embed import embed
 
 

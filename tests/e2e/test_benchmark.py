@@ -14,7 +14,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from tests import command
-from tests.unit.bench_fakes import make_stores
+from tests.builders.bench_fakes import make_stores
 from vilu.predictors import PREDICTORS
 
 STORES = """

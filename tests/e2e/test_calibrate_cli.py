@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import vilu
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import run, run_process
-from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.decision.score import Decider
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import vilu
+from tests.builders.image_files import listed
+from tests.builders.known_trees import make_tree
 from tests.command import run
-from tests.unit.image_files import listed
-from tests.unit.known_trees import make_tree
 from vilu.datasets.known import KNOWN, open_known
 
 

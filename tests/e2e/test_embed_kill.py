@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.store_fakes import NAMES, FakeBackbone, dataset, tree
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset, tree
 from vilu.errors import BusyError, DataError, StorageError
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import vilu
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import run
-from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.store.embed import embed
 
 

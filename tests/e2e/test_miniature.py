@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.benchmark.test_files import TABLE_7
+from tests.builders.known_trees import make_tree, make_trees, wnids
+from tests.builders.tiny_models import write_tiny
 from tests.command import run, run_process
-from tests.unit.known_trees import make_tree, make_trees, wnids
-from tests.unit.test_benchmark_files import TABLE_7
-from tests.unit.tiny_models import write_tiny
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import class_texts
 from vilu.benchmark.load import load_config

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import vilu
+from tests.builders.tiny_models import write_tiny
 from tests.command import run_process
 from tests.e2e.test_cli import NAMES, PHOTOS
-from tests.unit.tiny_models import write_tiny
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.builders.page_data import outcomes_of, write_pictures
 from tests.command import run
-from tests.unit.page_data import outcomes_of, write_pictures
 from vilu.outcomes.outcomes import Outcomes
 
 ARGUMENTS = [

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import run_process
-from tests.unit.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.embed import embed
 from vilu.store.reader import open_source

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from tests.unit.store_fakes import NAMES, FakeBackbone, FakeDataset, picture
+from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, picture
 
 N_PARTS, PER_PART = 12, 5
 BAD = {7: b"", 23: b"<html>", 41: b"\x89PNG"}

@@ -14,9 +14,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from tests.builders.store_fakes import FakeBackbone, tree
 from tests.executors.conftest import PYTHONPATH
 from tests.executors.fakes import BAD, N_PARTS, PER_PART, SETTINGS, Clumsy, pictures, pictures_seen
-from tests.unit.store_fakes import FakeBackbone, tree
 from vilu.errors import BusyError, DataError, ProvenanceError
 from vilu.store.embed import embed
 from vilu.store.executors import EXECUTORS, make_executor

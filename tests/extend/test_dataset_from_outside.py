@@ -13,9 +13,9 @@ import torch
 from typer.testing import CliRunner
 
 import vilu
-from tests.unit.image_files import listed
-from tests.unit.known_images import CLASSES, THREE, Row, rows, save, write_list
-from tests.unit.store_fakes import FakeBackbone
+from tests.builders.image_files import listed
+from tests.builders.known_images import CLASSES, THREE, Row, rows, save, write_list
+from tests.builders.store_fakes import FakeBackbone
 from vilu.backbones.catalog import BACKBONES, NAMED, BackboneKind, add_backbone, add_backbones, find_named
 from vilu.cli.app import app
 from vilu.datasets.known import KNOWN, Presence, add_datasets, check, open_known

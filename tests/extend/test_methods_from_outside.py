@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import vilu
+from tests.builders.bench_fakes import benchmark, config, make_stores
 from tests.contract import test_predictors as contract
-from tests.unit.bench_fakes import benchmark, config, make_stores
 from vilu import registry
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError

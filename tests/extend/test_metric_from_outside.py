@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import vilu
-from tests.unit.bench_fakes import benchmark, config, make_stores
+from tests.builders.bench_fakes import benchmark, config, make_stores
 from vilu.benchmark import facts
 from vilu.benchmark.study import run_studies
 from vilu.errors import UsageError

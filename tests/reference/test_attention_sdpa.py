@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit.test_similarity import noisy, unit
+from tests.embeddings.test_similarity import noisy, unit
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn import head as attention
 from vilu.predictors.nn.head import ATTENTION, CrossAttention, FailureHead, attend

@@ -10,8 +10,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
+from tests.builders.bank_data import answers, clusters, images, posterior, with_targets
 from tests.conftest import in_memory
-from tests.reference.bank_data import answers, clusters, images, posterior, with_targets
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError

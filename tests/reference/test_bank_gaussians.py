@@ -9,8 +9,8 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 
+from tests.builders.bank_data import answers, clusters, posterior, unit, with_targets
 from tests.conftest import in_memory
-from tests.reference.bank_data import answers, clusters, posterior, unit, with_targets
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
 from vilu.predictors.bank.delta import DeltaMDS, DeltaMDSMargin

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
-from tests.reference.bank_data import answers, clusters, images, unit, with_targets
+from tests.builders.bank_data import answers, clusters, images, unit, with_targets
 from vilu.embeddings.memory import Embeddings
 from vilu.predictors.bank.delta import DeltaKNN, DeltaKNNMargin
 from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore

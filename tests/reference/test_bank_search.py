@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.neighbors import NearestNeighbors
 
-from tests.reference.bank_data import clusters
+from tests.builders.bank_data import clusters
 from vilu.predictors.bank import search
 from vilu.predictors.bank.neighbours import KNNDistance
 from vilu.predictors.bank.search import draw_rows, leaders, nearest

@@ -10,8 +10,8 @@ import torch
 from scipy import special
 
 import vilu
+from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings
-from tests.reference.logit_rows import batch_of
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.heads.networks import LIMIT, LMN, logit_gaps, target_curve

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import special, stats
 
+from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings
-from tests.reference.logit_rows import batch_of
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.zero_shot import GEN, Energy, Entropy, KLUniform, MaxLogit, ProbMargin

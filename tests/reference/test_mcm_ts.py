@@ -10,8 +10,8 @@ import torch
 from scipy import optimize, special
 
 import vilu
+from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from tests.reference.logit_rows import batch_of
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import EmbeddingSource
 from vilu.predictors import fitted

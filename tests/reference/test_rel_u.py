@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import special
 
+from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings, variant
-from tests.reference.logit_rows import batch_of
 from vilu.embeddings.memory import Embeddings
 from vilu.predictors import fitted
 from vilu.predictors.fitted import RelU, best_penalty

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import special
 
+from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings, variant
-from tests.reference.logit_rows import batch_of
 from vilu.embeddings.source import log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.fitted import DOUBT, SIRC

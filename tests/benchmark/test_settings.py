@@ -1,0 +1,258 @@
+"""Settings beyond one data set and its labels: captions, shares, validation rows, adapting, unions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vilu
+from tests.builders.bench_fakes import benchmark, config, make_store, make_stores
+from tests.builders.store_fakes import FakeBackbone, FakeDataset, picture
+from vilu.benchmark.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
+from vilu.benchmark.config import Config
+from vilu.benchmark.data import Workbench, draw_share, held_out
+from vilu.benchmark.stores import find_stores
+from vilu.embeddings.pairs import Pools, PseudoCaptions
+from vilu.errors import UsageError
+from vilu.predictors.init import initialise
+from vilu.store.embed import embed
+from vilu.store.reader import open_source
+
+ALL = {"all": {"kind": "labels"}}
+SMALL = {"epochs": 2, "hidden": [8]}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two stores of classes, one of validation rows, and one of 200 captions."""
+    root = make_stores(tmp_path_factory.mktemp("stores"))
+    make_store(root / "one-validation", 40, 5_000)
+    captions = [f"picture number {i}" for i in range(200)]
+    pictures = [picture(7_000 + i) for i in range(200)]
+    embed(FakeDataset(pictures, [None] * 200, class_names=None, captions=captions), FakeBackbone(), root / "pairs")
+    return root
+
+
+def made(**changes: Any) -> Config:
+    stores = {name: {"train": f"{name}-train", "test": f"{name}-test"} for name in ("one", "two")}
+    entries = {
+        "one": {"stores": {**stores["one"], "validation": "one-validation"}, "validation": "validation"},
+        "two": {"stores": stores["two"], "validation": 0.25},
+        "pairs": {"stores": {"train": "pairs", "test": "pairs"}, "captions": True, "pool_size": 8},
+    }
+    methods = {"mcm": {}, "lvu": {"params": SMALL}, "vilu": {"params": SMALL}}
+    return config(**{"data": entries, "methods": methods, "seeds": 1, **changes})
+
+
+def bench_of(chosen: Config, data: Path) -> Workbench:
+    return Workbench(chosen, find_stores(chosen, needed_parts(chosen, plan(chosen)), data, Path("unused")))
+
+
+def scores(output: Path, data: str, setting: str, method: str, seed: int = 0) -> np.ndarray:
+    return vilu.Outcomes.load(output / f"cells/{data}/{setting}/{method}/seed-{seed}.parquet").uncertainty
+
+
+def test_a_share_of_the_rows_is_drawn_at_random_and_nested() -> None:
+    target = np.where(np.arange(1000) % 10, np.arange(1000) % 7, -1)
+    shares = [set(draw_share(target, share, 3).tolist()) for share in (0.025, 0.1, 0.5)]
+    assert [len(rows) for rows in shares] == [22, 90, 450]  # of 900 labelled rows; 22.5 rounds to even
+    assert shares[0] < shares[1] < shares[2]
+    assert all(target[row] >= 0 for row in shares[2])
+    assert shares[0] != set(draw_share(target, 0.025, 4).tolist())
+    assert len(draw_share(target, 1e-6, 0)) == 1
+
+
+def test_held_out_rows_are_a_matter_of_their_names() -> None:
+    """1,000 names, a quarter held out, within five standard errors; the same ones in any company."""
+    names = [f"row {i}" for i in range(1000)]
+    mask = held_out(names, 0.25)
+    assert abs(mask.mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 1000)
+    assert np.array_equal(held_out(names[::-1], 0.25), mask[::-1])
+    assert (held_out(names, 0.1) <= mask).all()
+
+
+def test_validation_rows_are_a_store_or_a_share(data: Path) -> None:
+    few = {"kind": "labels", "budget": 4, "data": ["one", "two"]}
+    chosen = made(settings={"all": {"kind": "labels"}, "few": few})
+    bench = bench_of(chosen, data)
+    origins = {name: origin_of(chosen, Cell("lvu", name, "all", 0)) for name in ("one", "two")}
+    validation = {name: bench.validation_set(origin) for name, origin in origins.items()}
+    assert len(validation["one"]) == 40
+    train = bench.train_set(origins["two"], ())
+    assert len(validation["two"]) + len(train) == 80
+    assert set(validation["two"].ids).isdisjoint(train.ids)
+    assert bench.validation_set(origin_of(chosen, Cell("lvu", "one", "few", 0))) is None
+    tiny = made(data={"two": {"stores": {"train": "two-train", "test": "two-test"}, "validation": 1e-6}}, settings=ALL)
+    assert bench_of(tiny, data).validation_set(origins["two"]) is None
+    bench.check()
+
+
+def test_selection_sees_the_validation_rows(data: Path, tmp_path: Path) -> None:
+    benchmark(made(settings={"all": {"kind": "labels", "data": ["one", "two"]}}), data, tmp_path)
+    stores = {name: vilu.EmbeddingStore(data / f"one-{name}") for name in ("train", "validation", "test")}
+    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(stores["train"], stores["validation"])
+    expected = predictor.predict_uncertainty(stores["test"])
+    assert scores(tmp_path, "one", "all", "vilu") == pytest.approx(expected, abs=1e-6)
+
+
+def test_testing_on_validation_rows(data: Path, tmp_path: Path) -> None:
+    settings = {
+        "chosen": {"kind": "labels", "test_on": "validation", "data": ["one", "two"]},
+        "all": {"kind": "labels", "data": ["one", "two"]},
+    }
+    chosen = made(settings=settings)
+    report = benchmark(chosen, data, tmp_path)
+    n = {(block.data, block.setting): block.n for block in report.summary.blocks}
+    bench = bench_of(chosen, data)
+    assert n["one", "chosen"] == (40,)
+    assert n["two", "chosen"] == (len(bench.source("two", "validation")),)
+    assert n["one", "all"] == (60,)
+    groups = sharing_a_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
+    assert [{cell.setting for cell in group} for group in groups] == [{"chosen", "all"}] * 2
+    with pytest.raises(UsageError, match=r"settings\.chosen tests on validation rows, and data\.pairs names none"):
+        made(settings={"chosen": {"kind": "labels", "test_on": "validation"}})
+
+
+def test_captions_in_pools(data: Path, tmp_path: Path) -> None:
+    settings = {
+        "all": {"kind": "labels", "data": ["pairs"]},
+        "large": {"kind": "labels", "data": ["pairs"], "pool_size": 16},
+    }
+    methods = {"mcm": {}, "vilu": {"params": SMALL}, "knn_vote": {}}
+    report = benchmark(made(settings=settings, methods=methods), data, tmp_path)
+    test = {size: open_source(data / "pairs", pools=Pools(size), fold="test") for size in (8, 16)}
+    train = open_source(data / "pairs", pools=Pools(8), fold="train")
+    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(train)
+    for size, setting in ((8, "all"), (16, "large")):
+        expected = predictor.predict_uncertainty(test[size])
+        found = scores(tmp_path, "pairs", setting, "vilu")
+        assert found == pytest.approx(expected, abs=1e-6, nan_ok=True)
+        assert np.isnan(found).sum() == len(test[size]) % size
+        outcomes = vilu.score(vilu.MCM(), test[size])
+        kept = vilu.Outcomes.load(tmp_path / f"cells/pairs/{setting}/mcm/seed-0.parquet")
+        assert np.array_equal(kept.failure, outcomes.failure)
+    (reason,) = {block.refused["knn_vote"] for block in report.summary.blocks}
+    assert "does not work on image-caption pairs" in reason
+
+
+def test_transfer_from_captions(data: Path, tmp_path: Path) -> None:
+    settings = {"moved": {"kind": "transfer", "source": "pairs", "data": ["one"]}}
+    benchmark(made(settings=settings), data, tmp_path)
+    train = open_source(data / "pairs", pools=Pools(8), fold="train")
+    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(train)
+    expected = predictor.predict_uncertainty(vilu.EmbeddingStore(data / "one-test"))
+    assert scores(tmp_path, "one", "moved", "vilu") == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:only .* successes")
+def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
+    settings = {
+        "zero": {"kind": "transfer", "source": "one", "across_preprocessing": True, "data": ["two"]},
+        "few": {"kind": "adapt", "source": "one", "budget": 6, "across_preprocessing": True, "data": ["two"]},
+    }
+    chosen = made(settings=settings, methods={"mcm": {}, "vilu": {"params": SMALL}, "vilu_plus": {}})
+    report = benchmark(chosen, data, tmp_path)
+    bench = bench_of(chosen, data)
+    groups = sharing_a_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])
+    assert [[cell.setting for cell in group] for group in groups] == [["zero", "few"]]
+    first = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(
+        bench.source("one", "train"), bench.source("one", "validation")
+    )
+    few = bench.train_set(origin_of(chosen, Cell("vilu", "two", "few", 0)), ())
+    assert np.bincount(few.target).tolist() == [6] * 5
+    first.space_ = few.space
+    adapted = initialise(vilu.ViLU, first).fit(few)
+    expected = adapted.predict_uncertainty(bench.source("two", "test"))
+    assert scores(tmp_path, "two", "few", "vilu") == pytest.approx(expected, abs=1e-5)
+    assert not np.allclose(scores(tmp_path, "two", "zero", "vilu"), scores(tmp_path, "two", "few", "vilu"))
+    refused = {block.setting: block.refused for block in report.summary.blocks}
+    assert "does not begin from another fit" in refused["few"]["vilu_plus"]
+    assert refused["zero"] == {}
+    kept = [cell for cell in plan(chosen) if cell.method == "mcm" and cell.same_as is not None]
+    assert [cell.setting for cell in kept] == ["few"]  # nothing is fitted, so one result serves both
+
+
+@pytest.mark.filterwarnings("ignore:.* training rows are left out")
+def test_a_union_learns_from_all(data: Path, tmp_path: Path) -> None:
+    settings = {
+        "union": {"kind": "union", "of": ["one", "pairs"], "train_pool_size": 8, "data": ["one", "two"]},
+        "across": {
+            "kind": "union",
+            "of": ["one", "two"],
+            "train_pool_size": 8,
+            "across_preprocessing": True,
+            "data": ["two"],
+        },
+    }
+    report = benchmark(made(settings=settings, methods={"mcm": {}, "vilu": {"params": SMALL}}), data, tmp_path)
+    sources = [
+        vilu.EmbeddingStore(data / "one-train"),
+        open_source(data / "pairs", pools=Pools(8), fold="train"),
+    ]
+    predictor = vilu.ViLU(epochs=2, hidden=(8,), device="cpu").fit(PseudoCaptions(sources, 8, ["one", "pairs"]))
+    expected = predictor.predict_uncertainty(vilu.EmbeddingStore(data / "one-test"))
+    assert scores(tmp_path, "one", "union", "vilu") == pytest.approx(expected, abs=1e-6)
+    refused = {(block.data, block.setting): block.refused for block in report.summary.blocks}
+    assert "preprocess" in refused["two", "union"]["vilu"]
+    assert refused["two", "across"] == {}
+
+
+def test_shares_of_the_labels(data: Path, tmp_path: Path) -> None:
+    settings = {"half": {"kind": "labels", "budget": 0.5, "data": ["one"]}}
+    benchmark(made(settings=settings, seeds=2), data, tmp_path)
+    one = made(settings=settings)
+    sets = [bench_of(one, data).train_set(origin_of(one, Cell("lvu", "one", "half", seed)), ()) for seed in (0, 1)]
+    assert [len(rows) for rows in sets] == [60, 60]
+    assert list(sets[0].ids) != list(sets[1].ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"few": {"kind": "labels", "budget": 3}},
+            r"settings\.few draws rows or classes, and data\.pairs has captions",
+        ),
+        ({"half": {"kind": "unseen"}}, r"settings\.half draws rows or classes"),
+        ({"moved": {"kind": "transfer", "source": "pairs", "budget": 3}}, "draws rows or classes"),
+        ({"a": {"kind": "adapt", "source": "one"}}, r"settings\.a: to adapt, give a budget"),
+        ({"u": {"kind": "union", "of": []}}, r"settings\.u\.of: .*at least 1 item"),
+        ({"u": {"kind": "union", "of": ["nine"]}}, r"no data set \(settings\.u\) 'nine'"),
+        ({"all": {"kind": "labels", "budget": 1.5}}, 'must be "all", a number'),
+        ({"all": {"kind": "labels", "pool_size": 1}}, r"settings\.all\.pool_size: Input should be greater"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        made(settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"stores": {"train": "a", "test": "b"}, "dataset": "dtd"}, "either a source or stores"),
+        ({}, "a source, or the name of a known dataset, or stores"),
+        ({"source": "x", "captions": True, "classes": ["a", "b"]}, "captions have no classes"),
+        ({"source": "x", "captions": True, "validation": 0.1}, "captions have no classes"),
+        ({"source": "x", "captions": True, "limit": {"train": 3}}, "their limit is one number"),
+        ({"source": "x", "shift": {"kinds": ["blurr"]}}, "no kind of shift 'blurr'. Did you mean 'blur'"),
+        ({"source": "x", "shift": {"severity": 6}}, "less than or equal to 5"),
+        ({"source": "x", "validation": 1.0}, "data.one.validation"),
+    ],
+)
+def test_data_sets_that_cannot_be(entry: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(data={"one": entry}, settings={"all": {"kind": "labels"}})
+
+
+def test_a_store_that_is_not_named(data: Path) -> None:
+    settings = {"chosen": {"kind": "labels", "test_on": "validation"}}
+    entry = {"stores": {"train": "one-train", "test": "one-test"}, "validation": "validation"}
+    chosen = config(data={"one": entry}, settings=settings, methods={"mcm": {}})
+    with pytest.raises(
+        UsageError, match=r"data\.one has no store of its validation rows. Name it, as stores\.validation"
+    ):
+        bench_of(chosen, data)

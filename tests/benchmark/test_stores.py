@@ -1,0 +1,72 @@
+"""The images behind a benchmark's embeddings: fewer of them, and by the model that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.builders.bench_fakes import config
+from tests.builders.store_fakes import FakeBackbone, dataset
+from tests.builders.tar_files import pair, tar_bytes, write_shard
+from vilu.benchmark import stores
+from vilu.benchmark.load import shrink
+from vilu.benchmark.parts import Data
+from vilu.benchmark.stores import make_stores, open_images, thinned
+from vilu.datasets.base import ShardedDataset
+from vilu.datasets.catalog import open_dataset
+from vilu.errors import ProvenanceError, UsageError
+
+
+def test_evenly_spaced_images() -> None:
+    images = dataset(10)
+    some = thinned(images, 4, None)
+    assert [record.key for record in some.records(0, 4)] == [images.keys[i] for i in (0, 2, 5, 7)]
+    assert [record.key for record in some.records(1, 3)] == [images.keys[i] for i in (2, 5)]
+    assert list(some.records(4, 4)) == []
+    assert some.fingerprint != images.fingerprint
+
+
+def test_tar_files_are_limited_by_number(tmp_path: Path) -> None:
+    for number in range(3):
+        write_shard(tmp_path, tar_bytes(*pair(f"a{number}"), *pair(f"b{number}")), f"{number}.tar")
+    images = open_dataset(tmp_path)
+    assert thinned(images, None, None) is thinned(images, 1, 3) is images
+    some = thinned(images, 1, 2)
+    assert isinstance(some, ShardedDataset)
+    assert [record.key for record in some.records(0, len(some))] == [
+        *("0.tar#a0", "0.tar#b0"),
+        *("1.tar#a1", "1.tar#b1"),
+    ]
+    assert some.shard_fingerprint(0, 2) == images.shard_fingerprint(0, 2)
+    assert some.fingerprint not in {images.fingerprint, thinned(images, None, 1).fingerprint}
+    with pytest.raises(UsageError, match=r"limit cannot be had. Say shards = N"):
+        thinned(images, 1, None)
+
+
+def test_a_small_run_reads_one_tar_file(tmp_path: Path) -> None:
+    for number in range(3):
+        write_shard(tmp_path / "data", tar_bytes(*pair(f"a{number}")), f"{number}.tar")
+    chosen = shrink(config(data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}}))
+    with open_images(chosen.data["one"], "train", tmp_path) as images:
+        assert len(images) == 1
+    shifted = Data(source="data", captions=True, shift={"kinds": ["blur"]})
+    with (
+        pytest.raises(UsageError, match="in tar files, whose images cannot be shifted"),
+        open_images(shifted, "train", tmp_path),
+    ):
+        pass
+
+
+def test_embeddings_of_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named models may be replaced in their folder; what was embedded with the others is not what is asked for."""
+    write_shard(tmp_path / "data", tar_bytes(*pair("a"), *pair("b")))
+    chosen = config(data={"one": {"source": "data", "captions": True}}, settings={"all": {"kind": "labels"}})
+    weights = {"now": "8x8"}
+    monkeypatch.setattr(stores, "load_backbone", lambda _name, models: FakeBackbone(preprocess=weights["now"]))
+    made = make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out", models=tmp_path)
+    assert make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out", models=tmp_path) == made
+    weights["now"] = "9x9"
+    with pytest.raises(ProvenanceError, match="9x9"):
+        make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out", models=tmp_path)
+    assert make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out") == made

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.builders.image_files import (
+    encode,
+    listed,
+    picture,
+)
+from vilu.datasets.catalog import open_dataset
+from vilu.datasets.images import BadImage, read_image
+from vilu.errors import DataError, UsageError
+
+
+def png(i: int) -> bytes:
+    return encode(picture(size=(8, 8), seed=i), "PNG")
+
+
+def write_csv(folder: Path, text: str, name: str = "list.csv") -> Path:
+    (folder / name).write_bytes(text.encode())
+    return folder / name
+
+
+# CSV
+
+
+def test_csv_with_string_labels_split_and_key(tmp_path):
+    (tmp_path / "img").mkdir()
+    for i in range(3):
+        (tmp_path / f"img/{i}.png").write_bytes(png(i))
+    source = write_csv(
+        tmp_path,
+        "\ufeffimage_path,Class,split,key,more\r\nimg/0.png, red_fox ,train,k0,x\r\nimg/1.png,ant,test,k1,\r\n"
+        'img/2.png,,test,"k,2","two\r\nlines"\r\n',
+    )
+    whole = open_dataset(source)
+    assert whole.class_names == ("ant", "red fox")
+    assert whole.classes.folders == ("ant", "red_fox")
+    assert listed(whole) == [("k0", 1), ("k1", 0), ("k,2", None)]
+    test = open_dataset(source, split="test")
+    assert (listed(test), test.class_names) == ([("k1", 0), ("k,2", None)], whole.class_names)
+    assert [record.read() for record in test.records(0, 2)] == [png(1), png(2)]
+    assert listed(open_dataset(source, split="test+train")) == listed(whole)
+    assert [record.key for record in whole.records(1, 2)] == ["k1"]
+
+
+@pytest.mark.parametrize("alias", ["path", "file", "filename", "image_path", "filepath"])
+def test_csv_of_paths_alone_is_unlabelled(tmp_path, alias):
+    dataset = open_dataset(write_csv(tmp_path, f"{alias}\tx\na.png\t1\nb.png\t2\n", "list.tsv"))
+    assert (listed(dataset), dataset.class_names) == ([("a.png", None), ("b.png", None)], None)
+
+
+@pytest.mark.parametrize("labels", [["1", "0", ""], ["1.0", "0.0", ""], [" 1", "00", " "]])
+def test_csv_numbers_are_labels_named_by_the_classes_file(tmp_path, labels):
+    source = write_csv(tmp_path, "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels)))
+    classes = tmp_path / "classes.txt"
+    classes.write_text("zebra\nant\n")
+    dataset = open_dataset(source, classes=classes)
+    assert dataset.class_names == ("zebra", "ant")
+    assert [label for _, label in listed(dataset)] == [1, 0, None]
+    with pytest.raises(DataError, match="--classes FILE"):
+        open_dataset(source)
+
+
+def test_csv_with_one_label_that_is_no_number_has_string_labels(tmp_path):
+    dataset = open_dataset(write_csv(tmp_path, "path,label\na.png,10\nb.png,9\nc.png,NA\n"))
+    assert dataset.class_names == ("10", "9", "NA")
+
+
+@pytest.mark.parametrize("bad", ["-1", "2"])
+def test_labels_out_of_range_name_their_row(tmp_path, bad):
+    classes = tmp_path / "classes.txt"
+    classes.write_text("a\nb\n")
+    source = write_csv(tmp_path, f"path,label,split\na.png,0,x\nb.png,{bad},y\n")
+    with pytest.raises(DataError, match=rf"row 1 .*label {bad}; the class table has 2 names"):
+        open_dataset(source, classes=classes, split="x")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("picture,label\nx,y\n", r"no column of images.*Found: picture, label"),
+        ("", "no columns"),
+        ("path,label\na.png,b,c\n", "cannot be read as a table"),
+        ("path,path\na,b\n", "'path' occurs 2 times"),
+        ("path\na.png\na.png\n", "'a.png' occurs more than once"),
+        ("path,key\na.png,1\nb.png,1\n", "'1' occurs more than once"),
+    ],
+)
+def test_malformed_csv(tmp_path, text, message):
+    with pytest.raises(DataError, match=message):
+        open_dataset(write_csv(tmp_path, text))
+
+
+def test_csv_that_is_not_utf8(tmp_path):
+    for text in (b"path,label\na.png,caf\xe9\n", b"path,caf\xe9\na.png,1\n"):
+        (tmp_path / "list.csv").write_bytes(text)
+        with pytest.raises(DataError, match="cannot be read as a table"):
+            open_dataset(tmp_path / "list.csv")
+
+
+def test_csv_without_rows_is_an_empty_data_set(tmp_path):
+    dataset = open_dataset(write_csv(tmp_path, "path,label\n"))
+    assert (len(dataset), listed(dataset), dataset.class_names) == (0, [], None)
+
+
+def test_splits_that_are_not_there(tmp_path):
+    source = write_csv(tmp_path, "path,split\na.png,train\nb.png,\n")
+    with pytest.raises(UsageError, match=r"no split 'tran'; it has train\. Did you mean 'train'"):
+        open_dataset(source, split="tran")
+    with pytest.raises(UsageError, match="has no splits"):
+        open_dataset(write_csv(tmp_path, "path\na.png\n"), split="train")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../secret.png",
+        "a/../../secret.png",
+        "/etc/passwd",
+        "C:\\x.png",
+        "..\\secret.png",
+        "missing.png",
+        "a",
+        "",
+        "x\0y",
+    ],
+)
+def test_paths_that_leave_the_folder_or_lead_nowhere_are_read_errors(tmp_path, path):
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (tmp_path / "set/a").mkdir(parents=True)
+    (tmp_path / "set/good.png").write_bytes(png(1))
+    pq.write_table(pa.table({"path": [path, "good.png"], "key": ["0", "1"]}), tmp_path / "set/list.parquet")
+    bad, good = open_dataset(tmp_path / "set/list.parquet").records(0, 2)
+    with pytest.raises(OSError, match=r"."):
+        bad.read()
+    with pytest.raises(BadImage) as caught:
+        read_image(bad)
+    assert (caught.value.stage, caught.value.kind) == ("open", "read_error")
+    assert good.read() == png(1)
+
+
+def test_fingerprint_of_a_table_of_paths_follows_the_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    seen = set()
+    for text in ("path,label\na.png,x\nb.png,y\n", "path,label\na.png,y\nb.png,x\n", "path,label\na.png,x\nb.png,z\n"):
+        seen.add(open_dataset(write_csv(tmp_path, text)).fingerprint)
+    same = open_dataset(write_csv(tmp_path, "label,path,other\nx,a.png,1\nz,b.png,2\n")).fingerprint
+    assert (len(seen), same in seen) == (3, True)
+    (tmp_path / "b.png").write_bytes(png(1))
+    assert open_dataset(write_csv(tmp_path, "path,label\na.png,x\nb.png,z\n")).fingerprint not in seen

@@ -1,0 +1,261 @@
+"""Pools of captions: what is one answer, which rows make a pool, and blocks of a pool."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import vilu
+from tests.conftest import toy_columns
+from tests.embeddings.test_similarity import noisy, unit
+from vilu import PREDICTORS
+from vilu.embeddings import pairs, similarity
+from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.pairs import Pools, first_alike, hard_order, require_full_pools
+from vilu.errors import DataError, UsageError
+from vilu.predictors.parameters import parameters
+
+QUICK = {"hidden": (16, 8), "epochs": 12, "batch_size": 64}
+SCORING = [name for name, cls in PREDICTORS.items() if cls.no_captions is None]
+BOTH = pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
+
+
+def pool_of(pools: Pools, n: int = 96, distinct: int = 60, d: int = 16, seed: int = 0) -> PairEmbeddings:
+    """Pairs in which some captions occur more than once, each time with another picture."""
+    rng = np.random.default_rng(seed)
+    text = unit(distinct, d, seed)[torch.from_numpy(rng.integers(distinct, size=n))]
+    image = noisy(text, n, seed + 1)
+    roles = (image, text) if pools.direction == "image_to_text" else (text, image)
+    return PairEmbeddings(image, text, pools, 20.0, columns=toy_columns(*(rows.numpy() for rows in roles), rng))
+
+
+def greedy(rows: Tensor, cosine: float) -> list[int]:
+    """One row after the other, in float64."""
+    similar = (rows.double() @ rows.double().T).tolist()
+    kept: list[int] = []
+    first = []
+    for i in range(len(rows)):
+        near = [k for k in kept if similar[i][k] >= cosine or torch.equal(rows[i], rows[k])]
+        first.append(near[0] if near else i)
+        kept += [] if near else [i]
+    return first
+
+
+def test_equal_captions_are_one_candidate_of_an_image() -> None:
+    text = torch.eye(5)[[2, 0, 2, 1, 0, 4]]
+    (batch,) = PairEmbeddings(text, text, Pools(6, seed=None)).batches(10)
+    assert torch.equal(batch.text, torch.eye(5)[[2, 0, 1, 4]])
+    assert batch.target.tolist() == [0, 1, 0, 2, 1, 3]
+    assert batch.same is None
+    assert batch.failure.tolist() == [0] * 6
+
+
+def test_any_image_of_an_equal_caption_is_right() -> None:
+    text = torch.eye(4)[[0, 1, 0, 2]]
+    image = torch.eye(4)[[1, 1, 0, 2]]  # the first picture shows the second caption, the third the first
+    (batch,) = PairEmbeddings(image, text, Pools(4, "text_to_image", seed=None)).batches(10)
+    assert torch.equal(batch.image, text)
+    assert torch.equal(batch.text, image)
+    assert batch.target.tolist() == [0, 1, 2, 3]
+    assert batch.same.tolist() == [0, 1, 0, 3]
+    # captions 0 and 2 find picture 2, which is right for both; caption 1 finds picture 0, the first of two equal ones
+    assert batch.prediction.tolist() == [2, 0, 2, 3]
+    assert batch.failure.tolist() == [0, 1, 0, 0]
+
+
+@BOTH
+@pytest.mark.parametrize("near", [None, 0.8])
+def test_failures_by_brute_force(direction: str, near: float | None) -> None:
+    data = pool_of(Pools(32, direction, near_duplicates=near))
+    n_wrong = 0
+    for batch in data.batches(1000):
+        image, text = data.image[batch.index], data.text[batch.index]
+        answer = greedy(text, 2.0 if near is None else near)
+        for row in range(len(batch.index)):
+            if direction == "image_to_text":
+                best = max(range(32), key=lambda j: float(image[row].double() @ text[answer[j]].double()))
+            else:
+                best = max(range(32), key=lambda j: float(text[row].double() @ image[j].double()))
+            wrong = int(answer[best] != answer[row])
+            assert int(batch.failure[row]) == wrong
+            n_wrong += wrong
+        if direction == "image_to_text":
+            assert len(batch.text) == len(set(answer)) < 32
+    assert 0 < n_wrong < 96
+
+
+@BOTH
+def test_log_probability_of_the_answer_by_brute_force(direction: str) -> None:
+    for batch in pool_of(Pools(32, direction)).batches(1000):
+        posterior = (20 * batch.image.double() @ batch.text.double().T).softmax(dim=1)
+        number = torch.arange(len(batch.text)) if batch.same is None else batch.same
+        for row, target in enumerate(batch.target.tolist()):
+            mass = posterior[row, number == number[target]].sum().log()
+            assert float(batch.target_log_probability[row]) == pytest.approx(float(mass), abs=1e-4)
+
+
+@pytest.mark.parametrize("cosine", [0.8, 0.9, 0.97])
+@pytest.mark.parametrize("block", [1, 7, 64, 1024])
+def test_near_duplicates_are_greedy_leaders(monkeypatch: pytest.MonkeyPatch, cosine: float, block: int) -> None:
+    monkeypatch.setattr(pairs, "NEAR_ROWS", block)
+    rows = torch.nn.functional.normalize(unit(25, 8, 0)[torch.arange(200) % 25] + 0.35 * unit(200, 8, 1), dim=1)
+    rows[[50, 170]] = rows[[3, 20]]
+    expected = greedy(rows, cosine)
+    assert first_alike(rows, cosine).tolist() == expected
+    assert 10 < len(set(expected)) < 198
+
+
+def test_likeness_does_not_chain() -> None:
+    angles = torch.tensor([0.0, 0.3, 0.6, 0.9, 0.3])
+    rows = torch.stack([angles.cos(), angles.sin()], dim=1)
+    assert first_alike(rows, 0.9).tolist() == [0, 0, 2, 2, 0]  # cos 0.3 = 0.955, cos 0.6 = 0.825
+
+
+def test_a_cosine_of_one_is_equality() -> None:
+    rows = unit(300, 16, 0)
+    rows[[5, 250]] = rows[[1, 2]]
+    assert torch.equal(first_alike(rows, 1.0), first_alike(rows))
+    assert first_alike(rows)[[5, 250]].tolist() == [1, 2]
+    assert first_alike(rows, 1e-9)[0] == 0
+    assert first_alike(rows[:0]).tolist() == first_alike(rows[:0], 0.9).tolist() == []
+
+
+@pytest.mark.parametrize(("n", "size"), [(256, 16), (250, 16), (10, 16), (48, 16), (7, 1)])
+def test_hard_pools_are_a_permutation_and_alike(n: int, size: int) -> None:
+    rows = torch.nn.functional.normalize(unit(8, 16, 0)[torch.arange(n) % 8] + 0.7 * unit(n, 16, 1), dim=1)
+    order = hard_order(rows, size, torch.Generator().manual_seed(0))
+    assert sorted(order.tolist()) == list(range(n))
+    assert torch.equal(order, hard_order(rows, size, torch.Generator().manual_seed(0)))
+    if n // size > 2 and size > 1:
+        chance = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+        assert within(rows, order, size) > within(rows, chance, size) + 0.1
+
+
+def within(rows: Tensor, order: Tensor, size: int) -> float:
+    """Mean cosine of two rows of one pool."""
+    pools = rows[order[: len(order) // size * size]].view(-1, size, rows.shape[1])
+    return float(((pools @ pools.mT).sum() / len(pools) - size) / (size * (size - 1)))
+
+
+def test_hard_pools_fail_more_often() -> None:
+    """Captions of 30 subjects: a pool of few subjects has more captions that are nearly right."""
+    text = torch.nn.functional.normalize(unit(30, 16, 0)[torch.arange(480) % 30] + 0.3 * unit(480, 16, 1), dim=1)
+    image = torch.nn.functional.normalize(text + 0.8 * unit(480, 16, 2), dim=1)
+    easy, hard = (
+        torch.cat([batch.failure for batch in PairEmbeddings(image, text, Pools(16, hard=hard)).batches(100)])
+        for hard in (False, True)
+    )
+    # 480 rows: the standard error of a difference of rates is below 0.033
+    assert hard.double().mean() > easy.double().mean() + 0.1
+
+
+def test_hard_pools_are_sought_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pairs, "HARD_ROWS", 40)  # two pools of 16
+    data = pool_of(Pools(16, hard=True, seed=None))
+    blocks = data.usable_rows.split(32)
+    assert [sorted(block.tolist()) for block in blocks] == [list(range(i, i + 32)) for i in (0, 32, 64)]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_seeds_choose_the_pools(hard: bool) -> None:
+    def rows(seed: int | None) -> list[int]:
+        return pool_of(Pools(16, hard=hard, seed=seed)).usable_rows.tolist()
+
+    assert rows(0) == rows(0) != rows(1)
+    assert sorted(rows(0)) == list(range(96))
+    if not hard:
+        assert rows(None) == list(range(96))
+    data = pool_of(Pools(16, hard=hard))
+    passes = [data.shuffled(torch.arange(96), torch.Generator().manual_seed(seed)).tolist() for seed in (0, 0, 1)]
+    assert passes[0] == passes[1] != passes[2]
+    assert sorted(passes[0]) == list(range(96))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"size": 0}, "pool_size must be at least 1. Got 0"),
+        ({"direction": "sideways"}, "direction must be one of image_to_text, text_to_image. Got 'sideways'"),
+        ({"near_duplicates": 0.0}, r"near_duplicates must be a cosine in \(0, 1\]. Got 0.0"),
+        ({"near_duplicates": 1.01}, "Got 1.01"),
+        ({"near_duplicates": float("nan")}, "Got nan"),
+    ],
+)
+def test_pools_that_cannot_be(wrong: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Pools(**wrong)
+
+
+def test_a_pool_must_be_full() -> None:
+    require_full_pools(8, 8, "it")
+    with pytest.raises(DataError, match="it has 7 usable pairs, and a pool has 8"):
+        require_full_pools(7, 8, "it")
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1, 5, 32, 1000])
+def test_blocks_of_a_pool_are_its_rows(monkeypatch: pytest.MonkeyPatch, direction: str, size: int) -> None:
+    monkeypatch.setattr(similarity, "MAX_CELLS", 32 * 11)
+    data = pool_of(Pools(32, direction))
+    columns = ("features", "text_features", "image_projection")
+    steps, blocks = list(data.steps(7, columns=columns)), list(data.batches(size, columns=columns))
+    assert [len(step.index) for step in steps] == [32] * 3  # whole pools, whatever the size
+    assert max(len(block.index) for block in blocks) <= min(size, 32 * 11 // min(len(s.text) for s in steps))
+    for name in ("image", "index", "failure", "prediction", "target_log_probability"):
+        whole, parts = (torch.cat([getattr(batch, name) for batch in batches]) for batches in (steps, blocks))
+        assert torch.equal(whole, parts) if whole.dtype == torch.int64 else torch.allclose(whole, parts, atol=1e-4)
+    assert torch.equal(torch.cat([step.index for step in steps]), data.usable_rows)
+    for batches in (steps, blocks):
+        for batch in batches:
+            members = next(step for step in steps if set(batch.index.tolist()) <= set(step.index.tolist())).index
+            pool = data.candidates(members)
+            assert torch.equal(batch.text, pool.text)
+            assert torch.equal(batch.columns["text_features"], data.column("text_features", pool.members))
+            assert torch.equal(batch.columns["features"], data.column("features", batch.index))
+            assert torch.equal(batch.columns["image_projection"], data.column("image_projection", batch.index))
+            assert len(batch.columns["text_features"]) == len(batch.text)
+
+
+def test_columns_of_the_candidates_belong_to_their_texts() -> None:
+    """The features of equal captions are equal here, and the projection of features is the text."""
+    for batch in pool_of(Pools(32)).batches(9, columns=("text_features",)):
+        back = batch.columns["text_features"].double()
+        projection = torch.linalg.lstsq(back, batch.text.double()).solution
+        assert torch.allclose(back @ projection, batch.text.double(), atol=1e-4)
+
+
+def test_rows_of_a_batch() -> None:
+    (step,) = pool_of(Pools(96)).steps(96, columns=("features", "text_features"))
+    part = step.rows(slice(10, 25))
+    assert torch.equal(part.image, step.image[10:25])
+    assert torch.equal(part.index, step.index[10:25])
+    assert part.text is step.text
+    assert torch.equal(part.columns["features"], step.columns["features"][10:25])
+    assert part.columns["text_features"] is step.columns["text_features"]
+    assert torch.equal(part.failure, step.failure[10:25])
+    assert torch.allclose(part.logits, step.logits[10:25], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCORING)
+@pytest.mark.parametrize("near", [None, 0.9])
+def test_every_method_that_takes_captions_scores_pictures_of_equal_ones(
+    monkeypatch: pytest.MonkeyPatch, name: str, near: float | None
+) -> None:
+    """Duplicates in both sets; scores are finite and do not depend on the blocks they are made in."""
+    cls = PREDICTORS[name]
+    made = cls(**{key: value for key, value in QUICK.items() if key in parameters(cls)})
+    pools = Pools(32, "text_to_image", near_duplicates=near)
+    train, test = pool_of(pools, n=256, distinct=150), pool_of(pools, n=64, distinct=40, seed=5)
+    assert any(batch.same is not None for batch in test.batches(64))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"only \d+ (failures|successes)")
+        uncertainty = made.fit(train).predict_uncertainty(test)
+    assert np.isfinite(uncertainty).all()
+    assert len(np.unique(uncertainty)) > 10
+    monkeypatch.setattr(similarity, "MAX_CELLS", 32 * 5)
+    assert np.allclose(made.predict_uncertainty(test), uncertainty, rtol=1e-4, atol=1e-5)
+    assert isinstance(made, vilu.FailurePredictor)

@@ -1,0 +1,231 @@
+"""Push and pull: through a hub on this machine with the hub's own client, and through folders."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import vilu
+from tests.builders.fake_hub import TOKEN, Hub, serve
+from tests.conftest import toy_embeddings
+from vilu.cli.app import app
+from vilu.errors import DataError, MissingModelError, UsageError
+from vilu.predictors import MCM, KNNVote
+from vilu.predictors import hub as folders
+from vilu.predictors.hub import pull, push
+
+OURS = {"README.md", "predictor.json", "weights.safetensors"}
+WAITING = 120
+
+
+def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vilu.cli", *map(str, args)]
+    environment = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAITING, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def predictor(tmp_path: Path) -> Path:
+    """A saved one, with files beside it that are nobody's business."""
+    folder = tmp_path / "predictor"
+    KNNVote(k=3).fit(toy_embeddings(40)).save(folder)
+    (folder / "secrets.txt").write_text("mine")
+    (folder / "model.pkl").write_bytes(b"\x80\x04.")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "README.md").write_text("no")
+    return folder
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What tells the hub's client, in this process and in others, of this hub and of a cache of its own."""
+    from huggingface_hub import constants
+
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", settings["HF_HUB_CACHE"])
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+    for name in {name for name in os.environ if re.search("^HF_|proxy", name, re.IGNORECASE)}:
+        monkeypatch.delenv(name)
+    return settings
+
+
+def test_a_predictor_goes_up_and_comes_down(
+    hub: Hub, client: dict[str, str], predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    (predictor / "risk.json").write_text("{}")
+    hub.create("lab/knn")
+    hub.commit("lab/knn", "main", {"notes.txt": b"kept", "calibration.parquet": b"of an earlier one", "evil.pkl": b"."})
+    done = run("push", predictor, "lab/knn", "--private", HF_TOKEN=TOKEN, **client)
+    sha, files = hub.find("lab/knn", "main")
+    assert done.stdout.strip() == f"{hub.url}/lab/knn/commit/{sha}"
+    assert hub.created[-1]["visibility"] == "private"
+    assert set(files) == OURS | {"risk.json", "notes.txt", "evil.pkl"}
+    assert all(files[name] == (predictor / name).read_bytes() for name in OURS)
+
+    assert run("pull", "lab/knn", "-o", tmp_path / "here", **client).stdout.strip() == str(tmp_path / "here")
+    assert names(tmp_path / "here") == OURS | {"risk.json"}
+    assert not [path for path in hub.requests if path.endswith(("evil.pkl", "notes.txt"))]
+    data = toy_embeddings(30, seed=1)
+    both = [vilu.load(folder).predict_uncertainty(data).tolist() for folder in (predictor, tmp_path / "here")]
+    assert both[0] == both[1]
+
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pull("lab/knn", tmp_path / "cached")
+    assert names(tmp_path / "cached") == OURS | {"risk.json"}
+    with pytest.raises(MissingModelError, match="not complete in the cache"):
+        pull("lab/none", tmp_path / "none")
+    with pytest.raises(MissingModelError, match="HF_HUB_OFFLINE is set"):
+        push(predictor, "lab/knn")
+    assert not hub.requests
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("client")
+def test_what_the_hub_refuses_or_should_not_have(
+    hub: Hub, predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    with pytest.raises(UsageError, match="set HF_TOKEN"):
+        push(predictor, "lab/knn")
+    monkeypatch.setenv("HF_TOKEN", TOKEN[::-1])
+    with pytest.raises(UsageError, match="HTTP 401"):
+        push(predictor, "lab/knn")
+    with pytest.raises(MissingModelError, match="no such name"):
+        pull("lab/knn", tmp_path / "p")
+    hub.create("lab/empty")
+    with pytest.raises(MissingModelError, match="revision v9: it has no such revision"):
+        pull("lab/empty", tmp_path / "p", revision="v9")
+    with pytest.raises(DataError, match=r"no predictor: it has no predictor\.json and no weights"):
+        pull("lab/empty", tmp_path / "p")
+    (predictor / "README.md").write_bytes(b" " * 2**21)
+    hub.commit("lab/empty", "main", {name: (predictor / name).read_bytes() for name in OURS})
+    with pytest.raises(DataError, match="2,097,152 bytes"):
+        pull("lab/empty", tmp_path / "p")
+    assert not [path for path in hub.requests if "/resolve/" in path]
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(MissingModelError, match="cannot be reached"):
+        pull("lab/empty", tmp_path / "p")
+    assert names(tmp_path) <= {"predictor", "cache"}
+
+
+def test_a_folder_as_the_hub(predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert push(predictor, "./hub/knn") == "hub/knn"
+    assert names(tmp_path / "hub") == {"knn"}
+    assert names(tmp_path / "hub" / "knn") == OURS
+    assert pull((tmp_path / "hub" / "knn").as_uri(), "here") == Path("here")
+    assert vilu.load("here").k == 3
+    pull("./hub/knn", "here")  # the same again
+
+    MCM().fit(toy_embeddings(20)).save("other")
+    for copy in (lambda: pull("./hub/knn", "other"), lambda: push("other", "./hub/knn")):
+        with pytest.raises(UsageError, match="another predictor"):
+            copy()
+    assert vilu.load("other").name == "mcm"
+    push("other", "./hub/knn", overwrite=True)
+    assert vilu.load("hub/knn").name == "mcm"
+    with pytest.raises(UsageError, match=r"'model\.pkl', which is none of a predictor's"):
+        pull("./hub/knn", predictor, overwrite=True)
+    assert "secrets.txt" in names(predictor)
+    assert names(tmp_path) == {"hub", "here", "other", "predictor"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weights.safetensors", lambda content: content[:-1] + b"!", "is not the file that predictor.json names"),
+        ("predictor.json", lambda _: b"[]", "no JSON object"),
+        ("predictor.json", lambda content: content.replace(b'"embed_dim"', b'"width"'), "damaged predictor"),
+        ("predictor.json", lambda content: content.replace(b'"notes": {', b'"no": {'), "lacks notes"),
+        ("README.md", lambda _: b" " * 2**21, "2,097,152 bytes"),
+    ],
+)  # fmt: skip
+def test_a_damaged_predictor_is_not_placed(name: str, change, message: str, predictor: Path, tmp_path: Path) -> None:
+    (predictor / name).write_bytes(change((predictor / name).read_bytes()))
+    MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
+    with pytest.raises(DataError, match=message):
+        pull(str(predictor), tmp_path / "here", overwrite=True)
+    assert vilu.load(tmp_path / "here").name == "mcm"
+    with pytest.raises(DataError, match=message):
+        push(predictor, str(tmp_path / "hub"))
+    assert names(tmp_path) == {"predictor", "here"}
+
+
+def test_a_failed_move_brings_the_old_one_back(
+    predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if (path / "predictor.json").exists() and target == tmp_path / "here" and path.name != "old":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(vilu.errors.StorageError, match="No space left"):
+        pull(str(predictor), tmp_path / "here", overwrite=True)
+    assert vilu.load(tmp_path / "here").name == "mcm"
+    assert names(tmp_path) == {"predictor", "here"}
+
+
+def test_links_do_not_leave(predictor: Path, tmp_path: Path) -> None:
+    (predictor / "README.md").unlink()
+    (predictor / "README.md").symlink_to(predictor / "secrets.txt")
+    with pytest.raises(UsageError, match="symbolic link"):
+        push(predictor, str(tmp_path / "hub"))
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize("repository", ["knn", "", "a/b/c", "lab/", "-lab/knn", "lab/k n", "file://other/dir"])
+def test_what_is_no_repository(repository: str, predictor: Path, tmp_path: Path) -> None:
+    for copy in (lambda: push(predictor, repository), lambda: pull(repository, tmp_path / "here")):
+        with pytest.raises(UsageError, match=r"ORG/NAME|file:///"):
+            copy()
+
+
+def test_folders_have_no_revisions(predictor: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no revisions"):
+        push(predictor, str(tmp_path / "hub"), revision="v1")
+    with pytest.raises(DataError, match="is no folder"):
+        pull(str(tmp_path / "nothing"), tmp_path / "here")
+    assert folders.FILES.keys() >= OURS
+
+
+def test_the_commands(predictor: Path, tmp_path: Path) -> None:
+    MCM().fit(toy_embeddings(20)).save(tmp_path / "mcm")
+    file = tmp_path / "head.onnx"
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "mcm"), "-o", str(file), "--onnx"])
+    assert (done.exit_code, done.stdout) == (0, f"{file}\n")
+    assert file.stat().st_size > 1_000
+    refused = CliRunner().invoke(app, ["export", str(tmp_path / "mcm"), "-o", str(tmp_path / "head")])
+    assert "ends in .onnx, or --onnx" in str(refused.exception)
+    copied = CliRunner().invoke(app, ["push", str(predictor), str(tmp_path / "hub")])
+    assert copied.stdout == f"{tmp_path / 'hub'}\n"
+    pulled = CliRunner().invoke(app, ["pull", str(tmp_path / "hub"), "-o", str(tmp_path / "here")])
+    assert pulled.stdout == f"{tmp_path / 'here'}\n"
