@@ -79,8 +79,7 @@ def origin_of(config: Config, cell: Cell) -> Origin:
     )
     match setting:
         case Adapt():
-            across = setting.across_preprocessing
-            return replace(few, across_preprocessing=across, start=Origin((setting.source,)))
+            return replace(few, across_preprocessing=setting.across_preprocessing, start=Origin((setting.source,)))
         case FromOther():
             return replace(few, train=setting.sources)
         case Union():

@@ -130,10 +130,9 @@ def _catalogued(entry: Data, role: Role) -> int | None:
     """Number of images by the catalogue."""
     if entry.dataset is None or entry.shards is not None:
         return None
-    sizes, wanted = KNOWN[entry.dataset].sizes, getattr(entry, role)
+    sizes, split = KNOWN[entry.dataset].sizes, str(getattr(entry, role))
     if entry.captions:
         return sum(sizes.values())
-    split = str(wanted)
     names = [split] if split in sizes else split.split("+")
     known = [sizes[name] for name in names if name in sizes]
     total = sum(known) if len(known) == len(names) else None

@@ -134,5 +134,4 @@ class Data(Section):
 
     def limit_of(self, role: Role) -> int | None:
         """How many images of a role there are to be; None: all."""
-        limit = self.limit
-        return getattr(limit, role) if isinstance(limit, Limits) else limit
+        return getattr(self.limit, role) if isinstance(self.limit, Limits) else self.limit

@@ -101,7 +101,5 @@ def size_table(table: ResultTable) -> str:
 def _cell(auroc: ResultRow, fpr95: ResultRow) -> str:
     if auroc.value is None or fpr95.value is None:
         return "undefined"
-    spread = ""
-    if auroc.seed is None and auroc.ci_high is not None:
-        spread = f" ± {100 * (auroc.ci_high - auroc.value):.1f}"
+    spread = f" ± {100 * (auroc.ci_high - auroc.value):.1f}" if auroc.ci_high is not None and auroc.seed is None else ""
     return f"{100 * auroc.value:.1f}{spread} / {100 * fpr95.value:.1f}"

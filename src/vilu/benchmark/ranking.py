@@ -37,9 +37,7 @@ class Ranked:
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
         ends = {name: {"low": found.ci_low, "high": found.ci_high} for name, found in self.intervals.items()}
-        gap = None
-        if self.gap is not None:
-            gap = dict(zip(("difference", "low", "high", "p_value"), self.gap, strict=True))
+        gap = self.gap and dict(zip(("difference", "low", "high", "p_value"), self.gap, strict=True))
         return {**asdict(self), "intervals": ends, "gap": gap}
 
 

@@ -25,7 +25,7 @@ from vilu.benchmark.data import Truth, Workbench
 from vilu.benchmark.facts import decided_by
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
 from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
-from vilu.benchmark.stores import Part, find_stores, make_stores, require_complete
+from vilu.benchmark.stores import Part, make_stores, require_stores
 from vilu.embeddings.source import SAME_TEXT
 from vilu.embeddings.space import digest
 from vilu.errors import ProvenanceError, UsageError
@@ -273,12 +273,8 @@ class _Work:
     @classmethod
     def begin(cls, config: Config, data: Path, output: Path, models: Path | None, *, make: bool) -> _Work:
         cells = plan(config)
-        parts = needed_parts(config, cells)
-        if make:
-            folders = make_stores(config, parts, data, output, models=models)
-        else:
-            folders = find_stores(config, parts, data, output)
-            require_complete(folders)
+        where = config, needed_parts(config, cells), data, output
+        folders = make_stores(*where, models=models) if make else require_stores(*where)
         return cls(cells, Workbench(config, folders))
 
     def run(self, output: Path, share: Share, jobs: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -81,14 +81,16 @@ def is_complete(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def require_complete(folders: Mapping[Part, Path]) -> None:
-    """Refuse to go on where embeddings are missing."""
+def require_stores(config: Config, parts: Iterable[Part], data: Path, output: Path) -> dict[Part, Path]:
+    """The same; refuses to go on where embeddings are missing."""
+    folders = find_stores(config, parts, data, output)
     missing = [f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)]
     if missing:
         raise UsageError(
             f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, the first is "
             f"{missing[0]}. Make them all with --embed-only, once."
         )
+    return folders
 
 
 def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
@@ -100,15 +102,10 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
             raise UsageError(f"data.{name} has no store of its {role} rows. Name it, as stores.{role} = ....")
         return data / str(folder)
     with open_images(entry, role, data) as images:
-        recipe = [
-            importlib.metadata.version("vilu"),
-            images.fingerprint,
-            entry.backbone,
-            _names(entry, images),
-            _columns(entry, role),
-        ]
+        recipe = images.fingerprint, entry.backbone, _names(entry, images), _columns(entry, role)
+    hashed = digest([importlib.metadata.version("vilu"), *recipe])[:8]
     stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem  # so that entries of one recipe share it
-    return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{digest(recipe)[:8]}"
+    return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{hashed}"
 
 
 def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:

@@ -101,12 +101,7 @@ RULINGS = {
 """In a table, and as a heading."""
 
 
-def page(
-    config: Config,
-    exhibits: Sequence[Exhibit],
-    verdicts: Sequence[Verdict],
-    figure: Callable[[str], str],
-) -> str:
+def page(config: Config, exhibits: Sequence[Exhibit], verdicts: Sequence[Verdict], figure: Callable[[str], str]) -> str:
     """Markdown of a study, to stand below a heading of level one."""
     parts = [f"## {config.study.title if config.study else config.name}", *_about(config)]
     if verdicts:

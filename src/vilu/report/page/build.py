@@ -29,7 +29,7 @@ from vilu.report.figures import known
 from vilu.report.page import charts
 from vilu.report.page.charts import Rate, class_rows, goal
 from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, choose_main
-from vilu.report.page.gallery import Card, make_cards, pick_rows, thumbnails
+from vilu.report.page.gallery import Card, make_card, pick_rows, thumbnails
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -209,7 +209,8 @@ def _gallery(
     rows = list(dict.fromkeys(chain.from_iterable(section.tolist() for section in sections.values())))
     pictures = {} if images is None else thumbnails(outcomes, rows, images)
     others = {} if embeddings is None else competitors(outcomes, rows, embeddings)
-    return {name: make_cards(outcomes, choice, section, pictures, others) for name, section in sections.items()}
+    cards = {row: make_card(outcomes, choice, row, pictures.get(row), others.get(row, ())) for row in rows}
+    return {name: [cards[row] for row in section.tolist()] for name, section in sections.items()}
 
 
 def competitors(outcomes: Outcomes, rows: Iterable[int], source: EmbeddingSource) -> dict[int, list[tuple[str, float]]]:

@@ -268,11 +268,8 @@ def reliability(methods: Sequence[Outcomes]) -> Chart | None:
     stated = [probability(one) for one in methods]
     if stated[0] is None:
         return None
-    lines = [
-        _reliability_line(one, p, look)
-        for look, (one, p) in enumerate(zip(methods, stated, strict=True))
-        if p is not None
-    ]
+    each = enumerate(zip(methods, stated, strict=True))
+    lines = [_reliability_line(one, p, look) for look, (one, p) in each if p is not None]
     return Chart(
         key="reliability",
         title="Stated and found failure rates",

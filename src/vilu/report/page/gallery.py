@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -62,27 +62,20 @@ def pick_rows(outcomes: Outcomes, choice: Choice) -> dict[str, Ints]:
     }
 
 
-def make_cards(
-    outcomes: Outcomes,
-    choice: Choice,
-    rows: Iterable[int],
-    pictures: Mapping[int, Thumbnail],
-    competitors: Mapping[int, Sequence[tuple[str, float]]],
-) -> list[Card]:
-    """Cards of some rows."""
-    return [
-        Card(
-            key=str(row) if outcomes.ids is None else outcomes.ids[row],
-            said=_class_name(outcomes, outcomes.prediction, row),
-            true=_class_name(outcomes, outcomes.target, row),
-            wrong=None if outcomes.failure[row] == UNKNOWN else bool(outcomes.failure[row]),
-            uncertainty=float(outcomes.uncertainty[row]),
-            accepted=bool(choice.accepted[row]),
-            picture=pictures.get(row),
-            competitors=competitors.get(row, ()),
-        )
-        for row in map(int, rows)
-    ]
+def make_card(
+    outcomes: Outcomes, choice: Choice, row: int, picture: Thumbnail | None, competitors: Sequence[tuple[str, float]]
+) -> Card:
+    """The card of a row."""
+    return Card(
+        key=str(row) if outcomes.ids is None else outcomes.ids[row],
+        said=_class_name(outcomes, outcomes.prediction, row),
+        true=_class_name(outcomes, outcomes.target, row),
+        wrong=None if outcomes.failure[row] == UNKNOWN else bool(outcomes.failure[row]),
+        uncertainty=float(outcomes.uncertainty[row]),
+        accepted=bool(choice.accepted[row]),
+        picture=picture,
+        competitors=competitors,
+    )
 
 
 def _class_name(outcomes: Outcomes, codes: Ints | None, row: int) -> str | None:
