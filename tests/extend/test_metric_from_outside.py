@@ -12,6 +12,7 @@ import pytest
 
 import vilu
 from tests.builders.bench_fakes import benchmark, config, make_stores
+from tests.command import run
 from vilu.benchmark import facts
 from vilu.benchmark.study import run_studies
 from vilu.errors import UsageError
@@ -65,6 +66,12 @@ def test_it_is_evaluated_and_stands_in_every_table(tmp_path: Path) -> None:
     for suffix in (".json", ".parquet", ".csv"):
         table.save(tmp_path / f"metrics{suffix}")
         assert ResultTable.load(tmp_path / f"metrics{suffix}") == table
+
+
+def test_it_is_listed() -> None:
+    (row,) = [row for row in json.loads(run("list", "metrics", "--json").stdout) if row["name"] == "odds_of_half"]
+    assert (row["title"], row["better"], row["convention"]) == ("Odds@50%", "lower", ODDS.convention)
+    assert "Odds@50%" in run("list", "metrics").stdout
 
 
 def test_two_methods_are_compared_by_it() -> None:

@@ -262,15 +262,15 @@ def _counts(split: Count) -> str:
 
 
 def list_catalogue(
-    what: Annotated[Literal["predictors", "backbones", "datasets"], typer.Argument(help="Which catalogue.")],
+    what: Annotated[Literal["predictors", "backbones", "datasets", "metrics"], typer.Argument(help="Which catalogue.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """What there is: predictors, backbones or data set layouts (data sets by name: `vilu datasets list`).
+    """What there is: predictors, backbones, metrics or data set layouts (data sets by name: `vilu datasets list`).
 
     Of a predictor: whether it needs labels, works on image-caption pairs, and on any classes or those that it was
     fitted on; what `vilu embed` must keep for it (in brackets: may), where it comes from, what it is, what it costs.
     """
-    rows = {"predictors": _predictors, "backbones": _backbones, "datasets": _datasets}[what]()
+    rows = {"predictors": _predictors, "backbones": _backbones, "datasets": _datasets, "metrics": _metrics}[what]()
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif what == "predictors":
@@ -282,7 +282,7 @@ def list_catalogue(
 
 
 def _predictors() -> list[dict[str, Any]]:
-    from vilu.predictors import PREDICTORS
+    from vilu.predictors.catalogue import find_method, method_names
 
     return [
         {
@@ -298,7 +298,23 @@ def _predictors() -> list[dict[str, Any]]:
             "reference": cls.reference,
             "what it is": cls.summary,
         }
-        for name, cls in PREDICTORS.items()
+        for name, cls in ((name, find_method(name)) for name in method_names())
+    ]
+
+
+def _metrics() -> list[dict[str, Any]]:
+    from vilu.metrics.catalog import METRICS
+
+    return [
+        {
+            "name": name,
+            "title": metric.title,
+            "better": "higher" if metric.higher_is_better else "lower",
+            "of": "probability" if metric.of_probability else "any score",
+            "computed": metric.wanted,
+            "convention": metric.convention,
+        }
+        for name, metric in METRICS.items()
     ]
 
 
