@@ -174,8 +174,8 @@ class PoolGame(Game):
 
 def coalition_log_odds(parts: Pooled, coalition: int, batch: Batch) -> Tensor:
     """(B,) float64 log-odds of failure of the zero-shot answer when only some parts of the logits are there."""
-    summands = dict(zip(PoolGame.players, (parts.zero_shot, parts.image, parts.texts), strict=True))
-    inside = [summand for bit, summand in enumerate(summands.values()) if coalition >> bit & 1]
+    summands = parts.zero_shot, parts.image, parts.texts  # in the order of the players
+    inside = [summand for bit, summand in enumerate(summands) if coalition >> bit & 1]
     if not inside:
         return torch.zeros(len(batch.image), dtype=torch.float64)
     return failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -105,9 +106,7 @@ def fit_and_selection(
         part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
         chosen = Rows(train.source, rows[part], columns)
         _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
-        keep = torch.ones(len(rows), dtype=torch.bool)
-        keep[part] = False
-        rows = rows[keep]
+        rows = rows[~torch.isin(torch.arange(len(rows)), part)]
     is_blind = len(held_failure.unique()) < 2
     return Rows(train.source, rows, columns), None if is_blind else chosen
 
@@ -208,6 +207,5 @@ def cross_fitting(
     for k, part in enumerate(parts):
         few = torch.randperm(len(part), generator=generator)[:FOLDED_ROWS].sort().values  # rows may come class by class
         if len(few):
-            rest, held_out = train.index[fold != k], part[few]
-            pairs.append((Rows(train.source, rest, train.columns), Rows(train.source, held_out, train.columns)))
+            pairs.append((replace(train, index=train.index[fold != k]), replace(train, index=part[few])))
     return pairs

@@ -37,11 +37,9 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     if not len(rows):
         raise DataError(f"none of the {len(source)} rows has a label, so no class has a shot.")
     target = source.target[rows]
-    parts = []
-    for label in range(source.n_candidates):
-        members = rows[target == label].numpy()
-        order = np.random.default_rng([seed, label]).permutation(len(members))
-        parts.append(torch.from_numpy(members[order[:n]]))
+    classes = [rows[target == label] for label in range(source.n_candidates)]
+    orders = [np.random.default_rng([seed, label]).permutation(len(members)) for label, members in enumerate(classes)]
+    parts = [members[order[:n]] for members, order in zip(classes, orders, strict=True)]
     sizes = [len(part) for part in parts]
     if min(sizes) < n:
         few = sum(size < n for size in sizes)

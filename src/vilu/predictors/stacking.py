@@ -135,11 +135,8 @@ class Stacking(FailurePredictor):
         stack = {"mean": scores.mean(dim=0), "deviation": deviation.masked_fill(flat, torch.inf)}
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
         model.fit(standardised(scores, stack).numpy(), failure.numpy())
-        return {
-            **stack,
-            "coefficients": torch.from_numpy(model.coef_[0].copy()),
-            "intercept": torch.from_numpy(model.intercept_.copy()),
-        }
+        fitted = {"coefficients": model.coef_[0], "intercept": model.intercept_}
+        return stack | {name: torch.from_numpy(values.copy()) for name, values in fitted.items()}
 
     def _score(self, batch: Batch) -> Tensor:
         x = standardised(member_scores(self.members_, batch), self.learned_)

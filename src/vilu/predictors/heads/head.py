@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vilu.device import resolve_device
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -102,12 +101,11 @@ class HeadPredictor(FailurePredictor):
 
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
         """One head, selected on the validation rows where there are some."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
-        config = TrainConfig(**{**settings, "device": resolve_device(self.device)})
         head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
-        history = HeadTrainer(head, LOSSES[self.loss](weight), config, keeper, [weight]).run(train, validation)
+        trainer = HeadTrainer(head, LOSSES[self.loss](weight), self._settings(TrainConfig), keeper, [weight])
+        history = trainer.run(train, validation)
         weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
         return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Annotated, ClassVar, cast
 
 import numpy as np
@@ -162,7 +161,6 @@ class ViLUPlus(FailurePredictor):
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim(rows))
         inputs.fit(rows)
         attention = fit_attention(inputs, rows, n_classes, self.variance, self.sharing, self.device_)
-        fits: dict[str, Callable[[SupervisedAttention, Rows], Adapter | Memory]]
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
@@ -175,10 +173,7 @@ class ViLUPlus(FailurePredictor):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             adapter = Adapter(attention.inputs, len(attention.classes), self.width, self.dropout)
-            config = AdamWConfig(
-                epochs, self.batch_size, self.learning_rate, self.weight_decay, self.seed, self.device_
-            )
-            train_adamw(adapter, loss, rows, config)
+            train_adamw(adapter, loss, rows, self._settings(AdamWConfig, epochs=epochs))
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
@@ -203,7 +198,7 @@ class ViLUPlus(FailurePredictor):
             raise DataError(f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}.")
         n_classes, dim = tensors[CLASSES].shape
         inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
-        companions: dict[str, Adapter | Memory] = {}
+        companions: dict[str, nn.Module] = {}
         if ADAPTER in tensors:
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout)
         if BANK in tensors:

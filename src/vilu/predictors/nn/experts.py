@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -301,9 +302,7 @@ class Experts(nn.Module):
     ``weights`` (M,) float64 are those of a log-linear pool of all; the attention alone counts one.
     """
 
-    def __init__(
-        self, attention: SupervisedAttention, companions: dict[str, Adapter | Memory], weights: Tensor
-    ) -> None:
+    def __init__(self, attention: SupervisedAttention, companions: Mapping[str, nn.Module], weights: Tensor) -> None:
         super().__init__()
         self.attention, self.companions = attention, nn.ModuleDict(companions)
         self.weights = weights  # no buffer: some devices have no float64
