@@ -444,9 +444,7 @@ class FailurePredictor(ABC):
                 f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
                 "vilu_plus."
             )
-        score = self._calibration_score(real_vector(uncertainty, "uncertainty"))
-        probability: NDArray[np.float64] = special.expit(score)
-        return probability
+        return np.asarray(special.expit(self._calibration_score(real_vector(uncertainty, "uncertainty"))))
 
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
@@ -479,8 +477,7 @@ class FailurePredictor(ABC):
         """Log-odds without the bias of the loss where the uncertainty is a probability, else the uncertainty itself."""
         if not self.is_probability:
             return uncertainty
-        log_odds: NDArray[np.float64] = special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight()
-        return log_odds
+        return np.asarray(special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight())
 
 
 class Graph(nn.Module):

@@ -285,9 +285,6 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
             raise UsageError(
                 f"the hub refuses {repository} (HTTP {status}): HF_TOKEN is not of one who may."
             ) from error
-        reason = reason or f"the hub or the way to it failed: {_first_line(error)}"
+        first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        reason = reason or f"the hub or the way to it failed: {first_line}"
         raise MissingModelError(f"{repository}, revision {revision or 'main'}: {reason}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -133,11 +133,8 @@ def hold_out(
         by_themselves = groups is None or len(groups.unique()) < pool_size
         chosen = order[:room] if groups is None or by_themselves else order[whole_groups(groups[order], room)]
         return chosen[: len(chosen) if len(chosen) >= pool_size else 0].sort().values
-    parts = []
-    for value in (0, 1):
-        members = (failure == value).nonzero().squeeze(1)
-        order = torch.randperm(len(members), generator=generator)
-        parts.append(members[order[: round(len(members) * fraction)]])
+    kinds = [(failure == value).nonzero().squeeze(1) for value in (0, 1)]
+    parts = [kind[torch.randperm(len(kind), generator=generator)[: round(len(kind) * fraction)]] for kind in kinds]
     return torch.cat(parts).sort().values
 
 
@@ -165,10 +162,8 @@ def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
     with a probability below 2^-48, which does no more harm than that they stay together.
     """
     factors = np.random.default_rng(0).integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
-    parts = []
-    for block in rows.split(GROUP_BLOCK):
-        bits = (source.caption_rows(block).half() + 0).numpy().view(np.uint16)  # + 0 makes -0 a 0
-        parts.append(bits.astype(np.uint64) @ factors)
+    blocks = ((source.caption_rows(block).half() + 0).numpy() for block in rows.split(GROUP_BLOCK))  # + 0 makes -0 a 0
+    parts = [block.view(np.uint16).astype(np.uint64) @ factors for block in blocks]
     return torch.where(source.of_classes(rows), rows, torch.from_numpy(np.concatenate(parts).view(np.int64)))
 
 

@@ -162,7 +162,7 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        exported = torch.onnx.export(
             graph,
             tuple(example.values()),
             dynamo=True,
@@ -171,8 +171,7 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
             output_names=["uncertainty", "prediction"],
             dynamic_shapes=tuple({0: texts if name == "text" else rows} for name in example),
         )
-    if program is None:
-        raise DataError(f"torch made no ONNX program of this {predictor.name}.")
+    program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
     program.model.metadata_props.update(metadata(predictor, graph.space, fingerprint))
     model = program.model_proto
     if model.ByteSize() > MAX_ONNX_BYTES:

@@ -95,11 +95,8 @@ class Stacking(FailurePredictor):
                 f"the members of {self.name} must be different methods, and other ones. Got {', '.join(self.members)}."
             )
         shared = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
-        made = {}
-        for name in self.members:
-            cls = find_method(name)
-            made[name] = cls(**{key: value for key, value in shared.items() if key in parameters(cls)})
-        return made
+        classes = {name: find_method(name) for name in self.members}
+        return {name: cls(**{k: v for k, v in shared.items() if k in parameters(cls)}) for name, cls in classes.items()}
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores, failed = [], []

@@ -136,8 +136,9 @@ class HeadPredictor(FailurePredictor):
 
     @property
     def heads(self) -> list[FailureHead]:
-        """The fitted heads, of which there is one."""
-        return [cast("FailureHead", self.network)]
+        """The fitted heads."""
+        heads = self.network if isinstance(self.network, nn.ModuleList) else [self.network]
+        return [cast("FailureHead", head) for head in heads]
 
     def _score(self, batch: Batch) -> Tensor:
         logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
@@ -179,7 +180,4 @@ def head_game(predictor: HeadPredictor) -> Game:
 
 def weights_digest(state: dict[str, Tensor]) -> str:
     """SHA-256 of tensors in the order of their names."""
-    hashed = hashlib.sha256()
-    for name in sorted(state):
-        hashed.update(state[name].cpu().numpy().tobytes())
-    return hashed.hexdigest()
+    return hashlib.sha256(b"".join(state[name].cpu().numpy().tobytes() for name in sorted(state))).hexdigest()

@@ -56,9 +56,7 @@ class NetworkPredictor(FailurePredictor):
 
 def perceptron(widths: list[int]) -> nn.Sequential:
     """Linear layers of these widths with leaky ReLUs between them."""
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.LeakyReLU()]
+    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.LeakyReLU())]
     return nn.Sequential(*layers[:-1])
 
 

@@ -52,9 +52,7 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
         value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
         return float(value), slope + distance / POOL_SD**2
 
-    found = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior))
-    weights: NDArray[np.float64] = found.x
-    return weights
+    return np.asarray(minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior)).x)
 
 
 MEMORY_ROWS = 4_096

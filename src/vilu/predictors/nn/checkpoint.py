@@ -253,10 +253,9 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of some rows of a source: which, their targets and space, and a sample of identifiers and embeddings."""
     hashed = hashlib.blake2b(digest_size=16)
-    for numbers in (rows, source.target[rows]):
+    for numbers in (rows, source.target[rows], source.image_rows(spread(rows, SAMPLED_ROWS))):
         hashed.update(numbers.numpy().tobytes())
     ids = [source.ids[row] for row in spread(rows, SAMPLED_IDS).tolist()]
-    hashed.update(source.image_rows(spread(rows, SAMPLED_ROWS)).numpy().tobytes())
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, hashed.hexdigest()])
 
 
