@@ -34,8 +34,7 @@ FILES = {
 def beside(target: Path) -> Iterator[Path]:
     """An empty folder next to ``target``, on the same file system; it is gone after the block."""
     make_folder(target.parent)
-    name = f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    folder = make_folder(target.with_name(name))
+    folder = make_folder(target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"))
     try:
         yield folder
     finally:

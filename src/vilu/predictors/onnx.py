@@ -89,8 +89,7 @@ class ScoreGraph(nn.Module):
             logit_bias=self.space.logit_bias,
             columns={} if features is None else {FEATURES: features},
         )
-        score: Tensor = self.score(batch)
-        return score.double(), batch.prediction
+        return cast("Tensor", self.score(batch)).double(), batch.prediction
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:

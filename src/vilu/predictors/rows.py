@@ -57,8 +57,7 @@ SIZE = 1 << 14
 def hash_ids(ids: Iterable[str]) -> NDArray[np.int64]:
     """Sorted distinct 63-bit hashes of row identifiers."""
     digests = b"".join(blake2b(i.encode(errors="surrogatepass"), digest_size=8).digest() for i in ids)
-    hashes: NDArray[np.int64] = np.unique(np.frombuffer(digests, dtype="<i8") & np.iinfo(np.int64).max)
-    return hashes
+    return np.unique(np.frombuffer(digests, dtype="<i8") & np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)

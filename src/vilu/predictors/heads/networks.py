@@ -122,8 +122,7 @@ class ImageNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) float32."""
-        output: Tensor = self.layers(batch.image * self.scale)
-        return output.squeeze(-1)
+        return cast("Tensor", self.layers(batch.image * self.scale)).squeeze(-1)
 
 
 def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:

@@ -179,8 +179,7 @@ class ViLUPlus(FailurePredictor):
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled experts."""
-        pooled: Tensor = self.experts.to(batch.image.device)(batch)
-        return pooled.log_softmax(dim=-1)
+        return cast("Tensor", self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
         """The experts and their pool."""

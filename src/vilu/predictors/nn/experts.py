@@ -231,8 +231,7 @@ class Adapter(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(B, K) for the training classes in their order."""
         rows = self.inputs(batch) * math.sqrt(self.inputs.width)  # coordinates of variance one on average
-        logits: Tensor = self.last(self.dropout(functional.gelu(self.first(rows))))
-        return logits
+        return cast("Tensor", self.last(self.dropout(functional.gelu(self.first(rows)))))
 
 
 class Memory(nn.Module):

@@ -72,8 +72,7 @@ class CrossAttention(nn.Module, ABC):
             else:
                 logits = scale * torch.linalg.multi_dot([image, query.T, key, text.T])
                 chain = [torch.softmax(logits, dim=-1), text]
-        attended: Tensor = torch.linalg.multi_dot([*chain, value.T, after.T])
-        return attended
+        return cast("Tensor", torch.linalg.multi_dot([*chain, value.T, after.T]))
 
     @abstractmethod
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -238,8 +237,7 @@ class FailureHead(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
-        logit: Tensor = self.rest(self.first_layer(batch))
-        return logit.squeeze(-1).float()
+        return cast("Tensor", self.rest(self.first_layer(batch))).squeeze(-1).float()
 
     def folded(self, logit_scale: float) -> FailureHead:
         """A copy for a graph."""
