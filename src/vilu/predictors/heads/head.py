@@ -130,9 +130,8 @@ class HeadPredictor(FailurePredictor):
         }
 
     def _start_notes(self) -> dict[str, object]:
-        if self.start_ is None:
-            return {}
-        return {"start": {"weights": weights_digest(self.start_.state()), **self.start_.notes_}}
+        start = self.start_
+        return {} if start is None else {"start": {"weights": weights_digest(start.state()), **start.notes_}}
 
     @property
     def heads(self) -> list[FailureHead]:

@@ -193,9 +193,8 @@ class FolderSession(Session):
 
     def keeper(self, binding: Callable[[], Binding]) -> Keeper:
         """One that keeps."""
-        keeper = FolderKeeper(self.folder / f"run_{self.n_runs}", binding(), self.every, self.world)
         self.n_runs += 1
-        return keeper
+        return FolderKeeper(self.folder / f"run_{self.n_runs - 1}", binding(), self.every, self.world)
 
     def runs(self) -> list[Path]:
         """Folders of runs that are there."""
