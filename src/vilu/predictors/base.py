@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -29,13 +29,15 @@ from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
 from vilu.predictors.labelled import degenerate_rate, refuse_overlap, trainable_rows
 from vilu.predictors.nn.head import with_weights
-from vilu.predictors.nn.train import SCORING_BATCH, Rows
+from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
 from vilu.predictors.parameters import check_parameters
 from vilu.predictors.probability import Calibrator, fit_calibrator
 from vilu.predictors.rows import RowSketch, similarity_range
 
 CERTAIN = 1e-15
 """Probabilities nearer to 0 or 1 than this count as this far away, so that their log-odds are finite."""
+
+Settings = TypeVar("Settings", TrainConfig, AdamWConfig)
 
 CONSTANT, CLASSES = "constant", "classes"
 
@@ -170,6 +172,11 @@ class FailurePredictor(ABC):
         """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot."""
         return zero_shot_log_posterior(batch)
 
+    def _settings(self, kind: type[Settings], **others: object) -> Settings:
+        """The fields of ``kind`` as the parameters of the same names are, but for some others."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(kind)}
+        return kind(**values | {"device": self.device_} | others)
+
     def _log_weight(self) -> float:
         """What a weighted loss adds to the log-odds of failure."""
         return 0.0
@@ -204,12 +211,8 @@ class FailurePredictor(ABC):
         rows, failure = trainable_rows(train, "training")
         found = self.learn(Rows(train, rows, columns), failure, validation)
         self.take(found.tensors, train.space)
-        seen = [
-            source.ids
-            for source in (train, validation)
-            if source is not None and not isinstance(source.ids, RowNumbers)
-        ]
-        self.seen_ = RowSketch.of(chain(*seen)) if seen else None
+        ids = [data.ids for data in (train, validation) if data is not None and not isinstance(data.ids, RowNumbers)]
+        self.seen_ = RowSketch.of(chain(*ids)) if ids else None
         self.similarity_ = similarity_range(train)
         self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **found.notes}
 
@@ -414,8 +417,7 @@ class FailurePredictor(ABC):
         Raises:
             UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
         """
-        if self.calibrator_ is None and not self.is_probability:
-            self.raw_failure_probability([])  # says why not, before anything is computed
+        self.failure_probability([])  # says why not, before anything is computed
         return self.failure_probability(self.predict_uncertainty(data))
 
     def failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
@@ -442,9 +444,7 @@ class FailurePredictor(ABC):
                 f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
                 "vilu_plus."
             )
-        score = self._calibration_score(real_vector(uncertainty, "uncertainty"))
-        probability: NDArray[np.float64] = special.expit(score)
-        return probability
+        return np.asarray(special.expit(self._calibration_score(real_vector(uncertainty, "uncertainty"))))
 
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
@@ -477,8 +477,7 @@ class FailurePredictor(ABC):
         """Log-odds without the bias of the loss where the uncertainty is a probability, else the uncertainty itself."""
         if not self.is_probability:
             return uncertainty
-        log_odds: NDArray[np.float64] = special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight()
-        return log_odds
+        return np.asarray(special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight())
 
 
 class Graph(nn.Module):

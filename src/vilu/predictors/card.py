@@ -60,8 +60,7 @@ def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, 
     """The card of a ``predictor.json`` and perhaps a ``risk.json``; whatever names contain, the header is YAML."""
     space = record["space"] or {}
     notes, name = record["notes"], record["method"]
-    seed = {"seed": record["parameters"]["seed"]} if "seed" in record["parameters"] else {}
-    parameters = {key: value for key, value in record["parameters"].items() if key not in seed}
+    parameters = {key: value for key, value in record["parameters"].items() if key != "seed"}
     sections = [
         header(space.get("backbone"), name),
         f"# {name}, a failure predictor",
@@ -69,7 +68,7 @@ def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, 
         f"likely wrong), from the embeddings alone. Made with vilu {code(record['vilu'])}.",
         f"**Method.** {code(name)}: {plain(method.summary)}. Reference: {plain(method.reference)}.",
         section("Embedding space", facts(space, SPACE) or ["- unknown: it was made from bare arrays"]),
-        section("Fit", [*fit_facts(notes, method), *facts(seed, {"seed": "seed"})]),
+        section("Fit", [*fit_facts(notes, method), *facts(record["parameters"], {"seed": "seed"})]),
         section("Hyper-parameters", [f"- {code(key)}: {code(parameters[key])}" for key in parameters] or ["- none"]),
         section("Guarantee", guarantee(risk)),
         section("Use", usage(space, notes, method)),
@@ -81,11 +80,9 @@ def model_card(record: Mapping[str, Any], method: Described, risk: Mapping[str, 
 
 def header(backbone: str | None, method: str) -> str:
     """The YAML block; its values are JSON in ASCII, which YAML is a superset of."""
-    entries: dict[str, object] = {"library_name": "vilu", "license": "unknown", "tags": [*TAGS, method]}
-    base = hub_id(backbone)
-    if base is not None:
-        entries["base_model"] = base
-    return "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in entries.items()), "---"])
+    entries = {"library_name": "vilu", "license": "unknown", "tags": [*TAGS, method], "base_model": hub_id(backbone)}
+    lines = [f"{key}: {json.dumps(value)}" for key, value in entries.items() if value is not None]
+    return "\n".join(["---", *lines, "---"])
 
 
 def hub_id(backbone: str | None) -> str | None:
@@ -148,26 +145,22 @@ def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described)
 
 def limits(notes: Mapping[str, Any], method: Described, risk: Mapping[str, Any] | None) -> list[str]:
     """What it does not say."""
-    found = ["It says nothing about other backbones, weights, preprocessing or logit scales; vilu refuses them."]
-    if method.is_probability:
-        found.append(
-            "Its score estimates P(failure) for images like those of the fit. It was "
-            + ("calibrated, see above." if risk else "not calibrated on rows of its own (`vilu calibrate`).")
-        )
-    else:
-        found.append("Its score orders answers; it is no probability.")
-    if method.closed_set:
-        found.append("It scores the classes that it was fitted on and no others.")
-    if method.columns_to_score:
-        found.append(f"It looks at {', '.join(map(code, method.columns_to_score))} beside the embeddings.")
-    if isinstance(notes.get("pool_size"), int):
-        found.append("Failures depend on the pool size: numbers at another one are not comparable.")
-    if method.needs_fit:
-        found.append(
-            "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, to warn who scores them."
-        )
-    found.append("The licence is for you to state; that of the backbone and of the images may bind it.")
-    return [f"- {sentence}" for sentence in found]
+    estimate = "Its score estimates P(failure) for images like those of the fit. It was " + (
+        "calibrated, see above." if risk else "not calibrated on rows of its own (`vilu calibrate`)."
+    )
+    hashes = "`weights.safetensors` holds hashes of up to 16,384 identifiers of training rows, to warn who scores them."
+    pools = isinstance(notes.get("pool_size"), int)
+    columns = ", ".join(map(code, method.columns_to_score))
+    sentences = {
+        "It says nothing about other backbones, weights, preprocessing or logit scales; vilu refuses them.": True,
+        estimate if method.is_probability else "Its score orders answers; it is no probability.": True,
+        "It scores the classes that it was fitted on and no others.": method.closed_set,
+        f"It looks at {columns} beside the embeddings.": columns,
+        "Failures depend on the pool size: numbers at another one are not comparable.": pools,
+        hashes: method.needs_fit,
+        "The licence is for you to state; that of the backbone and of the images may bind it.": True,
+    }
+    return [f"- {sentence}" for sentence, holds in sentences.items() if holds]
 
 
 def section(title: str, lines: Iterable[str]) -> str:

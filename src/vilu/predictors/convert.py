@@ -6,7 +6,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -48,15 +48,10 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
     if width != dim * len(parts) or (projection is not None and len(parts) == 1):
         raise DataError(f"{path} has a head of input width {width}, which is no concatenation of embeddings of {dim}.")
     hidden = tuple(len(weights[f"{layer}.bias"]) for layer in layers[:-1])
-    predictor = (
-        LVU(hidden=hidden, loss="bce")
-        if parts == ["image"]
-        else ViLU(
-            hidden=hidden,
-            attention=None if projection is None else "official",
-            predicted_caption="caption" in parts,
-        )
-    )
+    predictor: HeadPredictor = LVU(hidden=hidden, loss="bce")
+    if parts != ["image"]:
+        attention: Literal["official"] | None = None if projection is None else "official"
+        predictor = ViLU(hidden=hidden, attention=attention, predicted_caption="caption" in parts)
     predictor.space_ = EmbeddingSpace(dim, float(logit_scale))
     predictor.restore(renamed(weights, layers, parts))
     predictor.notes_ = {"converted_from": "a checkpoint of the reference implementation"}

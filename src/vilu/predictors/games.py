@@ -13,7 +13,7 @@ from torch import Tensor
 from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
 from vilu.predictors.labelled import failure_log_odds
-from vilu.predictors.nn.experts import Experts, Pooled
+from vilu.predictors.nn.experts import Experts
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.train import SCORING_BATCH
 
@@ -168,14 +168,9 @@ class PoolGame(Game):
         """(2^G, B) f(S)."""
         with torch.no_grad():
             parts = self.experts.to(batch.image.device).pooled_parts(batch)
-            found = [coalition_log_odds(parts, coalition, batch).cpu() for coalition in range(len(self._mean))]
+            summands = parts.zero_shot, parts.image, parts.texts  # in the order of the players
+            found = [torch.zeros(len(batch.image), dtype=torch.float64)]
+            for coalition in range(1, len(self._mean)):
+                inside = [summand for bit, summand in enumerate(summands) if coalition >> bit & 1]
+                found.append(failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch).cpu())
         return torch.stack(found)
-
-
-def coalition_log_odds(parts: Pooled, coalition: int, batch: Batch) -> Tensor:
-    """(B,) float64 log-odds of failure of the zero-shot answer when only some parts of the logits are there."""
-    summands = dict(zip(PoolGame.players, (parts.zero_shot, parts.image, parts.texts), strict=True))
-    inside = [summand for bit, summand in enumerate(summands.values()) if coalition >> bit & 1]
-    if not inside:
-        return torch.zeros(len(batch.image), dtype=torch.float64)
-    return failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch)

@@ -15,7 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 from vilu.errors import DataError, MissingModelError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.files import MAX_DOCUMENT_BYTES, host_hash, make_folder
+from vilu.files import MAX_DOCUMENT_BYTES, host_hash, make_folder, or_refuse
+from vilu.predictors.card import HUB_ID
 from vilu.predictors.record import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, read_record
 from vilu.predictors.storage import load
 
@@ -33,8 +34,7 @@ FILES = {
 def beside(target: Path) -> Iterator[Path]:
     """An empty folder next to ``target``, on the same file system; it is gone after the block."""
     make_folder(target.parent)
-    name = f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    folder = make_folder(target.with_name(name))
+    folder = make_folder(target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"))
     try:
         yield folder
     finally:
@@ -45,17 +45,13 @@ def copy_files(source: Path, destination: Path, *, links: bool) -> str:
     """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint; links for caches."""
     if not source.is_dir():
         raise DataError(f"no predictor here: {source} is no folder. Make one with `vilu fit`.")
-    try:
+    with or_refuse(f"copy {source} to {destination}"):
         for name, limit in FILES.items():
             path = source / name
             if path.is_symlink() and not links:
                 raise UsageError(f"{path} is a symbolic link, so it could be anything on this machine. Copy the file.")
             if path.is_file():
                 _copy(path, destination / name, limit)
-    except ViLUError:
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot copy {source} to {destination}: {error.strerror or error}.") from error
     return check(destination, source)
 
 
@@ -106,22 +102,18 @@ def require_same(target: Path, fingerprint: str) -> None:
 
 def place(staged: Path, target: Path) -> None:
     """Put a finished folder in the place of ``target``; a reader sees the old one, the new one, or briefly none."""
-    try:
-        with beside(target) as aside:
-            old = aside / "old"
-            if target.exists():
-                target.rename(old)
-            try:
-                staged.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
-    except OSError as error:
-        raise StorageError(f"cannot put the predictor into {target}: {error.strerror or error}.") from error
+    with or_refuse(f"put the predictor into {target}"), beside(target) as aside:
+        old = aside / "old"
+        if target.exists():
+            target.rename(old)
+        try:
+            staged.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
 
 
-REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 REASONS = {
     "GatedRepoError": "it is gated; ask for access on its page, and set HF_TOKEN",
     "RepositoryNotFoundError": "the hub has no such name, or it is private and HF_TOKEN is not of one who may see it",
@@ -157,11 +149,9 @@ def push(
         MissingModelError: If huggingface_hub is not installed, or the hub is offline or refuses.
         StorageError: If the file system refuses.
     """
-    local = local_folder(repository)
+    local = local_folder(repository, revision)
     if local is not None:
-        require_no_revision(repository, revision)
         return str(_place_copy(Path(folder), local, links=False, overwrite=overwrite))
-    require_repository(repository)
     with tempfile.TemporaryDirectory() as staged:
         copy_files(Path(folder), Path(staged), links=False)
         return _upload(Path(staged), repository, private, revision)
@@ -186,38 +176,25 @@ def pull(repository: str, folder: str | Path, *, revision: str | None = None, ov
             not in the cache and the hub is offline.
         StorageError: If the file system refuses.
     """
-    source = local_folder(repository)
     require_ours(Path(folder))
-    if source is not None:
-        require_no_revision(repository, revision)
-    else:
-        require_repository(repository)
-        source = _download(repository, revision)
+    source = local_folder(repository, revision) or _download(repository, revision)
     return _place_copy(source, Path(folder), links=True, overwrite=overwrite)
 
 
-def local_folder(repository: str) -> Path | None:
-    """The folder that a repository's name means, None where it is not written as one."""
-    if repository.startswith("file://"):
-        parts = urlsplit(repository)
-        if parts.netloc not in {"", "localhost"}:
-            raise UsageError(f"a file URL of this machine begins with file:///. Got {repository!r} instead.")
-        return Path(unquote(parts.path))
-    return Path(repository).expanduser() if A_FOLDER.match(repository) else None
-
-
-def require_repository(repository: str) -> None:
-    """Refuse what is neither ORG/NAME nor written as a folder."""
-    if not REPOSITORY.fullmatch(repository):
-        raise UsageError(
-            f"expected ORG/NAME on the model hub, or a folder that begins with ./ or /. Got {repository!r} instead."
-        )
-
-
-def require_no_revision(repository: str, revision: str | None) -> None:
-    """Refuse a revision of a folder."""
+def local_folder(repository: str, revision: str | None) -> Path | None:
+    """The folder that a repository's name means, which has no revisions; None where it is ORG/NAME on the hub."""
+    url = urlsplit(repository) if repository.startswith("file://") else None
+    if url and url.netloc not in {"", "localhost"}:
+        raise UsageError(f"a file URL of this machine begins with file:///. Got {repository!r} instead.")
+    if url is None and not A_FOLDER.match(repository):
+        if not HUB_ID.fullmatch(repository):
+            raise UsageError(
+                f"expected ORG/NAME on the model hub, or a folder that begins with ./ or /. Got {repository!r} instead."
+            )
+        return None
     if revision is not None:
         raise UsageError(f"{repository} is a folder, which has no revisions. Leave --revision out.")
+    return Path(unquote(url.path)) if url else Path(repository).expanduser()
 
 
 def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> Path:
@@ -302,15 +279,11 @@ def _explained(repository: str, revision: str | None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:  # of the file system; the hub's have no number
             raise StorageError(f"the cache of the hub cannot be used: {error}.") from error
         status = getattr(getattr(error, "response", None), "status_code", None)
-        kinds = [kind.__name__ for kind in type(error).__mro__]
-        reason = next((REASONS[kind] for kind in kinds if kind in REASONS), None)
+        reason = next((REASONS[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in REASONS), None)
         if reason is None and status in {401, 403}:
             raise UsageError(
                 f"the hub refuses {repository} (HTTP {status}): HF_TOKEN is not of one who may."
             ) from error
-        reason = reason or f"the hub or the way to it failed: {_first_line(error)}"
+        first_line = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        reason = reason or f"the hub or the way to it failed: {first_line}"
         raise MissingModelError(f"{repository}, revision {revision or 'main'}: {reason}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
 
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors import PREDICTORS
@@ -52,13 +49,11 @@ def initialise(
     fitted.require_fitted()
     if fitted.constant_ is not None:
         raise DataError(f"the {fitted.name} to begin from is a constant: its training rows were all of one kind.")
-    inherited: dict[str, Any] = {name: getattr(fitted, name) for name in parameters(fitted)}
-    settings = {**inherited, **FINE_TUNING, **(values or {})}
+    settings = {name: getattr(fitted, name) for name in parameters(fitted)} | FINE_TUNING | dict(values or {})
     trial, predictor = (build(cls, settings) for _ in range(2))
     trial.space_ = fitted.space_
     try:
-        with torch.random.fork_rng(devices=[]):
-            trial.restore(fitted.state())
+        trial.restore(fitted.state())
     except DataError as error:
         raise ProvenanceError(f"the {fitted.name} to begin from has another architecture: {error}") from error
     predictor.start_ = fitted

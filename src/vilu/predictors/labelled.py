@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -105,9 +106,7 @@ def fit_and_selection(
         part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
         chosen = Rows(train.source, rows[part], columns)
         _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
-        keep = torch.ones(len(rows), dtype=torch.bool)
-        keep[part] = False
-        rows = rows[keep]
+        rows = rows[~torch.isin(torch.arange(len(rows)), part)]
     is_blind = len(held_failure.unique()) < 2
     return Rows(train.source, rows, columns), None if is_blind else chosen
 
@@ -134,11 +133,8 @@ def hold_out(
         by_themselves = groups is None or len(groups.unique()) < pool_size
         chosen = order[:room] if groups is None or by_themselves else order[whole_groups(groups[order], room)]
         return chosen[: len(chosen) if len(chosen) >= pool_size else 0].sort().values
-    parts = []
-    for value in (0, 1):
-        members = (failure == value).nonzero().squeeze(1)
-        order = torch.randperm(len(members), generator=generator)
-        parts.append(members[order[: round(len(members) * fraction)]])
+    kinds = [(failure == value).nonzero().squeeze(1) for value in (0, 1)]
+    parts = [kind[torch.randperm(len(kind), generator=generator)[: round(len(kind) * fraction)]] for kind in kinds]
     return torch.cat(parts).sort().values
 
 
@@ -166,10 +162,8 @@ def caption_groups(source: PairSource, rows: Tensor) -> Tensor:
     with a probability below 2^-48, which does no more harm than that they stay together.
     """
     factors = np.random.default_rng(0).integers(2**63, size=source.space.embed_dim, dtype=np.uint64) * 2 + 1
-    parts = []
-    for block in rows.split(GROUP_BLOCK):
-        bits = (source.caption_rows(block).half() + 0).numpy().view(np.uint16)  # + 0 makes -0 a 0
-        parts.append(bits.astype(np.uint64) @ factors)
+    blocks = ((source.caption_rows(block).half() + 0).numpy() for block in rows.split(GROUP_BLOCK))  # + 0 makes -0 a 0
+    parts = [block.view(np.uint16).astype(np.uint64) @ factors for block in blocks]
     return torch.where(source.of_classes(rows), rows, torch.from_numpy(np.concatenate(parts).view(np.int64)))
 
 
@@ -208,6 +202,5 @@ def cross_fitting(
     for k, part in enumerate(parts):
         few = torch.randperm(len(part), generator=generator)[:FOLDED_ROWS].sort().values  # rows may come class by class
         if len(few):
-            rest, held_out = train.index[fold != k], part[few]
-            pairs.append((Rows(train.source, rest, train.columns), Rows(train.source, held_out, train.columns)))
+            pairs.append((replace(train, index=train.index[fold != k]), replace(train, index=part[few])))
     return pairs

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,8 +89,7 @@ class ScoreGraph(nn.Module):
             logit_bias=self.space.logit_bias,
             columns={} if features is None else {FEATURES: features},
         )
-        score: Tensor = self.score(batch)
-        return score.double(), batch.prediction
+        return cast("Tensor", self.score(batch)).double(), batch.prediction
 
 
 def score_graph(predictor: FailurePredictor) -> ScoreGraph:
@@ -100,13 +99,10 @@ def score_graph(predictor: FailurePredictor) -> ScoreGraph:
         raise NotExportable(f"{predictor.name} cannot be exported as a graph of image and text. These can: {known}.")
     predictor.require_fitted()
     space, constant = predictor.fitted_space, predictor.constant_
-    graph = predictor.graph() if constant is None else Graph(partial(constant_score, constant))
-    return ScoreGraph(graph, space).eval()
-
-
-def constant_score(constant: float, batch: Batch) -> Tensor:
-    """(N,) the same number for every row."""
-    return torch.full_like(batch.image[:, 0], constant, dtype=torch.float64)
+    if constant is None:
+        return ScoreGraph(predictor.graph(), space).eval()
+    same = Graph(lambda batch: torch.full_like(batch.image[:, 0], constant, dtype=torch.float64))
+    return ScoreGraph(same, space).eval()
 
 
 TOLERANCE = 1e-5
@@ -125,12 +121,8 @@ MAX_ONNX_BYTES = 2**31 - 1
 """A protocol buffer holds no more."""
 
 
-class Trial(NamedTuple):
-    """Inputs of a graph: ``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F)."""
-
-    image: Tensor
-    text: Tensor
-    columns: dict[str, Tensor]
+Trial = dict[str, Tensor]
+"""Inputs of a graph in their order: ``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F)."""
 
 
 def export_onnx(folder: str | Path, path: str | Path) -> float:
@@ -166,22 +158,19 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     """The score of a predictor as ONNX, with what it was made from in its metadata; errors as ``export_onnx``."""
     graph = score_graph(predictor)
     example = next(trials(predictor, ((3, 5),)))
-    names = ["image", "text", *example.columns]
     rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
-    inputs = (example.image, example.text, *example.columns.values())
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        exported = torch.onnx.export(
             graph,
-            inputs,
+            tuple(example.values()),
             dynamo=True,
             verbose=False,
-            input_names=names,
+            input_names=list(example),
             output_names=["uncertainty", "prediction"],
-            dynamic_shapes=({0: rows}, {0: texts}, *({0: rows} for _ in example.columns)),
+            dynamic_shapes=tuple({0: texts if name == "text" else rows} for name in example),
         )
-    if program is None:
-        raise DataError(f"torch made no ONNX program of this {predictor.name}.")
+    program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
     program.model.metadata_props.update(metadata(predictor, graph.space, fingerprint))
     model = program.model_proto
     if model.ByteSize() > MAX_ONNX_BYTES:
@@ -213,19 +202,17 @@ def largest_difference(predictor: FailurePredictor, content: bytes) -> float:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
     plain = score_graph(predictor)
     exact = copy.deepcopy(plain).double()
     plain.batch = PlainBatch
     gaps, roundings = [], []
     for trial in trials(predictor, SIZES):
-        inputs = (trial.image, trial.text, *trial.columns.values())
-        uncertainty, answer = session.run(None, dict(zip(names, (rows.numpy() for rows in inputs), strict=True)))
+        uncertainty, answer = session.run(None, {name: rows.numpy() for name, rows in trial.items()})
         expected, prediction, clear = reference(predictor, trial)
         if (answer != prediction)[clear].any():
             raise DataError(f"the exported {predictor.name} gives other zero-shot answers. Nothing was written.")
         with torch.no_grad():
-            rounded = plain(*inputs)[0] - exact(*(rows.double() for rows in inputs))[0]
+            rounded = plain(**trial)[0] - exact(**{name: rows.double() for name, rows in trial.items()})[0]
         gaps.append(largest(uncertainty - expected, clear))
         roundings.append(largest(rounded.numpy(), clear))
     worst, allowed = float(np.max(gaps)), max(TOLERANCE, ROUNDINGS * max(roundings))
@@ -244,12 +231,12 @@ def largest(differences: NDArray[np.float64], rows: NDArray[np.bool_]) -> float:
 
 def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
-    source = Embeddings(trial.image, trial.text, space=predictor.space_, columns=trial.columns)
+    image, text, columns = trial["image"], trial["text"], {name: trial[name] for name in predictor.columns_to_score}
+    source = Embeddings(image, text, space=predictor.space_, columns=columns)
     found = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in found])
     prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in found])
-    distinct = trial.text.unique(dim=0)
-    first, second = (trial.image @ distinct.T).topk(2, dim=1).values.unbind(dim=1)
+    first, second = (image @ text.unique(dim=0).T).topk(2, dim=1).values.unbind(dim=1)
     return uncertainty, prediction, (first - second > TIE * first.abs()).numpy()
 
 
@@ -279,7 +266,8 @@ def trial_of(widths: dict[str, int], n: int, text: Tensor, generator: torch.Gene
     image = random_rows(n, text.shape[1], generator)
     near = text[torch.randint(len(text), (n,), generator=generator)]
     image[::2] = functional.normalize(near + image / 2, dim=1)[::2]
-    return Trial(image, text, {name: torch.randn(n, width, generator=generator) for name, width in widths.items()})
+    columns = {name: torch.randn(n, width, generator=generator) for name, width in widths.items()}
+    return {"image": image, "text": text, **columns}
 
 
 def random_rows(n: int, dim: int, generator: torch.Generator) -> Tensor:

@@ -6,12 +6,11 @@ import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from vilu.errors import UsageError
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 
 class Parametrised(Protocol):
@@ -48,8 +47,6 @@ def build(cls: type[Made], values: Mapping[str, object]) -> Made:
 
 def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
     """The value as its annotated type; strict: no conversion from strings."""
-    from pydantic import ValidationError
-
     hint, adapter = _checker(cls, name)
     if not strict and value in ("none", "None", "null"):
         value = None
@@ -65,8 +62,6 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
 @cache
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
-    from pydantic import TypeAdapter
-
     hint = get_type_hints(cls, include_extras=True)[name]
     return hint, TypeAdapter(hint)
 

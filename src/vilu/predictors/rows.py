@@ -37,11 +37,9 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     if not len(rows):
         raise DataError(f"none of the {len(source)} rows has a label, so no class has a shot.")
     target = source.target[rows]
-    parts = []
-    for label in range(source.n_candidates):
-        members = rows[target == label].numpy()
-        order = np.random.default_rng([seed, label]).permutation(len(members))
-        parts.append(torch.from_numpy(members[order[:n]]))
+    classes = [rows[target == label] for label in range(source.n_candidates)]
+    orders = [np.random.default_rng([seed, label]).permutation(len(members)) for label, members in enumerate(classes)]
+    parts = [members[order[:n]] for members, order in zip(classes, orders, strict=True)]
     sizes = [len(part) for part in parts]
     if min(sizes) < n:
         few = sum(size < n for size in sizes)
@@ -59,8 +57,7 @@ SIZE = 1 << 14
 def hash_ids(ids: Iterable[str]) -> NDArray[np.int64]:
     """Sorted distinct 63-bit hashes of row identifiers."""
     digests = b"".join(blake2b(i.encode(errors="surrogatepass"), digest_size=8).digest() for i in ids)
-    hashes: NDArray[np.int64] = np.unique(np.frombuffer(digests, dtype="<i8") & np.iinfo(np.int64).max)
-    return hashes
+    return np.unique(np.frombuffer(digests, dtype="<i8") & np.iinfo(np.int64).max)
 
 
 @dataclass(frozen=True)

@@ -95,11 +95,8 @@ class Stacking(FailurePredictor):
                 f"the members of {self.name} must be different methods, and other ones. Got {', '.join(self.members)}."
             )
         shared = {"seed": self.seed, "device": self.device, "allow_degenerate": True}
-        made = {}
-        for name in self.members:
-            cls = find_method(name)
-            made[name] = cls(**{key: value for key, value in shared.items() if key in parameters(cls)})
-        return made
+        classes = {name: find_method(name) for name in self.members}
+        return {name: cls(**{k: v for k, v in shared.items() if k in parameters(cls)}) for name, cls in classes.items()}
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores, failed = [], []
@@ -135,11 +132,8 @@ class Stacking(FailurePredictor):
         stack = {"mean": scores.mean(dim=0), "deviation": deviation.masked_fill(flat, torch.inf)}
         model = LogisticRegression(C=self.C, max_iter=1_000, tol=1e-6)
         model.fit(standardised(scores, stack).numpy(), failure.numpy())
-        return {
-            **stack,
-            "coefficients": torch.from_numpy(model.coef_[0].copy()),
-            "intercept": torch.from_numpy(model.intercept_.copy()),
-        }
+        fitted = {"coefficients": model.coef_[0], "intercept": model.intercept_}
+        return stack | {name: torch.from_numpy(values.copy()) for name, values in fitted.items()}
 
     def _score(self, batch: Batch) -> Tensor:
         x = standardised(member_scores(self.members_, batch), self.learned_)

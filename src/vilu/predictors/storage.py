@@ -61,7 +61,5 @@ def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
 def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it."""
     path = Path(folder)
-    predictor, risk = load(path), None
-    if (path / RISK).exists():
-        risk = read_object(path / RISK)
-    record.write_card(path, read_record(path / PREDICTOR), predictor, risk)
+    risk = read_object(path / RISK) if (path / RISK).exists() else None
+    record.write_card(path, read_record(path / PREDICTOR), load(path), risk)

@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vilu.device import resolve_device
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -102,12 +101,11 @@ class HeadPredictor(FailurePredictor):
 
     def train_head(self, train: Rows, validation: Rows | None, error_rate: float) -> Learnt:
         """One head, selected on the validation rows where there are some."""
-        settings = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
-        config = TrainConfig(**{**settings, "device": resolve_device(self.device)})
         head = self._first_head(train.source.space)
         weight = FailureWeight(self.weighting, error_rate, self.static_weight)
         keeper = current_session().keeper(lambda: self._binding(head, train, validation))
-        history = HeadTrainer(head, LOSSES[self.loss](weight), config, keeper, [weight]).run(train, validation)
+        trainer = HeadTrainer(head, LOSSES[self.loss](weight), self._settings(TrainConfig), keeper, [weight])
+        history = trainer.run(train, validation)
         weights = {name: tensor.cpu() for name, tensor in head.state_dict().items()}
         return Learnt(weights, {**self._start_notes(), "history": dataclasses.asdict(history)})
 
@@ -132,14 +130,14 @@ class HeadPredictor(FailurePredictor):
         }
 
     def _start_notes(self) -> dict[str, object]:
-        if self.start_ is None:
-            return {}
-        return {"start": {"weights": weights_digest(self.start_.state()), **self.start_.notes_}}
+        start = self.start_
+        return {} if start is None else {"start": {"weights": weights_digest(start.state()), **start.notes_}}
 
     @property
     def heads(self) -> list[FailureHead]:
-        """The fitted heads, of which there is one."""
-        return [cast("FailureHead", self.network)]
+        """The fitted heads."""
+        heads = self.network if isinstance(self.network, nn.ModuleList) else [self.network]
+        return [cast("FailureHead", head) for head in heads]
 
     def _score(self, batch: Batch) -> Tensor:
         logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
@@ -181,7 +179,4 @@ def head_game(predictor: HeadPredictor) -> Game:
 
 def weights_digest(state: dict[str, Tensor]) -> str:
     """SHA-256 of tensors in the order of their names."""
-    hashed = hashlib.sha256()
-    for name in sorted(state):
-        hashed.update(state[name].cpu().numpy().tobytes())
-    return hashed.hexdigest()
+    return hashlib.sha256(b"".join(state[name].cpu().numpy().tobytes() for name in sorted(state))).hexdigest()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.base import FailurePredictor, Learnt, own_graph
+from vilu.predictors.base import FailurePredictor, Graph, Learnt, own_graph
 from vilu.predictors.heads.head import Count, NonNegative, Positive
 from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
 
@@ -46,22 +46,17 @@ class NetworkPredictor(FailurePredictor):
         """The training loss of the network's output (B,)."""
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        config = AdamWConfig(
-            self.epochs, self.batch_size, self.learning_rate, self.weight_decay, self.seed, self.device_
-        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = cast("nn.Module", self.module({}, train.source.space))
-        history = train_adamw(network, self._loss, train, config)
+        history = train_adamw(network, self._loss, train, self._settings(AdamWConfig))
         weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         return Learnt(weights, {"history": {"loss": history}})
 
 
 def perceptron(widths: list[int]) -> nn.Sequential:
     """Linear layers of these widths with leaky ReLUs between them."""
-    layers: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        layers += [nn.Linear(before, after), nn.LeakyReLU()]
+    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.LeakyReLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -102,8 +97,12 @@ class PVU(NetworkPredictor):
         return ImageNetwork(space.embed_dim, self.hidden)
 
     def graph(self) -> nn.Module:
-        """Onnxruntime has no softplus in float64."""
-        return SoftplusGraph(self.network)
+        """The score with another softplus: onnxruntime has none in float64."""
+        return Graph(self._score_without_softplus, self.network)
+
+    def _score_without_softplus(self, batch: Batch) -> Tensor:
+        output = float64(self.network(batch))
+        return torch.logaddexp(output, torch.zeros_like(output)) + FLOOR
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         backbone = -batch.log_probability(log_posterior(batch), batch.target)
@@ -123,21 +122,7 @@ class ImageNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) float32."""
-        output: Tensor = self.layers(batch.image * self.scale)
-        return output.squeeze(-1)
-
-
-class SoftplusGraph(nn.Module):
-    """The score of ``PVU`` as a graph."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(N,) float64."""
-        output = float64(self.network(batch))
-        return torch.logaddexp(output, torch.zeros_like(output)) + FLOOR
+        return cast("Tensor", self.layers(batch.image * self.scale)).squeeze(-1)
 
 
 def ranking_loss(uncertainty: Tensor, backbone: Tensor) -> Tensor:
@@ -199,11 +184,9 @@ class LMN(NetworkPredictor):
     steepness: Positive = 0.05
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
-        for count, what in ((int(failure.sum()), "failures"), (int((1 - failure).sum()), "successes")):
-            if not count:
-                warnings.warn(
-                    f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.", stacklevel=4
-                )
+        if len(failure.unique()) < 2:
+            what = "successes" if failure.any() else "failures"
+            warnings.warn(f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.", stacklevel=4)
         return super()._learn(train, failure, validation)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002

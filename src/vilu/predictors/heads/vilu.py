@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -129,11 +129,6 @@ class DeepEnsemble(ViLU):
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
         """The heads, by their number."""
         return nn.ModuleList(self._head(space) for _ in range(self.members))
-
-    @property
-    def heads(self) -> list[FailureHead]:
-        """Those of the members."""
-        return [cast("FailureHead", head) for head in cast("nn.ModuleList", self.network)]
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Annotated, ClassVar, cast
 
 import numpy as np
@@ -53,9 +52,7 @@ def fit_pool(log_p: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[n
         value = -log_q[rows, target].sum() + (distance**2).sum() / (2 * POOL_SD**2)
         return float(value), slope + distance / POOL_SD**2
 
-    found = minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior))
-    weights: NDArray[np.float64] = found.x
-    return weights
+    return np.asarray(minimize(objective, prior, jac=True, method="L-BFGS-B", bounds=[(0, None)] * len(prior)).x)
 
 
 MEMORY_ROWS = 4_096
@@ -162,7 +159,6 @@ class ViLUPlus(FailurePredictor):
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim(rows))
         inputs.fit(rows)
         attention = fit_attention(inputs, rows, n_classes, self.variance, self.sharing, self.device_)
-        fits: dict[str, Callable[[SupervisedAttention, Rows], Adapter | Memory]]
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
@@ -175,10 +171,7 @@ class ViLUPlus(FailurePredictor):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             adapter = Adapter(attention.inputs, len(attention.classes), self.width, self.dropout)
-            config = AdamWConfig(
-                epochs, self.batch_size, self.learning_rate, self.weight_decay, self.seed, self.device_
-            )
-            train_adamw(adapter, loss, rows, config)
+            train_adamw(adapter, loss, rows, self._settings(AdamWConfig, epochs=epochs))
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
@@ -186,8 +179,7 @@ class ViLUPlus(FailurePredictor):
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled experts."""
-        pooled: Tensor = self.experts.to(batch.image.device)(batch)
-        return pooled.log_softmax(dim=-1)
+        return cast("Tensor", self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
         """The experts and their pool."""
@@ -203,7 +195,7 @@ class ViLUPlus(FailurePredictor):
             raise DataError(f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}.")
         n_classes, dim = tensors[CLASSES].shape
         inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
-        companions: dict[str, Adapter | Memory] = {}
+        companions: dict[str, nn.Module] = {}
         if ADAPTER in tensors:
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout)
         if BANK in tensors:

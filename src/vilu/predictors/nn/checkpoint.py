@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import digest
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import LOCK, TEMPORARY, atomic_write, locked, make_folder, write_json
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.files import LOCK, TEMPORARY, atomic_write, locked, make_folder, or_refuse, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
@@ -79,9 +80,7 @@ class FolderKeeper(Keeper):
         record, weights = self.world.broadcast(record), self.world.broadcast(weights)
         if not record:
             return None
-        from safetensors.torch import load
-
-        return Checkpoint(json.loads(record)["position"], load(weights))
+        return Checkpoint(json.loads(record)["position"], safetensors_torch.load(weights))
 
     def due(self) -> bool:
         """Whether ``every`` minutes have passed since the last one."""
@@ -91,11 +90,10 @@ class FolderKeeper(Keeper):
         """Write a checkpoint, and remove those that are neither this one nor the one before it."""
         if not self.world.leads:
             return
-        from safetensors.torch import save
-
         found, serials = make(), self._serials()
         name = f"{max(serials, default=0) + 1:08d}"
-        weights = save({key: tensor.detach().cpu().contiguous() for key, tensor in found.tensors.items()})
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in found.tensors.items()}
+        weights = safetensors_torch.save(tensors)
         make_folder(self.folder)
         with atomic_write(self.folder / f"{name}.safetensors") as handle:
             handle.write(weights)
@@ -114,12 +112,10 @@ class FolderKeeper(Keeper):
         return sorted(int(match[1]) for match in map(RECORD.fullmatch, names) if match)
 
     def _prune(self, kept: set[str]) -> None:
-        try:
+        with or_refuse(f"remove a checkpoint in {self.folder}"):
             for path in sorted(self.folder.iterdir()):  # of a name the record goes before its tensors
                 if is_ours(path.name) and path.stem not in kept:
                     path.unlink()
-        except OSError as error:
-            raise StorageError(f"cannot remove a checkpoint in {self.folder}: {error.strerror or error}.") from error
 
     def _newest(self) -> tuple[bytes, bytes]:
         serials = self._serials()
@@ -156,14 +152,12 @@ def is_ours(name: str) -> bool:
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     """A record and the bytes of its tensors, as they were written."""
-    try:
-        size = path.stat().st_size
-        content = path.read_bytes() if size <= MAX_RECORD_BYTES else b""
-        weights = path.with_suffix(".safetensors").read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename} is missing.") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path.with_suffix('')}: {error.strerror or error}.") from error
+    with or_refuse(f"read {path.with_suffix('')}"):
+        try:
+            content = path.read_bytes() if path.stat().st_size <= MAX_RECORD_BYTES else b""
+            weights = path.with_suffix(".safetensors").read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} is missing.") from error
     try:
         record = json.loads(content)
     except ValueError as error:
@@ -199,9 +193,8 @@ class FolderSession(Session):
 
     def keeper(self, binding: Callable[[], Binding]) -> Keeper:
         """One that keeps."""
-        keeper = FolderKeeper(self.folder / f"run_{self.n_runs}", binding(), self.every, self.world)
         self.n_runs += 1
-        return keeper
+        return FolderKeeper(self.folder / f"run_{self.n_runs - 1}", binding(), self.every, self.world)
 
     def runs(self) -> list[Path]:
         """Folders of runs that are there."""
@@ -209,12 +202,10 @@ class FolderSession(Session):
 
     def remove(self) -> None:
         """Remove the checkpoints: what they led to is saved."""
-        try:
+        with or_refuse(f"remove the checkpoints in {self.folder}"):
             for run in self.runs() if self.world.leads else ():
                 shutil.rmtree(run)
-            self.removed = self.world.leads
-        except OSError as error:
-            raise StorageError(f"cannot remove the checkpoints in {self.folder}: {error.strerror or error}.") from error
+        self.removed = self.world.leads
 
 
 _session: ContextVar[Session] = ContextVar("session", default=Session())  # noqa: B039 - it has no state
@@ -261,10 +252,9 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
     """Hash of some rows of a source: which, their targets and space, and a sample of identifiers and embeddings."""
     hashed = hashlib.blake2b(digest_size=16)
-    for numbers in (rows, source.target[rows]):
+    for numbers in (rows, source.target[rows], source.image_rows(spread(rows, SAMPLED_ROWS))):
         hashed.update(numbers.numpy().tobytes())
     ids = [source.ids[row] for row in spread(rows, SAMPLED_IDS).tolist()]
-    hashed.update(source.image_rows(spread(rows, SAMPLED_ROWS)).numpy().tobytes())
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, hashed.hexdigest()])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -53,8 +54,7 @@ class Standard(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(N, D) to (N, D)."""
-        scaled: Tensor = (rows - self.mean) / self.norm
-        return scaled
+        return (rows - self.mean) / self.norm
 
 
 class ImageInputs(nn.Module):
@@ -70,11 +70,9 @@ class ImageInputs(nn.Module):
         images, features = Moments(), Moments()
         for batch in rows.batches(SCORING_BATCH):
             images.add(batch.image)
-            if self.on_features:
-                features.add(batch.columns[FEATURES])
+            features.add(batch.columns[FEATURES] if self.on_features else batch.image[:, :0])
         self.image.fit(images)
-        if self.on_features:
-            self.features.fit(features)
+        self.features.fit(features)
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, D + F), of unit norm in the root mean square."""
@@ -125,8 +123,7 @@ class SupervisedAttention(nn.Module):
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits without the bias that all share; the more foreign, the less tempered."""
         temperature = self.temperature if match is None else self.temperature ** match.reach.mean()
-        tempered: Tensor = temperature * (batch.logits - batch.logit_bias)
-        return tempered
+        return temperature * (batch.logits - batch.logit_bias)
 
     def match(self, text: Tensor) -> Match:
         """How candidates (K, D) relate to the training classes; captions have none, and nothing to be far from."""
@@ -234,8 +231,7 @@ class Adapter(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """(B, K) for the training classes in their order."""
         rows = self.inputs(batch) * math.sqrt(self.inputs.width)  # coordinates of variance one on average
-        logits: Tensor = self.last(self.dropout(functional.gelu(self.first(rows))))
-        return logits
+        return cast("Tensor", self.last(self.dropout(functional.gelu(self.first(rows)))))
 
 
 class Memory(nn.Module):
@@ -301,9 +297,7 @@ class Experts(nn.Module):
     ``weights`` (M,) float64 are those of a log-linear pool of all; the attention alone counts one.
     """
 
-    def __init__(
-        self, attention: SupervisedAttention, companions: dict[str, Adapter | Memory], weights: Tensor
-    ) -> None:
+    def __init__(self, attention: SupervisedAttention, companions: Mapping[str, nn.Module], weights: Tensor) -> None:
         super().__init__()
         self.attention, self.companions = attention, nn.ModuleDict(companions)
         self.weights = weights  # no buffer: some devices have no float64

@@ -66,23 +66,17 @@ class CrossAttention(nn.Module, ABC):
             after: (H, D) matrix that is applied to the attended text.
         """
         with torch.autocast(image.device.type, enabled=False):
-            query, key, scale = self.bilinear(logit_scale)
+            query, key, value, scale = self.projections(logit_scale)
             if len(image) * len(text) > TILE_CELLS:
                 chain = [attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)]
             else:
                 logits = scale * torch.linalg.multi_dot([image, query.T, key, text.T])
                 chain = [torch.softmax(logits, dim=-1), text]
-        attended: Tensor = torch.linalg.multi_dot([*chain, self.value.T, after.T])
-        return attended
+        return cast("Tensor", torch.linalg.multi_dot([*chain, value.T, after.T]))
 
     @abstractmethod
-    def bilinear(self, logit_scale: float) -> tuple[Tensor, Tensor, float]:
-        """Query and key matrices (D, D) and the multiplier of their product."""
-
-    @property
-    @abstractmethod
-    def value(self) -> Tensor:
-        """(D, D) projection of the values."""
+    def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Query, key and value matrices (D, D), and the multiplier of the product of the first two."""
 
 
 def attend(query: Tensor, text: Tensor, scale: float) -> Tensor:
@@ -141,14 +135,9 @@ class OfficialAttention(CrossAttention):
         self.image = nn.Parameter(torch.eye(dim))
         self.text = nn.Parameter(torch.eye(dim))
 
-    def bilinear(self, logit_scale: float) -> tuple[Tensor, Tensor, float]:
-        """W_v, W_t and the VLM's logit scale."""
-        return self.image, self.text, logit_scale
-
-    @property
-    def value(self) -> Tensor:
-        """W_t, shared with the keys."""
-        return self.text
+    def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """W_v, W_t for keys and values, and the VLM's logit scale."""
+        return self.image, self.text, self.text, logit_scale
 
 
 class PaperAttention(CrossAttention):
@@ -164,14 +153,9 @@ class PaperAttention(CrossAttention):
         self.key = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
         self.value_projection = nn.Parameter(nn.init.xavier_uniform_(torch.empty(dim, dim)))
 
-    def bilinear(self, logit_scale: float) -> tuple[Tensor, Tensor, float]:  # noqa: ARG002 - the paper's form ignores it
-        """W_Q, W_K and 1/sqrt(d)."""
-        return self.query, self.key, 1 / math.sqrt(len(self.query))
-
-    @property
-    def value(self) -> Tensor:
-        """W_V."""
-        return self.value_projection
+    def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:  # noqa: ARG002 - of the paper's
+        """W_Q, W_K, W_V and 1/sqrt(d)."""
+        return self.query, self.key, self.value_projection, 1 / math.sqrt(len(self.query))
 
 
 class FoldedAttention(nn.Module):
@@ -183,9 +167,9 @@ class FoldedAttention(nn.Module):
 
     def __init__(self, attention: CrossAttention, after: Tensor, logit_scale: float) -> None:
         super().__init__()
-        query, key, scale = attention.bilinear(logit_scale)
+        query, key, value, scale = attention.projections(logit_scale)
         self.query = nn.Buffer((scale * (query.double().T @ key.double())).detach().float())
-        self.value = nn.Buffer((after.double() @ attention.value.double()).detach().float())
+        self.value = nn.Buffer((after.double() @ value.double()).detach().float())
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:  # noqa: ARG002
         """As ``CrossAttention``; scale and matrix are those that it was made with."""
@@ -235,18 +219,13 @@ class FailureHead(nn.Module):
         dropout: Dropout | None = None,
     ) -> None:
         super().__init__()
-        widths = {
-            "image": dim,
-            "attended": dim * (attention is not None),
-            "caption": dim * predicted_caption,
-            "mcm": +mcm,
-        }
-        used = {part: width for part, width in widths.items() if width}
+        used = {"image": True, "attended": attention is not None, "caption": predicted_caption, "mcm": mcm}
+        widths = {part: 1 if part == "mcm" else dim for part, is_used in used.items() if is_used}
         outputs = [*hidden, 1]
         # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D, not of one: torch's
         # default start makes the first activations so small that a run spends most of its steps on growing them.
-        std = math.sqrt(2 * dim / sum(used.values()))
-        self.first = nn.ParameterDict({part: torch.randn(outputs[0], width) * std for part, width in used.items()})
+        std = math.sqrt(2 * dim / sum(widths.values()))
+        self.first = nn.ParameterDict({part: torch.randn(outputs[0], width) * std for part, width in widths.items()})
         self.first_bias = nn.Parameter(torch.zeros(outputs[0]))
         linears = [nn.Linear(*pair) for pair in itertools.pairwise(outputs)]
         for linear in linears:
@@ -258,8 +237,7 @@ class FailureHead(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
-        logit: Tensor = self.rest(self.first_layer(batch))
-        return logit.squeeze(-1).float()
+        return cast("Tensor", self.rest(self.first_layer(batch))).squeeze(-1).float()
 
     def folded(self, logit_scale: float) -> FailureHead:
         """A copy for a graph."""

@@ -35,11 +35,13 @@ class World:
         return slice(n_rows * self.rank // self.size, n_rows * (self.rank + 1) // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace every tensor by its sum over the processes; all are float32 and on one device."""
+        """Replace every tensor by its sum over the processes; all are of one type and on one device."""
 
     def total(self, n: int) -> int:
         """Sum of a count over the processes."""
-        return n
+        count = torch.tensor(n)
+        self.sum_([count])
+        return int(count)
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over the values (B,) of all processes, without gradient."""
@@ -66,12 +68,6 @@ class Group(World):
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
-
-    def total(self, n: int) -> int:
-        """Sum of a count."""
-        count = torch.tensor(n, device=self.device)
-        dist.all_reduce(count)
-        return int(count)
 
     def mean(self, values: Tensor) -> Tensor:
         """Sum over all processes, over their number of values."""
@@ -133,12 +129,14 @@ def world(device: str = "auto", environment: Mapping[str, str] = os.environ, tim
                 "Start fewer with torchrun --nproc-per-node, or train with device=cpu."
             )
         torch.cuda.set_device(local)  # "cuda" is this one from now on
-    with _group(rank, size, chosen, environment, timeout) as group:
-        token = _world.set(group)
-        try:
-            yield group
-        finally:
-            _world.reset(token)
+    joined = World() if size == 1 else _join(rank, size, chosen, environment, timeout)
+    token = _world.set(joined)
+    try:
+        yield joined
+    finally:
+        _world.reset(token)
+        if size > 1:
+            dist.destroy_process_group()
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
@@ -161,13 +159,7 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return rank, size, local
 
 
-@contextmanager
-def _group(
-    rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float
-) -> Iterator[World]:
-    if size == 1:
-        yield World()
-        return
+def _join(rank: int, size: int, device: torch.device, environment: Mapping[str, str], timeout: float) -> Group:
     host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -180,7 +172,4 @@ def _group(
             f"process {rank} of {size} cannot join the others at {address}: {error}. "
             "Start all of them with the same torchrun command."
         ) from error
-    try:
-        yield Group(rank, size, torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
+    return Group(rank, size, torch.device("cpu"))

@@ -246,21 +246,16 @@ class HeadTrainer:
         """Whether this epoch takes the place of the one kept so far; its validation AUROC goes into the history."""
         if validation is None:
             return True
-        scored = [(logit, batch.failure) for batch, logit in failure_logits(self.head, validation, self.config.device)]
+        self.head.eval()
+        scored = []
+        with torch.no_grad():
+            for batch in validation.batches(SCORING_BATCH):
+                part = batch.rows(self.world.mine(len(batch.index))).to(self.config.device)
+                scored.append((self.head(part), part.failure))
         logit, failure = (self.world.gather(torch.cat(part)).cpu().numpy() for part in zip(*scored, strict=True))
         history.validation_auroc.append(float(auroc(logit.astype(np.float64), failure)))
         best, n_failures = max(history.validation_auroc), int(failure.sum())
         return history.validation_auroc[-1] >= best - auroc_standard_error(best, n_failures, len(failure) - n_failures)
-
-
-@torch.no_grad()
-def failure_logits(head: FailureHead, rows: Rows, device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """(batch, failure logits (B,)) of this process's share of every batch, in float32."""
-    head.eval()
-    world = current_world()
-    for batch in rows.batches(SCORING_BATCH):
-        part = batch.rows(world.mine(len(batch.index))).to(device)
-        yield part, head(part)
 
 
 def require_shares(n_rows: int, world: World) -> None:

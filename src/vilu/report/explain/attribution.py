@@ -53,8 +53,7 @@ def game_of(predictor: FailurePredictor) -> Game:
     """The game that a method's own class defines, or the default of what it looks at."""
     if predictor.constant_ is not None:
         raise NoAttribution(f"this {predictor.name} is a constant, fitted where there was nothing to learn")
-    defines = "game" in vars(type(predictor))
-    return predictor.game() if defines else FailurePredictor.game(predictor)
+    return predictor.game() if "game" in vars(type(predictor)) else FailurePredictor.game(predictor)
 
 
 class Attributor:

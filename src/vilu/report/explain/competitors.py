@@ -62,7 +62,7 @@ def _attention(attentions: list[CrossAttention], batch: Batch) -> Tensor:
     total = torch.zeros(len(batch.image), len(batch.text), device=batch.image.device)
     with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
         for attention in attentions:
-            query, key, scale = attention.to(batch.image.device).bilinear(batch.logit_scale)
+            query, key, _, scale = attention.to(batch.image.device).projections(batch.logit_scale)
             total += torch.softmax(scale * torch.linalg.multi_dot([batch.image, query.T, key, batch.text.T]), dim=-1)
     return total / len(attentions)
 
