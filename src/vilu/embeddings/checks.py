@@ -140,5 +140,5 @@ class Identifiers(Sequence[str]):
 class RowNumbers(Identifiers):
     """Identifiers of rows that came without any: "0", "1", ...; they identify nothing outside their own array."""
 
-    def __init__(self, n_rows: int) -> None:
-        super().__init__(n_rows, str)
+    def __init__(self, n_rows: int, of: Callable[[int], str] = str) -> None:
+        super().__init__(n_rows, of)

@@ -235,13 +235,11 @@ class PartStrings(Identifiers):
     def __init__(
         self, starts: NDArray[np.int64], read: Callable[[int], pa.Array], rows: NDArray[np.int64] | None = None
     ) -> None:
+        super().__init__(int(starts[-1]) if rows is None else len(rows), self._string)
         self._starts, self._rows = starts, rows
         self._read = lru_cache(16)(read)
 
-    def __len__(self) -> int:
-        return int(self._starts[-1]) if self._rows is None else len(self._rows)
-
-    def _of(self, row: int) -> str:
+    def _string(self, row: int) -> str:
         row = row if self._rows is None else int(self._rows[row])
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         return str(self._read(part)[row - int(self._starts[part])].as_py())
