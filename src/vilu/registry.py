@@ -6,11 +6,13 @@ import importlib
 import os
 import tomllib
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vilu.errors import UsageError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 Added = TypeVar("Added")
 
@@ -76,8 +78,10 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def entry_points(group: str) -> dict[str, metadata.EntryPoint]:
+def entry_points(group: str) -> dict[str, EntryPoint]:
     """What other distributions bring (name = "module:Class"), by name, none of it imported."""
+    from importlib import metadata  # late: `vilu --help` does without
+
     return {entry.name: entry for entry in metadata.entry_points(group=group)}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from vilu.backbones.zeroshot import named_templates
 from vilu.benchmark.config import AnySetting, Config, Method, Union
 from vilu.benchmark.parts import ROLES, Data, hint_at
 from vilu.errors import UsageError
@@ -100,11 +101,11 @@ def _explain(error: ValidationError) -> str:
     return f"{where}: {reason}" + ("" if reason.endswith(("?", ".")) else ".")
 
 
-SEEDS, RESAMPLES, IMAGES, VIEWS, EPOCHS, POOL = 1, 50, 120, 2, 2, 4
+SEEDS, RESAMPLES, IMAGES, VIEWS, PROMPTS, EPOCHS, POOL = 1, 50, 120, 2, 2, 2, 4
 
 
 def shrink(config: Config) -> Config:
-    """Few images (or one tar file), seeds, resamples and epochs, small pools; all data, settings and methods stay."""
+    """Few images (or one tar file), prompts, seeds and epochs, small pools; all data, settings and methods stay."""
     changes: dict[str, Any] = {
         "seeds": min(config.seeds, SEEDS),
         "resamples": min(config.resamples, RESAMPLES),
@@ -117,12 +118,12 @@ def shrink(config: Config) -> Config:
 
 
 def _small(entry: Data) -> Data:
-    """Few images and views; the compact model sees smaller pictures, any other stays as it is."""
+    """Few images, views and prompts; the compact model sees smaller pictures, any other stays as it is."""
     backbone = "compact:64" if entry.backbone.partition(":")[0] == "compact" else entry.backbone
     limit = min([IMAGES, *filter(None, (entry.limit_of(role) for role in ROLES))])
     pool_size, views = min(entry.pool_size, POOL), min(entry.views, VIEWS)
     changes = {"limit": limit, "shards": 1, "views": views, "backbone": backbone, "pool_size": pool_size}
-    return entry.model_copy(update=changes)
+    return entry.model_copy(update=changes | {"prompts": named_templates(entry.prompts)[:PROMPTS]})
 
 
 def _shallow(setting: AnySetting) -> AnySetting:

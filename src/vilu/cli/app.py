@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version as version_of
 from typing import Annotated
 
 import typer
@@ -30,7 +29,9 @@ app = typer.Typer(
 def show_version(value: bool) -> None:
     """Print the version and leave."""
     if value:
-        typer.echo(version_of("vilu"))
+        import importlib.metadata  # as long as the rest of --help
+
+        typer.echo(importlib.metadata.version("vilu"))
         raise typer.Exit
 
 

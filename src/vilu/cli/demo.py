@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -95,8 +94,10 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
 
 def cache_key(photos: Path, seed: int) -> str:
     """Name of the cache folder: what the slow steps depend on."""
-    versions = [importlib.metadata.version(package) for package in PACKAGES]
-    return digest([importlib.metadata.version("vilu"), versions, file_hash(photos), seed])
+    from importlib.metadata import version
+
+    versions = [version(package) for package in PACKAGES]
+    return digest([version("vilu"), versions, file_hash(photos), seed])
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:
