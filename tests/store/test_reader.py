@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -97,6 +99,20 @@ def test_ids_are_a_sequence(original):
     assert "img/0003.png" not in ids
     with pytest.raises(IndexError):
         ids[len(ids)]
+
+
+def test_files_are_let_go_of_with_the_store(original):
+    """At once, and not when the garbage is collected: the folder may be on a disk that is to be unmounted."""
+    store = EmbeddingStore(original)
+    assert len(store.ids[:]) == len(store)
+    next(store.batches(4))
+    gone = weakref.ref(store.ids)
+    gc.disable()
+    try:
+        del store
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("index", [[-1], [0, 21]])

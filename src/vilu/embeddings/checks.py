@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 import numpy as np
@@ -120,10 +121,14 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
 
 
 class Identifiers(Sequence[str]):
-    """Identifiers of so many rows, each made by ``of`` when it is asked for."""
+    """Identifiers of so many rows, each made when it is asked for."""
 
-    def __init__(self, n_rows: int, of: Callable[[int], str]) -> None:
-        self._n_rows, self._of = n_rows, of
+    def __init__(self, n_rows: int) -> None:
+        self._n_rows = n_rows
+
+    @abstractmethod
+    def _of(self, row: int) -> str:
+        """The identifier of a row; a method, since a bound one kept here would hold files open until a collection."""
 
     def __len__(self) -> int:
         return self._n_rows
@@ -140,5 +145,5 @@ class Identifiers(Sequence[str]):
 class RowNumbers(Identifiers):
     """Identifiers of rows that came without any: "0", "1", ...; they identify nothing outside their own array."""
 
-    def __init__(self, n_rows: int, of: Callable[[int], str] = str) -> None:
-        super().__init__(n_rows, of)
+    def _of(self, row: int) -> str:
+        return str(row)

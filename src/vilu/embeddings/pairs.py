@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -161,7 +161,7 @@ class PseudoCaptions(PairSource):
         self._text, self._caption = class_captions(sources, chosen)
         self.target = torch.arange(len(self._row)) % self.pool_size
         n, anonymous = len(self._row), any(isinstance(source.ids, RowNumbers) for source in sources)
-        self.ids = RowNumbers(n) if anonymous else Identifiers(n, partial(self._identifier, names))
+        self.ids = RowNumbers(n) if anonymous else PrefixedIds(self, names)
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -198,9 +198,17 @@ class PseudoCaptions(PairSource):
         """(number of the source, row in it) of a row."""
         return int(self._source[row]), int(self._row[row])
 
-    def _identifier(self, names: Sequence[str], row: int) -> str:
-        source, original = self.origin(row)
-        return f"{names[source]}/{self.sources[source].ids[original]}"
+
+class PrefixedIds(Identifiers):
+    """Identifiers of the rows of several sources, with the name of the source."""
+
+    def __init__(self, rows: PseudoCaptions, names: Sequence[str]) -> None:
+        super().__init__(len(rows))
+        self._rows, self._names = rows, names
+
+    def _of(self, row: int) -> str:
+        source, original = self._rows.origin(row)
+        return f"{self._names[source]}/{self._rows.sources[source].ids[original]}"
 
 
 def check_sources(sources: Sequence[EmbeddingSource], names: Sequence[str]) -> None:

@@ -278,8 +278,11 @@ class TakenIds(Identifiers):
     """Identifiers of some rows of a source."""
 
     def __init__(self, ids: Sequence[str], rows: Tensor) -> None:
-        super().__init__(len(rows), lambda row: ids[int(rows[row])])
+        super().__init__(len(rows))
         self._ids, self._rows = ids, rows
+
+    def _of(self, row: int) -> str:
+        return self._ids[int(self._rows[row])]
 
     def __iter__(self) -> Iterator[str]:
         chosen = np.zeros(len(self._ids), dtype=bool)

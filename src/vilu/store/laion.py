@@ -259,10 +259,10 @@ class ChosenNumbers(RowNumbers):
     """Numbers of some rows; like all row numbers they identify nothing outside their own array."""
 
     def __init__(self, rows: NDArray[np.int64]) -> None:
-        super().__init__(len(rows), self._number)
+        super().__init__(len(rows))
         self._rows = rows
 
-    def _number(self, row: int) -> str:
+    def _of(self, row: int) -> str:
         return str(self._rows[row])
 
 

@@ -235,11 +235,11 @@ class PartStrings(Identifiers):
     def __init__(
         self, starts: NDArray[np.int64], read: Callable[[int], pa.Array], rows: NDArray[np.int64] | None = None
     ) -> None:
-        super().__init__(int(starts[-1]) if rows is None else len(rows), self._string)
+        super().__init__(int(starts[-1]) if rows is None else len(rows))
         self._starts, self._rows = starts, rows
         self._read = lru_cache(16)(read)
 
-    def _string(self, row: int) -> str:
+    def _of(self, row: int) -> str:
         row = row if self._rows is None else int(self._rows[row])
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
         return str(self._read(part)[row - int(self._starts[part])].as_py())
