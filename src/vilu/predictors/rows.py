@@ -1,4 +1,4 @@
-"""Rows of a fit: folds, few per class, and a memory of which they were."""
+"""Rows of a fit: a few of every class, and a memory of which they were."""
 
 from __future__ import annotations
 
