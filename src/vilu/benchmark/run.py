@@ -126,7 +126,7 @@ def naming(cell: Cell) -> Iterator[None]:
     """Adds the cell to whatever exception leaves the block, and to the log."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # nothing is caught for good: it is raised again, with its place
         error.add_note(f"in the cell: {cell}")
         logger.error("the benchmark stops at %s", cell)  # noqa: TRY400 - whoever catches it shows the traceback
         raise

@@ -123,6 +123,7 @@ class FailurePredictor(ABC):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         """Learn from usable labelled rows and their failures (M,) in {0, 1}, leaving the predictor as it is."""
+        # only a call past ``fit`` comes here: ``needs_fit`` is whether a class has a ``_learn`` of its own
         raise NotImplementedError(f"{self.name} learns nothing")
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module | None:  # noqa: ARG002
