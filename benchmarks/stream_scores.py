@@ -110,7 +110,7 @@ def child(data: str, small: str, out: str, method: str) -> None:
 def errors(out: Path) -> dict[str, float]:
     """Histogram against all rows at once."""
     from vilu.decision.score_folder import ScoreFolder
-    from vilu.files import read_table
+    from vilu.files.tables import read_table
     from vilu.metrics import METRICS as KNOWN
     from vilu.metrics.counts import tie_counts
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from vilu.errors import DataError, StorageError
-from vilu.files import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse, read_json, write_json
+from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse
+from vilu.files.documents import read_json, write_json
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_the_name_of_a_file_in_the_making_says_what_and_whose_it_is(tmp_path: Pa
 @pytest.mark.parametrize("fault", [DataError, StorageError])
 def test_json_that_cannot_be_read(content, message, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if message.startswith("larger"):
-        monkeypatch.setattr("vilu.files.MAX_DOCUMENT_BYTES", 100)
+        monkeypatch.setattr("vilu.files.documents.MAX_DOCUMENT_BYTES", 100)
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(fault, match=rf"a\.json .*{message}"):

@@ -26,7 +26,7 @@ from vilu.benchmark.stores import find_stores
 from vilu.benchmark.study import render_studies
 from vilu.embeddings.source import Batch
 from vilu.errors import BusyError, ProvenanceError, StorageError, UsageError
-from vilu.files import host_hash
+from vilu.files.disk import host_hash
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
 from vilu.predictors.zero_shot import MCM

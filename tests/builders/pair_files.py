@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vilu.embeddings.space import EmbeddingSpace, digest
-from vilu.files import file_hash
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.files.disk import file_hash
+from vilu.files.documents import digest
 from vilu.store.documents import Inputs, Manifest, Receipt, Run
 from vilu.store.ledger import FileInfo, content_hash
 from vilu.store.parts import CAPTION_FIELD, METADATA, plan

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from vilu.datasets.base import ImageRecord
-from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.files.documents import digest
 
 NAMES = ("cat", "dog", "car")
 DIM = 16

@@ -13,7 +13,7 @@ import vilu
 from vilu.decision.monitor_mapie import MapieMonitor
 from vilu.decision.selection import select
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import read_table, write_table
+from vilu.files.tables import read_table, write_table
 
 NAMES = ("a", "b", "c")
 

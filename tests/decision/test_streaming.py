@@ -20,7 +20,7 @@ from vilu.decision.score_folder import Counts, ScoreFolder, ScorePart, ScoreRun
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import BusyError, DataError, NotFittedError, ProvenanceError, StorageError, UsageError
-from vilu.files import host_hash
+from vilu.files.disk import host_hash
 from vilu.metrics import METRICS, histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 import vilu
 from tests.command import command, run, run_process
-from vilu.embeddings.space import digest
+from vilu.files.documents import digest
 
 PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 NAMES = """dress\tdress

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from vilu.errors import DataError
-from vilu.files import atomic_write
+from vilu.files.disk import atomic_write
 from vilu.store.documents import Receipt
 
 ATTEMPTS = 3

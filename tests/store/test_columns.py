@@ -23,7 +23,7 @@ from tests.conftest import in_memory
 from vilu.datasets.images import decode_image
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files import host_hash
+from vilu.files.disk import host_hash
 from vilu.store.documents import StoredClasses, Views
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect

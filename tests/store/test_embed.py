@@ -18,7 +18,7 @@ import torch
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, FakeDataset, dataset, picture, tree
 from vilu.datasets.images import ImageLimits, decode_image
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import host_hash
+from vilu.files.disk import host_hash
 from vilu.progress import reporting
 from vilu.store.embed import embed
 from vilu.store.parts import StoreLedger

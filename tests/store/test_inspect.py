@@ -13,7 +13,7 @@ import pytest
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.errors import DataError, StorageError
-from vilu.files import file_hash
+from vilu.files.disk import file_hash
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
 

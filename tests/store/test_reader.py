@@ -155,7 +155,7 @@ def test_opening_reads_no_vector(tmp_path):
 
 def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
-    from vilu.embeddings.space import digest
+    from vilu.files.documents import digest
     from vilu.store.documents import Inputs, Manifest, Receipt, Run
     from vilu.store.ledger import content_hash
     from vilu.store.parts import plan

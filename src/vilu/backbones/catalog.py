@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
-from vilu.files import fill
+from vilu.files.documents import fill
 from vilu.registry import load_plugins, toml_tables
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from vilu.backbones.base import DualEncoder, encode_in_batches
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.files import file_hash
+from vilu.files.disk import file_hash
 
 EMBED_DIM = 768
 FEATURE_DIM = 1280

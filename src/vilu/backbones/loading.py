@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from vilu.embeddings.space import digest
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, quiet, setting
+from vilu.files.documents import digest
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
 DISTINCT = 5

@@ -21,8 +21,9 @@ from vilu.benchmark.stores import Part, evenly_spaced
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
-from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
+from vilu.files.documents import digest
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 

@@ -19,7 +19,8 @@ from vilu.datasets.base import ShardedDataset
 from vilu.datasets.known import KNOWN, find_known
 from vilu.datasets.known.entry import find_place
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.files import MANIFEST, read_document
+from vilu.files.disk import MANIFEST
+from vilu.files.documents import read_document
 from vilu.store.documents import Manifest
 from vilu.text import aligned
 

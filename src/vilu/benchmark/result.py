@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.parts import RANKED_BY, Section
 from vilu.errors import StorageError
-from vilu.files import atomic_write, make_folder, or_refuse, write_json
+from vilu.files.disk import atomic_write, make_folder, or_refuse
+from vilu.files.documents import write_json
 from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints

@@ -27,9 +27,9 @@ from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predic
 from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
 from vilu.benchmark.stores import Part, make_stores, require_stores
 from vilu.embeddings.source import SAME_TEXT
-from vilu.embeddings.space import digest
 from vilu.errors import ProvenanceError, UsageError
-from vilu.files import is_leftover, locked, make_folder, or_refuse
+from vilu.files.disk import is_leftover, locked, make_folder, or_refuse
+from vilu.files.documents import digest
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.progress import Silence, reporting, track

@@ -19,9 +19,9 @@ from vilu.benchmark.parts import Data, Role
 from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.shift import ShiftedImages
-from vilu.embeddings.space import digest
 from vilu.errors import UsageError
-from vilu.files import MANIFEST, read_document
+from vilu.files.disk import MANIFEST
+from vilu.files.documents import digest, read_document
 from vilu.store.documents import Manifest
 from vilu.store.embed import embed
 

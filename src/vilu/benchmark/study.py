@@ -25,7 +25,8 @@ from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
-from vilu.files import make_folder, or_refuse, write_json, write_text
+from vilu.files.disk import make_folder, or_refuse, write_text
+from vilu.files.documents import write_json
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 

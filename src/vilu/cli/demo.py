@@ -14,9 +14,9 @@ from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
 from vilu.decision.score import score
-from vilu.embeddings.space import digest
 from vilu.errors import DataError
-from vilu.files import file_hash, make_folder, write_text
+from vilu.files.disk import file_hash, make_folder, write_text
+from vilu.files.documents import digest
 from vilu.metrics import risk_at_coverage
 from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate

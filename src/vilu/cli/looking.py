@@ -48,7 +48,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: JsonFile = None,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
-    from vilu.files import write_json
+    from vilu.files.documents import write_json
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
@@ -123,7 +123,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     the alarm, the reason and what to do are printed. Rows with a known failure are audited; they must be a random
     sample of the accepted ones.
     """
-    from vilu.files import locked, write_json
+    from vilu.files.disk import locked
+    from vilu.files.documents import write_json
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
@@ -206,7 +207,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
     from vilu.datasets.catalog import open_dataset
-    from vilu.files import write_text
+    from vilu.files.disk import write_text
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source

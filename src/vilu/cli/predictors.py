@@ -110,7 +110,7 @@ def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, i
 
 def _candidates(train: EmbeddingSource) -> dict[str, object]:
     """What the images chose from, for the model card."""
-    from vilu.embeddings.space import digest
+    from vilu.files.documents import digest
 
     if train.pool_size is not None:
         return {"pool_size": train.pool_size}

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
+from vilu.files.documents import digest
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, ImageRecord, S
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import ListingHash, read_below, status_below
 from vilu.datasets.images import caption_readers
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError
+from vilu.files.documents import digest
 
 PATH: Final = ("path", "file", "filename", "image_path", "filepath")
 LABEL: Final = ("label", "class", "target")

@@ -20,7 +20,7 @@ from vilu.decision.thresholds import (
     shrunk_rates,
 )
 from vilu.errors import DataError, UsageError, require_between, require_one_of
-from vilu.files import Model
+from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 

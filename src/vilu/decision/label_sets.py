@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError, InfeasibleError, UsageError, require_between
-from vilu.files import Model
+from vilu.files.documents import Model
 from vilu.metrics.counts import Floats
 from vilu.predictors.base import FailurePredictor
 

@@ -19,9 +19,9 @@ from vilu.decision.calibrate import Selector, group_names
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
 from vilu.decision.record import Rule
 from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least, require_between
-from vilu.files import Model, explain, read_column, read_table, table_suffix, write_table
+from vilu.files.documents import Model, digest, explain
+from vilu.files.tables import read_column, read_table, table_suffix, write_table
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 

@@ -13,9 +13,10 @@ from vilu.decision.calibrate import Selector
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import BatchSelector
 from vilu.embeddings.source import EmbeddingSource
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError
-from vilu.files import Document, atomic_write, file_hash, parquet_bytes, read_document
+from vilu.files.disk import atomic_write, file_hash
+from vilu.files.documents import Document, digest, read_document
+from vilu.files.tables import parquet_bytes
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import fit_fingerprint
 

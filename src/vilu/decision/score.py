@@ -22,8 +22,8 @@ from vilu.decision.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, 
 from vilu.embeddings.checks import STATUS, VALID, RowNumbers
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, UsageError, require_at_least
+from vilu.files.documents import digest
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor

@@ -15,9 +15,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files import MANIFEST, RUN, Document, Model, parquet_bytes, read_column, read_document, read_json, read_table
+from vilu.files.disk import MANIFEST, RUN
+from vilu.files.documents import Document, Model, digest, read_document, read_json
+from vilu.files.tables import parquet_bytes, read_column, read_table
 from vilu.metrics.counts import Ints
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of

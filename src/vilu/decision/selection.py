@@ -12,7 +12,7 @@ from pydantic import Field
 
 from vilu.decision.calibrate import evaluable
 from vilu.errors import InfeasibleError, require_between
-from vilu.files import Model
+from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, real_vector
 from vilu.outcomes.outcomes import Outcomes
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from vilu.decision.audit import Audit, AuditVerdict
-from vilu.files import Model
+from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
 
 TestName = Literal["scores", "acceptance", "answers", "audit"]

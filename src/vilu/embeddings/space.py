@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 
 from vilu.errors import ProvenanceError, UsageError, require_at_least
+from vilu.files.documents import digest
 
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
-
-
-def digest(value: object) -> str:
-    """Short stable hash (blake2b, 16 bytes, hex) of anything that JSON can write."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import DataError
-from vilu.files import plain_json, read_column, read_table, write_table
+from vilu.files.documents import plain_json
+from vilu.files.tables import read_column, read_table, write_table
 from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.counts import real_vector
 from vilu.metrics.histogram import Histogram

@@ -12,7 +12,9 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
 from vilu.errors import DataError, UsageError
-from vilu.files import SCHEMA_VERSION, or_refuse, read_column, read_table, require_schema, write_json, write_table
+from vilu.files.disk import or_refuse
+from vilu.files.documents import SCHEMA_VERSION, write_json
+from vilu.files.tables import read_column, read_table, require_schema, write_table
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
 from vilu.text import aligned, in_cell, markdown_rows, printable, span
 

@@ -15,7 +15,8 @@ from urllib.parse import unquote, urlsplit
 
 from vilu.errors import DataError, MissingModelError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.files import MAX_DOCUMENT_BYTES, host_hash, make_folder, or_refuse
+from vilu.files.disk import host_hash, make_folder, or_refuse
+from vilu.files.documents import MAX_DOCUMENT_BYTES
 from vilu.predictors.card import HUB_ID
 from vilu.predictors.record import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, read_record
 from vilu.predictors.storage import load

@@ -22,7 +22,7 @@ from vilu.embeddings.source import UNKNOWN, Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.files import atomic_write
+from vilu.files.disk import atomic_write
 from vilu.predictors.base import FailurePredictor, Graph, NotExportable
 from vilu.predictors.catalogue import PREDICTORS
 from vilu.predictors.nn.experts import FEATURES

@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from scipy import special
 
 from vilu.errors import DataError
-from vilu.files import Model
+from vilu.files.documents import Model
 from vilu.metrics.counts import Floats
 
 FOLDS = 10

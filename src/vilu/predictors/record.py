@@ -12,9 +12,10 @@ from typing import Any, Protocol
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
-from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files import atomic_write, make_folder, write_json
+from vilu.files.disk import atomic_write, make_folder
+from vilu.files.documents import digest, write_json
 from vilu.predictors.card import Described, model_card
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vilu.errors import MissingModelError
-from vilu.files import atomic_write
+from vilu.files.disk import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - others take it from here

@@ -17,9 +17,9 @@ from torch import Tensor
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, prompt_texts
 from vilu.embeddings.checks import require_usable
-from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError
-from vilu.files import Document, Model
+from vilu.files.documents import Document, Model, digest
 from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
 

@@ -23,9 +23,10 @@ from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.embeddings.checks import check_class_names, require_usable
-from vilu.embeddings.space import EmbeddingSpace, digest
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
-from vilu.files import RUN, explain, read_document
+from vilu.files.disk import RUN
+from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
 from vilu.store.documents import CLASSES, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts

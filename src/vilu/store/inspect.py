@@ -14,7 +14,8 @@ import torch
 
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.errors import ViLUError
-from vilu.files import MANIFEST, RUN, file_hash, read_document
+from vilu.files.disk import MANIFEST, RUN, file_hash
+from vilu.files.documents import read_document
 from vilu.store.documents import Receipt, Run
 from vilu.store.parts import ERRORS, Part, StoreLedger, holds_all, map_rows, metadata_schema, read_classes, read_columns
 from vilu.store.reader import CaptionStore, EmbeddingStore

@@ -16,7 +16,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
-from vilu.files import RUN, or_refuse
+from vilu.files.disk import RUN, or_refuse
 from vilu.progress import Silence, Task
 from vilu.store.documents import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads

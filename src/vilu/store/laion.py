@@ -20,7 +20,7 @@ from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import or_refuse
+from vilu.files.disk import or_refuse
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.mapped import MappedPairs, MappedParts, default_workers, in_threads

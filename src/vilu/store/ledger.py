@@ -19,22 +19,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 
 from pydantic import Field
 
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files import (
-    LOCK,
-    MANIFEST,
-    RUN,
-    TEMPORARY,
-    Document,
-    Model,
-    atomic_write,
-    file_hash,
-    is_leftover,
-    locked,
-    or_refuse,
-    read_document,
-)
+from vilu.files.disk import LOCK, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
+from vilu.files.documents import Document, Model, digest, read_document
 
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
 """Names of the files that a run writes."""

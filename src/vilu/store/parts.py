@@ -23,7 +23,8 @@ from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
-from vilu.files import RUN, file_hash, make_folder, read_document
+from vilu.files.disk import RUN, file_hash, make_folder
+from vilu.files.documents import read_document
 from vilu.store.documents import CLASSES, IMAGE, SHARED, TEXT, ArrayInfo, ClassColumn, Receipt, Run, StoredClasses
 from vilu.store.ledger import Ledger, write_hashed
 

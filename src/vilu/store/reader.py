@@ -16,7 +16,8 @@ from vilu.embeddings.columns import check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files import MANIFEST, RUN, read_document
+from vilu.files.disk import MANIFEST, RUN
+from vilu.files.documents import read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards

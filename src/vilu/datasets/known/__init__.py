@@ -14,7 +14,7 @@ from vilu.datasets.base import ImageDataset
 from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, Survey, find_place, require_place
 from vilu.datasets.known.layouts import ShardReader, make_reader
 from vilu.errors import DataError, StorageError, UsageError
-from vilu.files import fill
+from vilu.files.documents import fill
 from vilu.progress import track
 from vilu.registry import ADDERS, load_plugins, toml_tables
 

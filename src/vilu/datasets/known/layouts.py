@@ -22,7 +22,7 @@ from vilu.datasets.known.entry import SHOWN, Count, Place, Reader, Request, Surv
 from vilu.datasets.known.read import CoopListing, Entry, Listing, ListReader, fgvc_aircraft, food101, sun397
 from vilu.datasets.tar import CAPTION, MAX_SHARDS, TarShards, find_shards, list_samples
 from vilu.errors import DataError, UsageError
-from vilu.files import fill
+from vilu.files.documents import fill
 from vilu.progress import track
 
 Files = Sequence[tuple[str, stat_result]]

@@ -22,9 +22,9 @@ from safetensors import torch as safetensors_torch
 from torch import Tensor, nn
 
 from vilu.embeddings.source import EmbeddingSource
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.files import LOCK, TEMPORARY, atomic_write, locked, make_folder, or_refuse, write_json
+from vilu.files.disk import LOCK, TEMPORARY, atomic_write, locked, make_folder, or_refuse
+from vilu.files.documents import digest, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
 from vilu.errors import DataError, UsageError
-from vilu.files import SCHEMA_VERSION, write_json
+from vilu.files.documents import SCHEMA_VERSION, write_json
 from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NoAttribution, Scored

@@ -17,9 +17,9 @@ from vilu.decision import record
 from vilu.decision.calibrate import Certificate, Selector, group_names
 from vilu.decision.record import Rule
 from vilu.decision.score_folder import ScoreFolder
-from vilu.embeddings.space import digest
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.files import RUN
+from vilu.files.disk import RUN
+from vilu.files.documents import digest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes

@@ -1,0 +1,1 @@
+"""Files: what is written, and what is believed when it is read."""

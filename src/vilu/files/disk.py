@@ -1,0 +1,168 @@
+"""Files on the disk: atomic writes, what crashes leave, locks, hashes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from vilu.errors import BusyError, StorageError
+
+LOCK = ".lock"
+"""Name of the lock of a folder."""
+
+RUN, MANIFEST = "run.json", "manifest.json"
+"""First and last document of a folder that a run fills (``vilu.store.ledger``)."""
+
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
+"""What network file systems answer that cannot sync a folder."""
+
+TEMPORARY = re.compile(r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+"""Names of files in the making: what they are to be, whose they are (before there were hosts: without), a number."""
+
+STALE = 24 * 3600.0
+"""Seconds after which a file in the making is one that nobody makes any more, whoever began it."""
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Binary handle of a new file that takes the place of ``path`` when the block ends without an exception.
+
+    The bytes go to a temporary file in the same folder, are synced to the disk, and are then renamed. After an
+    exception or a crash ``path`` is what it was before.
+
+    Raises:
+        StorageError: If the file system refuses (no such folder, read-only, disk full).
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
+        try:
+            with temporary.open("xb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+
+
+@contextmanager
+def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
+    """A block in which the file system's refusal becomes "cannot ``doing``", a ``StorageError``."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot {doing}: {error.strerror or error}.{hint and ' '}{hint}") from error
+
+
+def host_hash() -> str:
+    """Eight hex digits that tell this machine from others that write to the same file system."""
+    return hashlib.blake2b(socket.gethostname().encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file in the making (a name as in ``TEMPORARY``) has lost its maker.
+
+    That is so if a process of this machine made it that is no more, or if it has not been touched for a day: what
+    another machine is writing now looks just like what it left behind.
+    """
+    match = TEMPORARY.fullmatch(path.name)
+    if match is None:
+        return False
+    try:
+        age = time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # its maker was quicker
+        return False
+    return age > STALE or (match["host"] == host_hash() and not _is_alive(int(match["pid"])))
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # there the question would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether a process has ended, but nobody has asked how yet; in a container that may never happen."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:  # no Linux, or it is gone by now
+        return False
+    return state.rpartition(b")")[2].split()[:1] == [b"Z"]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` outlast a power cut."""
+    if os.name == "nt":  # there a folder cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder, made with its parents where it is missing; StorageError if the file system refuses."""
+    folder = Path(path)
+    with or_refuse(f"make the folder {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process") -> Iterator[None]:
+    """Hold the lock of a folder that is there; the system lets go of it when the process dies.
+
+    Args:
+        folder: The folder.
+        doing: What another process that holds it does, for the message: "embedding into".
+        patience: Seconds to wait for another process.
+        name: Of the lock, where a folder has several.
+        who: The other one, for the message.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / name)
+    with or_refuse(f"write to {folder}"):
+        try:
+            lock.acquire(timeout=patience)
+        except Timeout as error:
+            raise BusyError(f"another {who} is {doing} {folder}. Wait for it, or give another folder.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; StorageError if it cannot be read."""
+    with or_refuse(f"read {path}"), path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write UTF-8 atomically."""
+    with atomic_write(path) as handle:
+        handle.write(text.encode())

@@ -1,0 +1,154 @@
+"""JSON documents of ours, checked as any file from elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    model_serializer,
+)
+
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
+from vilu.files.disk import atomic_write, or_refuse
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def digest(value: object) -> str:
+    """Short stable hash (blake2b, 16 bytes, hex) of anything that JSON can write."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+SCHEMA_VERSION: Final = 1
+MAX_DOCUMENT_BYTES = 64 * 2**20
+"""No document of ours comes near; a larger one is not read."""
+
+
+class Model(BaseModel):
+    """Immutable, refuses unknown fields, NaN and infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Document(Model):
+    """A JSON file of ours.
+
+    Attributes:
+        again: How it is made again, for messages.
+        fault: Error where it is missing or damaged.
+        later: Fields that came after the first such files. Unused they are not written, so that documents, and the
+            hashes over them, are what they were before.
+    """
+
+    again: ClassVar[str]
+    fault: ClassVar[type[ViLUError]] = StorageError
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value or name not in self.later}
+
+    def write(self, path: Path) -> None:
+        """Write it atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+
+D = TypeVar("D", bound=Document)
+
+
+class _Version(BaseModel):
+    schema_version: int
+
+
+def read_document(path: Path, kind: type[D]) -> D:
+    """A document of ours, checked as any file from elsewhere.
+
+    Raises:
+        StorageError: If it cannot be read; the document's own ``fault`` if it is missing, too large, or damaged.
+        ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
+    """
+    content = read_bounded(path, kind.again, kind.fault)
+    try:
+        version = _Version.model_validate_json(content).schema_version
+        if version != SCHEMA_VERSION:
+            raise ProvenanceError(
+                f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
+                f"{kind.again}, or use the vilu that wrote it."
+            )
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        raise kind.fault(f"{path} is damaged: {explain(error)}. {kind.again} to repair it.") from error
+
+
+def read_json(path: Path, again: str, fault: type[ViLUError] = DataError) -> Any:  # noqa: ANN401 - whatever it holds
+    """What is in a JSON file; refused like a document, but for what it says."""
+    content = read_bounded(path, again, fault)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise fault(f"{path} is damaged: it is not JSON ({error}). {again} to repair it.") from error
+
+
+def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
+    """The content of a file, of which no more than ``limit`` bytes (by default ``MAX_DOCUMENT_BYTES``) are read."""
+    limit = MAX_DOCUMENT_BYTES if limit is None else limit
+    if not path.is_file():
+        raise fault(f"{path} is missing. {again} to complete the folder.")
+    with or_refuse(f"read {path}"), path.open("rb") as handle:
+        content = handle.read(limit + 1)
+    if len(content) > limit:
+        raise fault(f"{path} is larger than {limit} bytes, so it is no file of vilu.")
+    return content
+
+
+def explain(error: ValidationError) -> str:
+    """First finding of pydantic, on one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(step) for step in first["loc"])
+    return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write plain JSON (UTF-8, indented, keys in their order) atomically."""
+    content = plain_json(value, f"cannot write {path}: its content", indent=2) + b"\n"
+    with atomic_write(path) as handle:
+        handle.write(content)
+
+
+def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:
+    """UTF-8 JSON; DataError if ``value`` is not plain JSON, which NaN and infinity are not."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{what} must be plain JSON, but {error}.") from error
+
+
+Entry = TypeVar("Entry", bound="DataclassInstance")
+
+
+def fill(kind: type[Entry], facts: Mapping[str, object], where: str) -> Entry:
+    """A dataclass from facts by name, whose names and types are checked; ``where`` is for messages."""
+    known = [field.name for field in fields(kind)]
+    unknown = next((name for name in facts if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"{where} has no {unknown!r}; it has {', '.join(known)}.")
+    try:
+        return TypeAdapter(kind).validate_python(facts)
+    except ValidationError as error:
+        raise UsageError(f"{where}, {explain(error)}.") from error
