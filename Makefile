@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz test-processors lint format bench clean
+.PHONY: demo test test-random test-fuzz fuzz test-offline test-processors lint format bench audit release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -22,6 +22,14 @@ test-fuzz: .venv/.dev
 		HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-seed=$$seed $(ARGS) || exit; \
 	done
 
+# Led by coverage (atheris), target by target: make fuzz ARGS='tar npy --runs 20000'
+fuzz: .venv/.fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py $(ARGS)
+
+# The whole demo in a network of its own, in which there is nothing but this machine.
+test-offline: .venv/.demo
+	unshare --user --map-root-user --net $(BIN)/vilu demo --output build/offline
+
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)
 
@@ -37,6 +45,20 @@ format: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks
+
+# Known faults of what is installed; asks the network. Builds of torch are audited as the release that they are of.
+audit: .venv/.release
+	@mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >build/installed.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement build/installed.txt
+
+# Packages, and what an installation of them consists of (CycloneDX), in dist/.
+release: .venv/.release
+	rm -rf dist build/release
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/vilu-sbom.json build/release
 
 clean:
 	rm -rf .venv demo-output build dist

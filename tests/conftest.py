@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import settings
@@ -23,6 +27,38 @@ settings.register_profile("fuzz", max_examples=1_000, database=None, deadline=No
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def refuse_network() -> None:
+    """From here on this process talks to this machine alone, whoever asks: an attempt is an error."""
+    own = {address.address.split("%")[0] for link in psutil.net_if_addrs().values() for address in link}
+    own |= {"", "localhost", socket.gethostname()}
+
+    def is_here(host: object) -> bool:
+        if host is None or host in own:
+            return True
+        try:
+            return ipaddress.ip_address(str(host)).is_loopback or ipaddress.ip_address(str(host)).is_unspecified
+        except ValueError:
+            return False
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "socket.connect":
+            connection, address = arguments
+            # a datagram's connection sends nothing: with one, programs learn their own address
+            sends = isinstance(connection, socket.socket) and connection.type == socket.SOCK_STREAM
+            host = address[0] if isinstance(address, tuple) and sends else None
+        elif event == "socket.getaddrinfo":
+            host = arguments[0]
+        else:
+            return
+        if not is_here(host.decode() if isinstance(host, bytes) else host):
+            raise ConnectionRefusedError(f"this asks the network: {event} {host!r}")
+
+    sys.addaudithook(hook)
+
+
+refuse_network()
 
 
 def toy_embeddings(

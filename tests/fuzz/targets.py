@@ -1,0 +1,445 @@
+"""What reads bytes from outside, each with files that are whole.
+
+A case passes if a ``ViLUError`` or nothing comes of it. Whatever else is raised is a bug.
+Readers are called as the commands call them; where a hash stands in front of one, it
+is made right first, so that the parser behind it is reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import re
+import shutil
+import tarfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import vilu
+from tests.builders import image_files, page_data, tar_files
+from tests.builders.bench_fakes import make_store, tables
+from tests.command import run
+from tests.conftest import toy_embeddings
+from vilu.benchmark.load import load_config
+from vilu.datasets.catalog import open_dataset
+from vilu.datasets.cifar import read_pickle
+from vilu.datasets.classes import read_classes
+from vilu.datasets.images import BadImage, ImageLimits, decode_caption, decode_image, read_image
+from vilu.decision import record
+from vilu.decision.calibration import Target, calibrate_predictor
+from vilu.decision.monitor import Monitor
+from vilu.embeddings.pairs import Pools
+from vilu.errors import ViLUError
+from vilu.files.documents import digest
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.convert import convert_official
+from vilu.predictors.storage import load
+from vilu.report.page.build import report_page
+from vilu.store.reader import open_source
+
+LIMITS = ImageLimits(max_pixels=1_000_000)
+
+
+@dataclass(frozen=True)
+class Fuzzed:
+    """A reader, whole files for it, and the share of a full run's cases that it gets: what is slow gets fewer."""
+
+    seeds: Callable[[], list[bytes]]
+    read: Callable[[Path, bytes], object]
+    share: float = 1.0
+
+    def case(self, folder: Path, data: bytes) -> ViLUError | None:
+        """One case; the error that the reader raised, if any."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self.read(folder, data)
+            except ViLUError as error:
+                if not str(error):
+                    raise RuntimeError("an error without words") from error
+                return error
+        return None
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+@cache
+def kept() -> Path:
+    """Whole artefacts, made once: a store, a calibrated predictor, scores, a monitor's state, checkpoints."""
+    root = Path(mkdtemp(prefix="vilu-fuzz-"))
+    store = make_store(root / "store", 60, 0)
+    data = open_source(store)
+    vilu.LVU(epochs=1, hidden=(4,)).fit(toy_embeddings(400)).save(root / "head")
+    vilu.MCM().fit(data).save(root / "predictor")
+    calibrate_predictor(root / "predictor", data, Target(max_risk=0.9, confidence=0.5))
+    scores = vilu.score(load(root / "predictor"), data)
+    scores.save(root / "scores.parquet")
+    scores.save(root / "scores.csv")
+    monitor = Monitor.of_folder(root / "predictor")
+    monitor.update(page_data.outcomes_of(20, method=scores.method, class_names=scores.class_names))
+    monitor.save(root / "state.parquet")
+    return root
+
+
+def content(*names: str) -> Callable[[], list[bytes]]:
+    return lambda: [(kept() / name).read_bytes() for name in names]
+
+
+def unsealed(*names: str) -> Callable[[], list[bytes]]:
+    """Documents without their digests, which would keep every change from the parser."""
+
+    def plain() -> list[bytes]:
+        found = [json.loads((kept() / name).read_bytes()) for name in names]
+        return [json.dumps({key: value for key, value in one.items() if key != "digest"}).encode() for one in found]
+
+    return plain
+
+
+def in_copy(part: str, name: str, use: Callable[[Path], object]) -> Callable[[Path, bytes], object]:
+    """A reader of an artefact of which one file is other than it was."""
+
+    def read(folder: Path, data: bytes) -> object:
+        shutil.copytree(kept() / part, folder / part)
+        put(folder / part / name, data)
+        return use(folder / part)
+
+    return read
+
+
+def read_store(path: Path) -> object:
+    data = open_source(path)
+    return [data.ids[0], vilu.score(vilu.MCM().fit(data), data)]
+
+
+def image(_folder: Path, data: bytes) -> object:
+    try:
+        return decode_image(data, LIMITS)
+    except BadImage as error:
+        return error.kind
+
+
+def caption(_folder: Path, data: bytes) -> object:
+    return decode_caption(data)
+
+
+def npy_seeds() -> list[bytes]:
+    rows = np.random.default_rng(0).normal(size=(8, 4))
+    made = [rows.astype(kind) for kind in ("<f2", "<f4", "<f8", ">f4")] + [np.asfortranarray(rows), rows[:0], rows[0]]
+    return [_npy(array) for array in (*made, np.arange(6))]
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def npy(folder: Path, data: bytes) -> object:
+    put(folder / "img_emb" / "img_emb_0000.npy", data)
+    put(folder / "text_emb" / "text_emb_0000.npy", _npy(np.random.default_rng(1).normal(size=(8, 4)).astype("<f4")))
+    pairs = open_source(folder, pools=Pools(2), logit_scale=100.0)
+    return list(pairs.batches(8))
+
+
+def stored_npy(folder: Path, data: bytes) -> object:
+    """Behind its hash: in the receipt, and in the manifest over the receipts."""
+    store = folder / "store"
+    shutil.copytree(kept() / "store", store)
+    put(store / "img_emb" / "img_emb_00000.npy", data)
+    reseal(store)
+    return read_store(store)
+
+
+def reseal(store: Path) -> None:
+    """Make receipts and manifest say what lies there."""
+    hashes = []
+    for path in sorted((store / "receipts").iterdir()):
+        receipt = json.loads(path.read_bytes())
+        for name, info in receipt["files"].items():
+            raw = (store / name).read_bytes()
+            info |= {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+            hashes.append(info["sha256"])
+        receipt.pop("digest", None)
+        put(path, json.dumps(receipt).encode())
+    manifest = json.loads((store / "manifest.json").read_bytes()) | {"content": digest(hashes)}
+    manifest.pop("digest", None)
+    put(store / "manifest.json", json.dumps(manifest).encode())
+
+
+def safetensors(folder: Path, data: bytes) -> object:
+    shutil.copytree(kept() / "head", folder / "head")
+    put(folder / "head" / "weights.safetensors", data)
+    path = folder / "head" / "predictor.json"
+    said = json.loads(path.read_bytes()) | {"weights_sha256": hashlib.sha256(data).hexdigest()}
+    said = {key: value for key, value in said.items() if key not in {"digest", "fingerprint"}}
+    put(path, json.dumps({**said, "fingerprint": digest(said)}).encode())
+    return load(folder / "head").predict_uncertainty(toy_embeddings(4))
+
+
+def predictor(folder: Path, data: bytes) -> object:
+    """``predictor.json`` with a right fingerprint, where it is an object at all."""
+    shutil.copytree(kept() / "head", folder / "head")
+    try:
+        said = json.loads(data)
+        said = {key: value for key, value in said.items() if key not in {"digest", "fingerprint"}}
+        data = json.dumps({**said, "fingerprint": digest(said)}, allow_nan=True).encode()
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    put(folder / "head" / "predictor.json", data)
+    return load(folder / "head").predict_uncertainty(toy_embeddings(4))
+
+
+def parquet_seeds() -> list[bytes]:
+    pictures = [image_files.encode(image_files.picture(), "PNG")] * 3
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"image": pictures, "label": ["a", "b", "a"]}), buffer)
+    return [buffer.getvalue(), (kept() / "scores.parquet").read_bytes()]
+
+
+def listed(name: str) -> Callable[[Path, bytes], object]:
+    """Opened as a data set of images, every one of which is read."""
+
+    def read(folder: Path, data: bytes) -> object:
+        put(folder / "a.png", image_files.encode(image_files.picture(), "PNG"))
+        dataset = open_dataset(put(folder / name, data))
+        found: list[object] = []
+        for one in dataset.records(0, len(dataset)):
+            try:
+                found.append(read_image(one, LIMITS))
+            except BadImage as error:
+                found.append(error.kind)
+        return found
+
+    return read
+
+
+def scores(name: str) -> Callable[[Path, bytes], object]:
+    return lambda folder, data: vilu.evaluate(Outcomes.load(put(folder / name, data)), n_resamples=0)
+
+
+def tar_seeds() -> list[bytes]:
+    pictures = {
+        f"{key}.png": image_files.encode(image_files.picture(seed=seed), "PNG") for seed, key in enumerate("ab")
+    }
+    made = []
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
+            for name, raw in {**pictures, "b" * 120 * (form != tarfile.USTAR_FORMAT) + "c.txt": b"a cup"}.items():
+                header = tarfile.TarInfo(name)
+                header.size = len(raw)
+                tar.addfile(header, io.BytesIO(raw))
+        made.append(buffer.getvalue())
+    return [*made, tar_files.tar_bytes(*tar_files.pair("x"), *tar_files.pair("y"))]
+
+
+def tar(folder: Path, data: bytes) -> object:
+    return tar_files.outcomes(open_dataset(put(folder / "0.tar", data)))
+
+
+def checkpoint_seeds() -> list[bytes]:
+    made = []
+    for old in (False, True):
+        buffer = io.BytesIO()
+        shapes = {"mlp.0.weight": (4, 8), "mlp.0.bias": (4,), "mlp.2.weight": (1, 4), "mlp.2.bias": (1,)}
+        state = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        torch.save({"state_dict": state, "epoch": np.float64(3)}, buffer, _use_new_zipfile_serialization=not old)
+        made.append(buffer.getvalue())
+    return [*made, b"cos\nsystem\n(S'touch executed'\ntR.", pickle.dumps({"state_dict": {}})]
+
+
+def page(_folder: Path, data: bytes) -> object:
+    """Texts of strangers in a page: none of them becomes a tag, an attribute or a script, and nothing is asked for."""
+    text = data.decode("utf-8", "replace")
+    names = [f"{i}{text[i * 7 : i * 7 + 60]}" for i in range(4)]
+    outcomes = page_data.outcomes_of(
+        40,
+        class_names=names,
+        ids=[f"{i} {text}" for i in range(40)],
+        dataset=text,
+        split=text,
+        provenance={"x" + text: text},
+    )
+    written = report_page([outcomes], title=text or None)
+    return require_harmless(written)
+
+
+@cache
+def page_tags() -> tuple[tuple[str, tuple[str, ...]], ...]:
+    return tags(report_page([page_data.outcomes_of(40)]))
+
+
+def tags(written: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Kinds of elements with the names of their attributes, each once."""
+    found: set[tuple[str, tuple[str, ...]]] = set()
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            found.add((tag, tuple(name for name, _ in attrs)))
+
+    Parser().feed(written)
+    return tuple(sorted(found))
+
+
+def require_harmless(written: str) -> str:
+    strange = {tag for tag in tags(written) if tag not in page_tags() and tag[0] not in HARMLESS}
+    assert not strange, f"the page has elements that ours has not: {sorted(strange)}"
+    assert not re.search(r"""(src|href|action|data)\s*=\s*["']?\s*(https?:|//|javascript:|file:)""", _outside(written))
+    return written
+
+
+HARMLESS = {"bdi", "p", "td", "th", "tr", "li", "span", "small", "b"}
+"""Whether some of these are there depends on the numbers; they have no attribute that asks or runs anything."""
+
+
+def _outside(written: str) -> str:
+    """The page without what only looks like markup: texts are escaped, so every ``<`` begins an element."""
+    return " ".join(re.findall(r"<[^>]*>", written))
+
+
+COMMANDS = (
+    *("embed", "fit", "score", "evaluate", "calibrate", "monitor", "explain", "report", "inspect", "list", "datasets"),
+    *("convert", "export", "push", "pull", "pools", "benchmark", "render", "--help", "--version", "--plugin", "-q"),
+)
+ARGUMENTS = (
+    *(
+        "-o",
+        "--output",
+        "--method",
+        "--seed",
+        "--max-risk",
+        "--confidence",
+        "--split",
+        "--limit",
+        "--json",
+        "--fold",
+        "--state",
+    ),
+    *(
+        "store",
+        "predictor",
+        "scores.parquet",
+        "scores.csv",
+        "state.parquet",
+        "nothing",
+        ".",
+        "",
+        "-",
+        "--",
+        "out",
+        "out.html",
+    ),
+    *(
+        "0",
+        "-1",
+        "1e999",
+        "nan",
+        "99999999999999999999",
+        "mcm",
+        "vilu_plus",
+        "mcm:",
+        "=",
+        "\udcff",
+        "a\nb",
+        "é",
+        "../x",
+        "{}",
+    ),
+)
+
+
+def command_seeds() -> list[bytes]:
+    return [bytes(range(start, start + 6)) for start in range(0, 240, 6)]
+
+
+def command(folder: Path, data: bytes) -> object:
+    """A command line of which each byte is a word; it ends with a known exit code, whatever it is."""
+    for name in ("store", "predictor", "scores.parquet", "scores.csv", "state.parquet"):
+        place = kept() / name
+        (shutil.copytree if place.is_dir() else shutil.copy)(place, folder / name)
+    words = [COMMANDS[data[0] % len(COMMANDS)]] if data else []
+    words += [ARGUMENTS[byte % len(ARGUMENTS)] for byte in data[1:9]]
+    with pytest.raises(AssertionError) as ended:  # -1 is the code of no command: the message is what it wrote
+        run(*words, code=-1, cwd=folder)
+    return ended.match(r"(?s)^(?!.*Traceback)")
+
+
+def monitor_state(folder: Path, data: bytes) -> object:
+    return Monitor.of_folder(kept() / "predictor").resume(put(folder / "state.parquet", data)).status
+
+
+def risk(path: Path) -> object:
+    return [record.load_rows(path, record.load(path)), vilu.score(load(path), open_source(kept() / "store"))]
+
+
+def toml_seeds() -> list[bytes]:
+    lines = ["seeds = 2", "resamples = 40"]
+    for section, entries in tables().items():
+        for name, entry in entries.items() if isinstance(entries, dict) else ():
+            lines.append(f"[{section}.{name}]")
+            lines += [f"{key} = {_toml(value)}" for key, value in entry.items()]
+    return ["\n".join(lines).encode()]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
+    return json.dumps(value)
+
+
+TARGETS: dict[str, Fuzzed] = {
+    "image": Fuzzed(lambda: list(image_files.seeds().values()), image),
+    "caption": Fuzzed(lambda: [b"a cup", "é \u202e".encode(), b"\xff"], caption),
+    "npy": Fuzzed(npy_seeds, npy),
+    "stored_npy": Fuzzed(content("store/img_emb/img_emb_00000.npy"), stored_npy, 0.3),
+    "safetensors": Fuzzed(content("head/weights.safetensors"), safetensors),
+    "predictor": Fuzzed(unsealed("head/predictor.json"), predictor),
+    "risk": Fuzzed(unsealed("predictor/risk.json"), in_copy("predictor", "risk.json", risk), 0.5),
+    **{
+        name: Fuzzed(unsealed(f"store/{file}"), in_copy("store", file, read_store), 0.3)
+        for name, file in {
+            "run": "run.json",
+            "manifest": "manifest.json",
+            "receipt": "receipts/00000.json",
+            "classes": "classes.json",
+        }.items()
+    },
+    "toml": Fuzzed(toml_seeds, lambda folder, data: load_config(put(folder / "study.toml", data))),
+    "class_list": Fuzzed(
+        lambda: [b"cat\ndog\n", b"n01\tcat\nn02\tdog\n"],
+        lambda folder, data: read_classes(put(folder / "names.txt", data)),
+    ),
+    "image_csv": Fuzzed(lambda: [b"path,label\na.png,cat\n", b'path,caption\n"a.png","a, cup"\n'], listed("list.csv")),
+    "image_parquet": Fuzzed(parquet_seeds, listed("list.parquet")),
+    "scores_csv": Fuzzed(content("scores.csv"), scores("scores.csv")),
+    "scores_parquet": Fuzzed(content("scores.parquet"), scores("scores.parquet")),
+    "tar": Fuzzed(tar_seeds, tar),
+    "checkpoint": Fuzzed(
+        checkpoint_seeds, lambda folder, data: convert_official(put(folder / "head.ckpt", data), 100.0)
+    ),
+    "cifar": Fuzzed(
+        lambda: [pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]}, protocol=2)],
+        lambda folder, data: read_pickle(put(folder / "data_batch_1", data)),
+    ),
+    "monitor_state": Fuzzed(content("state.parquet"), monitor_state, 0.5),
+    "page": Fuzzed(lambda: [b"a cup", b"<b>bold</b>", "\u202eevil".encode()], page, 0.1),
+    "command": Fuzzed(command_seeds, command, 0.1),
+}

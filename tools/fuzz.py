@@ -1,0 +1,76 @@
+"""Fuzz what reads bytes from outside, led by the coverage of our code (atheris).
+
+    python tools/fuzz.py [TARGET ...] [--runs 5000] [--seed 1]
+
+Each target of tests/fuzz/targets.py runs in a process of its own, beginning with its whole files. An input that makes
+it fail is written to tests/fuzz/corpus/TARGET/, where `make test` repeats it for ever; exit code 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = ROOT / "tests" / "fuzz" / "corpus"
+
+
+def main() -> int:
+    """Every target in turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("targets", nargs="*")
+    parser.add_argument("--runs", type=int, default=5000, help="inputs for each target, times its share")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        fuzz(given.child, given.runs, given.seed)
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+    from tests.fuzz.targets import TARGETS
+
+    failed = []
+    for name in given.targets or TARGETS:
+        runs = max(round(given.runs * TARGETS[name].share), 1)
+        command = [sys.executable, __file__, "--child", name, "--runs", str(runs), "--seed", str(given.seed)]
+        code = subprocess.run(command, check=False, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        last = next((line for line in reversed(code.stderr.splitlines()) if line.startswith(("Done", "#"))), "")
+        print(f"{name}: {'ok' if code.returncode == 0 else 'FAILED'} {last}", flush=True)
+        if code.returncode:
+            print("\n".join(code.stderr.splitlines()[-40:]), flush=True)
+            failed.append(name)
+    return bool(failed)
+
+
+def fuzz(name: str, runs: int, seed: int) -> None:
+    """One target, to the end of the process."""
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT)]
+    import atheris
+
+    with atheris.instrument_imports(include=["vilu"]):  # what is imported only when it is needed, too
+        from tests.fuzz.guard import guarded
+        from tests.fuzz.targets import TARGETS, kept
+
+        target, given = TARGETS[name], kept()
+        for data in target.seeds():
+            with TemporaryDirectory(prefix="vilu-fuzz-") as made:
+                target.case(Path(made), data)
+
+    def once(data: bytes) -> None:
+        with TemporaryDirectory(prefix="vilu-fuzz-") as made, guarded(Path(made), given):
+            target.case(Path(made), data)
+
+    found = CORPUS / name
+    found.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="vilu-seeds-") as seeds:
+        for number, data in enumerate(target.seeds()):
+            (Path(seeds) / str(number)).write_bytes(data)
+        options = [f"-runs={runs}", f"-seed={seed}", "-max_len=65536", "-rss_limit_mb=0", f"-artifact_prefix={found}/"]
+        atheris.Setup([sys.argv[0], *options, seeds], once)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
