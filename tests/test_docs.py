@@ -53,3 +53,17 @@ def test_the_bytes_of_the_paper_are_what_a_dry_run_says_today(tmp_path: Path) ->
     today = describe([estimate(config, tmp_path / "data", tmp_path / "output") for config in configs])
     (told,) = re.findall(r"^together: (.* GiB);", today, re.MULTILINE)
     assert told in (ROOT / "docs" / "dry-run.md").read_text(encoding="utf-8")
+
+
+def test_every_promise_of_reliability_names_a_test_that_is_there() -> None:
+    """``path::name``, or ``::name`` for another test of the file before it in the same row."""
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "`tests/" in line]
+    assert len(rows) > 70
+    for row in rows:
+        file = ""
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", row):
+            file = path or file
+            assert re.search(rf"^ *(async )?def {name}\(", (ROOT / file).read_text(), re.MULTILINE), f"{file}::{name}"
+    numbered = [int(number) for number in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)]
+    assert numbered == list(range(1, 39)), "the rows of what was found are 1 to 38"
