@@ -104,7 +104,13 @@ def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
 
 
 def read_json(
-    path: Path, again: str, fault: type[ViLUError] = DataError, *, seal: str = SEAL, of: Path | None = None
+    path: Path,
+    again: str,
+    fault: type[ViLUError] = DataError,
+    *,
+    seal: str = SEAL,
+    always: bool = False,
+    of: Path | None = None,
 ) -> dict[str, Any]:
     """What a JSON document of ours says, without its seal; nothing of it is believed before the seal is.
 
@@ -113,6 +119,7 @@ def read_json(
         again: How it is made again, for messages.
         fault: Error where it is missing or damaged.
         seal: Key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
+        always: Whether every vilu sealed such documents, so that one without a seal is damaged.
         of: The artefact that it belongs to, of which one line says that it is not sealed; by default itself.
     """
     content = read_bounded(path, again, fault)
@@ -121,9 +128,9 @@ def read_json(
         right = digest({key: value for key, value in found.items() if key != seal})
     except (ValueError, RecursionError) as error:
         raise fault(f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it.") from error
-    if seal not in found:
+    if seal not in found and not always:
         say_unsealed(of or path)
-    elif found.pop(seal) != right:
+    elif found.pop(seal, None) != right:
         raise fault(f"{path} is damaged: its content is not what its {seal} says. {again} to repair it.")
     return found
 
