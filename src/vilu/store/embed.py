@@ -151,7 +151,7 @@ def _drive(
         job = replace(job, run=begin(root, job.run, model))
         if not shared:
             forget_attempts(root)
-        missing, receipts = job.ledger.survey()
+        missing, receipts = job.ledger.survey(deep=not shared)  # many drivers would each read all of it
         if missing:
             job.ledger.unseal()
             require_room(job, missing)
@@ -160,7 +160,7 @@ def _drive(
         _work(job, executor, missing, receipts)
         if shared:
             lock.enter_context(StoreLedger.claim(root, patience))
-            missing, _ = job.ledger.survey()
+            missing, _ = job.ledger.survey(deep=False)
             if missing:
                 logger.info("%d parts are still missing; the process that ends last seals %s", len(missing), root)
                 return False
