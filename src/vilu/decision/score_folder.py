@@ -251,7 +251,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 def read_run(root: Path) -> ScoreRun:
     """``run.json``, a name that other folders have, too."""
     found = read_json(root / RUN, AGAIN, StorageError)
-    if not (isinstance(found, dict) and found.get("kind") == "scores"):
+    if found.get("kind") != "scores":
         raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
     return read_document(root / RUN, ScoreRun)
 

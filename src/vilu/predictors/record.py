@@ -58,8 +58,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     record["fingerprint"] = digest(record)
     write_card(path, record, predictor, None)
-    write_json(path / PREDICTOR, record)
-    return str(record["fingerprint"])
+    return write_json(path / PREDICTOR, record, seal="fingerprint")
 
 
 def describe(predictor: Saved) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class FolderKeeper(Keeper):
             "position": found.position,
             "tensors_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        write_json(self.folder / f"{name}.json", {**record, "digest": digest(record)})
+        write_json(self.folder / f"{name}.json", record)
         self._prune({name, f"{max(serials, default=0):08d}"})
         self.saved_at = time.monotonic()
 
