@@ -22,7 +22,7 @@ from vilu.files.tables import parquet_bytes, read_column, read_table
 from vilu.metrics.counts import Ints
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of
-from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, Vouched, content_hash
+from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, Reopened, Vouched, content_hash
 
 AGAIN = "Run the same `vilu score` again"
 
@@ -305,11 +305,11 @@ def _damaged(path: Path, what: str) -> StorageError:
     return StorageError(f"{path} is no histogram: {what}. {AGAIN} into a new folder.")
 
 
-class ScoreFolder:
+class ScoreFolder(Reopened):
     """What ``score_parts`` wrote; ``vilu.evaluate`` takes it like ``Outcomes``, whatever its size.
 
     Opening reads the documents and checks that every file is there with its size. The bytes of a file are compared with
-    its receipt when it is first read; ``verify`` reads all.
+    its receipt when it is first read; ``verify`` reads all. Pickled, it is its path, as a store is.
 
     Args:
         path: The folder.
@@ -336,6 +336,7 @@ class ScoreFolder:
         if manifest != ScoreManifest.of(self.run, self._receipts):
             raise ProvenanceError(f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}.")
         self.counts: Counts = manifest.counts
+        self.seal = digest(manifest.model_dump(mode="json"))
 
     def __len__(self) -> int:
         return self.run.n_in

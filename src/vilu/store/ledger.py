@@ -282,6 +282,34 @@ class Vouched:
         return require_hash_once(self._root / name, self._sha256[name], self._again)
 
 
+class Reopened:
+    """What lies in a folder and is pickled as its path: opened again where it arrives, and refused if it has changed.
+
+    Attributes:
+        path: The folder.
+        seal: Hash of what makes it another one.
+        options: What it was opened with beside the path.
+    """
+
+    path: Path
+    seal: str
+    options: Mapping[str, object] = {}
+
+    def __reduce__(self) -> tuple[Callable[..., Reopened], tuple[object, ...]]:
+        return reopen, (type(self), self.path.absolute(), dict(self.options), self.seal)
+
+
+def reopen(kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str) -> Reopened:
+    """What was pickled, from its folder; ProvenanceError if that is another one now."""
+    found = kind(path, **options)
+    if found.seal != seal:
+        raise ProvenanceError(
+            f"{path} has changed since it was pickled: its fingerprint was {seal} and is now {found.seal}. "
+            "Open it again and repeat what was begun with it."
+        )
+    return found
+
+
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:
     """Hash over the hashes of every file of every part, in order."""
     return digest([info.sha256 for receipt in receipts for info in receipt.files.values()])

@@ -18,11 +18,11 @@ from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import MANIFEST, RUN
-from vilu.files.documents import read_document
+from vilu.files.documents import digest, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
-from vilu.store.ledger import Vouched, content_hash
+from vilu.store.ledger import Reopened, Vouched, content_hash
 from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import METADATA, Part, StoreLedger, column_path, map_rows, read_classes, read_columns
 
@@ -66,7 +66,7 @@ def open_source(
     return EmbeddingStore(root)
 
 
-class Sealed:
+class Sealed(Reopened):
     """Everything of a complete store but its classes; documents, sizes, shapes and numbers of rows are checked.
 
     The bytes of a file are compared with its receipt when it is first read (``files``).
@@ -75,6 +75,7 @@ class Sealed:
     def __init__(self, path: Path) -> None:
         StoreLedger.require_sealed(path)
         self.path, self.manifest = path, read_document(path / MANIFEST, Manifest)
+        self.seal = digest(self.manifest.model_dump(mode="json"))
         ledger = StoreLedger(path, self.manifest)
         self.parts, receipts = ledger.parts, ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
@@ -112,12 +113,13 @@ def _map_part(
     return map_rows(find(ledger.parts[number].array(name)), shape, ledger.run.dtype)
 
 
-class EmbeddingStore(MappedSource):
+class EmbeddingStore(Reopened, MappedSource):
     """A sealed store, the same to every predictor as ``Embeddings`` in memory.
 
     Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows, labels.
     The bytes of a part are compared with the SHA-256 in its receipt when a row of it is first read in this process.
-    What happens to a file after that, while it is open, is not seen.
+    What happens to a file after that, while it is open, is not seen. Pickled, a store is its path: it is opened again
+    where it arrives, and refused there (ProvenanceError) if it has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -136,7 +138,7 @@ class EmbeddingStore(MappedSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
-        self.manifest = self._sealed.manifest
+        self.manifest, self.seal = self._sealed.manifest, self._sealed.seal
         if self.manifest.captions:
             raise DataError(f"{path} has captions and no classes. Open it with vilu.open_source, which takes both.")
         self.space = self.manifest.space
@@ -175,12 +177,13 @@ def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) ->
     return check_columns({name: values}, 0, len(classes.names))[name]
 
 
-class CaptionStore(MappedPairs):
+class CaptionStore(Reopened, MappedPairs):
     """The sealed store of images with captions, the same to every predictor as ``PairEmbeddings`` in memory.
 
     Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows.
     The bytes of a part are compared with the SHA-256 in its receipt when a row of it is first read in this process.
-    What happens to a file after that, while it is open, is not seen.
+    What happens to a file after that, while it is open, is not seen. Pickled, a store is its path: it is opened again
+    where it arrives, and refused there (ProvenanceError) if it has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -201,7 +204,7 @@ class CaptionStore(MappedPairs):
 
     def __init__(self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None) -> None:
         sealed = Sealed(Path(path))
-        self.manifest = sealed.manifest
+        self.manifest, self.seal, self.options = sealed.manifest, sealed.seal, {"pools": pools, "fold": fold}
         if not self.manifest.captions:
             raise DataError(f"{path} has classes and no captions. Open it with vilu.EmbeddingStore.")
         sealed.require_seal(not self.manifest.classes)
