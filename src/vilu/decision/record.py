@@ -17,7 +17,7 @@ from vilu.decision.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
 from vilu.files.disk import atomic_write, file_hash
-from vilu.files.documents import Document, digest, read_document
+from vilu.files.documents import Document, digest, read_document, vouched
 from vilu.files.tables import parquet_bytes
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
@@ -167,4 +167,5 @@ def load_rows(folder: str | Path, record: Record) -> Outcomes:
         raise DataError(f"{path} is missing. {RECALIBRATE}.")
     if file_hash(path) != record.rows_sha256:
         raise DataError(f"{path} does not hold the rows that {RISK} names. {RECALIBRATE}.")
-    return Outcomes.load(path)
+    with vouched():
+        return Outcomes.load(path)

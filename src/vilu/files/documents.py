@@ -8,7 +8,8 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
@@ -160,12 +161,32 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no finite number")
 
 
+def seal_document(path: Path) -> bool:
+    """Give a document of ours a digest, unless it has one; whether it had none."""
+    content = parse_json(read_bounded(path, "Make it again", DataError))
+    if SEAL in content:
+        return False
+    write_json(path, content)
+    return True
+
+
 _SAID: set[str] = set()
+_vouched: ContextVar[bool] = ContextVar("vouched", default=False)
+
+
+@contextmanager
+def vouched() -> Iterator[None]:
+    """A block that reads files for which a hash elsewhere vouches, so that they need no digest of their own."""
+    token = _vouched.set(True)
+    try:
+        yield
+    finally:
+        _vouched.reset(token)
 
 
 def say_unsealed(path: str | os.PathLike[str]) -> None:
     """One line, once per file and process, that nothing vouches for an artefact of an earlier vilu."""
-    if os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
+    if not _vouched.get() and os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
         _SAID.add(os.path.abspath(path))  # noqa: PTH100
         logger.warning(
             "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.", os.fspath(path)
