@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 from pydantic import Field
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import LOCK, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
+from vilu.files.disk import LOCK, LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
 from vilu.files.documents import Document, Model, digest, read_document
 from vilu.progress import Silence, track
 
@@ -144,7 +144,7 @@ class Ledger(ABC, Generic[P, R]):
             for name in ("receipts", *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
-            for name in (*others, RUN):
+            for name in (*others, LOG, RUN):
                 (self.root / name).unlink(missing_ok=True)
 
     @abstractmethod
