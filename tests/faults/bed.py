@@ -299,7 +299,8 @@ class Bed:
         else:
             require(code == 7, f"ends with {code}, not 7: {said}")
             why = os.strerror(ERRNOS[fault])
-            require("vilu: error: " in said and why in said, f"the message does not say {why!r}: {said}")
+            places = "is not writable" if fault in {"readonly", "denied"} else why  # looked at before the work begins
+            require("vilu: error: " in said and (why in said or places in said), f"the message does not say {why!r}: {said}")
 
     def _require_whole(self, work: Path, alone: Undisturbed) -> None:
         """Whatever lies under its final name is one of the files that the undisturbed run puts there."""
