@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,7 +44,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Binary handle of a new file that takes the place of ``path`` when the block ends without an exception.
 
     The bytes go to a temporary file in the same folder, are synced to the disk, and are then renamed. After an
-    exception or a crash ``path`` is what it was before.
+    exception or a crash ``path`` is what it was before. What crashes left of earlier tries at ``path`` is removed.
 
     Raises:
         StorageError: If the file system refuses (no such folder, read-only, disk full).
@@ -51,6 +52,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
+        for leftover in _unfinished(target.parent.absolute()).pop(target.name, ()):
+            if is_leftover(leftover):
+                leftover.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
                 yield handle
@@ -60,6 +64,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
+
+
+@lru_cache(maxsize=1024)
+def _unfinished(folder: Path) -> dict[str, list[Path]]:
+    """Files in the making, by the name that they are to have, when this process first wrote into a folder.
+
+    Looked up once: a folder of a hundred thousand parts takes a while to list.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        match = TEMPORARY.fullmatch(path.name)
+        if match is not None:
+            found.setdefault(match["name"], []).append(path)
+    return found
 
 
 @contextmanager

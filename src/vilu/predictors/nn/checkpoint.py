@@ -240,9 +240,10 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
         finally:
             _session.reset(token)
     if session.removed:
-        (session.folder / LOCK).unlink(missing_ok=True)
-        if not any(session.folder.iterdir()):
-            session.folder.rmdir()
+        with or_refuse(f"remove {session.folder}"):
+            (session.folder / LOCK).unlink(missing_ok=True)
+            if not any(session.folder.iterdir()):
+                session.folder.rmdir()
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
