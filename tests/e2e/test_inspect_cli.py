@@ -101,7 +101,7 @@ def test_a_rule_is_held_against_its_rows(
     content = json.loads((path / "risk.json").read_text())
     edit(content["rule"])
     (path / "risk.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match="risk.json is damaged"):
+    with pytest.raises(DataError, match=r"risk\.json is damaged"):
         vilu.Monitor.of_folder(path)
 
 

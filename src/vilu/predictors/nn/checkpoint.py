@@ -118,17 +118,20 @@ class FolderKeeper(Keeper):
                     path.unlink()
 
     def _newest(self) -> tuple[bytes, bytes]:
-        serials = self._serials()
+        serials, faults = self._serials(), list[str]()
         for serial in reversed(serials):
             try:
                 record, weights = read_checked(self.folder / f"{serial:08d}.json")
             except DataError as error:
+                faults.append(str(error))
                 warnings.warn(f"a checkpoint is left out: {error}", stacklevel=4)
                 continue
             self._require_same(record["binding"])
             return json.dumps(record).encode(), weights
         if serials:
-            raise DataError(f"no checkpoint in {self.folder} is intact. Remove that folder to begin again.")
+            raise DataError(
+                f"no checkpoint in {self.folder} is intact. {' '.join(faults)} Remove that folder to begin again."
+            )
         return b"", b""
 
     def _require_same(self, found: dict[str, object]) -> None:
