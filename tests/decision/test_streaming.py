@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 
 import vilu
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import run
 from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
 from vilu.decision.calibration import Target, calibrate_predictor
@@ -30,6 +31,7 @@ from vilu.predictors import PREDICTORS
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.storage import load
 from vilu.progress import Silence, reporting
+from vilu.store.embed import embed
 
 N = 2 * SCORING_BATCH + 900
 """Three parts of one batch of scoring each."""
@@ -449,3 +451,18 @@ def test_counts_and_parts_add_up() -> None:
     run = ScoreRun(n_in=12, n_candidate=7, rows_per_part=3, is_probability=True, provenance={}, **same)
     assert [(p.start, p.stop) for p in run.parts] == [(0, 3), (3, 6), (6, 7), (7, 10), (10, 12)]
     assert run.parts[3] == ScorePart(number=3, start=7, stop=10)
+
+
+def test_a_renamed_store_is_the_same_rows_under_another_label(tmp_path: Path) -> None:
+    """The label of scores is the name that somebody gave the folder; nothing else depends on it."""
+    embed(dataset(30), FakeBackbone(), tmp_path / "first", names=NAMES)
+    vilu.MCM().save(tmp_path / "p")
+    run("score", tmp_path / "p", tmp_path / "first", "-o", tmp_path / "a")
+    (tmp_path / "first").rename(tmp_path / "second")
+    said = run("score", tmp_path / "p", tmp_path / "second", "-o", tmp_path / "a", code=6).stderr
+    assert f"another run: dataset: 'first' ({tmp_path / 'a'}) against 'second' (now). Give another folder" in said
+    run("score", tmp_path / "p", tmp_path / "second", "-o", tmp_path / "b")
+    a, b = (ScoreFolder(tmp_path / name) for name in "ab")
+    assert (a.run.dataset, b.run.dataset) == ("first", "second")
+    assert a.run.model_copy(update={"dataset": "second"}) == b.run
+    np.testing.assert_array_equal(a.outcomes().uncertainty, b.outcomes().uncertainty)

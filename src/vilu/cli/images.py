@@ -16,6 +16,7 @@ from vilu.errors import UsageError
 if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
     from vilu.datasets.known.entry import Count
+    from vilu.store.documents import Manifest
     from vilu.store.job import Executor
 
 
@@ -104,7 +105,6 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """
     from vilu.backbones.zeroshot import named_templates
     from vilu.datasets.catalog import open_dataset
-    from vilu.store.embed import BAD_SHARD
     from vilu.store.embed import embed as embed_images
     from vilu.store.job import BackboneSpec
 
@@ -145,13 +145,18 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    if store is None:
-        next_step("this rank's parts are done; the rank that ends last makes the store complete")
-    else:
-        shards = sum(count for kind, count in store.manifest.errors.items() if kind in BAD_SHARD)
-        lost = f", {shards:,} bad shards" if shards else ""
-        errors = f"{store.manifest.n_error - shards:,} bad images{lost}"
-        next_step(f"{len(store):,} embeddings, {errors}; next: vilu fit {output} -o predictor")
+    next_step(_embedded(output, None if store is None else store.manifest))
+
+
+def _embedded(output: Path, manifest: Manifest | None) -> str:
+    from vilu.store.embed import BAD_SHARD
+
+    if manifest is None:
+        return "this rank's parts are done; the rank that ends last makes the store complete"
+    shards = sum(count for kind, count in manifest.errors.items() if kind in BAD_SHARD)
+    lost = f", {shards:,} bad shards" if shards else ""
+    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - shards:,} bad images{lost}"
+    return f"{counts}; next: vilu fit {output} -o predictor"
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:

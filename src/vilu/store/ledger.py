@@ -179,8 +179,9 @@ class Ledger(ABC, Generic[P, R]):
             return ABSENT
         try:
             receipt = self.receipt(part)
-            for name in receipt.files if deep else ():
-                Vouched.of(self.root, [receipt])(name)
+            files = Vouched.of(self.root, [receipt])
+            for name in part.files if deep else ():
+                files(name)
         except ViLUError as error:
             return str(error)
         return receipt
