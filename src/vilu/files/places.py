@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.files.disk import MANIFEST, RUN, file_hash, or_refuse
-from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, parse_json, read_bounded
+from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, parse_json, read_bounded, read_json
+from vilu.files.tables import METADATA_KEY, read_table
+
+logger = logging.getLogger("vilu")
 
 Kind = Literal["scores", "results", "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"]
 """What a file of ours is, in a message."""
@@ -82,9 +86,10 @@ def claim_file(path: str | os.PathLike[str], kind: Kind, inputs: str | None = No
             raise UsageError(
                 f"{target} is there and holds no {kind} of vilu, so it is left alone. Give another file, or remove it."
             )
-        if inputs and found[1] == inputs:
+        same = bool(inputs) and found[1] == inputs
+        if same and _is_whole(target):
             return True
-        if not overwrite:
+        if not (same or overwrite):
             raise UsageError(
                 f"{target} holds the {kind} of {'other inputs' if found[1] else 'inputs that it does not name'}. "
                 "Give another file, or --overwrite to replace it."
@@ -189,7 +194,7 @@ def _made_of_parquet(path: Path) -> Made | None:
     import pyarrow.parquet
 
     try:
-        said = (pyarrow.parquet.read_schema(path).metadata or {}).get(b"vilu")
+        said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
         return None if said is None else _made_of(parse_json(said))
     except (pa.ArrowException, ValueError, RecursionError):
         return None
@@ -214,6 +219,20 @@ def _made_of_ends(path: Path) -> Made | None:
     if written := MARK.search(end):
         return TEXTS[written[1]], written[2].decode()
     return ("page", "") if b"Made by vilu " in end and end.rstrip().endswith(b"</html>") else None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of ours has the content that its digest is of, where it has one."""
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".json":
+            read_json(path, "Make it again")
+        elif suffix == ".parquet":
+            read_table(path, ())
+    except ViLUError as error:
+        logger.warning("it is made again: %s", error)
+        return False
+    return True
 
 
 def _require_room(target: Path, *, parents: bool = False) -> None:

@@ -92,6 +92,12 @@ def _fit(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in {"calibrator", "fingerprint", "vilu"}}
 
 
+def says_inputs(path: Path) -> str | None:
+    """Digest of what a predictor was made from, as its ``predictor.json`` says, which may be damaged or absent."""
+    notes = (_fit_of(path) or {}).get("notes")
+    return notes.get("inputs") if isinstance(notes, dict) else None
+
+
 def _fit_of(path: Path) -> dict[str, Any] | None:
     try:
         return _fit(parse_json(path.read_bytes()))
