@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, printable, reads
+from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, reads
 from vilu.errors import UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.decision.monitor import Monitor
@@ -72,7 +73,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         following = f"{len(found)} rows explained; where the failures are: vilu explain {predictor} {store} --summary"
     if output is not None:
         write_json(output, content)
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text))
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
     next_step(following)
 
 
