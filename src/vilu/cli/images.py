@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import Overwrite, columns, existing, next_step, printable, shell
+from vilu.cli.console import (
+    Overwrite,
+    columns,
+    complete_backbones,
+    complete_datasets,
+    existing,
+    next_step,
+    shell,
+)
 from vilu.errors import UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
@@ -30,7 +39,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
     backbone: Annotated[
         str,
-        typer.Option(help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER."),
+        typer.Option(
+            help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
+            autocompletion=complete_backbones,
+        ),
     ] = "compact",
     models: Annotated[
         Path | None,
@@ -41,7 +53,12 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A data set by its name, as in `vilu datasets list`.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A data set by its name, as in `vilu datasets list`.",
+            autocompletion=complete_datasets,
+        ),
     ] = None,
     raw_names: Annotated[
         bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
@@ -216,7 +233,10 @@ def list_known(as_json: AsJson = False) -> None:
 @datasets.command("check")
 def check_known(
     path: Annotated[Path, typer.Argument(help="Folder that holds data sets, or one data set's own.")],
-    names: Annotated[list[str] | None, typer.Argument(help="Which data sets. [all]", metavar="NAME")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=complete_datasets),
+    ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compare checksums of archives, and count the pairs in tars.")
     ] = False,

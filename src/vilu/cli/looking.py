@@ -21,11 +21,11 @@ from vilu.cli.console import (
     keeping,
     next_step,
     nothing_to_do,
-    printable,
     reads,
     shell,
 )
 from vilu.errors import UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.decision.monitor import Monitor
@@ -96,7 +96,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         more = shell("vilu", "explain", predictor, store, "--summary")
         following = f"{len(found)} rows explained; where the failures are: {more}"
     keep(lambda path, inputs: _write_said(path, content, inputs))
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text))
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
     next_step(following)
 
 

@@ -18,6 +18,7 @@ from vilu.cli.console import (
     Reading,
     RowsFile,
     RowsJson,
+    complete_methods,
     existing,
     keeping,
     next_step,
@@ -50,7 +51,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         ),
     ],
     output: Output,
-    method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu_plus",
+    method: Annotated[
+        str, typer.Option(help="See `vilu list predictors`.", autocompletion=complete_methods)
+    ] = "vilu_plus",
     validation: Annotated[
         Path | None,
         typer.Option(help="Store to select on; without it a part of the training rows is held out.", callback=existing),
