@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from vilu.benchmark.cells import Cell
 from vilu.benchmark.parts import RANKED_BY, Section
 from vilu.errors import StorageError
 from vilu.files.disk import atomic_write, make_folder, or_refuse
-from vilu.files.documents import write_json
+from vilu.files.documents import read_log, write_json
 from vilu.files.tables import write_table
 from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
@@ -35,7 +37,7 @@ class Refusal(Section):
 
 
 class Timing(Section):
-    """Wall time on one core; no part of what is compared between runs."""
+    """Wall time on one core: in ``log.jsonl`` of the run folder, by the path of the cell."""
 
     fit_seconds: float | None  # of fitting; None where there was none
     score_seconds: float  # of scoring the test set
@@ -59,7 +61,7 @@ class CellResult(Section):
     results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
     refused: Refusal | None = None  # why there are none
     warnings: tuple[str, ...] = ()  # what the method warned of
-    timing: Timing | None = None  # how long it took
+    timing: Timing | None = Field(default=None, exclude=True)  # in cells of earlier vilu; now it is in the log
     files: dict[str, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
 
     def value(self, metric: str) -> float | None:
@@ -106,6 +108,18 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     return result
+
+
+def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
+    """How long cells took, from the log of the run folder: of a cell the last line."""
+    found: dict[Cell, Timing] = {}
+    paths = {cell.path.as_posix(): cell for cell in cells}
+    for line in read_log(root):
+        cell = paths.get(str(line.pop("cell", None)))
+        if cell is not None:
+            with suppress(ValidationError):  # a log may say anything; nothing else is read from it
+                found[cell] = Timing.model_validate(line)
+    return found
 
 
 def load_bootstrap(root: Path, cell: Cell) -> Floats:

@@ -19,8 +19,8 @@ from vilu.benchmark.exhibits import Exhibit, exhibit
 from vilu.benchmark.facts import code_of
 from vilu.benchmark.load import parse_config
 from vilu.benchmark.parts import Section
-from vilu.benchmark.ranking import summarise
-from vilu.benchmark.result import load_bootstrap, load_result
+from vilu.benchmark.ranking import summarise, times_table
+from vilu.benchmark.result import load_bootstrap, load_result, load_times
 from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
@@ -168,13 +168,15 @@ class Rendered:
     exhibits: tuple[Exhibit, ...]
     verdicts: tuple[Verdict, ...]  # on its claims
     text: str  # for a terminal
+    times: str  # the same, of wall times, which differ from run to run
 
 
 def render(board: Board, output: Path) -> Rendered:
     """Write everything that a study shows, below ``output/studies/NAME``.
 
     Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page), ``table.txt`` (what
-    is printed), ``results.json`` and ``results.parquet`` (every number and the configuration).
+    is printed), ``results.json`` and ``results.parquet`` (every number and the configuration), and ``times.txt``, alone
+    with what a clock decides.
     """
     config, folder = board.config, output / STUDIES / board.config.name
     exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
@@ -182,11 +184,13 @@ def render(board: Board, output: Path) -> Rendered:
     text = "\n\n".join(
         [*(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits), *_in_words(verdicts)]
     )
-    done = Rendered(board, exhibits, verdicts, text)
+    done = Rendered(board, exhibits, verdicts, text, times_table(board, load_times(output, board.results)))
     _write_results(board, folder)
     for one in exhibits:
         _write_exhibit(one, folder)
     write_text(folder / "table.txt", text + "\n")
+    if done.times:
+        write_text(folder / "times.txt", done.times + "\n")
     write_text(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
     return done
 

@@ -22,6 +22,9 @@ LOCK = ".lock"
 RUN, MANIFEST = "run.json", "manifest.json"
 """First and last document of a folder that a run fills (``vilu.store.ledger``)."""
 
+LOG = "log.jsonl"
+"""How long what took, a line of JSON each. Two runs differ in it, and no result is read from it."""
+
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 """What network file systems answer that cannot sync a folder."""
 

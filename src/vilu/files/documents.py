@@ -7,7 +7,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
@@ -22,7 +23,7 @@ from pydantic import (
 )
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import atomic_write, or_refuse
+from vilu.files.disk import LOG, atomic_write, or_refuse
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -192,6 +193,25 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: 
     with atomic_write(path) as handle:
         handle.write(content)
     return str(plain[seal])
+
+
+def log(folder: Path, **facts: object) -> None:
+    """Add a line to the log of a folder, at once, so that lines of several processes stay whole."""
+    line = plain_json(facts, "a line of the log") + b"\n"
+    with or_refuse(f"write to {folder / LOG}"), (folder / LOG).open("ab", buffering=0) as handle:
+        handle.write(line)
+
+
+def read_log(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a folder's log, if it has one; a line that a crash has cut is left out."""
+    path = folder / LOG
+    with or_refuse(f"read {path}"):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
 def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 from pydantic import Field
 
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
-from vilu.files.disk import MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
+from vilu.files.disk import LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
 from vilu.files.documents import Document, Model, digest, parse_json, read_bounded, read_document
 from vilu.files.places import claim_folder, entries, require_no_others
 
@@ -77,7 +77,7 @@ class Ledger(ABC, Generic[P, R]):
     command: ClassVar[str]
     doing: ClassVar[str]
     kind: ClassVar[str | None] = None  # what its run.json calls it
-    documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, "log.jsonl")
+    documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)
     folders: ClassVar[tuple[str, ...]]  # its sub-folders, those that only some runs have included
 
     def __init__(self, root: Path, fingerprint: str, parts: Sequence[P], kind: type[R]) -> None:

@@ -150,7 +150,6 @@ class StoreLedger(Ledger[Part, Receipt]):
                 errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
                 files=files,
                 batch_size=batch_size,
-                seconds=round(time.monotonic() - content.started, 3),
                 source=source,
             ),
         )
