@@ -109,6 +109,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Numbers in the store.")] = "float16",
     max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
+    allow_bad_shards: Annotated[
+        bool, typer.Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
+    ] = False,
     on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
@@ -117,12 +120,13 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
     Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and counted; they end
-    the command with exit code 3 when they are more than --max-error-rate. --features, --views and --prompts keep what
-    some methods need beside the embeddings (see `vilu list predictors`). Images with captions need no classes: the
-    captions are embedded too.
+    the command with exit code 3 when they are more than --max-error-rate, and so does a tar that is cut short or none:
+    nobody can count what it has lost. --features, --views and --prompts keep what some methods need beside the
+    embeddings (see `vilu list predictors`). Images with captions need no classes: the captions are embedded too.
     """
     from vilu.backbones.zeroshot import named_templates
     from vilu.datasets.catalog import open_dataset
+    from vilu.store.embed import BAD_SHARD
     from vilu.store.embed import embed as embed_images
     from vilu.store.job import BackboneSpec
 
@@ -155,6 +159,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         part_size=part_size,
         dtype=dtype,
         max_error_rate=max_error_rate,
+        allow_bad_shards=allow_bad_shards,
         on_error=on_error,
         split=split,
         overwrite=overwrite,
@@ -165,8 +170,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if store is None:
         next_step("this rank's parts are done; the rank that ends last makes the store complete")
     else:
-        errors = store.manifest.n_error
-        next_step(f"{len(store):,} embeddings, {errors:,} bad images; next: {_following(output, split, source)}")
+        shards = sum(count for kind, count in store.manifest.errors.items() if kind in BAD_SHARD)
+        lost = f", {shards:,} bad shards" if shards else ""
+        errors = f"{store.manifest.n_error - shards:,} bad images{lost}"
+        next_step(f"{len(store):,} embeddings, {errors}; next: {_following(output, split, source)}")
 
 
 USES = {
