@@ -143,8 +143,8 @@ def require_no_others(root: Path, what: str, others: Iterable[Path]) -> None:
     first = min(others, default=None)
     if first is not None:
         raise UsageError(
-            f"{root} holds {str(first.relative_to(root))!r}, which vilu does not know as part of a {what}, so nothing "
-            "in it is touched. Give a new folder."
+            f"{root} holds {str(first.relative_to(root))!r}, which is no part of vilu's {what}, so nothing there is "
+            "touched. Give a new folder."
         )
 
 
