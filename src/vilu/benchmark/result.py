@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,9 +13,9 @@ from pydantic import Field, ValidationError
 
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.parts import RANKED_BY, Section
-from vilu.errors import StorageError
-from vilu.files.disk import atomic_write, make_folder, or_refuse
-from vilu.files.documents import read_log, write_json
+from vilu.errors import DataError
+from vilu.files.disk import atomic_write, file_hash, make_folder, or_refuse
+from vilu.files.documents import explain, read_json, read_log, write_json
 from vilu.files.tables import write_table
 from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
@@ -26,6 +25,7 @@ from vilu.outcomes.results import ResultRow
 
 logger = logging.getLogger(__name__)
 
+AGAIN = "Run its `vilu benchmark` again"
 SCORES, BOOTSTRAP = ".parquet", ".npy"
 
 
@@ -77,7 +77,7 @@ class CellResult(Section):
             write_table(path.with_suffix(SCORES), *outcomes.table())
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
                 np.save(handle, bootstrap, allow_pickle=False)
-            files = {suffix: _sha256(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
+            files = {suffix: file_hash(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
         write_json(path, self.model_copy(update={"files": files}).model_dump(mode="json"))
 
     @property
@@ -92,21 +92,19 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     if not path.is_file():
         return None
     try:
-        result = CellResult.model_validate_json(path.read_bytes())
-        if result.fingerprint != fingerprint:
+        result = CellResult.model_validate(read_json(path, AGAIN, of=root))
+    except (DataError, ValidationError) as error:
+        what = str(error) if isinstance(error, DataError) else f"{path} is damaged: {explain(error)}."
+        logger.warning("%s %s is run again.", what, cell)
+        return None
+    if result.fingerprint != fingerprint:
+        return None
+    for suffix, sha256 in result.files.items():
+        beside = path.with_suffix(suffix)
+        if not beside.exists() or file_hash(beside) != sha256:
+            what = "not the file of its cell" if beside.exists() else "gone"
+            logger.warning("%s is %s: %s is run again", beside, what, cell)
             return None
-        for suffix, sha256 in result.files.items():
-            if _sha256(path.with_suffix(suffix)) != sha256:
-                logger.warning("%s is not the file of its cell: %s is run again", path.with_suffix(suffix), cell)
-                return None
-    except ValidationError as error:
-        logger.warning("%s is damaged: %s is run again (%d faults)", path, cell, error.error_count())
-        return None
-    except FileNotFoundError as error:
-        logger.warning("%s is gone: %s is run again", error.filename, cell)
-        return None
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     return result
 
 
@@ -140,8 +138,3 @@ def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows
     scores = SortedScores(uncertainty, failure == 1)
     values = resampled({name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16))
     return np.stack([values[name] for name in RANKED_BY])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

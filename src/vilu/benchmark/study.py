@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import own_results, plan
@@ -20,13 +21,13 @@ from vilu.benchmark.facts import code_of
 from vilu.benchmark.load import parse_config
 from vilu.benchmark.parts import Section
 from vilu.benchmark.ranking import summarise, times_table
-from vilu.benchmark.result import load_bootstrap, load_result, load_times
+from vilu.benchmark.result import AGAIN, load_bootstrap, load_result, load_times
 from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
-from vilu.files.disk import make_folder, or_refuse, write_text
-from vilu.files.documents import write_json
+from vilu.files.disk import make_folder, write_text
+from vilu.files.documents import explain, read_json, write_json
 from vilu.files.places import claim_file, claim_folder, inputs_of, made, mark
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
@@ -72,10 +73,9 @@ def load_studies(output: Path) -> list[Board]:
 
 def _load(path: Path, output: Path) -> Board:
     try:
-        with or_refuse(f"read {path}"):
-            archive = Archive.model_validate(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise DataError(f"{path} is not the document of a study: {error}") from error
+        archive = Archive.model_validate(read_json(path, AGAIN, of=output))
+    except ValidationError as error:
+        raise DataError(f"{path} is not the document of a study: {explain(error)}. {AGAIN}.") from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
     results = {}
@@ -84,8 +84,7 @@ def _load(path: Path, output: Path) -> Board:
         result = None if fingerprint is None else load_result(output, cell, fingerprint)
         if result is None:
             raise DataError(
-                f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. Run its "
-                "`vilu benchmark` again."
+                f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. {AGAIN}."
             )
         results[cell] = result
     older = sum(result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items())

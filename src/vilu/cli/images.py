@@ -416,15 +416,36 @@ def _datasets() -> list[dict[str, Any]]:
 
 
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Folder that `vilu embed` wrote, finished or not.", callback=existing)],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: hashes, norms, labels.")] = False,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...",
+            callback=existing,
+        ),
+    ],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
+    seal: Annotated[
+        bool,
+        typer.Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What is in a store, and whether it is sound. Exit code 7 when something is wrong."""
+    """What an artefact of vilu holds, and whether it is sound. Exit code 3, 6 or 7 when something is wrong."""
+    from vilu.cli.artefacts import check, is_store
     from vilu.errors import StorageError
-    from vilu.store.inspect import inspect as inspect_store
 
-    report = inspect_store(store, deep=deep)
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    if report.problems:
-        raise StorageError(f"{len(report.problems)} problems in {store}; the first: {report.problems[0]}")
+    if is_store(path) and not seal:
+        from vilu.store.inspect import inspect as inspect_store
+
+        report = inspect_store(path, deep=deep)
+        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+        if report.problems:
+            raise StorageError(f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}")
+        return
+    found = list(check(path))
+    sealed = [file for artefact in found for file in artefact.seal()] if seal else []
+    facts = [{"path": str(one.path), "what": one.what} for one in found]
+    content = {"found": facts, "sealed": [str(file) for file in sealed]} if seal else {"found": facts}
+    lines = [f"{one.path}: {printable(one.what)}" for one in found]
+    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
+    next_step(f"nothing is damaged{f'; a digest was added to {len(sealed)} files' if seal else ''}")

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import MANIFEST, RUN
-from vilu.files.documents import Document, Model, digest, read_document, read_json
+from vilu.files.documents import Document, Model, digest, read_document, read_json, vouched
 from vilu.files.tables import parquet_bytes, read_column, read_table
 from vilu.metrics.counts import Ints
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
@@ -269,7 +269,8 @@ def histogram_bytes(histogram: Histogram) -> memoryview:
 def read_histogram(root: Path, receipt: ScoreReceipt) -> Histogram:
     """The counts of a part, checked against its receipt."""
     path, counts = Vouched.of(root, [receipt])(receipt.part.histogram), receipt.counts
-    table, metadata = read_table(path, ())
+    with vouched():
+        table, metadata = read_table(path, ())
     level, ends = metadata.get("level"), metadata.get("ends")
     if table.column_names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
         raise _damaged(path, f"its columns are {table.schema.names}")
@@ -368,8 +369,9 @@ class ScoreFolder(Reopened):
         """
         files = Vouched.of(self.path, self._receipts)
         paths = [files(receipt.part.scores) for receipt in self._receipts]
-        parts = [Outcomes.load(path) for path in paths]
-        row_id = np.concatenate([_row_ids(path) for path in paths])
+        with vouched():
+            parts = [Outcomes.load(path) for path in paths]
+            row_id = np.concatenate([_row_ids(path) for path in paths])
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}.")

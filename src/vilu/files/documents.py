@@ -8,7 +8,8 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
@@ -105,7 +106,13 @@ def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
 
 
 def read_json(
-    path: Path, again: str, fault: type[ViLUError] = DataError, *, seal: str = SEAL, of: Path | None = None
+    path: Path,
+    again: str,
+    fault: type[ViLUError] = DataError,
+    *,
+    seal: str = SEAL,
+    always: bool = False,
+    of: Path | None = None,
 ) -> dict[str, Any]:
     """What a JSON document of ours says, without its seal; nothing of it is believed before the seal is.
 
@@ -114,6 +121,7 @@ def read_json(
         again: How it is made again, for messages.
         fault: Error where it is missing or damaged.
         seal: Key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
+        always: Whether every vilu sealed such documents, so that one without a seal is damaged.
         of: The artefact that it belongs to, of which one line says that it is not sealed; by default itself.
     """
     content = read_bounded(path, again, fault)
@@ -122,9 +130,9 @@ def read_json(
         right = digest({key: value for key, value in found.items() if key != seal})
     except (ValueError, RecursionError) as error:
         raise fault(f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it.") from error
-    if seal not in found:
+    if seal not in found and not always:
         say_unsealed(of or path)
-    elif found.pop(seal) != right:
+    elif found.pop(seal, None) != right:
         raise fault(f"{path} is damaged: its content is not what its {seal} says. {again} to repair it.")
     return found
 
@@ -153,12 +161,32 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no finite number")
 
 
+def seal_document(path: Path) -> bool:
+    """Give a document of ours a digest, unless it has one; whether it had none."""
+    content = parse_json(read_bounded(path, "Make it again", DataError))
+    if SEAL in content:
+        return False
+    write_json(path, content)
+    return True
+
+
 _SAID: set[str] = set()
+_vouched: ContextVar[bool] = ContextVar("vouched", default=False)
+
+
+@contextmanager
+def vouched() -> Iterator[None]:
+    """A block that reads files for which a hash elsewhere vouches, so that they need no digest of their own."""
+    token = _vouched.set(True)
+    try:
+        yield
+    finally:
+        _vouched.reset(token)
 
 
 def say_unsealed(path: str | os.PathLike[str]) -> None:
     """One line, once per file and process, that nothing vouches for an artefact of an earlier vilu."""
-    if os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
+    if not _vouched.get() and os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
         _SAID.add(os.path.abspath(path))  # noqa: PTH100
         logger.warning(
             "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.", os.fspath(path)

@@ -158,6 +158,18 @@ def _read_parquet(source: pa.NativeFile) -> pa.Table:
     return table
 
 
+def seal_table(path: Path) -> bool:
+    """Give a Parquet table of ours a digest, unless it has one or is of another program; whether it has now."""
+    import pyarrow.parquet
+
+    table, metadata = read_table(path, ())
+    said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
+    if said is None or SEAL in parse_json(said):
+        return False
+    write_table(path, {name: table[name] for name in table.column_names}, metadata)
+    return True
+
+
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
     """A column as Arrow type ``kind`` ("float64", "int64", "string", ...); all null if the table lacks it."""
     import pyarrow as pa
