@@ -14,7 +14,7 @@ from typing import Literal
 
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.files.disk import MANIFEST, RUN, file_hash, or_refuse
-from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, parse_json, read_bounded, read_json
+from vilu.files.documents import MAX_DOCUMENT_BYTES, SEAL, digest, parse_json, read_bounded, read_json
 from vilu.files.tables import METADATA_KEY, read_table
 
 logger = logging.getLogger("vilu")
@@ -165,16 +165,25 @@ def inputs_of(*paths: Path, **settings: object) -> str:
 
 
 def content_of(path: Path) -> object:
-    """Hash of a file; of a folder of ours the hashes of the documents that vouch for it, of another its listing."""
+    """Hash of a file; of a folder of ours what the documents that vouch for it say, of another its listing."""
     if path.is_file():
         return file_hash(path)
     documents = ["predictor.json", "risk.json", RUN, MANIFEST]
-    found = [[name, file_hash(path / name)] for name in documents if (path / name).is_file()]
+    found = [[name, _said(path / name)] for name in documents if (path / name).is_file()]
     if found:
         return found
     with or_refuse(f"read {path}"):
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [[str(file.relative_to(path)), (at := file.stat()).st_size, at.st_mtime_ns] for file in files]
+
+
+def _said(path: Path) -> object:
+    """What a document says, whichever vilu wrote and sealed it; of a damaged one the hash."""
+    try:
+        found = parse_json(read_bounded(path, "Make it again", DataError))
+    except (ValueError, RecursionError):
+        return file_hash(path)
+    return {key: value for key, value in found.items() if key not in {"vilu", "fingerprint", SEAL}}
 
 
 def _passing(path: Path) -> bool:
