@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import columns, next_step, printable
+from vilu.cli.console import (
+    Overwrite,
+    columns,
+    complete_backbones,
+    complete_datasets,
+    existing,
+    next_step,
+    shell,
+)
 from vilu.errors import UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
@@ -31,22 +40,35 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
     backbone: Annotated[
         str,
-        typer.Option(help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER."),
+        typer.Option(
+            help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
+            autocompletion=complete_backbones,
+        ),
     ] = "compact",
     models: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder with a sub-folder for each named backbone, in place of the model hub."
+            metavar="DIR",
+            help="Folder with a sub-folder for each named backbone, in place of the model hub.",
+            callback=existing,
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A data set by its name, as in `vilu datasets list`.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A data set by its name, as in `vilu datasets list`.",
+            autocompletion=complete_datasets,
+        ),
     ] = None,
     raw_names: Annotated[
         bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
     ] = False,
     classes: Annotated[
-        Path | None, typer.Option(help="Class names, one a line, or folder<TAB>name; needed where data have none.")
+        Path | None,
+        typer.Option(
+            help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=existing
+        ),
     ] = None,
     captions: Annotated[
         bool, typer.Option("--captions", help="Take the captions of a table that has labels too.")
@@ -94,7 +116,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store instead of resuming it.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
@@ -145,10 +167,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    next_step(_embedded(output, None if store is None else store.manifest))
+    next_step(_embedded(output, None if store is None else store.manifest, (split, source)))
 
 
-def _embedded(output: Path, manifest: Manifest | None) -> str:
+def _embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
     from vilu.store.embed import BAD_SHARD
 
     if manifest is None:
@@ -156,7 +178,23 @@ def _embedded(output: Path, manifest: Manifest | None) -> str:
     shards = sum(count for kind, count in manifest.errors.items() if kind in BAD_SHARD)
     lost = f", {shards:,} bad shards" if shards else ""
     counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - shards:,} bad images{lost}"
-    return f"{counts}; next: vilu fit {output} -o predictor"
+    return f"{counts}; next: {_following(output, *names)}"
+
+
+USES = {
+    "test": ("vilu", "score", "PREDICTOR"),
+    "val": ("vilu", "calibrate", "PREDICTOR"),
+    "calib": ("vilu", "calibrate", "PREDICTOR"),
+}
+"""What a split is for, by how its name begins; any other is to be fitted on."""
+
+
+def _following(output: Path, *names: str | None) -> str:
+    """The command that fits what the store holds, as its split, its folder or its source are called."""
+    said = [Path(name).name.lower() for name in (*names, output.name) if name]
+    use = next((use for name in said for start, use in USES.items() if name.startswith(start)), ("vilu", "fit"))
+    ends = {"score": ("-o", "scores.parquet"), "calibrate": ("--max-risk", "0.05"), "fit": ("-o", "predictor")}
+    return shell(*use, output, *ends[use[1]])
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:
@@ -207,7 +245,10 @@ def list_known(as_json: AsJson = False) -> None:
 @datasets.command("check")
 def check_known(
     path: Annotated[Path, typer.Argument(help="Folder that holds data sets, or one data set's own.")],
-    names: Annotated[list[str] | None, typer.Argument(help="Which data sets. [all]", metavar="NAME")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=complete_datasets),
+    ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compare checksums of archives, and count the pairs in tars.")
     ] = False,
@@ -383,7 +424,8 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ..."
+            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...",
+            callback=existing,
         ),
     ],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
