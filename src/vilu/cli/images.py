@@ -63,6 +63,14 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[str] | None,
         typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
     ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
+            "[the table's own]",
+        ),
+    ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
@@ -108,10 +116,8 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     some methods need beside the embeddings (see `vilu list predictors`). Images with captions need no classes: the
     captions are embedded too.
     """
-    from vilu.backbones.zeroshot import named_templates
+    from vilu.datasets.base import require_files
     from vilu.datasets.catalog import open_dataset
-    from vilu.store.embed import embed as embed_images
-    from vilu.store.job import BackboneSpec
 
     images = open_dataset(
         source,
@@ -122,11 +128,19 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         where=_conditions(where),
         dataset=dataset,
         raw_names=raw_names,
+        root=root,
     )
     if images.class_names is None and not images.captioned:
         raise UsageError(
             f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
         )
+    require_files(
+        images, 0.0 if on_error == "raise" else max_error_rate
+    )  # before torch is imported, which takes seconds
+    from vilu.backbones.zeroshot import named_templates
+    from vilu.store.embed import embed as embed_images
+    from vilu.store.job import BackboneSpec
+
     store = embed_images(
         images,
         BackboneSpec(backbone, device, precision, models and models.absolute()),

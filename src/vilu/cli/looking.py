@@ -201,6 +201,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str | None, typer.Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Store that was scored, for the classes that compete with an answer.")
     ] = None,
@@ -222,7 +223,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         main=main,
         calibrated=None if predictor is None else read_calibrated(predictor),
         max_risk=max_risk,
-        images=None if images is None else open_dataset(images, split=split),
+        images=None if images is None else open_dataset(images, split=split, root=root),
         embeddings=None if store is None else open_source(store),
         title=title,
     )
