@@ -12,7 +12,7 @@ import pytest
 
 from vilu.errors import DataError, StorageError
 from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse
-from vilu.files.documents import read_json, write_json
+from vilu.files.documents import digest, read_json, write_json
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -98,9 +98,9 @@ def test_a_folder_that_cannot_be_synced_is_no_failure_but_an_io_error_is(
     monkeypatch.setattr(os, "fsync", fsync)
     if raised:
         with pytest.raises(StorageError, match=os.strerror(code)):
-            write_json(tmp_path / "a.json", 1)
+            write_json(tmp_path / "a.json", {"a": 1})
     else:
-        write_json(tmp_path / "a.json", 1)
+        write_json(tmp_path / "a.json", {"a": 1})
     assert len(synced) == 2
 
 
@@ -108,16 +108,17 @@ def test_json_round_trip_is_readable(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None], "a": "naïve 猫"}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads(text) == value
+    assert json.loads(text) == {**value, "digest": digest(value)}
+    assert read_json(tmp_path / "a.json", "Make it again") == value
     assert "猫" in text
     assert text.endswith("}\n")
     assert text.index('"b"') < text.index('"a"')
 
 
-@pytest.mark.parametrize("value", [float("nan"), {"a": float("inf")}, object(), "\udcff", {(1, 2): 3}])
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")], object(), "\udcff", {(1, 2): 3}])
 def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path, value: object) -> None:
     with pytest.raises(DataError, match=r"a\.json: its content must be plain JSON"):
-        write_json(tmp_path / "a.json", value)
+        write_json(tmp_path / "a.json", {"a": value})
     assert not list(tmp_path.iterdir())
 
 

@@ -21,6 +21,7 @@ from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import BusyError, DataError, NotFittedError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import host_hash
+from vilu.files.documents import read_document, write_json
 from vilu.metrics import METRICS, histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
@@ -271,7 +272,7 @@ def edited(change: object, name: str):
     def do(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
         change(content)
-        (folder / name).write_text(json.dumps(content))
+        write_json(folder / name, content)
 
     return do
 
@@ -321,7 +322,7 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
     from vilu.decision.score_folder import ScoreReceipt, histogram_bytes, read_histogram
     from vilu.store.ledger import write_hashed
 
-    receipt = ScoreReceipt.model_validate_json((done / "receipts" / "00000.json").read_bytes())
+    receipt = read_document(done / "receipts" / "00000.json", ScoreReceipt)
     good = read_histogram(done, receipt)
     bins = good.bins.copy()
     bins[1] = bins[0]

@@ -16,6 +16,7 @@ from tests.command import run, run_process
 from vilu.decision.score import Decider
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
+from vilu.files.documents import write_json
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.choice import read_calibrated
 from vilu.store.embed import embed
@@ -156,8 +157,8 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--per-class", code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection", "--max-miss", 0.5)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.001, "--method", "selection", code=4)
-    (predictor / "risk.json").write_text('{"schema_version": 1, "kind": "risk"}')
+    write_json(predictor / "risk.json", {"schema_version": 1, "kind": "risk"})
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr
-    (predictor / "risk.json").write_text('{"schema_version": 7}')
+    write_json(predictor / "risk.json", {"schema_version": 7})
     assert "schema version 7" in run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=6).stderr

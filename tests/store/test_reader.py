@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
+from vilu.files.documents import write_json
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
 
@@ -155,12 +156,12 @@ def test_opening_reads_no_vector(tmp_path):
 
 def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
-    from vilu.files.documents import digest
+    from vilu.files.documents import digest, read_document
     from vilu.store.documents import Inputs, Manifest, Receipt, Run
     from vilu.store.ledger import content_hash
     from vilu.store.parts import plan
 
-    old = Manifest.model_validate_json((root / "manifest.json").read_bytes())
+    old = read_document(root / "manifest.json", Manifest)
     fields = {name: getattr(old, name) for name in Run.model_fields} | {"n_in": n, "part_size": n}
     fields["fingerprint"] = digest(Inputs(**{name: fields[name] for name in Inputs.model_fields}).identity())
     run = Run(**fields)
@@ -223,7 +224,7 @@ def replace_array(root, array):
 def edit(path, change):
     document = json.loads(path.read_text())
     change(document)
-    path.write_text(json.dumps(document))
+    write_json(path, document)
 
 
 ROWS = np.ones((9, DIM))
