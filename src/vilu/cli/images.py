@@ -15,6 +15,7 @@ from vilu.errors import UsageError
 from vilu.text import printable
 
 if TYPE_CHECKING:
+    from vilu.datasets.base import ImageDataset
     from vilu.datasets.known import KnownDataset, Presence
     from vilu.datasets.known.entry import Count
     from vilu.store.job import Executor
@@ -119,11 +120,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     nobody can count what it has lost. --features, --views and --prompts keep what some methods need beside the
     embeddings (see `vilu list predictors`). Images with captions need no classes: the captions are embedded too.
     """
-    from vilu.datasets.base import require_files
-    from vilu.datasets.catalog import open_dataset
-
-    images = open_dataset(
+    images = _images(
         source,
+        0.0 if on_error == "raise" else max_error_rate,
         split=split,
         limit=limit,
         classes=classes,
@@ -133,11 +132,6 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raw_names=raw_names,
         root=root,
     )
-    if images.class_names is None and not images.captioned:
-        raise UsageError(
-            f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
-        )
-    require_files(images, 0.0 if on_error == "raise" else max_error_rate)  # before torch is imported: seconds
     from vilu.backbones.zeroshot import named_templates
     from vilu.store.embed import BAD_SHARD
     from vilu.store.embed import embed as embed_images
@@ -173,6 +167,20 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         lost = f", {shards:,} bad shards" if shards else ""
         errors = f"{store.manifest.n_error - shards:,} bad images{lost}"
         next_step(f"{len(store):,} embeddings, {errors}; next: vilu fit {output} -o predictor")
+
+
+def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: ANN401 - as ``open_dataset`` takes it
+    """The images, looked at before torch is imported, which takes seconds."""
+    from vilu.datasets.base import require_files
+    from vilu.datasets.catalog import open_dataset
+
+    images = open_dataset(source, **asked)
+    if images.class_names is None and not images.captioned:
+        raise UsageError(
+            f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
+        )
+    require_files(images, budget)
+    return images
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import errno
 import logging
+import os
+import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vilu.datasets.files import Bounds, OutsideError
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, StorageError, UsageError
 from vilu.files.documents import digest
 
 log = logging.getLogger(__name__)
@@ -81,15 +83,17 @@ FINE, MISSING, OUTSIDE, DENIED = range(4)
 FAULTS: Final = {
     MISSING: "files are missing below {folder}",
     OUTSIDE: "paths lead out of {folder}",
-    DENIED: "files may not be looked at: permission denied",
+    DENIED: "files may not be read: permission denied",
 }
 """What a listing knows of a file without reading it."""
 
 
-def fault_of(status: object) -> int:
-    """The fault of a file whose status is this, or None, or this error."""
-    if not isinstance(status, OSError):
-        return MISSING if status is None else FINE
+def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -> int:
+    """The fault of a file at a path whose status is this, or None, or this error."""
+    if isinstance(status, os.stat_result):  # mostly all may read it, and nobody need be asked
+        return FINE if status.st_mode & stat.S_IROTH or os.access(path(), os.R_OK) else DENIED
+    if status is None:
+        return MISSING
     return OUTSIDE if isinstance(status, OutsideError) else DENIED if status.errno == errno.EACCES else MISSING
 
 
@@ -116,7 +120,7 @@ class Faults:
         return Faults(self.kinds[places], self.folder, lambda i: path(int(places[i])), lambda rows: rule(places[rows]))
 
     def require(self, source: str, budget: float) -> None:
-        """DataError where more than a share of the files cannot be read; a warning where some cannot."""
+        """DataError (StorageError where rights are lacking) if more than a share cannot be read; a warning if fewer."""
         bad = np.flatnonzero(self.kinds)
         if not len(bad):
             return
@@ -131,7 +135,8 @@ class Faults:
             log.warning("%s They will be counted as errors", told)
             return
         rule = f" {self.rule(rows[OUTSIDE])}" if len(rows[OUTSIDE]) else ""
-        raise DataError(f"{told}{rule} At most {budget:.2%} may be unreadable (--max-error-rate); nothing was begun.")
+        error = StorageError if len(rows[DENIED]) == len(bad) else DataError
+        raise error(f"{told}{rule} At most {budget:.2%} may be unreadable (--max-error-rate); nothing was begun.")
 
 
 def require_files(images: ImageDataset, budget: float) -> None:

@@ -13,7 +13,7 @@ from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, StorageError, UsageError
 
 DATASETS: Final[dict[str, str]] = {
     "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",
@@ -121,4 +121,7 @@ def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarSh
         raise UsageError(f"{source} has no splits. Leave --split {selection.split} out and name the shards of one.")
     if selection.captions and selection.classes is not None:
         raise UsageError(CAPTIONS_OR_CLASSES)
+    for shard in shards:
+        if shard.exists() and not os.access(shard, os.R_OK):
+            raise StorageError(f"cannot read {shard}: permission denied.")
     return TarShards(source, shards, classes=selection.classes)

@@ -63,7 +63,7 @@ class ListedFiles:
     def _add(self, path: str, label: int, status: os.stat_result | OSError | None, listing: ListingHash) -> None:
         self._paths.append(path)
         self._labels.append(label)
-        self._kinds.append(fault_of(status))
+        self._kinds.append(fault_of(status, partial(os.path.join, self._folder, path)))
         listing.add(path, label, status)
 
 

@@ -33,7 +33,7 @@ from vilu.datasets.base import (
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, StorageError, UsageError
 from vilu.files.documents import digest
 from vilu.files.tables import csv_names, require_width
 from vilu.progress import track
@@ -355,6 +355,8 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
         with pq.ParquetFile(source) as file:
             table = file.read(columns=columns)
         return PathTable(source, table, selection)
+    except PermissionError as error:
+        raise StorageError(f"cannot read {source}: permission denied.") from error
     except (pa.ArrowException, UnicodeError, csv.Error, OSError) as error:
         raise DataError(f"{source} cannot be read as a table: {error}. Write it again.") from error
 
@@ -388,7 +390,7 @@ class PathTable(_RowsOfTable):
             for row, (key, label, path) in enumerate(zip(self._keys, self._labels, self._paths, strict=True)):
                 status = self._bounds.status(path.as_py())
                 hashed.add(key.as_py(), int(label), status)
-                kinds[row] = fault_of(status)
+                kinds[row] = fault_of(status, partial(self._bounds.resolve, path.as_py()))
                 task.advance(1)
         self.faults = Faults(kinds, self._bounds.folder, self._path, self._rule)
         if self._captions is not None:
