@@ -171,7 +171,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: ANN401 - as ``open_dataset`` takes it
     """The images, looked at before torch is imported, which takes seconds."""
-    from vilu.datasets.base import require_files
+    from vilu.datasets.base import ShardedDataset, require_files
     from vilu.datasets.catalog import open_dataset
 
     images = open_dataset(source, **asked)
@@ -180,6 +180,8 @@ def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: 
             f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
         )
     require_files(images, budget)
+    what = "tars" if isinstance(images, ShardedDataset) else "images"
+    next_step(f"{len(images):,} {what} in {images.source}; loading the model")
     return images
 
 
