@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vilu.errors import UsageError
+from vilu.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -68,6 +68,8 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     """The tables of a TOML file, or of TOML text, by name."""
     try:
         tables = tomllib.loads(source.read_text(encoding="utf-8") if isinstance(source, Path) else source)
+    except PermissionError as error:
+        raise StorageError(f"cannot read {source}: {error.strerror}.") from error
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -138,8 +138,8 @@ def test_open_dataset_by_name(root: Path) -> None:
     assert open_dataset(root, dataset="ucf101", raw_names=True).class_names[0] == "Apply_Eye_Makeup"
     for options, message in (
         ({"raw_names": True}, "--raw-names is of a data set of the catalogue"),
-        ({"dataset": "dtd", "where": {"a": "b"}}, "--captions and --where are of tables"),
-        ({"dataset": "dtd", "captions": True}, "--captions and --where are of tables"),
+        ({"dataset": "dtd", "where": {"a": "b"}}, "--captions, --where and --root are of tables"),
+        ({"dataset": "dtd", "captions": True}, "--captions, --where and --root are of tables"),
         ({"dataset": "oxford-pet"}, "no data set 'oxford-pet'. Did you mean 'oxford_pets'"),
         ({"dataset": "zzz"}, "There are: imagenet, cifar10"),
         ({"dataset": "dtd", "split": "val"}, r"has no split 'val'; it has test, train, validation"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.space import EmbeddingSpace
+from vilu.progress import Silence, track
 
 
 class Backbone(Protocol):
@@ -54,7 +56,12 @@ def encode_in_batches(encode: Callable[[list[str]], Tensor], texts: Sequence[str
     """(M, D) rows of at least one text, ``TEXT_BATCH`` at a time; texts of like length together need less padding."""
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     batches = [order[start : start + TEXT_BATCH] for start in range(0, len(order), TEXT_BATCH)]
-    rows = torch.cat([encode([texts[i] for i in batch]) for batch in batches])
+    found = []
+    with track("encode texts", len(texts), "texts") if len(batches) > 1 else nullcontext(Silence()) as task:
+        for batch in batches:
+            found.append(encode([texts[i] for i in batch]))
+            task.advance(len(batch))
+    rows = torch.cat(found)
     return rows[torch.tensor(order).argsort().to(rows.device)]
 
 

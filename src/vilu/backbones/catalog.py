@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import logging
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -16,9 +18,14 @@ from vilu.errors import MissingModelError, ProvenanceError, UsageError
 from vilu.files.documents import fill
 from vilu.registry import load_plugins, toml_tables
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from vilu.backbones.base import Backbone
 
+
+SLOW = 2.0
+"""Seconds of silence from which on people want to know."""
 
 FORMATS = {"open_clip": "open_clip_config.json", "hf": "config.json"}
 """The libraries that load a named backbone, each with the file by which its folders are known."""
@@ -190,8 +197,12 @@ def load_backbone(
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Got {precision!r} instead.")
     module, _, function = BACKBONES[kind].loader.partition(":")
+    log.info("loading %s ...", spec)
+    begun = time.monotonic()
     load = getattr(importlib.import_module(module), function)
     backbone: Backbone = load(argument, resolve_device(device), precision, **(source.options if source else {}))
+    if (seconds := time.monotonic() - begun) > SLOW:
+        log.info("%s loaded in %.1f s", spec, seconds)
     if source:
         backbone.space = replace(backbone.space, backbone=source.name)
     return backbone

@@ -108,11 +108,19 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
     except OSError as error:
         raise _AbsentError(_brief(error)) from error
     except (SafetensorError, UnpicklingError) as error:
+        why = why_refused(error) if isinstance(error, UnpicklingError) else _brief(error)
         raise StorageError(
-            f"the weights of {name} are damaged or more than plain tensors: {_brief(error)}. Download them again."
+            f"the weights of {name} are damaged or more than plain tensors: {why}. Download them again."
         ) from error
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # foreign code, foreign files
         raise ProvenanceError(f"the files of {name} do not make a model together: {_brief(error)}.") from error
+
+
+def why_refused(error: Exception) -> str:
+    """Why torch's restricted unpickler would not read a file; its own words tell how to have everything executed."""
+    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+    found = f"it asks for {asked[1]}" if asked else "it is cut short, damaged or something else"
+    return f"{found}, and tensors alone are read"
 
 
 @contextmanager

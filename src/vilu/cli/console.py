@@ -22,7 +22,7 @@ import typer
 
 from vilu.errors import StorageError, UsageError
 from vilu.files.places import Kind, claim_file, inputs_of
-from vilu.progress import Reporter, Task
+from vilu.progress import Reporter, Silence, Task
 from vilu.text import aligned, printable
 
 if TYPE_CHECKING:
@@ -144,8 +144,12 @@ class Bar:
 class Bars:
     """Rich bars with count, rate and time left; the screen belongs to them only while a task is under way."""
 
-    def start(self, description: str, total: float | None, unit: str) -> Bar:
-        """Show a new bar."""
+    shown: Bar | None = None
+
+    def start(self, description: str, total: float | None, unit: str) -> Task:
+        """Show a new bar; a task within another has none."""
+        if self.shown is not None:
+            return Silence()
         from rich import progress as bars
         from rich.console import Console
         from rich.text import Text
@@ -160,12 +164,14 @@ class Bars:
         )
         progress = bars.Progress(*columns, console=Console(stderr=True))
         progress.start()
-        return Bar(progress, description, total, unit)
+        self.shown = Bar(progress, description, total, unit)
+        return self.shown
 
     def finish(self, task: Task) -> None:
         """Leave the bar as it stands."""
         if isinstance(task, Bar):
             task.progress.stop()
+            self.shown = None
 
 
 class LoggedTask:

@@ -23,6 +23,7 @@ from vilu.errors import UsageError
 from vilu.text import printable
 
 if TYPE_CHECKING:
+    from vilu.datasets.base import ImageDataset
     from vilu.datasets.known import KnownDataset, Presence
     from vilu.datasets.known.entry import Count
     from vilu.store.documents import Manifest
@@ -77,6 +78,14 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[str] | None,
         typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
     ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
+            "[the table's own]",
+        ),
+    ] = None,
     template: Annotated[
         list[str] | None,
         typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
@@ -125,13 +134,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     nobody can count what it has lost. --features, --views and --prompts keep what some methods need beside the
     embeddings (see `vilu list predictors`). Images with captions need no classes: the captions are embedded too.
     """
-    from vilu.backbones.zeroshot import named_templates
-    from vilu.datasets.catalog import open_dataset
-    from vilu.store.embed import embed as embed_images
-    from vilu.store.job import BackboneSpec
-
-    images = open_dataset(
+    images = _images(
         source,
+        0.0 if on_error == "raise" else max_error_rate,
         split=split,
         limit=limit,
         classes=classes,
@@ -139,11 +144,12 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         where=_conditions(where),
         dataset=dataset,
         raw_names=raw_names,
+        root=root,
     )
-    if images.class_names is None and not images.captioned:
-        raise UsageError(
-            f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
-        )
+    from vilu.backbones.zeroshot import named_templates
+    from vilu.store.embed import embed as embed_images
+    from vilu.store.job import BackboneSpec
+
     store = embed_images(
         images,
         BackboneSpec(backbone, device, precision, models and models.absolute()),
@@ -195,6 +201,22 @@ def _following(output: Path, *names: str | None) -> str:
     use = next((use for name in said for start, use in USES.items() if name.startswith(start)), ("vilu", "fit"))
     ends = {"score": ("-o", "scores.parquet"), "calibrate": ("--max-risk", "0.05"), "fit": ("-o", "predictor")}
     return shell(*use, output, *ends[use[1]])
+
+
+def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: ANN401 - as ``open_dataset`` takes it
+    """The images, looked at before torch is imported, which takes seconds."""
+    from vilu.datasets.base import ShardedDataset, require_files
+    from vilu.datasets.catalog import open_dataset
+
+    images = open_dataset(source, **asked)
+    if images.class_names is None and not images.captioned:
+        raise UsageError(
+            f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
+        )
+    require_files(images, budget)
+    what = "tars" if isinstance(images, ShardedDataset) else "images"
+    next_step(f"{len(images):,} {what} in {images.source}; loading the model")
+    return images
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:

@@ -248,6 +248,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str | None, typer.Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
         Path | None,
         typer.Option(help="Store that was scored, for the classes that compete with an answer.", callback=existing),
@@ -267,7 +268,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(f"the page is an .html file. Got {output} instead.")
     if split is not None and images is None:
         raise UsageError("--split is of --images. Give both, or neither.")
-    pictures = None if images is None else open_dataset(images, split=split)
+    pictures = None if images is None else open_dataset(images, split=split, root=root)
     scored = sorted(run.glob("*.parquet")) if run.is_dir() else []
     beside = [path for path in (predictor, store) if path is not None]
     settings = {"main": main, "max_risk": max_risk, "title": title, "with": [predictor is None, store is None]}

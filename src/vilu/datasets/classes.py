@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import overload
 
 from vilu.datasets.files import portable_name, read_file
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, StorageError, UsageError
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """
     try:
         text = read_file(file).decode("utf-8-sig")
+    except PermissionError as error:
+        raise StorageError(f"cannot read {file}: {error.strerror}.") from error
     except OSError as error:
         raise UsageError(f"cannot read the classes file: {error}. Check --classes.") from error
     except UnicodeDecodeError as error:

@@ -88,7 +88,9 @@ def or_refuse(doing: str, hint: str = "") -> Iterator[None]:
     except StorageError:
         raise
     except OSError as error:
-        raise StorageError(f"cannot {doing}: {error.strerror or error}.{hint and ' '}{hint}") from error
+        file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else ""
+        which = f" ({file})" if file and file not in doing else ""
+        raise StorageError(f"cannot {doing}: {error.strerror or error}{which}.{hint and ' '}{hint}") from error
 
 
 def host_hash() -> str:

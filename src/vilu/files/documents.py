@@ -196,10 +196,11 @@ def say_unsealed(path: str | os.PathLike[str]) -> None:
 def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
     """The content of a file, of which no more than ``limit`` bytes (by default ``MAX_DOCUMENT_BYTES``) are read."""
     limit = MAX_DOCUMENT_BYTES if limit is None else limit
-    if not path.is_file():
-        raise fault(f"{path} is missing. {again} to complete the folder.")
-    with or_refuse(f"read {path}"), path.open("rb") as handle:
-        content = handle.read(limit + 1)
+    with or_refuse(f"read {path}"):
+        if not path.is_file():
+            raise fault(f"{path} is missing. {again} to complete the folder.")
+        with path.open("rb") as handle:
+            content = handle.read(limit + 1)
     if len(content) > limit:
         raise fault(f"{path} is larger than {limit} bytes, so it is no file of vilu.")
     return content

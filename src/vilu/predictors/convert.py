@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.backbones.loading import why_refused
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError
+from vilu.errors import DataError, StorageError
+from vilu.extras import quiet
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import LVU, ViLU
 
@@ -90,12 +92,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8")),
     ]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with quiet(), torch.serialization.safe_globals(allowed):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
-        raise DataError(f"{path} is refused, nothing in it was executed: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{path} is refused, nothing in it was executed: {why_refused(error)}.") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict):
         raise DataError(f"{path} holds no state dict, but a {type(content).__name__}.")

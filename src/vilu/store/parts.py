@@ -200,6 +200,8 @@ def or_damaged(path: Path, hint: str, kinds: tuple[type[Exception], ...] = UNREA
         yield
     except ViLUError:
         raise
+    except PermissionError as error:
+        raise StorageError(f"cannot read {path}: permission denied.") from error
     except kinds as error:
         raise StorageError(f"{path} is damaged: {error}. {hint}") from error
 
