@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import columns, next_step, printable
+from vilu.cli.console import columns, complete_backbones, complete_datasets, next_step
 from vilu.errors import UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
@@ -30,7 +31,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
     backbone: Annotated[
         str,
-        typer.Option(help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER."),
+        typer.Option(
+            help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
+            autocompletion=complete_backbones,
+        ),
     ] = "compact",
     models: Annotated[
         Path | None,
@@ -39,7 +43,12 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         ),
     ] = None,
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A data set by its name, as in `vilu datasets list`.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A data set by its name, as in `vilu datasets list`.",
+            autocompletion=complete_datasets,
+        ),
     ] = None,
     raw_names: Annotated[
         bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
@@ -53,6 +62,14 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
+            "[the table's own]",
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -102,11 +119,8 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     nobody can count what it has lost. --features, --views and --prompts keep what some methods need beside the
     embeddings (see `vilu list predictors`). Images with captions need no classes: the captions are embedded too.
     """
-    from vilu.backbones.zeroshot import named_templates
+    from vilu.datasets.base import require_files
     from vilu.datasets.catalog import open_dataset
-    from vilu.store.embed import BAD_SHARD
-    from vilu.store.embed import embed as embed_images
-    from vilu.store.job import BackboneSpec
 
     images = open_dataset(
         source,
@@ -117,11 +131,18 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         where=_conditions(where),
         dataset=dataset,
         raw_names=raw_names,
+        root=root,
     )
     if images.class_names is None and not images.captioned:
         raise UsageError(
             f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
         )
+    require_files(images, 0.0 if on_error == "raise" else max_error_rate)  # before torch is imported: seconds
+    from vilu.backbones.zeroshot import named_templates
+    from vilu.store.embed import BAD_SHARD
+    from vilu.store.embed import embed as embed_images
+    from vilu.store.job import BackboneSpec
+
     store = embed_images(
         images,
         BackboneSpec(backbone, device, precision, models and models.absolute()),
@@ -202,7 +223,10 @@ def list_known(as_json: AsJson = False) -> None:
 @datasets.command("check")
 def check_known(
     path: Annotated[Path, typer.Argument(help="Folder that holds data sets, or one data set's own.")],
-    names: Annotated[list[str] | None, typer.Argument(help="Which data sets. [all]", metavar="NAME")] = None,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=complete_datasets),
+    ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compare checksums of archives, and count the pairs in tars.")
     ] = False,

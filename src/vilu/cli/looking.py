@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, printable, reads
+from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, reads
 from vilu.errors import UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.decision.monitor import Monitor
@@ -72,7 +73,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         following = f"{len(found)} rows explained; where the failures are: vilu explain {predictor} {store} --summary"
     if output is not None:
         write_json(output, content)
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text))
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
     next_step(following)
 
 
@@ -200,6 +201,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str | None, typer.Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
         Path | None, typer.Option(help="Store that was scored, for the classes that compete with an answer.")
     ] = None,
@@ -221,7 +223,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         main=main,
         calibrated=None if predictor is None else read_calibrated(predictor),
         max_risk=max_risk,
-        images=None if images is None else open_dataset(images, split=split),
+        images=None if images is None else open_dataset(images, split=split, root=root),
         embeddings=None if store is None else open_source(store),
         title=title,
     )

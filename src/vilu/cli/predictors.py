@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vilu.cli.console import Data, Predictor, Reading, RowsFile, RowsJson, next_step, reads
+from vilu.cli.console import Data, Predictor, Reading, RowsFile, RowsJson, complete_methods, next_step, reads
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         typer.Argument(help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo."),
     ],
     output: Output,
-    method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu_plus",
+    method: Annotated[
+        str, typer.Option(help="See `vilu list predictors`.", autocompletion=complete_methods)
+    ] = "vilu_plus",
     validation: Annotated[
         Path | None, typer.Option(help="Store to select on; without it a part of the training rows is held out.")
     ] = None,

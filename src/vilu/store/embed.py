@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
-from vilu.datasets.base import ImageDataset, ShardedDataset
+from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
@@ -122,6 +122,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     _check_settings(batch_size, workers, max_error_rate, on_error)
     if overwrite and shared:
         raise UsageError("processes that share a store cannot replace it: each would undo the others' work. Remove it.")
+    strict = on_error == "raise"
+    require_files(dataset, 0.0 if strict else max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     run = describe(
         dataset,
@@ -135,7 +137,6 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         views={"n": views, "seed": seed} if views else None,
     )
     root = Path(output)
-    strict = on_error == "raise"
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
     budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
     if not _drive(job, model, executor, budget, overwrite=overwrite, shared=shared):
