@@ -79,7 +79,7 @@ def _file(path: Path) -> Artefact:
         found: Sized = ResultTable.load(path) if kind == "results" else ()
     elif path.suffix == ".parquet":
         table, metadata = read_table(path, ())
-        kind, found = metadata.get("kind", "table of another program"), table
+        kind, found = str(metadata.get("kind", "table of another program")), table
         if kind == "monitor":
             try:
                 State.model_validate(metadata)

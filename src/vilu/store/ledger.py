@@ -14,7 +14,7 @@ import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVar
@@ -24,7 +24,7 @@ from pydantic import Field
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files.disk import LOCK, LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
 from vilu.files.documents import Document, Model, digest, read_document
-from vilu.progress import track
+from vilu.progress import Silence, track
 
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
 """Names of the files that a run writes."""
@@ -188,7 +188,8 @@ class Ledger(ABC, Generic[P, R]):
     def survey(self, *, deep: bool = True) -> tuple[list[P], list[R]]:
         """Parts to do, and the receipts of the others."""
         missing, receipts = [], []
-        with track("Checking parts", len(self.parts), "parts") as task:
+        reads = deep and any((self.root / part.receipt).exists() for part in self.parts)
+        with track("Checking parts", len(self.parts), "parts") if reads else nullcontext(Silence()) as task:
             for part in self.parts:
                 found = self.look_up(part, deep=deep)
                 task.advance(1)
