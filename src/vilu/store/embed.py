@@ -30,7 +30,7 @@ from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
 from vilu.store.documents import CLASSES, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
-from vilu.store.ledger import content_hash
+from vilu.store.ledger import Vouched, content_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -332,7 +332,8 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if BAD_SHARD.isdisjoint(receipt.errors):
             continue
-        table = read_columns(ledger.root / part.errors, ERRORS, ["key", "kind", "message"], receipt.n_error)
+        path = Vouched.of(ledger.root, [receipt])(part.errors)
+        table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
         found += [f"{row['key']} ({row['message']})" for row in table.to_pylist() if row["kind"] in BAD_SHARD]
     if not found:
         return ""
