@@ -6,10 +6,11 @@ import errno
 import io
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
 import typer
 
-from vilu.errors import StorageError
+from vilu.errors import StorageError, UsageError
+from vilu.files.places import Kind, claim_file, inputs_of
 from vilu.progress import Reporter, Task
 from vilu.text import aligned, printable
 
@@ -208,6 +210,44 @@ def next_step(message: str) -> None:
     LOG.info("%s", message)
 
 
+def shell(*words: object) -> str:
+    """A command that can be pasted into a shell."""
+    return shlex.join(map(str, words))
+
+
+def nothing_to_do(output: Path) -> None:
+    """The closing line of a command that found its result."""
+    LOG.info("%s holds what the same inputs gave: there is nothing to do", output)
+
+
+def keeping(
+    output: Path | None, kind: Kind, read: Iterable[Path], *, overwrite: bool, **settings: object
+) -> Callable[[Callable[[Path, str], None]], None]:
+    """Claim the file for a copy of what a command prints, if one is asked for, and give what has it written.
+
+    Args:
+        output: The file.
+        kind: What it is to hold.
+        read: What the command reads.
+        overwrite: As the flag.
+        settings: Of the command.
+    """
+    if output is None:
+        return lambda _: None
+    inputs = inputs_of(*read, **settings)
+    if claim_file(output, kind, inputs, overwrite=overwrite):
+        return lambda _: nothing_to_do(output)
+    return lambda write: write(output, inputs)
+
+
+def existing(given: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
+    """What a command is to read; the one place that refuses a path that is not there."""
+    for path in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(path, Path) and not path.exists():
+            raise UsageError(f"{path} does not exist.")
+    return given
+
+
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     """Rows of one shape as aligned text; what ``below`` names gets a line of its own under its row, if any."""
     shown = [key for key in rows[0] if key not in below]
@@ -239,10 +279,16 @@ def complete_datasets(incomplete: str) -> list[str]:
     return [name for name in KNOWN if name.startswith(incomplete)]
 
 
-Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")]
+Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.", callback=existing)]
 Data = Annotated[
     Path,
-    typer.Argument(help="Store that `vilu embed` wrote, or precomputed embeddings in shards as LAION's."),
+    typer.Argument(
+        help="Store that `vilu embed` wrote, or precomputed embeddings in shards as LAION's.", callback=existing
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace what other inputs made there; what is not vilu's is never touched."),
 ]
 Fold = Literal["train", "validation", "test"]
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import columns, complete_backbones, complete_datasets, next_step
+from vilu.cli.console import (
+    Overwrite,
+    columns,
+    complete_backbones,
+    complete_datasets,
+    existing,
+    next_step,
+    shell,
+)
 from vilu.errors import UsageError
 from vilu.text import printable
 
@@ -39,7 +47,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     models: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder with a sub-folder for each named backbone, in place of the model hub."
+            metavar="DIR",
+            help="Folder with a sub-folder for each named backbone, in place of the model hub.",
+            callback=existing,
         ),
     ] = None,
     dataset: Annotated[
@@ -54,7 +64,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
     ] = False,
     classes: Annotated[
-        Path | None, typer.Option(help="Class names, one a line, or folder<TAB>name; needed where data have none.")
+        Path | None,
+        typer.Option(
+            help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=existing
+        ),
     ] = None,
     captions: Annotated[
         bool, typer.Option("--captions", help="Take the captions of a table that has labels too.")
@@ -110,7 +123,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store instead of resuming it.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
@@ -172,7 +185,23 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shards = sum(count for kind, count in store.manifest.errors.items() if kind in BAD_SHARD)
         lost = f", {shards:,} bad shards" if shards else ""
         errors = f"{store.manifest.n_error - shards:,} bad images{lost}"
-        next_step(f"{len(store):,} embeddings, {errors}; next: vilu fit {output} -o predictor")
+        next_step(f"{len(store):,} embeddings, {errors}; next: {_following(output, split, source)}")
+
+
+USES = {
+    "test": ("vilu", "score", "PREDICTOR"),
+    "val": ("vilu", "calibrate", "PREDICTOR"),
+    "calib": ("vilu", "calibrate", "PREDICTOR"),
+}
+"""What a split is for, by how its name begins; any other is to be fitted on."""
+
+
+def _following(output: Path, *names: str | None) -> str:
+    """The command that fits what the store holds, as its split, its folder or its source are called."""
+    said = [Path(name).name.lower() for name in (*names, output.name) if name]
+    use = next((use for name in said for start, use in USES.items() if name.startswith(start)), ("vilu", "fit"))
+    ends = {"score": ("-o", "scores.parquet"), "calibrate": ("--max-risk", "0.05"), "fit": ("-o", "predictor")}
+    return shell(*use, output, *ends[use[1]])
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:
@@ -402,7 +431,8 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ..."
+            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...",
+            callback=existing,
         ),
     ],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, reads
+from vilu.cli.console import (
+    Data,
+    Json,
+    JsonFile,
+    Overwrite,
+    Predictor,
+    Reading,
+    existing,
+    keeping,
+    next_step,
+    nothing_to_do,
+    reads,
+    shell,
+)
 from vilu.errors import UsageError
 from vilu.text import printable
 
@@ -30,7 +44,10 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
     train: Annotated[
-        Path | None, typer.Option(help="Labelled store that the predictor was fitted on: for the nearest rows in it.")
+        Path | None,
+        typer.Option(
+            help="Labelled store that the predictor was fitted on: for the nearest rows in it.", callback=existing
+        ),
     ] = None,
     key: Annotated[list[str] | None, typer.Option(help="Explain the row with this key; repeatable.")] = None,
     row: Annotated[list[int] | None, typer.Option(min=0, help="Explain the row of this number; repeatable.")] = None,
@@ -47,34 +64,48 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     reading: Reading,
     as_json: Json = False,
     output: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
-    from vilu.files.documents import write_json
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
 
     if output is not None:
         require_json(output)
+    depth = Depth(candidates, neighbours, background, seed)
+    settings = {"summary": summary, "coverage": coverage, "key": key, "row": row, "n": n, "depth": str(depth)}
+    read = [predictor, store] if train is None else [predictor, store, train]
+    keep = keeping(output, "explanation", read, overwrite=overwrite, reading=asdict(reading), **settings)
     data, fitted = reading.open(store), load(predictor)
     if summary:
         if train is not None or key or row:
             raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
         risk, gains = _summary(fitted, data, coverage, seed)
-        content: dict[str, Any] = {"risk_map": risk.to_dict(), "prompt_gains": gains and gains.to_dict()}
+        content: dict[str, Any] = {
+            "kind": "summary",
+            "risk_map": risk.to_dict(),
+            "prompt_gains": gains and gains.to_dict(),
+        }
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
-        following = f"to see single rows: vilu explain {predictor} {store}"
+        following = f"to see single rows: {shell('vilu', 'explain', predictor, store)}"
     else:
         known = None if train is None else reading.open(train, "train")
-        wanted = [*(key or ()), *(row or ())]
-        depth = Depth(candidates, neighbours, background, seed)
-        found = explain_rows(fitted, data, known, wanted or None, n=n, depth=depth)
+        found = explain_rows(fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth)
         content, text = found.to_dict(), str(found)
-        following = f"{len(found)} rows explained; where the failures are: vilu explain {predictor} {store} --summary"
-    if output is not None:
-        write_json(output, content)
+        more = shell("vilu", "explain", predictor, store, "--summary")
+        following = f"{len(found)} rows explained; where the failures are: {more}"
+    keep(lambda path, inputs: _write_said(path, content, inputs))
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
     next_step(following)
+
+
+def _write_said(path: Path, content: dict[str, Any], inputs: str) -> None:
+    """Write a document with the digest of what it was made from."""
+    from vilu.files.documents import write_json
+    from vilu.files.places import said_of
+
+    write_json(path, {**content, **said_of(inputs)})
 
 
 def _summary(
@@ -94,14 +125,21 @@ def _summary(
 
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[Path, typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.")],
+    predictor: Annotated[
+        Path, typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.", callback=existing)
+    ],
     scores: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files or folders that `vilu score` wrote, in the order in which the rows arrived."),
+        typer.Argument(
+            help="Files or folders that `vilu score` wrote, in the order in which the rows arrived.", callback=existing
+        ),
     ] = None,
     late_labels: Annotated[
         list[Path] | None,
-        typer.Option(help="Scores of rows monitored before, with failures that were not known then; repeatable."),
+        typer.Option(
+            help="Scores of rows monitored before, with failures that were not known then; repeatable.",
+            callback=existing,
+        ),
     ] = None,
     state: Annotated[
         Path | None, typer.Option(help="File, .parquet: go on from it if it is there, and leave the new state in it.")
@@ -117,6 +155,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
     as_json: Json = False,
     output: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say whether the calibrated promise still holds for the rows that arrive, as far as scores and labels show.
 
@@ -125,15 +164,19 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     sample of the accepted ones.
     """
     from vilu.files.disk import locked
-    from vilu.files.documents import write_json
+    from vilu.files.places import claim_file
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
     if not new and not late:
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
-        if state is not None and state.parent.is_dir():
+        if state is not None:
+            claim_file(state, "monitor state", overwrite=True)  # to go on from; never --overwrite: nothing else has it
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
+        settings = {"false_alarm": false_alarm, "shuffle": shuffle, "seed": seed, "backend": backend, "n_new": len(new)}
+        read = [predictor, *new, *late, *(path for path in [state] if path is not None and path.exists())]
+        keep = keeping(output, "monitor report", read, overwrite=overwrite, **settings)
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
@@ -144,14 +187,14 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             task.advance(1, status.verdict)
         if state is not None:
             watching.save(state)
-    document = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
-    if output is not None:
-        write_json(output, document)
+    facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
+    document = {"kind": "monitoring", **facts}
+    keep(lambda path, inputs: _write_said(path, document, inputs))
     typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
     if watching.status.alarm:
         raise typer.Exit(ALARM)
     if state is not None:
-        next_step(f"next rows: vilu monitor {predictor} SCORES --state {state}")
+        next_step(f"next rows: {shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
 
 
 def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:
@@ -186,13 +229,17 @@ def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    run: Annotated[Path, typer.Argument(help="Folder of .parquet files that `vilu score` wrote, or one of them.")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Folder of .parquet files that `vilu score` wrote, or one of them.", callback=existing),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page, .html.")],
     main: Annotated[
         str | None, typer.Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]")
     ] = None,
     predictor: Annotated[
-        Path | None, typer.Option(help="Folder of a calibrated predictor: its rule accepts and abstains.")
+        Path | None,
+        typer.Option(help="Folder of a calibrated predictor: its rule accepts and abstains.", callback=existing),
     ] = None,
     max_risk: Annotated[
         float, typer.Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
@@ -203,13 +250,16 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Store that was scored, for the classes that compete with an answer.")
+        Path | None,
+        typer.Option(help="Store that was scored, for the classes that compete with an answer.", callback=existing),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page. [data set and split]")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
     from vilu.datasets.catalog import open_dataset
     from vilu.files.disk import write_text
+    from vilu.files.places import claim_file, inputs_of, mark
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source
@@ -218,15 +268,24 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(f"the page is an .html file. Got {output} instead.")
     if split is not None and images is None:
         raise UsageError("--split is of --images. Give both, or neither.")
+    pictures = None if images is None else open_dataset(images, split=split, root=root)
+    scored = sorted(run.glob("*.parquet")) if run.is_dir() else []
+    beside = [path for path in (predictor, store) if path is not None]
+    settings = {"main": main, "max_risk": max_risk, "title": title, "with": [predictor is None, store is None]}
+    inputs = inputs_of(*(scored or [run]), *beside, images=pictures and pictures.fingerprint, **settings)
+    if claim_file(output, "page", inputs, overwrite=overwrite):
+        typer.echo(output)
+        nothing_to_do(output)
+        return
     page = report_page(
         read_scores(run),
         main=main,
         calibrated=None if predictor is None else read_calibrated(predictor),
         max_risk=max_risk,
-        images=None if images is None else open_dataset(images, split=split, root=root),
+        images=pictures,
         embeddings=None if store is None else open_source(store),
         title=title,
     )
-    write_text(output, page)
+    write_text(output, page + mark("page", inputs))
     typer.echo(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +11,20 @@ from vilu.decision import record
 from vilu.decision.calibrate import Selector, calibrate, check_target
 from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.decision.record import Record, Rule
-from vilu.decision.score import score, source_fingerprint
+from vilu.decision.score import predictor_fingerprint, score, source_fingerprint
 from vilu.decision.selection import select
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import InfeasibleError, UsageError
+from vilu.errors import InfeasibleError, UsageError, ViLUError
+from vilu.files.documents import digest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.record import claim, fit_fingerprint
 from vilu.predictors.storage import load, write_card
 
 SAID = 3
 """Groups of which a message says why nothing is accepted."""
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["ltt", "sgr", "crc", "selection"]
 
@@ -83,24 +87,37 @@ class Target:
 
 
 def calibrate_predictor(
-    folder: str | Path, data: EmbeddingSource, target: Target, *, dataset: str | None = None, split: str | None = None
+    folder: str | Path,
+    data: EmbeddingSource,
+    target: Target,
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+    overwrite: bool = True,
 ) -> Record:
     """Calibrate a saved predictor on labelled rows and leave the result in its folder.
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
     and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
-    refused, or without a rule. Where the target is out of reach nothing is written.
+    refused, or without a rule. Where the target is out of reach nothing is written; where the same rows and target are
+    those of the calibration that is there, neither. ``overwrite`` replaces one of other rows or another target.
 
     Raises:
         DataError: If rows were used to fit, or none has an uncertainty and a known failure.
         InfeasibleError: If these rows cannot support the target.
         ProvenanceError: If the rows come from another embedding space.
-        UsageError: If the target cannot be.
+        UsageError: If the target cannot be, or there is another calibration that is not to be overwritten.
         StorageError: If the file system refuses.
     """
     predictor = load(folder)
     predictor.calibrator_ = None
     target.check(predictor, data)
+    claim(folder, same=True)
+    made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, dataclasses.asdict(target)
+    inputs = digest(made_from)
+    found = _calibrated(Path(folder), inputs, overwrite=overwrite)
+    if found is not None:
+        return found
     predictor.refuse_seen(data, "calibration")
     rows = score(predictor, data, dataset=dataset, split=split)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
@@ -122,9 +139,30 @@ def calibrate_predictor(
         promise=None if rule is None else str(rule),
         rule=rule,
         label_sets=sets,
+        inputs=inputs,
     )
     write_card(folder)
     return made
+
+
+def _calibrated(folder: Path, inputs: str, *, overwrite: bool) -> Record | None:
+    """What the same inputs made of a predictor before; refuses what others made. What cannot be used is in no way."""
+    if not record.has_record(folder):
+        return None
+    try:
+        found = record.load(folder)
+    except ViLUError as error:
+        logger.warning("the calibration in %s is made again: %s", folder, error)
+        return None
+    if found.inputs == inputs:
+        logger.info("%s is calibrated so already: there is nothing to do", folder)
+        return found
+    if not overwrite:
+        raise UsageError(
+            f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
+            "--overwrite replaces that calibration; monitors of it then begin anew."
+        )
+    return None
 
 
 def _infeasible(selector: Selector) -> str:

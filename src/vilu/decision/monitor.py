@@ -21,6 +21,7 @@ from vilu.decision.record import Rule
 from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
 from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least, require_between
 from vilu.files.documents import Model, digest, explain
+from vilu.files.places import claim_file
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
@@ -148,15 +149,16 @@ class Monitor:
         return self.status
 
     def save(self, path: str | Path) -> None:
-        """Write what there is to go on from, as a ``.parquet`` file, atomically.
+        """Write what there is to go on from, as a ``.parquet`` file, atomically; only a state is replaced.
 
         Raises:
-            UsageError: If the file has another suffix.
+            UsageError: If the file has another suffix, or something else than a state lies there.
             StorageError: If the file system refuses.
         """
         import pyarrow as pa
 
         _require_parquet(path)
+        claim_file(path, "monitor state", overwrite=True)
         tables = {name: watch.reference.table() for name, watch in self.watches.items()}
         columns = {
             "test": pa.array([name for name, (values, _) in tables.items() for _ in range(len(values))], pa.string()),

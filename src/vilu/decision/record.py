@@ -42,8 +42,10 @@ class Record(Document):
         promise: What the rule promises, in words.
         rule: Accepts or abstains; None when only probabilities were calibrated.
         label_sets: Sets of labels; None without.
+        inputs: Digest of everything that it was made from; None where an earlier vilu made it.
     """
 
+    later = frozenset({"inputs"})
     again = RECALIBRATE
     fault = DataError
 
@@ -61,6 +63,7 @@ class Record(Document):
     promise: str | None
     rule: Annotated[Rule, Field(discriminator="kind")] | None
     label_sets: LabelSets | None = None
+    inputs: str | None = None
 
     def require_candidates(self, data: EmbeddingSource) -> None:
         """Refuse rows with other candidates: another problem, of which nothing was promised."""

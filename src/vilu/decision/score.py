@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from vilu.store.reader import CaptionStore, EmbeddingStore
 ROWS_PER_PART = 2**17
 
 ACCEPT, ABSTAIN = "accept", "abstain"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -251,12 +254,13 @@ def score_parts(
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the folder holds another run, or the data come from another embedding space.
-        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the rule needs all
-            rows at once.
+        ProvenanceError: If the data come from another embedding space.
+        UsageError: If the folder holds another run or something else, or ``rows_per_part`` is less than 1, or the
+            rule needs all rows at once.
         BusyError: If another process scores into it.
         StorageError: If the file system refuses.
     """
+    ScoreLedger.check_place(Path(folder), overwrite=overwrite)
     decider = _checked(decider or Decider(predictor), source)
     predictor.require_fitted()
     decider.require_streaming()
@@ -275,6 +279,8 @@ def score_parts(
         missing, _ = ledger.survey()
         if missing:
             ledger.unseal()
+        else:
+            logger.info("%s is complete: there is nothing to do", folder)
         with track("scoring", sum(map(len, missing)), "row") as task:
             for part in missing:
                 rows, scored = order.rows(part)

@@ -113,8 +113,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         The store; None if it is shared and parts of other processes are still missing.
 
     Raises:
-        UsageError: If an argument cannot be, or ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
+        UsageError: If an argument cannot be, or ``output`` holds something else than a store, or a store of other
+            inputs, which the message names.
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
         StorageError: If the file system refuses; finished parts are intact.
         BusyError: If another process embeds into ``output``.
@@ -122,7 +122,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     _check_settings(batch_size, workers, max_error_rate, on_error)
     if overwrite and shared:
         raise UsageError("processes that share a store cannot replace it: each would undo the others' work. Remove it.")
-    strict = on_error == "raise"
+    root, strict = Path(output), on_error == "raise"
+    StoreLedger.check_place(root, overwrite=overwrite)
     require_files(dataset, 0.0 if strict else max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     run = describe(
@@ -136,7 +137,6 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         features=model.feature_dim if features else None,
         views={"n": views, "seed": seed} if views else None,
     )
-    root = Path(output)
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
     budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
     if not _drive(job, model, executor, budget, overwrite=overwrite, shared=shared):
@@ -160,7 +160,7 @@ def _drive(
     with ExitStack() as lock:
         lock.enter_context(StoreLedger.claim(root, patience))
         if overwrite:
-            job.ledger.clear(CLASSES)
+            job.ledger.clear()
         job = replace(job, run=begin(root, job.run, model))
         if not shared:
             forget_attempts(root)
@@ -168,6 +168,8 @@ def _drive(
         if missing:
             job.ledger.unseal()
             require_room(job, missing)
+        else:
+            logger.info("%s is complete: there is nothing to do", root)
         if shared:
             lock.close()
         _work(job, executor, missing, receipts)

@@ -17,6 +17,7 @@ from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import SCHEMA_VERSION, write_json
+from vilu.files.places import claim_file
 from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NoAttribution, Scored
@@ -47,13 +48,14 @@ class Findings:
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **dataclasses.asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write ``.json`` atomically.
+        """Write ``.json`` atomically; other explanations that lie there are replaced, and no other file.
 
         Raises:
-            UsageError: If the suffix is not ``.json``.
+            UsageError: If the suffix is not ``.json``, or something else than an explanation lies there.
             StorageError: If the file system refuses.
         """
         require_json(path)
+        claim_file(path, "explanation", overwrite=True)
         write_json(path, self.to_dict())
 
 
