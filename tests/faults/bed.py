@@ -295,7 +295,7 @@ class Bed:
         if fault == "clock" or code == alone.code:
             require(code == alone.code, f"ends with {code}: {said}")
         elif fault in SIGNALS:
-            require(code == CODES[fault], f"ends with {code}, not {CODES[fault]}: {said}")
+            require(code in {CODES[fault], -SIGNALS[fault]}, f"ends with {code}, not {CODES[fault]}: {said}")
         else:
             require(code == 7, f"ends with {code}, not 7: {said}")
             why = os.strerror(ERRNOS[fault])

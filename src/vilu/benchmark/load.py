@@ -44,7 +44,8 @@ def _read(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
+        kind = UsageError if isinstance(error, FileNotFoundError | IsADirectoryError) else StorageError
+        raise kind(f"cannot read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
 

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from vilu.cli.app import app
-from vilu.cli.console import TERMINATED, careful_output, complain, show_warnings
+from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
 from vilu.errors import StorageError, UsageError, ViLUError
 from vilu.text import printable
 
@@ -28,7 +28,10 @@ def main() -> None:
     """Entry point of the ``vilu`` command."""
     signal.signal(signal.SIGTERM, _terminate)
     with careful_output():
-        sys.exit(_run())
+        code = _run()
+        for number in (signal.SIGINT, signal.SIGTERM):  # the work is over: what comes now ends the process, silently
+            signal.signal(number, signal.SIG_DFL)
+        sys.exit(code)
 
 
 def _run() -> int:
@@ -36,6 +39,8 @@ def _run() -> int:
     try:
         with show_warnings():
             return int(app(standalone_mode=False) or 0)
+    except KeyboardInterrupt:  # before a command has begun, which would say what is kept
+        return INTERRUPTED
     except MISUSE as error:
         told = io.StringIO()
         error.show(told)

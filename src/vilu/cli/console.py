@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
-PIPE_CLOSED, TERMINATED = 141, 143
-"""Exit codes: 128 and the number of SIGPIPE, of SIGTERM."""
+INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143
+"""Exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM."""
 
 
 def complain(level: str, message: str) -> None:

@@ -122,9 +122,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     _check_settings(batch_size, workers, max_error_rate, on_error)
     if overwrite and shared:
         raise UsageError("processes that share a store cannot replace it: each would undo the others' work. Remove it.")
-    root = Path(output)
+    root, strict = Path(output), on_error == "raise"
     StoreLedger.check_place(root, overwrite=overwrite)
-    strict = on_error == "raise"
     require_files(dataset, 0.0 if strict else max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     run = describe(
