@@ -10,7 +10,7 @@ from vilu.decision import record
 from vilu.decision.calibrate import Selector, calibrate, check_target
 from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.decision.record import Record, Rule
-from vilu.decision.score import score, source_fingerprint
+from vilu.decision.score import score_fresh, source_fingerprint
 from vilu.decision.selection import select
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError
@@ -91,8 +91,11 @@ def calibrate_predictor(
     and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
     refused, or without a rule. Where the target is out of reach nothing is written.
 
+    Warns:
+        If some rows were used to fit; they are left out.
+
     Raises:
-        DataError: If rows were used to fit, or none has an uncertainty and a known failure.
+        DataError: If more than 1 % of the rows were used to fit, or none has an uncertainty and a known failure.
         InfeasibleError: If these rows cannot support the target.
         ProvenanceError: If the rows come from another embedding space.
         UsageError: If the target cannot be.
@@ -101,13 +104,13 @@ def calibrate_predictor(
     predictor = load(folder)
     predictor.calibrator_ = None
     target.check(predictor, data)
-    predictor.refuse_seen(data, "calibration")
-    rows = score(predictor, data, dataset=dataset, split=split)
+    fresh = predictor.unseen(data, "calibration")
+    rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
     rule = target.rule(rows)
     sets: LabelSets | None = None
     if target.label_sets is not None:
-        sets = fit_label_sets(predictor, data, max_miss=target.max_miss, method=target.label_sets)
+        sets = fit_label_sets(predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets)
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
     made = record.save(

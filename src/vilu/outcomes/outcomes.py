@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -248,6 +249,16 @@ class Outcomes:
         """(N,) whether a row has both an uncertainty and a known failure."""
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
+
+    def rows(self, chosen: NDArray[np.bool_]) -> Self:
+        """Those of the rows that are ``chosen`` (N,) bool."""
+        if chosen.all():
+            return self
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"class_names", *KINDS}}
+        kept: dict[str, Any] = {
+            k: list(compress(column, chosen)) for k, column in columns.items() if column is not None
+        }
+        return replace(self, **kept)
 
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""

@@ -16,8 +16,7 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
 from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
-from vilu.predictors.record import PREDICTOR, RISK, SEEN, WEIGHTS, read_bytes, read_object, read_record
-from vilu.predictors.rows import RowSketch
+from vilu.predictors.record import PREDICTOR, RISK, WEIGHTS, read_bytes, read_object, read_record, take_seen
 
 
 def load(folder: str | Path) -> FailurePredictor:
@@ -39,7 +38,7 @@ def load(folder: str | Path) -> FailurePredictor:
     predictor = build(method_of(found, path / PREDICTOR), found["parameters"])
     predictor.space_ = EmbeddingSpace(**found["space"]) if found["space"] else None
     predictor.similarity_ = tuple(found["similarity"]) if found["similarity"] else None
-    predictor.seen_ = RowSketch(tensors.pop(SEEN), found["n_seen"]) if SEEN in tensors else None
+    predictor.seen_ = take_seen(tensors, found, path / PREDICTOR)
     predictor.notes_ = found["notes"]
     predictor.calibrator_ = read_calibrator(found["calibrator"]) if "calibrator" in found else None
     predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})

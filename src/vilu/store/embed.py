@@ -155,6 +155,8 @@ def _drive(
         if missing:
             job.ledger.unseal()
             require_room(job, missing)
+            if not job.run.pictures:
+                logger.warning("%s goes on as it was begun: without digests of its pictures", root)
         if shared:
             lock.close()
         _work(job, executor, missing, receipts)
@@ -238,7 +240,8 @@ def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | N
     except ValidationError as error:
         raise UsageError(f"cannot embed with these settings: {explain(error)}.") from error
     source = Path(dataset.source).name or dataset.source
-    return Run(**dict(inputs), fingerprint=digest(inputs.identity()), dataset=source, vilu=version("vilu"))
+    made = {"fingerprint": digest(inputs.identity()), "dataset": source, "vilu": version("vilu"), "pictures": True}
+    return Run.model_validate({**dict(inputs), **made})
 
 
 def begin(root: Path, run: Run, backbone: Backbone) -> Run:
