@@ -162,7 +162,7 @@ class LaionPairs(MappedPairs):
     first asked for (about as long as reading the files) and kept in memory, one byte a row: nothing is written into
     the folder. Rows that are not of unit norm are normalised whenever they are read, and that pass says how many.
 
-    The rows have no identity beyond the folder: keys of published metadata repeat from one data set to the next.
+    Rows are recognised by their embeddings: keys of published metadata repeat from one data set to the next.
     ``ids`` are their numbers over all shards.
 
     Args:

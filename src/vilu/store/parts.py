@@ -175,7 +175,7 @@ CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
-"""Of each row too but of old stores: BLAKE2b of the picture's encoded bytes, or ``ImageRecord.content``."""
+"""Of each row too but of old stores: the first half of the SHA-256 of the picture's bytes (``ImageRecord.content``)."""
 
 ERRORS = _schema(
     {"key": STRING, "position": INT64, "stage": STRING, "kind": STRING}
