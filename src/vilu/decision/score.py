@@ -127,7 +127,7 @@ def score_fresh(
 ) -> Outcomes:
     """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen; captions keep the pools of all rows."""
     decider = _checked(Decider(predictor), data)
-    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=0)).rows(fresh)
+    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=0)).take(fresh)
 
 
 def score_rows(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -250,15 +249,16 @@ class Outcomes:
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
 
-    def rows(self, chosen: NDArray[np.bool_]) -> Self:
-        """Those of the rows that are ``chosen`` (N,) bool."""
-        if chosen.all():
-            return self
-        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {"class_names", *KINDS}}
-        kept: dict[str, Any] = {
-            k: list(compress(column, chosen)) for k, column in columns.items() if column is not None
+    def take(self, rows: ArrayLike) -> Self:
+        """Some rows, by their places or by a mask (N,), in the order of the places."""
+        chosen = np.arange(len(self))[np.asarray(rows)]
+        columns = {name: getattr(self, name) for name in ("uncertainty", "failure", *OPTIONAL)}
+        taken: dict[str, Any] = {
+            name: column[chosen] if isinstance(column, np.ndarray) else [column[row] for row in chosen.tolist()]
+            for name, column in columns.items()
+            if column is not None
         }
-        return replace(self, **kept)
+        return replace(self, **taken)
 
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""
