@@ -52,7 +52,9 @@ def make(root: Path, n: int) -> None:
     for part in ledger.parts:
         rows = torch.from_numpy(rng.standard_normal((len(part), D), dtype=np.float32))
         content = PartRows({IMAGE: [torch.nn.functional.normalize(rows).half()]})
-        content.rows = [Row(i, f"{i:09d}.jpg", i % K, 64, 64, 1, None, 0) for i in range(part.start, part.stop)]
+        content.rows = [
+            Row(i, f"{i:09d}.jpg", i % K, 64, 64, 1, None, 0, None, bytes(16)) for i in range(part.start, part.stop)
+        ]
         receipts.append(ledger.write_rows(part, content, 1, ""))
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     classes = read_classes(root, run)[0].hash

@@ -33,6 +33,7 @@ from tests.compat.flow import (
     watch,
 )
 from tests.compat.tiny import D, Tiny, embed_captions, embed_classes, embed_tars
+from vilu.predictors.rows import say_once
 
 Open = Callable[[str], Path]
 
@@ -162,6 +163,17 @@ def test_an_interrupted_folder_of_scores_goes_on(kept: Open, tmp_path: Path) -> 
     require_about(of_folder(vilu.ScoreFolder(folder)), part_of(arrays("scores"), "parts"), "parts")
     if EXACT:
         assert tree(folder) == tree(kept("scores") / "parts")
+
+
+def test_rows_of_then_are_recognised_by_their_names(kept: Open, caplog: pytest.LogCaptureFixture) -> None:
+    train, val = (vilu.EmbeddingStore(kept("stores") / part) for part in ("train", "val"))
+    predictor = vilu.load(kept("rules") / "coverage")
+    assert (tuple(predictor.seen_), train.identified_by) == (("names",), ("names",))
+    say_once.cache_clear()
+    assert [len(predictor.seen(data)) for data in (train, val)] == [len(train), 0]
+    assert [line.partition(", as they")[0] for line in caplog.messages] == [
+        "rows of the fit and of these are compared by their names, not by their pictures"
+    ]
 
 
 @pytest.mark.parametrize("label", RULES)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 import vilu
@@ -20,6 +22,8 @@ from vilu.files.documents import write_json
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.choice import read_calibrated
 from vilu.store.embed import embed
+
+PHOTOS = Path(str(resources.files("vilu").joinpath("assets", "clothing.parquet")))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +82,10 @@ def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
 
 def test_training_rows_are_refused(work: Path, predictor: Path) -> None:
     done = run("calibrate", predictor, work / "train", "--max-risk", 0.8, code=3)
-    assert "at least 90 of the 90 calibration rows were used to fit this vilu" in done.stderr
+    assert (
+        "90 of 90 calibration rows were used to fit this vilu ('train/0.png', 'train/1.png', 'train/2.png', ...)"
+        in done.stderr
+    )
 
 
 def test_a_rule_of_another_predictor_is_refused(work: Path, predictor: Path) -> None:
@@ -171,3 +178,44 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     assert "risk.json is damaged" in done.stderr
     write_json(predictor / "risk.json", {"schema_version": 7})
     assert "schema version 7" in run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=6).stderr
+
+
+def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
+    """Two folders of photos with equal names: one to fit on, one to calibrate on; the first again under other names."""
+    photos = pq.read_table(PHOTOS, columns=["image"])["image"].to_pylist()
+    for name, first, start in (("train", 0, 0), ("calibration", 40, 0), ("renamed", 0, 500)):
+        for i in range(40):
+            path = tmp_path / name / ("dress", "shirt")[i % 2] / f"{start + i:03d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photos[first + i])
+        run("embed", tmp_path / name, "-o", tmp_path / "emb" / name, "--backbone", "compact:64")
+    settings = ("--set", "epochs=1", "--set", "hidden=4", "--set", "allow_degenerate=true")
+    run("fit", tmp_path / "emb/train", "-o", tmp_path / "p", "--method", "vilu", *settings)
+    assert json.loads((tmp_path / "p/predictor.json").read_text())["seen_by"] == ["pictures", "names"]
+    done = run("calibrate", tmp_path / "p", tmp_path / "emb/calibration")
+    assert "used to fit" not in done.stderr
+    assert json.loads((tmp_path / "p/risk.json").read_text())["n"] == 40
+    done = run("calibrate", tmp_path / "p", tmp_path / "emb/renamed", code=3)
+    assert "40 of 40 calibration rows were used to fit this vilu ('dress/500.jpg', 'dress/502.jpg'" in done.stderr
+    done = run("score", tmp_path / "p", tmp_path / "emb/renamed", "-o", tmp_path / "scores.parquet")
+    assert "40 of 40 rows were used to fit this vilu" in done.stderr
+
+
+@pytest.mark.parametrize("n_shared", [1, 2])
+def test_a_hundredth_of_the_rows_is_left_out(work: Path, predictor: Path, tmp_path: Path, n_shared: int) -> None:
+    """One of 120 rows is 0.8 %, two are 1.7 %."""
+    data = dataset(210)
+    data.blobs = data.blobs[:n_shared] + data.blobs[90 + n_shared :]
+    data.labels, data.keys = [i % 3 for i in range(120)], [f"new/{i}.png" for i in range(120)]
+    embed(data, FakeBackbone(), tmp_path / "mixed", names=NAMES)
+    target = ("--max-risk", 0.8, "--confidence", 0.9, "--label-sets", "lac")
+    done = run("calibrate", predictor, tmp_path / "mixed", *target, code=0 if n_shared == 1 else 3)
+    if n_shared == 2:
+        message = "2 of 120 calibration rows were used to fit this vilu ('new/0.png', 'new/1.png'), more than 1%."
+        assert message in done.stderr
+        assert not (predictor / "risk.json").exists()
+        return
+    assert "1 of 120 calibration rows were used to fit this vilu ('new/0.png'); they are left out." in done.stderr
+    rows, risk = Outcomes.load(predictor / "calibration.parquet"), json.loads((predictor / "risk.json").read_text())
+    assert rows.ids == tuple(f"new/{i}.png" for i in range(1, 120))
+    assert (risk["n"], risk["rule"]["certificates"][""]["n"], risk["label_sets"]["n"]) == (119, 119, 119)

@@ -14,7 +14,7 @@ from vilu import PREDICTORS
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.init import FINE_TUNING, WITH_A_HEAD, initialise
-from vilu.predictors.rows import RowSketch, shots
+from vilu.predictors.rows import shots
 
 QUICK = {"hidden": (16, 8), "epochs": 4, "batch_size": 64, "device": "cpu"}
 
@@ -72,21 +72,12 @@ def test_rows_of_both_fits_are_remembered(few, tmp_path) -> None:
     tuned = initialise(PREDICTORS["vilu"], fitted(), {"epochs": 1}).fit(few)
     tuned.save(tmp_path)
     found = vilu.load(tmp_path)
-    assert found.seen_.n_rows == 360
-    assert found.seen_.overlap(few.ids) == 60
-    assert found.seen_.overlap(toy_embeddings(n=300).ids) == 300
+    assert {sketch.n_rows for sketch in found.seen_.values()} == {360}
+    assert len(found.seen(few)) == 60
+    assert len(found.seen(toy_embeddings(n=300))) == 300
     assert found.notes_["start"]["n_train"] == 300
     assert len(found.notes_["start"]["weights"]) == 64
     assert np.array_equal(found.predict_uncertainty(few), tuned.predict_uncertainty(few))
-
-
-def test_union_of_sketches_is_the_sketch_of_the_union() -> None:
-    one, two = [f"a{i}" for i in range(12_000)], [f"b{i}" for i in range(9_000)]
-    union, expected = RowSketch.union(RowSketch.of(one), RowSketch.of(two)), RowSketch.of(one + two)
-    assert union.n_rows == expected.n_rows == 21_000
-    assert torch.equal(union.hashes, expected.hashes)
-    assert RowSketch.union(None, expected) is RowSketch.union(expected, None) is expected
-    assert RowSketch.union(None, None) is None
 
 
 def test_other_methods_architectures_and_spaces_are_refused(few) -> None:

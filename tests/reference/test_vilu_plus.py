@@ -173,4 +173,4 @@ def test_validation_rows_weigh_the_pool(data: Embeddings) -> None:
     validation = toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
     chosen = ViLUPlus(**QUICK).fit(data, validation)
     assert chosen.notes_["pool"] != ViLUPlus(**QUICK).fit(data).notes_["pool"]
-    assert chosen.seen_.overlap(validation.ids) == len(validation)  # used, if not learned from
+    assert len(chosen.seen(validation)) == len(validation)  # used, if not learned from

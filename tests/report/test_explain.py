@@ -162,14 +162,18 @@ def test_a_training_row_is_not_its_own_neighbour_and_is_warned_of(plus, train: E
             assert [n.key for n in neighbours] == [train.ids[i] for i in expected]
 
 
-def test_row_numbers_of_two_sets_are_not_the_same_rows(test: Embeddings) -> None:
-    """Bare arrays have no keys: row 0 of one is not row 0 of the other."""
+def test_rows_without_keys_are_the_same_where_their_embeddings_are(test: Embeddings) -> None:
+    """Row 0 of one array is row 1 of the other, and no neighbour of itself; row 0 of the other is another row."""
     one = Embeddings(test.image[:40], test.text, test.target[:40], 20.0)
-    two = Embeddings(test.image[:40].clone(), test.text, test.target[:40], 20.0)
-    near = vilu.explain(vilu.MCM(), one, two, rows=[0]).rows[0]
-    assert max(n.cosine for n in (*near.failures, *near.successes)) == pytest.approx(1, abs=1e-5)
-    itself = vilu.explain(vilu.MCM(), one, one, rows=[0]).rows[0]
-    assert max(n.cosine for n in (*itself.failures, *itself.successes)) < 0.9999
+    order = torch.tensor([1, 0, *range(2, 40)])
+    two = Embeddings(test.image[order], test.text, test.target[order], 20.0)
+    cosines = []
+    for row in (0, 1):
+        near = vilu.explain(vilu.MCM(), one, two, rows=[row], depth=Depth(neighbours=39)).rows[0]
+        found = [*near.failures, *near.successes]
+        assert sorted(int(n.key) for n in found) == [i for i in range(40) if i != 1 - row]
+        cosines.append(max(n.cosine for n in found))
+    assert max(cosines) < 0.9999
 
 
 def test_training_rows_stand_in_where_the_data_are_few(plus, train, test: Embeddings) -> None:
@@ -230,7 +234,8 @@ def test_a_constant_has_no_attribution() -> None:
     only_right = Embeddings(easy.image[right], easy.text, easy.target[right], 20.0)
     with pytest.warns(UserWarning, match="0 failures"):
         predictor = vilu.ViLU(epochs=1, allow_degenerate=True).fit(only_right)
-    found = vilu.explain(predictor, only_right, only_right, n=1)
+    with pytest.warns(UserWarning, match="1 of 1 explained rows were used to fit"):
+        found = vilu.explain(predictor, only_right, only_right, n=1)
     assert "constant" in found.attribution
     assert found.weights == "zero-shot posterior"
     assert found.rows[0].failures == ()

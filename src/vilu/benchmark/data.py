@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError
 from vilu.files.documents import digest
 from vilu.predictors.nn.train import SCORING_BATCH
+from vilu.predictors.rows import overlap
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 
 DRAW, HALVES = 1, 2
@@ -48,10 +48,9 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
     return np.sort(rows[: max(round(share * len(rows)), 1)])
 
 
-def held_out(ids: Iterable[str], share: float) -> NDArray[np.bool_]:
-    """(N,) whether a row is held out: where 8 bytes of the BLAKE2b hash of its identifier are below the share."""
-    digests = b"".join(blake2b(i.encode(errors="surrogatepass"), digest_size=8).digest() for i in ids)
-    mask: NDArray[np.bool_] = np.frombuffer(digests, dtype=">u8") < share * 2.0**64
+def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+    """(N,) whether a row is held out: where the hash that tells it from others, bytes reversed, is below the share."""
+    mask: NDArray[np.bool_] = identities.byteswap() < share * 2.0**64
     return mask
 
 
@@ -104,7 +103,8 @@ class Workbench:
         if not isinstance(share, float) or role == "test":
             return self._open_store(data, role, pool_size)
         whole, name = self._open_store(data, "train", None)
-        chosen = held_out(whole.ids, share) == (role == "validation")
+        # by what rows are recognised by: a picture that is there twice is on one side
+        chosen = held_out(whole.identities(whole.identified_by[0]), share) == (role == "validation")
         return whole.take(np.flatnonzero(chosen)), digest([name, role, share])
 
     def _open_store(self, data: str, role: Role, pool_size: int | None) -> tuple[EmbeddingSource, str]:
@@ -135,7 +135,8 @@ class Workbench:
 
     def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
         a, b = self.source(data, role_a), self.source(data, role_b)
-        names = tuple(f"the {'training' if role == 'train' else role} set of {data}" for role in (role_a, role_b))
+        mine, theirs = (f"the {'training' if role == 'train' else role} set of {data}" for role in (role_a, role_b))
+        names = mine, theirs
         a.space.require_match(b.space, mine=names[0], theirs=names[1])
         if a.class_names != b.class_names:
             raise ProvenanceError(
@@ -144,12 +145,11 @@ class Workbench:
             )
         if self.config.data[data].captions:
             return  # folds of one store: what they have in common is decided by a hash
-        common = set(a.ids) & set(b.ids)
-        if common:
-            raise DataError(
-                f"{len(common)} rows are in both the {role_a} and the {role_b} part of {data}, for example "
-                f"{min(common)!r}."
-            )
+        common = overlap(a, b, names)
+        if common is not None:
+            then = "a fit leaves them out" if role_b == "validation" else "they are scored all the same"
+            where = f"are in its {role_a} part, too"
+            common.others(b, f"{role_b} rows of {data}", where, "Take them out of one of the two.", then)
 
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """What a method is fitted on; ``origin`` names some data set."""

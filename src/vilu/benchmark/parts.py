@@ -97,7 +97,7 @@ class Data(Section):
     pool_size: Annotated[int, Field(ge=2)] = 1024
     shift: Shift | None = None  # what is done to every picture first
     train: str = "train"  # split to fit on; several are joined by ``+``
-    # split to select on; or the share of the training rows that is held out for it, by a hash of their identifiers.
+    # split to select on; or the share of the training rows that is held out for it, by a hash of their pictures.
     # None: methods that select hold out rows of their own
     validation: str | Share | None = None
     test: str = "test"  # split to test on

@@ -34,6 +34,7 @@ class ImageRecord:
         read: Returns the encoded bytes; may raise OSError or ``BadImage``. Called from a decoding thread.
         caption: Returns the caption; may raise OSError or ``BadImage`` (stage "text"). None where images have none.
         position: In the data set; None where it follows from the order of the records.
+        content: Returns what the picture is recognised by, where that is not the encoded bytes. Called after ``read``.
     """
 
     key: str
@@ -41,6 +42,7 @@ class ImageRecord:
     read: Callable[[], bytes]
     caption: Callable[[], str] | None = None
     position: int | None = None
+    content: Callable[[], bytes] | None = None
 
 
 class ImageDataset(Protocol):

@@ -218,7 +218,9 @@ class CifarDataset:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for batch, row in self._rows[start:stop]:
-            yield ImageRecord(f"{batch.name}/{row}", batch.labels[row], partial(_png, batch.pixels[row]))
+            pixels = batch.pixels[row]  # which are the picture: the bytes of a PNG depend on the library that makes it
+            name, label = f"{batch.name}/{row}", batch.labels[row]
+            yield ImageRecord(name, label, partial(_png, pixels), content=pixels.tobytes)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ KINDS: Final[dict[str, tuple[Change, tuple[float, ...]]]] = {
 class ShiftedImages(Chosen):
     """A data set whose every picture is damaged, each in one way that a hash of its key chooses.
 
-    The keys stay, so a picture and its damaged form are known to be the same row. What comes out is a PNG.
+    A picture and its damaged form are known to be the same row. What comes out is a PNG.
 
     Args:
         images: The whole ones.
@@ -116,7 +116,8 @@ class ShiftedImages(Chosen):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1, damaged when they are read."""
         for record in super().records(start, stop):
-            yield replace(record, read=partial(_damaged, record, self._strengths))
+            whole = record.content or record.read
+            yield replace(record, read=partial(_damaged, record, self._strengths), content=whole)
 
 
 def _damaged(record: ImageRecord, strengths: dict[str, float]) -> bytes:

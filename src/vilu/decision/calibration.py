@@ -11,7 +11,7 @@ from vilu.decision import record
 from vilu.decision.calibrate import Selector, calibrate, check_target
 from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.decision.record import Record, Rule
-from vilu.decision.score import predictor_fingerprint, score, source_fingerprint
+from vilu.decision.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.decision.selection import select
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError
@@ -102,8 +102,11 @@ def calibrate_predictor(
     refused, or without a rule. Where the target is out of reach nothing is written; where the same rows and target are
     those of the calibration that is there, neither. ``overwrite`` replaces one of other rows or another target.
 
+    Warns:
+        If some rows were used to fit; they are left out.
+
     Raises:
-        DataError: If rows were used to fit, or none has an uncertainty and a known failure.
+        DataError: If more than 1 % of the rows were used to fit, or none has an uncertainty and a known failure.
         InfeasibleError: If these rows cannot support the target.
         ProvenanceError: If the rows come from another embedding space.
         UsageError: If the target cannot be, or there is another calibration that is not to be overwritten.
@@ -118,13 +121,13 @@ def calibrate_predictor(
     found = _calibrated(Path(folder), inputs, overwrite=overwrite)
     if found is not None:
         return found
-    predictor.refuse_seen(data, "calibration")
-    rows = score(predictor, data, dataset=dataset, split=split)
+    fresh = predictor.unseen(data, "calibration")
+    rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
     rule = target.rule(rows)
     sets: LabelSets | None = None
     if target.label_sets is not None:
-        sets = fit_label_sets(predictor, data, max_miss=target.max_miss, method=target.label_sets)
+        sets = fit_label_sets(predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets)
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
     made = record.save(

@@ -86,9 +86,9 @@ def nonconformity(predictor: FailurePredictor, batch: Batch, uncertainty: Floats
 
 
 def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_miss: float, method: Kind) -> LabelSets:
-    """Label sets from calibration rows, which the predictor's ``fit`` has not seen."""
+    """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
-    predictor.refuse_seen(data, "calibration")
+    data = data.without(~predictor.unseen(data, "calibration"))
     true = [scores.gather(1, target[:, None]).squeeze(1) for scores, target in _labelled(predictor, data, method)]
     scores = torch.cat(true) if true else torch.empty(0)
     if not len(scores):

@@ -6,13 +6,13 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.decision import record
@@ -20,7 +20,7 @@ from vilu.decision.calibrate import group_names
 from vilu.decision.label_sets import named_sets
 from vilu.decision.record import Record
 from vilu.decision.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScorePart, ScoreRun
-from vilu.embeddings.checks import STATUS, VALID, RowNumbers
+from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError, require_at_least
@@ -29,7 +29,8 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
-from vilu.predictors.record import describe
+from vilu.predictors.record import describe, seen_tensors
+from vilu.predictors.rows import said_of
 from vilu.progress import track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -114,9 +115,22 @@ def score(
             ``decider`` was calibrated on.
     """
     decider = _checked(decider or Decider(predictor), data)
-    seen = _n_seen(predictor, data, data.ids)
-    _warn_seen(seen, data, predictor)
-    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=seen))
+    seen = predictor.seen(data)
+    _warn_seen(seen.said(), predictor, len(seen))
+    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=len(seen)))
+
+
+def score_fresh(
+    predictor: FailurePredictor,
+    data: EmbeddingSource,
+    fresh: NDArray[np.bool_],
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+) -> Outcomes:
+    """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen; captions keep the pools of all rows."""
+    decider = _checked(Decider(predictor), data)
+    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=0)).take(fresh)
 
 
 def score_rows(
@@ -192,14 +206,9 @@ def _facts(
     }
 
 
-def _n_seen(predictor: FailurePredictor, source: EmbeddingSource, ids: Sequence[str] | None) -> int:
-    """How many rows of these identifiers were used to fit; 0 where identifiers are but numbers."""
-    return 0 if predictor.seen_ is None or isinstance(source.ids, RowNumbers) else predictor.seen_.overlap(ids or ())
-
-
-def _warn_seen(n_seen: int, source: EmbeddingSource, predictor: FailurePredictor) -> None:
+def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
     if n_seen:
-        warnings.warn(f"{n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=3)
+        warnings.warn(f"{said} were used to fit this {predictor.name}.", stacklevel=3)
 
 
 def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[str | None]:
@@ -279,17 +288,19 @@ def score_parts(
         missing, _ = ledger.survey()
         if missing:
             ledger.unseal()
+            seen = predictor.seen(source).shared
         else:
             logger.info("%s is complete: there is nothing to do", folder)
         with track("scoring", sum(map(len, missing)), "row") as task:
             for part in missing:
                 rows, scored = order.rows(part)
                 outcomes = score_rows(decider, source, facts, rows, scored)
-                ledger.write_rows(part, rows, outcomes, _n_seen(predictor, source, outcomes.ids))
+                ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
                 task.advance(len(part))
         ledger.seal(ScoreManifest.of(run, ledger.receipts()))
     done = ScoreFolder(ledger.root)
-    _warn_seen(done.counts.n_seen, source, predictor)
+    whole = all(sketch.whole for sketch in predictor.seen_.values())
+    _warn_seen(said_of(done.counts.n_seen, len(source), "rows", whole=whole), predictor, done.counts.n_seen)
     return done
 
 
@@ -330,9 +341,7 @@ SAMPLED = 256
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:
     """Hash of everything that ``save`` would write, without a copy of the weights."""
-    tensors = dict(predictor.state())
-    if predictor.seen_ is not None:
-        tensors["seen"] = predictor.seen_.hashes
+    tensors = predictor.state() | seen_tensors(predictor)
     weights = {name: [str(t.dtype), list(t.shape), _hash(t)] for name, t in tensors.items()}
     return digest({**describe(predictor), "weights": weights})
 

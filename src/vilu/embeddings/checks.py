@@ -1,12 +1,13 @@
-"""Checks on arrays that come from outside, each a DataError that names what was found; identifiers of rows."""
+"""Checks on arrays that come from outside, each a DataError that names what was found; names of rows, and hashes."""
 
 from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from typing import Literal, overload
 
 import numpy as np
 import torch
@@ -147,3 +148,28 @@ class RowNumbers(Identifiers):
 
     def _of(self, row: int) -> str:
         return str(row)
+
+
+Identity = Literal["pictures", "embeddings", "names"]
+"""What tells whether two rows are the same: the encoded bytes of the pictures; embeddings, where nothing is known of
+pictures; or identifiers, in what older versions wrote. To a pair its caption belongs, too."""
+
+HASH_BYTES = 8
+
+
+def hash_of_each(items: Iterable[bytes | memoryview]) -> NDArray[np.uint64]:
+    """(N,) the first 8 bytes of the BLAKE2b hash of each."""
+    digests = b"".join([blake2b(item, digest_size=HASH_BYTES).digest() for item in items])
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def hash_names(names: Iterable[str]) -> NDArray[np.uint64]:
+    """(N,) hashes of identifiers."""
+    return hash_of_each(name.encode(errors="surrogatepass") for name in names)
+
+
+def hash_rows(rows: Tensor) -> NDArray[np.uint64]:
+    """(N,) hashes of float rows (N, D), rounded to float16: the same whichever float type an array was kept in."""
+    content = memoryview((rows.half() + 0).numpy().astype("<f2").tobytes())  # + 0 makes -0 a 0
+    width = 2 * rows.shape[1]
+    return hash_of_each(content[start : start + width] for start in range(0, len(content), width))

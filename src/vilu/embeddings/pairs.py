@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import Identifiers, RowNumbers
+from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal
 from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
 from vilu.errors import DataError, UsageError, require_at_least, require_one_of
@@ -94,6 +96,9 @@ class PairSource(EmbeddingSource):
         """(B, D) what asks: images, or captions where the direction is text to image."""
         return self.picture_rows(index) if self.pools.direction == "image_to_text" else self.caption_rows(index)
 
+    def _content(self, index: Tensor) -> Tensor:
+        return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
+
     def candidates(self, index: Tensor) -> Candidates:
         """The captions of the rows themselves, or their images."""
         caption = self.caption_rows(index)
@@ -106,6 +111,18 @@ class PairSource(EmbeddingSource):
             return Candidates(caption, everyone, None, index)
         distinct, target = torch.unique(first, return_inverse=True)
         return Candidates(caption[distinct], target, None, index[distinct])
+
+    def without(self, rows: NDArray[np.bool_]) -> PairSource:
+        """The source with pools of the other rows; what is left out, or fills no last pool, is "short_pool"."""
+        if not rows.any():
+            return self
+        kept = self.pair_rows[torch.from_numpy(~rows)[self.pair_rows]]
+        require_full_pools(len(kept), self.pools.size, "what is left")
+        found, status = copy.copy(self), np.full(len(self), SHORT_POOL, np.uint8)
+        found.usable_rows = self._order(kept)
+        status[found.usable_rows.numpy()] = VALID
+        found.status = np.where(np.isin(self.status, (VALID, SHORT_POOL)), status, self.status)
+        return found
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Rows in new pools for one pass of training."""
@@ -183,6 +200,23 @@ class PseudoCaptions(PairSource):
             if isinstance(source, PairSource):
                 here, rows = self._of_source(i, index)
                 found[here] = source.caption_rows(rows)
+        return found
+
+    @property
+    def identified_by(self) -> tuple[Identity, ...]:
+        """What all of its sources know."""
+        first, *others = (source.identified_by for source in self.sources)
+        return tuple(by for by in first if all(by in other for other in others))
+
+    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+        """Those of the sources; a picture of a class is recognised without its caption, which others share."""
+        if by == "names":
+            return super().identities(by, rows)
+        index = torch.arange(len(self)) if rows is None else torch.from_numpy(rows)
+        found = np.empty(len(index), np.uint64)
+        for i, source in enumerate(self.sources):
+            here, own = self._of_source(i, index)
+            found[here.numpy()] = source.identities(by, own.numpy())
         return found
 
     def of_classes(self, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import VALID, Identifiers, RowNumbers
+from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, hash_names, hash_rows
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import ZeroShot, first_equal, float64, of_logits, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
@@ -21,6 +21,9 @@ from vilu.errors import DataError, UsageError
 
 UNKNOWN = -1
 """Target of a row whose label is not known, and its failure."""
+
+HASHED_ROWS = 2**14
+"""Rows whose embeddings are hashed together."""
 
 SAME_TEXT = 0.999
 """Cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6."""
@@ -145,7 +148,7 @@ class EmbeddingSource(ABC):
     Attributes:
         space: The embedding space.
         class_names: Names of the candidates, or None (captions, or bare arrays).
-        ids: (N,) row identifiers.
+        ids: (N,) row identifiers, for people; what rows are recognised by is ``identities``.
         target: (N,) int64 targets, -1 where unknown.
         text: (K, D) the candidates of all rows, when they are shared.
         pool_size: Number of rows whose captions are the candidates of each of them, or None when candidates are shared.
@@ -194,6 +197,27 @@ class EmbeddingSource(ABC):
         """(M,) int64 positions of the usable rows, in the order in which they are scored (and make pools)."""
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 
+    @property
+    def identified_by(self) -> tuple[Identity, ...]:
+        """What its rows can be recognised by in another source, the best first."""
+        return ("embeddings",) if isinstance(self.ids, RowNumbers) else ("embeddings", "names")
+
+    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+        """(M,) hashes of what the ``rows`` (M,), by default all, are recognised by; equal ones mean the same row.
+
+        Args:
+            by: One of ``identified_by``. Those of "embeddings" mean nothing where the embedding is not usable.
+            rows: Positions, in any order.
+        """
+        if by == "names":
+            return hash_names(self.ids if rows is None else (self.ids[row] for row in rows.tolist()))
+        index = torch.arange(len(self)) if rows is None else torch.from_numpy(rows)
+        return np.concatenate([hash_rows(self._content(block)) for block in index.split(HASHED_ROWS)])
+
+    def _content(self, index: Tensor) -> Tensor:
+        """(B, ...) what tells rows apart."""
+        return self.image_rows(index)
+
     def take(
         self,
         rows: Tensor | NDArray[np.int64],
@@ -215,6 +239,10 @@ class EmbeddingSource(ABC):
             raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
         kept = self.columns if columns is None else self.columns.intersection(columns)
         return Taken(self, torch.as_tensor(rows), None if classes is None else torch.as_tensor(classes), kept)
+
+    def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
+        """The source without some rows (N,) bool."""
+        return self.take(np.flatnonzero(~rows)) if rows.any() else self
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training."""
@@ -265,6 +293,16 @@ class Taken(EmbeddingSource):
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of the whole."""
         return self._source.image_rows(self._rows[index])
+
+    @property
+    def identified_by(self) -> tuple[Identity, ...]:
+        """As the whole."""
+        return self._source.identified_by
+
+    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+        """Of the whole, at the rows taken."""
+        taken = self._rows.numpy()
+        return self._source.identities(by, taken if rows is None else taken[rows])
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name`` of the whole, at the rows or candidates taken."""

@@ -6,7 +6,6 @@ import dataclasses
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -18,7 +17,6 @@ from scipy import special
 from torch import Tensor, nn
 
 from vilu.device import resolve_device
-from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.columns import HOW
 from vilu.embeddings.source import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
@@ -27,12 +25,12 @@ from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics.counts import real_vector
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
-from vilu.predictors.labelled import degenerate_rate, refuse_overlap, trainable_rows
+from vilu.predictors.labelled import degenerate_rate, disjoint, trainable_rows
 from vilu.predictors.nn.head import with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
 from vilu.predictors.parameters import check_parameters
 from vilu.predictors.probability import Calibrator, fit_calibrator
-from vilu.predictors.rows import RowSketch, similarity_range
+from vilu.predictors.rows import Overlap, Sketches, common_identity, join, similarity_range, sketch
 
 CERTAIN = 1e-15
 """Probabilities nearer to 0 or 1 than this count as this far away, so that their log-odds are finite."""
@@ -84,7 +82,7 @@ class FailurePredictor(ABC):
         learned_: The saved tensors by name, without those of the network.
         network_: The ``module`` with its weights, ready to score; None without.
         space_: Embedding space of the training data; None when never fitted.
-        seen_: Sketch of the identifiers of the rows used by ``fit``; None when they had none.
+        seen_: Sketches of the rows used by ``fit``, by what they are recognised by; empty where nothing tells.
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when never fitted.
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
     """
@@ -106,7 +104,7 @@ class FailurePredictor(ABC):
     learned_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     network_: nn.Module | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     space_: EmbeddingSpace | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-    seen_: RowSketch | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    seen_: Sketches = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     similarity_: tuple[float, float] | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
     notes_: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     calibrator_: Calibrator | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -189,13 +187,13 @@ class FailurePredictor(ABC):
 
         Args:
             train: Rows to learn from. Rows without label are left out with a warning.
-            validation: Rows to select on, none of them among the training rows; where the method selects something and
-                gets none, it holds out a part of ``train``.
+            validation: Rows to select on. Few may be training rows, too (1 %); these are left out with a warning.
+                Where the method selects something and gets none, it holds out a part of ``train``.
 
         Raises:
             UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
             DataError: If nothing can be learned from the rows: empty, one candidate, over 1 % unusable rows, no labels;
-                or if the two sets overlap, or lack a column that the method needs.
+                or if the two sets have more rows in common, or lack a column that the method needs.
             ProvenanceError: If the two sets come from different embedding spaces.
         """
         if self.needs_fit:
@@ -208,12 +206,11 @@ class FailurePredictor(ABC):
         return self
 
     def _fit_rows(self, train: EmbeddingSource, validation: EmbeddingSource | None, columns: tuple[str, ...]) -> None:
-        refuse_overlap(train, validation)
+        validation = None if validation is None else disjoint(train, validation)
         rows, failure = trainable_rows(train, "training")
         found = self.learn(Rows(train, rows, columns), failure, validation)
         self.take(found.tensors, train.space)
-        ids = [data.ids for data in (train, validation) if data is not None and not isinstance(data.ids, RowNumbers)]
-        self.seen_ = RowSketch.of(chain(*ids)) if ids else None
+        self.seen_ = sketch(train) if validation is None else join(sketch(train), sketch(validation))
         self.similarity_ = similarity_range(train)
         self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **found.notes}
 
@@ -367,18 +364,16 @@ class FailurePredictor(ABC):
             )
         return match
 
-    def refuse_seen(self, data: EmbeddingSource, role: str) -> None:
-        """Refuse rows that were used to fit, as far as they are known: up to 16,384 all, of more a sample of so many.
+    def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
+        """Which ``rows`` (M,), by default all, were used to fit, as far as known: of more than 16,384 a sample is."""
+        by = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
+        rows = np.arange(len(data)) if rows is None else rows
+        return Overlap(np.zeros(len(rows), np.bool_), 0) if by is None else self.seen_[by].overlap(data, by, rows)
 
-        Raises:
-            DataError: If there are some; how many are known.
-        """
-        seen = 0 if self.seen_ is None or isinstance(data.ids, RowNumbers) else self.seen_.overlap(data.ids)
-        if seen:
-            raise DataError(
-                f"at least {seen} of the {len(data)} {role} rows were used to fit this {self.name}: it knows their "
-                "answers, so nothing measured on them holds for others. Take rows that it has not seen."
-            )
+    def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
+        """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
+        remedy = "It knows their answers, so nothing measured on them holds for others. Take rows that it has not seen."
+        return self.seen(data).others(data, f"{role} rows", f"were used to fit this {self.name}", remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:
         if self.no_captions is not None and data.pool_size is not None:
@@ -450,15 +445,18 @@ class FailurePredictor(ABC):
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
 
+        Warns:
+            If rows were used to fit; they are left out.
+
         Raises:
-            DataError: If rows were used to fit, or none has an uncertainty and a known failure.
+            DataError: If more than 1 % were used to fit, or none has an uncertainty and a known failure.
         """
-        self.refuse_seen(calibration, "calibration")
+        fresh = self.unseen(calibration, "calibration")
         uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
         for batch, scores in self.scored(calibration):
             rows = batch.index.numpy(force=True)
             uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
-        return self.calibrate_scores(uncertainty, failure)
+        return self.calibrate_scores(uncertainty[fresh], failure[fresh])
 
     def calibrate_scores(self, uncertainty: ArrayLike, failure: ArrayLike) -> Self:
         """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.

@@ -10,32 +10,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.embeddings.checks import SHORT_POOL, RowNumbers
+from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError
 from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
+from vilu.predictors.rows import overlap
 
 MAX_UNUSABLE = 0.01
 FEW = 20
 GROUP_BLOCK = 16_384
 
 
-def refuse_overlap(train: EmbeddingSource, validation: EmbeddingSource | None) -> None:
-    """Refuse a validation set from another space, or with rows of the training set."""
-    if validation is None:
-        return
-    train.space.require_match(validation.space, mine="the training set", theirs="the validation set")
-    if isinstance(train.ids, RowNumbers) or isinstance(validation.ids, RowNumbers):
-        return
-    common = set(train.ids) & set(validation.ids)
-    if common:
-        raise DataError(
-            f"{len(common)} rows are in both the training and the validation set, for example {min(common)!r}. "
-            "Selection on training rows is blind; make the sets disjoint."
-        )
+def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSource:
+    """The validation set without the few rows of the training set; refused from another space, or with many of them."""
+    names = "the training set", "the validation set"
+    train.space.require_match(validation.space, mine=names[0], theirs=names[1])
+    common = overlap(train, validation, names)
+    if common is None:
+        return validation
+    blind = "Selection on training rows is blind: take them out of one of the two sets."
+    return validation.without(~common.others(validation, "validation rows", "are in the training set, too", blind))
 
 
 def trainable_rows(source: EmbeddingSource, role: str) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files.disk import atomic_write, make_folder, or_refuse
@@ -21,13 +22,14 @@ from vilu.files.places import claim_folder, made
 from vilu.predictors.card import Described, model_card
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator
-from vilu.predictors.rows import RowSketch
+from vilu.predictors.rows import RowSketch, Sketches
 
 SCHEMA = 1
 PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
 ROWS = "calibration.parquet"
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
-SEEN = "seen"
+SEEN_BY: dict[Identity, str] = {"pictures": "seen.pictures", "embeddings": "seen.embeddings", "names": "seen"}
+"""Tensors of the hashes of rows; older predictors know names alone."""
 FINGERPRINT = "fingerprint"
 """The key of the digest of ``predictor.json``."""
 REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
@@ -40,7 +42,7 @@ class Saved(Parametrised, Described, Protocol):
 
     space_: EmbeddingSpace | None
     similarity_: tuple[float, float] | None
-    seen_: RowSketch | None
+    seen_: Sketches
     notes_: dict[str, Any]
     calibrator_: Calibrator | None
 
@@ -56,8 +58,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     goes with that fit. Files that are not a predictor's are never touched.
     """
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
-    if predictor.seen_ is not None:
-        tensors[SEEN] = predictor.seen_.hashes
+    tensors |= seen_tensors(predictor)
     weights = safetensors_torch.save(tensors)
     record = describe(predictor)
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
@@ -112,7 +113,7 @@ def is_ours(path: Path) -> bool:
         with path.open("rb") as handle:
             if path.name == WEIGHTS:
                 names = parse_json(handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES)))
-                return all(name in {SEEN, "__metadata__"} or name.startswith("state.") for name in names)
+                return all(name in {*SEEN_BY.values(), "__metadata__"} or name.startswith("state.") for name in names)
             if path.name == CARD:
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
@@ -134,11 +135,25 @@ def describe(predictor: Saved) -> dict[str, Any]:
         "parameters": values,
         "space": None if predictor.space_ is None else dataclasses.asdict(predictor.space_),
         "similarity": predictor.similarity_,
-        "n_seen": predictor.seen_.n_rows if predictor.seen_ else None,
+        "n_seen": max((sketch.n_rows for sketch in predictor.seen_.values()), default=None),
+        **({"seen_by": list(predictor.seen_)} if predictor.seen_.keys() - {"names"} else {}),
         "notes": predictor.notes_,
         **home_of(type(predictor)),
         **({} if predictor.calibrator_ is None else {"calibrator": predictor.calibrator_.model_dump(mode="json")}),
     }
+
+
+def seen_tensors(predictor: Saved) -> dict[str, Tensor]:
+    """The hashes of the rows of the fit, by the names under which they are saved."""
+    return {SEEN_BY[by]: sketch.hashes for by, sketch in predictor.seen_.items()}
+
+
+def take_seen(tensors: dict[str, Tensor], found: dict[str, Any], path: Path) -> Sketches:
+    """The rows of the fit; their hashes are taken out of the saved tensors."""
+    hashes = {by: tensors.pop(name) for by, name in SEEN_BY.items() if name in tensors}
+    if hashes and not isinstance(found["n_seen"], int):
+        raise DataError(f"{path} is damaged: n_seen must be a number. Got {found['n_seen']!r:.80}. Fit it again.")
+    return {by: RowSketch(of, found["n_seen"]) for by, of in hashes.items()}
 
 
 def fit_fingerprint(folder: str | Path) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import blake2b
+from functools import cache
+from typing import get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, UsageError
 
@@ -52,38 +55,158 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
 
 
 SIZE = 1 << 14
+"""Hashes that a predictor keeps of the rows of its fit."""
 
+BLOCK = 1 << 20
+"""Rows whose hashes are in memory together."""
 
-def hash_ids(ids: Iterable[str]) -> NDArray[np.int64]:
-    """Sorted distinct 63-bit hashes of row identifiers."""
-    digests = b"".join(blake2b(i.encode(errors="surrogatepass"), digest_size=8).digest() for i in ids)
-    return np.unique(np.frombuffer(digests, dtype="<i8") & np.iinfo(np.int64).max)
+MAX_SHARED = 0.01
+"""Largest share of rows of two sets that may be the same and are left out, as real data hold some twice."""
+
+SHOWN = 3
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RowSketch:
-    """The smallest hashes of a set of row identifiers, sorted (a bottom-k sketch), and its size; exact up to 16,384."""
+    """The smallest 63-bit hashes of a set of rows, sorted (a bottom-k sketch), and its size; exact up to 16,384."""
 
     hashes: torch.Tensor
     n_rows: int
 
     @classmethod
-    def of(cls, ids: Iterable[str]) -> RowSketch:
-        """Sketch of a set of identifiers."""
-        hashes = hash_ids(ids)
-        return cls(torch.from_numpy(hashes[:SIZE].copy()), len(hashes))
+    def of(cls, source: EmbeddingSource, by: Identity) -> RowSketch:
+        """Sketch of the rows of a source."""
+        hashes = np.empty(0, np.int64)
+        for _, block in _hashes(source, by, np.arange(len(source))):
+            hashes = np.unique(np.concatenate([hashes, block]))[:SIZE]
+        return cls(torch.from_numpy(hashes), len(source))
 
-    @classmethod
-    def union(cls, first: RowSketch | None, second: RowSketch | None) -> RowSketch | None:
-        """Sketch of two disjoint sets together; None stands for rows without identifiers."""
-        if first is None or second is None:
-            return first or second
-        hashes = torch.cat([first.hashes, second.hashes]).unique()
-        return cls(hashes[:SIZE], first.n_rows + second.n_rows)
+    @property
+    def whole(self) -> bool:
+        """Whether it knows every row of the set, and not a sample."""
+        return self.n_rows <= SIZE or len(self.hashes) < SIZE
 
-    def overlap(self, ids: Iterable[str]) -> int:
-        """How many of ``ids`` are known to be in the set (a lower bound; exact while the set fits the sketch)."""
-        return int(np.isin(hash_ids(ids), self.hashes.numpy(), assume_unique=True).sum())
+    def __or__(self, other: RowSketch) -> RowSketch:
+        hashes = torch.cat([self.hashes, other.hashes]).unique()
+        return RowSketch(hashes[:SIZE], self.n_rows + other.n_rows)
+
+    def overlap(self, source: EmbeddingSource, by: Identity, rows: NDArray[np.int64]) -> Overlap:
+        """Those of some ``rows`` (M,) of a source that are in the set."""
+        shared, told = np.zeros(len(rows), np.bool_), 0
+        reach = np.iinfo(np.int64).max if self.whole else self.hashes[-1].item()
+        for places, block in _hashes(source, by, rows):
+            shared[places] = np.isin(block, self.hashes.numpy())
+            told += int(np.count_nonzero(block <= reach))
+        return Overlap(shared & _marked(source, by)[rows], told, self.whole)
+
+
+def _hashes(
+    source: EmbeddingSource, by: Identity, rows: NDArray[np.int64]
+) -> Iterator[tuple[slice, NDArray[np.int64]]]:
+    """Places among the rows, and hashes, block by block."""
+    for start in range(0, len(rows), BLOCK):
+        block = source.identities(by, rows[start : start + BLOCK]) & np.uint64(np.iinfo(np.int64).max)
+        yield slice(start, start + len(block)), block.astype(np.int64)
+
+
+def _marked(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
+    """(N,) rows that have a mark: one that is not usable has the embedding of all others that are not."""
+    return np.isin(source.status, (VALID, SHORT_POOL)) if by == "embeddings" else np.ones(len(source), np.bool_)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Which rows of a source are in another set, as far as that can be told.
+
+    Attributes:
+        shared: (N,) bool, those that are known to be.
+        n_told: Rows of which it can be told.
+        whole: Whether all of the other set is known.
+    """
+
+    shared: NDArray[np.bool_]
+    n_told: int
+    whole: bool = True
+
+    def __len__(self) -> int:
+        return int(np.count_nonzero(self.shared))
+
+    def said(self, what: str = "rows") -> str:
+        """How many, in words."""
+        return said_of(len(self), len(self.shared), what, whole=self.whole)
+
+    def others(
+        self, source: EmbeddingSource, what: str, where: str, remedy: str, then: str = "they are left out"
+    ) -> NDArray[np.bool_]:
+        """(N,) the rows of the source that are not shared.
+
+        Warns:
+            If some are; how many, and a few keys.
+
+        Raises:
+            DataError: If these are more than 1 % of the rows that can be told.
+        """
+        if len(self):
+            keys = ", ".join(repr(source.ids[row]) for row in np.flatnonzero(self.shared)[:SHOWN].tolist())
+            found = f"{self.said(what)} {where} ({keys}{', ...' if len(self) > SHOWN else ''})"
+            if len(self) > MAX_SHARED * self.n_told:
+                of = "" if self.whole else f" of the {self.n_told} that can be told"
+                raise DataError(f"{found}, more than {MAX_SHARED:.0%}{of}. {remedy}")
+            warnings.warn(f"{found}; {then}.", stacklevel=4)
+        return ~self.shared
+
+
+def said_of(n: int, n_rows: int, what: str, *, whole: bool) -> str:
+    """So many of some rows, in words."""
+    more = "" if whole else f" (a sample of {SIZE} rows of the fit is known)"
+    return f"{'' if whole else 'at least '}{n} of {n_rows} {what}{more}"
+
+
+Sketches = Mapping[Identity, RowSketch]
+"""What a set of rows is recognised by; empty where nothing is known of them."""
+
+
+def sketch(source: EmbeddingSource) -> Sketches:
+    """Sketches of all that the rows of a source can be recognised by."""
+    return {by: RowSketch.of(source, by) for by in source.identified_by}
+
+
+def join(first: Sketches, second: Sketches) -> Sketches:
+    """Sketches of two sets together: by what both are recognised by, or else by what one of them is."""
+    common = first.keys() & second.keys()
+    if not common:
+        return {**first, **second}
+    return {by: first[by] | second[by] for by in first if by in common}
+
+
+def common_identity(
+    mine: Collection[Identity], theirs: Collection[Identity], names: tuple[str, str]
+) -> Identity | None:
+    """What rows of two sets of these ``names`` can be compared by, best first, with a line where it is but by name."""
+    by = next((by for by in get_args(Identity) if by in mine and by in theirs), None)
+    if by == "names":
+        say_once(
+            f"rows of {names[0]} and of {names[1]} are compared by their names, not by their pictures, as they have no "
+            "other mark in common: another picture of the same name counts as the same row, and a renamed one does "
+            "not. To mend it, embed both with this vilu (--overwrite) and fit again."
+        )
+    return by
+
+
+@cache
+def say_once(text: str) -> None:
+    """Warn, once a process."""
+    logger.warning(text)
+
+
+def overlap(first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]) -> Overlap | None:
+    """The rows of the second source that are in the first; None where nothing tells."""
+    by = common_identity(first.identified_by, second.identified_by, names)
+    if by is None:
+        return None
+    return Overlap(np.isin(second.identities(by), first.identities(by)) & _marked(second, by), len(second))
 
 
 SIMILARITY_ROWS = 100

@@ -18,8 +18,7 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
 from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
-from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, SEEN, WEIGHTS, read_bytes, read_record
-from vilu.predictors.rows import RowSketch
+from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, WEIGHTS, read_bytes, read_record, take_seen
 
 
 def load(folder: str | Path) -> FailurePredictor:
@@ -36,19 +35,21 @@ def load(folder: str | Path) -> FailurePredictor:
         raise DataError(f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}.")
     method = method_of(found, path / PREDICTOR)
     try:
-        return _assembled(method, found, safetensors_torch.load(weights))
+        return _assembled(method, found, safetensors_torch.load(weights), path / PREDICTOR)
     # whatever foreign tensors and settings lead a method to
     except (AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         what = str(error).rstrip(".") if isinstance(error, ViLUError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {what}. {REFIT}.") from error
 
 
-def _assembled(method: type[FailurePredictor], found: dict[str, Any], tensors: dict[str, Tensor]) -> FailurePredictor:
+def _assembled(
+    method: type[FailurePredictor], found: dict[str, Any], tensors: dict[str, Tensor], path: Path
+) -> FailurePredictor:
     """A predictor as a record and its tensors describe it."""
     predictor = build(method, found["parameters"])
     predictor.space_ = EmbeddingSpace(**found["space"]) if found["space"] else None
     predictor.similarity_ = tuple(found["similarity"]) if found["similarity"] else None
-    predictor.seen_ = RowSketch(tensors.pop(SEEN), found["n_seen"]) if SEEN in tensors else None
+    predictor.seen_ = take_seen(tensors, found, path)
     predictor.notes_ = found["notes"]
     predictor.calibrator_ = read_calibrator(found["calibrator"]) if found.get("calibrator") else None
     predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})

@@ -187,11 +187,16 @@ class Run(Inputs):
         fingerprint: Hash of the inputs.
         dataset: Where the images came from, for people (base name only).
         vilu: Version that began the run.
+        pictures: Whether the metadata hold a digest of every picture, by which rows are recognised. Older stores have
+            none, and go on without, so that all parts of a store are alike; no input, hence not in the fingerprint.
     """
+
+    later: ClassVar[frozenset[str]] = Inputs.later | {"pictures"}
 
     fingerprint: str
     dataset: str
     vilu: str
+    pictures: bool = False
 
     @model_validator(mode="after")
     def _check_fingerprint(self) -> Self:

@@ -168,6 +168,8 @@ def _drive(
         if missing:
             job.ledger.unseal()
             require_room(job, missing)
+            if not job.run.pictures:
+                logger.warning("%s goes on as it was begun: without digests of its pictures", root)
         else:
             logger.info("%s is complete: there is nothing to do", root)
         if shared:
@@ -253,7 +255,8 @@ def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | N
     except ValidationError as error:
         raise UsageError(f"cannot embed with these settings: {explain(error)}.") from error
     source = Path(dataset.source).name or dataset.source
-    return Run(**dict(inputs), fingerprint=digest(inputs.identity()), dataset=source, vilu=version("vilu"))
+    made = {"fingerprint": digest(inputs.identity()), "dataset": source, "vilu": version("vilu"), "pictures": True}
+    return Run.model_validate({**dict(inputs), **made})
 
 
 def begin(root: Path, run: Run, backbone: Backbone) -> Run:

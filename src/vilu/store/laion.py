@@ -164,7 +164,7 @@ class LaionPairs(Reopened, MappedPairs):
     first asked for (about as long as reading the files) and kept in memory, one byte a row: nothing is written into
     the folder. Rows that are not of unit norm are normalised whenever they are read, and that pass says how many.
 
-    The rows have no identity beyond the folder: keys of published metadata repeat from one data set to the next.
+    Rows are recognised by their embeddings: keys of published metadata repeat from one data set to the next.
     ``ids`` are their numbers over all shards.
 
     Nothing vouches for these files as receipts do for a store's: other numbers in them are not seen. Pickled, it is its

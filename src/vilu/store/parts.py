@@ -173,6 +173,10 @@ many images fail in earlier parts, which a part that is written alone cannot kno
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
 """Of each row too where images have captions."""
 
+PICTURE_BYTES = 16
+PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
+"""Of each row too but of old stores: the first half of the SHA-256 of the picture's bytes (``ImageRecord.content``)."""
+
 ERRORS = _schema(
     {"key": STRING, "position": INT64, "stage": STRING, "kind": STRING}
     | {"exception": STRING, "message": STRING, "bytes": INT64}
@@ -190,7 +194,8 @@ UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
 
 def metadata_schema(run: Run) -> pa.Schema:
     """Columns of the metadata."""
-    return METADATA.append(CAPTION_FIELD) if run.captions else METADATA
+    more = [*([CAPTION_FIELD] if run.captions else []), *([PICTURE_FIELD] if run.pictures else [])]
+    return pa.schema([*METADATA, *more])
 
 
 @contextmanager
@@ -284,7 +289,8 @@ class Row:
     n_frames: int
     exif_orientation: int | None
     flags: int
-    caption: str | None = None
+    caption: str | None
+    picture: bytes
 
 
 @dataclass(frozen=True)
@@ -345,6 +351,6 @@ def _parquet(rows: Sequence[Row | ErrorRow], schema: pa.Schema) -> memoryview:
     return buffer.getbuffer()
 
 
-def _storable(value: int | str | None) -> int | str | None:
+def _storable(value: int | str | bytes | None) -> int | str | bytes | None:
     """Strings as UTF-8 can hold them: file names that are no text keep their odd bytes as escapes."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value

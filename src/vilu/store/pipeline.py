@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import islice
 from typing import Final
 
@@ -20,7 +21,7 @@ from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import Task
 from vilu.store.documents import CAPTION, IMAGE, Run, Views
-from vilu.store.parts import MESSAGE_LENGTH, ErrorRow, Part, PartRows, Row, positions
+from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions
 
 TEXT_TRUNCATED: Final = 1 << 16
 """Flag of a row whose caption is longer than the model reads; the flags below are ``ImageFlag``."""
@@ -57,10 +58,13 @@ class Decoder:
         if not self.captions and record.label is not None and not 0 <= record.label < self.n_classes:
             raise DataError(f"{record.key} has label {record.label}, expected 0 to {self.n_classes - 1} or none.")
         sizes: list[int] = []
+        pictures: list[bytes] = []
 
         def read() -> bytes:
             data = record.read()
             sizes.append(len(data))
+            content = data if record.content is None else record.content()
+            pictures.append(sha256(content).digest()[:PICTURE_BYTES])
             return data
 
         try:
@@ -70,7 +74,7 @@ class Decoder:
             cause, size = type(error.__cause__ or error).__name__, sizes[0] if sizes else None
             return ErrorRow(record.key, position, error.stage, error.kind, cause, str(error)[:MESSAGE_LENGTH], size)
         facts = image.width, image.height, image.n_frames, image.exif_orientation, int(image.flags)
-        row = Row(position, record.key, record.label, *facts, caption)
+        row = Row(position, record.key, record.label, *facts, caption, pictures[0])
         views = [] if self.views is None else self.views.of(image.image, record.key)
         pixels, *others = map(self.preprocess, [image.image, *views])
         return Decoded(row, pixels, sizes[0], tuple(others))

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
 from vilu.embeddings.columns import check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
@@ -24,7 +25,7 @@ from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import Reopened, Vouched, content_hash
 from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
-from vilu.store.parts import METADATA, Part, StoreLedger, column_path, map_rows, read_classes, read_columns
+from vilu.store.parts import Part, StoreLedger, column_path, map_rows, metadata_schema, read_classes, read_columns
 
 
 def open_source(
@@ -98,12 +99,31 @@ class Sealed(Reopened):
     def metadata(self, name: str, number: int) -> pa.Array:
         """A column of the metadata of a part."""
         n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
-        path = self.files(self.parts[number].metadata)
-        return read_columns(path, METADATA, [name], n_rows)[name].combine_chunks()
+        schema, path = metadata_schema(self.manifest), self.files(self.parts[number].metadata)
+        return read_columns(path, schema, [name], n_rows)[name].combine_chunks()
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> PartStrings:
         """Keys of some rows, ascending, by default of all."""
         return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
+
+    def identities(self, by: Identity, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """(M,) hashes of keys, or of pictures (and captions), each part of the rows read once."""
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows, self.rows.starts, sorter=order)
+        found = np.empty(len(rows), np.uint64)
+        for number in np.flatnonzero(np.diff(bounds)).tolist():
+            places = order[bounds[number] : bounds[number + 1]]
+            found[places] = self._hashes(by, number, pa.array(rows[places] - self.rows.starts[number]))
+        return found
+
+    def _hashes(self, by: Identity, number: int, rows: pa.Array) -> NDArray[np.uint64]:
+        if by == "names":
+            return hash_names(self.metadata("key", number).take(rows).to_pylist())
+        pictures: list[bytes] = self.metadata("picture", number).take(rows).to_pylist()
+        if not self.manifest.captions:
+            return np.frombuffer(b"".join(picture[:HASH_BYTES] for picture in pictures), "<u8").astype(np.uint64)
+        captions: list[str] = self.metadata("caption", number).take(rows).to_pylist()
+        return hash_of_each(picture + caption.encode() for picture, caption in zip(pictures, captions, strict=True))
 
 
 def _map_part(
@@ -113,7 +133,26 @@ def _map_part(
     return map_rows(find(ledger.parts[number].array(name)), shape, ledger.run.dtype)
 
 
-class EmbeddingStore(Reopened, MappedSource):
+class StoredRows(EmbeddingSource):
+    """Rows of a store, which says in its metadata what they are recognised by; those ``_chosen``, by default all."""
+
+    _sealed: Sealed
+    _chosen: Tensor | None = None
+
+    @property
+    def identified_by(self) -> tuple[Identity, ...]:
+        """Pictures (with captions), or of old stores names."""
+        return ("pictures", "names") if self._sealed.manifest.pictures else ("names",)
+
+    def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
+        """As every source's."""
+        if by == "embeddings":
+            return super().identities(by, rows)
+        index = np.arange(len(self)) if rows is None else rows
+        return self._sealed.identities(by, index if self._chosen is None else self._chosen.numpy()[index])
+
+
+class EmbeddingStore(Reopened, StoredRows, MappedSource):
     """A sealed store, the same to every predictor as ``Embeddings`` in memory.
 
     Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows, labels.
@@ -177,7 +216,7 @@ def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) ->
     return check_columns({name: values}, 0, len(classes.names))[name]
 
 
-class CaptionStore(Reopened, MappedPairs):
+class CaptionStore(Reopened, StoredRows, MappedPairs):
     """The sealed store of images with captions, the same to every predictor as ``PairEmbeddings`` in memory.
 
     Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows.
@@ -213,7 +252,7 @@ class CaptionStore(Reopened, MappedPairs):
         # of the pictures: to a caption that asks for its picture they would tell which one it is
         kept = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
         self.columns = kept if self.pools.direction == "image_to_text" else frozenset()
-        self.ids = sealed.keys(chosen)
+        self.ids, self._sealed = sealed.keys(chosen), sealed
 
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name`` of the images: rows of it, gathered from the parts."""

@@ -23,7 +23,7 @@ from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
 from vilu.predictors.nn.losses import LOSSES, FailureWeight, adaptive_weight
 from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
 from vilu.predictors.parameters import parameters
-from vilu.predictors.rows import RowSketch
+from vilu.predictors.rows import join
 
 Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -90,7 +90,7 @@ class HeadPredictor(FailurePredictor):
             start.space_.require_match(train.space, mine=f"the fitted {self.name} to start from", theirs="the data")
         super().fit(train, validation)
         if start is not None:
-            self.seen_ = RowSketch.union(self.seen_, start.seen_)
+            self.seen_ = join(self.seen_, start.seen_)
         if self.constant_ is not None:
             self.notes_ |= self._start_notes()
         return self

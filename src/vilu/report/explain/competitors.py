@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.embeddings.checks import Identity
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.bank.search import image_blocks, nearest
@@ -100,6 +101,10 @@ class Neighbour:
     truth: str
 
 
+Own = tuple[Identity, NDArray[np.uint64]]
+"""What rows are recognised by, and the (B,) hashes of those that are explained."""
+
+
 class TrainingRows:
     """Labelled training rows, split by whether their zero-shot answer is wrong."""
 
@@ -108,9 +113,9 @@ class TrainingRows:
         rows, failure = trainable_rows(train, "training")
         self.failures, self.successes = rows[failure == 1], rows[failure == 0]
 
-    def near(self, image: Tensor, keys: Sequence[str | None], n: int) -> list[tuple[list[Neighbour], list[Neighbour]]]:
-        """For every image (B, D) the ``n`` nearest failures and successes, the nearest first; none with its own key."""
-        found = [self._search(image, keys, rows, n) for rows in (self.failures, self.successes)]
+    def near(self, image: Tensor, own: Own | None, n: int) -> list[tuple[list[Neighbour], list[Neighbour]]]:
+        """For every image (B, D) the ``n`` nearest failures and successes, the nearest first; none is its own row."""
+        found = [self._search(image, own, rows, n) for rows in (self.failures, self.successes)]
         answers = self._answers({row for kind in found for of in kind for row, _ in of})
         failures, successes = (
             [[Neighbour(self.train.ids[row], cosine, *answers[row]) for row, cosine in of] for of in kind]
@@ -118,14 +123,16 @@ class TrainingRows:
         )
         return list(zip(failures, successes, strict=True))
 
-    def _search(self, image: Tensor, keys: Sequence[str | None], rows: Tensor, n: int) -> list[list[tuple[int, float]]]:
+    def _search(self, image: Tensor, own: Own | None, rows: Tensor, n: int) -> list[list[tuple[int, float]]]:
         """Training rows and cosines, per image."""
         cosine, place = nearest_rows(image, Rows(self.train, rows), n + 1)  # one more: it may be the image itself
-        ids = self.train.ids
-        return [
-            [(row, c) for row, c in zip(rows[p].tolist(), of.tolist(), strict=True) if ids[row] != key][:n]
-            for key, of, p in zip(keys, cosine, place, strict=True)
-        ]
+        found = rows[place]
+        other = torch.ones(found.shape, dtype=torch.bool)
+        if own is not None:
+            there = self.train.identities(own[0], found.flatten().numpy()).reshape(found.shape)
+            other = torch.from_numpy(there != own[1][:, None])
+        columns = (found.tolist(), cosine.tolist(), other.tolist())
+        return [[(r, c) for r, c, kept in zip(*of, strict=True) if kept][:n] for of in zip(*columns, strict=True)]
 
     def _answers(self, rows: set[int]) -> dict[int, tuple[str, str]]:
         """Answer and truth of training rows."""

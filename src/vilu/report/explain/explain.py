@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import SCHEMA_VERSION, write_json
@@ -21,6 +20,7 @@ from vilu.files.places import claim_file
 from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NoAttribution, Scored
+from vilu.predictors.rows import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, weights_of
@@ -316,9 +316,10 @@ def _with_neighbours(
     explanations = [explanation for explanation, _ in explained]
     if train is None or not explained:
         return explanations
-    identified = data is train or not (isinstance(data.ids, RowNumbers) or isinstance(train.ids, RowNumbers))
-    images, keys = torch.stack([image for _, image in explained]), [e.key if identified else None for e in explanations]
-    near = TrainingRows(train).near(images, keys, depth.neighbours)
+    images, rows = torch.stack([image for _, image in explained]), np.array([e.row for e in explanations])
+    by = common_identity(train.identified_by, data.identified_by, ("the training set", "the explained rows"))
+    own = None if by is None else (by, data.identities(by, rows))
+    near = TrainingRows(train).near(images, own, depth.neighbours)
     return [
         replace(explanation, failures=tuple(failures), successes=tuple(successes))
         for explanation, (failures, successes) in zip(explanations, near, strict=True)
@@ -327,13 +328,11 @@ def _with_neighbours(
 
 def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> int:
     """How many rows were used to fit; said aloud."""
-    if predictor.seen_ is None or isinstance(data.ids, RowNumbers):
-        return 0
-    seen = predictor.seen_.overlap(data.ids[row] for row in rows.tolist())
-    if seen:
+    seen = predictor.seen(data, rows.numpy())
+    if len(seen):
         warnings.warn(
-            f"{seen} of {len(rows)} explained rows were used to fit this {predictor.name}: their scores say little "
-            "about new images.",
+            f"{seen.said('explained rows')} were used to fit this {predictor.name}: their scores say little about new "
+            "images.",
             stacklevel=3,
         )
-    return seen
+    return len(seen)
