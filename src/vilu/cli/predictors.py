@@ -64,6 +64,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     """
     from vilu.predictors import find_method
     from vilu.predictors.nn.processes import world
+    from vilu.predictors.rows import candidates_of
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
@@ -72,7 +73,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         chosen = None if validation is None else reading.open(validation, "validation")
         checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes, restart)
         predictor.fit(train, chosen)
-        predictor.notes_ |= _candidates(train)
+        predictor.notes_ |= candidates_of(train)
         if team.leads:
             predictor.save(output)
             if checkpoints is not None:
@@ -106,16 +107,6 @@ def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, i
     if n_shots is not None:
         sources = [source.take(shots(source, n_shots, seed)) for source in sources]
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
-
-
-def _candidates(train: EmbeddingSource) -> dict[str, object]:
-    """What the images chose from, for the model card."""
-    from vilu.files.documents import digest
-
-    if train.pool_size is not None:
-        return {"pool_size": train.pool_size}
-    names = {} if train.class_names is None else {"classes": digest(train.class_names)}
-    return {"n_candidates": train.n_candidates, **names}
 
 
 def _checkpoints(

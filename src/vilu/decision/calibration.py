@@ -14,9 +14,11 @@ from vilu.decision.score import score, source_fingerprint
 from vilu.decision.selection import select
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError
+from vilu.files.disk import locked
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import load, write_card
 
 SAID = 3
@@ -97,10 +99,16 @@ def calibrate_predictor(
         ProvenanceError: If the rows come from another embedding space.
         UsageError: If the target cannot be.
         StorageError: If the file system refuses.
+        BusyError: If another process calibrates the same predictor.
     """
+    target.check(load(folder), data)  # what is refused leaves no lock behind
+    with locked(Path(folder), "calibrating", who="calibration"):
+        return _calibrate(Path(folder), data, target, dataset, split)
+
+
+def _calibrate(folder: Path, data: EmbeddingSource, target: Target, dataset: str | None, split: str | None) -> Record:
     predictor = load(folder)
     predictor.calibrator_ = None
-    target.check(predictor, data)
     predictor.refuse_seen(data, "calibration")
     rows = score(predictor, data, dataset=dataset, split=split)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
@@ -111,10 +119,11 @@ def calibrate_predictor(
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
     made = record.save(
-        Path(folder),
+        folder,
         rows,
         predictor=fit_fingerprint(folder),
         **record.problem(data),
+        texts=candidates_of(data).get("texts"),
         source=source_fingerprint(data),
         dataset=dataset,
         split=split,

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from vilu.errors import DataError, MissingModelError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.files.disk import host_hash, make_folder, or_refuse
+from vilu.files.disk import LOCK, host_hash, make_folder, or_refuse
 from vilu.files.documents import MAX_DOCUMENT_BYTES
 from vilu.predictors.card import HUB_ID
 from vilu.predictors.record import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, read_record
@@ -87,7 +87,11 @@ def require_ours(target: Path) -> None:
     """Refuse a place that has other files than a predictor's: they would be lost."""
     if not target.exists():
         return
-    foreign = [path.name for path in target.iterdir() if path.name not in FILES] if target.is_dir() else [target.name]
+    foreign = (
+        [path.name for path in target.iterdir() if path.name not in {*FILES, LOCK}]
+        if target.is_dir()
+        else [target.name]
+    )
     if foreign:
         raise UsageError(f"{target} holds {min(foreign)!r}, which is none of a predictor's files. Give a new folder.")
 
