@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from vilu.errors import require_at_least, require_between
 from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
+from vilu.progress import track
 
 CELLS = 2**18
 """Counts held at a time: two megabytes per temporary array, about what a cache holds."""
@@ -179,12 +180,17 @@ def own_intervals(
 
 def resampled(kernels: Mapping[str, Kernel], scores: SortedScores, n_resamples: int, seed: int) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples; NaN where there is no wrong or no right answer."""
-    return values_of(kernels, (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed)))
+    blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
+    return values_of(kernels, blocks, n_resamples)
 
 
-def values_of(kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts]) -> dict[str, Floats]:
+def values_of(kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int) -> dict[str, Floats]:
     """Values (B,) of several metrics on blocks of resamples, of which one is held at a time."""
-    found = [{name: kernel(counts) for name, kernel in kernels.items()} for counts in blocks]
+    found = []
+    with track("bootstrap", n_resamples, "resamples") as task:
+        for counts in blocks:
+            found.append({name: kernel(counts) for name, kernel in kernels.items()})
+            task.advance(len(counts.n))
     return {name: np.concatenate([values[name] for values in found]) for name in kernels}
 
 

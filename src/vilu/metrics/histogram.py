@@ -180,7 +180,7 @@ class Histogram:
         blocks = (
             TieCounts(grouped.value, *(_draw(rng, n, size) for n in (grouped.correct, grouped.wrong))) for size in sizes
         )
-        draws = values_of(kernels, blocks) if kernels else {}
+        draws = values_of(kernels, blocks, n_resamples) if kernels else {}
         for name, kernel in kernels.items():
             value = float(kernel(whole))
             shift = value - float(kernel(grouped))

@@ -27,7 +27,7 @@ from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics.counts import real_vector
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
-from vilu.predictors.labelled import FEW, degenerate_rate, refuse_overlap, trainable_rows
+from vilu.predictors.labelled import degenerate_rate, refuse_overlap, trainable_rows, warn_few
 from vilu.predictors.nn.head import with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
 from vilu.predictors.parameters import check_parameters
@@ -215,8 +215,7 @@ class FailurePredictor(ABC):
         ids = [data.ids for data in (train, validation) if data is not None and not isinstance(data.ids, RowNumbers)]
         self.seen_ = RowSketch.of(chain(*ids)) if ids else None
         self.similarity_ = similarity_range(train)
-        counts = {"n_train": len(failure), "n_failures": int(failure.sum())}
-        self.notes_ = {**counts, **candidates_of(train), **found.notes}
+        self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **candidates_of(train), **found.notes}
 
     def learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None) -> Learnt:
         """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""
@@ -224,12 +223,8 @@ class FailurePredictor(ABC):
             rate = degenerate_rate(failure, self.name, allowed=getattr(self, "allow_degenerate", False))
             if rate is not None:
                 return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
-        elif self.is_probability and len(failure) < FEW:
-            warnings.warn(
-                f"{self.name} is fitted on {len(failure)} labelled rows: with fewer than {FEW} its probabilities say "
-                "little.",
-                stacklevel=3,
-            )
+        elif self.is_probability:
+            warn_few(failure, self.name)
         return self._learn(train, failure, validation)
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
