@@ -17,7 +17,7 @@ from tests.conftest import toy_embeddings
 from vilu.cli.app import app
 from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.score import Decider
-from vilu.errors import MissingModelError, ProvenanceError, UsageError
+from vilu.errors import DataError, MissingModelError, ProvenanceError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unlabelled = np.full(800, -1)
     dataclasses.replace(calm, failure=unlabelled).save(folder / "calm.parquet")
     calm.save(folder / "labels.parquet")
-    hard = np.argsort(rows.uncertainty)[400:]
+    hard = np.flatnonzero(rows.uncertainty > np.median(rows.uncertainty))
     vilu.Outcomes(
         rows.uncertainty[hard],
         unlabelled[hard],
@@ -66,7 +66,9 @@ def test_a_monitor_goes_on_from_its_state(work: Path, tmp_path: Path) -> None:
     told = json.loads(alarm.stdout)
     assert told["verdict"] == "shifted: guarantee void"
     assert 800 <= told["raised_at"] < 1200
-    assert told["batches"] == [{"scores": str(work / "hard.parquet"), "rows": 1200, "verdict": told["verdict"]}]
+    assert told["batches"] == [
+        {"scores": str(work / "hard.parquet"), "rows": 1200, "repeated": 0, "verdict": told["verdict"]}
+    ]
     at_once = vilu.Monitor.of_folder(work / "mcm")
     at_once.update(vilu.Outcomes.load(work / "calm.parquet"))
     at_once.audit(expected)
@@ -106,7 +108,19 @@ def test_rows_in_no_order_are_shuffled_on_request(
     order = np.argsort(calm.uncertainty)
     columns = {name: getattr(calm, name)[order] for name in ("uncertainty", "failure", "prediction")}
     vilu.Outcomes(**columns, class_names=calm.class_names, method=calm.method).save(tmp_path / "sorted.parquet")
-    assert app(["monitor", str(work / "mcm"), str(tmp_path / "sorted.parquet")], standalone_mode=False) == 8
+    arguments = [
+        "monitor",
+        str(work / "mcm"),
+        str(tmp_path / "sorted.parquet"),
+        "--state",
+        str(tmp_path / "st.parquet"),
+    ]
+    with pytest.raises(DataError, match=r"sorted.parquet: these 800 rows lie sorted by their uncertainty.*--shuffle"):
+        app(arguments, standalone_mode=False)
+    assert not (tmp_path / "st.parquet").exists()
+    assert app([*arguments[:-2], "--in-order"], standalone_mode=False) == 8
+    with pytest.raises(UsageError, match="--in-order for those that have one"):
+        app([*arguments, "--in-order", "--shuffle"], standalone_mode=False)
     capsys.readouterr()
     command("monitor", work / "mcm", tmp_path / "sorted.parquet", "--shuffle", "--json")
     assert json.loads(capsys.readouterr().out)["verdict"] == "holds"

@@ -194,7 +194,7 @@ def test_long_work_says_how_far_it_is() -> None:
     steps: list[float] = []
 
     class Watcher(Silence):
-        def advance(self, done: float, note: str = "") -> None:  # noqa: ARG002 - the protocol's names
+        def advance(self, done: float, note: str = "") -> None:
             steps.append(done)
 
     u, f = sample(3000)
