@@ -213,7 +213,7 @@ def test_a_shift_is_no_order() -> None:
 
 
 def test_rows_in_random_order_pass() -> None:
-    """2,000 files of every kind, rare classes and ties among them; three in a million are allowed to fail."""
+    """2,000 files of every kind, rare classes and ties among them; one in 10,000 may fail."""
     rng = np.random.default_rng(0)
     for _ in range(2000):
         n, k = int(rng.integers(1, 200)), int(rng.integers(1, 40))

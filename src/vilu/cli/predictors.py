@@ -234,7 +234,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     `vilu score` then writes failure_probability and accept or abstain beside every answer. Without a target only
     probabilities are calibrated. The promise is for rows drawn as the calibration rows were; `vilu monitor` watches it.
-    Exit code 4: the target is out of reach; the message says how many rows it would take.
+    Exit code 4: the target is out of reach; the message says what is missing.
     """
     from vilu.decision.calibration import Target, calibrate_predictor
     from vilu.predictors.storage import load

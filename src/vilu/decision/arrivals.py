@@ -90,7 +90,7 @@ def _is_numbered(ids: Sequence[str]) -> bool:
 
 
 def refuse_sorted(outcomes: Outcomes) -> None:
-    """Refuse rows that lie sorted, which exchangeable ones do in three of a million batches at most."""
+    """Refuse rows that lie sorted; in what order exchangeable rows came has nothing to do with what they are."""
     scored = np.isfinite(outcomes.uncertainty)
     answers, labels = (codes if codes is None else codes[scored] for codes in (outcomes.prediction, outcomes.target))
     if labels is not None and (labels != UNKNOWN).all() and in_blocks(labels):

@@ -137,16 +137,16 @@ def _calibrate(folder: Path, data: EmbeddingSource, target: Target, dataset: str
 
 
 def _infeasible(selector: Selector) -> str:
-    """Why nothing can be accepted, and how many rows it would take."""
+    """Why nothing can be accepted, and what it would take."""
     reasons, few = [], list(selector.certificates.items())[:SAID]
     for name, one in few:
-        needed = "" if one.n_needed is None else f" About {one.n_needed:,} calibration rows like these would be needed."
+        needed = "" if one.n_needed is None else f" At least {one.n_needed:,} calibration rows are needed."
         reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
     more = f" And {len(selector.certificates) - SAID} more groups." if len(selector.certificates) > SAID else ""
     goal = "" if selector.max_risk is None else f"a risk of at most {selector.max_risk:.2%} "
     goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
     return (
         f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)}{more} Nothing was "
-        "written. "
-        "Add calibration rows, or ask for less: a larger --max-risk, a lower --confidence or --min-coverage."
+        "written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or --min-coverage), or "
+        "take a predictor that ranks better."
     )
