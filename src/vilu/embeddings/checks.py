@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Sequence
 from typing import overload
 
@@ -96,7 +95,7 @@ def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: 
 
 
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """The K names as a tuple, none blank, all different: two equal prompts tie, and a tie is counted as a failure."""
+    """The K names as a tuple, none blank; names may repeat where the texts do (``source.first_same``)."""
     if names is None:
         return None
     names = tuple(str(name) for name in names)
@@ -105,9 +104,6 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
     blank = [i for i, name in enumerate(names) if not name.strip()]
     if blank:
         raise DataError(f"class names must not be blank. Name {blank[0]} is.")
-    repeated = ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
-    if repeated:
-        raise DataError(f"class names must be distinct. Repeated: {repeated:.200}. Merge them first.")
     return names
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.columns import check_columns
+from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
@@ -113,7 +113,7 @@ class EmbeddingStore(MappedSource):
     Attributes:
         path: The folder.
         manifest: What made it.
-        text: (K, D) float32 unit-norm class texts.
+        text: (K, D) float32 unit-norm texts of the candidates; classes with equal texts are one (``Embeddings``).
 
     Raises:
         DataError: If the folder is no store, one that is not complete, or one of captions.
@@ -136,6 +136,7 @@ class EmbeddingStore(MappedSource):
         targets = map(self._read_targets, self._sealed.parts)
         self.target = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
         self.ids = self._sealed.keys()
+        self._kept = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 rows, gathered from the parts that hold them."""
@@ -145,7 +146,10 @@ class EmbeddingStore(MappedSource):
         """Column ``name``: rows of it, gathered from the parts, where it is of the images."""
         if name not in self.columns:
             return super().column(name, index)
-        return self._sealed.rows.take(name, index) if name in self.manifest.arrays else self._class_column(name)
+        if name in self.manifest.arrays:
+            return self._sealed.rows.take(name, index)
+        values = self._class_column(name)
+        return values if self._kept is None or name not in TEXT_COLUMNS else values[self._kept]
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
         labels: pa.Array = self._sealed.metadata("label", part.number)
