@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -13,6 +13,7 @@ from torch.nn import functional
 from vilu.embeddings.space import EmbeddingSpace
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A frozen dual encoder; preprocessing and tokenizer come from the model, never from a default.
 

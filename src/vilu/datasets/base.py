@@ -36,6 +36,7 @@ class ImageRecord:
     position: int | None = None
 
 
+@runtime_checkable
 class ImageDataset(Protocol):
     """Images in a fixed order, addressable by position so that any part can be redone alone.
 

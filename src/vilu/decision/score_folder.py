@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from vilu.errors import DataError, ProvenanceError, StorageError
+from vilu.errors import DataError, ProvenanceError, StorageError, checked
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import Document, Model, digest, read_document, read_json
 from vilu.files.tables import parquet_bytes, read_column, read_table
@@ -325,6 +325,7 @@ class ScoreFolder:
         ProvenanceError: If files do not belong together, or another schema wrote them.
     """
 
+    @checked
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         ScoreLedger.require_begun(self.path)

@@ -22,12 +22,25 @@ NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
 MIN_NORM = 1e-12
 
 
+def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
+    """An array on the CPU, of what numpy takes or torch holds; of types that numpy lacks as float32."""
+    try:
+        if not isinstance(values, Tensor):
+            return np.asarray(values)
+        values = values.detach().cpu()
+        return values.numpy() if values.dtype in NUMPYS else values.float().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; what is sparse or quantised
+        raise DataError(f"{name} must be an array of numbers: {error}.") from error
+
+
+NUMPYS = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128, torch.bool, torch.int64}
+NUMPYS |= {torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+"""Types of torch that numpy has."""
+
+
 def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
     """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1."""
-    if isinstance(values, Tensor):
-        array = values.detach().float().cpu().numpy() if not values.is_complex() else values.detach().cpu().numpy()
-    else:
-        array = np.asarray(values)
+    array = as_array(values, name)
     if array.dtype.kind not in "fiu":
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
@@ -81,7 +94,7 @@ def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: 
     """(N,) int64 targets in -1 ... K-1; None means that none is known."""
     if values is None:
         return torch.full((n_rows,), -1, dtype=torch.int64)
-    array = np.asarray(values)
+    array = as_array(values, "target")
     if array.shape != (n_rows,):
         raise DataError(f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead.")
     if array.size and array.dtype.kind not in "iu":
@@ -91,6 +104,16 @@ def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: 
             f"target must be a row of text, 0 to {n_candidates - 1}, or -1 where unknown. "
             f"Got values from {array.min()} to {array.max()} instead."
         )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
+    """(M,) int64 whole numbers from 0 to n - 1."""
+    array = as_array(values, name)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise DataError(f"{name} must be a vector of whole numbers. Got {array.dtype} of shape {array.shape} instead.")
+    if array.size and not (array.min() >= 0 and array.max() < n):
+        raise DataError(f"{name} must be from 0 to {n - 1}. Got {array.min()} to {array.max()} instead.")
     return torch.from_numpy(array.astype(np.int64))
 
 

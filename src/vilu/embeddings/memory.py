@@ -12,12 +12,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, check_ids, check_targets, require_usable, unit_rows
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError
+from vilu.errors import DataError, checked
 
 
 class Embeddings(EmbeddingSource):
@@ -51,6 +52,8 @@ class Embeddings(EmbeddingSource):
         [0, 0, 1]
     """
 
+    @checked
+    @as_usual()
     def __init__(  # noqa: PLR0913 - one argument per property of the data
         self,
         image: ArrayLike | Tensor,
@@ -117,6 +120,8 @@ class PairEmbeddings(PairSource):
         [[0, 0], [1, 1]]
     """
 
+    @checked
+    @as_usual()
     def __init__(
         self,
         image: ArrayLike | Tensor,

@@ -8,17 +8,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import compress
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import VALID, Identifiers, RowNumbers
+from vilu.embeddings.checks import VALID, Identifiers, RowNumbers, check_places
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import ZeroShot, first_equal, float64, of_logits, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, checked
 
 UNKNOWN = -1
 """Target of a row whose label is not known, and its failure."""
@@ -157,6 +158,10 @@ class EmbeddingSource(ABC):
             candidates are one answer, the first of them; None where all were different.
     """
 
+    how: ClassVar[str] = (
+        "embeddings (vilu.Embeddings(image, text, target) of arrays, vilu.open_source(path) of a store)"
+    )
+
     space: EmbeddingSpace
     class_names: tuple[str, ...] | None
     ids: Sequence[str]
@@ -169,6 +174,7 @@ class EmbeddingSource(ABC):
 
     def _merge_same(self) -> Tensor | None:
         """Make one candidate of classes with the same text; (K,) int64 given classes that stay, None for all."""
+        kept: Tensor
         kept, candidate = first_same(self.text, self.class_names).unique(return_inverse=True)
         if len(kept) == len(candidate):
             return None
@@ -218,6 +224,7 @@ class EmbeddingSource(ABC):
         """(M,) int64 positions of the usable rows, in the order in which they are scored (and make pools)."""
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
 
+    @checked
     def take(
         self,
         rows: Tensor | NDArray[np.int64],
@@ -234,11 +241,13 @@ class EmbeddingSource(ABC):
 
         Raises:
             UsageError: If the source has captions: its pools are made of all its rows.
+            DataError: If there is no such row or class.
         """
         if self.pool_size is not None:
             raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
         kept = self.columns if columns is None else self.columns.intersection(columns)
-        return Taken(self, torch.as_tensor(rows), None if classes is None else torch.as_tensor(classes), kept)
+        chosen = None if classes is None else check_places(classes, self.n_candidates, "classes")
+        return Taken(self, check_places(rows, len(self), "rows"), chosen, kept)
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training."""

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import UsageError, require_between
+from vilu.errors import UsageError, checked, require_between
 from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
 
 Convention = Literal["mean", "trapezoid"]
@@ -20,6 +20,7 @@ _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))]
 """Harmonic numbers H_0 ... H_65535."""
 
 
+@checked
 def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
     """Area under the risk-coverage curve, in [0, 1]; lower is better.
 
@@ -78,6 +79,7 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     return float(augrc_kernel(tie_counts(uncertainty, failure)))
 
 
+@checked
 def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float = 0.8) -> float:
     """Selective risk of the ⌈N · coverage⌉ most trusted answers, in expectation over the order of tied rows.
 
@@ -88,6 +90,7 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
     return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
 
 
+@checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
     """Largest coverage that a threshold reaches with selective risk at most ``risk``; 0 if none does.
 

@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError
+from vilu.errors import DataError, checked
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import LVU, ViLU
 
 
+@checked
+@as_usual()
 def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None) -> HeadPredictor:
     """A ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
 
@@ -94,6 +97,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}. Give a file.") from error
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
         raise DataError(f"{path} is refused, nothing in it was executed: {str(error).splitlines()[0]}") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None

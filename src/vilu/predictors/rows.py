@@ -95,3 +95,16 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     best = (batch.image @ batch.text.T).amax(dim=1)
     return float(best.mean()), max(float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best)))
+
+
+def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
+    """Without provenance, the largest cosines are all that can tell a foreign space of the same width."""
+    if data.n_candidates < 2 or not len(data.usable_rows):
+        return
+    found, _ = similarity_range(data)
+    if abs(found - mean) > 4 * deviation:
+        warnings.warn(
+            f"the largest cosine of a row is {found:.3f} on average here and was {mean:.3f} ± {deviation:.3f} in "
+            "training: are these embeddings from another model? They carry no provenance to check.",
+            stacklevel=5,
+        )

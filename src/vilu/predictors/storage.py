@@ -9,8 +9,9 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 
+from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError
+from vilu.errors import DataError, checked
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
@@ -20,6 +21,8 @@ from vilu.predictors.record import PREDICTOR, RISK, SEEN, WEIGHTS, read_bytes, r
 from vilu.predictors.rows import RowSketch
 
 
+@checked
+@as_usual()
 def load(folder: str | Path) -> FailurePredictor:
     """Read a predictor back; its scores equal those of the saved one bit for bit.
 

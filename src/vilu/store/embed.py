@@ -22,9 +22,10 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, StorageError, UsageError, ViLUError
+from vilu.errors import DataError, StorageError, UsageError, ViLUError, checked
 from vilu.files.disk import RUN
 from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
@@ -46,6 +47,8 @@ PATIENCE = 600.0
 logger = logging.getLogger(__name__)
 
 
+@checked
+@as_usual()
 def embed(  # noqa: PLR0913 - one keyword per flag of the command
     dataset: ImageDataset,
     backbone: Backbone | BackboneSpec,

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
 from vilu.files.disk import or_refuse
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
@@ -179,6 +180,8 @@ class LaionPairs(MappedPairs):
         UsageError: If there are no captions to make folds of.
     """
 
+    @checked
+    @as_usual()
     def __init__(
         self,
         path: str | os.PathLike[str],

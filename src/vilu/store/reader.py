@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
@@ -26,6 +27,8 @@ from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartString
 from vilu.store.parts import METADATA, Part, StoreLedger, column_path, map_rows, read_classes, read_columns
 
 
+@checked
+@as_usual()
 def open_source(
     path: str | os.PathLike[str],
     *,
@@ -121,6 +124,8 @@ class EmbeddingStore(MappedSource):
         ProvenanceError: If files do not belong together, or another schema wrote them.
     """
 
+    @checked
+    @as_usual()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
@@ -189,6 +194,8 @@ class CaptionStore(MappedPairs):
         UsageError: If the fold is unknown.
     """
 
+    @checked
+    @as_usual()
     def __init__(self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None) -> None:
         sealed = Sealed(Path(path))
         self.manifest = sealed.manifest

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, checked
 from vilu.files.documents import SCHEMA_VERSION, write_json
 from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
@@ -193,6 +194,8 @@ class Depth(NamedTuple):
 DEFAULT = Depth()
 
 
+@checked
+@as_usual()
 def explain(
     predictor: FailurePredictor,
     data: EmbeddingSource,
