@@ -198,6 +198,7 @@ def _either(inner: tuple[object, ...]) -> str:
 
 
 RULES: dict[object, tuple[Callable[[object, Any], bool], Callable[[Any], str]]] = {
+    Any: (lambda _, __: True, lambda _: "anything"),
     Union: (_any_of, _either),
     UnionType: (_any_of, _either),
     Annotated: (lambda value, inner: _fits(value, inner[0]), lambda inner: _expected(inner[0])),
