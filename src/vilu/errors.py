@@ -190,7 +190,11 @@ def _expected(hint: object) -> str:
 
 
 def _any_of(value: object, inner: tuple[object, ...]) -> bool:
-    return any(_fits(value, one) for one in inner)
+    """Whether one type fits; where arrays are among them, anything may be one, and the function looks itself."""
+    takes_arrays = any(
+        (getattr(get_origin(one) or one, "__module__", None) or "").startswith("numpy._") for one in inner
+    )
+    return takes_arrays or any(_fits(value, one) for one in inner)
 
 
 def _either(inner: tuple[object, ...]) -> str:

@@ -19,7 +19,12 @@ STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
 """Meaning of the status codes of rows; "short_pool": a good embedding, but not one of a full pool."""
 
 NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
-MIN_NORM = 1e-12
+
+SAFE_NORMS = 1e-15, 1e15
+"""Between these no square of a float32 number is lost in a sum of squares in float32."""
+
+SAFE_VALUES = 1e-30, 1e30
+"""Between these the largest number of a row keeps its direction in float32."""
 
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
@@ -45,16 +50,38 @@ def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
-    with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and its row unusable
-        array = array.astype(np.float32, copy=not array.flags.writeable)
+    if array.dtype.kind == "f" and array.dtype.itemsize > 4:
+        array = _within_float32(array, name)
+    array = array.astype(np.float32, copy=not array.flags.writeable)
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
+def _within_float32(array: NDArray[np.floating], name: str) -> NDArray[np.floating]:
+    """Rows of float64 whose numbers float32 cannot hold, times a power of two, which keeps their direction."""
+    largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
+    beyond = np.isfinite(largest) & (largest > 0) & ~((largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1]))
+    if not beyond.any():
+        return array
+    low, high = largest[beyond].min(), largest[beyond].max()
+    warnings.warn(
+        f"{np.count_nonzero(beyond)} of {len(array)} {name} rows hold numbers that float32 has not "
+        f"(largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine.",
+        stacklevel=5,
+    )
+    array = array.copy()
+    array[beyond] = np.ldexp(array[beyond], -np.frexp(largest[beyond])[1][:, None])
+    return array
+
+
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-    """Status code (N,) of every row of an (N, D) float32 matrix, and its Euclidean norms (N,)."""
+    """Status code (N,) of every row of an (N, D) float32 matrix, and its Euclidean norms (N,), right for all rows."""
     norms = torch.linalg.vector_norm(rows, dim=1)
+    unsafe = ~((norms > SAFE_NORMS[0]) & (norms < SAFE_NORMS[1]))
+    if bool(unsafe.any()):
+        norms = norms.double()
+        norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
-    status[(norms < MIN_NORM).numpy()] = ZERO_NORM
+    status[(norms == 0).numpy()] = ZERO_NORM
     status[~torch.isfinite(norms).numpy()] = NONFINITE
     return status, norms
 
@@ -72,7 +99,7 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
             f"(norms {low:.3g} to {high:.3g}); they were normalised.",
             stacklevel=3,
         )
-        rows = torch.where(off[:, None], rows / norms[:, None], rows)
+        rows = torch.where(off[:, None], (rows / norms[:, None]).float(), rows)
     return rows, status
 
 

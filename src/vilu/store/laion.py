@@ -214,7 +214,7 @@ class LaionPairs(MappedPairs):
             return rows
         status, norms = row_status(rows)
         off = torch.from_numpy(status == VALID) & ((norms - 1).abs() > NORM_TOLERANCE)
-        return torch.where(off[:, None], rows / norms[:, None], rows) if bool(off.any()) else rows
+        return torch.where(off[:, None], (rows / norms[:, None]).float(), rows) if bool(off.any()) else rows
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:
