@@ -170,7 +170,9 @@ def _is_one(value: object, kind: object, inner: tuple[object, ...]) -> bool:
         return all(_fits(one, inner[0]) for one in value[:TRIED])
     array: Any = value
     if hasattr(value, "dtype"):
-        return array.ndim == 1 and all(_fits(one, inner[0]) for one in array[:TRIED])
+        return (
+            type(value).__module__ == "numpy" and array.ndim == 1 and all(_fits(one, inner[0]) for one in array[:TRIED])
+        )
     return isinstance(value, kind) or hasattr(value, "__getitem__")
 
 

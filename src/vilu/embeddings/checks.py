@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _within_float32(array: NDArray[np.floating], name: str) -> NDArray[np.floating]:
+def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     """Rows of float64 whose numbers float32 cannot hold, times a power of two, which keeps their direction."""
     largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
     beyond = np.isfinite(largest) & (largest > 0) & ~((largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1]))

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import compress
-from typing import ClassVar
+from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -193,6 +193,12 @@ class EmbeddingSource(ABC):
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def __array__(self, *_: object, **_more: object) -> NoReturn:
+        raise UsageError(
+            "a source of embeddings is no array, so what takes arrays, as scikit-learn's cross-validation does, cannot "
+            "take it. Take rows of it: data.take(rows)."
+        )
 
     @property
     def n_candidates(self) -> int:
