@@ -210,7 +210,7 @@ RULES: dict[object, tuple[Callable[[object, Any], bool], Callable[[Any], str]]] 
     Annotated: (lambda value, inner: _fits(value, inner[0]), lambda inner: _expected(inner[0])),
     Literal: (
         lambda value, inner: any(type(value) is type(one) and value == one for one in inner),
-        lambda inner: f"one of {', '.join(map(repr, inner))}",
+        lambda inner: f"one of {', '.join(map(repr, inner))}" if len(inner) > 2 else " or ".join(map(repr, inner)),
     ),
     int: (lambda value, _: isinstance(value, Integral) and not _is_bool(value), lambda _: "a whole number"),
     float: (lambda value, _: isinstance(value, Real) and not _is_bool(value), lambda _: "a number"),

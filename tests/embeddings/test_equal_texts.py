@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import vilu
+from tests.builders.store_fakes import FakeBackbone, dataset
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import first_same
 from vilu.errors import DataError
+from vilu.store.embed import embed
+from vilu.store.reader import EmbeddingStore
 
 EYE = np.eye(3, dtype=np.float32)
 IMAGE = EYE[[0, 1, 2, 0, 1]]
@@ -52,3 +57,19 @@ def test_equality_by_name_and_by_text_chains() -> None:
 def test_two_equal_classes_are_one_candidate() -> None:
     data = Embeddings(IMAGE, EYE[[0, 0]], [0, 1, 0, 1, 0])
     assert data.n_candidates == 1
+
+
+def test_a_store_of_two_classes_of_one_name_is_one_of_one_class(tmp_path: Path) -> None:
+    """Each name is encoded once, so that the rows are equal to the last bit; the columns of classes follow."""
+    given = {"part_size": 4, "prompts": ("a {}.", "the {}."), "features": True}
+    embed(dataset(9), FakeBackbone(), tmp_path / "s", names=("cat", "dog", "cat"), **given)
+    store, rows = EmbeddingStore(tmp_path / "s"), torch.arange(9)
+    assert (store.class_names, store.n_candidates, store.manifest.names) == (("cat", "dog"), 2, ("cat", "dog", "cat"))
+    assert store.target.tolist() == [0, 1, 0] * 3
+    assert [len(store.column(name, rows)) for name in ("prompts", "text_features", "features")] == [2, 2, 9]
+    kept = np.load(tmp_path / "s/text_emb/classes.npy")
+    assert np.array_equal(kept[0], kept[2])
+    assert np.array_equal(store.text.numpy(), kept[:2])
+    answers = vilu.score(vilu.MCM(), store)
+    assert np.array_equal(answers.failure, (answers.prediction != store.target.numpy()).astype(int))
+    assert answers.class_names == ("cat", "dog")

@@ -412,7 +412,7 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
     known = _n_known(outcomes, calibration)
     if known:
         warnings.warn(
-            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
+            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=4
         )
     if outcomes.class_names is None and outcomes.prediction is not None:
         return replace(outcomes, class_names=calibration.class_names)

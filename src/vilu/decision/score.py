@@ -199,7 +199,7 @@ def _n_seen(predictor: FailurePredictor, source: EmbeddingSource, ids: Sequence[
 
 def _warn_seen(n_seen: int, source: EmbeddingSource, predictor: FailurePredictor) -> None:
     if n_seen:
-        warnings.warn(f"{n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=3)
+        warnings.warn(f"{n_seen} of {len(source)} rows were used to fit this {predictor.name}.", stacklevel=5)
 
 
 def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[str | None]:

@@ -66,7 +66,7 @@ def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
     warnings.warn(
         f"{np.count_nonzero(beyond)} of {len(array)} {name} rows hold numbers that float32 has not "
         f"(largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine.",
-        stacklevel=5,
+        stacklevel=7,
     )
     array = array.copy()
     array[beyond] = np.ldexp(array[beyond], -np.frexp(largest[beyond])[1][:, None])
@@ -97,7 +97,7 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
         warnings.warn(
             f"{int(off.sum())} of {len(rows)} {name} rows are not of unit norm "
             f"(norms {low:.3g} to {high:.3g}); they were normalised.",
-            stacklevel=3,
+            stacklevel=5,
         )
         rows = torch.where(off[:, None], (rows / norms[:, None]).float(), rows)
     return rows, status

@@ -65,7 +65,7 @@ def evaluate(
     if scarce:
         told = list(dict.fromkeys(scarce))
         more = f"; and {len(told) - 3} more like these" if len(told) > 3 else ""
-        warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=2)
+        warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=3)
     return ResultTable(tuple(rows))
 
 

@@ -106,5 +106,5 @@ def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) ->
         warnings.warn(
             f"the largest cosine of a row is {found:.3f} on average here and was {mean:.3f} ± {deviation:.3f} in "
             "training: are these embeddings from another model? They carry no provenance to check.",
-            stacklevel=5,
+            stacklevel=7,
         )

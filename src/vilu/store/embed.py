@@ -286,7 +286,7 @@ def seal(ledger: StoreLedger, max_error_rate: float) -> None:
     if n_in and n_error / n_in > max_error_rate:
         raise DataError(_over_budget(root, n_in, errors, max_error_rate))
     if not n_in:
-        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=4)
+        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=6)
     ledger.seal(
         Manifest(
             **dict(run) | {"n_in": n_in},

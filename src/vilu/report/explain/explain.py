@@ -335,6 +335,6 @@ def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> i
         warnings.warn(
             f"{seen} of {len(rows)} explained rows were used to fit this {predictor.name}: their scores say little "
             "about new images.",
-            stacklevel=3,
+            stacklevel=5,
         )
     return seen
