@@ -1,6 +1,10 @@
-"""Names of devices to devices."""
+"""Names of devices to devices, and torch as it is when nobody has set anything."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -23,3 +27,41 @@ def resolve_device(name: str) -> torch.device:
         here = ", ".join(kind for kind, is_here in available.items() if is_here)
         raise UsageError(f"device {name!r} is not on this machine. Found: {here}.")
     return torch.device(name)
+
+
+Item = TypeVar("Item")
+
+
+@contextmanager
+def as_usual() -> Iterator[None]:
+    """A block, or a function, in which torch has gradients, float32, the CPU and no autocast by default.
+
+    So a number does not depend on what the caller has set, and what is made here can be used anywhere: a tensor that
+    is made in inference mode can never be trained on.
+    """
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(mode=False))
+        stack.enter_context(torch.enable_grad())
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def each_as_usual(items: Iterator[Item]) -> Iterator[Item]:
+    """The items of a generator, each made in a block ``as_usual``; between them the caller's settings hold."""
+    nothing = object()
+    with closing(items):  # type: ignore[type-var]
+        while True:
+            with as_usual():
+                item = next(items, nothing)
+            if item is nothing:
+                return
+            yield item  # type: ignore[misc]

@@ -5,8 +5,13 @@ A message says what was found, what was expected, and how to mend it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache, wraps
+from numbers import Integral, Real
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 
 class ViLUError(Exception):
@@ -80,3 +85,150 @@ def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
     """Refuse another word."""
     if value not in choices:
         raise UsageError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead.")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LARGEST_SEED = 2**63 - 1
+
+
+def checked(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which refuses arguments of other types than it is annotated with, before it begins.
+
+    Numbers may be numpy's; True is no number and "1" is none; arrays are the function's own to check.
+
+    Raises:
+        UsageError: With what was found and what was expected; of a number of arguments that cannot be, TypeError.
+    """
+    shape = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = shape.bind(*args, **kwargs).arguments
+        for name, hint in _hints(function).items():
+            if name in given:
+                _check(name, given[name], hint, given)
+        return function(*args, **kwargs)
+
+    return call
+
+
+C = TypeVar("C", bound=type)
+
+
+def checked_fields(cls: C) -> C:
+    """A dataclass whose constructor is ``checked``."""
+    cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
+    return cls
+
+
+@cache
+def _hints(function: Callable[..., object]) -> dict[str, Any]:
+    """Types of the parameters that have one name and one value."""
+    single = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = {name: p.annotation for name, p in inspect.signature(function).parameters.items() if p.kind in single}
+    written = SimpleNamespace(
+        __annotations__={n: hint for n, hint in found.items() if hint is not inspect.Parameter.empty}
+    )
+    return typing.get_type_hints(written, inspect.unwrap(function).__globals__, include_extras=True)
+
+
+def _check(name: str, value: object, hint: object, given: Mapping[str, object]) -> None:
+    if not _fits(value, hint):
+        other = next((n for n, v in given.items() if n != name and hasattr(hint, "how") and _fits(v, hint)), None)
+        swapped = f" {other} is one: are they swapped?" if other else ""
+        raise UsageError(f"{name} must be {_expected(hint)}. Got {found(value)} instead.{swapped}")
+    if name == "seed" and value is not None:
+        require_seed(value)
+
+
+def require_seed(value: Any) -> None:  # noqa: ANN401 - a whole number, of Python or numpy
+    """Refuse what not every generator of random numbers takes."""
+    if not 0 <= value <= LARGEST_SEED:
+        raise UsageError(f"seed must be from 0 to 2^63 - 1. Got {value} instead.")
+
+
+def _is_bool(value: object) -> bool:
+    return type(value).__name__ in {"bool", "bool_"}  # numpy's, too, without numpy
+
+
+def _fits(value: object, hint: object) -> bool:
+    """Whether a value is of an annotated type, as far as that can be told without reading it all."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    return RULES[kind][0](value, inner) if kind in RULES else _is_one(value, kind, inner)
+
+
+def _is_one(value: object, kind: object, inner: tuple[object, ...]) -> bool:
+    """Whether a value is an instance; of what is no class, or a protocol that cannot be tested, it counts as one."""
+    if not isinstance(kind, type) or (getattr(kind, "_is_protocol", False) and not _is_testable(kind)):
+        return True
+    if not inner or not issubclass(kind, Collection) or issubclass(kind, Mapping):
+        return isinstance(value, kind)
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        return False
+    if isinstance(value, list | tuple):
+        return all(_fits(one, inner[0]) for one in value[:TRIED])
+    array: Any = value
+    if hasattr(value, "dtype"):
+        return (
+            type(value).__module__ == "numpy" and array.ndim == 1 and all(_fits(one, inner[0]) for one in array[:TRIED])
+        )
+    return isinstance(value, kind) or hasattr(value, "__getitem__")
+
+
+def _is_testable(kind: type) -> bool:
+    return bool(getattr(kind, "_is_runtime_protocol", False))
+
+
+def _expected(hint: object) -> str:
+    """A type in words."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind in RULES:
+        return RULES[kind][1](inner)
+    if isinstance(kind, type) and inner and issubclass(kind, Sequence):
+        return f"a list, each {_expected(inner[0])}"
+    name = getattr(kind, "__name__", str(kind))
+    return str(getattr(kind, "how", f"{'an' if name[0] in 'AEIO' else 'a'} {name}"))
+
+
+def _any_of(value: object, inner: tuple[object, ...]) -> bool:
+    """Whether one type fits; where arrays are among them, anything may be one, and the function looks itself."""
+    takes_arrays = any(
+        (getattr(get_origin(one) or one, "__module__", None) or "").startswith("numpy._") for one in inner
+    )
+    return takes_arrays or any(_fits(value, one) for one in inner)
+
+
+def _either(inner: tuple[object, ...]) -> str:
+    return " or ".join(dict.fromkeys(map(_expected, inner)))
+
+
+RULES: dict[object, tuple[Callable[[object, Any], bool], Callable[[Any], str]]] = {
+    Any: (lambda _, __: True, lambda _: "anything"),
+    Union: (_any_of, _either),
+    UnionType: (_any_of, _either),
+    Annotated: (lambda value, inner: _fits(value, inner[0]), lambda inner: _expected(inner[0])),
+    Literal: (
+        lambda value, inner: any(type(value) is type(one) and value == one for one in inner),
+        lambda inner: f"one of {', '.join(map(repr, inner))}" if len(inner) > 2 else " or ".join(map(repr, inner)),
+    ),
+    int: (lambda value, _: isinstance(value, Integral) and not _is_bool(value), lambda _: "a whole number"),
+    float: (lambda value, _: isinstance(value, Real) and not _is_bool(value), lambda _: "a number"),
+    bool: (lambda value, _: _is_bool(value), lambda _: "True or False"),
+    str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
+    NoneType: (lambda value, _: value is None, lambda _: "None"),
+}
+"""Of a type: whether a value with the type's arguments is one, and how it is called."""
+
+TRIED = 100
+"""Elements of a list whose types are looked at."""
+
+
+def found(value: object) -> str:
+    """A value in a few words."""
+    if value is None or isinstance(value, str | bytes | Real):
+        return f"{value!r:.80}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shape = getattr(value, "shape", None)
+    return f"a {type(value).__name__}" + (f" of shape {tuple(shape)}" if isinstance(shape, tuple) else "")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import pytest
@@ -349,3 +353,61 @@ def test_damaged_files_are_refused(learned: str, fitted: dict, tmp_path) -> None
         vilu.load(tmp_path)
     with pytest.raises(DataError, match="no predictor here"):
         vilu.load(tmp_path / "nowhere")
+
+
+def with_twins(data: Embeddings) -> dict[str, Any]:
+    """Arguments of ``Embeddings``: the classes 1 and 3 a second time, under other names, with half of their rows."""
+    given = torch.tensor([0, 1, 2, 3, 4, 1, 3])
+    target, other = data.target.clone(), torch.arange(len(data)) % 2 == 1
+    target[other & (data.target == 1)], target[other & (data.target == 3)] = 5, 6
+    columns = {name: data.column(name, torch.arange(len(data))) for name in data.columns}
+    twice = {name: rows[given] if name in TEXT_COLUMNS else rows for name, rows in columns.items()}
+    names = [*(data.class_names or ()), "twin of 1", "twin of 3"]
+    text, more = data.text[given], {"class_names": names, "ids": data.ids, "space": data.space}
+    return {"image": data.image, "text": text, "target": target, "columns": twice, **more}
+
+
+@contextmanager
+def everything_set() -> Iterator[None]:
+    """A process in which somebody has set all that torch lets one set."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
+    fitted: dict[str, vilu.FailurePredictor], train: Embeddings, test: Embeddings
+) -> None:
+    """Classes of equal texts are one class to every method; and a fit does not depend on where it is called."""
+    failure = vilu.score(fitted["mcm"], test).failure
+    arguments, more = with_twins(train), with_twins(test)
+    with everything_set():
+        before = torch.get_default_dtype(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+        doubled_train, doubled = Embeddings(**arguments), Embeddings(**more)
+        assert np.array_equal(vilu.score(fitted["mcm"], doubled).failure, failure)
+        again = {name: make(name).fit(doubled_train) for name in fitted}
+        inside = {name: predictor.calibrate(doubled).predict_uncertainty(doubled) for name, predictor in again.items()}
+        assert (torch.get_default_dtype(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")) == before
+        assert torch.is_inference_mode_enabled()
+    for name, predictor in fitted.items():
+        expected = predictor.predict_uncertainty(test)
+        assert np.array_equal(predictor.predict_uncertainty(doubled), expected), name
+        assert np.array_equal(inside[name], expected), name
+        assert np.array_equal(again[name].predict_uncertainty(test), expected), name
+        assert not any(tensor.is_inference() for tensor in again[name].state().values()), name
+        calibrator = copy.deepcopy(predictor).calibrate(test)
+        for one, other in zip(*(p.predict_failure_probability(test) for p in (calibrator, again[name])), strict=True):
+            assert one == other, name
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_network_learns_in_every_mode_of_gradients(
+    mode: type, fitted: dict, train: Embeddings, test: Embeddings
+) -> None:
+    with mode():
+        expected = fitted["vilu"].predict_uncertainty(test)
+        assert np.array_equal(make("vilu").fit(train).predict_uncertainty(test), expected)
+        assert torch.is_grad_enabled() is False

@@ -25,8 +25,8 @@ def test_logits_are_scaled_and_shifted_cosines() -> None:
 
 
 def test_a_tie_goes_to_the_lowest_index() -> None:
-    text = np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    batch = next(Embeddings([[1.0, 0.0]] * 2, text, [0, 1]).batches(2))
+    between = [[0.6, 0.6, 0.52915026]]  # as near to the first text as to the second
+    batch = next(Embeddings(between * 2, EYE, [0, 1]).batches(2))
     assert batch.prediction.tolist() == [0, 0]
     assert batch.failure.tolist() == [0, 1]
 
@@ -86,7 +86,7 @@ def test_status_marks_unusable_rows_and_batches_leave_them_out() -> None:
         ({"target": [0, 1, 3]}, "0 to 2, or -1 where unknown. Got values from 0 to 3"),
         ({"target": [0, 1, -2]}, "Got values from -2 to 1"),
         ({"class_names": ["a", "b"]}, r"one name per text row \(3\)"),
-        ({"class_names": ["a", "b", "a"]}, "Repeated: 'a'"),
+        ({"class_names": ["a", "b", "a"]}, "one name must have one text. Different texts: 'a'"),
         ({"class_names": ["a", " ", "b"]}, "Name 1 is"),
         ({"ids": ["a"]}, "ids must have one entry per image row"),
     ],

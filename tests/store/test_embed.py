@@ -470,7 +470,6 @@ def test_a_model_that_is_not_what_its_space_says(tmp_path):
         ({"templates": ("no place for a name",)}, UsageError, "exactly one {}"),
         ({"templates": ()}, UsageError, "at least one template"),
         ({"names": ("cat", "dog")}, DataError, "2 names for 3 classes"),
-        ({"names": ("cat", "dog", "cat")}, DataError, "distinct"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, settings, error, message):

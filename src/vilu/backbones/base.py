@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.progress import Silence, track
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """A frozen dual encoder; preprocessing and tokenizer come from the model, never from a default.
 

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vilu.errors import MissingModelError, ProvenanceError, UsageError
+from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked
 from vilu.files.documents import fill
 from vilu.registry import load_plugins, toml_tables
 
@@ -167,6 +167,7 @@ BACKBONES: dict[str, BackboneKind] = {}
 """By name: ours, from ``assets/backbones.toml``, then those that were added."""
 
 
+@checked
 def load_backbone(
     spec: str, *, device: str = "auto", precision: str = "fp32", models: str | Path | None = None
 ) -> Backbone:

@@ -43,7 +43,7 @@ def class_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[st
 
     Args:
         backbone: Encodes the prompts.
-        names: K distinct class names.
+        names: K class names; equal ones have the same embedding, to the last bit.
         templates: Each with one ``{}`` for the name.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
@@ -58,7 +58,9 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, len(names))
     _check_templates(templates)
-    return backbone.encode_texts(fill_templates(names, templates)).view(len(names), len(templates), -1)
+    place = {name: i for i, name in enumerate(dict.fromkeys(names))}  # each once: a batch may round it otherwise
+    rows = backbone.encode_texts(fill_templates(tuple(place), templates)).view(len(place), len(templates), -1)
+    return rows if len(place) == len(names) else rows[[place[name] for name in names]]
 
 
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -86,7 +88,8 @@ def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:
     for start in range(0, len(text), BLOCK):
         rows = text[start : start + BLOCK]
         near = (rows @ text[start:].T).triu(diagonal=1) > NEAR_DUPLICATE
-        pairs += [(start + i, start + j) for i, j in torch.nonzero(near).tolist()]
+        found = [(start + i, start + j) for i, j in torch.nonzero(near).tolist()]
+        pairs += [(i, j) for i, j in found if names[i] != names[j]]  # equal ones are one answer
     if pairs:
         first, second = (names[i] for i in pairs[0])
         warnings.warn(

@@ -45,6 +45,7 @@ class ImageRecord:
     content: Callable[[], bytes] | None = None
 
 
+@runtime_checkable
 class ImageDataset(Protocol):
     """Images in a fixed order, addressable by position so that any part can be redone alone.
 

@@ -13,7 +13,7 @@ from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError, checked
 
 DATASETS: Final[dict[str, str]] = {
     "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",
@@ -28,6 +28,7 @@ DATASETS: Final[dict[str, str]] = {
 TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 
 
+@checked
 def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     source: Path | str,
     *,

@@ -19,7 +19,7 @@ class ClassTable:
 
     Attributes:
         folders: Raw names: class folders, label strings, or names in the file's own table.
-        names: Names for prompts.
+        names: Names for prompts. Classes of one name are one answer wherever their texts are compared.
         cleaned: Whether ``names`` were derived from ``folders`` by turning underscores into spaces.
     """
 
@@ -40,9 +40,8 @@ class ClassTable:
             not_text = [portable_name(name) for name in names if not _is_text(name)]
             if not_text:
                 raise DataError(f"{what} names must be UTF-8 text. Rename: {_listed(not_text)}.")
-            repeated = [name for name, count in Counter(names).items() if count > 1]
-            if repeated:
-                raise DataError(f"{what} names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them.")
+        if self.folders != self.names:  # else they are of labels that count
+            _require_distinct(self.folders)
 
 
 @overload
@@ -77,8 +76,7 @@ def class_table(
         _match(raw, {**{clean_name(name): name for name in raw}, **{name: name for name in raw}}, prompts, file)
         return _default(raw)
     given = dict(zip(keys, prompts, strict=True))
-    if len(given) < len(keys):
-        ClassTable(keys, keys)  # names the repeated ones
+    _require_distinct(keys)
     _match(raw, {name: name for name in raw}, keys, file)
     return ClassTable(tuple(raw), tuple(given[name] for name in raw))
 
@@ -129,6 +127,12 @@ def _match(raw: Sequence[str], known: dict[str, str], given: Sequence[str], file
     missing = [name for name in raw if name not in counts]
     if missing:
         raise DataError(f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each.")
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise DataError(f"class names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them.")
 
 
 def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) -> None:

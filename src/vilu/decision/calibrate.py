@@ -20,7 +20,7 @@ from vilu.decision.thresholds import (
     sgr_steps,
     tail,
 )
-from vilu.errors import DataError, UsageError, require_between, require_one_of
+from vilu.errors import DataError, UsageError, checked, require_between, require_one_of
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
 from vilu.outcomes.outcomes import Outcomes
@@ -182,6 +182,7 @@ def describe(certificate: Certificate) -> str:
     return f"uncertainty <= {certificate.threshold:.6g} accepts {certificate.coverage:.1%} ({found})"
 
 
+@checked
 def calibrate(
     outcomes: Outcomes,
     *,
@@ -227,7 +228,7 @@ def calibrate(
         max_risk=max_risk,
         min_coverage=min_coverage,
         confidence=confidence,
-        grouped_by=None if groups is None else "prediction" if groups == "prediction" else "groups",
+        grouped_by=None if groups is None else "prediction" if isinstance(groups, str) else "groups",
         certificates=goal.all_or_none(certificates),
     )
 
@@ -255,7 +256,7 @@ def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bo
     """Group of every row that is kept."""
     if groups is None:
         return None
-    names = group_names(outcomes) if groups == "prediction" else list(groups)
+    names = group_names(outcomes) if isinstance(groups, str) else list(groups)
     if len(names) != len(outcomes):
         raise DataError(f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead.")
     return [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]

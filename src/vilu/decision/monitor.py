@@ -21,7 +21,7 @@ from vilu.decision.calibrate import Selector, group_names
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
 from vilu.decision.record import Rule
 from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
-from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least, require_between
+from vilu.errors import DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
 from vilu.files.documents import Model, digest, explain
 from vilu.files.places import claim_file
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
@@ -68,6 +68,7 @@ class Monitor:
         'shifted: guarantee void'
     """
 
+    @checked
     def __init__(
         self,
         calibration: Outcomes,
@@ -81,7 +82,7 @@ class Monitor:
         require_at_least("seed", seed, 0)
         if not np.isfinite(calibration.uncertainty).any():
             raise DataError(f"none of the {len(calibration)} calibration rows has an uncertainty. Calibrate again.")
-        self.calibration, self.false_alarm, self.seed = calibration, false_alarm, seed
+        self.calibration, self.false_alarm, self.seed = calibration, false_alarm, int(seed)
         self.rule = rule if isinstance(rule, Selector) else None
         self.risk: str | None = None
         self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
@@ -98,6 +99,7 @@ class Monitor:
         self.fingerprint = self._fingerprint()
 
     @classmethod
+    @checked
     def of_folder(cls, folder: str | Path, *, false_alarm: float = 0.05, seed: int = 0) -> Self:
         """A monitor of the calibration that ``vilu calibrate`` left in the folder of a predictor.
 
@@ -110,6 +112,7 @@ class Monitor:
         monitor.risk = digest(found.model_dump(mode="json"))
         return monitor
 
+    @checked
     def update(self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False) -> Status:
         """Take in the next rows, in the order of their arrival; those whose failure is known are audited too.
 
@@ -148,6 +151,7 @@ class Monitor:
         self._take_labels(outcomes, accepted, rows)
         return self.status
 
+    @checked
     def audit(self, outcomes: Outcomes, groups: Sequence[str] | None = None) -> Status:
         """Take in labels that have arrived later, of rows that were monitored before.
 
@@ -169,6 +173,7 @@ class Monitor:
         self._take_labels(outcomes, self._accepted(outcomes, groups), rows)
         return self.status
 
+    @checked
     def save(self, path: str | Path) -> None:
         """Write what there is to go on from, as a ``.parquet`` file, atomically; only a state is replaced.
 
@@ -188,6 +193,7 @@ class Monitor:
         columns = {name: whole[name].combine_chunks() for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
 
+    @checked
     def resume(self, path: str | Path) -> Self:
         """Go on where a monitor of the same calibration stopped.
 

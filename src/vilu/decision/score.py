@@ -20,10 +20,11 @@ from vilu.decision.calibrate import group_names
 from vilu.decision.label_sets import named_sets
 from vilu.decision.record import Record
 from vilu.decision.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScorePart, ScoreRun
+from vilu.device import as_usual
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.errors import DataError, UsageError, require_at_least
+from vilu.errors import DataError, UsageError, checked, require_at_least
 from vilu.files.documents import digest
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
@@ -91,6 +92,8 @@ class Decider:
         return replace(outcomes, decision=decision, decision_reason=reasons)
 
 
+@checked
+@as_usual()
 def score(
     predictor: FailurePredictor,
     data: EmbeddingSource,
@@ -218,7 +221,7 @@ def _facts(
 
 def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
     if n_seen:
-        warnings.warn(f"{said} were used to fit this {predictor.name}.", stacklevel=3)
+        warnings.warn(f"{said} were used to fit this {predictor.name}.", stacklevel=5)
 
 
 def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[str | None]:
@@ -236,6 +239,8 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     return [keys[row] for row in rows.tolist()]
 
 
+@checked
+@as_usual()
 def score_parts(
     predictor: FailurePredictor,
     source: EmbeddingSource,

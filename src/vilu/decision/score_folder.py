@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import Document, Model, digest, read_document, read_json, vouched
 from vilu.files.tables import parquet_bytes, read_column, read_table
@@ -326,6 +326,7 @@ class ScoreFolder(Reopened):
         ProvenanceError: If files do not belong together, or another schema wrote them.
     """
 
+    @checked
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         ScoreLedger.require_begun(self.path)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -21,29 +20,69 @@ STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
 """Meaning of the status codes of rows; "short_pool": a good embedding, but not one of a full pool."""
 
 NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
-MIN_NORM = 1e-12
+
+SAFE_NORMS = 1e-15, 1e15
+"""Between these no square of a float32 number is lost in a sum of squares in float32."""
+
+SAFE_VALUES = 1e-30, 1e30
+"""Between these the largest number of a row keeps its direction in float32."""
+
+
+def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
+    """An array on the CPU, of what numpy takes or torch holds; of types that numpy lacks as float32."""
+    try:
+        if not isinstance(values, Tensor):
+            return np.asarray(values)
+        values = values.detach().cpu()
+        return values.numpy() if values.dtype in NUMPYS else values.float().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; what is sparse or quantised
+        raise DataError(f"{name} must be an array of numbers: {error}.") from error
+
+
+NUMPYS = {torch.float64, torch.float32, torch.float16, torch.complex64, torch.complex128, torch.bool, torch.int64}
+NUMPYS |= {torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+"""Types of torch that numpy has."""
 
 
 def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
     """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1."""
-    if isinstance(values, Tensor):
-        array = values.detach().float().cpu().numpy() if not values.is_complex() else values.detach().cpu().numpy()
-    else:
-        array = np.asarray(values)
+    array = as_array(values, name)
     if array.dtype.kind not in "fiu":
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
-    with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and its row unusable
-        array = array.astype(np.float32, copy=not array.flags.writeable)
+    if array.dtype.kind == "f" and array.dtype.itemsize > 4:
+        array = _within_float32(array, name)
+    array = array.astype(np.float32, copy=not array.flags.writeable)
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
+def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
+    """Rows of float64 whose numbers float32 cannot hold, times a power of two, which keeps their direction."""
+    largest = np.maximum(array.max(axis=1, initial=0), -array.min(axis=1, initial=0))
+    beyond = np.isfinite(largest) & (largest > 0) & ~((largest > SAFE_VALUES[0]) & (largest < SAFE_VALUES[1]))
+    if not beyond.any():
+        return array
+    low, high = largest[beyond].min(), largest[beyond].max()
+    warnings.warn(
+        f"{np.count_nonzero(beyond)} of {len(array)} {name} rows hold numbers that float32 has not "
+        f"(largest ones {low:.3g} to {high:.3g}); they were scaled, which changes no cosine.",
+        stacklevel=7,
+    )
+    array = array.copy()
+    array[beyond] = np.ldexp(array[beyond], -np.frexp(largest[beyond])[1][:, None])
+    return array
+
+
 def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
-    """Status code (N,) of every row of an (N, D) float32 matrix, and its Euclidean norms (N,)."""
+    """Status code (N,) of every row of an (N, D) float32 matrix, and its Euclidean norms (N,), right for all rows."""
     norms = torch.linalg.vector_norm(rows, dim=1)
+    unsafe = ~((norms > SAFE_NORMS[0]) & (norms < SAFE_NORMS[1]))
+    if bool(unsafe.any()):
+        norms = norms.double()
+        norms[unsafe] = torch.linalg.vector_norm(rows[unsafe].double(), dim=1)
     status = np.full(len(rows), VALID, dtype=np.uint8)
-    status[(norms < MIN_NORM).numpy()] = ZERO_NORM
+    status[(norms == 0).numpy()] = ZERO_NORM
     status[~torch.isfinite(norms).numpy()] = NONFINITE
     return status, norms
 
@@ -59,9 +98,9 @@ def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np
         warnings.warn(
             f"{int(off.sum())} of {len(rows)} {name} rows are not of unit norm "
             f"(norms {low:.3g} to {high:.3g}); they were normalised.",
-            stacklevel=3,
+            stacklevel=5,
         )
-        rows = torch.where(off[:, None], rows / norms[:, None], rows)
+        rows = torch.where(off[:, None], (rows / norms[:, None]).float(), rows)
     return rows, status
 
 
@@ -83,7 +122,7 @@ def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: 
     """(N,) int64 targets in -1 ... K-1; None means that none is known."""
     if values is None:
         return torch.full((n_rows,), -1, dtype=torch.int64)
-    array = np.asarray(values)
+    array = as_array(values, "target")
     if array.shape != (n_rows,):
         raise DataError(f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead.")
     if array.size and array.dtype.kind not in "iu":
@@ -96,8 +135,18 @@ def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: 
     return torch.from_numpy(array.astype(np.int64))
 
 
+def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
+    """(M,) int64 whole numbers from 0 to n - 1."""
+    array = as_array(values, name)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise DataError(f"{name} must be a vector of whole numbers. Got {array.dtype} of shape {array.shape} instead.")
+    if array.size and not (array.min() >= 0 and array.max() < n):
+        raise DataError(f"{name} must be from 0 to {n - 1}. Got {array.min()} to {array.max()} instead.")
+    return torch.from_numpy(array.astype(np.int64))
+
+
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
-    """The K names as a tuple, none blank, all different: two equal prompts tie, and a tie is counted as a failure."""
+    """The K names as a tuple, none blank; names may repeat where the texts do (``source.first_same``)."""
     if names is None:
         return None
     names = tuple(str(name) for name in names)
@@ -106,9 +155,6 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
     blank = [i for i, name in enumerate(names) if not name.strip()]
     if blank:
         raise DataError(f"class names must not be blank. Name {blank[0]} is.")
-    repeated = ", ".join(repr(name) for name, count in Counter(names).items() if count > 1)
-    if repeated:
-        raise DataError(f"class names must be distinct. Repeated: {repeated:.200}. Merge them first.")
     return names
 
 

@@ -12,12 +12,13 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, check_ids, check_targets, require_usable, unit_rows
-from vilu.embeddings.columns import check_columns
+from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import PairSource, Pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError
+from vilu.errors import DataError, checked
 
 
 class Embeddings(EmbeddingSource):
@@ -29,7 +30,7 @@ class Embeddings(EmbeddingSource):
         target: (N,) integer rows of ``text``, -1 where unknown; None when no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
-        class_names: K distinct names.
+        class_names: K names.
         ids: N row identifiers; by default the row numbers.
         space: Full identity of the space, when known; then ``logit_scale`` and ``logit_bias`` are taken from it.
         columns: What some methods need beside the embeddings, by name (``vilu.embeddings.columns``).
@@ -37,8 +38,12 @@ class Embeddings(EmbeddingSource):
     Rows are brought to unit norm (said once as a warning if they were not). An image row with NaN, infinity or zero
     norm is kept but marked in ``status``: it is never trained on, and its uncertainty is NaN.
 
+    Classes whose texts are equal, to the last bit or by name, are one answer: they become one candidate, the first of
+    them, and K, names and targets are those of the candidates that are left (``candidate_of``), which is logged.
+
     Raises:
-        DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or names repeat.
+        DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or classes of one name
+            have different texts.
 
     Example:
         >>> import numpy as np
@@ -47,6 +52,8 @@ class Embeddings(EmbeddingSource):
         [0, 0, 1]
     """
 
+    @checked
+    @as_usual()
     def __init__(  # noqa: PLR0913 - one argument per property of the data
         self,
         image: ArrayLike | Tensor,
@@ -73,6 +80,9 @@ class Embeddings(EmbeddingSource):
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(columns, len(self.image), len(self.text))
         self.columns = frozenset(self._columns)
+        kept = self._merge_same()
+        if kept is not None:
+            self._columns |= {name: self._columns[name][kept] for name in TEXT_COLUMNS if name in self._columns}
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``image``."""
@@ -110,6 +120,8 @@ class PairEmbeddings(PairSource):
         [[0, 0], [1, 1]]
     """
 
+    @checked
+    @as_usual()
     def __init__(
         self,
         image: ArrayLike | Tensor,

@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal
 from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
-from vilu.errors import DataError, UsageError, require_at_least, require_one_of
+from vilu.errors import DataError, UsageError, checked, checked_fields, require_at_least, require_one_of
 
 Direction = Literal["image_to_text", "text_to_image"]
 
@@ -28,6 +29,7 @@ NEAR_ROWS = 1024
 """Rows whose likeness with as many others is looked at together."""
 
 
+@checked_fields
 @dataclass(frozen=True)
 class Pools:
     """What image-caption pairs are matched against; part of the problem, so fixed and recorded, whatever loads it.
@@ -162,6 +164,8 @@ class PseudoCaptions(PairSource):
     Source: ViLU (ICCV 2025), supplement C.6, which says "This is a photo of a ...".
     """
 
+    @checked
+    @as_usual()
     def __init__(
         self, sources: Sequence[EmbeddingSource], pools: int | Pools = 1024, names: Sequence[str] | None = None
     ) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import compress
+from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, hash_names, hash_rows
+from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, check_places, hash_names, hash_rows
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import ZeroShot, first_equal, float64, of_logits, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, checked
 
 UNKNOWN = -1
 """Target of a row whose label is not known, and its failure."""
@@ -27,6 +29,8 @@ HASHED_ROWS = 2**14
 
 SAME_TEXT = 0.999
 """Cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,13 @@ class EmbeddingSource(ABC):
         text: (K, D) the candidates of all rows, when they are shared.
         pool_size: Number of rows whose captions are the candidates of each of them, or None when candidates are shared.
         columns: Names of what there is beside the embeddings (``vilu.embeddings.columns``).
+        candidate_of: (K given,) int64 candidate that every given class is, where some had the same text: equal
+            candidates are one answer, the first of them; None where all were different.
     """
+
+    how: ClassVar[str] = (
+        "embeddings (vilu.Embeddings(image, text, target) of arrays, vilu.open_source(path) of a store)"
+    )
 
     space: EmbeddingSpace
     class_names: tuple[str, ...] | None
@@ -162,10 +172,36 @@ class EmbeddingSource(ABC):
     text: Tensor
     pool_size: int | None = None
     columns: frozenset[str] = frozenset()
+    candidate_of: Tensor | None = None
     _columns: Mapping[str, Tensor] = {}  # those in memory
+
+    def _merge_same(self) -> Tensor | None:
+        """Make one candidate of classes with the same text; (K,) int64 given classes that stay, None for all."""
+        kept: Tensor
+        kept, candidate = first_same(self.text, self.class_names).unique(return_inverse=True)
+        if len(kept) == len(candidate):
+            return None
+        gone = torch.ones_like(candidate).index_fill(0, kept, 0).nonzero().squeeze(1).tolist()
+        names = self.class_names or tuple(f"class {i}" for i in range(len(candidate)))
+        pairs = [f"{names[i]!r} ({i}) is {names[kept[candidate[i]]]!r} ({int(kept[candidate[i]])})" for i in gone[:5]]
+        more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
+        _tell(
+            f"{len(gone)} of {len(candidate)} classes have the text of an earlier one: {', '.join(pairs)}{more}. Equal "
+            f"candidates are one answer, so there are {len(kept)}, numbered anew."
+        )
+        self.candidate_of, self.text = candidate, self.text[kept]
+        self.target = torch.where(self.target == UNKNOWN, UNKNOWN, candidate[self.target])
+        self.class_names = self.class_names and tuple(names[i] for i in kept.tolist())
+        return kept
 
     def __len__(self) -> int:
         return len(self.target)
+
+    def __array__(self, *_: object, **_more: object) -> NoReturn:
+        raise UsageError(
+            "a source of embeddings is no array, so what takes arrays, as scikit-learn's cross-validation does, cannot "
+            "take it. Take rows of it: data.take(rows)."
+        )
 
     @property
     def n_candidates(self) -> int:
@@ -218,6 +254,7 @@ class EmbeddingSource(ABC):
         """(B, ...) what tells rows apart."""
         return self.image_rows(index)
 
+    @checked
     def take(
         self,
         rows: Tensor | NDArray[np.int64],
@@ -234,11 +271,13 @@ class EmbeddingSource(ABC):
 
         Raises:
             UsageError: If the source has captions: its pools are made of all its rows.
+            DataError: If there is no such row or class.
         """
         if self.pool_size is not None:
             raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
         kept = self.columns if columns is None else self.columns.intersection(columns)
-        return Taken(self, torch.as_tensor(rows), None if classes is None else torch.as_tensor(classes), kept)
+        chosen = None if classes is None else check_places(classes, self.n_candidates, "classes")
+        return Taken(self, check_places(rows, len(self), "rows"), chosen, kept)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
         """The source without some rows (N,) bool."""
@@ -273,6 +312,37 @@ class EmbeddingSource(ABC):
         more = {name: self.column(name, index if name in IMAGE_COLUMNS else members) for name in columns}
         scale, bias = self.space.logit_scale, self.space.logit_bias
         return Batch(self.image_rows(index), found.text, found.target, index, scale, bias, more, found.same)
+
+
+@cache
+def _tell(message: str) -> None:
+    """Once a process: stores are opened again and again."""
+    logger.warning(message)
+
+
+def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
+    """(K,) int64: for every candidate (K, D) the first that is the same answer: of an equal text, or an equal name.
+
+    Raises:
+        DataError: If classes of one name have different texts (a cosine below ``SAME_TEXT``).
+    """
+    first = first_equal(text)
+    if names is None or len(set(names)) == len(names):
+        return first
+    places: dict[str, int] = {}
+    place = torch.tensor([places.setdefault(name, i) for i, name in enumerate(names)])
+    cosine = (text * text[place]).sum(dim=1)
+    wrong = sorted({names[i] for i in (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()})
+    if wrong:
+        listed = ", ".join(map(repr, wrong))
+        raise DataError(
+            f"classes of one name must have one text. Different texts: {listed:.200}. Rename them, or give both the "
+            "same row of text."
+        )
+    first = first[place]
+    while not torch.equal(first, first[first]):  # one name, another's text
+        first = first[first]
+    return first
 
 
 class Taken(EmbeddingSource):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from vilu.errors import ProvenanceError, UsageError, require_at_least
+from vilu.errors import ProvenanceError, UsageError, checked_fields, require_at_least
 from vilu.files.documents import digest
 
 PROVENANCE = ("backbone", "weights", "preprocess", "tokenizer", "precision")
 
 
+@checked_fields
 @dataclass(frozen=True)
 class EmbeddingSpace:
     """Identity of a dual encoder's joint space, and the affine map from cosine to logit.

@@ -15,10 +15,13 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import require_at_least, require_between
+from vilu.errors import UsageError, checked, require_at_least, require_between
 from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 from vilu.progress import track
+
+MAX_RESAMPLES = 1_000_000
+"""More do not change an interval."""
 
 CELLS = 2**18
 """Counts held at a time: two megabytes per temporary array, about what a cache holds."""
@@ -231,6 +234,7 @@ class ScoredRows:
         )
 
 
+@checked
 def bootstrap_interval(
     metric: str | Kernel,
     uncertainty: ArrayLike,
@@ -263,6 +267,7 @@ def bootstrap_interval(
     )["metric"]
 
 
+@checked
 def paired_bootstrap(
     metric: str | Kernel,
     uncertainty_a: ArrayLike,
@@ -315,4 +320,6 @@ def _kernel(metric: str | Kernel) -> Kernel:
 def check_settings(n_resamples: int, confidence: float) -> None:
     """Refuse no resample, or a confidence that is not in (0, 1)."""
     require_at_least("n_resamples", n_resamples, 1)
+    if n_resamples > MAX_RESAMPLES:
+        raise UsageError(f"n_resamples must be at most {MAX_RESAMPLES:,}. Got {n_resamples} instead.")
     require_between("confidence", confidence)

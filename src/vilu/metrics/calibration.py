@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import DataError, UsageError, require_at_least
+from vilu.errors import DataError, UsageError, checked, require_at_least
 from vilu.metrics.counts import Floats, TieCounts, ratio, tie_counts
 
 Binning = Literal["width", "mass"]
@@ -17,6 +17,7 @@ CERTAIN = 1e-12
 """How near to 0 or 1 a probability may come in a logarithm."""
 
 
+@checked
 def ece(probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Binning = "width") -> float:
     """Expected calibration error of a failure probability: Σ_b (n_b / N) |failure rate_b - mean probability_b|.
 
@@ -72,6 +73,9 @@ def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
     return counts
 
 
+MAX_BINS = 1_000_000
+
+
 def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") -> Floats:
     """Expected calibration error (...); see ``ece``."""
     (gaps,) = _per_bin(counts, bins, binning, counts.wrong - counts.value * counts.size)
@@ -81,6 +85,8 @@ def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") ->
 def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
     """(..., bins) sums of numbers (..., G) over the scores of every bin."""
     require_at_least("bins", bins, 1)
+    if bins > MAX_BINS:
+        raise UsageError(f"bins must be at most {MAX_BINS:,}. Got {bins} instead.")
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
         of_score = np.broadcast_to(np.searchsorted(inner_edges, counts.value, side="left"), counts.size.shape)

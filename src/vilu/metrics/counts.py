@@ -86,10 +86,7 @@ def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDAr
             failure is not 0 or 1.
     """
     scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
-    if len(scores) != len(failures):
-        raise DataError(
-            f"uncertainty and failure must have one entry per row each. Got {len(scores)} and {len(failures)} instead."
-        )
+    require_same_length(scores, failures)
     if not len(scores):
         raise DataError("a metric needs at least one row. Got none.")
     finite = np.isfinite(scores)
@@ -106,6 +103,14 @@ def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDAr
             f"Got {failures[np.argmin(binary)]:g} in row {np.argmin(binary)} instead."
         )
     return scores, failures == 1
+
+
+def require_same_length(scores: Floats, failures: Floats) -> None:
+    """Refuse uncertainties and failures of different numbers of rows."""
+    if len(scores) != len(failures):
+        raise DataError(
+            f"uncertainty and failure must have one entry per row each. Got {len(scores)} and {len(failures)} instead."
+        )
 
 
 def real_vector(values: ArrayLike, name: str) -> Floats:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import UsageError
+from vilu.errors import UsageError, checked
 from vilu.metrics.counts import Floats, Ints, Positive, TieCounts, ratio, tie_counts
 
 Rule = Literal["interpolate", "first", "nearest"]
@@ -35,6 +35,7 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     return float(auroc_kernel(tie_counts(uncertainty, failure)))
 
 
+@checked
 def fpr_at_tpr(
     uncertainty: ArrayLike,
     failure: ArrayLike,
@@ -89,6 +90,7 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     return float(aupr_kernel(tie_counts(uncertainty, failure), "correct"))
 
 
+@checked
 def roc_curve_points(
     uncertainty: ArrayLike, failure: ArrayLike, positive: Positive = "correct"
 ) -> tuple[Floats, Floats]:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import UsageError, require_between
+from vilu.errors import UsageError, checked, require_between
 from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
 
 Convention = Literal["mean", "trapezoid"]
@@ -24,6 +24,7 @@ TABLE = 2**21
 """Of fewer rows harmonic numbers are looked up (16 MB), which is five times as fast as their logarithms."""
 
 
+@checked
 def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
     """Area under the risk-coverage curve, in [0, 1]; lower is better.
 
@@ -82,6 +83,7 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     return float(augrc_kernel(tie_counts(uncertainty, failure)))
 
 
+@checked
 def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float = 0.8) -> float:
     """Selective risk of the ⌈N · coverage⌉ most trusted answers, in expectation over the order of tied rows.
 
@@ -92,6 +94,7 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
     return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
 
 
+@checked
 def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0.05) -> float:
     """Largest coverage that a threshold reaches with selective risk at most ``risk``; 0 if none does.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least
+from vilu.errors import DataError, ProvenanceError, UsageError, checked, found, require_at_least
 from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
@@ -22,6 +22,7 @@ FEW = 30
 """With fewer wrong (or right) answers an interval says little."""
 
 
+@checked
 def evaluate(
     outcomes: Tallied | Iterable[Tallied],
     *,
@@ -49,7 +50,7 @@ def evaluate(
         DataError: If some outcomes have no row to evaluate.
         UsageError: If a metric is unknown or a setting cannot be.
     """
-    several = [one.tally() for one in ([outcomes] if isinstance(outcomes, Tallied) else outcomes)]
+    several = _tallies(outcomes)
     if not several:
         raise UsageError("evaluate needs at least one set of outcomes. Got none.")
     require_at_least("n_resamples", n_resamples, 0)
@@ -64,8 +65,19 @@ def evaluate(
     if scarce:
         told = list(dict.fromkeys(scarce))
         more = f"; and {len(told) - 3} more like these" if len(told) > 3 else ""
-        warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=2)
+        warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=3)
     return ResultTable(tuple(rows))
+
+
+def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
+    """What was scored, once or several times."""
+    tallies = []
+    for one in [outcomes] if isinstance(outcomes, Tallied) else outcomes:
+        if not isinstance(one, Tallied):
+            what = found(outcomes if hasattr(outcomes, "shape") else one)
+            raise UsageError(f"evaluate takes vilu.Outcomes, which vilu.score gives, or a list of them. Got {what}.")
+        tallies.append(one.tally())
+    return tallies
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ class Comparison:
         return {name: _null(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
+@checked
 def compare(
     a: Outcomes,
     b: Outcomes,

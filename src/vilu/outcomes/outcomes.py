@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import DataError
+from vilu.errors import DataError, checked
 from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
@@ -215,8 +215,8 @@ class Outcomes:
                 )
             object.__setattr__(self, name, column)
         object.__setattr__(self, "class_names", names)
-        self._check_uncertainty()
         self._check_labels()
+        self._check_uncertainty()
 
     def _check_uncertainty(self) -> None:
         missing = np.isnan(self.uncertainty)
@@ -276,6 +276,7 @@ class Outcomes:
             **facts_of(self),
         )
 
+    @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
 
@@ -336,6 +337,7 @@ class Outcomes:
         return columns, {"kind": "outcomes", "present": present, **metadata}
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Self:
         """Read what ``save`` wrote, or any table with the columns ``uncertainty`` and ``failure``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError, checked, found
 from vilu.files.documents import SCHEMA_VERSION, read_json, write_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, require_schema, table_suffix, write_table
@@ -114,9 +114,13 @@ class ResultTable:
         unknown = [name for name in fields if name not in COLUMNS]
         if unknown:
             raise UsageError(f"a result has no field {unknown[0]!r}. There are: {', '.join(COLUMNS)}.")
+        for name, want in fields.items():
+            if not isinstance(want, str | int | float | None):
+                raise UsageError(f"{name} must be a text, a number or None. Got {found(want)} instead.")
         fits = (row for row in self.rows if all(getattr(row, name) == want for name, want in fields.items()))
         return ResultTable(tuple(fits))
 
+    @checked
     def value(self, metric: str, **fields: object) -> float | None:
         """The value of a metric in the one row that fits; None where it is undefined.
 
@@ -146,12 +150,14 @@ class ResultTable:
         """The rows as plain dictionaries."""
         return [asdict(row) for row in self.rows]
 
+    @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
         """Aligned text: methods as rows, metrics as columns; by default the main ones of all, or those of a choice."""
         shown = _shown(self.rows, metrics)
         parts = ["\n".join([title, *aligned(lines)]) for title, lines in _parts(self.rows, shown)]
         return "\n\n".join([*parts, "\n".join(_notes(self.rows, shown))])
 
+    @checked
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
         """The same as ``table``, in Markdown."""
         shown, parts = _shown(self.rows, metrics), []
@@ -160,6 +166,7 @@ class ResultTable:
             parts.append("\n".join([f"**{in_cell(title)}**", "", *markdown_rows(heading, body)]))
         return "\n\n".join([*parts, "\n".join(f"- {in_cell(note)}" for note in _notes(self.rows, shown))])
 
+    @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
 
@@ -190,6 +197,7 @@ class ResultTable:
         write_table(path, columns, {"kind": "results", **said})
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Self:
         """Read what ``save`` wrote.
 
@@ -283,8 +291,8 @@ def _part(rows: Sequence[ResultRow], metrics: Sequence[str]) -> Titled:
         repeats[key] += 1  # a second row of the same name gets a line of its own
     several_seeds = len({row.seed for row in rows}) > 1
     table = [["method", *(_metric(name).title for name in metrics)]]
-    for (method, seed, _), found in lines.items():
-        cells = [_cell(found.get(name)) for name in metrics]
+    for (method, seed, _), line in lines.items():
+        cells = [_cell(line.get(name)) for name in metrics]
         table.append([_label(method, seed if several_seeds else None), *cells])
     return _title(rows), table
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,19 +15,19 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from torch import Tensor, nn
 
-from vilu.device import resolve_device
+from vilu.device import as_usual, each_as_usual, resolve_device
 from vilu.embeddings.columns import HOW
 from vilu.embeddings.source import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
-from vilu.metrics.counts import real_vector
+from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError, checked
+from vilu.metrics.counts import real_vector, require_same_length
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
 from vilu.predictors.labelled import degenerate_rate, disjoint, trainable_rows, warn_few
 from vilu.predictors.nn.head import with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
-from vilu.predictors.parameters import check_parameters
+from vilu.predictors.parameters import check_parameters, get_params, is_no_estimator, set_params, shown
 from vilu.predictors.probability import Calibrator, fit_calibrator
 from vilu.predictors.rows import (
     Overlap,
@@ -38,6 +37,7 @@ from vilu.predictors.rows import (
     join,
     similarity_range,
     sketch,
+    warn_of_other_space,
 )
 
 CERTAIN = 1e-15
@@ -63,10 +63,11 @@ class Learnt(NamedTuple):
 class FailurePredictor(ABC):
     """Says per image how likely the zero-shot answer is wrong, from embeddings alone.
 
-    A subclass is a dataclass of hyper-parameters. What ``fit`` finds ends in an underscore. Higher uncertainty means
-    more likely wrong. A method has to say ``name``, ``summary``, ``reference`` and ``_score``; one that learns from
-    labels also ``_learn``, and ``tensors`` or ``module``. All else has defaults. Of ``graph``, ``game`` and
-    ``looks_at`` only what a class defines itself counts: what it inherits may be wrong for it.
+    A subclass is a dataclass of hyper-parameters, with ``get_params``, ``set_params`` and ``repr`` as in scikit-learn,
+    whose ``clone`` works. What ``fit`` finds ends in an underscore. Higher uncertainty means more likely wrong. A
+    method has to say ``name``, ``summary``, ``reference`` and ``_score``; one that learns from labels also ``_learn``,
+    and ``tensors`` or ``module``. All else has defaults. Of ``graph``, ``game`` and ``looks_at`` only what a class
+    defines itself counts: what it inherits may be wrong for it.
 
     Parameters of the same name mean the same in all methods: ``seed`` is of everything random in ``fit``; ``device``
     ("auto", "cpu", "cuda", "cuda:N" or "mps") is not part of what is saved; with ``allow_degenerate`` a method that
@@ -95,6 +96,7 @@ class FailurePredictor(ABC):
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
     """
 
+    how: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str]
@@ -120,6 +122,9 @@ class FailurePredictor(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.needs_fit = cls._learn is not FailurePredictor._learn
+        cls.__repr__ = vars(cls).get("__repr__", shown)  # type: ignore[method-assign] # else the dataclass writes one
+
+    get_params, set_params, __sklearn_tags__ = get_params, set_params, is_no_estimator
 
     # What a method says.
 
@@ -190,6 +195,8 @@ class FailurePredictor(ABC):
 
     # Fit.
 
+    @checked
+    @as_usual()
     def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
         """Learn from labelled embeddings; a score that needs no labels only remembers the space.
 
@@ -270,6 +277,7 @@ class FailurePredictor(ABC):
         """The inverse of ``state``; refuses tensors of the wrong names or shapes."""
         self.take(state, self.space_)
 
+    @checked
     def save(self, folder: str | Path) -> str:
         """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``)."""
         self.require_fitted()
@@ -287,6 +295,7 @@ class FailurePredictor(ABC):
         """Where scores are computed."""
         return resolve_device(getattr(self, "device", "cpu"))
 
+    @checked
     def predict_uncertainty(self, data: EmbeddingSource) -> NDArray[np.float64]:
         """Uncertainty (N,) float64 of every row, higher = more likely wrong.
 
@@ -304,6 +313,7 @@ class FailurePredictor(ABC):
             uncertainty[batch.index.numpy(force=True)] = scores
         return uncertainty
 
+    @checked
     def scored(self, data: EmbeddingSource, rows: Tensor | None = None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
         """Batches of the ``rows`` (by default all usable ones) on ``device_``, each with its uncertainty (B,) float64.
 
@@ -313,6 +323,9 @@ class FailurePredictor(ABC):
         Raises:
             DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors it raises, too.
         """
+        return each_as_usual(self._scored(data, rows))
+
+    def _scored(self, data: EmbeddingSource, rows: Tensor | None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
         self._check_ready(data)
         device = self.device_
         for found in data.batches(SCORING_BATCH, rows=rows, columns=self.columns_to_score):
@@ -400,20 +413,7 @@ class FailurePredictor(ABC):
             return
         self.space_.require_match(data.space, mine=f"the fitted {self.name}", theirs="the data to score")
         if self.similarity_ and (self.space_.anonymous or data.space.anonymous):
-            self._check_similarity(data)
-
-    def _check_similarity(self, data: EmbeddingSource) -> None:
-        """Without provenance, the largest cosines are all that can tell a foreign space of the same width."""
-        if data.n_candidates < 2 or not len(data.usable_rows) or self.similarity_ is None:
-            return
-        found, _ = similarity_range(data)
-        mean, deviation = self.similarity_
-        if abs(found - mean) > 4 * deviation:
-            warnings.warn(
-                f"the largest cosine of a row is {found:.3f} on average here and was {mean:.3f} ± {deviation:.3f} in "
-                "training: are these embeddings from another model? They carry no provenance to check.",
-                stacklevel=5,
-            )
+            warn_of_other_space(data, *self.similarity_)
 
     # Probabilities.
 
@@ -452,6 +452,8 @@ class FailurePredictor(ABC):
             )
         return np.asarray(special.expit(self._calibration_score(real_vector(uncertainty, "uncertainty"))))
 
+    @checked
+    @as_usual()
     def calibrate(self, calibration: EmbeddingSource) -> Self:
         """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
 
@@ -475,6 +477,7 @@ class FailurePredictor(ABC):
             DataError: If no row has both.
         """
         scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
+        require_same_length(scores, failures)
         known = np.isfinite(scores) & (failures != UNKNOWN)
         if not known.any():
             raise DataError(f"none of the {len(scores)} calibration rows has an uncertainty and a known failure.")

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from vilu.backbones.loading import why_refused
+from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, StorageError
+from vilu.errors import DataError, StorageError, checked
 from vilu.extras import quiet
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import LVU, ViLU
 
 
+@checked
+@as_usual()
 def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim: int | None = None) -> HeadPredictor:
     """A ``ViLU`` or ``LVU`` with the weights of a released checkpoint.
 

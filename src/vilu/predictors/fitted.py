@@ -68,7 +68,7 @@ class MCMTS(FailurePredictor):
             warnings.warn(
                 f"only 0 failures among {len(failure)} training rows: they identify no temperature, so {self.name} "
                 "scores as mcm.",
-                stacklevel=4,
+                stacklevel=7,
             )
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
         return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})

@@ -56,7 +56,7 @@ def trainable_rows(source: EmbeddingSource, role: str) -> tuple[Tensor, Tensor]:
     if left_out:
         warnings.warn(
             f"{left_out} of {len(source)} {role} rows are left out ({unusable} unusable, the rest without label).",
-            stacklevel=4,
+            stacklevel=6,
         )
     return rows[known], failure[known]
 
@@ -80,7 +80,7 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
             "for a constant predictor."
         )
     if rare < FEW:
-        warnings.warn(f"only {rare} {kind} among {n} training rows: expect an unreliable fit.", stacklevel=3)
+        warnings.warn(f"only {rare} {kind} among {n} training rows: expect an unreliable fit.", stacklevel=7)
     return n_failures / n if rare == 0 else None
 
 

@@ -130,7 +130,8 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
 
     Inputs are ``image`` (N, D) and ``text`` (K, D), float32 rows of unit norm, and ``features`` (N, F) where the
-    predictor was fitted on them; N >= 1 and K >= 2 are open. Outputs are ``uncertainty`` (N,) float64 and
+    predictor was fitted on them; N >= 1 and K >= 2 are open, and no two texts are equal (``vilu.Embeddings`` makes one
+    candidate of those). Outputs are ``uncertainty`` (N,) float64 and
     ``prediction`` (N,) int64. Logit scale and bias are constants. The file is run by onnxruntime on random rows of
     several numbers, and is written only where every answer is the same, and every uncertainty within ``TOLERANCE`` or,
     where the formula itself rounds more than that in float32 (a large logit scale, a memory), ``ROUNDINGS`` times that.
@@ -244,7 +245,7 @@ def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], 
 
 
 def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> Iterator[Trial]:
-    """Random rows of unit norm: half of the images near a candidate; of many candidates the last equals the first.
+    """Random rows of unit norm: half of the images near a candidate.
 
     A graph that treats some texts unlike others (its ``classes``) also meets those alone, in another order, and beside
     others.
@@ -255,8 +256,6 @@ def trials(predictor: FailurePredictor, sizes: tuple[tuple[int, int], ...]) -> I
     widths = {name: getattr(graph, "widths", {})[name] for name in predictor.columns_to_score}
     groups = [random_rows(k, space.embed_dim, generator) for _, k in sizes]
     for (n, _), text in zip(sizes, groups, strict=True):
-        if len(text) > 2:
-            text[-1] = text[0]
         yield trial_of(widths, n, text, generator)
     if len(classes) > 1:
         order = classes[torch.randperm(len(classes), generator=generator)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from typing import Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
-from vilu.errors import UsageError
+from vilu.errors import LARGEST_SEED, UsageError
 
 
 class Parametrised(Protocol):
@@ -36,24 +37,31 @@ def check_parameters(predictor: Parametrised) -> None:
 
 def build(cls: type[Made], values: Mapping[str, object]) -> Made:
     """A predictor from parameters that may be strings (``--set key=value``)."""
+    require_known(cls, values)
+    return cls(**{name: convert(cls, name, value, strict=False) for name, value in values.items()})
+
+
+def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
+    """Refuse names that no parameter has."""
     known = parameters(cls)
-    for name in values:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(known) or 'none'}."
             raise UsageError(f"{cls.name} has no parameter {name!r}.{hint}")
-    return cls(**{name: convert(cls, name, value, strict=False) for name, value in values.items()})
 
 
 def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) -> object:
-    """The value as its annotated type; strict: no conversion from strings."""
+    """The value as its annotated type; strict: "3" is no number and True is none, but numpy's numbers are."""
     hint, adapter = _checker(cls, name)
+    if strict:
+        value = value.item() if isinstance(value, np.generic) else tuple(value) if isinstance(value, list) else value
     if not strict and value in ("none", "None", "null"):
         value = None
     if not strict and isinstance(value, str) and "tuple" in str(hint):
         value = [part for part in value.strip("()[]").split(",") if part.strip()]
     try:
-        return cast("object", adapter.validate_python(value, strict=False))
+        return cast("object", adapter.validate_python(value, strict=strict))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Input should be", "must be")
         raise UsageError(f"the {name!r} parameter of {cls.name} {reason}. Got {value!r} instead.") from error
@@ -63,6 +71,8 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
 def _checker(cls: type[Parametrised], name: str) -> tuple[Any, TypeAdapter[Any]]:
     """Type of a parameter and what checks it; built once, since that takes as long as some fits."""
     hint = get_type_hints(cls, include_extras=True)[name]
+    if name == "seed":  # one meaning in all methods, so one range: what every generator of random numbers takes
+        hint = Annotated[hint, Field(ge=0, le=LARGEST_SEED)]
     return hint, TypeAdapter(hint)
 
 
@@ -77,3 +87,39 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
             raise UsageError(f"--set gives {key.strip()!r} twice.")
         values[key.strip()] = value.strip()
     return values
+
+
+def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001 - as in sklearn
+    """The parameters by name, as in scikit-learn; no method holds another one as a parameter, so none is nested."""
+    return {name: getattr(self, name) for name in parameters(self)}
+
+
+def set_params(self: Made, **values: object) -> Made:
+    """Change parameters by name, as in scikit-learn; they are checked at the next use.
+
+    Raises:
+        UsageError: If there is no such parameter.
+    """
+    require_known(type(self), values)
+    for name, value in values.items():
+        setattr(self, name, value)
+    return self
+
+
+def shown(self: Parametrised) -> str:
+    """The call that makes it, with what is not default."""
+    known = parameters(self)
+    changed = {name: getattr(self, name) for name in known if getattr(self, name) != known[name].default}
+    return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in changed.items())})"
+
+
+def is_no_estimator(self: Parametrised) -> object:
+    """What scikit-learn's cross-validation, searches and pipelines ask first.
+
+    Raises:
+        UsageError: Always.
+    """
+    raise UsageError(
+        f"{type(self).__name__} takes sources of embeddings, not arrays of features, so scikit-learn's "
+        "cross-validation, searches and pipelines cannot use it. Take rows of a source: data.take(rows)."
+    )

@@ -248,3 +248,16 @@ def same_candidates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if one.get("texts") and other.get("texts"):
         return float(np.abs(np.subtract(one["texts"], other["texts"])).max()) <= SAME_CANDIDATES
     return None in (one.get("classes"), other.get("classes")) or one["classes"] == other["classes"]
+
+
+def warn_of_other_space(data: EmbeddingSource, mean: float, deviation: float) -> None:
+    """Without provenance, the largest cosines are all that can tell a foreign space of the same width."""
+    if data.n_candidates < 2 or not len(data.usable_rows):
+        return
+    found, _ = similarity_range(data)
+    if abs(found - mean) > 4 * deviation:
+        warnings.warn(
+            f"the largest cosine of a row is {found:.3f} on average here and was {mean:.3f} ± {deviation:.3f} in "
+            "training: are these embeddings from another model? They carry no provenance to check.",
+            stacklevel=7,
+        )

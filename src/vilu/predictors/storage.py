@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ViLUError
+from vilu.errors import DataError, ViLUError, checked
 from vilu.files.documents import read_json
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
@@ -21,6 +22,8 @@ from vilu.predictors.probability import read_calibrator
 from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, WEIGHTS, read_bytes, read_record, take_seen
 
 
+@checked
+@as_usual()
 def load(folder: str | Path) -> FailurePredictor:
     """Read a predictor back; its scores equal those of the saved one bit for bit.
 

@@ -22,9 +22,10 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
+from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, StorageError, UsageError, ViLUError
+from vilu.errors import DataError, StorageError, UsageError, ViLUError, checked
 from vilu.files.disk import RUN
 from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
@@ -46,6 +47,8 @@ PATIENCE = 600.0
 logger = logging.getLogger(__name__)
 
 
+@checked
+@as_usual()
 def embed(  # noqa: PLR0913 - one keyword per flag of the command
     dataset: ImageDataset,
     backbone: Backbone | BackboneSpec,
@@ -308,9 +311,9 @@ def seal(ledger: StoreLedger, budget: Budget) -> None:
     if n_images and images.total() / n_images > budget.error_rate:
         raise DataError(_over_budget(root, n_images, images, budget.error_rate))
     if lost:
-        warnings.warn(f"{lost} That is accepted (--allow-bad-shards).", stacklevel=4)
+        warnings.warn(f"{lost} That is accepted (--allow-bad-shards).", stacklevel=6)
     if not n_images:
-        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=4)
+        warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=6)
     ledger.seal(
         Manifest(
             **dict(run) | {"n_in": n_in},

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.datasets.files import MISSING, ListingHash
+from vilu.device import as_usual
 from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
 from vilu.files.disk import or_refuse
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
@@ -184,6 +185,8 @@ class LaionPairs(Reopened, MappedPairs):
         UsageError: If there are no captions to make folds of.
     """
 
+    @checked
+    @as_usual()
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -218,7 +221,7 @@ class LaionPairs(Reopened, MappedPairs):
             return rows
         status, norms = row_status(rows)
         off = torch.from_numpy(status == VALID) & ((norms - 1).abs() > NORM_TOLERANCE)
-        return torch.where(off[:, None], rows / norms[:, None], rows) if bool(off.any()) else rows
+        return torch.where(off[:, None], (rows / norms[:, None]).float(), rows) if bool(off.any()) else rows
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
-from vilu.embeddings.columns import check_columns
+from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import digest, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
@@ -28,6 +29,8 @@ from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartString
 from vilu.store.parts import Part, StoreLedger, column_path, map_rows, metadata_schema, read_classes, read_columns
 
 
+@checked
+@as_usual()
 def open_source(
     path: str | os.PathLike[str],
     *,
@@ -166,7 +169,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     Attributes:
         path: The folder.
         manifest: What made it.
-        text: (K, D) float32 unit-norm class texts.
+        text: (K, D) float32 unit-norm texts of the candidates; classes with equal texts are one (``Embeddings``).
 
     Raises:
         DataError: If the folder is no store, one that is not complete, or one of captions.
@@ -174,6 +177,8 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         ProvenanceError: If files do not belong together, or another schema wrote them.
     """
 
+    @checked
+    @as_usual()
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
@@ -189,6 +194,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         targets = map(self._read_targets, self._sealed.parts)
         self.target = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
         self.ids = self._sealed.keys()
+        self._kept = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) float32 rows, gathered from the parts that hold them."""
@@ -198,7 +204,10 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         """Column ``name``: rows of it, gathered from the parts, where it is of the images."""
         if name not in self.columns:
             return super().column(name, index)
-        return self._sealed.rows.take(name, index) if name in self.manifest.arrays else self._class_column(name)
+        if name in self.manifest.arrays:
+            return self._sealed.rows.take(name, index)
+        values = self._class_column(name)
+        return values if self._kept is None or name not in TEXT_COLUMNS else values[self._kept]
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
         labels: pa.Array = self._sealed.metadata("label", part.number)
@@ -241,6 +250,8 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         UsageError: If the fold is unknown.
     """
 
+    @checked
+    @as_usual()
     def __init__(self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None) -> None:
         sealed = Sealed(Path(path))
         self.manifest, self.seal, self.options = sealed.manifest, sealed.seal, {"pools": pools, "fold": fold}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import checked
 from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.games import LOG_ODDS, Game, HeadGame
 from vilu.predictors.labelled import fit_and_selection
@@ -83,6 +84,7 @@ class HeadPredictor(FailurePredictor):
     def loss(self) -> str:
         """A key of ``LOSSES``."""
 
+    @checked
     def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
         """As ``FailurePredictor.fit``, from the weights of another fit where there are some to start from."""
         start = self.start_

@@ -186,7 +186,7 @@ class LMN(NetworkPredictor):
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         if len(failure.unique()) < 2:
             what = "successes" if failure.any() else "failures"
-            warnings.warn(f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.", stacklevel=4)
+            warnings.warn(f"only 0 {what} among {len(failure)} training rows: one-sided temperatures.", stacklevel=7)
         return super()._learn(train, failure, validation)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vilu.device import as_usual
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, checked
 from vilu.files.documents import SCHEMA_VERSION, write_json
 from vilu.files.places import claim_file
 from vilu.predictors.bank.search import leaders
@@ -195,6 +196,8 @@ class Depth(NamedTuple):
 DEFAULT = Depth()
 
 
+@checked
+@as_usual()
 def explain(
     predictor: FailurePredictor,
     data: EmbeddingSource,
@@ -333,6 +336,6 @@ def _seen(predictor: FailurePredictor, data: EmbeddingSource, rows: Tensor) -> i
         warnings.warn(
             f"{seen.said('explained rows')} were used to fit this {predictor.name}: their scores say little about new "
             "images.",
-            stacklevel=3,
+            stacklevel=5,
         )
     return len(seen)

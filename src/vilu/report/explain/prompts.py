@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vilu.device import as_usual
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, checked
 from vilu.predictors.bank.search import leaders
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines
@@ -85,6 +86,8 @@ class PromptGains(Findings):
         return "\n".join([head, "", *first_lines(heading, [row.cells() for row in self.rows], "classes")])
 
 
+@checked
+@as_usual()
 def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) -> PromptGains:
     """How many failures a better text for each class would save, from labelled images, by cross-validation.
 
@@ -114,7 +117,7 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     rows, n, failures = _labelled(data, folds)
     text = data.candidates(rows[:0]).text
     fold = torch.empty(len(data), dtype=torch.int64)
-    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
+    shuffled = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(seed)))]
     fold[shuffled] = torch.arange(len(rows)) % folds
     means = _Means(data, rows, fold, folds)
     changes = []

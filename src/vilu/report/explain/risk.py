@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, UsageError, checked
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.report.explain.explain import Findings, first_lines
@@ -83,6 +83,7 @@ class RiskMap(Findings):
         return "\n".join([head, "", *first_lines(heading, [row.cells() for row in self.rows], "confusions")])
 
 
+@checked
 def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverage: float = 0.8) -> RiskMap:
     """Confusions that cost the most accepted risk.
 

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from vilu.datasets.base import ImageDataset
+from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import MissingModelError, ProvenanceError, UsageError
+from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
@@ -67,6 +68,8 @@ COMPETITORS = 3
 """Of an answer, itself among them."""
 
 
+@checked
+@as_usual()
 def report_page(
     outcomes: Sequence[Outcomes],
     *,

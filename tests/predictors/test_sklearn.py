@@ -1,0 +1,47 @@
+"""What of scikit-learn's habits holds: parameters, clone and repr; and a sentence where it does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+
+import vilu
+from tests.conftest import toy_embeddings
+from vilu.errors import NotFittedError, UsageError
+from vilu.predictors.parameters import parameters
+
+
+def test_parameters_and_clones_of_every_method() -> None:
+    for cls in vilu.PREDICTORS.values():
+        predictor = cls()
+        values = predictor.get_params()
+        assert values == predictor.get_params(deep=False) == {name: f.default for name, f in parameters(cls).items()}
+        if "seed" in values:
+            assert predictor.set_params(seed=7) is predictor
+        twin = clone(predictor)
+        assert (type(twin), twin.get_params()) == (cls, predictor.get_params())
+        assert repr(predictor) == (f"{cls.__name__}(seed=7)" if "seed" in values else f"{cls.__name__}()")
+
+
+def test_a_clone_is_not_fitted_and_learns_the_same() -> None:
+    train = toy_embeddings(n=100)
+    predictor = vilu.PREDICTORS["linear_probe"]().fit(train)
+    twin = clone(predictor)
+    with pytest.raises(NotFittedError):
+        twin.predict_uncertainty(train)
+    twin.fit(train)
+    assert np.array_equal(twin.predict_uncertainty(train), predictor.predict_uncertainty(train))
+
+
+def test_what_sklearn_cannot_do_it_is_told_in_a_sentence() -> None:
+    train = toy_embeddings(n=20)
+    for use in (
+        lambda: cross_val_score(vilu.MCM(), train, scoring=lambda *_: 0.0),
+        lambda: GridSearchCV(vilu.ViLU(), {"seed": [0, 1]}, scoring=lambda *_: 0.0).fit(train),
+    ):
+        with pytest.raises(UsageError, match=r"array.* data\.take\(rows\)"):
+            use()
+    with pytest.raises(UsageError, match="mcm has no parameter 'sed'"):
+        vilu.MCM().set_params(sed=1)
