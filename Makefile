@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz fuzz test-offline test-processors lint format bench audit release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-offline test-processors lint format bench audit release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -25,6 +25,12 @@ test-fuzz: .venv/.dev
 # Led by coverage (atheris), target by target: make fuzz ARGS='tar npy --runs 20000'
 fuzz: .venv/.fuzz
 	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz.py $(ARGS)
+
+# Damage to every file of every artefact, and edits of every document; SEED=... draws others, the log tells of each.
+test-corruption: .venv/.dev
+	SEED=$${SEED:-0} DAMAGES=$${DAMAGES:-1200} USES=$${USES:-99} EDITS=$${EDITS:-1000} OMP_NUM_THREADS=1 \
+		CORRUPTION_LOG=$${CORRUPTION_LOG:-build/corruption.jsonl} \
+		$(BIN)/python -m pytest -n 2 --show-capture=no tests/corruption $(ARGS)
 
 # The whole demo in a network of its own, in which there is nothing but this machine.
 test-offline: .venv/.demo

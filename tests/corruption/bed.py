@@ -28,6 +28,7 @@ from vilu.decision.monitor import Monitor
 from vilu.decision.score import Decider
 from vilu.decision.score_folder import ScoreFolder
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.pairs import Pools
 from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.predictors.heads.vilu import ViLU
@@ -36,7 +37,6 @@ from vilu.predictors.storage import load, write_card
 from vilu.progress import reporting
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
-from vilu.store.reader import CaptionStore, EmbeddingStore
 
 FINE = {0, 8}
 """Exit codes of commands that have done what they were asked: 8 is the answer "the promise is void"."""
@@ -173,11 +173,11 @@ Do = Callable[..., object]
 def _store(root: Path, name: str, do: Do) -> Artefact:
     out = root / "out.parquet"
     path = root / name
-    more = ("--pool-size", 4) if name == "pairs" else ()
+    more, method = (("--pool-size", 4), "mcm") if name == "pairs" else ((), "knn_distance")
 
     def read() -> object:
-        inspect(path, deep=True)
-        store = (CaptionStore if name == "pairs" else EmbeddingStore)(path)
+        inspect(path)
+        store = vilu.open_source(path, pools=Pools(4)) if name == "pairs" else vilu.open_source(path)
         return [vilu.MCM().predict_uncertainty(store).tolist(), list(store.ids), store.target.tolist()]
 
     uses: dict[str, Use] = {
@@ -185,7 +185,7 @@ def _store(root: Path, name: str, do: Do) -> Artefact:
         "inspect": lambda: do("inspect", path, "--deep"),
         "score": lambda: do("score", "mcm", path, "-o", out, *more, out=out),
         "explain": lambda: do("explain", "mcm", path, "-n", 2, "--json", *more),
-        "fit": lambda: do("fit", path, "-o", "fitted", "--method", "mcm", *more, out=root / "fitted"),
+        "fit": lambda: do("fit", path, "-o", "fitted", "--method", method, *more, out=root / "fitted"),
     }
     return Artefact(path, uses, read)
 

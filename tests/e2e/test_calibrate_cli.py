@@ -219,3 +219,59 @@ def test_a_hundredth_of_the_rows_is_left_out(work: Path, predictor: Path, tmp_pa
     rows, risk = Outcomes.load(predictor / "calibration.parquet"), json.loads((predictor / "risk.json").read_text())
     assert rows.ids == tuple(f"new/{i}.png" for i in range(1, 120))
     assert (risk["n"], risk["rule"]["certificates"][""]["n"], risk["label_sets"]["n"]) == (119, 119, 119)
+
+
+def test_an_edited_rule_is_refused_by_all_who_use_it(work: Path, predictor: Path, tmp_path: Path) -> None:
+    """By its digest; and where a digest agrees, or an old file has none, by the calibration rows."""
+    run("score", predictor, work / "new", "-o", tmp_path / "plain.parquet")
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
+    users = (
+        ("score", predictor, work / "new", "-o", tmp_path / "x.parquet"),
+        ("monitor", predictor, tmp_path / "plain.parquet"),
+        ("report", tmp_path / "plain.parquet", "--predictor", predictor, "-o", tmp_path / "x.html"),
+        ("inspect", predictor),
+        ("push", predictor, tmp_path / "hub"),
+        ("pull", predictor, "-o", tmp_path / "pulled"),
+    )
+    record = json.loads((predictor / "risk.json").read_text())
+    record["rule"]["certificates"][""]["threshold"] = 0.99999
+    (predictor / "risk.json").write_text(json.dumps(record))
+    for user in users:
+        assert "risk.json is damaged: its content is not what its digest says" in run(*user, code=3).stderr
+    write_json(predictor / "risk.json", record)
+    for user in users[:4]:
+        assert "which calibration.parquet does not bear out. Run `vilu calibrate` again" in run(*user, code=3).stderr
+    assert not any((tmp_path / name).exists() for name in ("x.parquet", "x.html", "hub", "pulled"))
+
+
+def test_an_edited_calibrator_is_refused(work: Path, predictor: Path, tmp_path: Path) -> None:
+    run("calibrate", predictor, work / "calibration")
+    record = json.loads((predictor / "predictor.json").read_text())
+    record["calibrator"]["weights"][0] *= 3
+    (predictor / "predictor.json").write_text(json.dumps(record))
+    (predictor / "risk.json").unlink()
+    done = run("score", predictor, work / "new", "-o", tmp_path / "x.parquet", code=3)
+    assert (
+        "predictor.json is damaged: its content is not what its fingerprint says. Run `vilu fit` again" in done.stderr
+    )
+
+
+@pytest.mark.parametrize("how", ["stale", "cut", "other rows"])
+def test_push_and_pull_check_the_calibration(how: str, work: Path, predictor: Path, tmp_path: Path) -> None:
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
+    code, said = 3, "risk.json is damaged"
+    if how == "cut":
+        (predictor / "risk.json").write_bytes((predictor / "risk.json").read_bytes()[:-40])
+    elif how == "stale":
+        shutil.copy(work / "fitted/predictor.json", predictor)
+        code, said = 6, "was made for another predictor than lies beside it"
+    else:
+        shutil.copy(predictor / "calibration.parquet", tmp_path / "rows.parquet")
+        (predictor / "calibration.parquet").write_bytes(b"PAR1" + b"x" * 50 + b"PAR1")
+        said = "calibration.parquet does not hold the rows that risk.json names"
+    for words in (("push", predictor, tmp_path / "hub"), ("pull", predictor, "-o", tmp_path / "pulled")):
+        done = run(*words, code=code)
+        assert said in done.stderr
+        assert "Run `vilu calibrate` again" in done.stderr
+    assert not (tmp_path / "hub").exists()
+    assert not (tmp_path / "pulled").exists()

@@ -26,7 +26,9 @@ from vilu.outcomes.results import ResultRow
 logger = logging.getLogger(__name__)
 
 AGAIN = "Run its `vilu benchmark` again"
-SCORES, BOOTSTRAP = ".parquet", ".npy"
+Suffix = Literal[".parquet", ".npy"]
+SCORES: Suffix = ".parquet"
+BOOTSTRAP: Suffix = ".npy"
 
 
 class Refusal(Section):
@@ -62,7 +64,7 @@ class CellResult(Section):
     refused: Refusal | None = None  # why there are none
     warnings: tuple[str, ...] = ()  # what the method warned of
     timing: Timing | None = Field(default=None, exclude=True)  # in cells of earlier vilu; now it is in the log
-    files: dict[str, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
+    files: dict[Suffix, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
 
     def value(self, metric: str) -> float | None:
         """A metric; None where it is undefined, or the cell was refused."""
@@ -72,7 +74,7 @@ class CellResult(Section):
         """Write everything, this document last: the cell is finished if and only if it is there."""
         path = root / self.cell.path
         make_folder(path.parent)
-        files = {}
+        files: dict[Suffix, str] = {}
         if outcomes is not None and bootstrap is not None:
             write_table(path.with_suffix(SCORES), *outcomes.table())
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:

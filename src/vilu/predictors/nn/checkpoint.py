@@ -373,9 +373,10 @@ def _history(position: Mapping[str, Any]) -> History:
     if not isinstance(found, dict) or found.keys() != {"loss", "validation_auroc", "kept_epoch"}:
         raise DataError("a checkpoint has no history.")
     lists = found["loss"], found["validation_auroc"]
-    if not all(isinstance(values, list) and all(map(_is_finite, values)) for values in lists):
+    numbers = all(isinstance(values, list) and all(map(_is_finite, values)) for values in lists)
+    if not numbers or type(found["kept_epoch"]) is not int:
         raise DataError("the history of a checkpoint is not of numbers.")
-    return History(list(lists[0]), list(lists[1]), int(found["kept_epoch"]))
+    return History(list(lists[0]), list(lists[1]), found["kept_epoch"])
 
 
 def _is_finite(value: object) -> bool:
