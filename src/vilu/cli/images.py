@@ -239,7 +239,9 @@ def list_known(as_json: AsJson = False) -> None:
 
 @datasets.command("check")
 def check_known(
-    path: Annotated[Path, typer.Argument(help="Folder that holds data sets, or one data set's own.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder that holds data sets, or one data set's own.", callback=existing)
+    ],
     names: Annotated[
         list[str] | None,
         typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=complete_datasets),

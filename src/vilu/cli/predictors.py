@@ -135,7 +135,7 @@ def _claim(output: Path, inputs: str, *, overwrite: bool) -> bool:
     from vilu.predictors.storage import load
 
     same = says_inputs(output / PREDICTOR) == inputs
-    if same:
+    if same and not overwrite:
         try:
             load(output)
         except ViLUError as error:

@@ -107,7 +107,12 @@ def _fit_of(path: Path) -> dict[str, Any] | None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is one of a predictor's, by its name and what it says; whole it need not be."""
+    """Whether a file is one of a predictor's: by its name and what it says, or damaged beside one that says it."""
+    beside = (path.with_name(name) for name in (PREDICTOR, WEIGHTS))
+    return _says_ours(path) or (path.name in {PREDICTOR, WEIGHTS, RISK, ROWS} and any(map(_says_ours, beside)))
+
+
+def _says_ours(path: Path) -> bool:
     try:
         with path.open("rb") as handle:
             if path.name == WEIGHTS:
