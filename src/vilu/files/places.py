@@ -14,7 +14,7 @@ from typing import Literal
 
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.files.disk import MANIFEST, RUN, file_hash, or_refuse
-from vilu.files.documents import MAX_DOCUMENT_BYTES, SEAL, digest, parse_json, read_bounded, read_json
+from vilu.files.documents import MAX_DOCUMENT_BYTES, SEAL, digest, parse_json, read_bounded, read_json, write_json
 from vilu.files.tables import METADATA_KEY, read_table
 
 logger = logging.getLogger("vilu")
@@ -55,6 +55,11 @@ TAIL = 4096
 def said_of(inputs: str | None) -> dict[str, str]:
     """What a document or a table says of its inputs."""
     return {INPUTS: inputs} if inputs else {}
+
+
+def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
+    """Write a document with the digest of its inputs."""
+    write_json(path, {**content, **said_of(inputs)})
 
 
 Made = tuple[Kind, str]
