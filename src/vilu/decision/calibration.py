@@ -101,8 +101,8 @@ def calibrate_predictor(
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
     and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
-    refused, or without a rule. Where the target is out of reach nothing is written; where the same rows and target are
-    those of the calibration that is there, neither. ``overwrite`` replaces one of other rows or another target.
+    refused, or without a rule. Where the target is out of reach nothing is written. Without ``overwrite`` a calibration
+    of the same rows and target that is there stays as it is, and one of others is refused.
 
     Warns:
         If some rows were used to fit; they are left out.
@@ -129,7 +129,7 @@ def _calibrate(
     predictor.calibrator_ = None
     made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, dataclasses.asdict(target)
     inputs = digest(made_from)
-    found = _calibrated(folder, inputs, overwrite=overwrite)
+    found = None if overwrite else _calibrated(folder, inputs)
     if found is not None:
         return found
     fresh = predictor.unseen(data, "calibration")
@@ -160,7 +160,7 @@ def _calibrate(
     return made
 
 
-def _calibrated(folder: Path, inputs: str, *, overwrite: bool) -> Record | None:
+def _calibrated(folder: Path, inputs: str) -> Record | None:
     """What the same inputs made of a predictor before; refuses what others made. What cannot be used is in no way."""
     if not record.has_record(folder):
         return None
@@ -172,12 +172,10 @@ def _calibrated(folder: Path, inputs: str, *, overwrite: bool) -> Record | None:
     if found.inputs == inputs:
         logger.info("%s is calibrated so already: there is nothing to do", folder)
         return found
-    if not overwrite:
-        raise UsageError(
-            f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
-            "--overwrite replaces that calibration; monitors of it then begin anew."
-        )
-    return None
+    raise UsageError(
+        f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
+        "--overwrite replaces that calibration; monitors of it then begin anew."
+    )
 
 
 def _infeasible(selector: Selector) -> str:
