@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vilu.cli.console import TERMINATED, complain, make_reporter, set_verbosity
+from vilu.cli.console import TERMINATED, complain, make_reporter, require_kinds, set_verbosity
 from vilu.cli.images import datasets, embed, inspect, list_catalogue
 from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
@@ -64,6 +64,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
+        require_kinds(command.__name__, values)
         try:
             command(**values)
         except (KeyboardInterrupt, SystemExit) as stop:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vilu.cli.console import (
+    MOST_SEED,
     Data,
     Json,
     JsonFile,
@@ -55,7 +56,9 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     candidates: Annotated[int, typer.Option(min=1, help="Competitors of each answer to show.")] = 5,
     neighbours: Annotated[int, typer.Option(min=1, help="Training failures, and successes, to show.")] = 3,
     background: Annotated[int, typer.Option(min=1, help="Rows that an attribution compares with.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the background, or of the folds of --summary.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")
+    ] = 0,
     summary: Annotated[
         bool, typer.Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
     ] = False,
@@ -151,7 +154,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool,
         typer.Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival."),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers that break ties, and of --shuffle.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the random numbers that break ties, and of --shuffle.")
+    ] = 0,
     backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
     as_json: Json = False,
     output: JsonFile = None,

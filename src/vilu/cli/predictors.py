@@ -12,6 +12,8 @@ import typer
 
 from vilu.cli.console import (
     LOG,
+    MOST_RESAMPLES,
+    MOST_SEED,
     Data,
     Overwrite,
     Predictor,
@@ -58,7 +60,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         Path | None,
         typer.Option(help="Store to select on; without it a part of the training rows is held out.", callback=existing),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
@@ -245,8 +247,10 @@ def evaluate(
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
-    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples behind each interval.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    resamples: Annotated[
+        int, typer.Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples behind each interval.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.decision.score_folder import ScoreFolder
