@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vilu.cli.console import TERMINATED, complain, make_reporter, set_verbosity
+from vilu.cli.console import TERMINATED, complain, make_reporter, require_kinds, set_verbosity
 from vilu.cli.images import datasets, embed, inspect, list_catalogue
 from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
@@ -22,7 +22,8 @@ app = typer.Typer(
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
     epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command has its own --help. "
     "Commands write to a new or an empty place, or to what the same command wrote; --overwrite makes that anew, and "
-    "other files are never touched. Exit codes: 2 the command cannot be (a path that is not there, a place that is taken), 3 "
+    "other files are never touched. "
+    "Exit codes: 2 the command cannot be (a path that is not there, a place that is taken), 3 "
     "data, 4 risk out of reach, 5 no model, 6 artefacts that do not fit together, 7 storage, 8 alarm, 75 busy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -67,6 +68,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
+        require_kinds(command.__name__, values)
         try:
             command(**values)
         except (KeyboardInterrupt, SystemExit) as stop:

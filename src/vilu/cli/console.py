@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 import typer
 
 from vilu.errors import StorageError, UsageError
-from vilu.files.places import Kind, claim_file, inputs_of
 from vilu.progress import Reporter, Silence, Task
 from vilu.text import aligned, printable
 
@@ -30,9 +29,12 @@ if TYPE_CHECKING:
 
     from vilu.embeddings.pairs import Pools
     from vilu.embeddings.source import EmbeddingSource
+    from vilu.files.places import Kind
 
 LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
+MOST_SEED, MOST_RESAMPLES, MOST_WORKERS = 2**63 - 1, 10**6, 4096
+"""Larger numbers on a command line are slips of the finger."""
 INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143
 """Exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM."""
 
@@ -240,6 +242,8 @@ def keeping(
     """
     if output is None:
         return lambda _: None
+    from vilu.files.places import claim_file, inputs_of  # late: `vilu --help` does without pydantic
+
     inputs = inputs_of(*read, **settings)
     if claim_file(output, kind, inputs, overwrite=overwrite):
         return lambda _: nothing_to_do(output)
@@ -252,6 +256,53 @@ def existing(given: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as 
         if isinstance(path, Path) and not path.exists():
             raise UsageError(f"{path} does not exist.")
     return given
+
+
+STORE, PREDICTOR, SCORES, STUDIES = "a store of embeddings", "a predictor", "scores", "the output of a benchmark"
+PAIR = {"predictor": PREDICTOR, "store": STORE}
+WANTED: dict[str, dict[str, str]] = {
+    "embed": {"source": "images"},
+    "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR},
+    "calibrate": PAIR,
+    "score": PAIR,
+    "explain": {**PAIR, "train": STORE},
+    "evaluate": {"scores": SCORES},
+    "monitor": {"predictor": PREDICTOR, "scores": SCORES, "late_labels": SCORES},
+    "report": {"run": SCORES, **PAIR},
+    "export": {"predictor": PREDICTOR},
+    "push": {"predictor": PREDICTOR},
+    "pools": {"store": STORE},
+    "render": {"run": STUDIES},
+}
+"""What lies at the paths that a command reads, by the names of its parameters; arguments first, in their order."""
+
+
+def kind_of(path: Path) -> str | None:
+    """What lies at a path, by the names of its files; None where that is no folder of ours."""
+    if (path / "predictor.json").is_file():
+        return PREDICTOR
+    if (path / "run.json").is_file():
+        return SCORES if (path / "scores").is_dir() else STORE
+    return STUDIES if any((path / name).is_dir() for name in ("cells", "studies")) else None
+
+
+def _paths(given: Any) -> list[Path]:  # noqa: ANN401 - one path, several, or None
+    return list(map(Path, given if isinstance(given, list | tuple) else [] if given is None else [given]))
+
+
+def require_kinds(command: str, values: Mapping[str, Any]) -> None:
+    """Refuse an empty path, and one with another kind of thing than the command reads there."""
+    if "" in sys.argv and (Path() in values.values() or values.get("source") == ""):
+        raise UsageError("an argument is empty where a path should be. Write . if this folder is meant.")
+    wrong = [
+        f"{path} is {found}, where {wanted} should be"
+        for name, wanted in WANTED.get(command, {}).items()
+        for path in _paths(values.get(name))
+        if (found := kind_of(path)) not in {None, wanted}
+    ]
+    if wrong:
+        swapped = " They are in the wrong order." if len(wrong) == len(PAIR) else ""
+        raise UsageError(f"{', and '.join(wrong)}.{swapped} See vilu {command} --help.")
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:

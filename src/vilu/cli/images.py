@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vilu.cli import console
-from vilu.cli.console import Overwrite, columns, next_step
+from vilu.cli.console import (
+    MOST_SEED,
+    MOST_WORKERS,
+    Overwrite,
+    columns,
+    next_step,
+)
 from vilu.errors import UsageError
 from vilu.text import printable
 
@@ -97,13 +103,15 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     features: Annotated[
         bool, typer.Option("--features", help="Also keep what goes into the model's last map.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of what is random in the views.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of what is random in the views.")] = 0,
     split: Annotated[str | None, typer.Option(help="Only this split, or several joined by +.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the fixed order.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Decoding threads of a process. [one per core, shared out among --processes]"),
+        typer.Option(
+            min=1, max=MOST_WORKERS, help="Decoding threads of a process. [one per core, shared out among --processes]"
+        ),
     ] = None,
     part_size: Annotated[
         int | None,
@@ -114,7 +122,8 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         typer.Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Of the executor. [one per core, or what the cluster has]")
+        int | None,
+        typer.Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]"),
     ] = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Numbers in the store.")] = "float16",
     max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,

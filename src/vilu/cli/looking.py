@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vilu.cli import console
-from vilu.cli.console import Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
+from vilu.cli.console import (
+    MOST_SEED,
+    Data,
+    Json,
+    JsonFile,
+    Overwrite,
+    Predictor,
+    Reading,
+    next_step,
+    reads,
+)
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.text import printable
 
@@ -44,7 +54,9 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     candidates: Annotated[int, typer.Option(min=1, help="Competitors of each answer to show.")] = 5,
     neighbours: Annotated[int, typer.Option(min=1, help="Training failures, and successes, to show.")] = 3,
     background: Annotated[int, typer.Option(min=1, help="Rows that an attribution compares with.")] = 128,
-    seed: Annotated[int, typer.Option(help="Of the background, or of the folds of --summary.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")
+    ] = 0,
     summary: Annotated[
         bool, typer.Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
     ] = False,
@@ -138,7 +150,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     in_order: Annotated[
         bool, typer.Option("--in-order", help="The rows of each file did arrive in their order, sorted as they look.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers that break ties, and of --shuffle.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the random numbers that break ties, and of --shuffle.")
+    ] = 0,
     backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
     as_json: Json = False,
     output: JsonFile = None,

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from vilu.cli import console
-from vilu.cli.console import Data, Overwrite, Predictor, Reading, RowsFile, RowsJson, next_step, reads
+from vilu.cli.console import (
+    MOST_RESAMPLES,
+    MOST_SEED,
+    Data,
+    Overwrite,
+    Predictor,
+    Reading,
+    RowsFile,
+    RowsJson,
+    next_step,
+    reads,
+)
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,7 +58,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             help="Store to select on; without it a part of the training rows is held out.", callback=console.existing
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
@@ -205,8 +216,10 @@ def evaluate(
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
-    resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples behind each interval.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    resamples: Annotated[
+        int, typer.Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples behind each interval.")
+    ] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.decision.score_folder import ScoreFolder

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vilu.cli.console import Data, Overwrite, Reading, RowsFile, RowsJson, existing, keeping, next_step, reads
+from vilu.cli.console import (
+    MOST_RESAMPLES,
+    MOST_SEED,
+    MOST_WORKERS,
+    Data,
+    Overwrite,
+    Reading,
+    RowsFile,
+    RowsJson,
+    existing,
+    keeping,
+    next_step,
+    reads,
+)
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +47,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")
     ] = Path("benchmark-output"),
-    jobs: Annotated[int, typer.Option(min=1, help="Processes; the number changes no result.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")] = 1,
     models: Annotated[
         Path | None,
         typer.Option(help="Folder with named backbones, in place of the model hub's cache.", callback=existing),
@@ -117,7 +130,7 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the table, the figures and the cache.")
     ] = Path("demo-output"),
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Real photos, end to end: embed 10 kinds of clothes with a small model, and see which answers to distrust.
@@ -148,7 +161,9 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
-    resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples behind each interval.")] = 1000,
+    resamples: Annotated[
+        int, typer.Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples behind each interval.")
+    ] = 1000,
 ) -> None:
     """Failure prediction on image-caption pairs against the number of captions to choose from: AUROC / FPR95.
 

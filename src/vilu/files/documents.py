@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 def digest(value: object) -> str:
     """Short stable hash (blake2b, 16 bytes, hex) of anything that JSON can write."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    content = text.encode("utf-8", "surrogatepass")  # names of files may be no UTF-8
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 logger = logging.getLogger("vilu")
