@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz test-processors lint format bench clean
+.PHONY: demo test test-random test-fuzz test-faults test-processors lint format bench clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -21,6 +21,13 @@ test-fuzz: .venv/.dev
 		echo "round $$round of $(ROUNDS): SEED=$$seed"; \
 		HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-seed=$$seed $(ARGS) || exit; \
 	done
+
+# Every command broken in every way, TRIALS times, and the long form of several processes at once; SEED repeats, OUT keeps
+# a line per trial. As root on Linux, or what needs a mount is skipped.
+TRIALS ?= 5
+test-faults: .venv/.dev
+	seed=$${SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "SEED=$$seed"; \
+		SEED=$$seed TRIALS=$(TRIALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
 
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)

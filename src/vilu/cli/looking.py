@@ -175,8 +175,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             claim_file(state, "monitor state", overwrite=True)  # to go on from; never --overwrite: nothing else has it
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {"false_alarm": false_alarm, "shuffle": shuffle, "seed": seed, "backend": backend, "n_new": len(new)}
-        read = [predictor, *new, *late, *(path for path in [state] if path is not None and path.exists())]
-        keep = keeping(output, "monitor report", read, overwrite=overwrite, **settings)
+        # not the state, which the same command finds changed; where it stood is in the report
+        keep = keeping(output, "monitor report", [predictor, *new, *late], overwrite=overwrite, **settings)
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
@@ -185,11 +185,11 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             status = take(_shuffled(outcomes, [seed, watching.rows]) if shuffle else outcomes)
             batches.append({"scores": str(path), "rows": status.rows, "verdict": status.verdict})
             task.advance(1, status.verdict)
-        if state is not None:
+        facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
+        document = {"kind": "monitoring", **facts}
+        keep(lambda path, inputs: _write_said(path, document, inputs))
+        if state is not None:  # last: rows that are in it are not taken in again
             watching.save(state)
-    facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
-    document = {"kind": "monitoring", **facts}
-    keep(lambda path, inputs: _write_said(path, document, inputs))
     typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
     if watching.status.alarm:
         raise typer.Exit(ALARM)
