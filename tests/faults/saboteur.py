@@ -5,7 +5,8 @@ A step is a call on a file or folder below the watched roots (Python's audit eve
 are none.
 """
 
-# ruff: noqa: PTH, S103 - pathlib would call what is watched here, and rights are what is taken away
+# pathlib would call what is watched here, and rights are what is taken away.
+# ruff: noqa: PTH101, PTH109, PTH113, PTH118, S103
 
 from __future__ import annotations
 

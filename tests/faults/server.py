@@ -26,8 +26,11 @@ from tests.faults import plugin  # noqa: F401 - what the plug-in needs is import
 from tests.faults.saboteur import Saboteur
 from vilu.benchmark import facts
 
-ALSO = ("torch._dynamo", "sklearn.linear_model", "sklearn.isotonic", "scipy.optimize", "scipy.stats", "threadpoolctl", "filelock",
-        "pyarrow.parquet", "pyarrow.csv", "pyarrow.compute", "matplotlib.pyplot", "jinja2", "PIL.PngImagePlugin")  # fmt: skip
+ALSO = (
+    *("torch._dynamo", "sklearn.linear_model", "sklearn.isotonic", "scipy.optimize", "scipy.stats", "threadpoolctl"),
+    *("filelock", "pyarrow.parquet", "pyarrow.csv", "pyarrow.compute", "matplotlib.pyplot", "jinja2"),
+    "PIL.PngImagePlugin",
+)
 
 
 def import_all() -> None:
@@ -100,9 +103,7 @@ def begin(request: dict[str, Any], gate: int) -> int:
 def serve(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Fork, wait, and say how each ended; ``kill_after`` and ``signal`` strike from outside."""
     gate, holder = os.pipe()
-    pids = []
-    for request in requests:
-        pids.append(begin({**request, "holder": holder}, gate))
+    pids = [begin({**request, "holder": holder}, gate) for request in requests]
     os.close(gate)
     begun = time.monotonic()
     os.close(holder)

@@ -5,6 +5,7 @@ Here 20 trials spread over its cells; ``make test-faults`` makes five or more of
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import run_process
+from tests.command import run, run_process
 from tests.faults.bed import CANNOT, COMMANDS, UNBOUND, Bed, can_mount, contents, summary
 from tests.faults.saboteur import FAULTS
+from vilu.predictors.nn.checkpoint import FolderSession
 
 SEED = int(os.environ.get("SEED", "0"))
 TRIALS = int(os.environ.get("TRIALS", "0"))
@@ -113,6 +115,32 @@ def test_two_runs_of_the_other_commands(bed: Bed, name: str, tmp_path: Path) -> 
         found.append(contents(out))
     assert found[0] == found[1]
     assert found[0]
+
+
+def test_a_fit_that_was_killed_after_its_last_file(bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints go when the same fit finds that there is nothing to do; those of another fit stay."""
+    words = ("fit", bed.inputs / "train", "-o", tmp_path / "p", "--method", "vilu", "--set", "hidden=8", "--set")
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderSession, "remove", lambda session: None)
+        run(*words, "epochs=2")
+    assert (tmp_path / "p.checkpoints/run_0").is_dir()
+    before = contents(tmp_path / "p")
+    (tmp_path / "p.checkpoints/fit.txt").rename(tmp_path / "name")
+    run(*words, "epochs=2")
+    assert (tmp_path / "p.checkpoints/run_0").is_dir()
+    (tmp_path / "name").rename(tmp_path / "p.checkpoints/fit.txt")
+    assert "nothing to do" in run(*words, "epochs=2").stderr
+    assert not (tmp_path / "p.checkpoints").exists()
+    assert contents(tmp_path / "p") == before
+
+
+def test_a_study_that_cannot_be_read(bed: Bed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path, **_: object) -> str:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "read_text", broken)
+    said = run("benchmark", bed.inputs / "bench.toml", "-o", tmp_path / "out", code=7).stderr
+    assert "bench.toml: Input/output error" in said
 
 
 def test_times_are_in_the_log_alone(bed: Bed) -> None:

@@ -164,7 +164,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     sample of the accepted ones.
     """
     from vilu.files.disk import locked
-    from vilu.files.places import claim_file
+    from vilu.files.places import claim_file, inputs_of
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
@@ -175,8 +175,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             claim_file(state, "monitor state", overwrite=True)  # to go on from; never --overwrite: nothing else has it
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
         settings = {"false_alarm": false_alarm, "shuffle": shuffle, "seed": seed, "backend": backend, "n_new": len(new)}
-        # not the state, which the same command finds changed; where it stood is in the report
-        keep = keeping(output, "monitor report", [predictor, *new, *late], overwrite=overwrite, **settings)
+        inputs = inputs_of(predictor, *new, *late, **settings)  # without the state: the same command finds it changed
+        there = output is not None and claim_file(output, "monitor report", inputs, overwrite=overwrite)
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
@@ -187,7 +187,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             task.advance(1, status.verdict)
         facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
         document = {"kind": "monitoring", **facts}
-        keep(lambda path, inputs: _write_said(path, document, inputs))
+        if output is not None and not (there and _says(output, document)):
+            _write_said(output, document, inputs)
         if state is not None:  # last: rows that are in it are not taken in again
             watching.save(state)
     typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
@@ -195,6 +196,14 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise typer.Exit(ALARM)
     if state is not None:
         next_step(f"next rows: {shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
+
+
+def _says(report: Path, document: dict[str, Any]) -> bool:
+    """Whether a report says the same but for what its call took in, as that of the same command does."""
+    from vilu.files.documents import read_json
+
+    found = read_json(report, "Run `vilu monitor` again")
+    return all(found.get(name) == value for name, value in document.items() if name != "batches")
 
 
 def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:
