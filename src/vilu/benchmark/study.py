@@ -257,7 +257,8 @@ def run_studies(
         UsageError: Also if ``output`` holds something else than benchmarks.
     """
     begun = any((output / name).is_dir() for name in ("stores", "cells"))
-    claim_folder(output, "benchmark", lambda path: path.name == "smoke", same=begun, overwrite=True)
+    if not begun:
+        claim_folder(output, "benchmark", lambda path: path.name == "smoke", overwrite=True)
     for config in configs:
         folder = output / STUDIES / config.name
         claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())
@@ -299,8 +300,8 @@ def render_studies(
         there = claim_file(document, "study", inputs, overwrite=overwrite)
         claim_folder(document.with_suffix(""), "document's figures", lambda _: False, same=ours)
     studies = [render(board, output) for board in boards]
-    if document is not None and there:
-        logger.info("%s holds these studies already", document)
-    if document is not None:
+    if there:
+        logger.info("%s holds these studies already: there is nothing to do", document)
+    elif document is not None:
         write_document(studies, document, title, intro, inputs)
     return studies

@@ -288,7 +288,9 @@ Data = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="Replace what other inputs made there; what is not vilu's is never touched."),
+    typer.Option(
+        "--overwrite", help="Make it anew in place of what vilu made there; what is not vilu's is never touched."
+    ),
 ]
 Fold = Literal["train", "validation", "test"]
 

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import (
-    Overwrite,
-    columns,
-    complete_backbones,
-    complete_datasets,
-    existing,
-    next_step,
-    shell,
-)
+from vilu.cli import console
+from vilu.cli.console import Overwrite, columns, next_step
 from vilu.errors import UsageError
 from vilu.text import printable
 
@@ -28,45 +21,51 @@ if TYPE_CHECKING:
     from vilu.store.job import Executor
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as 'DIR/{000..099}.tar'; see "
+        "`vilu list datasets`. With --dataset: the folder that holds data sets, or that one."
+    ),
+]
+Backbone = Annotated[
+    str,
+    typer.Option(
+        help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
+        autocompletion=console.complete_backbones,
+    ),
+]
+Models = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder with a sub-folder for each named backbone, in place of the model hub.",
+        callback=console.existing,
+    ),
+]
+Named = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A data set by its name, as in `vilu datasets list`.",
+        autocompletion=console.complete_datasets,
+    ),
+]
+
+
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as 'DIR/{000..099}.tar'; see "
-            "`vilu list datasets`. With --dataset: the folder that holds data sets, or that one."
-        ),
-    ],
+    source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
-    backbone: Annotated[
-        str,
-        typer.Option(
-            help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
-            autocompletion=complete_backbones,
-        ),
-    ] = "compact",
-    models: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with a sub-folder for each named backbone, in place of the model hub.",
-            callback=existing,
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="A data set by its name, as in `vilu datasets list`.",
-            autocompletion=complete_datasets,
-        ),
-    ] = None,
+    backbone: Backbone = "compact",
+    models: Models = None,
+    dataset: Named = None,
     raw_names: Annotated[
         bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
     ] = False,
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=existing
+            help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=console.existing
         ),
     ] = None,
     captions: Annotated[
@@ -183,8 +182,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         next_step("this rank's parts are done; the rank that ends last makes the store complete")
     else:
         shards = sum(count for kind, count in store.manifest.errors.items() if kind in BAD_SHARD)
-        lost = f", {shards:,} bad shards" if shards else ""
-        errors = f"{store.manifest.n_error - shards:,} bad images{lost}"
+        errors = f"{store.manifest.n_error - shards:,} bad images" + (f", {shards:,} bad shards" if shards else "")
         next_step(f"{len(store):,} embeddings, {errors}; next: {_following(output, split, source)}")
 
 
@@ -201,7 +199,7 @@ def _following(output: Path, *names: str | None) -> str:
     said = [Path(name).name.lower() for name in (*names, output.name) if name]
     use = next((use for name in said for start, use in USES.items() if name.startswith(start)), ("vilu", "fit"))
     ends = {"score": ("-o", "scores.parquet"), "calibrate": ("--max-risk", "0.05"), "fit": ("-o", "predictor")}
-    return shell(*use, output, *ends[use[1]])
+    return console.shell(*use, output, *ends[use[1]])
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:
@@ -251,10 +249,12 @@ def list_known(as_json: AsJson = False) -> None:
 
 @datasets.command("check")
 def check_known(
-    path: Annotated[Path, typer.Argument(help="Folder that holds data sets, or one data set's own.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder that holds data sets, or one data set's own.", callback=console.existing)
+    ],
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=complete_datasets),
+        typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=console.complete_datasets),
     ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compare checksums of archives, and count the pairs in tars.")
@@ -432,7 +432,7 @@ def inspect(
         Path,
         typer.Argument(
             help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...",
-            callback=existing,
+            callback=console.existing,
         ),
     ],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,

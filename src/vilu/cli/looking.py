@@ -10,20 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import (
-    Data,
-    Json,
-    JsonFile,
-    Overwrite,
-    Predictor,
-    Reading,
-    existing,
-    keeping,
-    next_step,
-    nothing_to_do,
-    reads,
-    shell,
-)
+from vilu.cli import console
+from vilu.cli.console import Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
 from vilu.errors import UsageError
 from vilu.text import printable
 
@@ -46,7 +34,8 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     train: Annotated[
         Path | None,
         typer.Option(
-            help="Labelled store that the predictor was fitted on: for the nearest rows in it.", callback=existing
+            help="Labelled store that the predictor was fitted on: for the nearest rows in it.",
+            callback=console.existing,
         ),
     ] = None,
     key: Annotated[list[str] | None, typer.Option(help="Explain the row with this key; repeatable.")] = None,
@@ -67,6 +56,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     overwrite: Overwrite = False,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
+    from vilu.files.places import write_said
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
@@ -76,7 +66,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     depth = Depth(candidates, neighbours, background, seed)
     settings = {"summary": summary, "coverage": coverage, "key": key, "row": row, "n": n, "depth": str(depth)}
     read = [predictor, store] if train is None else [predictor, store, train]
-    keep = keeping(output, "explanation", read, overwrite=overwrite, reading=asdict(reading), **settings)
+    keep = console.keeping(output, "explanation", read, overwrite=overwrite, reading=asdict(reading), **settings)
     data, fitted = reading.open(store), load(predictor)
     if summary:
         if train is not None or key or row:
@@ -88,24 +78,16 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
             "prompt_gains": gains and gains.to_dict(),
         }
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
-        following = f"to see single rows: {shell('vilu', 'explain', predictor, store)}"
+        following = f"to see single rows: {console.shell('vilu', 'explain', predictor, store)}"
     else:
         known = None if train is None else reading.open(train, "train")
         found = explain_rows(fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth)
         content, text = found.to_dict(), str(found)
-        more = shell("vilu", "explain", predictor, store, "--summary")
+        more = console.shell("vilu", "explain", predictor, store, "--summary")
         following = f"{len(found)} rows explained; where the failures are: {more}"
-    keep(lambda path, inputs: _write_said(path, content, inputs))
+    keep(lambda path, inputs: write_said(path, content, inputs))
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
     next_step(following)
-
-
-def _write_said(path: Path, content: dict[str, Any], inputs: str) -> None:
-    """Write a document with the digest of what it was made from."""
-    from vilu.files.documents import write_json
-    from vilu.files.places import said_of
-
-    write_json(path, {**content, **said_of(inputs)})
 
 
 def _summary(
@@ -126,19 +108,21 @@ def _summary(
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[
-        Path, typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.", callback=existing)
+        Path,
+        typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.", callback=console.existing),
     ],
     scores: Annotated[
         list[Path] | None,
         typer.Argument(
-            help="Files or folders that `vilu score` wrote, in the order in which the rows arrived.", callback=existing
+            help="Files or folders that `vilu score` wrote, in the order in which the rows arrived.",
+            callback=console.existing,
         ),
     ] = None,
     late_labels: Annotated[
         list[Path] | None,
         typer.Option(
             help="Scores of rows monitored before, with failures that were not known then; repeatable.",
-            callback=existing,
+            callback=console.existing,
         ),
     ] = None,
     state: Annotated[
@@ -164,7 +148,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     sample of the accepted ones.
     """
     from vilu.files.disk import locked
-    from vilu.files.places import claim_file, inputs_of
+    from vilu.files.places import claim_file, inputs_of, write_said
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
@@ -188,14 +172,14 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
         document = {"kind": "monitoring", **facts}
         if output is not None and not (there and _says(output, document)):
-            _write_said(output, document, inputs)
+            write_said(output, document, inputs)
         if state is not None:  # last: rows that are in it are not taken in again
             watching.save(state)
     typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
     if watching.status.alarm:
         raise typer.Exit(ALARM)
     if state is not None:
-        next_step(f"next rows: {shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
+        next_step(f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
 
 
 def _says(report: Path, document: dict[str, Any]) -> bool:
@@ -240,7 +224,9 @@ def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     run: Annotated[
         Path,
-        typer.Argument(help="Folder of .parquet files that `vilu score` wrote, or one of them.", callback=existing),
+        typer.Argument(
+            help="Folder of .parquet files that `vilu score` wrote, or one of them.", callback=console.existing
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page, .html.")],
     main: Annotated[
@@ -248,7 +234,9 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     predictor: Annotated[
         Path | None,
-        typer.Option(help="Folder of a calibrated predictor: its rule accepts and abstains.", callback=existing),
+        typer.Option(
+            help="Folder of a calibrated predictor: its rule accepts and abstains.", callback=console.existing
+        ),
     ] = None,
     max_risk: Annotated[
         float, typer.Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
@@ -260,7 +248,9 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
         Path | None,
-        typer.Option(help="Store that was scored, for the classes that compete with an answer.", callback=existing),
+        typer.Option(
+            help="Store that was scored, for the classes that compete with an answer.", callback=console.existing
+        ),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page. [data set and split]")] = None,
     overwrite: Overwrite = False,
@@ -284,7 +274,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     inputs = inputs_of(*(scored or [run]), *beside, images=pictures and pictures.fingerprint, **settings)
     if claim_file(output, "page", inputs, overwrite=overwrite):
         typer.echo(output)
-        nothing_to_do(output)
+        console.nothing_to_do(output)
         return
     page = report_page(
         read_scores(run),

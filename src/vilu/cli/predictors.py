@@ -10,22 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vilu.cli.console import (
-    LOG,
-    Data,
-    Overwrite,
-    Predictor,
-    Reading,
-    RowsFile,
-    RowsJson,
-    complete_methods,
-    existing,
-    keeping,
-    next_step,
-    nothing_to_do,
-    reads,
-    shell,
-)
+from vilu.cli import console
+from vilu.cli.console import Data, Overwrite, Predictor, Reading, RowsFile, RowsJson, next_step, reads
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -47,16 +33,19 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     stores: Annotated[
         list[Path],
         typer.Argument(
-            help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo.", callback=existing
+            help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo.",
+            callback=console.existing,
         ),
     ],
     output: Output,
     method: Annotated[
-        str, typer.Option(help="See `vilu list predictors`.", autocompletion=complete_methods)
+        str, typer.Option(help="See `vilu list predictors`.", autocompletion=console.complete_methods)
     ] = "vilu_plus",
     validation: Annotated[
         Path | None,
-        typer.Option(help="Store to select on; without it a part of the training rows is held out.", callback=existing),
+        typer.Option(
+            help="Store to select on; without it a part of the training rows is held out.", callback=console.existing
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     settings: Annotated[
@@ -68,7 +57,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     reading: Reading,
     init: Annotated[
         Path | None,
-        typer.Option(metavar="PREDICTOR", help="Begin with the weights of a fitted predictor.", callback=existing),
+        typer.Option(
+            metavar="PREDICTOR", help="Begin with the weights of a fitted predictor.", callback=console.existing
+        ),
     ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="Only so many labelled rows of each class.")] = None,
     pseudo: Annotated[
@@ -86,20 +77,21 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     and its calibration goes with it. Interrupted, the same command goes on where the last checkpoint (beside OUTPUT)
     was. Under torchrun heads are trained by all processes together; the result does not depend on how many there are.
     """
-    from vilu.predictors import find_method
+    from vilu.predictors import find_method, storage
     from vilu.predictors.nn.processes import world
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
         predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
         read = [*stores, *(path for path in (validation, init) if path is not None)]
-        flags = {"with": [validation is None, init is None], "shots": shots and [shots, seed], "pseudo": pseudo}
-        inputs = _inputs(predictor, read, reading=asdict(reading), **flags)
-        if _claim(output, inputs, overwrite=overwrite):
+        mixed = pseudo and [store.name for store in stores]
+        flags = {"with": [validation is None, init is None], "shots": shots and [shots, seed], "pseudo": mixed}
+        inputs = storage.inputs_of_fit(predictor, read, reading=asdict(reading), **flags)
+        if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
                 _drop_checkpoints(stack, predictor, output, inputs)
                 typer.echo(output)
-                nothing_to_do(output)
+                console.nothing_to_do(output)
             return
         train = _training_set(stores, reading, (shots, seed), pseudo)
         chosen = None if validation is None else reading.open(validation, "validation")
@@ -120,34 +112,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
 
 
 def _to_score(predictor: Path) -> str:
-    return f"next: {shell('vilu', 'score', predictor, 'STORE', '-o', 'scores.parquet')}"
-
-
-def _inputs(predictor: FailurePredictor, read: list[Path], **flags: object) -> str:
-    """Digest of everything that decides what a fit leads to."""
-    from vilu.files.places import inputs_of
-    from vilu.predictors.record import describe
-
-    said = describe(predictor)
-    return inputs_of(*read, method=said["method"], parameters=said["parameters"], **flags)
-
-
-def _claim(output: Path, inputs: str, *, overwrite: bool) -> bool:
-    """Whether a predictor of the same inputs is there; a damaged one of theirs is made again, others are refused."""
-    from vilu.errors import ViLUError
-    from vilu.files.places import claim_folder
-    from vilu.predictors.record import PREDICTOR, is_ours, says_inputs
-    from vilu.predictors.storage import load
-
-    same = says_inputs(output / PREDICTOR) == inputs
-    if same:
-        try:
-            load(output)
-        except ViLUError as error:
-            LOG.warning("%s is made again: %s", output, error)
-            same, overwrite = False, True
-    torn = not (output / PREDICTOR).exists()  # of a save that was interrupted there is no record yet
-    return claim_folder(output, "predictor", is_ours, same=same, overwrite=overwrite or torn)
+    return f"next: {console.shell('vilu', 'score', predictor, 'STORE', '-o', 'scores.parquet')}"
 
 
 def _new_predictor(
@@ -233,7 +198,7 @@ def score(
     a_file = output.suffix.lower() in {".parquet", ".csv"} and not output.is_dir()
     if output.suffix and not (a_file or output.is_dir()):
         raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
-    keep = keeping(
+    keep = console.keeping(
         output if a_file else None, "scores", [predictor, store], overwrite=overwrite, reading=asdict(reading)
     )
     data, fitted = reading.open(store), load(predictor)
@@ -248,11 +213,15 @@ def score(
     else:
         score_parts(fitted, data, output, dataset=store.name, split=split, overwrite=overwrite, decider=decider)
     typer.echo(output)
-    next_step(f"{len(data):,} rows are scored; next, where failures are known: {shell('vilu', 'evaluate', output)}")
+    next_step(
+        f"{len(data):,} rows are scored; next, where failures are known: {console.shell('vilu', 'evaluate', output)}"
+    )
 
 
 def evaluate(
-    scores: Annotated[list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.", callback=existing)],
+    scores: Annotated[
+        list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.", callback=console.existing)
+    ],
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
@@ -264,7 +233,7 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
 
-    keep = keeping(output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed)
+    keep = console.keeping(output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed)
     found = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
     table = evaluate_outcomes(found, n_resamples=resamples, seed=seed)
     keep(lambda path, inputs: table.save(path, inputs=inputs))
@@ -273,7 +242,7 @@ def evaluate(
 
 def convert(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint (.ckpt) of the reference implementation.", callback=existing)
+        Path, typer.Argument(help="Checkpoint (.ckpt) of the reference implementation.", callback=console.existing)
     ],
     output: Output,
     logit_scale: Annotated[float, typer.Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
@@ -285,12 +254,13 @@ def convert(
 ) -> None:
     """Read a checkpoint of the reference implementation, executing nothing in it. Prints the predictor's folder."""
     from vilu.files.places import inputs_of
+    from vilu.predictors import storage
     from vilu.predictors.convert import convert_official
 
     inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
-    if _claim(output, inputs, overwrite=overwrite):
+    if storage.claim(output, inputs, overwrite=overwrite):
         typer.echo(output)
-        nothing_to_do(output)
+        console.nothing_to_do(output)
         return
     predictor = convert_official(checkpoint, logit_scale, embed_dim=embed_dim)
     predictor.notes_["inputs"] = inputs
@@ -302,7 +272,8 @@ def convert(
 @reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Annotated[
-        Path, typer.Argument(help="Folder of a fitted predictor; the result is written into it.", callback=existing)
+        Path,
+        typer.Argument(help="Folder of a fitted predictor; the result is written into it.", callback=console.existing),
     ],
     store: Data,
     max_risk: Annotated[
@@ -387,7 +358,7 @@ def export(
         raise UsageError(f"a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got {output}.")
     if claim_file(output, "ONNX export", read_record(predictor / PREDICTOR)["fingerprint"], overwrite=overwrite):
         typer.echo(output)
-        nothing_to_do(output)
+        console.nothing_to_do(output)
         return
     difference = export_onnx(predictor, output)
     typer.echo(output)
@@ -408,7 +379,7 @@ def push(
 
     place = push_predictor(predictor, repository, private=private, revision=revision, overwrite=overwrite)
     typer.echo(place)
-    next_step(f"elsewhere: {shell('vilu', 'pull', repository, '-o', 'predictor')}")
+    next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
 
 
 def pull(

@@ -99,8 +99,8 @@ def calibrate_predictor(
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
     and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
-    refused, or without a rule. Where the target is out of reach nothing is written; where the same rows and target are
-    those of the calibration that is there, neither. ``overwrite`` replaces one of other rows or another target.
+    refused, or without a rule. Where the target is out of reach nothing is written. Without ``overwrite`` a calibration
+    of the same rows and target that is there stays as it is, and one of others is refused.
 
     Raises:
         DataError: If rows were used to fit, or none has an uncertainty and a known failure.
@@ -115,7 +115,7 @@ def calibrate_predictor(
     claim(folder, same=True)
     made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, dataclasses.asdict(target)
     inputs = digest(made_from)
-    found = _calibrated(Path(folder), inputs, overwrite=overwrite)
+    found = None if overwrite else _calibrated(Path(folder), inputs)
     if found is not None:
         return found
     predictor.refuse_seen(data, "calibration")
@@ -145,7 +145,7 @@ def calibrate_predictor(
     return made
 
 
-def _calibrated(folder: Path, inputs: str, *, overwrite: bool) -> Record | None:
+def _calibrated(folder: Path, inputs: str) -> Record | None:
     """What the same inputs made of a predictor before; refuses what others made. What cannot be used is in no way."""
     if not record.has_record(folder):
         return None
@@ -157,12 +157,10 @@ def _calibrated(folder: Path, inputs: str, *, overwrite: bool) -> Record | None:
     if found.inputs == inputs:
         logger.info("%s is calibrated so already: there is nothing to do", folder)
         return found
-    if not overwrite:
-        raise UsageError(
-            f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
-            "--overwrite replaces that calibration; monitors of it then begin anew."
-        )
-    return None
+    raise UsageError(
+        f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
+        "--overwrite replaces that calibration; monitors of it then begin anew."
+    )
 
 
 def _infeasible(selector: Selector) -> str:

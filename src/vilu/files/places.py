@@ -1,6 +1,6 @@
 """Where may be written: a place that is new, empty, or holds what the same inputs made. Anything else is refused.
 
-``--overwrite``, and the library, replace what vilu has made; files that it does not know as its own are never touched.
+``--overwrite``, and the library, make anew what vilu has made; files that it does not know as its own stay as they are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.files.disk import MANIFEST, RUN, file_hash, or_refuse
-from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, parse_json, read_bounded, read_json
+from vilu.files.documents import MAX_DOCUMENT_BYTES, SEAL, digest, parse_json, read_bounded, read_json, write_json
 from vilu.files.tables import METADATA_KEY, read_table
 
 logger = logging.getLogger("vilu")
@@ -57,6 +57,11 @@ def said_of(inputs: str | None) -> dict[str, str]:
     return {INPUTS: inputs} if inputs else {}
 
 
+def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
+    """Write a document with the digest of its inputs."""
+    write_json(path, {**content, **said_of(inputs)})
+
+
 Made = tuple[Kind, str]
 """Kind of a file of ours, and the digest of its inputs; empty where it does not say."""
 
@@ -73,7 +78,7 @@ def claim_file(path: str | os.PathLike[str], kind: Kind, inputs: str | None = No
         path: Where the file is to be.
         kind: What it is to be.
         inputs: Digest of what it is made from; None where nobody compares.
-        overwrite: Replace a file of this kind that other inputs gave.
+        overwrite: Make it anew, whatever gave a file of this kind that is there.
 
     Raises:
         UsageError: If another file is there, or no folder for it.
@@ -87,7 +92,7 @@ def claim_file(path: str | os.PathLike[str], kind: Kind, inputs: str | None = No
                 f"{target} is there and holds no {kind} of vilu, so it is left alone. Give another file, or remove it."
             )
         same = bool(inputs) and found[1] == inputs
-        if same and _is_whole(target):
+        if same and not overwrite and _is_whole(target):
             return True
         if not (same or overwrite):
             raise UsageError(
@@ -113,7 +118,7 @@ def claim_folder(
         what: What it is to hold, for the message.
         ours: Whether a path in it is of ``what``; files in the making and locks are not asked about.
         same: Whether it was made from the same inputs.
-        overwrite: Replace what other inputs made.
+        overwrite: Make it anew, whatever made what is there.
 
     Raises:
         UsageError: If it is no folder, or something else lies there, or what other inputs made.
@@ -123,7 +128,7 @@ def claim_folder(
     if os.path.lexists(root) and not root.is_dir():
         raise UsageError(f"{root} is a file, so no {what} can be put there. Give a new folder.")
     found = entries(root) if root.exists() else []
-    if found and same:
+    if found and same and not overwrite:
         return True
     require_no_others(root, what, (entry for entry in found if not ours(entry)))
     if found and not overwrite:
@@ -165,16 +170,25 @@ def inputs_of(*paths: Path, **settings: object) -> str:
 
 
 def content_of(path: Path) -> object:
-    """Hash of a file; of a folder of ours the hashes of the documents that vouch for it, of another its listing."""
+    """Hash of a file; of a folder of ours what the documents that vouch for it say, of another its listing."""
     if path.is_file():
         return file_hash(path)
     documents = ["predictor.json", "risk.json", RUN, MANIFEST]
-    found = [[name, file_hash(path / name)] for name in documents if (path / name).is_file()]
+    found = [[name, _said(path / name)] for name in documents if (path / name).is_file()]
     if found:
         return found
     with or_refuse(f"read {path}"):
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [[str(file.relative_to(path)), (at := file.stat()).st_size, at.st_mtime_ns] for file in files]
+
+
+def _said(path: Path) -> object:
+    """What a document says, whichever vilu wrote and sealed it; of a damaged one the hash."""
+    try:
+        found = parse_json(read_bounded(path, "Make it again", DataError))
+    except (ValueError, RecursionError):
+        return file_hash(path)
+    return {key: value for key, value in found.items() if key not in {"vilu", "fingerprint", SEAL}}
 
 
 def _passing(path: Path) -> bool:

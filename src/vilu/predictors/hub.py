@@ -59,6 +59,8 @@ def beside(target: Path) -> Iterator[Path]:
 
 def copy_files(source: Path, destination: Path, *, links: bool) -> str:
     """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint; links for caches."""
+    if not source.exists():
+        raise UsageError(f"{source} does not exist.")
     if not source.is_dir():
         raise DataError(f"no predictor here: {source} is no folder. Make one with `vilu fit`.")
     with or_refuse(f"copy {source} to {destination}"):

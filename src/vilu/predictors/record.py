@@ -61,7 +61,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     weights = safetensors_torch.save(tensors)
     record = describe(predictor)
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-    path, same = Path(folder), _fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record)))
+    path, same = Path(folder), fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record)))
     claim(path, same=same)
     make_folder(path)
     if not (same and "calibrator" in record):
@@ -93,13 +93,8 @@ def _fit(record: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key not in {"calibrator", FINGERPRINT, "vilu"}}
 
 
-def says_inputs(path: Path) -> str | None:
-    """Digest of what a predictor was made from, as its ``predictor.json`` says, which may be damaged or absent."""
-    notes = (_fit_of(path) or {}).get("notes")
-    return notes.get("inputs") if isinstance(notes, dict) else None
-
-
-def _fit_of(path: Path) -> dict[str, Any] | None:
+def fit_of(path: Path) -> dict[str, Any] | None:
+    """What a ``predictor.json`` says but for its calibration; None where it is damaged or absent."""
     try:
         return _fit(parse_json(path.read_bytes()))
     except (OSError, ValueError, RecursionError):
@@ -107,7 +102,12 @@ def _fit_of(path: Path) -> dict[str, Any] | None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is one of a predictor's, by its name and what it says; whole it need not be."""
+    """Whether a file is one of a predictor's: by its name and what it says, or damaged beside one that says it."""
+    beside = (path.with_name(name) for name in (PREDICTOR, WEIGHTS))
+    return _says_ours(path) or (path.name in {PREDICTOR, WEIGHTS, RISK, ROWS} and any(map(_says_ours, beside)))
+
+
+def _says_ours(path: Path) -> bool:
     try:
         with path.open("rb") as handle:
             if path.name == WEIGHTS:
