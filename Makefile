@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-offline test-processors lint format bench audit release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-processors lint format bench audit release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -35,6 +35,13 @@ test-corruption: .venv/.dev
 # The whole demo in a network of its own, in which there is nothing but this machine.
 test-offline: .venv/.demo
 	unshare --user --map-root-user --net $(BIN)/vilu demo --output build/offline
+
+# Every command broken in every way, TRIALS times, and the long form of several processes at once; SEED repeats, OUT keeps
+# a line per trial. As root on Linux, or what needs a mount is skipped.
+TRIALS ?= 5
+test-faults: .venv/.dev
+	seed=$${SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "SEED=$$seed"; \
+		SEED=$$seed TRIALS=$(TRIALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
 
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)

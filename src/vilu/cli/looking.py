@@ -166,7 +166,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     Rows and labels that were given before are left out.
     """
     from vilu.files.disk import locked
-    from vilu.files.places import claim_file, write_said
+    from vilu.files.places import claim_file, inputs_of, write_said
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
@@ -176,25 +176,42 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         if state is not None:
             claim_file(state, "monitor state", overwrite=True)  # to go on from; never --overwrite: nothing else has it
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
-        settings = {"false_alarm": false_alarm, "shuffle": shuffle, "seed": seed, "backend": backend, "n_new": len(new)}
-        read = [predictor, *new, *late, *(path for path in [state] if path is not None and path.exists())]
-        keep = console.keeping(output, "monitor report", read, overwrite=overwrite, **settings)
+        settings = {
+            "false_alarm": false_alarm,
+            "shuffle": shuffle,
+            "in_order": in_order,
+            "seed": seed,
+            "backend": backend,
+        }
+        inputs = inputs_of(
+            predictor, *new, *late, n_new=len(new), **settings
+        )  # without the state: the same command finds it changed
+        there = output is not None and claim_file(output, "monitor report", inputs, overwrite=overwrite)
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
         for number, path in enumerate([*new, *late]):
             batches.append(_take_in(watching, path, seed if shuffle else None, in_order, is_late=number >= len(new)))
             task.advance(1, batches[-1]["verdict"])
-        if state is not None:
+        facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
+        document = {"kind": "monitoring", **facts}
+        if output is not None and not (there and _says(output, document)):
+            write_said(output, document, inputs)
+        if state is not None:  # last: rows that are in it are not taken in again
             watching.save(state)
-    facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
-    document = {"kind": "monitoring", **facts}
-    keep(lambda path, inputs: write_said(path, document, inputs))
     typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
     if watching.status.alarm:
         raise typer.Exit(ALARM)
     if state is not None:
         next_step(f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
+
+
+def _says(report: Path, document: dict[str, Any]) -> bool:
+    """Whether a report says the same but for what its call took in, as that of the same command does."""
+    from vilu.files.documents import read_json
+
+    found = read_json(report, "Run `vilu monitor` again")
+    return all(found.get(name) == value for name, value in document.items() if name != "batches")
 
 
 def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:

@@ -101,12 +101,17 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         inputs = storage.inputs_of_fit(predictor, read, reading=asdict(reading), **flags)
         if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
+                _drop_checkpoints(stack, predictor, output, inputs)
                 typer.echo(output)
                 console.nothing_to_do(output)
             return
         train = _training_set(stores, reading, (shots, seed), pseudo)
         chosen = None if validation is None else reading.open(validation, "validation")
-        checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes, restart)
+        checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes)
+        if checkpoints is not None:
+            if restart:
+                checkpoints.remove()
+            checkpoints.name_fit(inputs)
         predictor.fit(train, chosen)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if team.leads:
@@ -149,7 +154,7 @@ def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, i
 
 
 def _checkpoints(
-    stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float, restart: bool
+    stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float = 10.0
 ) -> FolderSession | None:
     """Checkpoints beside the output of what is trained step by step."""
     from vilu.predictors.heads.head import HeadPredictor
@@ -158,10 +163,16 @@ def _checkpoints(
     if not isinstance(predictor, HeadPredictor):
         return None
     folder = output.with_name(f"{output.name}.checkpoints")
-    session = stack.enter_context(checkpointing(folder, minutes, resume=True))
-    if restart:
-        session.remove()
-    return session
+    return stack.enter_context(checkpointing(folder, minutes, resume=True))
+
+
+def _drop_checkpoints(stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str) -> None:
+    """Remove what a fit that was killed after its last file left beside it, but no checkpoints of another fit."""
+    if not output.with_name(f"{output.name}.checkpoints").is_dir():
+        return
+    left = _checkpoints(stack, predictor, output)
+    if left is not None and (left.named() == inputs or not left.runs()):
+        left.remove()
 
 
 @reads
