@@ -113,7 +113,7 @@ def test_candidates_that_are_the_same_are_not_told(head: vilu.ViLU, test: Embedd
 def test_what_knows_no_probability_or_no_candidates_says_nothing(head: vilu.ViLU, test: Embeddings) -> None:
     prompts = with_texts(test, test.text + 0.15 * torch.randn(16, generator=torch.Generator().manual_seed(0)))
     vilu.score(vilu.MCM().fit(test), prompts)  # learns nothing
-    vilu.score(vilu.PREDICTORS["mahalanobis"]().fit(toy_embeddings()), prompts)  # no probability
+    vilu.score(vilu.PREDICTORS["sirc"]().fit(toy_embeddings()), prompts)  # no probability
     old = copy.copy(head)
     old.notes_ = {"n_train": 600, "n_failures": 200}
     vilu.score(old, prompts)  # of older code: not known
