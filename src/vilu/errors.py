@@ -162,7 +162,7 @@ def _is_one(value: object, kind: object, inner: tuple[object, ...]) -> bool:
     """Whether a value is an instance; of what is no class, or a protocol that cannot be tested, it counts as one."""
     if not isinstance(kind, type) or (getattr(kind, "_is_protocol", False) and not _is_testable(kind)):
         return True
-    if not inner or not issubclass(kind, Collection) or issubclass(kind, Mapping):
+    if not inner or not issubclass(kind, Collection) or issubclass(kind, Mapping) or hasattr(kind, "dtype"):
         return isinstance(value, kind)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
