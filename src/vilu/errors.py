@@ -162,8 +162,8 @@ def _is_one(value: object, kind: object, inner: tuple[object, ...]) -> bool:
     """Whether a value is an instance; of what is no class, or a protocol that cannot be tested, it counts as one."""
     if not isinstance(kind, type) or (getattr(kind, "_is_protocol", False) and not _is_testable(kind)):
         return True
-    if not inner or not issubclass(kind, Collection) or issubclass(kind, Mapping) or kind.__module__ == "numpy":
-        return isinstance(value, kind)  # of an array what is in it is the function's own to check
+    if not inner or not issubclass(kind, Collection) or issubclass(kind, Mapping) or hasattr(kind, "dtype"):
+        return isinstance(value, kind)
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return False
     if isinstance(value, list | tuple):

@@ -411,3 +411,55 @@ def test_a_network_learns_in_every_mode_of_gradients(
         expected = fitted["vilu"].predict_uncertainty(test)
         assert np.array_equal(make("vilu").fit(train).predict_uncertainty(test), expected)
         assert torch.is_grad_enabled() is False
+
+
+STEEPEST = 10
+"""Change of a score for one of a logit, relative to the largest score: more than that of any method on these rows."""
+
+ROUNDING = 2 * 16 * 2.0**-24 * 20
+"""Two float32 sums of D = 16 products of unit vectors, at a logit scale of 20, differ by no more than this."""
+
+
+def test_neither_threads_nor_batches_nor_order_change_a_score(
+    fitted: dict[str, vilu.FailurePredictor], test: Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other blocks and other numbers of threads move a logit by rounding alone."""
+    before, order = torch.get_num_threads(), torch.randperm(len(test), generator=torch.Generator().manual_seed(5))
+    takes = {"order": order, "one row": torch.tensor([5]), "two rows": torch.tensor([9, 2])}
+    torch.set_num_threads(1)
+    try:
+        for name, predictor in fitted.items():
+            expected = predictor.predict_uncertainty(test)
+            gaps = {k: predictor.predict_uncertainty(test.take(v)) - expected[v.numpy()] for k, v in takes.items()}
+            for threads in (2, 4):
+                torch.set_num_threads(threads)
+                gaps[f"{threads} threads"] = predictor.predict_uncertainty(test) - expected
+            torch.set_num_threads(1)
+            with monkeypatch.context() as patch:
+                patch.setattr("vilu.predictors.base.SCORING_BATCH", 7)
+                gaps["blocks"] = predictor.predict_uncertainty(test) - expected
+            # a score that counts neighbours may jump where rounding decides: in one row of a hundred at most
+            allowed = STEEPEST * ROUNDING * max(1.0, np.abs(expected).max())
+            for kind, gap in gaps.items():
+                assert np.mean(np.abs(gap) > allowed) < 0.01, (name, kind, np.abs(gap).max())
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.filterwarnings("ignore:only")
+def test_logit_scales_from_one_to_ten_thousand(fitted: dict) -> None:
+    for scale in (1.0, 1e4):
+        train, test = (toy_embeddings(n=200, seed=seed, scale=scale, ids_from=1_000 * seed) for seed in (0, 1))
+        for name in fitted:
+            if name not in TRAINED or name == "vilu":
+                assert np.isfinite(make(name).fit(train).predict_uncertainty(test)).all(), (name, scale)
+
+
+@pytest.mark.filterwarnings("ignore:only")
+def test_fifty_thousand_candidates_in_bounded_memory() -> None:
+    """The matrix of all pairs of classes, 10 GB in float32, is never there; what needs it refuses in a sentence."""
+    data = toy_embeddings(n=24, k=50_000)
+    for name in ("mcm", "entropy", "gen", "mcm_ts", "vilu", "knn_vote", "mahalanobis", "bayesvlm"):
+        assert np.isfinite(make(name).fit(data).predict_uncertainty(data)).all(), name
+    with pytest.raises(UsageError, match=r"at most 10,000 of them\. Got 50,000"):
+        make("rel_u").fit(data)

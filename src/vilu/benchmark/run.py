@@ -26,6 +26,7 @@ from vilu.benchmark.facts import decided_by
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
 from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
 from vilu.benchmark.stores import Part, make_stores, require_stores
+from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
 from vilu.errors import ProvenanceError, UsageError
 from vilu.files.disk import is_leftover, locked, make_folder, or_refuse
@@ -57,7 +58,7 @@ def refuse_other_classes(bench: Workbench, cell: Cell) -> Refusal | None:
     if known.shape[1] != asked.shape[1]:
         reason = f"it is fitted on embeddings of width {known.shape[1]}, and these have {asked.shape[1]}."
         return refusal(ProvenanceError(reason))
-    others = int(((asked @ known.T).amax(dim=1) < SAME_TEXT).sum())
+    others = int((nearest(asked, known)[0] < SAME_TEXT).sum())
     reason = (
         f"it scores the {len(known)} classes that it is fitted on, and {others} of the {len(asked)} candidates here "
         "are others."

@@ -176,16 +176,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         if state is not None:
             claim_file(state, "monitor state", overwrite=True)  # to go on from; never --overwrite: nothing else has it
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
-        settings = {
-            "false_alarm": false_alarm,
-            "shuffle": shuffle,
-            "in_order": in_order,
-            "seed": seed,
-            "backend": backend,
-        }
-        inputs = inputs_of(
-            predictor, *new, *late, n_new=len(new), **settings
-        )  # without the state: the same command finds it changed
+        settings = {"false_alarm": false_alarm, "shuffle": shuffle, "in_order": in_order, "seed": seed}
+        # without the state: the same command finds it changed
+        inputs = inputs_of(predictor, *new, *late, n_new=len(new), backend=backend, **settings)
         there = output is not None and claim_file(output, "monitor report", inputs, overwrite=overwrite)
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []

@@ -85,6 +85,17 @@ def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + step, n_rows))
 
 
+def nearest(rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest cosine (N,) of every row (N, D) with the known ones (M, D), and which it is (N,), in bounded memory."""
+    if torch.compiler.is_exporting():  # a graph's numbers of rows are open
+        cosine, place = (rows @ known.T).max(dim=1)
+        return cosine, place
+    if torch.equal(rows, known):  # as a rule: the candidates of the fit
+        return torch.ones_like(rows[:, 0]), torch.arange(len(rows), device=rows.device)
+    blocks = [(rows[block] @ known.T).max(dim=1) for block in row_blocks(len(rows), len(known), len(rows))]
+    return torch.cat([block.values for block in blocks]), torch.cat([block.indices for block in blocks])
+
+
 def _rows(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) -> ZeroShot:
     tiles = (
         _of_tile((image @ part.T).mul_(scale).add_(bias), number * columns)

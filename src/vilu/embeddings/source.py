@@ -257,8 +257,8 @@ class EmbeddingSource(ABC):
     @checked
     def take(
         self,
-        rows: Tensor | NDArray[np.int64],
-        classes: Tensor | NDArray[np.int64] | None = None,
+        rows: Sequence[int] | Tensor | NDArray[np.int64],
+        classes: Sequence[int] | Tensor | NDArray[np.int64] | None = None,
         columns: Collection[str] | None = None,
     ) -> EmbeddingSource:
         """Some rows of a source with shared candidates, as a source; they stay where they are until asked for.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -85,7 +85,8 @@ def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDAr
         DataError: If they are not two vectors of one length of at least one, an uncertainty is not finite, or a
             failure is not 0 or 1.
     """
-    scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
+    given = _real(uncertainty, "uncertainty"), _real(failure, "failure")
+    scores, failures = (values.astype(np.float64, copy=False) for values in given)
     require_same_length(scores, failures)
     if not len(scores):
         raise DataError("a metric needs at least one row. Got none.")
@@ -114,11 +115,15 @@ def require_same_length(scores: Floats, failures: Floats) -> None:
 
 
 def real_vector(values: ArrayLike, name: str) -> Floats:
-    """A vector of real numbers as float64.
+    """A vector of real numbers as float64, a copy.
 
     Raises:
         DataError: If it is anything else.
     """
+    return _real(values, name).astype(np.float64)
+
+
+def _real(values: ArrayLike, name: str) -> NDArray[Any]:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors on a device or with gradients
@@ -127,7 +132,7 @@ def real_vector(values: ArrayLike, name: str) -> Floats:
         raise DataError(f"{name} must be a vector (rows,). Got shape {array.shape} instead.")
     if array.size and array.dtype.kind not in "biuf":
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
-    return array.astype(np.float64)
+    return array
 
 
 def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
@@ -137,6 +142,22 @@ def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
         DataError: As ``check_pair``.
     """
     scores, failures = check_pair(uncertainty, failure)
+    starts = range(0, len(scores), BLOCK_ROWS)
+    blocks = [_counts(scores[i : i + BLOCK_ROWS], failures[i : i + BLOCK_ROWS]) for i in starts]
+    if len(blocks) == 1:
+        return blocks[0]
+    value, group = np.unique(np.concatenate([block.value for block in blocks]), return_inverse=True)
+    correct, wrong = np.zeros((2, len(value)), np.int64)
+    np.add.at(correct, group, np.concatenate([block.correct for block in blocks]))
+    np.add.at(wrong, group, np.concatenate([block.wrong for block in blocks]))
+    return TieCounts(value, correct, wrong)
+
+
+BLOCK_ROWS = 2**22
+"""Rows that are sorted together; the places of a hundred million would take gigabytes."""
+
+
+def _counts(scores: Floats, failures: NDArray[np.bool_]) -> TieCounts:
     value, group = np.unique(scores, return_inverse=True)
     wrong = np.bincount(group[failures], minlength=len(value))
     return TieCounts(value, np.bincount(group, minlength=len(value)) - wrong, wrong)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vilu.device import as_usual, each_as_usual, resolve_device
 from vilu.embeddings.columns import HOW
+from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
@@ -40,8 +41,7 @@ from vilu.predictors.rows import (
     warn_of_other_space,
 )
 
-CERTAIN = 1e-15
-"""Probabilities nearer to 0 or 1 than this count as this far away, so that their log-odds are finite."""
+CERTAIN = 1e-15  # probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
 
 Settings = TypeVar("Settings", TrainConfig, AdamWConfig)
 
@@ -377,7 +377,7 @@ class FailurePredictor(ABC):
         Raises:
             ProvenanceError: If a candidate is none of the fitted classes, or two are the same one.
         """
-        cosine, match = (text @ self.tensor(CLASSES, text.device).T).max(dim=1)
+        cosine, match = nearest(text, self.tensor(CLASSES, text.device))
         unknown = int((cosine < SAME_TEXT).sum())
         if unknown or len(match.unique()) < len(match):
             raise ProvenanceError(

@@ -163,6 +163,10 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {"nll": best
 """How log m is found, by the name of the objective."""
 
 
+MAX_CLASSES = 10_000
+"""Of Rel-U: pairs of so many take 800 MB in float64."""
+
+
 @dataclass
 class RelU(ClosedSet):
     """Relative uncertainty: u = p D p^T, p = softmax(l / T), D (K, K) the penalty of confusing two classes.
@@ -198,6 +202,11 @@ class RelU(ClosedSet):
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        if train.source.n_candidates > MAX_CLASSES:
+            raise UsageError(
+                f"{self.name} keeps a penalty for every pair of classes, so it takes at most {MAX_CLASSES:,} of them. "
+                f"Got {train.source.n_candidates:,}. Take another method (see `vilu list predictors`)."
+            )
         n_failures = int(failure.sum())
         gain = self.trade_off / max(n_failures, 1)
         cost = (1 - self.trade_off) / max(len(failure) - n_failures, 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.embeddings.similarity import float64
+from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
@@ -130,10 +130,10 @@ class SupervisedAttention(nn.Module):
         if not len(self.classes):
             nobody = torch.zeros(len(text), dtype=torch.long, device=text.device)
             return Match(nobody, nobody.bool(), torch.ones_like(text[:, 0]))
-        cosine, index = (text @ self.classes.T).max(dim=1)
+        cosine, index = nearest(text, self.classes)
         known = cosine >= SAME_TEXT
         candidates, classes = (functional.normalize(self.text(rows), dim=1) for rows in (text, self.classes))
-        near = (candidates @ classes.T).amax(dim=1).clamp(0, 1).square()
+        near = nearest(candidates, classes)[0].clamp(0, 1).square()
         return Match(index, known, torch.where(known, 1.0, near))
 
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
