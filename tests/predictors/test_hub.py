@@ -172,7 +172,7 @@ def sealed(content: bytes, old: bytes, new: bytes) -> bytes:
         ("weights.safetensors", lambda content: content[:-1] + b"!", "is not the file that predictor.json names"),
         ("predictor.json", lambda _: b"[]", "holds no object"),
         ("predictor.json", lambda content: content.replace(b'"notes": {', b'"no": {'), "not what its fingerprint says"),
-        ("predictor.json", lambda content: sealed(content, b'"embed_dim"', b'"width"'), "is damaged.*'width'"),
+        ("predictor.json", lambda content: sealed(content, b'"embed_dim"', b'"width"'), "is damaged.*'embed_dim'"),
         ("predictor.json", lambda content: sealed(content, b'"notes": {', b'"no": {'), "notes: Field required"),
         ("README.md", lambda _: b" " * 2**21, "2,097,152 bytes"),
     ],
@@ -224,7 +224,7 @@ def test_what_is_no_repository(repository: str, predictor: Path, tmp_path: Path)
 def test_folders_have_no_revisions(predictor: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no revisions"):
         push(predictor, str(tmp_path / "hub"), revision="v1")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(UsageError, match="nothing does not exist"):
         pull(str(tmp_path / "nothing"), tmp_path / "here")
     assert folders.FILES.keys() >= OURS
 

@@ -141,6 +141,8 @@ def read_json(
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object; a ValueError where it is none, a key stands twice, or a number is none or infinite."""
     found = json.loads(content.decode(), object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_no_number)
+    if b"\\ud" in content.lower():  # an escaped half of a character would be no text that can be written again
+        json.dumps(found, ensure_ascii=False).encode()
     if not isinstance(found, dict):
         raise ValueError(f"it holds no object, but {type(found).__name__}")  # noqa: TRY004 - as json's own
     return found
