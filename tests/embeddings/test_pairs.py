@@ -179,7 +179,7 @@ def test_seeds_choose_the_pools(hard: bool) -> None:
     ("wrong", "message"),
     [
         ({"size": 0}, "pool_size must be at least 1. Got 0"),
-        ({"direction": "sideways"}, "direction must be one of image_to_text, text_to_image. Got 'sideways'"),
+        ({"direction": "sideways"}, "direction must be 'image_to_text' or 'text_to_image'. Got 'sideways'"),
         ({"near_duplicates": 0.0}, r"near_duplicates must be a cosine in \(0, 1\]. Got 0.0"),
         ({"near_duplicates": 1.01}, "Got 1.01"),
         ({"near_duplicates": float("nan")}, "Got nan"),

@@ -118,7 +118,7 @@ def test_every_graph_has_the_formula_of_its_method(method: type[FailurePredictor
     for text in candidates(test).values():
         data = Embeddings(test.image, text, space=predictor.space_, columns={"features": columns[0]} if columns else {})
         with torch.no_grad():
-            found, _ = onnx.score_graph(predictor)(test.image, text, *columns)
+            found, _ = onnx.score_graph(predictor)(test.image, data.text, *columns)
         expected = predictor.predict_uncertainty(data)
         assert np.abs(found.numpy() - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
 
