@@ -192,11 +192,11 @@ def test_a_row_is_its_picture_and_not_its_name(tmp_path: Path) -> None:
     settings = ("--set", "epochs=1", "--set", "hidden=4", "--set", "allow_degenerate=true")
     run("fit", tmp_path / "emb/train", "-o", tmp_path / "p", "--method", "vilu", *settings)
     assert json.loads((tmp_path / "p/predictor.json").read_text())["seen_by"] == ["pictures", "names"]
+    done = run("calibrate", tmp_path / "p", tmp_path / "emb/renamed", code=3)
+    assert "40 of 40 calibration rows were used to fit this vilu ('dress/500.jpg', 'dress/502.jpg'" in done.stderr
     done = run("calibrate", tmp_path / "p", tmp_path / "emb/calibration")
     assert "used to fit" not in done.stderr
     assert json.loads((tmp_path / "p/risk.json").read_text())["n"] == 40
-    done = run("calibrate", tmp_path / "p", tmp_path / "emb/renamed", "--overwrite", code=3)
-    assert "40 of 40 calibration rows were used to fit this vilu ('dress/500.jpg', 'dress/502.jpg'" in done.stderr
     done = run("score", tmp_path / "p", tmp_path / "emb/renamed", "-o", tmp_path / "scores.parquet")
     assert "40 of 40 rows were used to fit this vilu" in done.stderr
 

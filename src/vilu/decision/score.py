@@ -31,7 +31,7 @@ from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.record import describe, seen_tensors
-from vilu.predictors.rows import candidates_of, said_of, same_candidates
+from vilu.predictors.rows import candidates_of, counted, same_candidates
 from vilu.progress import track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -315,7 +315,7 @@ def score_parts(
         ledger.seal(ScoreManifest.of(run, ledger.receipts()))
     done = ScoreFolder(ledger.root)
     whole = all(sketch.whole for sketch in predictor.seen_.values())
-    _warn_seen(said_of(done.counts.n_seen, len(source), "rows", whole=whole), predictor, done.counts.n_seen)
+    _warn_seen(counted(done.counts.n_seen, len(source), "rows", whole=whole), predictor, done.counts.n_seen)
     return done
 
 

@@ -136,7 +136,7 @@ class Overlap:
 
     def said(self, what: str = "rows") -> str:
         """How many, in words."""
-        return said_of(len(self), len(self.shared), what, whole=self.whole)
+        return counted(len(self), len(self.shared), what, whole=self.whole)
 
     def others(
         self, source: EmbeddingSource, what: str, where: str, remedy: str, then: str = "they are left out"
@@ -159,7 +159,7 @@ class Overlap:
         return ~self.shared
 
 
-def said_of(n: int, n_rows: int, what: str, *, whole: bool) -> str:
+def counted(n: int, n_rows: int, what: str, *, whole: bool) -> str:
     """So many of some rows, in words."""
     more = "" if whole else f" (a sample of {SIZE} rows of the fit is known)"
     return f"{'' if whole else 'at least '}{n} of {n_rows} {what}{more}"
