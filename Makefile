@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz test-processors lint format bench clean
+.PHONY: demo test test-random test-fuzz test-corruption test-processors lint format bench clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -21,6 +21,12 @@ test-fuzz: .venv/.dev
 		echo "round $$round of $(ROUNDS): SEED=$$seed"; \
 		HYPOTHESIS_PROFILE=fuzz OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-seed=$$seed $(ARGS) || exit; \
 	done
+
+# Damage to every file of every artefact, and edits of every document; SEED=... draws others, the log tells of each.
+test-corruption: .venv/.dev
+	SEED=$${SEED:-0} DAMAGES=$${DAMAGES:-1200} USES=$${USES:-99} EDITS=$${EDITS:-1000} OMP_NUM_THREADS=1 \
+		CORRUPTION_LOG=$${CORRUPTION_LOG:-build/corruption.jsonl} \
+		$(BIN)/python -m pytest -n 2 --show-capture=no tests/corruption $(ARGS)
 
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)

@@ -13,6 +13,7 @@ NAMES = (
     "bf16_quality",
     "embed_throughput",
     "stream_scores",
+    "verified_scores",
     "shuffle_reader",
     "contrast",
     "main_table",

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import math
 from collections import deque
 from dataclasses import dataclass, replace
@@ -23,6 +22,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vilu.files.disk import LOG
+from vilu.files.documents import read_log
 
 ATTEMPTS = 3
 """Deaths in a part before it is set aside (``vilu.store.job.MAX_ATTEMPTS``)."""
@@ -141,10 +143,10 @@ class Replay:
 
 def seconds_of(store: Path) -> tuple[float, ...]:
     """Wall times of the parts of a store."""
-    found = tuple(json.loads(path.read_text())["seconds"] for path in sorted((store / "receipts").glob("*.json")))
+    found = {line["part"]: float(line["seconds"]) for line in read_log(store) if {"part", "seconds"} <= line.keys()}
     if not found:
-        raise SystemExit(f"{store} has no receipts: give a store that `vilu embed` wrote")
-    return found
+        raise SystemExit(f"{store} has no times of parts in its {LOG}: give a store that `vilu embed` wrote")
+    return tuple(found[part] for part in sorted(found))
 
 
 def summary(plan: Plan, seeds: int) -> dict[str, tuple[float, float, float]]:

@@ -8,11 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from vilu.errors import DataError, StorageError
 from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse
-from vilu.files.documents import read_json, write_json
+from vilu.files.documents import digest, read_json, write_json
+from vilu.files.tables import read_table, table_digest, write_table
 
 
 def test_a_file_appears_whole_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -98,9 +102,9 @@ def test_a_folder_that_cannot_be_synced_is_no_failure_but_an_io_error_is(
     monkeypatch.setattr(os, "fsync", fsync)
     if raised:
         with pytest.raises(StorageError, match=os.strerror(code)):
-            write_json(tmp_path / "a.json", 1)
+            write_json(tmp_path / "a.json", {"a": 1})
     else:
-        write_json(tmp_path / "a.json", 1)
+        write_json(tmp_path / "a.json", {"a": 1})
     assert len(synced) == 2
 
 
@@ -108,16 +112,17 @@ def test_json_round_trip_is_readable(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None], "a": "naïve 猫"}
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert json.loads(text) == value
+    assert json.loads(text) == {**value, "digest": digest(value)}
+    assert read_json(tmp_path / "a.json", "Make it again") == value
     assert "猫" in text
     assert text.endswith("}\n")
     assert text.index('"b"') < text.index('"a"')
 
 
-@pytest.mark.parametrize("value", [float("nan"), {"a": float("inf")}, object(), "\udcff", {(1, 2): 3}])
+@pytest.mark.parametrize("value", [float("nan"), [float("inf")], object(), "\udcff", {(1, 2): 3}])
 def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path: Path, value: object) -> None:
     with pytest.raises(DataError, match=r"a\.json: its content must be plain JSON"):
-        write_json(tmp_path / "a.json", value)
+        write_json(tmp_path / "a.json", {"a": value})
     assert not list(tmp_path.iterdir())
 
 
@@ -215,3 +220,96 @@ def test_a_refusal_of_the_file_system_is_an_error_of_ours(tmp_path: Path) -> Non
         raise StorageError("said already")
     with pytest.raises(ValueError, match="no matter of files"), or_refuse("look"):
         raise ValueError("no matter of files")
+
+
+def columns() -> dict[str, pa.Array]:
+    return {
+        "number": pa.array([0.5, None, -0.0, 1e300]),
+        "text": pa.array(["a", None, "", "naïve 猫"]),
+        "flag": pa.array([True, False, None, True]),
+        "count": pa.array([1, 2, None, 4], pa.int8()),
+    }
+
+
+def test_the_digest_of_a_table_is_of_what_it_says() -> None:
+    """However its rows are chunked or sliced, whatever lies under nulls; and of every value, null, name and type."""
+    whole = pa.table(columns())
+    right = table_digest(whole, {"a": 1})
+    for size in (1, 2, 3):
+        assert table_digest(pa.concat_tables(whole.slice(at, size) for at in range(0, 4, size)), {"a": 1}) == right
+    assert table_digest(pa.concat_tables([whole, whole]).slice(4), {"a": 1}) == right
+    under = pa.Array.from_buffers(pa.float64(), 4, [whole["number"].chunk(0).buffers()[0], pa.py_buffer(b"\1" * 32)])
+    empty = pa.Array.from_buffers(pa.float64(), 4, [under.buffers()[0], pa.py_buffer(b"\2" * 32)])
+    assert table_digest(pa.table({"a": pc.fill_null(under, 0.0)}), {}) != table_digest(pa.table({"a": under}), {})
+    assert table_digest(pa.table({"a": under}), {}) != table_digest(pa.table({"a": empty}), {})
+    others = [
+        (whole.set_column(0, "number", pa.array([0.5, 0.0, -0.0, 1e300])), {"a": 1}),
+        (whole.set_column(0, "number", pa.array([0.5, None, 0.0, 1e300])), {"a": 1}),
+        (whole.set_column(1, "text", pa.array(["a", "", None, "naïve 猫"])), {"a": 1}),
+        (whole.set_column(1, "text", pa.array(["", None, "a", "naïve 猫"])), {"a": 1}),
+        (whole.set_column(2, "flag", pa.array([True, None, False, True])), {"a": 1}),
+        (whole.set_column(3, "count", pa.array([1, 2, None, 4], pa.int16())), {"a": 1}),
+        (whole.rename_columns(["number", "text", "flag", "counts"]), {"a": 1}),
+        (whole.select(["text", "number", "flag", "count"]), {"a": 1}),
+        (whole.slice(0, 3), {"a": 1}),
+        (whole, {"a": 1.0}),
+    ]
+    assert len({right, *(table_digest(*other) for other in others)}) == 1 + len(others)
+
+
+def test_a_table_is_damaged_or_what_it_was(tmp_path: Path) -> None:
+    """Every bit of the file flipped: it is refused, or says the same. Page checksums alone let footers pass."""
+    path = tmp_path / "a.parquet"
+    write_table(path, columns(), {"kind": "test", "note": "x" * 20})
+    right, whole = read_table(path, ()), path.read_bytes()
+    refused = 0
+    for place in range(0, 8 * len(whole), 37):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        path.write_bytes(content)
+        try:
+            table, metadata = read_table(path, ())
+        except DataError as error:
+            refused += str(path) in str(error)
+            continue
+        assert table.equals(right[0])
+        assert metadata == right[1]
+    assert refused > len(whole) / 10
+
+
+def test_a_table_without_a_digest_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old = pa.table(columns()).replace_schema_metadata({b"vilu": b'{"schema_version": 1, "kind": "test"}'})
+    pq.write_table(old, tmp_path / "old.parquet")
+    pq.write_table(old.replace_schema_metadata({}), tmp_path / "other.parquet")
+    for _ in range(2):
+        assert read_table(tmp_path / "old.parquet", ())[1] == {"kind": "test"}
+        assert read_table(tmp_path / "other.parquet", ())[1] == {}
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.endswith(
+        "old.parquet carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one."
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": 1, "a": 2}',
+     '{"a": {"b": 1, "b": 1}}', '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}', '{"a": "\\ud800"}',
+     "[1]", "1", "", "{", "\ufeff{}", '{"a": ' + "[" * 100_000, '{"a": ' + "9" * 5000 + "}"],
+)  # fmt: skip
+def test_what_no_document_of_ours_is(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(
+        DataError, match=r"a\.json is damaged: it is not JSON of ours \(.*\). Make it again to repair it"
+    ):
+        read_json(tmp_path / "a.json", "Make it again")
+
+
+def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [1, 2.5, None], "b": {"c": "x"}})
+    whole = (tmp_path / "a.json").read_text()
+    for old, new in (("2.5", "2.50001"), ("1", "1.0"), ("null", "0"), ('"x"', '"X"'), ('"c"', '"d"'), ("1,", "")):
+        (tmp_path / "a.json").write_text(whole.replace(old, new, 1))
+        with pytest.raises(DataError, match="its content is not what its digest says"):
+            read_json(tmp_path / "a.json", "Make it again")
+    (tmp_path / "a.json").write_text(whole.replace("\n", "").replace("2.5", "2.50"))
+    assert read_json(tmp_path / "a.json", "Make it again") == {"a": [1, 2.5, None], "b": {"c": "x"}}

@@ -361,7 +361,14 @@ def test_a_study_has_its_files(run: Path) -> None:
         for suffix in (".md", ".tex", ".csv", ".txt")
     }
     figures = {f"figures/{name}{suffix}" for name in ("lines", "points", "bars") for suffix in (".png", ".svg")}
-    assert found == tables | figures | {"README.md", "table.txt", "study.json", "results.json", "results.parquet"}
+    assert found == tables | figures | {
+        "README.md",
+        "table.txt",
+        "times.txt",
+        "study.json",
+        "results.json",
+        "results.parquet",
+    }
     page = (run / "studies/small/README.md").read_text()
     assert page.startswith("## A small study")
     assert "![Lines](figures/lines.svg)" in page
@@ -382,12 +389,17 @@ def test_a_moved_run_is_shown_again_without_its_data(run: Path, tmp_path: Path) 
     moved = tmp_path / "archive"
     for part in ("cells", "studies"):
         shutil.copytree(run / part, moved / part)
+    shutil.copy(run / "log.jsonl", moved)
     before = files(moved / "studies")
     for name in before:
         if not name.endswith("study.json"):
             (moved / "studies" / name).unlink()
     render_studies(moved)
     assert files(moved / "studies") == before
+    assert "\none   all      mcm " in (moved / "studies/small/times.txt").read_text()
+    (moved / "log.jsonl").unlink()
+    (study, _) = render_studies(moved)
+    assert study.times == ""  # times are lost with the log, and nothing else
 
 
 def test_a_document_of_all_studies(run: Path, tmp_path: Path) -> None:

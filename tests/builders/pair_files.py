@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.files.disk import file_hash
-from vilu.files.documents import digest
+from vilu.files.documents import digest, read_document, write_json
 from vilu.store.documents import Inputs, Manifest, Receipt, Run
 from vilu.store.ledger import FileInfo, content_hash
 from vilu.store.parts import CAPTION_FIELD, METADATA, plan
@@ -101,16 +102,14 @@ def write_receipt(root: Path, run: Run, part, n_ok: int) -> Receipt:
 
 def reseal(root: Path, name: str) -> None:
     """Make receipt and manifest vouch for a file that was changed."""
-    import json
-
     receipts = sorted((root / "receipts").iterdir())
-    documents = [Receipt.model_validate_json(path.read_text()) for path in receipts]
+    documents = [read_document(path, Receipt) for path in receipts]
     for path, document in zip(receipts, documents, strict=True):
         if name in document.files:
             document.files[name] = FileInfo(bytes=(root / name).stat().st_size, sha256=file_hash(root / name))
-            path.write_text(document.model_dump_json())
+            document.write(path)
     manifest = json.loads((root / "manifest.json").read_text())
-    (root / "manifest.json").write_text(json.dumps(manifest | {"content": content_hash(documents)}))
+    write_json(root / "manifest.json", manifest | {"content": content_hash(documents)})
 
 
 LAYOUTS = {

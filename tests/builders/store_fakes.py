@@ -189,12 +189,9 @@ def dataset(n: int, *, bad: dict[int, bytes] | None = None, unlabelled: Sequence
 
 
 def tree(root: Path) -> dict[str, str]:
-    """Hash of every file of a store; receipts without their wall time."""
+    """Hash of every file of a folder but of its locks and its log."""
     files = {}
     for path in sorted(root.rglob("*")):
-        if path.is_file() and path.name != ".lock":
-            content = path.read_bytes()
-            if path.parent.name == "receipts":
-                content = b"\n".join(line for line in content.splitlines() if b'"seconds"' not in line)
-            files[path.relative_to(root).as_posix()] = hashlib.sha256(content).hexdigest()
+        if path.is_file() and not path.name.startswith(".lock") and path.name != "log.jsonl":
+            files[path.relative_to(root).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return files

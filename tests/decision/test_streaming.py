@@ -14,17 +14,21 @@ import torch
 from filelock import FileLock
 
 import vilu
+from tests.command import run
 from tests.conftest import same_histogram, toy_embeddings, toy_pairs, variant
-from vilu.decision.score import predictor_fingerprint, score_parts, source_fingerprint
+from vilu.decision.calibration import Target, calibrate_predictor
+from vilu.decision.score import Decider, predictor_fingerprint, score_parts, source_fingerprint
 from vilu.decision.score_folder import Counts, ScoreFolder, ScorePart, ScoreRun
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import BusyError, DataError, NotFittedError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import host_hash
+from vilu.files.documents import read_document, write_json
 from vilu.metrics import METRICS, histogram
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.predictors.nn.train import SCORING_BATCH
+from vilu.predictors.storage import load
 from vilu.progress import Silence, reporting
 
 N = 2 * SCORING_BATCH + 900
@@ -183,6 +187,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
     steps: list[float] = []
 
     class Watch(Silence):
+        def start(self, description: str, total: float | None, unit: str) -> Silence:
+            return self if description == "scoring" else Silence()
+
         def advance(self, n: float, note: str = "") -> None:
             steps.append(n)
 
@@ -271,7 +278,7 @@ def edited(change: object, name: str):
     def do(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
         change(content)
-        (folder / name).write_text(json.dumps(content))
+        write_json(folder / name, content)
 
     return do
 
@@ -298,7 +305,7 @@ def flipped(name: str):
         (lambda f: (f / "receipts" / "00001.json").write_text("{"), StorageError, "00001.json is damaged"),
         (lambda f: (f / "scores" / "scores_00000.parquet").write_bytes(b"x"), StorageError, "has 1 bytes"),
         (lambda f: (f / "scores" / "scores_00000.parquet").unlink(), StorageError, "is missing"),
-        (flipped("histograms/histogram_00001.parquet"), StorageError, "not the file that its receipt"),
+        (flipped("histograms/histogram_00001.parquet"), StorageError, "is damaged: it does not hold the"),
     ],
 )
 def test_damage_is_found_and_named(damage, error: type[Exception], said: str, done: Path, tmp_path: Path) -> None:
@@ -307,6 +314,40 @@ def test_damage_is_found_and_named(damage, error: type[Exception], said: str, do
     damage(folder)
     with pytest.raises(error, match=said):
         ScoreFolder(folder).tally()
+
+
+PART_FILES = ["scores/scores_00001.parquet", "histograms/histogram_00002.parquet", "scores/scores_00003.parquet"]
+
+
+@pytest.mark.parametrize("name", PART_FILES)
+def test_scoring_again_mends_a_damaged_part_and_says_so(
+    name: str, data: Embeddings, done: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "s"
+    shutil.copytree(done, folder)
+    flipped(name)(folder)
+    with caplog.at_level("WARNING", "vilu"):
+        score_parts(vilu.MCM(), data, folder, rows_per_part=1, dataset="toy", split="test")
+    (said,) = caplog.messages
+    assert said.startswith(f"part {int(name[-9:-8])} is done again: {folder / name} is damaged")
+    assert files_of(folder) == files_of(done)
+
+
+def test_no_command_believes_a_damaged_part(data: Embeddings, tmp_path: Path) -> None:
+    folder, predictor, page = tmp_path / "scores", tmp_path / "predictor", tmp_path / "page.html"
+    vilu.MCM().save(predictor)
+    calibrate_predictor(predictor, data, Target(max_risk=0.9))
+    decider = Decider.of_folder(load(predictor), predictor)
+    score_parts(decider.predictor, data, folder, rows_per_part=1, decider=decider)
+    calls = {
+        "histograms/histogram_00001.parquet": [("evaluate", folder)],
+        "scores/scores_00001.parquet": [("monitor", predictor, folder), ("report", folder, "-o", page)],
+    }
+    for name, commands in calls.items():
+        flipped(name)(folder)
+        for command in commands:
+            assert f"{folder / name} is damaged" in run(*command, code=7).stderr
+        flipped(name)(folder)
 
 
 def test_verify_reads_every_byte(done: Path, tmp_path: Path) -> None:
@@ -321,7 +362,7 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
     from vilu.decision.score_folder import ScoreReceipt, histogram_bytes, read_histogram
     from vilu.store.ledger import write_hashed
 
-    receipt = ScoreReceipt.model_validate_json((done / "receipts" / "00000.json").read_bytes())
+    receipt = read_document(done / "receipts" / "00000.json", ScoreReceipt)
     good = read_histogram(done, receipt)
     bins = good.bins.copy()
     bins[1] = bins[0]

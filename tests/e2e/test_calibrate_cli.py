@@ -16,6 +16,7 @@ from tests.command import run, run_process
 from vilu.decision.score import Decider
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
+from vilu.files.documents import write_json
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.choice import read_calibrated
 from vilu.store.embed import embed
@@ -156,8 +157,64 @@ def test_wrong_arguments(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--per-class", code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection", "--max-miss", 0.5)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.001, "--method", "selection", code=4)
-    (predictor / "risk.json").write_text('{"schema_version": 1, "kind": "risk"}')
+    write_json(predictor / "risk.json", {"schema_version": 1, "kind": "risk"})
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr
-    (predictor / "risk.json").write_text('{"schema_version": 7}')
+    write_json(predictor / "risk.json", {"schema_version": 7})
     assert "schema version 7" in run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=6).stderr
+
+
+def test_an_edited_rule_is_refused_by_all_who_use_it(work: Path, predictor: Path, tmp_path: Path) -> None:
+    """By its digest; and where a digest agrees, or an old file has none, by the calibration rows."""
+    run("score", predictor, work / "new", "-o", tmp_path / "plain.parquet")
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
+    users = (
+        ("score", predictor, work / "new", "-o", tmp_path / "x.parquet"),
+        ("monitor", predictor, tmp_path / "plain.parquet"),
+        ("report", tmp_path / "plain.parquet", "--predictor", predictor, "-o", tmp_path / "x.html"),
+        ("inspect", predictor),
+        ("push", predictor, tmp_path / "hub"),
+        ("pull", predictor, "-o", tmp_path / "pulled"),
+    )
+    record = json.loads((predictor / "risk.json").read_text())
+    record["rule"]["certificates"][""]["threshold"] = 0.99999
+    (predictor / "risk.json").write_text(json.dumps(record))
+    for user in users:
+        assert "risk.json is damaged: its content is not what its digest says" in run(*user, code=3).stderr
+    write_json(predictor / "risk.json", record)
+    for user in users[:4]:
+        assert "which calibration.parquet does not bear out. Run `vilu calibrate` again" in run(*user, code=3).stderr
+    assert not any((tmp_path / name).exists() for name in ("x.parquet", "x.html", "hub", "pulled"))
+
+
+def test_an_edited_calibrator_is_refused(work: Path, predictor: Path, tmp_path: Path) -> None:
+    run("calibrate", predictor, work / "calibration")
+    record = json.loads((predictor / "predictor.json").read_text())
+    record["calibrator"]["weights"][0] *= 3
+    (predictor / "predictor.json").write_text(json.dumps(record))
+    (predictor / "risk.json").unlink()
+    done = run("score", predictor, work / "new", "-o", tmp_path / "x.parquet", code=3)
+    assert (
+        "predictor.json is damaged: its content is not what its fingerprint says. Run `vilu fit` again" in done.stderr
+    )
+
+
+@pytest.mark.parametrize("how", ["stale", "cut", "other rows"])
+def test_push_and_pull_check_the_calibration(how: str, work: Path, predictor: Path, tmp_path: Path) -> None:
+    run("calibrate", predictor, work / "calibration", "--max-risk", 0.8, "--confidence", 0.9)
+    code, said = 3, "risk.json is damaged"
+    if how == "cut":
+        (predictor / "risk.json").write_bytes((predictor / "risk.json").read_bytes()[:-40])
+    elif how == "stale":
+        shutil.copy(work / "fitted/predictor.json", predictor)
+        code, said = 6, "was made for another predictor than lies beside it"
+    else:
+        shutil.copy(predictor / "calibration.parquet", tmp_path / "rows.parquet")
+        (predictor / "calibration.parquet").write_bytes(b"PAR1" + b"x" * 50 + b"PAR1")
+        said = "calibration.parquet does not hold the rows that risk.json names"
+    for words in (("push", predictor, tmp_path / "hub"), ("pull", predictor, "-o", tmp_path / "pulled")):
+        done = run(*words, code=code)
+        assert said in done.stderr
+        assert "Run `vilu calibrate` again" in done.stderr
+    assert not (tmp_path / "hub").exists()
+    assert not (tmp_path / "pulled").exists()

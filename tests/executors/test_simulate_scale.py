@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 from benchmarks.simulate_scale import ATTEMPTS, Plan, Replay, main, parse, summary
 
+from vilu.files.documents import log
 from vilu.store.job import MAX_ATTEMPTS
 
 
@@ -60,16 +60,17 @@ def test_seeds_repeat_and_quantiles_are_in_order():
     assert all(low <= middle <= high for low, middle, high in summary(plan, 9).values())
 
 
-def test_times_come_from_receipts(tmp_path, capsys):
-    (tmp_path / "receipts").mkdir()
-    for part, seconds in enumerate((10.0, 30.0)):
-        (tmp_path / f"receipts/{part:05d}.json").write_text(json.dumps({"seconds": seconds}))
+def test_times_come_from_the_log(tmp_path, capsys):
+    for part, seconds in ((0, 11.0), (1, 30.0), (0, 10.0)):  # a part that was done twice: the last time counts
+        log(tmp_path, part=part, seconds=seconds)
+    with (tmp_path / "log.jsonl").open("a") as cut:
+        cut.write('{"part": 2, "sec')
     options = ["--parts", "8", "--workers", "2", "--receipts", str(tmp_path)]
     assert parse(options)[0].seconds == (10.0, 30.0)
     assert parse([*options, "--seconds", "40"])[0].seconds == (20.0, 60.0)
     assert main([*options, "--seeds", "3"])["set_aside"] == 0
     assert "hours" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="has no receipts"):
+    with pytest.raises(SystemExit, match="has no times"):
         main(["--parts", "1", "--workers", "1", "--receipts", str(tmp_path / "none")])
     with pytest.raises(SystemExit):
         parse(["--parts", "1", "--workers", "1"])

@@ -103,16 +103,16 @@ def test_csv_and_parquet_say_null(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "is not JSON"),
+        ("", "it is not JSON of ours"),
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        ("[1]", "object with a list 'rows'. Got list"),
+        ("[1]", "holds no object, but list"),
         ('{"schema_version": 1, "rows": 5}', "list 'rows'"),
         ('{"schema_version": 1, "rows": [5]}', "every entry of 'rows' .* must be an object"),
         ('{"schema_version": 1, "rows": [{}]}', "'metric' is missing in row 0"),
         ('{"schema_version": 1, "rows": [{"metric": 5}]}', "not a table of results"),
         ('{"schema_version": 1, "rows": [{"metric": "auroc", "value": "high"}]}', "not a table of results"),
-        ('{"schema_version": 1, "rows": [{"metric": "auroc", "n": 1e400}]}', "not a table of results"),
+        ('{"schema_version": 1, "rows": [{"metric": "auroc", "n": 1e400}]}', "1e400 is no finite number"),
         (f'{{"schema_version": 1, "rows": [{{"metric": "auroc", "n": {10**30}}}]}}', "not a table of results"),
     ],
 )
@@ -127,7 +127,7 @@ def test_a_number_that_json_does_not_know_is_refused(tmp_path: Path, number: str
     table().save(tmp_path / "a.json")
     text = (tmp_path / "a.json").read_text(encoding="utf-8").replace("0.9,", f"{number},", 1)
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match=r"value of auroc must be finite, or None .* Got (nan|inf)"):
+    with pytest.raises(DataError, match=f"{number} is no finite number"):
         ResultTable.load(tmp_path / "a.json")
 
 
@@ -135,7 +135,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("uncertainty,failure\n0.5,1\n", encoding="utf-8")
     with pytest.raises(DataError, match="not a table of results: 'metric' is missing in row 0"):
         ResultTable.load(tmp_path / "a.csv")
-    with pytest.raises(StorageError, match=r"cannot open .*none\.json"):
+    with pytest.raises(StorageError, match=r"none\.json does not exist"):
         ResultTable.load(tmp_path / "none.json")
     with pytest.raises(UsageError, match=r"'a\.txt'"):
         table().save(tmp_path / "a.txt")

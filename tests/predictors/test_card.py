@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import yaml
 from tests.conftest import toy_embeddings, variant
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
+from vilu.files.documents import write_json
 from vilu.predictors import LVU, MCM, KNNVote, record, storage
 from vilu.predictors.card import GUARANTEE, code, hub_id, model_card
 
@@ -97,7 +97,7 @@ def test_a_guarantee_is_told_once_it_is_there_and_not_of_another_fit(tmp_path: P
     MCM().fit(data).save(tmp_path)
     assert "none: `vilu calibrate` was not run" in (tmp_path / "README.md").read_text()
     risk = {"kind": "risk", "promise": "at most 5 % are wrong", "n": 60, "dataset": "shots`", "rule": {"a": 1}}
-    (tmp_path / "risk.json").write_text(json.dumps(risk))
+    write_json(tmp_path / "risk.json", risk)
     storage.write_card(tmp_path)
     card = (tmp_path / "README.md").read_text()
     for key in risk.keys() & GUARANTEE.keys():
@@ -108,12 +108,12 @@ def test_a_guarantee_is_told_once_it_is_there_and_not_of_another_fit(tmp_path: P
     assert "at most 5" not in card
     assert "classes that it was fitted on and no others" in card
     (tmp_path / "risk.json").write_text("[1]")
-    with pytest.raises(DataError, match="JSON object"):
+    with pytest.raises(DataError, match="holds no object, but list"):
         storage.write_card(tmp_path)
 
 
 def test_the_record_is_still_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(*_: object) -> None:
+    def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(record, "write_json", crash)

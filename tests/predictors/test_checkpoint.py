@@ -19,6 +19,7 @@ from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import BusyError, DataError, ProvenanceError, UsageError
+from vilu.files.documents import write_json
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import DeepEnsemble, MCDropout, ViLU
 from vilu.predictors.nn.checkpoint import (
@@ -228,7 +229,7 @@ def test_nothing_is_kept_outside_a_block(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_refused(stopped: Path) -> None:
     record = json.loads(newest(stopped).read_bytes())
-    newest(stopped).write_text(json.dumps({**record, "schema": 99}))
+    write_json(newest(stopped), {**record, "schema": 99})
     with pytest.raises(ProvenanceError, match="has schema 99"), checkpointing(stopped, resume=True):
         ViLU(**QUICK).fit(toy_embeddings(n=330))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,9 @@ import vilu
 from tests.builders.fake_hub import TOKEN, Hub, serve
 from tests.conftest import toy_embeddings
 from vilu.cli.app import app
+from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.errors import DataError, MissingModelError, UsageError
+from vilu.files.documents import digest
 from vilu.predictors import MCM, KNNVote
 from vilu.predictors import hub as folders
 from vilu.predictors.hub import pull, push
@@ -75,18 +78,19 @@ def test_a_predictor_goes_up_and_comes_down(
 ) -> None:
     from huggingface_hub import constants
 
-    (predictor / "risk.json").write_text("{}")
+    calibrate_predictor(predictor, toy_embeddings(200, seed=2, ids_from=10_000), Target(max_risk=0.9))
     hub.create("lab/knn")
     hub.commit("lab/knn", "main", {"notes.txt": b"kept", "calibration.parquet": b"of an earlier one", "evil.pkl": b"."})
     done = run("push", predictor, "lab/knn", "--private", HF_TOKEN=TOKEN, **client)
     sha, files = hub.find("lab/knn", "main")
     assert done.stdout.strip() == f"{hub.url}/lab/knn/commit/{sha}"
     assert hub.created[-1]["visibility"] == "private"
-    assert set(files) == OURS | {"risk.json", "notes.txt", "evil.pkl"}
+    calibrated = OURS | {"risk.json", "calibration.parquet"}
+    assert set(files) == calibrated | {"notes.txt", "evil.pkl"}
     assert all(files[name] == (predictor / name).read_bytes() for name in OURS)
 
     assert run("pull", "lab/knn", "-o", tmp_path / "here", **client).stdout.strip() == str(tmp_path / "here")
-    assert names(tmp_path / "here") == OURS | {"risk.json"}
+    assert names(tmp_path / "here") == calibrated
     assert not [path for path in hub.requests if path.endswith(("evil.pkl", "notes.txt"))]
     data = toy_embeddings(30, seed=1)
     both = [vilu.load(folder).predict_uncertainty(data).tolist() for folder in (predictor, tmp_path / "here")]
@@ -95,7 +99,7 @@ def test_a_predictor_goes_up_and_comes_down(
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     pull("lab/knn", tmp_path / "cached")
-    assert names(tmp_path / "cached") == OURS | {"risk.json"}
+    assert names(tmp_path / "cached") == calibrated
     with pytest.raises(MissingModelError, match="not complete in the cache"):
         pull("lab/none", tmp_path / "none")
     with pytest.raises(MissingModelError, match="HF_HUB_OFFLINE is set"):
@@ -155,20 +159,28 @@ def test_a_folder_as_the_hub(predictor: Path, tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == {"hub", "here", "other", "predictor"}
 
 
+def sealed(content: bytes, old: bytes, new: bytes) -> bytes:
+    """Another record, under a fingerprint that agrees."""
+    record = json.loads(content.replace(old, new))
+    del record["fingerprint"]
+    return json.dumps({**record, "fingerprint": digest(record)}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("weights.safetensors", lambda content: content[:-1] + b"!", "is not the file that predictor.json names"),
-        ("predictor.json", lambda _: b"[]", "no JSON object"),
-        ("predictor.json", lambda content: content.replace(b'"embed_dim"', b'"width"'), "damaged predictor"),
-        ("predictor.json", lambda content: content.replace(b'"notes": {', b'"no": {'), "lacks notes"),
+        ("predictor.json", lambda _: b"[]", "holds no object"),
+        ("predictor.json", lambda content: content.replace(b'"notes": {', b'"no": {'), "not what its fingerprint says"),
+        ("predictor.json", lambda content: sealed(content, b'"embed_dim"', b'"width"'), "is damaged.*'width'"),
+        ("predictor.json", lambda content: sealed(content, b'"notes": {', b'"no": {'), "notes: Field required"),
         ("README.md", lambda _: b" " * 2**21, "2,097,152 bytes"),
     ],
 )  # fmt: skip
 def test_a_damaged_predictor_is_not_placed(name: str, change, message: str, predictor: Path, tmp_path: Path) -> None:
     (predictor / name).write_bytes(change((predictor / name).read_bytes()))
     MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"{predictor / name}.*{message}"):
         pull(str(predictor), tmp_path / "here", overwrite=True)
     assert vilu.load(tmp_path / "here").name == "mcm"
     with pytest.raises(DataError, match=message):

@@ -18,6 +18,7 @@ import vilu
 from tests.conftest import toy_embeddings
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
+from vilu.files.documents import write_json
 from vilu.metrics import brier, ece
 from vilu.predictors.probability import Isotonic, Logistic, _fit, fit_calibrator, read_calibrator
 
@@ -226,7 +227,7 @@ def test_a_damaged_calibrator_is_refused(calibration: Embeddings, tmp_path) -> N
     vilu.MCM().calibrate(calibration).save(tmp_path)
     record = json.loads((tmp_path / "predictor.json").read_text())
     record["calibrator"]["weights"] = "many"
-    (tmp_path / "predictor.json").write_text(json.dumps(record))
+    write_json(tmp_path / "predictor.json", record, "fingerprint")
     with pytest.raises(DataError, match="no calibrator"):
         vilu.load(tmp_path)
 

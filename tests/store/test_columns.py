@@ -24,6 +24,7 @@ from vilu.datasets.images import decode_image
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files.disk import host_hash
+from vilu.files.documents import read_document, write_json
 from vilu.store.documents import StoredClasses, Views
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
@@ -245,7 +246,7 @@ def test_numbers_that_cannot_be(root, name, value, fault):
 
 def change_classes(root, change):
     """Another class table, under a hash that agrees."""
-    table = StoredClasses.model_validate_json((root / "classes.json").read_bytes())
+    table = read_document(root / "classes.json", StoredClasses)
     forged = table.model_copy(update=change(table))
     (root / "classes.json").write_text(forged.model_copy(update={"hash": forged.digest()}).model_dump_json())
 
@@ -271,7 +272,7 @@ def test_shapes_that_cannot_be(root, shape):
 def test_no_column_leads_out_of_the_store(root):
     document = json.loads((root / "classes.json").read_text())
     document["columns"]["../../secret"] = document["columns"]["prompts"]
-    (root / "classes.json").write_text(json.dumps(document))
+    write_json(root / "classes.json", document)
     with pytest.raises(StorageError, match=r"classes\.json is damaged: columns"):
         EmbeddingStore(root)
 

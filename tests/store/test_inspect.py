@@ -14,6 +14,7 @@ import pytest
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from vilu.errors import DataError, StorageError
 from vilu.files.disk import file_hash
+from vilu.files.documents import write_json
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
 
@@ -37,7 +38,7 @@ def vouch(root, name, part=0):
     path = root / f"receipts/{part:05d}.json"
     receipt = json.loads(path.read_text())
     receipt["files"][name] = {"bytes": (root / name).stat().st_size, "sha256": file_hash(root / name)}
-    path.write_text(json.dumps(receipt))
+    write_json(path, receipt)
 
 
 @pytest.mark.parametrize("deep", [False, True])

@@ -19,9 +19,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.builders.pair_files import reseal
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
+from vilu.files.disk import file_hash
+from vilu.files.documents import write_json
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore
 
@@ -155,17 +158,18 @@ def test_opening_reads_no_vector(tmp_path):
 
 def forge(root, n):
     """Documents of a store of one part of n images, consistent with the files that are there."""
-    from vilu.files.documents import digest
+    from vilu.files.documents import digest, read_document
     from vilu.store.documents import Inputs, Manifest, Receipt, Run
     from vilu.store.ledger import content_hash
     from vilu.store.parts import plan
 
-    old = Manifest.model_validate_json((root / "manifest.json").read_bytes())
+    old = read_document(root / "manifest.json", Manifest)
     fields = {name: getattr(old, name) for name in Run.model_fields} | {"n_in": n, "part_size": n}
     fields["fingerprint"] = digest(Inputs(**{name: fields[name] for name in Inputs.model_fields}).identity())
     run = Run(**fields)
     (part,) = plan(run)
     info = {name: {"bytes": (root / name).stat().st_size, "sha256": "0" * 64} for name in part.files}
+    info[part.metadata]["sha256"] = file_hash(root / part.metadata)  # the only one that opening reads
     counts = {"n_in": n, "n_ok": n, "n_error": 0, "errors": {}}
     receipt = Receipt(
         fingerprint=run.fingerprint, part=0, start=0, stop=n, files=info, batch_size=1, seconds=0.0, **counts
@@ -223,7 +227,7 @@ def replace_array(root, array):
 def edit(path, change):
     document = json.loads(path.read_text())
     change(document)
-    path.write_text(json.dumps(document))
+    write_json(path, document)
 
 
 ROWS = np.ones((9, DIM))
@@ -278,10 +282,7 @@ def test_a_pickle_is_not_run(root, tmp_path):
 def test_metadata_that_do_not_fit_the_vectors(root, change, message):
     path = root / "metadata/metadata_00000.parquet"
     pq.write_table(change(pq.read_table(path)), path)
-    edit(
-        root / "receipts/00000.json",
-        lambda r: r["files"]["metadata/metadata_00000.parquet"].update(bytes=path.stat().st_size),
-    )
+    reseal(root, "metadata/metadata_00000.parquet")
     with pytest.raises(StorageError, match=f"(?s)metadata_00000.parquet.*{message}"):
         EmbeddingStore(root)
 
@@ -318,7 +319,7 @@ def test_other_class_texts(root):
     content = bytearray((root / "text_emb/classes.npy").read_bytes())
     content[-1] ^= 1
     (root / "text_emb/classes.npy").write_bytes(content)
-    with pytest.raises(StorageError, match=r"classes.npy is not the file that classes.json vouches for"):
+    with pytest.raises(StorageError, match=r"classes.npy is damaged: .* classes.json vouches for"):
         EmbeddingStore(root)
 
 

@@ -140,4 +140,4 @@ def _entrant(place: Place, cells: Sequence[Cell], results: Mapping[Cell, CellRes
 def _reason(result: CellResult) -> str:
     if result.refused is not None:
         return result.refused.reason
-    return next(str(row.why) for row in result.results if row.metric == BEST)
+    return next((str(row.why) for row in result.results if row.metric == BEST), f"its document has no {BEST}")

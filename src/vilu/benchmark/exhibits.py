@@ -13,6 +13,7 @@ from vilu.benchmark.ranking import layout, summarise
 from vilu.benchmark.sheet import Sheet
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView, TableView
 from vilu.errors import DataError
+from vilu.files.documents import vouched
 from vilu.metrics.catalog import METRICS
 from vilu.outcomes.outcomes import Outcomes
 
@@ -124,7 +125,12 @@ def _histograms(board: Board, view: HistogramView, root: Path) -> tuple[Sheet, D
     if not panels:
         raise DataError(f"the view {view.name} has nothing to show: no method has a result.")
     sheet = table_sheet(board, view.as_table(("data", "method"), ("setting", "metric")))
-    return sheet, (lambda: score_histograms({title: Outcomes.load(path) for title, path in panels.items()}))
+
+    def draw() -> Figure:
+        with vouched():  # by the documents of the cells
+            return score_histograms({title: Outcomes.load(path) for title, path in panels.items()})
+
+    return sheet, draw
 
 
 @dataclass(frozen=True)

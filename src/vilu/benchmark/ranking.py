@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
 from vilu.benchmark.board import BEST, Board, Entrant, occurring
+from vilu.benchmark.cells import Cell
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import RANKED_BY
+from vilu.benchmark.result import Timing
 from vilu.metrics.bootstrap import Difference, Interval
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.outcomes.results import ResultRow, ResultTable
@@ -30,8 +32,8 @@ class Ranked:
     against: str | None  # the best other method
     # AUROC less that of ``against``, paired, on the seeds that both have; None where there is none
     gap: Difference | None
-    fit_seconds: float | None  # mean; None where nothing is fitted
-    rows_per_second: float  # mean speed of scoring
+    fit_seconds: float | None  # mean, in cells of earlier vilu that say so; None where nothing is fitted
+    rows_per_second: float | None  # mean speed of scoring, in such cells
     refused_seeds: tuple[int, ...]  # seeds on which the method gave no result
 
     def to_dict(self) -> dict[str, object]:
@@ -151,8 +153,24 @@ def _ranked(config: Config, entrant: Entrant, able: Sequence[Entrant]) -> Ranked
         against=None if other is None else other.method,
         gap=None if difference is None else difference.difference(config.confidence),
         fit_seconds=fmean(fits) if fits else None,
-        rows_per_second=fmean(timing.rows_per_second for timing in timings),
+        rows_per_second=fmean(timing.rows_per_second for timing in timings) if timings else None,
         refused_seeds=entrant.refused_seeds,
+    )
+
+
+def times_table(board: Board, times: Mapping[Cell, Timing]) -> str:
+    """Mean wall times of fits and speeds of scoring; empty where none is known."""
+    if not times:
+        return ""
+    rows = []
+    for (data, setting), entrants in board.blocks().items():
+        for entrant in entrants:
+            known = [times[cell] for cell in entrant.runs.values() if cell in times]
+            fits = [one.fit_seconds for one in known if one.fit_seconds is not None]
+            speed = NOTHING if not known else f"{fmean(one.rows_per_second for one in known):,.0f}"
+            rows.append([data, setting, entrant.method, f"{fmean(fits):.2f}" if fits else NOTHING, speed])
+    return "\n".join(
+        ["wall time with one thread:", *aligned([["data", "setting", "method", "fit s", "rows/s"], *rows])]
     )
 
 
@@ -168,16 +186,22 @@ def _block_text(config: Config, block: Ranking) -> str:
         lines[0] += f": {span(block.n)} answers, {span(block.n_failures)} wrong"
         percent = f"[{100 * config.confidence:g} %]"
         metrics = [METRICS[name].title + (f" {percent}" if name in RANKED_BY else "") for name in config.metrics]
-        heading = ["#", "method", "runs", *metrics, "best other", f"difference {percent}", "p", "fit s", "rows/s"]
-        lines += aligned([heading, *(_line(config, line) for line in block.lines)])
+        heading = ["#", "method", "runs", *metrics, "best other", f"difference {percent}", "p"]
+        heading += ["fit s", "rows/s"] if _has_times(block) else []
+        lines += aligned([heading, *(_line(config, line, times=_has_times(block)) for line in block.lines)])
     reasons: dict[str, list[str]] = {}
     for method, reason in block.refused.items():
         reasons.setdefault(short(reason, REASON_LENGTH), []).append(method)
     return "\n".join([*lines, *(f"no result: {', '.join(of)}: {reason}" for reason, of in reasons.items())])
 
 
-def _line(config: Config, line: Ranked) -> list[str]:
-    gap, fit = line.gap, line.fit_seconds
+def _has_times(block: Ranking) -> bool:
+    """Whether the cells are of earlier vilu, which kept wall times in them."""
+    return any(line.rows_per_second is not None for line in block.lines)
+
+
+def _line(config: Config, line: Ranked, *, times: bool) -> list[str]:
+    gap, fit, speed = line.gap, line.fit_seconds, line.rows_per_second
     return [
         str(line.rank),
         line.method + line.variant,
@@ -186,8 +210,7 @@ def _line(config: Config, line: Ranked) -> list[str]:
         line.against or NOTHING,
         NOTHING if gap is None else f"{100 * gap.difference:+.2f} [{100 * gap.ci_low:+.2f}, {100 * gap.ci_high:+.2f}]",
         NOTHING if gap is None else f"{gap.p_value:.3g}",
-        NOTHING if fit is None else f"{fit:.2f}",
-        f"{line.rows_per_second:,.0f}",
+        *([NOTHING if fit is None else f"{fit:.2f}", NOTHING if speed is None else f"{speed:,.0f}"] if times else []),
     ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,9 @@ from pydantic import Field, ValidationError
 
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.parts import RANKED_BY, Section
-from vilu.errors import StorageError
-from vilu.files.disk import atomic_write, make_folder, or_refuse
-from vilu.files.documents import write_json
+from vilu.errors import DataError
+from vilu.files.disk import atomic_write, file_hash, make_folder, or_refuse
+from vilu.files.documents import explain, read_json, read_log, write_json
 from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints
@@ -23,7 +24,10 @@ from vilu.outcomes.results import ResultRow
 
 logger = logging.getLogger(__name__)
 
-SCORES, BOOTSTRAP = ".parquet", ".npy"
+AGAIN = "Run its `vilu benchmark` again"
+Suffix = Literal[".parquet", ".npy"]
+SCORES: Suffix = ".parquet"
+BOOTSTRAP: Suffix = ".npy"
 
 
 class Refusal(Section):
@@ -34,7 +38,7 @@ class Refusal(Section):
 
 
 class Timing(Section):
-    """Wall time on one core; no part of what is compared between runs."""
+    """Wall time on one core: in ``log.jsonl`` of the run folder, by the path of the cell."""
 
     fit_seconds: float | None  # of fitting; None where there was none
     score_seconds: float  # of scoring the test set
@@ -58,8 +62,8 @@ class CellResult(Section):
     results: tuple[ResultRow, ...] = ()  # A row per metric; ``split`` is the setting
     refused: Refusal | None = None  # why there are none
     warnings: tuple[str, ...] = ()  # what the method warned of
-    timing: Timing | None = None  # how long it took
-    files: dict[str, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
+    timing: Timing | None = Field(default=None, exclude=True)  # in cells of earlier vilu; now it is in the log
+    files: dict[Suffix, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
 
     def value(self, metric: str) -> float | None:
         """A metric; None where it is undefined, or the cell was refused."""
@@ -69,12 +73,12 @@ class CellResult(Section):
         """Write everything, this document last: the cell is finished if and only if it is there."""
         path = root / self.cell.path
         make_folder(path.parent)
-        files = {}
+        files: dict[Suffix, str] = {}
         if outcomes is not None and bootstrap is not None:
             outcomes.save(path.with_suffix(SCORES))
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
                 np.save(handle, bootstrap, allow_pickle=False)
-            files = {suffix: _sha256(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
+            files = {suffix: file_hash(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}
         write_json(path, self.model_copy(update={"files": files}).model_dump(mode="json"))
 
     @property
@@ -89,22 +93,32 @@ def load_result(root: Path, cell: Cell, fingerprint: str) -> CellResult | None:
     if not path.is_file():
         return None
     try:
-        result = CellResult.model_validate_json(path.read_bytes())
-        if result.fingerprint != fingerprint:
+        result = CellResult.model_validate(read_json(path, AGAIN, of=root))
+    except (DataError, ValidationError) as error:
+        what = str(error) if isinstance(error, DataError) else f"{path} is damaged: {explain(error)}."
+        logger.warning("%s %s is run again.", what, cell)
+        return None
+    if result.fingerprint != fingerprint:
+        return None
+    for suffix, sha256 in result.files.items():
+        beside = path.with_suffix(suffix)
+        if not beside.exists() or file_hash(beside) != sha256:
+            what = "not the file of its cell" if beside.exists() else "gone"
+            logger.warning("%s is %s: %s is run again", beside, what, cell)
             return None
-        for suffix, sha256 in result.files.items():
-            if _sha256(path.with_suffix(suffix)) != sha256:
-                logger.warning("%s is not the file of its cell: %s is run again", path.with_suffix(suffix), cell)
-                return None
-    except ValidationError as error:
-        logger.warning("%s is damaged: %s is run again (%d faults)", path, cell, error.error_count())
-        return None
-    except FileNotFoundError as error:
-        logger.warning("%s is gone: %s is run again", error.filename, cell)
-        return None
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     return result
+
+
+def load_times(root: Path, cells: Iterable[Cell]) -> dict[Cell, Timing]:
+    """How long cells took, from the log of the run folder: of a cell the last line."""
+    found: dict[Cell, Timing] = {}
+    paths = {cell.path.as_posix(): cell for cell in cells}
+    for line in read_log(root):
+        cell = paths.get(str(line.pop("cell", None)))
+        if cell is not None:
+            with suppress(ValidationError):  # a log may say anything; nothing else is read from it
+                found[cell] = Timing.model_validate(line)
+    return found
 
 
 def load_bootstrap(root: Path, cell: Cell) -> Floats:
@@ -125,8 +139,3 @@ def resampled_metrics(uncertainty: Floats, failure: Ints, n_resamples: int, rows
     scores = SortedScores(uncertainty, failure == 1)
     values = resampled({name: METRICS[name].kernel for name in RANKED_BY}, scores, n_resamples, int(rows, 16))
     return np.stack([values[name] for name in RANKED_BY])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -29,7 +29,7 @@ from vilu.benchmark.stores import Part, make_stores, require_stores
 from vilu.embeddings.source import SAME_TEXT
 from vilu.errors import ProvenanceError, UsageError
 from vilu.files.disk import is_leftover, locked, make_folder, or_refuse
-from vilu.files.documents import digest
+from vilu.files.documents import digest, log
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.progress import Silence, reporting, track
@@ -95,7 +95,8 @@ def write(bench: Workbench, cell: Cell, fitted: Fitted, root: Path) -> None:
         outcomes.uncertainty[scored], outcomes.failure[scored], bench.config.resamples, truth.rows
     )
     variant = fitted.predictor.label.removeprefix(fitted.predictor.name)
-    found = {"results": rows, "timing": timing, "variant": variant, "warnings": (*fitted.warnings, *said)}
+    found = {"results": rows, "variant": variant, "warnings": (*fitted.warnings, *said)}
+    log(root, cell=cell.path.as_posix(), **timing.model_dump())
     result.model_copy(update=found).save(root, outcomes, bootstrap)
 
 

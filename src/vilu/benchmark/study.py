@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import own_results, plan
@@ -19,14 +20,14 @@ from vilu.benchmark.exhibits import Exhibit, exhibit
 from vilu.benchmark.facts import code_of
 from vilu.benchmark.load import parse_config
 from vilu.benchmark.parts import Section
-from vilu.benchmark.ranking import summarise
-from vilu.benchmark.result import load_bootstrap, load_result
+from vilu.benchmark.ranking import summarise, times_table
+from vilu.benchmark.result import AGAIN, load_bootstrap, load_result, load_times
 from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
-from vilu.files.disk import make_folder, or_refuse, write_text
-from vilu.files.documents import write_json
+from vilu.files.disk import make_folder, write_text
+from vilu.files.documents import explain, read_json, write_json
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 
@@ -71,10 +72,9 @@ def load_studies(output: Path) -> list[Board]:
 
 def _load(path: Path, output: Path) -> Board:
     try:
-        with or_refuse(f"read {path}"):
-            archive = Archive.model_validate(json.loads(path.read_bytes()))
-    except ValueError as error:
-        raise DataError(f"{path} is not the document of a study: {error}") from error
+        archive = Archive.model_validate(read_json(path, AGAIN, of=output))
+    except ValidationError as error:
+        raise DataError(f"{path} is not the document of a study: {explain(error)}. {AGAIN}.") from error
     config: Config = parse_config(archive.config, str(path))
     cells = plan(config)
     results = {}
@@ -83,8 +83,7 @@ def _load(path: Path, output: Path) -> Board:
         result = None if fingerprint is None else load_result(output, cell, fingerprint)
         if result is None:
             raise DataError(
-                f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. Run its "
-                "`vilu benchmark` again."
+                f"{output / cell.path} is missing, damaged, or newer than the study {path.parent.name}. {AGAIN}."
             )
         results[cell] = result
     older = sum(result.decided_by.get("code") != code_of(config, cell) for cell, result in results.items())
@@ -167,13 +166,15 @@ class Rendered:
     exhibits: tuple[Exhibit, ...]
     verdicts: tuple[Verdict, ...]  # on its claims
     text: str  # for a terminal
+    times: str  # the same, of wall times, which differ from run to run
 
 
 def render(board: Board, output: Path) -> Rendered:
     """Write everything that a study shows, below ``output/studies/NAME``.
 
     Files: ``tables/VIEW.{md,tex,csv,txt}``, ``figures/VIEW.{png,svg}``, ``README.md`` (the page), ``table.txt`` (what
-    is printed), ``results.json`` and ``results.parquet`` (every number and the configuration).
+    is printed), ``results.json`` and ``results.parquet`` (every number and the configuration), and ``times.txt``, alone
+    with what a clock decides.
     """
     config, folder = board.config, output / STUDIES / board.config.name
     exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
@@ -181,11 +182,13 @@ def render(board: Board, output: Path) -> Rendered:
     text = "\n\n".join(
         [*(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits), *_in_words(verdicts)]
     )
-    done = Rendered(board, exhibits, verdicts, text)
+    done = Rendered(board, exhibits, verdicts, text, times_table(board, load_times(output, board.results)))
     _write_results(board, folder)
     for one in exhibits:
         _write_exhibit(one, folder)
     write_text(folder / "table.txt", text + "\n")
+    if done.times:
+        write_text(folder / "times.txt", done.times + "\n")
     write_text(folder / "README.md", page(config, exhibits, verdicts, lambda name: f"figures/{name}.svg"))
     return done
 

@@ -87,6 +87,9 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Numbers in the store.")] = "float16",
     max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
+    allow_bad_shards: Annotated[
+        bool, typer.Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
+    ] = False,
     on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
@@ -95,12 +98,13 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
     Prints the folder of the store. Images that cannot be read are listed in its errors/ folder and counted; they end
-    the command with exit code 3 when they are more than --max-error-rate. --features, --views and --prompts keep what
-    some methods need beside the embeddings (see `vilu list predictors`). Images with captions need no classes: the
-    captions are embedded too.
+    the command with exit code 3 when they are more than --max-error-rate, and so does a tar that is cut short or none:
+    nobody can count what it has lost. --features, --views and --prompts keep what some methods need beside the
+    embeddings (see `vilu list predictors`). Images with captions need no classes: the captions are embedded too.
     """
     from vilu.backbones.zeroshot import named_templates
     from vilu.datasets.catalog import open_dataset
+    from vilu.store.embed import BAD_SHARD
     from vilu.store.embed import embed as embed_images
     from vilu.store.job import BackboneSpec
 
@@ -133,6 +137,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         part_size=part_size,
         dtype=dtype,
         max_error_rate=max_error_rate,
+        allow_bad_shards=allow_bad_shards,
         on_error=on_error,
         split=split,
         overwrite=overwrite,
@@ -143,8 +148,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     if store is None:
         next_step("this rank's parts are done; the rank that ends last makes the store complete")
     else:
-        errors = store.manifest.n_error
-        next_step(f"{len(store):,} embeddings, {errors:,} bad images; next: vilu fit {output} -o predictor")
+        shards = sum(count for kind, count in store.manifest.errors.items() if kind in BAD_SHARD)
+        lost = f", {shards:,} bad shards" if shards else ""
+        errors = f"{store.manifest.n_error - shards:,} bad images{lost}"
+        next_step(f"{len(store):,} embeddings, {errors}; next: vilu fit {output} -o predictor")
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:
@@ -368,15 +375,35 @@ def _datasets() -> list[dict[str, Any]]:
 
 
 def inspect(
-    store: Annotated[Path, typer.Argument(help="Folder that `vilu embed` wrote, finished or not.")],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte: hashes, norms, labels.")] = False,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ..."
+        ),
+    ],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
+    seal: Annotated[
+        bool,
+        typer.Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What is in a store, and whether it is sound. Exit code 7 when something is wrong."""
+    """What an artefact of vilu holds, and whether it is sound. Exit code 3, 6 or 7 when something is wrong."""
+    from vilu.cli.artefacts import check, is_store
     from vilu.errors import StorageError
-    from vilu.store.inspect import inspect as inspect_store
 
-    report = inspect_store(store, deep=deep)
-    typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-    if report.problems:
-        raise StorageError(f"{len(report.problems)} problems in {store}; the first: {report.problems[0]}")
+    if is_store(path) and not seal:
+        from vilu.store.inspect import inspect as inspect_store
+
+        report = inspect_store(path, deep=deep)
+        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+        if report.problems:
+            raise StorageError(f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}")
+        return
+    found = list(check(path))
+    sealed = [file for artefact in found for file in artefact.seal()] if seal else []
+    facts = [{"path": str(one.path), "what": one.what} for one in found]
+    content = {"found": facts, "sealed": [str(file) for file in sealed]} if seal else {"found": facts}
+    lines = [f"{one.path}: {printable(one.what)}" for one in found]
+    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
+    next_step(f"nothing is damaged{f'; a digest was added to {len(sealed)} files' if seal else ''}")

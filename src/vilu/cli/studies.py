@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,8 +99,9 @@ def _print(studies: list[Rendered], *, as_json: bool) -> None:
         typer.echo(json.dumps(found, indent=2))
     elif studies:
         many = len(studies) > 1
-        parts = [f"{f'=== {study.board.config.name} ===' + chr(10) if many else ''}{study.text}" for study in studies]
-        typer.echo("\n\n".join(parts))
+        heading = "=== {} ===\n" if many else ""
+        parts = [(heading.format(study.board.config.name) + study.text, study.times) for study in studies]
+        typer.echo("\n\n".join(filter(None, chain.from_iterable(parts))))
 
 
 def demo(

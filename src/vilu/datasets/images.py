@@ -195,10 +195,12 @@ def _deep_to_gray(image: Image.Image) -> tuple[Image.Image, ImageFlag]:
 
 Stage = Literal["open", "decode", "geometry", "text"]
 OfPicture = Literal["empty", "unidentified", "unsupported", "truncated", "decode_error", "bomb", "bad_geometry"]
-OfFile = Literal["too_large", "read_error", "truncated_shard", "bad_shard", "not_a_file", "bad_path"]
+OfFile = Literal["too_large", "read_error", "not_a_file", "bad_path"]
+OfShard = Literal["truncated_shard", "bad_shard"]
+"""One record that stands for all that a shard has lost, however much that is."""
 OfSample = Literal["interleaved", "duplicate", "missing_image"]
 OfText = Literal["missing_caption", "bad_text", "empty_text", "bad_label"]
-Kind = OfPicture | OfFile | OfSample | OfText
+Kind = OfPicture | OfFile | OfShard | OfSample | OfText
 
 CORRUPT: Final = (
     OSError,  # data cut short, a codec's error, a header field that makes no sense

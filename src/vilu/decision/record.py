@@ -7,22 +7,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
-from vilu.decision.calibrate import Selector
+from vilu.decision.calibrate import ALL, OTHER, Certificate, Selector, describe, group_names
 from vilu.decision.label_sets import LabelSets
-from vilu.decision.selection import BatchSelector
+from vilu.decision.selection import MAX_ROWS, BatchSelector
+from vilu.decision.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
 from vilu.files.disk import atomic_write, file_hash
-from vilu.files.documents import Document, digest, read_document
+from vilu.files.documents import Document, digest, read_document, vouched
 from vilu.files.tables import parquet_bytes
 from vilu.outcomes.outcomes import Outcomes
-from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
 from vilu.predictors.rows import candidates_of, same_candidates
-
-RISK, ROWS = "risk.json", "calibration.parquet"
-AGAIN = "Run `vilu calibrate` again"
 
 Rule = Selector | BatchSelector
 
@@ -47,7 +46,7 @@ class Record(Document):
         texts: Sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older code.
     """
 
-    again = AGAIN
+    again = RECALIBRATE
     fault = DataError
     later = frozenset({"texts"})
 
@@ -76,7 +75,7 @@ class Record(Document):
         if apart:
             raise ProvenanceError(
                 f"the predictor was calibrated on rows with {_in_words(mine)}, and these have {apart}: its "
-                f"thresholds say nothing of them. {AGAIN} on rows like these, or remove {RISK}."
+                f"thresholds say nothing of them. {RECALIBRATE} on rows like these, or remove {RISK}."
             )
 
 
@@ -112,7 +111,7 @@ def has_record(folder: Path) -> bool:
 
 
 def load(folder: str | Path) -> Record:
-    """The record in a predictor's folder, checked, and that it is of the predictor that lies there."""
+    """The record in a predictor's folder: of the predictor that lies there, and what its calibration rows lead to."""
     path = Path(folder) / RISK
     if not path.is_file():
         raise DataError(f"{folder} is not calibrated. Run `vilu calibrate` first.")
@@ -120,16 +119,60 @@ def load(folder: str | Path) -> Record:
     if found.predictor != fingerprint:
         raise ProvenanceError(
             f"{path} was made for the predictor {found.predictor}, and {folder} holds {fingerprint}: its thresholds "
-            f"say nothing here. {AGAIN}, or remove the file."
+            f"say nothing here. {RECALIBRATE}, or remove the file."
         )
+    rows = load_rows(folder, found)
+    wrong = f"it counts {found.n} calibration rows" if found.n != int(rows.evaluable.sum()) else None
+    if wrong is None and found.rule is not None:
+        wrong = contradiction(found.rule, rows)
+    if wrong is not None:
+        raise DataError(f"{path} is damaged: {wrong}, which {ROWS} does not bear out. {RECALIBRATE}.")
     return found
+
+
+def contradiction(rule: Rule, rows: Outcomes) -> str | None:
+    """What a rule says that the rows which it was made from do not; None where they agree."""
+    keep = rows.evaluable
+    uncertainty, wrong = rows.uncertainty[keep], rows.failure[keep] == 1
+    if isinstance(rule, BatchSelector):
+        scores = np.sort(uncertainty[:MAX_ROWS][wrong[:MAX_ROWS]]).tolist()
+        agree = rule.n == min(len(uncertainty), MAX_ROWS) and list(rule.wrong) == scores
+        return None if agree else f"it has {rule.n} scores, {len(rule.wrong)} of them of wrong answers"
+    certificates = list(rule.certificates.items())
+    place = {name: index for index, (name, _) in enumerate(certificates)}
+    groups = group_names(rows) if rule.grouped_by else [ALL] * len(rows)
+    group = np.array([place.get(name, place.get(OTHER, len(place))) for name in groups], dtype=np.int64)[keep]
+    limit = np.array([-np.inf if one.threshold is None else one.threshold for _, one in certificates] + [-np.inf])
+    accepted = uncertainty <= limit[group]
+    last = np.full(len(limit), -np.inf)
+    np.maximum.at(last, group[accepted], uncertainty[accepted])
+    counted = [np.bincount(group[chosen], minlength=len(limit)) for chosen in (group >= 0, accepted, accepted & wrong)]
+    for index, (name, one) in enumerate(certificates):
+        found, said = tuple(int(count[index]) for count in counted), (one.n, one.n_accepted, one.n_wrong)
+        if found != said or last[index] != limit[index] or not _is_borne_out(rule, one):
+            of = f" for {name!r}" if name else ""
+            return f"{describe(one)}{of}"
+    lost = int(counted[0][-1])
+    return f"it leaves out {lost} rows" if lost else None
+
+
+def _is_borne_out(rule: Selector, one: Certificate) -> bool:
+    """Whether so few wrong answers can show the bound: necessary for every method, with all of delta."""
+    if one.threshold is None or one.risk_bound is None:
+        return one.threshold is None and one.risk_bound is None
+    if rule.method == "crc" and rule.max_risk is not None:
+        return (one.n_wrong + 1) / (one.n + 1) <= rule.max_risk == one.risk_bound
+    shown = float(tail(np.array(one.n_wrong), np.array(one.n_accepted), one.risk_bound))
+    delta = (1 - rule.confidence) / len(rule.certificates) * (1 + 1e-6)
+    return one.risk_bound >= 1 or (shown <= delta and one.risk_bound <= (rule.max_risk or 1))
 
 
 def load_rows(folder: str | Path, record: Record) -> Outcomes:
     """The calibration rows behind a record; DataError if they are missing, or others than it names."""
     path = Path(folder) / ROWS
     if not path.is_file():
-        raise DataError(f"{path} is missing. {AGAIN}.")
+        raise DataError(f"{path} is missing. {RECALIBRATE}.")
     if file_hash(path) != record.rows_sha256:
-        raise DataError(f"{path} does not hold the rows that {RISK} names. {AGAIN}.")
-    return Outcomes.load(path)
+        raise DataError(f"{path} does not hold the rows that {RISK} names. {RECALIBRATE}.")
+    with vouched():
+        return Outcomes.load(path)

@@ -17,12 +17,12 @@ from pydantic import Field, model_validator
 
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files.disk import MANIFEST, RUN
-from vilu.files.documents import Document, Model, digest, read_document, read_json
+from vilu.files.documents import Document, Model, digest, read_document, read_json, vouched
 from vilu.files.tables import parquet_bytes, read_column, read_table
 from vilu.metrics.counts import Ints
 from vilu.metrics.histogram import MAX_BINS, Histogram, codes
 from vilu.outcomes.outcomes import MISSING, OPTIONAL, Outcomes, Tally, facts_of
-from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, content_hash, require_hash
+from vilu.store.ledger import AnyReceipt, Count, FileInfo, Ledger, Reopened, Vouched, content_hash
 
 AGAIN = "Run the same `vilu score` again"
 
@@ -251,7 +251,7 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
 def read_run(root: Path) -> ScoreRun:
     """``run.json``, a name that other folders have, too."""
     found = read_json(root / RUN, AGAIN, StorageError)
-    if not (isinstance(found, dict) and found.get("kind") == "scores"):
+    if found.get("kind") != "scores":
         raise DataError(f"{root / RUN} is not of a folder of scores. Make one with `vilu score`.")
     return read_document(root / RUN, ScoreRun)
 
@@ -268,9 +268,9 @@ def histogram_bytes(histogram: Histogram) -> memoryview:
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> Histogram:
     """The counts of a part, checked against its receipt."""
-    path, counts = root / receipt.part.histogram, receipt.counts
-    require_hash(path, receipt.files[receipt.part.histogram], AGAIN)
-    table, metadata = read_table(path, ())
+    path, counts = Vouched.of(root, [receipt])(receipt.part.histogram), receipt.counts
+    with vouched():
+        table, metadata = read_table(path, ())
     level, ends = metadata.get("level"), metadata.get("ends")
     if table.column_names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
         raise _damaged(path, f"its columns are {table.schema.names}")
@@ -306,10 +306,11 @@ def _damaged(path: Path, what: str) -> StorageError:
     return StorageError(f"{path} is no histogram: {what}. {AGAIN} into a new folder.")
 
 
-class ScoreFolder:
+class ScoreFolder(Reopened):
     """What ``score_parts`` wrote; ``vilu.evaluate`` takes it like ``Outcomes``, whatever its size.
 
-    Opening reads the documents and checks that every file is there with its size; ``verify`` reads every byte.
+    Opening reads the documents and checks that every file is there with its size. The bytes of a file are compared with
+    its receipt when it is first read; ``verify`` reads all. Pickled, it is its path, as a store is.
 
     Args:
         path: The folder.
@@ -336,6 +337,7 @@ class ScoreFolder:
         if manifest != ScoreManifest.of(self.run, self._receipts):
             raise ProvenanceError(f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}.")
         self.counts: Counts = manifest.counts
+        self.seal = digest(manifest.model_dump(mode="json"))
 
     def __len__(self) -> int:
         return self.run.n_in
@@ -365,8 +367,11 @@ class ScoreFolder:
             StorageError: If a file is damaged.
             DataError: If a file is not such a table, or its rows are not those of the data.
         """
-        parts = [Outcomes.load(self.path / receipt.part.scores) for receipt in self._receipts]
-        row_id = np.concatenate([self._row_ids(receipt.part.scores) for receipt in self._receipts])
+        files = Vouched.of(self.path, self._receipts)
+        paths = [files(receipt.part.scores) for receipt in self._receipts]
+        with vouched():
+            parts = [Outcomes.load(path) for path in paths]
+            row_id = np.concatenate([_row_ids(path) for path in paths])
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}.")
@@ -386,9 +391,10 @@ class ScoreFolder:
         """Read every byte, and compare it with what was written; StorageError names the file that is damaged."""
         self._ledger.verify()
 
-    def _row_ids(self, name: str) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        table, _ = read_table(self.path / name, ())
-        return np.asarray(read_column(self.path / name, table, "row_id", "int64").to_numpy(), dtype=np.int64)
+
+def _row_ids(path: Path) -> NDArray[np.int64]:
+    table, _ = read_table(path, ())
+    return np.asarray(read_column(path, table, "row_id", "int64").to_numpy(), dtype=np.int64)
 
 
 def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64]) -> Any:  # noqa: ANN401 - by its kind

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from vilu.errors import BusyError, StorageError
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 """Name of the lock of a folder."""
 
 RUN, MANIFEST = "run.json", "manifest.json"
 """First and last document of a folder that a run fills (``vilu.store.ledger``)."""
+
+LOG = "log.jsonl"
+"""How long what took, a line of JSON each. Two runs differ in it, and no result is read from it."""
 
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
 """What network file systems answer that cannot sync a folder."""
@@ -37,7 +44,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Binary handle of a new file that takes the place of ``path`` when the block ends without an exception.
 
     The bytes go to a temporary file in the same folder, are synced to the disk, and are then renamed. After an
-    exception or a crash ``path`` is what it was before.
+    exception or a crash ``path`` is what it was before. What crashes left of earlier tries at ``path`` is removed.
 
     Raises:
         StorageError: If the file system refuses (no such folder, read-only, disk full).
@@ -45,6 +52,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
+        for leftover in _unfinished(target.parent.absolute()).pop(target.name, ()):
+            if is_leftover(leftover):
+                leftover.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
                 yield handle
@@ -54,6 +64,20 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(target.parent)
+
+
+@lru_cache(maxsize=1024)
+def _unfinished(folder: Path) -> dict[str, list[Path]]:
+    """Files in the making, by the name that they are to have, when this process first wrote into a folder.
+
+    Looked up once: a folder of a hundred thousand parts takes a while to list.
+    """
+    found: dict[str, list[Path]] = {}
+    for path in folder.iterdir():
+        match = TEMPORARY.fullmatch(path.name)
+        if match is not None:
+            found.setdefault(match["name"], []).append(path)
+    return found
 
 
 @contextmanager
@@ -131,9 +155,16 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
+"""What a lock file says while somebody holds it; also after that process died, until the next one comes."""
+
+
 @contextmanager
 def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, who: str = "process") -> Iterator[None]:
     """Hold the lock of a folder that is there; the system lets go of it when the process dies.
+
+    Some network file systems give one lock to several machines at once. What is written part by part does not rely on
+    it (every writer of a part writes the same bytes); a lock file that still names another machine is worth a line.
 
     Args:
         folder: The folder.
@@ -144,16 +175,49 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, wh
     """
     from filelock import FileLock, Timeout
 
-    lock = FileLock(folder / name)
+    path, host = folder / name, re.sub(r"\s", "_", socket.gethostname())
+    lock = FileLock(path)
     with or_refuse(f"write to {folder}"):
         try:
             lock.acquire(timeout=patience)
         except Timeout as error:
-            raise BusyError(f"another {who} is {doing} {folder}. Wait for it, or give another folder.") from error
+            holder = _holder(path)
+            named = f" ({holder[0]})" if holder else ""
+            raise BusyError(
+                f"another {who}{named} is {doing} {folder}. Wait for it, or give another folder."
+            ) from error
     try:
+        holder = _holder(path)
+        if holder and holder["host"] != host:
+            logger.warning(
+                "%s names %s: it has died there, or is %s %s too, since this file system keeps machines apart by no "
+                "lock. See that only one works there.",
+                *(path, holder[0], doing, folder),
+            )
+        _sign(path, f"process {os.getpid()} of {host}")
         yield
     finally:
+        _sign(path, "")
         lock.release()
+
+
+def _holder(path: Path) -> re.Match[str] | None:
+    """Who holds a lock, or did when it died; None where that is not said."""
+    try:
+        with path.open("rb") as handle:
+            return HOLDER.fullmatch(handle.read(1024).decode(errors="replace"))
+    except OSError:  # the message does without
+        return None
+
+
+def _sign(path: Path, text: str) -> None:
+    """Write into a lock that we hold, unless the library that made it keeps its own notes there; the file stays."""
+    with suppress(OSError), path.open("r+b") as handle:  # for people; no room for it is no reason to stop
+        found = handle.read(1024).decode(errors="replace")
+        if not found or HOLDER.fullmatch(found):
+            handle.seek(0)
+            handle.truncate()
+            handle.write(text.encode())
 
 
 def file_hash(path: Path) -> str:

@@ -1,14 +1,18 @@
-"""JSON documents of ours, checked as any file from elsewhere."""
+"""JSON documents of ours: sealed with a digest of what they say, checked as any file from elsewhere."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,7 +24,7 @@ from pydantic import (
 )
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import atomic_write, or_refuse
+from vilu.files.disk import LOG, atomic_write, or_refuse
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -31,6 +35,11 @@ def digest(value: object) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+
+logger = logging.getLogger("vilu")
+
+SEAL: Final = "digest"
+"""Last key of a document of ours: ``digest`` of all that stands before it."""
 
 SCHEMA_VERSION: Final = 1
 MAX_DOCUMENT_BYTES = 64 * 2**20
@@ -76,33 +85,112 @@ class _Version(BaseModel):
     schema_version: int
 
 
-def read_document(path: Path, kind: type[D]) -> D:
-    """A document of ours, checked as any file from elsewhere.
+def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
+    """A document of ours, checked as any file from elsewhere; ``of`` as for ``read_json``, by default its folder.
 
     Raises:
         StorageError: If it cannot be read; the document's own ``fault`` if it is missing, too large, or damaged.
         ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
     """
-    content = read_bounded(path, kind.again, kind.fault)
+    content = read_json(path, kind.again, kind.fault, of=of or path.parent)
     try:
-        version = _Version.model_validate_json(content).schema_version
+        version = _Version.model_validate(content).schema_version
         if version != SCHEMA_VERSION:
             raise ProvenanceError(
                 f"{path} has schema version {version}, this vilu reads {SCHEMA_VERSION}. "
                 f"{kind.again}, or use the vilu that wrote it."
             )
-        return kind.model_validate_json(content)
+        return kind.model_validate_json(json.dumps(content))
     except ValidationError as error:
         raise kind.fault(f"{path} is damaged: {explain(error)}. {kind.again} to repair it.") from error
 
 
-def read_json(path: Path, again: str, fault: type[ViLUError] = DataError) -> Any:  # noqa: ANN401 - whatever it holds
-    """What is in a JSON file; refused like a document, but for what it says."""
+def read_json(
+    path: Path,
+    again: str,
+    fault: type[ViLUError] = DataError,
+    *,
+    seal: str = SEAL,
+    always: bool = False,
+    of: Path | None = None,
+) -> dict[str, Any]:
+    """What a JSON document of ours says, without its seal; nothing of it is believed before the seal is.
+
+    Args:
+        path: The file.
+        again: How it is made again, for messages.
+        fault: Error where it is missing or damaged.
+        seal: Key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
+        always: Whether every vilu sealed such documents, so that one without a seal is damaged.
+        of: The artefact that it belongs to, of which one line says that it is not sealed; by default itself.
+    """
     content = read_bounded(path, again, fault)
     try:
-        return json.loads(content)
+        found = parse_json(content)
+        right = digest({key: value for key, value in found.items() if key != seal})
     except (ValueError, RecursionError) as error:
-        raise fault(f"{path} is damaged: it is not JSON ({error}). {again} to repair it.") from error
+        raise fault(f"{path} is damaged: it is not JSON of ours ({error}). {again} to repair it.") from error
+    if seal not in found and not always:
+        say_unsealed(of or path)
+    elif found.pop(seal, None) != right:
+        raise fault(f"{path} is damaged: its content is not what its {seal} says. {again} to repair it.")
+    return found
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """A JSON object; a ValueError where it is none, a key stands twice, or a number is none or infinite."""
+    found = json.loads(content.decode(), object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_no_number)
+    if not isinstance(found, dict):
+        raise ValueError(f"it holds no object, but {type(found).__name__}")  # noqa: TRY004 - as json's own
+    return found
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no finite number")
+
+
+def seal_document(path: Path) -> bool:
+    """Give a document of ours a digest, unless it has one; whether it had none."""
+    content = parse_json(read_bounded(path, "Make it again", DataError))
+    if SEAL in content:
+        return False
+    write_json(path, content)
+    return True
+
+
+_SAID: set[str] = set()
+_vouched: ContextVar[bool] = ContextVar("vouched", default=False)
+
+
+@contextmanager
+def vouched() -> Iterator[None]:
+    """A block that reads files for which a hash elsewhere vouches, so that they need no digest of their own."""
+    token = _vouched.set(True)
+    try:
+        yield
+    finally:
+        _vouched.reset(token)
+
+
+def say_unsealed(path: str | os.PathLike[str]) -> None:
+    """One line, once per file and process, that nothing vouches for an artefact of an earlier vilu."""
+    if not _vouched.get() and os.path.abspath(path) not in _SAID:  # noqa: PTH100 - Path has no form that keeps links
+        _SAID.add(os.path.abspath(path))  # noqa: PTH100
+        logger.warning(
+            "%s carries no digest: damage to it would not be seen; `vilu inspect --seal` adds one.", os.fspath(path)
+        )
 
 
 def read_bounded(path: Path, again: str, fault: type[ViLUError], limit: int | None = None) -> bytes:
@@ -124,11 +212,34 @@ def explain(error: ValidationError) -> str:
     return f"{where or 'document'}: {first['msg']} (got {json.dumps(first['input'], default=str):.80})"
 
 
-def write_json(path: str | os.PathLike[str], value: object) -> None:
-    """Write plain JSON (UTF-8, indented, keys in their order) atomically."""
-    content = plain_json(value, f"cannot write {path}: its content", indent=2) + b"\n"
+def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: str = SEAL) -> str:
+    """Write plain JSON (UTF-8, indented, keys in their order, sealed) atomically; returns its digest."""
+    what = f"cannot write {path}: its content"
+    plain = json.loads(plain_json({key: part for key, part in value.items() if key != seal}, what))
+    plain[seal] = digest(plain)
+    content = plain_json(plain, what, indent=2) + b"\n"
     with atomic_write(path) as handle:
         handle.write(content)
+    return str(plain[seal])
+
+
+def log(folder: Path, **facts: object) -> None:
+    """Add a line to the log of a folder, at once, so that lines of several processes stay whole."""
+    line = plain_json(facts, "a line of the log") + b"\n"
+    with or_refuse(f"write to {folder / LOG}"), (folder / LOG).open("ab", buffering=0) as handle:
+        handle.write(line)
+
+
+def read_log(folder: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a folder's log, if it has one; a line that a crash has cut is left out."""
+    path = folder / LOG
+    with or_refuse(f"read {path}"):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+            if isinstance(found, dict):
+                yield found
 
 
 def plain_json(value: object, what: str = "metadata", indent: int | None = None) -> bytes:

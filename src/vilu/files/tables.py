@@ -1,21 +1,23 @@
-"""Tables with metadata: Parquet, and CSV that a spreadsheet may open."""
+"""Tables with metadata: Parquet, sealed with a digest of what it says, and CSV that a spreadsheet may open."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Collection, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import atomic_write
-from vilu.files.documents import SCHEMA_VERSION, plain_json
+from vilu.files.documents import SCHEMA_VERSION, SEAL, digest, parse_json, plain_json, say_unsealed
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 METADATA_KEY = b"vilu"
+MARK = b"vilu.sealed"
+"""Stands in the footer of a table with a digest, so that it is missed where a flipped bit has hidden the metadata."""
 
 # A spreadsheet runs a cell that starts with one of these. An apostrophe before it makes it text; apostrophes that are
 # already there get one more, so that reading can take exactly one away.
@@ -41,14 +43,61 @@ def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Map
 
 
 def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> memoryview:
-    """Columns of one length, with the metadata (plain JSON) in their schema, as the content of a Parquet file."""
+    """Columns of one length, with the metadata (plain JSON) in their schema, as the content of a Parquet file.
+
+    Every page has a checksum, and the metadata a digest of all that a reader gets to see: a checksum covers neither
+    the footer nor the headers of pages.
+    """
     import pyarrow as pa
     import pyarrow.parquet
 
-    content = plain_json({"schema_version": SCHEMA_VERSION, **metadata})
+    table, said = pa.table(dict(columns)), parse_json(plain_json({"schema_version": SCHEMA_VERSION, **metadata}))
+    said[SEAL] = table_digest(table, said)
     buffer = BytesIO()
-    pyarrow.parquet.write_table(pa.table(dict(columns)).replace_schema_metadata({METADATA_KEY: content}), buffer)
+    sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(said), MARK: b""})
+    pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True)
     return buffer.getbuffer()
+
+
+def table_digest(table: pa.Table, metadata: Mapping[str, object]) -> str:
+    """Digest of names, types, nulls and values of the columns, and of the metadata; however the rows are chunked."""
+    columns = [[name, str(table[name].type), len(table), _column_hash(table[name])] for name in table.column_names]
+    return digest([dict(metadata), columns])
+
+
+def _column_hash(column: pa.ChunkedArray) -> str:
+    """SHA-256 of where a column is null, and of its values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    content, text = hashlib.sha256(), pa.types.is_string(column.type)
+    if column.null_count:
+        for chunk in column.chunks:
+            content.update(chunk.is_null().cast(pa.int8()).to_numpy())
+        column = pc.fill_null(column, "" if text else pa.scalar(0).cast(column.type))
+    if text:
+        for chunk in column.chunks:
+            content.update(pc.binary_length(chunk).to_numpy())
+    for chunk in column.chunks:
+        content.update(_text_bytes(chunk) if text else _plain(chunk))
+    return content.hexdigest()
+
+
+def _plain(chunk: pa.Array) -> Any:  # noqa: ANN401 - what hashes take
+    import pyarrow as pa
+
+    return (chunk.cast(pa.int8()) if pa.types.is_boolean(chunk.type) else chunk).to_numpy()
+
+
+def _text_bytes(chunk: pa.Array) -> memoryview:
+    """The UTF-8 of all strings of an array."""
+    import numpy as np
+
+    _, offsets, content = chunk.buffers()
+    if not len(chunk) or content is None:
+        return memoryview(b"")
+    ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+    return memoryview(content)[ends[0] : ends[-1]]
 
 
 def _replaced(table: pa.Table, names: Collection[str] | None, pattern: str, replacement: str) -> pa.Table:
@@ -88,14 +137,44 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
         raise StorageError(f"cannot open {path}: {error}") from error
     with source:
         try:
-            table = pyarrow.parquet.read_table(source) if suffix == ".parquet" else _parse_csv(source, text_columns)
-            names = table.column_names
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            parquet = suffix == ".parquet"
+            table = _read_parquet(source) if parquet else _parse_csv(source, text_columns)
+            names, marked = table.column_names, parquet and MARK in _footer(source)
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise DataError(f"{path} must have distinct columns. Repeated: {', '.join(sorted(repeated))}.")
-    return table, _metadata(path, table)
+    return table, _metadata(path, table, marked=marked)
+
+
+def _read_parquet(source: pa.NativeFile) -> pa.Table:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True).read()
+    table.validate(full=True)  # strings are UTF-8, offsets are within their buffers
+    return table
+
+
+def _footer(source: pa.NativeFile) -> bytes:
+    """The bytes of the footer of a Parquet file, whatever can be parsed of them."""
+    end = source.size() - 8
+    source.seek(end)
+    start = max(end - int.from_bytes(source.read(4), "little"), 0)
+    source.seek(start)
+    return bytes(source.read(end - start))
+
+
+def seal_table(path: Path) -> bool:
+    """Give a Parquet table of ours a digest, unless it has one or is of another program; whether it has now."""
+    import pyarrow.parquet
+
+    table, metadata = read_table(path, ())
+    said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
+    if said is None or SEAL in parse_json(said):
+        return False
+    write_table(path, {name: table[name] for name in table.column_names}, metadata)
+    return True
 
 
 def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.ChunkedArray:
@@ -135,16 +214,24 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
     return _replaced(table, text_columns, _DEFUSED, r"\1")
 
 
-def _metadata(path: str | Path, table: pa.Table) -> dict[str, object]:
+def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, object]:
+    """The metadata of a table of ours, which are believed, as its rows are, when the digest is right."""
     content = (table.schema.metadata or {}).get(METADATA_KEY)
-    if content is None:
+    if content is None and not marked:
         return {}
     try:
-        metadata = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"the metadata of {path} must be JSON: {error}") from error
-    if not isinstance(metadata, dict):
-        raise DataError(f"the metadata of {path} must be a JSON object. Got {type(metadata).__name__} instead.")
+        metadata = parse_json(content or b"")
+        seal = metadata.pop(SEAL, None)
+        right = not marked if seal is None else seal == table_digest(table, metadata)
+    except (ValueError, NotImplementedError, RecursionError) as error:
+        raise DataError(f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again.") from error
+    if not right:
+        raise DataError(
+            f"{path} is damaged, or was changed by another program: its rows are not what its digest says. "
+            "Make it again."
+        )
+    if seal is None:
+        say_unsealed(path)
     require_schema(path, metadata.pop("schema_version", None))
     return metadata
 

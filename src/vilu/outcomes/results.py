@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,9 +10,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
 
-from vilu.errors import DataError, UsageError
-from vilu.files.disk import or_refuse
-from vilu.files.documents import SCHEMA_VERSION, write_json
+from vilu.errors import DataError, StorageError, UsageError
+from vilu.files.documents import SCHEMA_VERSION, read_json, write_json
 from vilu.files.tables import read_column, read_table, require_schema, write_table
 from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
@@ -202,13 +200,11 @@ class ResultTable:
 def _table_of_json(path: str | Path) -> pa.Table:
     import pyarrow as pa
 
-    try:
-        with or_refuse(f"open {path}"):
-            content = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not (isinstance(content, dict) and isinstance(content.get("rows"), list)):
-        raise DataError(f"{path} must hold an object with a list 'rows'. Got {type(content).__name__} instead.")
+    if not Path(path).is_file():
+        raise StorageError(f"{path} does not exist.")
+    content = read_json(Path(path), "Run `vilu evaluate` again")
+    if not isinstance(content.get("rows"), list):
+        raise DataError(f"{path} must hold an object with a list 'rows'. It has {', '.join(content):.80}.")
     require_schema(path, content.get("schema_version"))
     if not all(isinstance(row, dict) for row in content["rows"]):
         raise DataError(f"every entry of 'rows' in {path} must be an object.")

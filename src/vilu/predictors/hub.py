@@ -13,20 +13,30 @@ from pathlib import Path
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
-from vilu.errors import DataError, MissingModelError, StorageError, UsageError, ViLUError
+from vilu.errors import DataError, MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.files.disk import LOCK, host_hash, make_folder, or_refuse
-from vilu.files.documents import MAX_DOCUMENT_BYTES
+from vilu.files.disk import LOCK, file_hash, host_hash, make_folder, or_refuse
+from vilu.files.documents import MAX_DOCUMENT_BYTES, read_json
 from vilu.predictors.card import HUB_ID
-from vilu.predictors.record import CARD, MAX_JSON_BYTES, PREDICTOR, RISK, WEIGHTS, read_record
+from vilu.predictors.record import (
+    CARD,
+    FINGERPRINT,
+    PREDICTOR,
+    RECALIBRATE,
+    RISK,
+    ROWS,
+    WEIGHTS,
+    fit_fingerprint,
+    read_record,
+)
 from vilu.predictors.storage import load
 
 FILES = {
     WEIGHTS: 4 << 30,
-    PREDICTOR: MAX_JSON_BYTES,
+    PREDICTOR: MAX_DOCUMENT_BYTES,
     CARD: 1 << 20,
     RISK: MAX_DOCUMENT_BYTES,
-    "calibration.parquet": 1 << 30,
+    ROWS: 1 << 30,
 }
 """All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
 
@@ -70,17 +80,26 @@ def require_size(name: str, size: int, limit: int) -> None:
         raise DataError(f"{name} has {size:,} bytes; of this file at most {limit:,} are expected in a predictor.")
 
 
-def check(folder: Path, name: object) -> str:
-    """Load a predictor once, and return its fingerprint."""
+def check(folder: Path, name: Path) -> str:
+    """Load the copy of a predictor, and what vouches for its calibration; returns its fingerprint."""
     try:
         load(folder)
-        return str(read_record(folder / PREDICTOR)["fingerprint"])
-    except ViLUError:
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # foreign files, any content
-        raise DataError(
-            f"{name} holds a damaged predictor: {type(error).__name__}: {error}".rstrip(".") + "."
-        ) from error
+        if (folder / RISK).is_file():
+            _check_calibration(folder, name)
+        return str(read_record(folder / PREDICTOR)[FINGERPRINT])
+    except ViLUError as error:
+        raise type(error)(str(error).replace(str(folder), str(name))) from error
+
+
+def _check_calibration(folder: Path, name: Path) -> None:
+    risk = read_json(folder / RISK, RECALIBRATE, of=name)
+    if risk.get("predictor") != fit_fingerprint(folder):
+        raise ProvenanceError(
+            f"{folder / RISK} was made for another predictor than lies beside it, so what it promises is not of this "
+            f"one. {RECALIBRATE}, or remove the file."
+        )
+    if not (folder / ROWS).is_file() or file_hash(folder / ROWS) != risk.get("rows_sha256"):
+        raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
 
 
 def require_ours(target: Path) -> None:
@@ -100,7 +119,7 @@ def require_same(target: Path, fingerprint: str) -> None:
     """Refuse a place that has another predictor."""
     if not target.exists() or not any(target.iterdir()):
         return
-    found = read_record(target / PREDICTOR).get("fingerprint") if (target / PREDICTOR).is_file() else None
+    found = read_record(target / PREDICTOR)[FINGERPRINT] if (target / PREDICTOR).is_file() else None
     if found != fingerprint:
         raise UsageError(f"{target} holds another predictor. Give a new folder, or --overwrite to replace it.")
 

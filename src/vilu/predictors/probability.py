@@ -120,6 +120,8 @@ def read_calibrator(value: object) -> Calibrator:
         len(found.score) != len(found.probability) or bool((np.diff(found.score) <= 0).any())
     ):
         raise DataError("this is no calibrator of probabilities: its knots are not in order.")
+    if isinstance(found, Logistic) and len(found.weights) != FORMS[found.form].features(np.zeros(1)).shape[1]:
+        raise DataError(f"this is no calibrator of probabilities: {found.form} has not {len(found.weights)} weights.")
     return found
 
 

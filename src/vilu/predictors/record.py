@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError
 from vilu.files.disk import atomic_write, make_folder
-from vilu.files.documents import digest, write_json
+from vilu.files.documents import digest, explain, read_json, write_json
 from vilu.predictors.card import Described, model_card
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator
 from vilu.predictors.rows import RowSketch
 
 SCHEMA = 1
-MAX_JSON_BYTES = 64 << 20
 PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
+ROWS = "calibration.parquet"
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN = "seen"
+FINGERPRINT = "fingerprint"
+"""The key of the digest of ``predictor.json``."""
+REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
 
 
 class Saved(Parametrised, Described, Protocol):
@@ -56,10 +59,8 @@ def save(predictor: Saved, folder: str | Path) -> str:
         handle.write(weights)
     record = describe(predictor)
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
-    record["fingerprint"] = digest(record)
-    write_card(path, record, predictor, None)
-    write_json(path / PREDICTOR, record)
-    return str(record["fingerprint"])
+    write_card(path, {**record, FINGERPRINT: digest(record)}, predictor, None)
+    return write_json(path / PREDICTOR, record, seal=FINGERPRINT)
 
 
 def describe(predictor: Saved) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def describe(predictor: Saved) -> dict[str, Any]:
 def fit_fingerprint(folder: str | Path) -> str:
     """Hash of a saved fit with its weights and its calibrator, whichever vilu wrote it."""
     record = read_record(Path(folder) / PREDICTOR)
-    return digest({key: value for key, value in record.items() if key not in {"fingerprint", "vilu"}})
+    return digest({key: value for key, value in record.items() if key not in {FINGERPRINT, "vilu"}})
 
 
 def write_card(path: Path, record: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None) -> None:
@@ -91,17 +92,50 @@ def write_card(path: Path, record: dict[str, Any], predictor: Saved, risk: dict[
         handle.write(model_card(record, predictor, risk).encode())
 
 
+class _Notes(BaseModel):
+    """What is computed with of what a fit leaves."""
+
+    n_train: int | None = Field(default=None, ge=0)
+    n_failures: int | None = Field(default=None, ge=0)
+    pool_size: int | None = Field(default=None, ge=1)
+
+
+class _Home(BaseModel):
+    distribution: str | None = None
+    module: str
+
+
+class _Said(BaseModel):
+    """What ``predictor.json`` has to say."""
+
+    model_config = ConfigDict(strict=True)
+
+    vilu: str
+    method: str
+    parameters: dict[str, Any]
+    space: dict[str, Any] | None
+    similarity: list[float] | None = Field(min_length=2, max_length=2)
+    n_seen: int | None = Field(ge=0)
+    notes: _Notes
+    weights_sha256: str
+    home: _Home | None = None
+    calibrator: dict[str, Any] | None = None
+
+
 def read_record(path: Path) -> dict[str, Any]:
-    """``predictor.json``, checked for schema and keys."""
-    record = read_object(path)
-    if not isinstance(record.get("schema"), int):
-        raise DataError(f"{path} does not describe a predictor.")
+    """``predictor.json``: its fingerprint, which is its digest, its schema, and the types of what it says."""
+    if not path.is_file():
+        raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.")
+    record = read_json(path, REFIT, seal=FINGERPRINT, always=True)
+    if type(record.get("schema")) is not int:
+        raise DataError(f"{path} does not describe a predictor: it has no schema. {REFIT}.")
     if record["schema"] > SCHEMA:
         raise ProvenanceError(f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu.")
-    missing = {"method", "parameters", "space", "similarity", "n_seen", "notes", "weights_sha256"} - record.keys()
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(sorted(missing))}.")
-    return record
+    try:
+        _Said.model_validate(record)
+    except ValidationError as error:
+        raise DataError(f"{path} is damaged: {explain(error)}. {REFIT}.") from error
+    return {**record, FINGERPRINT: digest(record)}
 
 
 def home_of(cls: type) -> dict[str, Any]:
@@ -113,25 +147,11 @@ def home_of(cls: type) -> dict[str, Any]:
     return {"home": {"distribution": distribution, "module": cls.__module__}}
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
-    content = read_bytes(path, MAX_JSON_BYTES)
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} does not describe a predictor: it is no JSON object.")
-    return found
-
-
-def read_bytes(path: Path, limit: int | None = None) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """A file of a predictor's folder."""
     try:
-        if limit is not None and path.stat().st_size > limit:
-            raise DataError(f"{path} has {path.stat().st_size} bytes; at most {limit} were expected.")
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"no predictor here: {path} does not exist. Make one with `vilu fit`.") from error
+        raise DataError(f"the predictor is not complete: {path} does not exist. {REFIT}.") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}.") from error

@@ -8,15 +8,17 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors import torch as safetensors_torch
+from torch import Tensor
 
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError
+from vilu.errors import DataError, ViLUError
+from vilu.files.documents import read_json
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
 from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
-from vilu.predictors.record import PREDICTOR, RISK, SEEN, WEIGHTS, read_bytes, read_object, read_record
+from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, SEEN, WEIGHTS, read_bytes, read_record
 from vilu.predictors.rows import RowSketch
 
 
@@ -31,17 +33,24 @@ def load(folder: str | Path) -> FailurePredictor:
     found = read_record(path / PREDICTOR)
     weights = read_bytes(path / WEIGHTS)
     if hashlib.sha256(weights).hexdigest() != found["weights_sha256"]:
-        raise DataError(f"{path / 'weights.safetensors'} is not the file that predictor.json names. Save it again.")
+        raise DataError(f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}.")
+    method = method_of(found, path / PREDICTOR)
     try:
-        tensors = safetensors_torch.load(weights)
-    except SafetensorError as error:
-        raise DataError(f"{path / 'weights.safetensors'} is not a safetensors file: {error}.") from error
-    predictor = build(method_of(found, path / PREDICTOR), found["parameters"])
+        return _assembled(method, found, safetensors_torch.load(weights))
+    # whatever foreign tensors and settings lead a method to
+    except (AttributeError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        what = str(error).rstrip(".") if isinstance(error, ViLUError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{path / PREDICTOR} is damaged, or {WEIGHTS} beside it: {what}. {REFIT}.") from error
+
+
+def _assembled(method: type[FailurePredictor], found: dict[str, Any], tensors: dict[str, Tensor]) -> FailurePredictor:
+    """A predictor as a record and its tensors describe it."""
+    predictor = build(method, found["parameters"])
     predictor.space_ = EmbeddingSpace(**found["space"]) if found["space"] else None
     predictor.similarity_ = tuple(found["similarity"]) if found["similarity"] else None
     predictor.seen_ = RowSketch(tensors.pop(SEEN), found["n_seen"]) if SEEN in tensors else None
     predictor.notes_ = found["notes"]
-    predictor.calibrator_ = read_calibrator(found["calibrator"]) if "calibrator" in found else None
+    predictor.calibrator_ = read_calibrator(found["calibrator"]) if found.get("calibrator") else None
     predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
     return predictor
 
@@ -61,5 +70,5 @@ def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:
 def write_card(folder: str | Path) -> None:
     """Write the card of a saved predictor again, with the guarantee of ``risk.json`` where that lies beside it."""
     path = Path(folder)
-    risk = read_object(path / RISK) if (path / RISK).exists() else None
+    risk = read_json(path / RISK, RECALIBRATE) if (path / RISK).exists() else None
     record.write_card(path, read_record(path / PREDICTOR), load(path), risk)

@@ -231,11 +231,11 @@ class Receipt(AnyReceipt, Counted):
         stop: Position after its last image, or number after its last shard.
         files: Its files by name.
         batch_size: Images per forward pass.
-        seconds: Wall time.
+        seconds: Wall time in receipts of earlier vilu; now it is in ``log.jsonl``.
         source: Of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"source"})
+    later: ClassVar[frozenset[str]] = frozenset({"seconds", "source"})
 
     fingerprint: str
     part: Count
@@ -243,7 +243,7 @@ class Receipt(AnyReceipt, Counted):
     stop: Count
     files: dict[str, FileInfo]
     batch_size: Annotated[int, Field(ge=1)]
-    seconds: float
+    seconds: float = 0.0
     source: str = ""
 
 

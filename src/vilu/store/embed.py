@@ -10,10 +10,10 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from pydantic import ValidationError
@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
 from vilu.datasets.base import ImageDataset, ShardedDataset
-from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
@@ -31,7 +31,7 @@ from vilu.progress import track
 from vilu.store.documents import CLASSES, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
 from vilu.store.ledger import content_hash
-from vilu.store.parts import Part, StoreLedger, read_classes, write_classes
+from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 PART_IMAGES, PART_SHARDS = 4096, 10
@@ -63,6 +63,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     seed: int = 0,
     prompts: Sequence[str] = (),
     max_error_rate: float = 0.01,
+    allow_bad_shards: bool = False,
     on_error: Literal["skip", "raise"] = "skip",
     split: str | None = None,
     overwrite: bool = False,
@@ -98,6 +99,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         prompts: Also store the embeddings of every class in these templates, as the column ``prompts``.
         limits: What an image may be.
         max_error_rate: Largest share of images that may fail; above it the store is not sealed, and nothing is lost.
+        allow_bad_shards: Seal the store although a shard is cut short or cannot be read (on), so that nobody knows how
+            many images are missing; a warning names it. Not allowed, that is an error at the end, and nothing is lost.
         on_error: "skip" sets bad images aside and counts them, "raise" stops at the first.
         split: Name of the split, recorded.
         overwrite: Replace the store that is there.
@@ -112,7 +115,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     Raises:
         UsageError: If an argument cannot be, or ``output`` holds something else than a store.
         ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
-        DataError: If the data do not fit the names, or too many images failed.
+        DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
         StorageError: If the file system refuses; finished parts are intact.
         BusyError: If another process embeds into ``output``.
     """
@@ -134,13 +137,22 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     root = Path(output)
     strict = on_error == "raise"
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
-    if not _drive(job, model, executor, 0.0 if strict else max_error_rate, overwrite=overwrite, shared=shared):
+    budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
+    if not _drive(job, model, executor, budget, overwrite=overwrite, shared=shared):
         return None
     return CaptionStore(root) if run.captions else EmbeddingStore(root)
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What a store may lack: a share of its images, and what bad shards have lost."""
+
+    error_rate: float
+    bad_shards: bool
+
+
 def _drive(
-    job: EmbedJob, model: Backbone, executor: Executor | None, max_error_rate: float, *, overwrite: bool, shared: bool
+    job: EmbedJob, model: Backbone, executor: Executor | None, budget: Budget, *, overwrite: bool, shared: bool
 ) -> bool:
     """Do what is missing and seal the store; whether it was sealed: of several processes only the last one does it."""
     root, patience = job.root, PATIENCE if shared else 0.0
@@ -151,7 +163,7 @@ def _drive(
         job = replace(job, run=begin(root, job.run, model))
         if not shared:
             forget_attempts(root)
-        missing, receipts = job.ledger.survey()
+        missing, receipts = job.ledger.survey(deep=not shared)  # many drivers would each read all of it
         if missing:
             job.ledger.unseal()
             require_room(job, missing)
@@ -160,12 +172,12 @@ def _drive(
         _work(job, executor, missing, receipts)
         if shared:
             lock.enter_context(StoreLedger.claim(root, patience))
-            missing, _ = job.ledger.survey()
+            missing, _ = job.ledger.survey(deep=False)
             if missing:
                 logger.info("%d parts are still missing; the process that ends last seals %s", len(missing), root)
                 return False
         job.ledger.clean()
-        seal(job.ledger, max_error_rate)
+        seal(job.ledger, budget)
     return True
 
 
@@ -274,26 +286,59 @@ def require_room(job: EmbedJob, missing: Sequence[Part]) -> None:
         )
 
 
-def seal(ledger: StoreLedger, max_error_rate: float) -> None:
-    """Write the manifest, if every part is there and few enough images failed; otherwise everything is kept."""
+def seal(ledger: StoreLedger, budget: Budget) -> None:
+    """Write the manifest, if every part is there and little enough is lacking; otherwise everything is kept."""
     root, run, receipts = ledger.root, ledger.run, ledger.receipts()
     n_in = sum(receipt.n_in for receipt in receipts)
     errors = sum((Counter(receipt.errors) for receipt in receipts), Counter[str]())
-    n_error = errors.total()
-    if n_in and n_error / n_in > max_error_rate:
-        raise DataError(_over_budget(root, n_in, errors, max_error_rate))
-    if not n_in:
+    images = Counter({kind: count for kind, count in errors.items() if kind not in BAD_SHARD})
+    n_images = n_in - errors.total() + images.total()
+    lost = _bad_shards(ledger, receipts)
+    if lost and not budget.bad_shards:
+        raise DataError(
+            f"{lost} The other {n_in - errors.total()} images are kept. Write or download them again and repeat the "
+            "command, which does only their parts again; or accept what is lost with --allow-bad-shards."
+        )
+    if n_images and images.total() / n_images > budget.error_rate:
+        raise DataError(_over_budget(root, n_images, images, budget.error_rate))
+    if lost:
+        warnings.warn(f"{lost} That is accepted (--allow-bad-shards).", stacklevel=4)
+    if not n_images:
         warnings.warn(f"{run.dataset} has no images: {root} is a store without rows.", stacklevel=4)
     ledger.seal(
         Manifest(
             **dict(run) | {"n_in": n_in},
-            n_ok=n_in - n_error,
-            n_error=n_error,
+            n_ok=n_in - errors.total(),
+            n_error=errors.total(),
             errors=dict(sorted(errors.items())),
             parts=len(receipts),
             classes="" if run.captions else read_classes(root, run)[0].hash,
             content=content_hash(receipts),
         )
+    )
+
+
+BAD_SHARD = frozenset(get_args(OfShard))
+"""Kinds of errors that are of a whole shard."""
+
+NAMED = 5
+"""Bad shards that a message names."""
+
+
+def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
+    """What is wrong with shards, in a sentence; empty where nothing is."""
+    found: list[str] = []
+    for part, receipt in zip(ledger.parts, receipts, strict=True):
+        if BAD_SHARD.isdisjoint(receipt.errors):
+            continue
+        table = read_columns(ledger.root / part.errors, ERRORS, ["key", "kind", "message"], receipt.n_error)
+        found += [f"{row['key']} ({row['message']})" for row in table.to_pylist() if row["kind"] in BAD_SHARD]
+    if not found:
+        return ""
+    more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return (
+        f"{len(found)} of {ledger.run.shards} shards cannot be read to the end, and how many images that costs is "
+        f"unknown: {'; '.join(found[:NAMED])}{more}."
     )
 
 

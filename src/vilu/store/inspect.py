@@ -14,9 +14,10 @@ import torch
 
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.errors import ViLUError
-from vilu.files.disk import MANIFEST, RUN, file_hash
+from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import read_document
 from vilu.store.documents import Receipt, Run
+from vilu.store.ledger import require_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, holds_all, map_rows, metadata_schema, read_classes, read_columns
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -124,7 +125,10 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
             receipt = ledger.receipt(part)
             report.add(receipt)
             if deep:
-                report.problems += [*_file_problems(ledger, part, receipt), *_table_problems(ledger, part, receipt)]
+                for name, info in receipt.files.items():
+                    with report.noting():
+                        require_hash(root / name, info.sha256, receipt.again)
+                report.problems += [*_row_problems(ledger, part, receipt), *_table_problems(ledger, part, receipt)]
     with report.noting():
         if not run.captions:
             read_classes(root, run)
@@ -133,11 +137,8 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     return report
 
 
-def _file_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
+def _row_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
     root, run = ledger.root, ledger.run
-    for name, info in receipt.files.items():
-        if file_hash(root / name) != info.sha256:
-            yield f"{root / name} was changed after it was written: its SHA-256 is not that of its receipt."
     for name, shape in run.arrays.items():
         yield from _array_problems(root / part.array(name), name, (receipt.n_ok, *shape), run.dtype)
 

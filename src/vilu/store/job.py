@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.files.disk import RUN, or_refuse
+from vilu.files.documents import log
 from vilu.progress import Silence, Task
 from vilu.store.documents import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
@@ -195,7 +197,9 @@ class EmbedJob:
                 content = encoder.part(outcomes)
                 receipt = self.ledger.write_rows(part, content, self.batch_size, sources[part.number])
                 marks.end(part)
-                counts = receipt.n_ok, receipt.n_error, receipt.seconds
+                seconds = round(time.monotonic() - content.started, 3)
+                log(self.root, part=part.number, rows=receipt.n_ok, errors=receipt.n_error, seconds=seconds)
+                counts = receipt.n_ok, receipt.n_error, seconds
                 logger.info("part %d: %d rows, %d errors, %.1f s", part.number, *counts)
                 yield receipt
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vilu.datasets.files import MISSING, ListingHash
 from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
@@ -23,6 +24,7 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import or_refuse
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
+from vilu.store.ledger import Reopened
 from vilu.store.mapped import MappedPairs, MappedParts, default_workers, in_threads
 from vilu.store.parts import open_npy, or_damaged
 
@@ -148,7 +150,7 @@ SCAN_CELLS = 2**20
 """Numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache."""
 
 
-class LaionPairs(MappedPairs):
+class LaionPairs(Reopened, MappedPairs):
     """Image-caption pairs from shards of embeddings; row i of an image file belongs to row i of its text file.
 
     Three layouts, with numbers of any width, and a fourth of one shard::
@@ -164,6 +166,9 @@ class LaionPairs(MappedPairs):
 
     The rows have no identity beyond the folder: keys of published metadata repeat from one data set to the next.
     ``ids`` are their numbers over all shards.
+
+    Nothing vouches for these files as receipts do for a store's: other numbers in them are not seen. Pickled, it is its
+    path, as a store is; a shard of another size or time of modification is a change.
 
     Args:
         path: The folder.
@@ -199,6 +204,8 @@ class LaionPairs(MappedPairs):
                 )
         starts = np.cumsum([0, *(shard.shape[0] for shard in shards)], dtype=np.int64)
         space = EmbeddingSpace(width, float(logit_scale), float(logit_bias))
+        self.seal = _listing(root, shards)
+        self.options = {"pools": pools, "logit_scale": logit_scale, "logit_bias": logit_bias, "fold": fold}
         chosen = None if fold is None else _rows_of_fold(root, shards, fold)
         rows = MappedParts(starts, {"image": (width,), "text": (width,)}, lambda name, i: _open(shards[i], name))
         super().__init__(root, rows, ("image", "text"), space, pools or Pools(), chosen)
@@ -264,6 +271,15 @@ class ChosenNumbers(RowNumbers):
 
     def _of(self, row: int) -> str:
         return str(self._rows[row])
+
+
+def _listing(root: Path, shards: list[Shard]) -> str:
+    """Hash of names, sizes and times of modification."""
+    listing = ListingHash()
+    for path in (path for shard in shards for path in (shard.image, shard.text, shard.metadata) if path is not None):
+        with or_refuse(f"read {path}"):
+            listing.add(path.relative_to(root).as_posix(), MISSING, path.stat())
+    return listing.hexdigest()
 
 
 def _open(shard: Shard, name: str) -> NDArray[np.floating]:

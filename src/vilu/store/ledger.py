@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVar
 
 from pydantic import Field
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import LOCK, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
+from vilu.files.disk import LOCK, LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
 from vilu.files.documents import Document, Model, digest, read_document
+from vilu.progress import Silence, track
 
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
 """Names of the files that a run writes."""
@@ -141,7 +144,7 @@ class Ledger(ABC, Generic[P, R]):
             for name in ("receipts", *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
-            for name in (*others, RUN):
+            for name in (*others, LOG, RUN):
                 (self.root / name).unlink(missing_ok=True)
 
     @abstractmethod
@@ -151,7 +154,7 @@ class Ledger(ABC, Generic[P, R]):
     def receipt(self, part: P) -> R:
         """The receipt of a part that is there in full."""
         path, again = self.root / part.receipt, self._kind.again
-        receipt = read_document(path, self._kind)
+        receipt = read_document(path, self._kind, of=self.root)
         if receipt.fingerprint != self.fingerprint:
             raise ProvenanceError(
                 f"{path} belongs to run {receipt.fingerprint}, the folder to run {self.fingerprint}. "
@@ -170,33 +173,39 @@ class Ledger(ABC, Generic[P, R]):
                 )
         return receipt
 
-    def look_up(self, part: P) -> R | str:
-        """The receipt of a part that is there in full, or else what it lacks."""
+    def look_up(self, part: P, *, deep: bool = True) -> R | str:
+        """The receipt of a part that is there in full, or else what it lacks; ``deep``: its bytes are looked at too."""
         if not (self.root / part.receipt).exists():
             return ABSENT
         try:
-            return self.receipt(part)
+            receipt = self.receipt(part)
+            for name in receipt.files if deep else ():
+                Vouched.of(self.root, [receipt])(name)
         except ViLUError as error:
             return str(error)
+        return receipt
 
-    def survey(self) -> tuple[list[P], list[R]]:
+    def survey(self, *, deep: bool = True) -> tuple[list[P], list[R]]:
         """Parts to do, and the receipts of the others."""
         missing, receipts = [], []
-        for part in self.parts:
-            found = self.look_up(part)
-            if not isinstance(found, str):
-                receipts.append(found)
-                continue
-            missing.append(part)
-            if found != ABSENT:
-                logger.warning("part %d is done again: %s", part.number, found)
+        reads = deep and any((self.root / part.receipt).exists() for part in self.parts)
+        with track("Checking parts", len(self.parts), "parts") if reads else nullcontext(Silence()) as task:
+            for part in self.parts:
+                found = self.look_up(part, deep=deep)
+                task.advance(1)
+                if not isinstance(found, str):
+                    receipts.append(found)
+                    continue
+                missing.append(part)
+                if found != ABSENT:
+                    logger.warning("part %d is done again: %s", part.number, found)
         return missing, receipts
 
     def verify(self) -> None:
         """Read every byte of every part, and compare it with what was written."""
         for receipt in self.receipts():
             for name, info in receipt.files.items():
-                require_hash(self.root / name, info, self._kind.again)
+                require_hash(self.root / name, info.sha256, self._kind.again)
 
     def receipts(self) -> list[R]:
         """Those of all parts, each of which must be there in full."""
@@ -221,10 +230,85 @@ def write_hashed(path: Path, payload: memoryview) -> FileInfo:
     return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
 
 
-def require_hash(path: Path, info: FileInfo, again: str) -> None:
-    """Refuse a file with other bytes than its receipt vouches for."""
-    if file_hash(path) != info.sha256:
-        raise StorageError(f"{path} is not the file that its receipt vouches for. Remove the receipt. {again}.")
+def require_hash(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> None:
+    """Refuse a file with other bytes than those that its voucher names."""
+    if file_hash(path) != sha256:
+        raise StorageError(f"{path} is damaged: it does not hold the bytes that {voucher} vouches for. {again}.")
+
+
+_verified: set[tuple[int | str, ...]] = set()
+_verifying = Lock()
+
+
+def _unlock_in_child() -> None:
+    global _verifying  # noqa: PLW0603 - a thread that held it stayed behind in the parent
+    _verifying = Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> Path:
+    """The path of a file, which ``require_hash`` has let pass in this process.
+
+    The bytes are read again only if the system says that the file is another one or was written to since (device,
+    inode, size, times). What happens to a file after it was opened is not seen. Threads may ask at the same time.
+    """
+    with or_refuse(f"read {path}"):
+        found = path.stat()
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, sha256)
+    with _verifying:
+        if key not in _verified:
+            require_hash(path, sha256, again, voucher)
+            _verified.add(key)
+    return path
+
+
+class Vouched:
+    """Files of parts by name: the path of each, once its bytes are those of its receipt (``require_hash_once``)."""
+
+    def __init__(self, root: Path, again: str, sha256: Mapping[str, str]) -> None:
+        self._root, self._again, self._sha256 = root, again, sha256
+
+    @classmethod
+    def of(cls, root: Path, receipts: Iterable[AnyReceipt]) -> Vouched:
+        """Those of some receipts."""
+        found = list(receipts)
+        again = found[0].again if found else ""
+        return cls(root, again, {name: info.sha256 for receipt in found for name, info in receipt.files.items()})
+
+    def __call__(self, name: str) -> Path:
+        """The path of one; StorageError if it is damaged."""
+        return require_hash_once(self._root / name, self._sha256[name], self._again)
+
+
+class Reopened:
+    """What lies in a folder and is pickled as its path: opened again where it arrives, and refused if it has changed.
+
+    Attributes:
+        path: The folder.
+        seal: Hash of what makes it another one.
+        options: What it was opened with beside the path.
+    """
+
+    path: Path
+    seal: str
+    options: Mapping[str, object] = {}
+
+    def __reduce__(self) -> tuple[Callable[..., Reopened], tuple[object, ...]]:
+        return reopen, (type(self), self.path.absolute(), dict(self.options), self.seal)
+
+
+def reopen(kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str) -> Reopened:
+    """What was pickled, from its folder; ProvenanceError if that is another one now."""
+    found = kind(path, **options)
+    if found.seal != seal:
+        raise ProvenanceError(
+            f"{path} has changed since it was pickled: its fingerprint was {seal} and is now {found.seal}. "
+            "Open it again and repeat what was begun with it."
+        )
+    return found
 
 
 def content_hash(receipts: Iterable[AnyReceipt]) -> str:

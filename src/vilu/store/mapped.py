@@ -239,6 +239,9 @@ class PartStrings(Identifiers):
         self._starts, self._rows = starts, rows
         self._read = lru_cache(16)(read)
 
+    def __reduce__(self) -> tuple[type[PartStrings], tuple[object, ...]]:
+        return PartStrings, (self._starts, self._read.__wrapped__, self._rows)
+
     def _of(self, row: int) -> str:
         row = row if self._rows is None else int(self._rows[row])
         part = int(np.searchsorted(self._starts, row, side="right")) - 1

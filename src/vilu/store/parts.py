@@ -23,10 +23,10 @@ from vilu.datasets.base import ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
-from vilu.files.disk import RUN, file_hash, make_folder
+from vilu.files.disk import RUN, make_folder
 from vilu.files.documents import read_document
 from vilu.store.documents import CLASSES, IMAGE, SHARED, TEXT, ArrayInfo, ClassColumn, Receipt, Run, StoredClasses
-from vilu.store.ledger import Ledger, write_hashed
+from vilu.store.ledger import Ledger, require_hash_once, write_hashed
 
 SHARD = 2**32
 """Positions of each shard: an image's is the number of its shard times this, plus its number there."""
@@ -116,9 +116,9 @@ class StoreLedger(Ledger[Part, Receipt]):
         n_in = receipt.n_in if self.run.shards else len(part)
         return (receipt.part, receipt.start, receipt.stop, receipt.n_in), (part.number, part.start, part.stop, n_in)
 
-    def look_up(self, part: Part) -> Receipt | str:
+    def look_up(self, part: Part, *, deep: bool = True) -> Receipt | str:
         """The receipt of a part that is there in full, and of shards as they are now; or else what it lacks."""
-        found = super().look_up(part)
+        found = super().look_up(part, deep=deep)
         stale = isinstance(found, Receipt) and found.source != self.source(part)
         return "its shards have changed" if stale else found
 
@@ -149,7 +149,6 @@ class StoreLedger(Ledger[Part, Receipt]):
                 errors=dict(sorted(Counter(error.kind for error in content.errors).items())),
                 files=files,
                 batch_size=batch_size,
-                seconds=round(time.monotonic() - content.started, 3),
                 source=source,
             ),
         )
@@ -250,8 +249,7 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
         _check_shape(root, run, name, info)
         files[column_path(root, name)] = info.sha256
     for path, sha256 in files.items():
-        if file_hash(path) != sha256:
-            raise StorageError(f"{path} is not the file that {CLASSES} vouches for. Run `vilu embed` again.")
+        require_hash_once(path, sha256, table.again, CLASSES)
     return table, require_usable(torch.from_numpy(np.array(rows)), "class text")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,11 +18,11 @@ from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import MANIFEST, RUN
-from vilu.files.documents import read_document
+from vilu.files.documents import digest, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
-from vilu.store.ledger import content_hash
+from vilu.store.ledger import Reopened, Vouched, content_hash
 from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import METADATA, Part, StoreLedger, column_path, map_rows, read_classes, read_columns
 
@@ -65,20 +66,27 @@ def open_source(
     return EmbeddingStore(root)
 
 
-class Sealed:
-    """Everything of a complete store but its classes; documents, sizes, shapes and numbers of rows are checked."""
+class Sealed(Reopened):
+    """Everything of a complete store but its classes; documents, sizes, shapes and numbers of rows are checked.
+
+    The bytes of a file are compared with its receipt when it is first read (``files``).
+    """
 
     def __init__(self, path: Path) -> None:
         StoreLedger.require_sealed(path)
         self.path, self.manifest = path, read_document(path / MANIFEST, Manifest)
+        self.seal = digest(self.manifest.model_dump(mode="json"))
         ledger = StoreLedger(path, self.manifest)
         self.parts, receipts = ledger.parts, ledger.receipts()
         self.require_seal(content_hash(receipts) == self.manifest.content)
+        for count in ("n_in", "n_ok", "n_error"):
+            self.require_seal(sum(getattr(receipt, count) for receipt in receipts) == getattr(self.manifest, count))
+        self.files = Vouched.of(path, receipts)
         starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
-        self.rows = MappedParts(starts, self.manifest.arrays, partial(_map_part, ledger, starts))
+        self.rows = MappedParts(starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files))
         for part in self.parts:
             for name in part.arrays:
-                self.rows.part(name, part.number)
+                _map_part(ledger, starts, path.joinpath, name, part.number)
 
     def require_seal(self, whole: bool) -> None:
         """Refuse what the manifest does not vouch for."""
@@ -90,22 +98,28 @@ class Sealed:
     def metadata(self, name: str, number: int) -> pa.Array:
         """A column of the metadata of a part."""
         n_rows = int(self.rows.starts[number + 1] - self.rows.starts[number])
-        return read_columns(self.path / self.parts[number].metadata, METADATA, [name], n_rows)[name].combine_chunks()
+        path = self.files(self.parts[number].metadata)
+        return read_columns(path, METADATA, [name], n_rows)[name].combine_chunks()
 
     def keys(self, rows: NDArray[np.int64] | None = None) -> PartStrings:
         """Keys of some rows, ascending, by default of all."""
         return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
 
 
-def _map_part(ledger: StoreLedger, starts: NDArray[np.int64], name: str, number: int) -> NDArray[np.floating]:
+def _map_part(
+    ledger: StoreLedger, starts: NDArray[np.int64], find: Callable[[str], Path], name: str, number: int
+) -> NDArray[np.floating]:
     shape = (int(starts[number + 1] - starts[number]), *ledger.run.arrays[name])
-    return map_rows(ledger.root / ledger.parts[number].array(name), shape, ledger.run.dtype)
+    return map_rows(find(ledger.parts[number].array(name)), shape, ledger.run.dtype)
 
 
-class EmbeddingStore(MappedSource):
+class EmbeddingStore(Reopened, MappedSource):
     """A sealed store, the same to every predictor as ``Embeddings`` in memory.
 
     Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows, labels.
+    The bytes of a part are compared with the SHA-256 in its receipt when a row of it is first read in this process.
+    What happens to a file after that, while it is open, is not seen. Pickled, a store is its path: it is opened again
+    where it arrives, and refused there (ProvenanceError) if it has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -124,7 +138,7 @@ class EmbeddingStore(MappedSource):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._sealed = Sealed(self.path)
-        self.manifest = self._sealed.manifest
+        self.manifest, self.seal = self._sealed.manifest, self._sealed.seal
         if self.manifest.captions:
             raise DataError(f"{path} has captions and no classes. Open it with vilu.open_source, which takes both.")
         self.space = self.manifest.space
@@ -163,10 +177,13 @@ def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) ->
     return check_columns({name: values}, 0, len(classes.names))[name]
 
 
-class CaptionStore(MappedPairs):
+class CaptionStore(Reopened, MappedPairs):
     """The sealed store of images with captions, the same to every predictor as ``PairEmbeddings`` in memory.
 
     Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows.
+    The bytes of a part are compared with the SHA-256 in its receipt when a row of it is first read in this process.
+    What happens to a file after that, while it is open, is not seen. Pickled, a store is its path: it is opened again
+    where it arrives, and refused there (ProvenanceError) if it has changed.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
@@ -187,7 +204,7 @@ class CaptionStore(MappedPairs):
 
     def __init__(self, path: str | os.PathLike[str], pools: Pools | None = None, fold: Fold | None = None) -> None:
         sealed = Sealed(Path(path))
-        self.manifest = sealed.manifest
+        self.manifest, self.seal, self.options = sealed.manifest, sealed.seal, {"pools": pools, "fold": fold}
         if not self.manifest.captions:
             raise DataError(f"{path} has classes and no captions. Open it with vilu.EmbeddingStore.")
         sealed.require_seal(not self.manifest.classes)
@@ -205,5 +222,5 @@ class CaptionStore(MappedPairs):
 
 def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
     counts = np.diff(sealed.rows.starts).tolist()
-    files = [(sealed.path / part.metadata, n_rows) for part, n_rows in zip(sealed.parts, counts, strict=True)]
+    files = ((sealed.files(part.metadata), n_rows) for part, n_rows in zip(sealed.parts, counts, strict=True))
     return rows_of_fold(files, ("caption",), fold, len(sealed.rows))

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.files.disk import LOCK, TEMPORARY, atomic_write, locked, make_folder, or_refuse
-from vilu.files.documents import digest, write_json
+from vilu.files.documents import digest, read_json, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
 SCHEMA = 1
 RECORD = re.compile(r"(\d{8,})\.json")
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
-MAX_RECORD_BYTES = 64 << 20
+AGAIN = "Remove it, and run the training again"
 
 Binding = Mapping[str, object]
 """What a run is a run of, as plain JSON: it must be the same when it begins again."""
@@ -103,7 +103,7 @@ class FolderKeeper(Keeper):
             "position": found.position,
             "tensors_sha256": hashlib.sha256(weights).hexdigest(),
         }
-        write_json(self.folder / f"{name}.json", {**record, "digest": digest(record)})
+        write_json(self.folder / f"{name}.json", record)
         self._prune({name, f"{max(serials, default=0):08d}"})
         self.saved_at = time.monotonic()
 
@@ -118,17 +118,20 @@ class FolderKeeper(Keeper):
                     path.unlink()
 
     def _newest(self) -> tuple[bytes, bytes]:
-        serials = self._serials()
+        serials, faults = self._serials(), list[str]()
         for serial in reversed(serials):
             try:
                 record, weights = read_checked(self.folder / f"{serial:08d}.json")
             except DataError as error:
+                faults.append(str(error))
                 warnings.warn(f"a checkpoint is left out: {error}", stacklevel=4)
                 continue
             self._require_same(record["binding"])
             return json.dumps(record).encode(), weights
         if serials:
-            raise DataError(f"no checkpoint in {self.folder} is intact. Remove that folder to begin again.")
+            raise DataError(
+                f"no checkpoint in {self.folder} is intact. {' '.join(faults)} Remove that folder to begin again."
+            )
         return b"", b""
 
     def _require_same(self, found: dict[str, object]) -> None:
@@ -152,24 +155,20 @@ def is_ours(name: str) -> bool:
 
 def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
     """A record and the bytes of its tensors, as they were written."""
-    with or_refuse(f"read {path.with_suffix('')}"):
-        try:
-            content = path.read_bytes() if path.stat().st_size <= MAX_RECORD_BYTES else b""
-            weights = path.with_suffix(".safetensors").read_bytes()
-        except FileNotFoundError as error:
-            raise DataError(f"{error.filename} is missing.") from error
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("schema"), int):
+    record = read_json(path, AGAIN, always=True)
+    if not isinstance(record.get("schema"), int):
         raise DataError(f"{path} does not describe a checkpoint.")
     if record["schema"] > SCHEMA:
         raise ProvenanceError(f"{path} has schema {record['schema']}; this vilu reads up to {SCHEMA}. Update vilu.")
-    if record.pop("digest", None) != digest(record):
-        raise DataError(f"{path} does not have the content that it was written with.")
-    if hashlib.sha256(weights).hexdigest() != record["tensors_sha256"]:
-        raise DataError(f"{path.with_suffix('.safetensors')} is not the file that {path.name} names.")
+    if not all(isinstance(record.get(name), dict) for name in ("binding", "position")):
+        raise DataError(f"{path} is damaged: it lacks a binding and a position. {AGAIN}.")
+    beside = path.with_suffix(".safetensors")
+    if not beside.is_file():
+        raise DataError(f"{beside} is missing.")
+    with or_refuse(f"read {beside}"):
+        weights = beside.read_bytes()
+    if hashlib.sha256(weights).hexdigest() != record.get("tensors_sha256"):
+        raise DataError(f"{beside} is not the file that {path.name} names.")
     return record, weights
 
 
@@ -244,9 +243,10 @@ def checkpointing(folder: str | Path, every: float = 10.0, *, resume: bool = Fal
         finally:
             _session.reset(token)
     if session.removed:
-        (session.folder / LOCK).unlink(missing_ok=True)
-        if not any(session.folder.iterdir()):
-            session.folder.rmdir()
+        with or_refuse(f"remove {session.folder}"):
+            (session.folder / LOCK).unlink(missing_ok=True)
+            if not any(session.folder.iterdir()):
+                session.folder.rmdir()
 
 
 def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
@@ -373,9 +373,10 @@ def _history(position: Mapping[str, Any]) -> History:
     if not isinstance(found, dict) or found.keys() != {"loss", "validation_auroc", "kept_epoch"}:
         raise DataError("a checkpoint has no history.")
     lists = found["loss"], found["validation_auroc"]
-    if not all(isinstance(values, list) and all(map(_is_finite, values)) for values in lists):
+    numbers = all(isinstance(values, list) and all(map(_is_finite, values)) for values in lists)
+    if not numbers or type(found["kept_epoch"]) is not int:
         raise DataError("the history of a checkpoint is not of numbers.")
-    return History(list(lists[0]), list(lists[1]), int(found["kept_epoch"]))
+    return History(list(lists[0]), list(lists[1]), found["kept_epoch"])
 
 
 def _is_finite(value: object) -> bool:

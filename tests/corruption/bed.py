@@ -1,0 +1,319 @@
+"""One artefact of every kind, small, and every command that uses it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import vilu
+from tests.builders.bench_fakes import config, make_store
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
+from tests.command import run
+from tests.conftest import toy_embeddings
+from tests.e2e.ddp_worker import Brake, Stop, stop
+from vilu.benchmark.study import render_studies, run_studies
+from vilu.cli.artefacts import check
+from vilu.decision import record
+from vilu.decision.calibration import Target, calibrate_predictor
+from vilu.decision.monitor import Monitor
+from vilu.decision.score import Decider
+from vilu.decision.score_folder import ScoreFolder
+from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.pairs import Pools
+from vilu.outcomes.outcomes import Outcomes
+from vilu.outcomes.results import ResultTable
+from vilu.predictors.heads.vilu import ViLU
+from vilu.predictors.nn.checkpoint import checkpointing
+from vilu.predictors.storage import load, write_card
+from vilu.progress import reporting
+from vilu.store.embed import embed
+from vilu.store.inspect import inspect
+
+FINE = {0, 8}
+"""Exit codes of commands that have done what they were asked: 8 is the answer "the promise is void"."""
+UNSAID = {".lock", "log.jsonl", "README.md", "times.txt"}
+"""Files that hold no number that is read again: locks, clocks, and cards, which are the user's to edit."""
+LIMIT = 60
+"""Seconds that a use may take, on a machine that does a lot besides."""
+
+Use = Callable[[], object]
+
+
+class Refused(Exception):
+    """A command that ended with an error, and what it said."""
+
+
+@dataclass
+class Artefact:
+    """A folder below the bed, or a file; the commands that use it, some of which mend it; what reads it fast."""
+
+    path: Path
+    uses: dict[str, Use]
+    read: Use
+    pristine: dict[Path, bytes] = field(default_factory=dict)
+
+    def files(self) -> list[Path]:
+        found = sorted(self.path.rglob("*")) if self.path.is_dir() else [self.path]
+        return [path for path in found if path.is_file() and path.name not in UNSAID]
+
+    def keep(self) -> None:
+        self.pristine = {path: path.read_bytes() for path in self.files()}
+
+    def restore(self) -> None:
+        for path in self.files():
+            if path not in self.pristine:
+                path.unlink()
+        for path, content in self.pristine.items():
+            if not path.is_file() or path.read_bytes() != content:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """A block that ends with a TimeoutError when it hangs."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no end after {LIMIT} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(LIMIT)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tree(path: Path) -> dict[str, str]:
+    """Hash of every file that holds numbers."""
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in paths
+        if file.is_file() and file.name not in UNSAID
+    }
+
+
+def clear(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def command(*args: object, out: Path | None = None, cwd: Path) -> object:
+    """What a command prints and leaves at ``out``; Refused if it ends with an error."""
+    if out is not None:
+        clear(out)
+    done = run(*args, code=None, cwd=cwd)
+    if done.returncode not in FINE:
+        raise Refused(done.stderr)
+    printed, _, _ = done.stdout.partition("\n\nwall time")  # of which no number is like another
+    return done.returncode, printed, None if out is None else tree(out)
+
+
+def build(root: Path) -> list[Artefact]:
+    """The artefacts; each keeps what it was."""
+    rows = dataset(220)
+    for name, first, n in (("train", 0, 80), ("calibration", 80, 90), ("new", 170, 50)):
+        part = dataset(n)
+        part.blobs, part.keys = rows.blobs[first : first + n], [f"{name}/{i}.png" for i in range(n)]
+        more = {"features": True, "views": 2, "prompts": ["a {}", "the {}"]} if name == "new" else {}
+        embed(part, FakeBackbone(), root / name, names=NAMES, part_size=30, **more)
+    pairs = dataset(40, unlabelled=range(40))
+    pairs.class_names, pairs.captions = None, [f"picture number {i}" for i in range(40)]
+    embed(pairs, FakeBackbone(), root / "pairs", part_size=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        vilu.ViLU(hidden=(8,), epochs=2).fit(vilu.open_source(root / "train")).save(root / "head")
+    vilu.MCM().save(root / "mcm")
+    target = Target(max_risk=0.8, confidence=0.9, label_sets="aps", max_miss=0.5)
+    calibrate_predictor(root / "head", vilu.open_source(root / "calibration"), target)
+    do = partial(command, cwd=root)
+    do("score", "head", "new", "-o", "scores.parquet")
+    do("score", "head", "new", "-o", "scores")
+    do("monitor", "head", "scores.parquet", "--state", "state.parquet")
+    for suffix in ("json", "parquet"):
+        do("evaluate", "scores.parquet", "-o", f"results.{suffix}", "--resamples", 10)
+    do("explain", "head", "new", "-n", 3, "-o", "why.json")
+    benchmark(root)
+    resume(root / "checkpoints", stop_after=5)
+    found = [
+        *(_store(root, name, do) for name in ("new", "pairs")),
+        _predictor(root, do),
+        _scores(root, do),
+        _score_folder(root, do),
+        _state(root, do),
+        *(_results(root / f"results.{suffix}", do) for suffix in ("json", "parquet")),
+        Artefact(root / "why.json", {"inspect": lambda: do("inspect", "why.json")}, lambda: do("inspect", "why.json")),
+        _benchmark(root, do),
+        Artefact(
+            root / "checkpoints",
+            {"resume": lambda: resume(root / "checkpoints")},
+            lambda: resume(root / "checkpoints"),
+        ),
+    ]
+    for artefact in found:
+        artefact.keep()
+    return found
+
+
+Do = Callable[..., object]
+
+
+def _store(root: Path, name: str, do: Do) -> Artefact:
+    out = root / "out.parquet"
+    path = root / name
+    more, method = (("--pool-size", 4), "mcm") if name == "pairs" else ((), "knn_distance")
+
+    def read() -> object:
+        inspect(path)
+        store = vilu.open_source(path, pools=Pools(4)) if name == "pairs" else vilu.open_source(path)
+        return [vilu.MCM().predict_uncertainty(store).tolist(), list(store.ids), store.target.tolist()]
+
+    uses: dict[str, Use] = {
+        "columns": lambda: columns(path),
+        "inspect": lambda: do("inspect", path, "--deep"),
+        "score": lambda: do("score", "mcm", path, "-o", out, *more, out=out),
+        "explain": lambda: do("explain", "mcm", path, "-n", 2, "--json", *more),
+        "fit": lambda: do("fit", path, "-o", "fitted", "--method", method, *more, out=root / "fitted"),
+    }
+    return Artefact(path, uses, read)
+
+
+def columns(path: Path) -> object:
+    """Every array of a store."""
+    store = vilu.open_source(path)
+    index = torch.arange(len(store))
+    return {name: store.column(name, index).tolist() for name in store.columns}
+
+
+def _predictor(root: Path, do: Do) -> Artefact:
+    path, out = root / "head", root / "out.parquet"
+    rows = vilu.open_source(root / "new")
+
+    def read() -> object:
+        predictor = load(path)
+        write_card(path)
+        decider = Decider.of_folder(predictor, path)
+        monitor = Monitor.of_folder(path) if record.has_record(path) else None
+        outcomes = vilu.score(predictor, rows, decider=decider)
+        return [outcomes.table()[0]["uncertainty"].to_pylist(), outcomes.decision, monitor and monitor.fingerprint]
+
+    uses: dict[str, Use] = {
+        "score": lambda: do("score", path, "new", "-o", out, out=out),
+        "explain": lambda: do("explain", path, "new", "-n", 2, "--json"),
+        "monitor": lambda: do("monitor", path, "scores.parquet", "--json"),
+        "report": lambda: do(
+            "report", "scores.parquet", "--predictor", path, "-o", "page.html", out=root / "page.html"
+        ),
+        "push": lambda: do("push", path, root / "pushed", out=root / "pushed"),
+        "pull": lambda: do("pull", path, "-o", "pulled", out=root / "pulled"),
+        "inspect": lambda: do("inspect", path),
+        "init": lambda: do(
+            "fit", "train", "-o", "fitted", "--method", "vilu", "--init", path,
+            "--set", "epochs=1", "--set", "hidden=8", out=root / "fitted",
+        ),
+    }  # fmt: skip
+    return Artefact(path, uses, read)
+
+
+def _scores(root: Path, do: Do) -> Artefact:
+    path = root / "scores.parquet"
+    uses: dict[str, Use] = {
+        "evaluate": lambda: do("evaluate", path, "--json", "--resamples", 10),
+        "monitor": lambda: do("monitor", "head", path, "--json"),
+        "labels": lambda: do("monitor", "head", "--late-labels", path, "--json"),
+        "report": lambda: do("report", path, "-o", "page.html", out=root / "page.html"),
+        "inspect": lambda: do("inspect", path),
+    }
+    return Artefact(path, uses, lambda: vilu.evaluate(Outcomes.load(path), n_resamples=0).to_dicts())
+
+
+def _score_folder(root: Path, do: Do) -> Artefact:
+    path = root / "scores"
+    uses: dict[str, Use] = {
+        "evaluate": lambda: do("evaluate", path, "--json", "--resamples", 10),
+        "monitor": lambda: do("monitor", "head", path, "--json"),
+        "inspect": lambda: do("inspect", path),
+        "again": lambda: [do("score", "head", "new", "-o", path), tree(path)],
+    }
+
+    def read() -> object:
+        folder = ScoreFolder(path)
+        return [vilu.evaluate(folder, n_resamples=0).to_dicts(), folder.outcomes().uncertainty.tolist()]
+
+    return Artefact(path, uses, read)
+
+
+def _state(root: Path, do: Do) -> Artefact:
+    path = root / "state.parquet"
+    uses: dict[str, Use] = {
+        "monitor": lambda: [
+            do("monitor", "head", "--late-labels", "scores.parquet", "--state", path, "--json"),
+            tree(path),
+        ],
+        "inspect": lambda: do("inspect", path),
+    }
+    return Artefact(
+        path,
+        uses,
+        lambda: Monitor.of_folder(root / "head").resume(path).status.model_dump(mode="json"),
+    )
+
+
+def _results(path: Path, do: Do) -> Artefact:
+    uses: dict[str, Use] = {
+        "load": lambda: str(ResultTable.load(path)),
+        "inspect": lambda: do("inspect", path),
+    }
+    return Artefact(path, uses, lambda: str(ResultTable.load(path)))
+
+
+def benchmark(root: Path) -> object:
+    if not (root / "data").is_dir():
+        make_store(root / "data/one-train", 60, 0)
+        make_store(root / "data/one-test", 30, 1_000)
+    stores = {"one": {"stores": {"train": "one-train", "test": "one-test"}}}
+    methods = {"mcm": {}, "lvu": {"params": {"epochs": 1, "hidden": [4]}}}
+    changes = {"data": stores, "methods": methods, "seeds": 1, "settings": {"all": {"kind": "labels"}}}
+    (study,) = run_studies([config(**changes)], root / "data", root / "bench")
+    return study.text, tree(root / "bench")
+
+
+def _benchmark(root: Path, do: Do) -> Artefact:
+    path = root / "bench"
+
+    def read() -> object:
+        return [list(check(path)), [done.text for done in render_studies(path)]]
+
+    uses: dict[str, Use] = {
+        "render": lambda: [do("render", path), tree(path / "studies/benchmark/tables")],
+        "inspect": lambda: do("inspect", path),
+        "again": lambda: benchmark(root),
+    }
+    return Artefact(path, uses, read)
+
+
+def resume(folder: Path, stop_after: int | None = None) -> object:
+    """Train with checkpoints: stopped after some steps, or to the end."""
+    data: Embeddings = toy_embeddings(n=100)
+    predictor = ViLU(hidden=(4,), epochs=2, batch_size=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if stop_after is not None:
+            with suppress(Stop), reporting(Brake(stop_after, stop)), checkpointing(folder, 0):
+                predictor.fit(data)
+            return None
+        with checkpointing(folder, 0, resume=True):
+            predictor.fit(data)
+    return {name: tensor.tolist() for name, tensor in predictor.state().items()}

@@ -1,0 +1,123 @@
+"""Runs the command line in forks of one process that has imported everything.
+
+Requests come as lines of JSON on stdin, answers go as lines of JSON to stdout. The process itself computes nothing, so
+no thread is lost in a fork; a run costs what its work costs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import pkgutil
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import vilu
+import vilu.cli
+from tests.faults import plugin  # noqa: F401 - what the plug-in needs is imported once
+from tests.faults.saboteur import Saboteur
+from vilu.benchmark import facts
+
+ALSO = ("torch._dynamo", "sklearn.linear_model", "sklearn.isotonic", "scipy.optimize", "scipy.stats", "threadpoolctl", "filelock",
+        "pyarrow.parquet", "pyarrow.csv", "pyarrow.compute", "matplotlib.pyplot", "jinja2", "PIL.PngImagePlugin")  # fmt: skip
+
+
+def import_all() -> None:
+    """All of vilu, and what it imports late."""
+    warnings.simplefilter("ignore")
+    for module in pkgutil.walk_packages(vilu.__path__, "vilu."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+            source = facts._file(module.name)
+            if source is not None:
+                facts._read(module.name, source)  # whose code decides a cell; it does not change between trials
+    for name in ALSO:
+        importlib.import_module(name)
+    from vilu.decision import score
+
+    score.SCORING_BATCH = score.score_parts.__kwdefaults__["rows_per_part"] = 64  # several parts of few rows
+
+
+def child(request: dict[str, Any]) -> None:
+    """Run one command, and leave as a process of its own would."""
+    work = Path(request["work"])
+    os.setpgid(0, 0)
+    os.chdir(work)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        descriptor = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, stream)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    chosen = {name: request.get(name) for name in ("fault", "at")}
+    saboteur = Saboteur(
+        work, Path(request["inputs"]), **chosen, seed=request.get("seed", 0), record=bool(request.get("record"))
+    )
+    code = 1
+    sys.argv = ["vilu", *request["argv"]]
+    warnings.resetwarnings()
+    try:
+        saboteur.install()
+        vilu.cli.main()
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        code = 130
+    except BaseException:  # noqa: BLE001 - what the interpreter would show
+        traceback.print_exc()
+    saboteur.busy = True  # the work is over
+    threading._shutdown()  # as the interpreter does: threads that hang are a fault of ours
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    told = {"steps": saboteur.n, "struck": saboteur.struck, "versions": sorted(saboteur.versions)}
+    Path(request["answer"]).write_text(json.dumps(told))
+    os._exit(code)
+
+
+def serve(request: dict[str, Any]) -> dict[str, Any]:
+    """Fork, wait, and say how it ended; ``kill_after`` and ``signal`` strike from outside."""
+    answer = Path(request["answer"])
+    answer.unlink(missing_ok=True)
+    begun = time.monotonic()
+    pid = os.fork()
+    if not pid:
+        try:
+            child(request)
+        finally:
+            os._exit(99)
+    limit, after = request.get("limit", 120.0), request.get("kill_after")
+    killed, status = after is None, None
+    while status is None:
+        found, ended = os.waitpid(pid, os.WNOHANG)
+        spent = time.monotonic() - begun
+        if found:
+            status = ended
+        elif not killed and spent >= after:
+            os.kill(pid, request["signal"])
+            killed = True
+        elif spent > limit:
+            os.killpg(pid, signal.SIGKILL)
+            _, status = os.waitpid(pid, 0)
+            spent = -1.0
+        else:
+            time.sleep(0.002)
+    code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    told = json.loads(answer.read_text()) if answer.exists() else {"steps": None, "struck": None, "versions": []}
+    return {"code": code, "seconds": spent, **told}
+
+
+if __name__ == "__main__":
+    import_all()
+    print("ready", flush=True)  # noqa: T201
+    for line in sys.stdin:
+        print(json.dumps(serve(json.loads(line))), flush=True)  # noqa: T201

@@ -1,0 +1,77 @@
+"""Lock files: who holds one, what dead processes leave, and what other machines do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vilu.errors import BusyError
+from vilu.files.disk import LOCK, locked
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vilu.files.disk import locked
+with locked(Path(sys.argv[1]), "scoring into"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_holder_and_then_nobody(tmp_path: Path) -> None:
+    with locked(tmp_path, "scoring into"):
+        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} of {socket.gethostname()}"
+    assert (tmp_path / LOCK).read_text() == ""
+
+
+def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        named = rf"another process \(process {first.pid} of \S+\) is scoring into .*Wait for it"
+        for _ in range(2):  # asking leaves the name where it is
+            with pytest.raises(BusyError, match=named), locked(tmp_path, "scoring into"):
+                pytest.fail("two hold the lock")
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    assert f"process {first.pid} of" in (tmp_path / LOCK).read_text()
+    with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
+        assert f"process {os.getpid()} of" in (tmp_path / LOCK).read_text()
+    assert not caplog.messages
+
+
+def test_the_lock_of_another_machine_is_worth_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It died there, or is at work where the file system gives one lock to two machines; nobody here can tell."""
+    (tmp_path / LOCK).write_text("process 12 of elsewhere")
+    with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
+        (said,) = caplog.messages
+    assert f"{tmp_path / LOCK} names process 12 of elsewhere: it has died there, or is scoring into" in said
+    assert (tmp_path / LOCK).read_text() == ""
+
+
+@pytest.mark.parametrize("content", [b"4711\nhost\n", b"\xff\xfe junk", b"x" * 5000])
+def test_what_others_have_noted_in_the_file_stays(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / LOCK).write_bytes(content)
+    with locked(tmp_path, "scoring into"):
+        pass
+    assert (tmp_path / LOCK).read_bytes() == content
+
+
+def test_no_room_for_the_name_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with locked(tmp_path, "scoring into"):
+        assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
