@@ -186,10 +186,10 @@ def _checked(decider: Decider, data: EmbeddingSource) -> Decider:
     if decider.record is not None:
         decider.record.require_candidates(data)
     elif predictor.needs_fit and predictor.is_probability and predictor.calibrator_ is None:
-        known = predictor.notes_
-        if known.keys() & {"n_candidates", "pool_size"} and not same_candidates(known, candidates_of(data)):
+        known, here = predictor.notes_, candidates_of(data)
+        if known.keys() & here.keys() & {"n_candidates"} and not same_candidates(known, here):
             warnings.warn(
-                f"this {predictor.name} was fitted on other candidates (classes, prompts or pools) than these. Its "
+                f"this {predictor.name} was fitted on other candidates (classes or prompts) than these. Its "
                 "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
                 "run `vilu calibrate` on labelled rows with these candidates.",
                 stacklevel=3,
