@@ -152,6 +152,13 @@ def _is_bool(value: object) -> bool:
     return type(value).__name__ in {"bool", "bool_"}  # numpy's, too, without numpy
 
 
+def _is_number(value: Any) -> bool:  # noqa: ANN401 - any argument
+    """Also an array of no dimension, which is how a model holds its logit scale."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    return isinstance(value, Real) and not _is_bool(value)
+
+
 def _fits(value: object, hint: object) -> bool:
     """Whether a value is of an annotated type, as far as that can be told without reading it all."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
@@ -213,7 +220,7 @@ RULES: dict[object, tuple[Callable[[object, Any], bool], Callable[[Any], str]]] 
         lambda inner: f"one of {', '.join(map(repr, inner))}" if len(inner) > 2 else " or ".join(map(repr, inner)),
     ),
     int: (lambda value, _: isinstance(value, Integral) and not _is_bool(value), lambda _: "a whole number"),
-    float: (lambda value, _: isinstance(value, Real) and not _is_bool(value), lambda _: "a number"),
+    float: (lambda value, _: _is_number(value), lambda _: "a number"),
     bool: (lambda value, _: _is_bool(value), lambda _: "True or False"),
     str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
     NoneType: (lambda value, _: value is None, lambda _: "None"),
