@@ -12,7 +12,7 @@ import typer
 
 from vilu.cli import console
 from vilu.cli.console import Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
-from vilu.errors import UsageError
+from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.text import printable
 
 if TYPE_CHECKING:
@@ -135,6 +135,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool,
         typer.Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival."),
     ] = False,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="The rows of each file did arrive in their order, sorted as they look.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers that break ties, and of --shuffle.")] = 0,
     backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
     as_json: Json = False,
@@ -144,8 +147,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     """Say whether the calibrated promise still holds for the rows that arrive, as far as scores and labels show.
 
     Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is broken; the first row of
-    the alarm, the reason and what to do are printed. Rows with a known failure are audited; they must be a random
-    sample of the accepted ones.
+    the alarm, the reason and what to do are printed. 3: the rows lie sorted, as those of a folder of classes do;
+    nothing was taken in. Rows with a known failure are audited; they must be a random sample of the accepted ones.
+    Rows and labels that were given before are left out.
     """
     from vilu.files.disk import locked
     from vilu.files.places import claim_file, inputs_of, write_said
@@ -164,11 +168,9 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
-        for path, take in [*((path, watching.update) for path in new), *((path, watching.audit) for path in late)]:
-            outcomes = _scores(path)
-            status = take(_shuffled(outcomes, [seed, watching.rows]) if shuffle else outcomes)
-            batches.append({"scores": str(path), "rows": status.rows, "verdict": status.verdict})
-            task.advance(1, status.verdict)
+        for number, path in enumerate([*new, *late]):
+            batches.append(_take_in(watching, path, seed if shuffle else None, in_order, is_late=number >= len(new)))
+            task.advance(1, batches[-1]["verdict"])
         facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
         document = {"kind": "monitoring", **facts}
         if output is not None and not (there and _says(output, document)):
@@ -195,6 +197,8 @@ def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float,
     from vilu.decision.monitor import Monitor
     from vilu.decision.monitor_mapie import MapieMonitor
 
+    if state is not None and not state.parent.is_dir():
+        raise UsageError(f"{state.parent}, where the state is to lie, is no folder. Make it, or give another --state.")
     if state is not None and backend == "mapie":
         raise UsageError("the tests of MAPIE keep no state. Leave out --state, or take --backend vilu.")
     kind = MapieMonitor if backend == "mapie" else Monitor
@@ -202,23 +206,29 @@ def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float,
     return found.resume(state) if state is not None and state.exists() else found
 
 
+def _take_in(watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool) -> dict[str, Any]:
+    """What a monitor says after the rows of a file, shuffled by a seed if there is one."""
+    import numpy as np
+
+    if shuffle is not None and in_order:
+        raise UsageError("--shuffle is for rows without an order of arrival, --in-order for those that have one.")
+    outcomes, before = _scores(path), watching.repeated
+    if shuffle is not None:
+        outcomes = outcomes.take(np.random.default_rng([shuffle, watching.rows]).permutation(len(outcomes)))
+    try:
+        known = in_order or shuffle is not None
+        status = watching.audit(outcomes) if is_late else watching.update(outcomes, in_order=known)
+    except (DataError, ProvenanceError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    repeated = watching.repeated - before
+    return {"scores": str(path), "rows": status.rows, "repeated": repeated, "verdict": status.verdict}
+
+
 def _scores(path: Path) -> Outcomes:
     from vilu.decision.score_folder import ScoreFolder
     from vilu.outcomes.outcomes import Outcomes
 
     return ScoreFolder(path).outcomes() if path.is_dir() else Outcomes.load(path)
-
-
-def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
-    """What a monitor looks at, in random order."""
-    import numpy as np
-
-    from vilu.outcomes.outcomes import Outcomes
-
-    order = np.random.default_rng(seed).permutation(len(outcomes))
-    columns = {name: getattr(outcomes, name) for name in ("uncertainty", "failure", "prediction", "ids", "reason")}
-    mixed: dict[str, Any] = {name: [rows[i] for i in order] for name, rows in columns.items() if rows is not None}
-    return Outcomes(**mixed, class_names=outcomes.class_names, method=outcomes.method, provenance=outcomes.provenance)
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag

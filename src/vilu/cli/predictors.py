@@ -79,6 +79,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     """
     from vilu.predictors import find_method, storage
     from vilu.predictors.nn.processes import world
+    from vilu.predictors.rows import candidates_of
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
@@ -101,7 +102,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
                 checkpoints.remove()
             checkpoints.name_fit(inputs)
         predictor.fit(train, chosen)
-        predictor.notes_ |= {**_candidates(train), "inputs": inputs}
+        predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if team.leads:
             predictor.save(output)
             if checkpoints is not None:
@@ -139,16 +140,6 @@ def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, i
     if n_shots is not None:
         sources = [source.take(shots(source, n_shots, seed)) for source in sources]
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
-
-
-def _candidates(train: EmbeddingSource) -> dict[str, object]:
-    """What the images chose from, for the model card."""
-    from vilu.files.documents import digest
-
-    if train.pool_size is not None:
-        return {"pool_size": train.pool_size}
-    names = {} if train.class_names is None else {"classes": digest(train.class_names)}
-    return {"n_candidates": train.n_candidates, **names}
 
 
 def _checkpoints(
@@ -310,7 +301,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     `vilu score` then writes failure_probability and accept or abstain beside every answer. Without a target only
     probabilities are calibrated. The promise is for rows drawn as the calibration rows were; `vilu monitor` watches it.
-    Exit code 4: the target is out of reach; the message says how many rows it would take.
+    Exit code 4: the target is out of reach; the message says what is missing.
     """
     from vilu.decision.calibration import Target, calibrate_predictor
     from vilu.predictors.storage import load

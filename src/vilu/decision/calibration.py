@@ -15,10 +15,12 @@ from vilu.decision.score import predictor_fingerprint, score, source_fingerprint
 from vilu.decision.selection import select
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError
+from vilu.files.disk import locked
 from vilu.files.documents import digest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.record import claim, fit_fingerprint
+from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import load, write_card
 
 SAID = 3
@@ -108,14 +110,22 @@ def calibrate_predictor(
         ProvenanceError: If the rows come from another embedding space.
         UsageError: If the target cannot be, or there is another calibration that is not to be overwritten.
         StorageError: If the file system refuses.
+        BusyError: If another process calibrates the same predictor.
     """
+    target.check(load(folder), data)  # what is refused leaves no lock behind
+    claim(folder, same=True)
+    with locked(Path(folder), "calibrating", who="calibration"):
+        return _calibrate(Path(folder), data, target, dataset, split, overwrite=overwrite)
+
+
+def _calibrate(
+    folder: Path, data: EmbeddingSource, target: Target, dataset: str | None, split: str | None, *, overwrite: bool
+) -> Record:
     predictor = load(folder)
     predictor.calibrator_ = None
-    target.check(predictor, data)
-    claim(folder, same=True)
     made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, dataclasses.asdict(target)
     inputs = digest(made_from)
-    found = None if overwrite else _calibrated(Path(folder), inputs)
+    found = None if overwrite else _calibrated(folder, inputs)
     if found is not None:
         return found
     predictor.refuse_seen(data, "calibration")
@@ -128,10 +138,11 @@ def calibrate_predictor(
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
     made = record.save(
-        Path(folder),
+        folder,
         rows,
         predictor=fit_fingerprint(folder),
         **record.problem(data),
+        texts=candidates_of(data).get("texts"),
         source=source_fingerprint(data),
         dataset=dataset,
         split=split,
@@ -164,16 +175,16 @@ def _calibrated(folder: Path, inputs: str) -> Record | None:
 
 
 def _infeasible(selector: Selector) -> str:
-    """Why nothing can be accepted, and how many rows it would take."""
+    """Why nothing can be accepted, and what it would take."""
     reasons, few = [], list(selector.certificates.items())[:SAID]
     for name, one in few:
-        needed = "" if one.n_needed is None else f" About {one.n_needed:,} calibration rows like these would be needed."
+        needed = "" if one.n_needed is None else f" At least {one.n_needed:,} calibration rows are needed."
         reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
     more = f" And {len(selector.certificates) - SAID} more groups." if len(selector.certificates) > SAID else ""
     goal = "" if selector.max_risk is None else f"a risk of at most {selector.max_risk:.2%} "
     goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
     return (
         f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)}{more} Nothing was "
-        "written. "
-        "Add calibration rows, or ask for less: a larger --max-risk, a lower --confidence or --min-coverage."
+        "written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or --min-coverage), or "
+        "take a predictor that ranks better."
     )

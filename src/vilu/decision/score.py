@@ -30,6 +30,7 @@ from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.record import describe
+from vilu.predictors.rows import candidates_of, same_candidates
 from vilu.progress import track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -165,8 +166,18 @@ def _checked(decider: Decider, data: EmbeddingSource) -> Decider:
     """What decides, if there are rows, with the candidates that it knows."""
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
+    predictor = decider.predictor
     if decider.record is not None:
         decider.record.require_candidates(data)
+    elif predictor.needs_fit and predictor.is_probability and predictor.calibrator_ is None:
+        known = predictor.notes_
+        if known.keys() & {"n_candidates", "pool_size"} and not same_candidates(known, candidates_of(data)):
+            warnings.warn(
+                f"this {predictor.name} was fitted on other candidates (classes, prompts or pools) than these. Its "
+                "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
+                "run `vilu calibrate` on labelled rows with these candidates.",
+                stacklevel=3,
+            )
     return decider
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -249,6 +249,17 @@ class Outcomes:
         """(N,) whether a row has both an uncertainty and a known failure."""
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
+
+    def take(self, rows: ArrayLike) -> Self:
+        """Some rows, by their places or by a mask (N,), in the order of the places."""
+        chosen = np.arange(len(self))[np.asarray(rows)]
+        columns = {name: getattr(self, name) for name in ("uncertainty", "failure", *OPTIONAL)}
+        taken: dict[str, Any] = {
+            name: column[chosen] if isinstance(column, np.ndarray) else [column[row] for row in chosen.tolist()]
+            for name, column in columns.items()
+            if column is not None
+        }
+        return replace(self, **taken)
 
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""

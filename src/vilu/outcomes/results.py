@@ -14,6 +14,7 @@ from vilu.errors import DataError, StorageError, UsageError
 from vilu.files.documents import SCHEMA_VERSION, read_json, write_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, require_schema, table_suffix, write_table
+from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
 from vilu.text import aligned, in_cell, markdown_rows, printable, span
 
@@ -332,12 +333,18 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
     rows = [row for row in rows if row.metric in shown]
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
-        if row.interval:
+        if row.interval and not isinstance(_metric(row.metric).kernel, OwnInterval):
             methods.setdefault(row.interval, {})[_label(row.method, None)] = None
     several = len(methods) > 1
     intervals = [how + (f" ({', '.join(of)})" if several else "") for how, of in methods.items()]
     unit = f"in percent{but_for(map(_metric, shown))}"
     notes = [unit + (f"; in brackets: {'; '.join(intervals)}" if intervals else "")]
-    notes += [f"{_metric(row.metric).title}: {row.convention}" for row in rows]
+    notes += [f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}" for row in rows]
     notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
     return list(dict.fromkeys(map(printable, notes)))
+
+
+def _own_interval(row: ResultRow) -> str:
+    """How an interval was made that is not made as those of other metrics."""
+    is_own = row.interval and isinstance(_metric(row.metric).kernel, OwnInterval)
+    return f"; in brackets: {row.interval}" if is_own else ""
