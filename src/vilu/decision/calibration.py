@@ -127,6 +127,7 @@ def _calibrate(
     inputs = digest(made_from)
     found = None if overwrite else _calibrated(folder, inputs)
     if found is not None:
+        write_card(folder)  # the last file of a calibration: a crash may have come before it
         return found
     predictor.refuse_seen(data, "calibration")
     rows = score(predictor, data, dataset=dataset, split=split)
