@@ -26,7 +26,7 @@ from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
-from vilu.files.disk import make_folder, write_text
+from vilu.files.disk import LOG, make_folder, write_text
 from vilu.files.documents import explain, read_json, write_json
 from vilu.files.places import claim_file, claim_folder, inputs_of, made, mark
 from vilu.report.style import require_matplotlib, save
@@ -258,7 +258,7 @@ def run_studies(
     """
     begun = any((output / name).is_dir() for name in ("stores", "cells"))
     if not begun:
-        claim_folder(output, "benchmark", lambda path: path.name == "smoke", overwrite=True)
+        claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
     for config in configs:
         folder = output / STUDIES / config.name
         claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())

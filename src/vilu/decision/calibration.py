@@ -131,6 +131,7 @@ def _calibrate(
     inputs = digest(made_from)
     found = None if overwrite else _calibrated(folder, inputs)
     if found is not None:
+        write_card(folder)  # the last file of a calibration: a crash may have come before it
         return found
     fresh = predictor.unseen(data, "calibration")
     rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
