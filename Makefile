@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz test-corruption test-processors lint format bench clean
+.PHONY: demo test test-random test-fuzz test-corruption test-faults test-processors lint format bench clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -27,6 +27,13 @@ test-corruption: .venv/.dev
 	SEED=$${SEED:-0} DAMAGES=$${DAMAGES:-1200} USES=$${USES:-99} EDITS=$${EDITS:-1000} OMP_NUM_THREADS=1 \
 		CORRUPTION_LOG=$${CORRUPTION_LOG:-build/corruption.jsonl} \
 		$(BIN)/python -m pytest -n 2 --show-capture=no tests/corruption $(ARGS)
+
+# Every command broken in every way, TRIALS times, and the long form of several processes at once; SEED repeats, OUT keeps
+# a line per trial. As root on Linux, or what needs a mount is skipped.
+TRIALS ?= 5
+test-faults: .venv/.dev
+	seed=$${SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "SEED=$$seed"; \
+		SEED=$$seed TRIALS=$(TRIALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
 
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)

@@ -24,7 +24,8 @@ def run(*args: object, code: int | None = 0, cwd: Path | None = None) -> Complet
     """
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
         logger = logging.getLogger("vilu")
         stack.callback(logger.setLevel, logger.level)
         stack.callback(logger.handlers.__setitem__, slice(None), logger.handlers[:])

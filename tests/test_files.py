@@ -15,7 +15,7 @@ import pytest
 
 from vilu.errors import DataError, StorageError
 from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse
-from vilu.files.documents import digest, read_json, write_json
+from vilu.files.documents import digest, log, read_json, read_log, write_json
 from vilu.files.tables import read_table, table_digest, write_table
 
 
@@ -163,6 +163,28 @@ def test_leftovers_are_of_the_dead_of_this_machine_or_old(tmp_path: Path, dead_p
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="zombies are told by Linux's /proc")
+def test_a_write_removes_what_crashes_left_of_it_and_nothing_else(tmp_path: Path, dead_pid: int) -> None:
+    left = make(tmp_path / f".a.json.{host_hash()}.{dead_pid}.0123abcd.tmp")
+    others = [
+        make(tmp_path / f".a.json.{host_hash()}.{os.getpid()}.0123abcd.tmp"),
+        make(tmp_path / f".a.json.89abcdef.{dead_pid}.0123abcd.tmp"),
+        make(tmp_path / f".b.json.{host_hash()}.{dead_pid}.0123abcd.tmp"),
+        make(tmp_path / "a.json.tmp"),
+    ]
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_a_log_is_read_but_for_lines_that_were_cut(tmp_path: Path) -> None:
+    assert list(read_log(tmp_path)) == []
+    log(tmp_path, part=0, seconds=1.5)
+    with (tmp_path / "log.jsonl").open("a") as handle:
+        handle.write('{"part": 1, "sec\n[1]\n')
+    log(tmp_path, part=2, seconds=0.25)
+    assert list(read_log(tmp_path)) == [{"part": 0, "seconds": 1.5}, {"part": 2, "seconds": 0.25}]
+
+
 def test_a_process_that_has_ended_unasked_is_dead(tmp_path: Path) -> None:
     """What a container's first process may never reap: workers whose driver was killed."""
     with subprocess.Popen([sys.executable, "-c", ""]) as child:

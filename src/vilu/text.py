@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 NOTHING = "-"
 """What stands where there is no number."""
 
+WIDEST = 120
+"""Signs of a cell of an aligned table."""
+
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _CELL = str.maketrans({"|": r"\|"})
 _LATEX = str.maketrans(
@@ -27,9 +30,10 @@ _LATEX = str.maketrans(
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A line each, its cells padded to the width of their column; numbers are not told from words."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    """A line each, its cells (as ``shown``) padded to the width of their column; numbers are not told from words."""
+    cells = [[shown(cell) for cell in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
 
 def markdown_rows(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
@@ -63,9 +67,15 @@ def harmless(text: str) -> str:
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
-def printable(text: str) -> str:
-    """Without line breaks and terminal control, a space for each: names come from files."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
+def printable(text: str, kept: str = "") -> str:
+    """Line breaks, terminal control and the like, but for what is ``kept``, escaped: names come from files."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(text: str) -> str:
+    """A name from a file as it stands in text for a terminal: printable, and no longer than ``WIDEST``."""
+    line = printable(text)
+    return line if len(line) <= WIDEST else line[: WIDEST - 1] + "…"
 
 
 def span(values: Iterable[object]) -> str:

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 
+from tests.command import run
 from vilu.cli import console
 from vilu.progress import reporting, track
 
@@ -48,6 +49,14 @@ def test_warnings_are_one_line_each(capsys: pytest.CaptureFixture[str]) -> None:
 def test_hostile_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     console.complain("error", "file \x1b[2Jgone.jpg")
     assert capsys.readouterr().err == "vilu: error: file \\x1b[2Jgone.jpg\n"
+
+
+def test_an_interrupt_before_a_command_has_begun_leaves_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vilu.cli.app", interrupted)
+    assert run("list", "predictors", code=130).stderr == ""
 
 
 def test_columns_with_lines_below_their_rows() -> None:

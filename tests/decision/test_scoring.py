@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
 import vilu
-from tests.conftest import toy_embeddings, toy_pairs
+from tests.conftest import toy_embeddings, toy_pairs, variant
+from vilu.decision.calibration import Target, calibrate_predictor
+from vilu.decision.score import Decider
 from vilu.embeddings.memory import Embeddings
-from vilu.errors import DataError
+from vilu.errors import DataError, ProvenanceError
 from vilu.predictors.rows import SIZE, RowSketch
 
 
@@ -72,3 +78,76 @@ def test_the_sketch_is_bounded_and_never_invents_overlap() -> None:
     assert 180 < sketch.overlap(f"a{i}" for i in range(1000)) < 320
     small = RowSketch.of(["x", "y", "y"])
     assert (small.n_rows, small.overlap(["y", "z"])) == (2, 1)
+
+
+def with_texts(data: Embeddings, text: torch.Tensor, **changes: object) -> Embeddings:
+    return variant(data, text=torch.nn.functional.normalize(text, dim=1), columns={}, **changes)
+
+
+@pytest.fixture(scope="module")
+def head() -> vilu.ViLU:
+    return vilu.ViLU(hidden=(8,), epochs=2, seed=0).fit(toy_embeddings())
+
+
+def test_candidates_that_were_not_fitted_on_are_told_where_probabilities_are_stated(
+    head: vilu.ViLU, test: Embeddings, tmp_path: Path
+) -> None:
+    """Other prompts of the same names, other classes, some of the classes; also of a predictor that was saved."""
+    head.save(tmp_path)
+    prompt = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 0.15
+    others = {
+        "prompts": with_texts(test, test.text + prompt),
+        "classes": with_texts(test, torch.randn(5, 16, generator=torch.Generator().manual_seed(1))),
+        "fewer": with_texts(test, test.text[:4], target=test.target.clamp(max=3), class_names=test.class_names[:4]),
+    }
+    for predictor in (head, vilu.load(tmp_path)):
+        for data in others.values():
+            with pytest.warns(
+                UserWarning, match=r"fitted on other candidates .* still rank the answers, but .* not cal"
+            ):
+                vilu.score(predictor, data)
+        with pytest.warns(UserWarning, match="fitted on other candidates"):
+            vilu.score_parts(predictor, others["prompts"], tmp_path / f"scores{id(predictor)}")
+
+
+def test_candidates_that_are_the_same_are_not_told(head: vilu.ViLU, test: Embeddings) -> None:
+    """Rounding of another machine, another order, other names for the same texts; warnings are errors here."""
+    noise = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)) * 1e-3
+    turned = [4, 2, 0, 1, 3]
+    vilu.score(head, with_texts(test, test.text + noise))
+    vilu.score(
+        head, with_texts(test, test.text[turned], class_names=[test.class_names[i] for i in turned], target=None)
+    )
+    vilu.score(head, variant(test, class_names=[f"n{i}" for i in range(5)]))
+
+
+def test_what_knows_no_probability_or_no_candidates_says_nothing(head: vilu.ViLU, test: Embeddings) -> None:
+    prompts = with_texts(test, test.text + 0.15 * torch.randn(16, generator=torch.Generator().manual_seed(0)))
+    vilu.score(vilu.MCM().fit(test), prompts)  # learns nothing
+    vilu.score(vilu.PREDICTORS["sirc"]().fit(toy_embeddings()), prompts)  # no probability
+    old = copy.copy(head)
+    old.notes_ = {"n_train": 600, "n_failures": 200}
+    vilu.score(old, prompts)  # of older code: not known
+    vilu.score(copy.copy(head).calibrate(toy_embeddings(seed=8, ids_from=40_000)), prompts)  # on what, it may be these
+
+
+def test_a_promise_is_none_for_the_same_names_in_other_prompts(test: Embeddings, tmp_path: Path) -> None:
+    vilu.MCM().fit(test).save(tmp_path)
+    calibrate_predictor(tmp_path, toy_embeddings(seed=8, ids_from=40_000), Target(max_risk=0.5))
+    predictor = vilu.load(tmp_path)
+    decider = Decider.of_folder(predictor, tmp_path)
+    vilu.score(predictor, test, decider=decider)
+    prompts = with_texts(
+        test,
+        test.text + 0.15 * torch.randn(16, generator=torch.Generator().manual_seed(0)),
+        class_names=test.class_names,
+    )
+    with pytest.raises(ProvenanceError, match="the same names in other prompts: its thresholds say nothing of them"):
+        vilu.score(predictor, prompts, decider=decider)
+
+
+def test_a_probability_from_so_few_rows_is_told() -> None:
+    rows = toy_embeddings()
+    with pytest.warns(UserWarning, match="vilu_plus is fitted on 1 labelled row: with fewer than 20 its probabilities"):
+        vilu.ViLUPlus().fit(rows.take(torch.tensor([0])))
+    vilu.ViLUPlus(width=8, epochs=1).fit(rows.take(torch.arange(20)))

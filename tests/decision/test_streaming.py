@@ -248,13 +248,17 @@ def test_another_run_is_refused_and_named(data: Embeddings, done: Path, head: vi
         (vilu.MCM(), data, {"rows_per_part": 5000}, "rows_per_part: 4096 .* against 8192"),
         (vilu.MCM(), data, {"split": "train"}, "split: 'test' .* against 'train'"),
     ):
-        with pytest.raises(ProvenanceError, match=said):
+        with pytest.raises(UsageError, match=said):
             score_parts(predictor, source, folder, **{**same, **changes})
     assert files_of(folder) == before
     (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"notes\.txt"):
+        score_parts(head, data, folder, overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    assert files_of(folder) == before
     replaced = score_parts(head, data, folder, overwrite=True)
     assert replaced.run.method == "lvu"
-    assert (folder / "notes.txt").read_text() == "mine"
     assert_same_outcomes(replaced.outcomes(), vilu.score(head, data))
 
 
@@ -265,7 +269,7 @@ def test_folders_that_are_something_else(data: Embeddings, done: Path, tmp_path:
         score_parts(vilu.MCM(), data, tmp_path / "full")
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "run.json").write_text('{"schema_version": 1, "dataset_fingerprint": "x"}')
-    with pytest.raises(DataError, match="not of a folder of scores"):
+    with pytest.raises(UsageError, match=r"'run\.json'.* no part of"):
         score_parts(vilu.MCM(), data, tmp_path / "store", overwrite=True)
     with pytest.raises(DataError, match="no folder of scores"):
         ScoreFolder(tmp_path / "full")

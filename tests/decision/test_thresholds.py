@@ -10,14 +10,14 @@ from scipy import stats
 
 import vilu
 from vilu.decision import thresholds
+from vilu.decision.selection import select
 from vilu.decision.thresholds import (
     conformal_risk_control,
     coverage_first,
     learn_then_test,
-    rows_needed,
     selection_with_guaranteed_risk,
 )
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.outcomes import Outcomes
 
@@ -53,12 +53,19 @@ def test_rows_without_error(risk: float, delta: float, rows: int) -> None:
     assert rows == 1 or (1 - risk) ** (rows - 1) > delta
 
 
-def test_rows_for_rate_is_enough_and_one_less_is_not() -> None:
-    for rate, risk in ((0.02, 0.05), (0.0, 0.05), (0.09, 0.1)):
-        m = thresholds.rows_for_rate(rate, risk, 0.05)
-        wrong = [int(np.ceil(rate * rows + np.sqrt(rate * (1 - rate) * rows))) for rows in (m, m - 1)]
-        assert stats.binom.cdf(wrong[0], m, risk) <= 0.05 < stats.binom.cdf(wrong[1], m - 1, risk)
-    assert thresholds.rows_for_rate(0.05, 0.05, 0.05) is None
+def test_accepted_needed_is_enough_and_one_less_is_not() -> None:
+    for wrong, risk in ((0, 0.05), (1, 0.05), (7, 0.01), (40, 0.3)):
+        m = thresholds.accepted_needed(wrong, risk, 0.05)
+        assert stats.binom.cdf(wrong, m, risk) <= 0.05 < stats.binom.cdf(wrong, m - 1, risk)
+    assert thresholds.accepted_needed(1, 0.05, 0.05) == 93  # (0.95)^93 + 93 (0.05) (0.95)^92 = 0.0499
+    assert thresholds.accepted_needed(0, 1e-14, 0.05) is None
+
+
+@pytest.mark.parametrize(("risk", "rows"), [(0.05, 19), (0.1, 9), (0.03, 33), (1 / 49, 48), (0.5, 1)])
+def test_rows_for_mean(risk: float, rows: int) -> None:
+    assert thresholds.rows_for_mean(risk) == rows
+    assert 1 / (rows + 1) <= risk * (1 + 1e-9)
+    assert 1 / rows > risk
 
 
 def by_hand_ltt(c, risk: float, delta: float) -> int:
@@ -155,31 +162,80 @@ def test_public_selector() -> None:
     assert type(selector).model_validate_json(selector.model_dump_json()) == selector
 
 
-def test_out_of_reach_says_how_many_rows() -> None:
-    rng = np.random.default_rng(0)
-    u = rng.random(30)
-    short = vilu.calibrate(Outcomes(u, (rng.random(30) < 0.5 * u).astype(int)), max_risk=0.05)
-    assert (short.feasible, short.threshold, short.coverage, short.risk_bound) == (False, None, 0.0, None)
-    assert "30 rows are too few" in short.certificates[""].why
-    assert not short.accept([0.0]).any()
-    hopeless = vilu.calibrate(Outcomes(rng.random(500), rng.integers(2, size=500)), max_risk=0.05)
-    assert hopeless.certificates[""].n_needed is None
-    assert "do not single out" in hopeless.certificates[""].why
+def why(blocks: list[tuple[int, int]], max_risk: float, method: str = "ltt", confidence: float = 0.95):
+    """Why nothing is accepted of blocks of (right, wrong) answers, and the number that is given."""
+    c = counts(blocks)
+    u, f = np.repeat(c.value, c.size), np.concatenate([np.r_[np.zeros(r), np.ones(w)] for r, w in blocks])
+    found = vilu.calibrate(Outcomes(u, f), max_risk=max_risk, method=method, confidence=confidence)
+    assert (found.feasible, found.threshold, found.coverage, found.risk_bound) == (False, None, 0.0, None)
+    assert not found.accept([0.0]).any()
+    return found.certificates[""].why, found.certificates[""].n_needed
 
 
-def test_the_rows_needed_are_mostly_enough() -> None:
-    """The estimate from small samples, tried with samples of that size."""
+def test_too_few_rows_say_how_many_must_be_accepted_and_right() -> None:
+    """ln 0.05 / ln 0.99 = 298.07, and one row more since the last is no random one; whatever the scores."""
+    told, needed = why([(1, 0)] * 40 + [(0, 1)] * 140, 0.01)
+    assert told == (
+        "1.00% takes 300 accepted answers, none of them wrong, and there are 180 rows, of which the 40 most trusted "
+        "are right"
+    )
+    assert needed == 300
+    assert why([(0, 1)] * 180, 0.01) == (told.replace("the 40", "the 0"), 300)
+    assert why([(1, 0)] * 60 + [(0, 1)] * 120, 0.0001)[1] == 29_957
+    # SGR spends delta / ceil(log2(181)) a step: ln(0.05 / 8) / ln 0.99 = 504.97
+    assert why([(1, 0)] * 180, 0.01, "sgr")[1] == 505
 
-    def draw(rng, n: int):
-        u = rng.random(n)
-        return tie_counts(u, (rng.random(n) < 0.02 + 0.3 * np.maximum(u - 0.4, 0)).astype(int))
 
-    rng = np.random.default_rng(1)
-    needed = [rows_needed(draw(rng, 80), 0.05, 0.05) for _ in range(40)]
-    known = [n for n in needed if n is not None]
-    assert len(known) >= 30
-    attained = [learn_then_test(draw(rng, n), 0.05, 0.05) is not None for n in known]
-    assert np.mean(attained) >= 0.5
+def test_so_many_rows_are_enough_where_all_are_accepted_and_right() -> None:
+    for risk, n in ((0.01, 300), (0.05, 60), (0.3, 10)):
+        assert vilu.calibrate(Outcomes(np.arange(n), np.zeros(n)), max_risk=risk).n_accepted == n
+        assert why([(1, 0)] * (n - 1), risk)[1] == n
+
+
+def test_enough_rows_with_too_many_wrong_are_told_so() -> None:
+    """300 rows, of which nine of ten are right wherever one looks: more of them would not help."""
+    told, needed = why([(9, 1)] * 30, 0.01)
+    assert told.endswith("these scores do not single out answers with an error rate below 1.00%")
+    assert needed is None
+    # 1 wrong among the 90 most trusted, then all wrong: with one wrong 93 are needed
+    told, needed = why([(89, 1), *[(0, 1)] * 100], 0.05)
+    assert (
+        told
+        == "of the 90 most trusted answers 1 is wrong, and with so many wrong 5.00% takes at least 93 accepted answers"
+    )
+    assert needed is None
+    # 60 right ones would do at level 0.05; with 1,000 rows it is divided among three thresholds to begin with
+    told, needed = why([(60, 0), *[(0, 1)] * 940], 0.05)
+    assert (
+        told
+        == "of the 60 most trusted answers 0 are wrong, which would do if this were the only threshold that is tried"
+    )
+    assert needed is None
+
+
+def test_a_mean_of_few_rows() -> None:
+    told, needed = why([(1, 0)] * 10, 0.05, "crc")
+    assert (told, needed) == ("10 rows are fewer than the 19 that a mean of 5.00% takes", 19)
+    assert vilu.calibrate(Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05, method="crc").n_accepted == 19
+    assert why([(5, 5), (20, 0)], 0.05, "crc") == ("5 of the most trusted answers, equal in score, are wrong", None)
+    with pytest.raises(InfeasibleError, match="At least 19 rows are needed"):
+        select(Outcomes(np.arange(18), np.zeros(18)), max_risk=0.05)
+    assert select(Outcomes(np.arange(19), np.zeros(19)), max_risk=0.05).accept([-1.0]).all()
+
+
+def test_a_coverage_alone_takes_so_many_rows() -> None:
+    """0.8^n <= 0.05 / 2: n = 17."""
+    few = vilu.calibrate(Outcomes(np.arange(16), np.zeros(16)), min_coverage=0.8)
+    assert few.certificates[""].n_needed == 17
+    assert vilu.calibrate(Outcomes(np.arange(17), np.zeros(17)), min_coverage=0.8).feasible
+
+
+def test_groups_say_what_each_takes() -> None:
+    """Two groups share delta: ln 0.025 / ln 0.95 = 71.9, and one more."""
+    groups = ["a"] * 200 + ["b"] * 30
+    found = vilu.calibrate(Outcomes(np.arange(230), np.zeros(230)), max_risk=0.05, groups=groups)
+    assert found.certificates["a"].threshold is not None
+    assert found.certificates["(other)"].n_needed == 73
 
 
 def test_groups_share_delta_and_the_small_are_together() -> None:

@@ -70,10 +70,10 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
 def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
     before = {path.name: path.read_bytes() for path in predictor.iterdir()}
     done = run_process("calibrate", predictor, work / "calibration", "--max-risk", 0.001, code=4)
-    assert "120 rows are too few: 0.10% takes 2996 accepted answers" in done.stderr
-    assert "calibration rows like these would be needed" in done.stderr
+    assert "0.10% takes 2,996 accepted answers, none of them wrong, and there are 120 rows" in done.stderr
+    assert "At least 2,996 calibration rows are needed" in done.stderr
     assert done.stdout == ""
-    assert {path.name: path.read_bytes() for path in predictor.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in predictor.iterdir() if path.name != ".lock"} == before
 
 
 def test_training_rows_are_refused(work: Path, predictor: Path) -> None:
@@ -83,7 +83,11 @@ def test_training_rows_are_refused(work: Path, predictor: Path) -> None:
 
 def test_a_rule_of_another_predictor_is_refused(work: Path, predictor: Path) -> None:
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.8)
+    kept = {name: (predictor / name).read_bytes() for name in ("risk.json", "calibration.parquet")}
     vilu.ViLU(hidden=(8,), epochs=1).fit(vilu.open_source(work / "train")).save(predictor)
+    assert not any((predictor / name).exists() for name in kept)
+    for name, content in kept.items():
+        (predictor / name).write_bytes(content)
     done = run("score", predictor, work / "new", "-o", predictor / "scores.parquet", code=6)
     assert "was made for the predictor" in done.stderr
     assert not (predictor / "scores.parquet").exists()
@@ -124,11 +128,14 @@ def test_selection_label_sets_and_classes(work: Path, predictor: Path) -> None:
     done = run("score", predictor, work / "new", "-o", predictor / "folder", code=2)
     assert "judges all rows of a batch together" in done.stderr
 
-    done = run("calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--per-class", "--json")
+    again = ("calibrate", predictor, work / "calibration", "--max-risk", 0.9, "--per-class", "--json")
+    assert "is calibrated already" in run(*again, code=2).stderr
+    done = run(*again, "--overwrite")
     rule = json.loads(done.stdout)["rule"]
     assert rule["grouped_by"] == "prediction"
     assert set(rule["certificates"]) <= {*NAMES, "(other)"}
-    run("score", predictor, work / "new", "-o", predictor / "scores.parquet")
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet", code=2)
+    run("score", predictor, work / "new", "-o", predictor / "scores.parquet", "--overwrite")
     scores = Outcomes.load(predictor / "scores.parquet")
     limits = {name: one["threshold"] for name, one in rule["certificates"].items()}
     for row, code in enumerate(scores.prediction):
@@ -142,21 +149,23 @@ def test_probabilities_alone_and_a_coverage(work: Path, predictor: Path) -> None
     scores = Outcomes.load(predictor / "scores.parquet")
     assert scores.decision is None
     assert scores.failure_probability is not None
-    done = run("calibrate", predictor, work / "calibration", "--min-coverage", 0.5)
+    done = run("calibrate", predictor, work / "calibration", "--min-coverage", 0.5, "--overwrite")
     assert "of the accepted answers are wrong" in done.stdout
 
 
 def test_wrong_arguments(work: Path, predictor: Path) -> None:
     assert "Usage" in run("calibrate", "--help").stdout
-    done = run("monitor", predictor, work / "nothing.parquet", code=3)
+    run("monitor", predictor, work / "nothing.parquet", code=2)
+    done = run("monitor", predictor, predictor / "README.md", code=3)
     assert "is not calibrated. Run `vilu calibrate` first.\n" in done.stderr
     run("calibrate", predictor, work / "calibration", "--max-risk", 1.5, code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.0, code=2)
-    run("calibrate", predictor, work / "nothing", "--max-risk", 0.1, code=3)
+    run("calibrate", predictor, work / "nothing", "--max-risk", 0.1, code=2)
     run("calibrate", predictor, work / "calibration", "--method", "selection", "--min-coverage", 0.5, code=2)
     run("calibrate", predictor, work / "calibration", "--per-class", code=2)
     run("calibrate", predictor, work / "calibration", "--max-risk", 0.01, "--method", "selection", "--max-miss", 0.5)
-    run("calibrate", predictor, work / "calibration", "--max-risk", 0.001, "--method", "selection", code=4)
+    hopeless = ("--max-risk", 0.001, "--method", "selection", "--overwrite")
+    run("calibrate", predictor, work / "calibration", *hopeless, code=4)
     write_json(predictor / "risk.json", {"schema_version": 1, "kind": "risk"})
     done = run("score", predictor, work / "new", "-o", predictor / "x.parquet", code=3)
     assert "risk.json is damaged" in done.stderr

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import vilu
+from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, picture
+from tests.command import command as command_of
 from tests.command import run
 from tests.conftest import toy_embeddings
+from vilu.backbones.zeroshot import class_texts
 from vilu.cli.app import app
 from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.score import Decider
-from vilu.errors import MissingModelError, ProvenanceError, UsageError
+from vilu.errors import DataError, MissingModelError, ProvenanceError, UsageError
+from vilu.store.embed import embed
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unlabelled = np.full(800, -1)
     dataclasses.replace(calm, failure=unlabelled).save(folder / "calm.parquet")
     calm.save(folder / "labels.parquet")
-    hard = np.argsort(rows.uncertainty)[400:]
+    hard = np.flatnonzero(rows.uncertainty > np.median(rows.uncertainty))
     vilu.Outcomes(
         rows.uncertainty[hard],
         unlabelled[hard],
@@ -66,7 +76,9 @@ def test_a_monitor_goes_on_from_its_state(work: Path, tmp_path: Path) -> None:
     told = json.loads(alarm.stdout)
     assert told["verdict"] == "shifted: guarantee void"
     assert 800 <= told["raised_at"] < 1200
-    assert told["batches"] == [{"scores": str(work / "hard.parquet"), "rows": 1200, "verdict": told["verdict"]}]
+    assert told["batches"] == [
+        {"scores": str(work / "hard.parquet"), "rows": 1200, "repeated": 0, "verdict": told["verdict"]}
+    ]
     at_once = vilu.Monitor.of_folder(work / "mcm")
     at_once.update(vilu.Outcomes.load(work / "calm.parquet"))
     at_once.audit(expected)
@@ -106,7 +118,19 @@ def test_rows_in_no_order_are_shuffled_on_request(
     order = np.argsort(calm.uncertainty)
     columns = {name: getattr(calm, name)[order] for name in ("uncertainty", "failure", "prediction")}
     vilu.Outcomes(**columns, class_names=calm.class_names, method=calm.method).save(tmp_path / "sorted.parquet")
-    assert app(["monitor", str(work / "mcm"), str(tmp_path / "sorted.parquet")], standalone_mode=False) == 8
+    arguments = [
+        "monitor",
+        str(work / "mcm"),
+        str(tmp_path / "sorted.parquet"),
+        "--state",
+        str(tmp_path / "st.parquet"),
+    ]
+    with pytest.raises(DataError, match=r"sorted.parquet: these 800 rows lie sorted by their uncertainty.*--shuffle"):
+        app(arguments, standalone_mode=False)
+    assert not (tmp_path / "st.parquet").exists()
+    assert app([*arguments[:-2], "--in-order"], standalone_mode=False) == 8
+    with pytest.raises(UsageError, match="--in-order for those that have one"):
+        app([*arguments, "--in-order", "--shuffle"], standalone_mode=False)
     capsys.readouterr()
     command("monitor", work / "mcm", tmp_path / "sorted.parquet", "--shuffle", "--json")
     assert json.loads(capsys.readouterr().out)["verdict"] == "holds"
@@ -119,3 +143,111 @@ def test_mapie_on_the_same_rows(work: Path, capsys: pytest.CaptureFixture[str]) 
     assert app([*arguments, "--backend", "mapie"], standalone_mode=False) == 8
     told = json.loads(capsys.readouterr().out)
     assert [batch["verdict"] for batch in told["batches"]] == ["holds", "shifted: guarantee void"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores of a folder of classes each, as ``vilu embed`` makes them: sorted by class, eight of ten answers right."""
+    root = tmp_path_factory.mktemp("folders")
+    model = FakeBackbone()
+    with torch.no_grad():
+        text = class_texts(model, NAMES)
+        seen: dict[int, list[bytes]] = {0: [], 1: [], 2: []}
+        for seed in range(1500):
+            blob = picture(seed)
+            pixels = model.preprocess(Image.open(io.BytesIO(blob)))[None]
+            seen[int((model.encode_images(pixels) @ text.T).argmax())].append(blob)
+    rng = np.random.default_rng(0)
+    for name in ("train", "calibration", "new"):
+        answer = np.repeat([0, 1, 2], 70)
+        shown = np.where(rng.random(210) < 0.8, answer, (answer + 1) % 3)
+        blobs = [seen[c].pop() for c in shown.tolist()]
+        keys = [f"{NAMES[c]}/{name}{row:03d}.png" for row, c in enumerate(answer.tolist())]
+        embed(FakeDataset(blobs, answer.tolist(), keys), FakeBackbone(), root / name, names=NAMES)
+    return root
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_the_commands_of_the_readme_end_without_a_false_alarm(folders: Path, tmp_path: Path, labelled: bool) -> None:
+    """Fit, calibrate, score and monitor three folders of classes: no shift is there, and none is told."""
+    predictor, scores, state = tmp_path / "predictor", tmp_path / "scores.parquet", tmp_path / "state.parquet"
+    run("fit", folders / "train", "--method", "mcm", "-o", predictor)
+    run("calibrate", predictor, folders / "calibration", "--max-risk", 0.5, "--confidence", 0.9)
+    run("score", predictor, folders / "new", "-o", scores)
+    if not labelled:
+        found = vilu.Outcomes.load(scores)
+        dataclasses.replace(found, failure=np.full(210, -1), target=None).save(scores)
+    refused = run("monitor", predictor, scores, "--state", state, code=3)
+    what = "right answer" if labelled else "answer"
+    assert f"{scores}: these 210 rows lie sorted by their {what}" in refused.stderr
+    assert "--shuffle" in refused.stderr
+    assert not state.exists()
+    assert run("monitor", predictor, scores, "--in-order", code=8).stdout.startswith("shifted")  # as it once was
+    holds = run("monitor", predictor, scores, "--shuffle", "--state", state)
+    assert holds.stdout.startswith("holds")
+    again = run("monitor", predictor, scores, "--shuffle", "--state", state, "--json")
+    assert "210 of 210 rows were monitored before and are not counted again" in again.stderr
+    told = json.loads(again.stdout)
+    assert (told["rows"], told["batches"][0]["repeated"], told["verdict"]) == (210, 210, "holds")
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vilu.files.disk import locked
+with locked(Path(sys.argv[1]), "at work in"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_by_another_process(folder: Path) -> Iterator[None]:
+    """The lock of a folder in a process of its own, which ends with the block."""
+    words = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        yield
+        other.communicate("")
+
+
+def test_two_at_once_on_one_state_or_predictor(work: Path, folders: Path, tmp_path: Path) -> None:
+    """The second is told to wait, and nothing is lost or counted twice; after the first it runs."""
+    monitoring = ("monitor", work / "mcm", work / "calm.parquet", "--state", tmp_path / "state.parquet")
+    with held_by_another_process(tmp_path):
+        assert "another process is monitoring" in run(*monitoring, code=75).stderr
+    assert not (tmp_path / "state.parquet").exists()
+    run(*monitoring)
+    vilu.MCM().fit(vilu.EmbeddingStore(folders / "train")).save(tmp_path / "predictor")
+    calibrating = ("calibrate", tmp_path / "predictor", folders / "calibration", "--max-risk", 0.5)
+    with held_by_another_process(tmp_path / "predictor"):
+        assert "another calibration is calibrating" in run(*calibrating, code=75).stderr
+    assert not (tmp_path / "predictor" / "risk.json").exists()
+    run(*calibrating)
+
+
+@pytest.mark.slow
+def test_two_processes_calibrate_and_monitor_at_once(folders: Path, work: Path, tmp_path: Path) -> None:
+    """Whoever comes second either waits its turn or is told: what lies there in the end is that of one run."""
+    vilu.MCM().fit(vilu.EmbeddingStore(folders / "train")).save(tmp_path / "predictor")
+    state = tmp_path / "states" / "state.parquet"
+    state.parent.mkdir()
+    both = (
+        ("calibrate", tmp_path / "predictor", folders / "calibration", "--max-risk", 0.5, "--confidence", 0.9),
+        ("monitor", work / "mcm", work / "calm.parquet", "--state", state),
+    )
+    started = [subprocess.Popen(command_of(*words), stderr=subprocess.DEVNULL) for words in both for _ in range(2)]
+    codes = [process.wait() for process in started]
+    assert set(codes[:2]) <= {0, 75}
+    assert set(codes[2:]) <= {0, 75}
+    assert 0 in codes[:2]
+    assert 0 in codes[2:]
+    Decider.of_folder(vilu.load(tmp_path / "predictor"), tmp_path / "predictor")
+    assert vilu.Monitor.of_folder(work / "mcm").resume(state).rows == 800
+    run("monitor", work / "mcm", work / "hard.parquet", "--state", state, code=8)
+
+
+def test_a_state_in_no_folder_is_refused_first(work: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="where the state is to lie, is no folder"):
+        command("monitor", work / "mcm", work / "calm.parquet", "--state", tmp_path / "none" / "state.parquet")

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -64,8 +64,8 @@ def fit(method: str, *settings: str, store: str = "train") -> Command:
 QUICK = ("epochs=3", "hidden=8")
 COMMANDS: dict[str, Command] = {
     "embed": Command(
-        (*FRAME, "embed", "{inputs}/photos", "-o", "store", "--backbone", "fake", "--part-size", "6", "--batch-size", "4",
-         "--workers", "1", "--features"),
+        (*FRAME, "embed", "{inputs}/photos", "-o", "store", "--backbone", "fake", "--part-size", "6",
+         "--batch-size", "4", "--workers", "1", "--features"),
         "store",
     ),
     "fit mcm": fit("mcm"),
@@ -97,12 +97,12 @@ def make_inputs(folder: Path) -> Path:
         path = folder / "photos" / f"n{i % 3}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(i))
-    for first, (name, n) in enumerate({"train": 60, "test": 200, "cal": 120, "more": 120}.items()):
+    for first, (name, n) in enumerate({"train": 60, "test": 200, "cal": 120, "more": 120, "late": 120}.items()):
         make_store(folder / name, n, 1000 * first)
     for name in ("mcm", "calibrated"):
         run("fit", folder / "train", "-o", folder / name, "--method", "mcm")
     run("calibrate", folder / "calibrated", folder / "cal", "--max-risk", "0.9")
-    for name, store in (("a", "test"), ("b", "more")):
+    for name, store in (("a", "test"), ("b", "more"), ("c", "late")):
         run("score", folder / "calibrated", folder / store, "-o", folder / f"{name}.parquet")
     watch = ("monitor", folder / "calibrated", folder / "a.parquet", "--state", folder / "state.parquet")
     run(*watch)
@@ -131,13 +131,20 @@ class Server:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Run a command; how it ended."""
-        self.process.stdin.write(json.dumps(request, default=str) + "\n")
+        (told,) = self.ask_all([request])
+        return told
+
+    def ask_all(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Run some at once."""
+        self.process.stdin.write(json.dumps(requests, default=str) + "\n")
         self.process.stdin.flush()
         return json.loads(self._line())
 
     def close(self) -> None:
         self.process.stdin.close()
+        self.process.kill()  # it has nothing to finish
         self.process.wait(10)
+        self.process.stdout.close()
 
 
 def is_lock(path: Path) -> bool:
@@ -221,13 +228,16 @@ class Bed:
             (work / name).write_text(text)
         return foreign
 
-    def ask(self, work: Path, command: Command, **more: Any) -> dict[str, Any]:
+    def request(self, work: Path, command: Command, number: int = 0, **more: Any) -> dict[str, Any]:
         argv = [word.format(inputs=self.inputs) for word in command.argv]
-        files = {name: self.folder / f"{work.name}.{name}" for name in ("stdout", "stderr", "answer")}
-        return self.server.ask(argv=argv, work=work, inputs=self.inputs, **files, **more)
+        files = {name: self.folder / f"{work.name}.{number}.{name}" for name in ("stdout", "stderr", "answer")}
+        return {"argv": argv, "work": work, "inputs": self.inputs, **files, **more}
 
-    def said(self, work: Path) -> str:
-        return (self.folder / f"{work.name}.stderr").read_text()
+    def ask(self, work: Path, command: Command, **more: Any) -> dict[str, Any]:
+        return self.server.ask(**self.request(work, command, **more))
+
+    def said(self, work: Path, number: int = 0) -> str:
+        return (self.folder / f"{work.name}.{number}.stderr").read_text()
 
     def _undisturbed(self, name: str) -> Undisturbed:
         command = COMMANDS[name]
@@ -295,12 +305,14 @@ class Bed:
         if fault == "clock" or code == alone.code:
             require(code == alone.code, f"ends with {code}: {said}")
         elif fault in SIGNALS:
-            require(code == CODES[fault], f"ends with {code}, not {CODES[fault]}: {said}")
+            require(code in {CODES[fault], -SIGNALS[fault]}, f"ends with {code}, not {CODES[fault]}: {said}")
         else:
             require(code == 7, f"ends with {code}, not 7: {said}")
             why = os.strerror(ERRNOS[fault])
             places = "is not writable" if fault in {"readonly", "denied"} else why  # looked at before the work begins
-            require("vilu: error: " in said and (why in said or places in said), f"the message does not say {why!r}: {said}")
+            require(
+                "vilu: error: " in said and (why in said or places in said), f"the message does not say {why!r}: {said}"
+            )
 
     def _require_whole(self, work: Path, alone: Undisturbed) -> None:
         """Whatever lies under its final name is one of the files that the undisturbed run puts there."""
@@ -313,7 +325,7 @@ def heal(work: Path) -> None:
     """Take the fault away."""
     mount_flags(work, MS_REMOUNT | MS_BIND)
     for folder, _, _ in os.walk(work):
-        os.chmod(folder, 0o755)
+        Path(folder).chmod(0o755)
     (work / FILLER).unlink(missing_ok=True)
 
 
@@ -321,7 +333,7 @@ CANNOT = "needs the right to mount (root on Linux)"
 
 
 @contextmanager
-def mounted(work: Path, fault: str):
+def mounted(work: Path, fault: str) -> Iterator[None]:
     """A small disk of its own, or a folder that can be made read-only, where the fault takes one."""
     if fault not in {"nospace", "readonly"}:
         yield
@@ -358,6 +370,3 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
     lines = [[command, *(cell(command, fault) for fault in FAULTS)] for command in COMMANDS]
     return "\n".join(aligned([["", *FAULTS], *lines]))
-
-
-Look = Callable[[Path], object]

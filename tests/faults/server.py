@@ -26,8 +26,11 @@ from tests.faults import plugin  # noqa: F401 - what the plug-in needs is import
 from tests.faults.saboteur import Saboteur
 from vilu.benchmark import facts
 
-ALSO = ("torch._dynamo", "sklearn.linear_model", "sklearn.isotonic", "scipy.optimize", "scipy.stats", "threadpoolctl", "filelock",
-        "pyarrow.parquet", "pyarrow.csv", "pyarrow.compute", "matplotlib.pyplot", "jinja2", "PIL.PngImagePlugin")  # fmt: skip
+ALSO = (
+    *("torch._dynamo", "sklearn.linear_model", "sklearn.isotonic", "scipy.optimize", "scipy.stats", "threadpoolctl"),
+    *("filelock", "pyarrow.parquet", "pyarrow.csv", "pyarrow.compute", "matplotlib.pyplot", "jinja2"),
+    "PIL.PngImagePlugin",
+)
 
 
 def import_all() -> None:
@@ -49,14 +52,13 @@ def import_all() -> None:
 def child(request: dict[str, Any]) -> None:
     """Run one command, and leave as a process of its own would."""
     work = Path(request["work"])
-    os.setpgid(0, 0)
     os.chdir(work)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell's children ignore it
     for stream, name in ((1, "stdout"), (2, "stderr")):
         descriptor = os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, stream)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115, PTH123
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
     chosen = {name: request.get(name) for name in ("fault", "at")}
     saboteur = Saboteur(
         work, Path(request["inputs"]), **chosen, seed=request.get("seed", 0), record=bool(request.get("record"))
@@ -84,36 +86,53 @@ def child(request: dict[str, Any]) -> None:
     os._exit(code)
 
 
-def serve(request: dict[str, Any]) -> dict[str, Any]:
-    """Fork, wait, and say how it ended; ``kill_after`` and ``signal`` strike from outside."""
-    answer = Path(request["answer"])
-    answer.unlink(missing_ok=True)
-    begun = time.monotonic()
+def begin(request: dict[str, Any], gate: int) -> int:
+    """A child that waits until the gate is closed, so that several start together; its process id."""
+    Path(request["answer"]).unlink(missing_ok=True)
     pid = os.fork()
-    if not pid:
-        try:
-            child(request)
-        finally:
-            os._exit(99)
-    limit, after = request.get("limit", 120.0), request.get("kill_after")
-    killed, status = after is None, None
-    while status is None:
-        found, ended = os.waitpid(pid, os.WNOHANG)
+    if pid:
+        return pid
+    try:
+        os.close(request["holder"])
+        os.read(gate, 1)
+        child(request)
+    finally:
+        os._exit(99)
+
+
+def serve(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fork, wait, and say how each ended; ``kill_after`` and ``signal`` strike from outside."""
+    gate, holder = os.pipe()
+    pids = [begin({**request, "holder": holder}, gate) for request in requests]
+    os.close(gate)
+    begun = time.monotonic()
+    os.close(holder)
+    ends: dict[int, tuple[int, float]] = {}
+    killed = set()
+    while len(ends) < len(pids):
+        time.sleep(0.002)
         spent = time.monotonic() - begun
-        if found:
-            status = ended
-        elif not killed and spent >= after:
-            os.kill(pid, request["signal"])
-            killed = True
-        elif spent > limit:
-            os.killpg(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            spent = -1.0
-        else:
-            time.sleep(0.002)
+        for pid, request in zip(pids, requests, strict=True):
+            if pid in ends:
+                continue
+            found, status = os.waitpid(pid, os.WNOHANG)
+            after = request.get("kill_after")
+            if found:
+                ends[pid] = status, -1.0 if pid in killed else spent
+            elif after is not None and spent >= after and not request.get("struck"):
+                os.kill(pid, request["signal"])
+                request["struck"] = True
+            elif spent > request.get("limit", 240.0) and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+    return [_told(request, *ends[pid]) for pid, request in zip(pids, requests, strict=True)]
+
+
+def _told(request: dict[str, Any], status: int, seconds: float) -> dict[str, Any]:
+    answer = Path(request["answer"])
     code = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
     told = json.loads(answer.read_text()) if answer.exists() else {"steps": None, "struck": None, "versions": []}
-    return {"code": code, "seconds": spent, **told}
+    return {"code": code, "seconds": seconds, **told}
 
 
 if __name__ == "__main__":

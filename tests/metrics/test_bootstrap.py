@@ -10,7 +10,10 @@ from vilu.errors import DataError, UsageError
 from vilu.metrics import METRICS, auroc, bootstrap_interval, fpr_at_tpr, paired_bootstrap
 from vilu.metrics.bootstrap import CELLS, SortedScores, bootstrap_intervals, resampled_rows
 from vilu.metrics.counts import check_pair
+from vilu.metrics.histogram import Histogram
 from vilu.metrics.ranking import fpr_at_tpr_kernel
+from vilu.metrics.selective import _harmonic
+from vilu.progress import Silence, reporting
 
 
 def sample(n: int = 400, seed: int = 0, shift: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -185,3 +188,25 @@ def test_an_unknown_metric_names_the_nearest() -> None:
 def test_paired_scores_must_be_of_one_length() -> None:
     with pytest.raises(DataError, match="Got 3 and 2"):
         paired_bootstrap("auroc", [1, 2], [1, 2, 3], [0, 1])
+
+
+def test_long_work_says_how_far_it_is() -> None:
+    steps: list[float] = []
+
+    class Watcher(Silence):
+        def advance(self, done: float, note: str = "") -> None:
+            steps.append(done)
+
+    u, f = sample(3000)
+    with reporting(Watcher()):
+        bootstrap_interval("auroc", u, f, n_resamples=500)
+        Histogram.of(u, f).intervals({"auroc": METRICS["auroc"].kernel}, n_resamples=500, confidence=0.9, seed=0)
+    assert sum(steps) == 1000
+    assert len(steps) >= 10  # not all at once at the end
+
+
+@pytest.mark.parametrize("n", [2**16 - 1, 2**16, 2**21 - 1, 2**21, 2**21 + 5])
+def test_harmonic_numbers_by_their_sum(n: int) -> None:
+    ranks = np.array([n, n - 1, 7])
+    exact = math.fsum(1 / i for i in range(1, n + 1))
+    assert _harmonic(ranks) == pytest.approx([exact, exact - 1 / n, 363 / 140], abs=1e-13)

@@ -153,7 +153,7 @@ def test_a_folder_as_the_hub(predictor: Path, tmp_path: Path, monkeypatch: pytes
     assert vilu.load("other").name == "mcm"
     push("other", "./hub/knn", overwrite=True)
     assert vilu.load("hub/knn").name == "mcm"
-    with pytest.raises(UsageError, match=r"'model\.pkl', which is none of a predictor's"):
+    with pytest.raises(UsageError, match=r"'model\.pkl', which is no part of"):
         pull("./hub/knn", predictor, overwrite=True)
     assert "secrets.txt" in names(predictor)
     assert names(tmp_path) == {"hub", "here", "other", "predictor"}

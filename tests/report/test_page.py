@@ -192,7 +192,7 @@ def test_pictures_are_shown_and_damaged_ones_say_why(tmp_path: Path) -> None:
     assert len(pictures) == 71
     assert all(picture["src"].startswith("data:image/webp;base64,") for picture in pictures)
     assert all(picture["alt"] for picture in pictures)
-    assert "No picture: no image: it begins with" in page
+    assert "No picture: no image: " in page
     other = dataclasses.replace(one, ids=[f"other-{i}" for i in range(400)])
     with pytest.raises(DataError, match="has none of the images"):
         report_page([other], images=images)
@@ -327,3 +327,11 @@ def test_ticks_are_round_and_lines_keep_their_ends() -> None:
     assert len(xs) <= 100
     assert (xs[0], ys[0], xs[-1], ys[-1]) == (0, 0, 1, 1)
     assert np.abs(np.interp(x, xs, ys) - x**2).max() < 1e-3  # chords of a parabola over steps of 2 %
+
+
+def test_a_predictor_is_no_scores(tmp_path: Path) -> None:
+    """Its calibration rows would make a page, on which its rule keeps what it promises: it was chosen there."""
+    MCM().fit(toy_embeddings()).save(tmp_path)
+    calibrate_predictor(tmp_path, toy_embeddings(seed=1, ids_from=10_000), Target(max_risk=0.5))
+    with pytest.raises(UsageError, match=r"is the folder of a predictor.*Give scores of other rows.*--predictor"):
+        read_scores(tmp_path)

@@ -248,17 +248,21 @@ def test_other_inputs_are_refused_and_nothing_is_touched(tmp_path, change, field
     (tmp_path / "s/receipts/00001.json").unlink()
     before = tree(tmp_path / "s")
     settings = {"data": dataset(23), "backbone": FakeBackbone()} | change
-    with pytest.raises(ProvenanceError, match=f"{field} was .* and is now .*--overwrite") as caught:
+    with pytest.raises(UsageError, match=f"{field} was .* and is now .*--overwrite"):
         run(settings.pop("data"), tmp_path / "s", **settings)
-    assert caught.value.exit_code == 6
     assert tree(tmp_path / "s") == before
 
 
 def test_overwrite_replaces_the_store_and_nothing_else(tmp_path):
     run(dataset(23), tmp_path / "s")
-    (tmp_path / "s/notes.txt").write_text("mine")
+    for mine in (tmp_path / "s/notes.txt", tmp_path / "s/errors/notes.txt"):
+        mine.write_text("mine")
+        before = tree(tmp_path / "s")
+        with pytest.raises(UsageError, match=r"notes\.txt"):
+            run(dataset(5), tmp_path / "s", overwrite=True, dtype="float32")
+        assert tree(tmp_path / "s") == before
+        mine.unlink()
     run(dataset(5), tmp_path / "s", overwrite=True, dtype="float32")
-    (tmp_path / "s/notes.txt").unlink()
     run(dataset(5), tmp_path / "fresh", dtype="float32")
     assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
 
@@ -267,14 +271,14 @@ def test_overwrite_replaces_the_store_and_nothing_else(tmp_path):
 def test_a_folder_of_other_things_is_refused(tmp_path, overwrite):
     (tmp_path / "img_emb").mkdir()
     (tmp_path / "img_emb/precious.npy").write_bytes(b"x")
-    with pytest.raises(UsageError, match=r"'img_emb'.*holds no run.json"):
+    with pytest.raises(UsageError, match=r"'img_emb'.* no part of"):
         run(dataset(5), tmp_path, overwrite=overwrite)
     assert (tmp_path / "img_emb/precious.npy").read_bytes() == b"x"
 
 
 def test_a_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "s").write_bytes(b"")
-    with pytest.raises(StorageError, match="cannot write"):
+    with pytest.raises(UsageError, match="is a file"):
         run(dataset(5), tmp_path / "s")
 
 

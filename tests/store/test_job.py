@@ -199,17 +199,20 @@ def test_a_part_whose_listing_kills_is_given_up_by_shard(tmp_path):
     leave_marks(tmp_path, 1, MAX_ATTEMPTS)
     assert in_child(lambda: job.process(1)) == -signal.SIGKILL
     receipt = job.process(1)
-    assert (receipt.n_in, receipt.errors) == (2, {"crash": 2})
+    assert (receipt.n_in, receipt.errors) == (2, {"bad_shard": 2})
     errors = pq.read_table(tmp_path / "errors/errors_00001.parquet").to_pydict()
     assert (errors["key"], errors["position"]) == (["shard 2", "shard 3"], [2 * SHARD, 3 * SHARD])
-    run(data, tmp_path, max_error_rate=0.5)
+    with pytest.raises(DataError, match=r"2 of 5 shards .* unknown: shard 2 \(3 processes died"):
+        run(data, tmp_path, max_error_rate=0.5)
+    with pytest.warns(UserWarning, match="2 of 5 shards"):
+        run(data, tmp_path, allow_bad_shards=True)
     assert inspect(tmp_path, deep=True).problems == []
 
 
 def test_a_part_without_listing_is_given_up_by_shard_or_position(tmp_path, caplog):
     job = job_of(shards(*LENGTHS, unlistable=3), tmp_path / "shards")
     leave_marks(tmp_path / "shards", 1, MAX_ATTEMPTS)
-    assert job.process(1).errors == {"crash": 2}
+    assert job.process(1).errors == {"bad_shard": 2}
     assert "part 1 cannot be listed either: RuntimeError: cannot list shard 3" in caplog.text
     data = dataset(5)
     job = job_of(data, tmp_path / "images")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from vilu.backbones.zeroshot import named_templates
 from vilu.benchmark.config import AnySetting, Config, Method, Union
 from vilu.benchmark.parts import ROLES, Data, hint_at
-from vilu.errors import UsageError
+from vilu.errors import StorageError, UsageError
 from vilu.predictors.parameters import parameters
 
 TABLES = ("data", "settings", "methods")
@@ -42,7 +42,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from error
+        kind = UsageError if isinstance(error, FileNotFoundError | IsADirectoryError) else StorageError
+        raise kind(f"cannot read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
 

@@ -16,6 +16,7 @@ from vilu.benchmark.parts import RANKED_BY, Section
 from vilu.errors import DataError
 from vilu.files.disk import atomic_write, file_hash, make_folder, or_refuse
 from vilu.files.documents import explain, read_json, read_log, write_json
+from vilu.files.tables import write_table
 from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints
@@ -75,7 +76,7 @@ class CellResult(Section):
         make_folder(path.parent)
         files: dict[Suffix, str] = {}
         if outcomes is not None and bootstrap is not None:
-            outcomes.save(path.with_suffix(SCORES))
+            write_table(path.with_suffix(SCORES), *outcomes.table())
             with atomic_write(path.with_suffix(BOOTSTRAP)) as handle:
                 np.save(handle, bootstrap, allow_pickle=False)
             files = {suffix: file_hash(path.with_suffix(suffix)) for suffix in (SCORES, BOOTSTRAP)}

@@ -284,6 +284,8 @@ class _Work:
         mine = [cell for group in groups[share.number :: share.of] for cell in group]
         found = finished(self.bench, mine, output)
         missing = [cell for cell in mine if cell not in found]
+        if not missing:
+            logger.info("%s: all cells are there: there is nothing to do", self.bench.config.name)
         stale = sum((output / cell.path).is_file() for cell in missing)
         if stale:
             name = self.bench.config.name

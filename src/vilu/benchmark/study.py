@@ -28,6 +28,7 @@ from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, Ra
 from vilu.errors import DataError
 from vilu.files.disk import make_folder, write_text
 from vilu.files.documents import explain, read_json, write_json
+from vilu.files.places import claim_file, claim_folder, inputs_of, made, mark
 from vilu.report.style import require_matplotlib, save
 from vilu.text import in_markdown, markdown_rows
 
@@ -193,7 +194,7 @@ def render(board: Board, output: Path) -> Rendered:
     return done
 
 
-def write_document(studies: Sequence[Rendered], document: Path, title: str, intro: str) -> None:
+def write_document(studies: Sequence[Rendered], document: Path, title: str, intro: str, inputs: str = "") -> None:
     """One Markdown file of several studies, its figures in a folder of its name beside it."""
     figures = make_folder(document.with_suffix(""))
     parts = [f"# {title}", "", *([intro, ""] if intro else []), all_claims([study.verdicts for study in studies])]
@@ -203,7 +204,7 @@ def write_document(studies: Sequence[Rendered], document: Path, title: str, intr
             if one.draw is not None:
                 save(one.draw(), figures / f"{name}-{one.name}.svg")
         parts.append(page(study.board.config, study.exhibits, study.verdicts, f"{figures.name}/{name}-{{}}.svg".format))
-    write_text(document, "\n".join(parts))
+    write_text(document, "\n".join(parts) + "\n" + mark("study", inputs))
 
 
 def views_of(config: Config) -> tuple[AnyView, ...]:
@@ -221,7 +222,7 @@ def _write_results(board: Board, folder: Path) -> None:
     config = board.config.complete().model_dump(mode="json")
     content = {"schema_version": 1, "kind": "benchmark", "config": config}
     write_json(folder / "results.json", {**content, **summary.to_dict()})
-    summary.results.save(folder / "results.parquet")
+    summary.results.write(folder / "results.parquet")
 
 
 def _write_exhibit(one: Exhibit, folder: Path) -> None:
@@ -253,7 +254,14 @@ def run_studies(
 
     Raises:
         MissingModelError: Also if there are figures to draw and no matplotlib, before anything runs.
+        UsageError: Also if ``output`` holds something else than benchmarks.
     """
+    begun = any((output / name).is_dir() for name in ("stores", "cells"))
+    if not begun:
+        claim_folder(output, "benchmark", lambda path: path.name == "smoke", overwrite=True)
+    for config in configs:
+        folder = output / STUDIES / config.name
+        claim_folder(folder, "study", lambda _: False, same=(folder / DOCUMENT).is_file())
     if any(isinstance(view, DRAWN) for config in configs for view in config.views):
         require_matplotlib()
     boards = run_all(configs, data, output, jobs=jobs, models=models, share=share, embed_only=embed_only)
@@ -263,7 +271,12 @@ def run_studies(
 
 
 def render_studies(
-    output: Path, document: Path | None = None, title: str = "Results", intro: str = ""
+    output: Path,
+    document: Path | None = None,
+    title: str = "Results",
+    intro: str = "",
+    *,
+    overwrite: bool = True,
 ) -> list[Rendered]:
     """Write everything anew from the cells of a run folder, without data, embeddings or computation.
 
@@ -272,12 +285,23 @@ def render_studies(
         document: A Markdown file for all studies together, its figures in a folder of its name beside it.
         title: Of the document.
         intro: Its first paragraph.
+        overwrite: Replace a document of other studies.
 
     Raises:
         DataError: If the folder holds no study, or cells are missing.
+        UsageError: If something else lies where the document is to be.
         StorageError: If the file system refuses.
     """
-    studies = [render(board, output) for board in load_studies(output)]
+    boards, inputs, there = load_studies(output), "", False
     if document is not None:
-        write_document(studies, document, title, intro)
+        said = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
+        inputs = inputs_of(*said, title=title, intro=intro)
+        ours = made(document) is not None
+        there = claim_file(document, "study", inputs, overwrite=overwrite)
+        claim_folder(document.with_suffix(""), "document's figures", lambda _: False, same=ours)
+    studies = [render(board, output) for board in boards]
+    if there:
+        logger.info("%s holds these studies already: there is nothing to do", document)
+    elif document is not None:
+        write_document(studies, document, title, intro, inputs)
     return studies

@@ -1,32 +1,61 @@
 """The command line: each command calls one public function; stdout is the result, stderr the log and the progress.
 
-Exit codes: 0 done, 2 usage, 3 data, 4 the risk target is out of reach, 5 a model is missing, 6 artefacts do not fit
-together, 7 storage, 8 a guarantee is void (`vilu monitor`), 75 busy, 130 Ctrl-C, 143 SIGTERM; anything else is a bug
-and shows its traceback.
+Exit codes: 0 done, 2 usage (a path that is not there, a place that is taken), 3 data, 4 the risk target is out of reach,
+5 a model is missing, 6 artefacts do not fit together, 7 storage, 8 a guarantee is void (`vilu monitor`), 75 busy, 130
+Ctrl-C, 141 nobody reads stdout any more, 143 SIGTERM; anything else is a bug and shows its traceback.
 """
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from types import FrameType
+from typing import Any
+
+import typer
 
 from vilu.cli.app import app
-from vilu.cli.console import complain, show_warnings
-from vilu.errors import ViLUError
+from vilu.cli.console import INTERRUPTED, TERMINATED, careful_output, complain, show_warnings
+from vilu.errors import StorageError, UsageError, ViLUError
+from vilu.text import printable
+
+MISUSE: type[Any] = typer.BadParameter.__bases__[0]
+"""What typer raises for a command line that cannot be; it gives it no name."""
 
 
 def main() -> None:
     """Entry point of the ``vilu`` command."""
     signal.signal(signal.SIGTERM, _terminate)
+    with careful_output():
+        code = _run()
+        for number in (signal.SIGINT, signal.SIGTERM):  # the work is over: what comes now ends the process, silently
+            signal.signal(number, signal.SIG_DFL)
+        sys.exit(code)
+
+
+def _run() -> int:
+    """The exit code."""
     try:
         with show_warnings():
-            app()
+            return int(app(standalone_mode=False) or 0)
+    except KeyboardInterrupt:  # before a command has begun, which would say what is kept
+        return INTERRUPTED
+    except MISUSE as error:
+        told = io.StringIO()
+        error.show(told)
+        sys.stderr.write(printable(told.getvalue(), "\n"))
+        return UsageError.exit_code
     except ViLUError as error:
         complain("error", str(error))
-        sys.exit(error.exit_code)
+        return error.exit_code
+    except OSError as error:
+        if error.filename is None:  # no file of the user's, but a bug
+            raise
+        complain("error", f"the file system refused {error.filename}: {error.strerror}.")
+        return StorageError.exit_code
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     """Unwind as Ctrl-C does, so that locks and temporary files go."""
-    sys.exit(143)
+    sys.exit(TERMINATED)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from vilu.cli.console import make_reporter, set_verbosity
+from vilu.cli.console import TERMINATED, complain, make_reporter, set_verbosity
 from vilu.cli.images import datasets, embed, inspect, list_catalogue
 from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
@@ -17,9 +20,11 @@ from vilu.registry import load_plugin
 app = typer.Typer(
     name="vilu",
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
-    epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command has its own --help.",
+    epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command has its own --help. "
+    "Commands write to a new or an empty place, or to what the same command wrote; --overwrite makes that anew, and other "
+    "files are never touched. Exit codes: 2 the command cannot be (a path that is not there, a place that is taken), 3 "
+    "data, 4 risk out of reach, 5 no model, 6 artefacts that do not fit together, 7 storage, 8 alarm, 75 busy.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,10 +62,35 @@ def common(
         load_plugin(module)
 
 
+def told(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which when it is stopped (Ctrl-C, SIGTERM) says what the same command would do now."""
+
+    @wraps(command)
+    def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
+        try:
+            command(**values)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if isinstance(stop, KeyboardInterrupt) or stop.code == TERMINATED:
+                complain("stopped", _afterwards(command.__name__, values))
+            raise
+
+    return run
+
+
+def _afterwards(name: str, values: dict[str, Any]) -> str:
+    """What of the work of a stopped command is kept."""
+    output: Path | None = values.get("output")
+    if name in {"embed", "benchmark", "demo"} or (name == "score" and output and not output.suffix):
+        return f"what is finished is in {output}; the same command goes on with the rest."
+    if name == "fit" and (kept := Path(f"{output}.checkpoints")).is_dir():
+        return f"the same command goes on from the last checkpoint in {kept}."
+    return "no file is half written; the same command begins anew."
+
+
 ON_DATA = (demo, embed, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools, benchmark, render)
 for command in ON_DATA:
-    app.command()(command)
+    app.command()(told(command))
 app.command("list")(list_catalogue)
 for command in (convert, export, push, pull):
-    app.command()(command)
+    app.command()(told(command))
 app.add_typer(datasets, name="datasets")

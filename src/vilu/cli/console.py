@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
 import typer
 
+from vilu.errors import StorageError, UsageError
+from vilu.files.places import Kind, claim_file, inputs_of
 from vilu.progress import Reporter, Task
-from vilu.text import aligned
+from vilu.text import aligned, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -27,16 +33,71 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
+INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143
+"""Exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM."""
 
 
 def complain(level: str, message: str) -> None:
     """One line on stderr; control characters of hostile names are escaped."""
-    sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
+    with suppress(OSError):  # where stderr is gone nobody can be told; the exit code still says it
+        sys.stderr.write(f"vilu: {level}: {printable(message)}\n")
 
 
-def printable(text: str) -> str:
-    """The text with control characters escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+class Escaping(logging.Formatter):
+    """One line for each record, in which no name can steer the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """The message; a traceback would come after it as it is."""
+        return printable(super().formatMessage(record))
+
+
+class CarefulOutput:
+    """Standard output that fails with our errors: StorageError where it is full, exit code 141 where nobody reads."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the stream has
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write; what the encoding lacks is escaped."""
+        if text == "":  # which typer writes to try the stream, and keeps the answer to itself
+            return 0
+        with self._judged():
+            try:
+                return self.stream.write(text)
+            except UnicodeEncodeError:
+                encoding = self.stream.encoding
+                return self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+    def flush(self) -> None:
+        """Flush."""
+        with self._judged():
+            self.stream.flush()
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), self.stream.fileno())  # or what is left would fail again at the very end
+            if error.errno == errno.EPIPE:
+                raise SystemExit(PIPE_CLOSED) from error
+            raise StorageError(f"cannot write to stdout: {error.strerror or error}.") from error
+
+
+@contextmanager
+def careful_output() -> Iterator[None]:
+    """A block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
+    if sys.stdout is None:
+        yield
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
+    with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):
+        yield
 
 
 @contextmanager
@@ -56,7 +117,7 @@ def set_verbosity(*, verbose: bool, quiet: bool) -> None:
     """-v shows debugging messages of vilu, -q only warnings."""
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("vilu: %(message)s"))
+    handler.setFormatter(Escaping("vilu: %(message)s"))
     LOG.handlers[:] = [handler]
     LOG.setLevel(level)
 
@@ -149,6 +210,44 @@ def next_step(message: str) -> None:
     LOG.info("%s", message)
 
 
+def shell(*words: object) -> str:
+    """A command that can be pasted into a shell."""
+    return shlex.join(map(str, words))
+
+
+def nothing_to_do(output: Path) -> None:
+    """The closing line of a command that found its result."""
+    LOG.info("%s holds what the same inputs gave: there is nothing to do", output)
+
+
+def keeping(
+    output: Path | None, kind: Kind, read: Iterable[Path], *, overwrite: bool, **settings: object
+) -> Callable[[Callable[[Path, str], None]], None]:
+    """Claim the file for a copy of what a command prints, if one is asked for, and give what has it written.
+
+    Args:
+        output: The file.
+        kind: What it is to hold.
+        read: What the command reads.
+        overwrite: As the flag.
+        settings: Of the command.
+    """
+    if output is None:
+        return lambda _: None
+    inputs = inputs_of(*read, **settings)
+    if claim_file(output, kind, inputs, overwrite=overwrite):
+        return lambda _: nothing_to_do(output)
+    return lambda write: write(output, inputs)
+
+
+def existing(given: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as typer has it
+    """What a command is to read; the one place that refuses a path that is not there."""
+    for path in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(path, Path) and not path.exists():
+            raise UsageError(f"{path} does not exist.")
+    return given
+
+
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     """Rows of one shape as aligned text; what ``below`` names gets a line of its own under its row, if any."""
     shown = [key for key in rows[0] if key not in below]
@@ -159,10 +258,39 @@ def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:
     return "\n".join(text)
 
 
-Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.")]
+def complete_methods(incomplete: str) -> list[str]:
+    """Names of methods, for the shell."""
+    from vilu.predictors.catalogue import method_names
+
+    return [name for name in method_names() if name.startswith(incomplete)]
+
+
+def complete_backbones(incomplete: str) -> list[str]:
+    """Names of backbones, and what names begin with, for the shell."""
+    from vilu.backbones.catalog import BACKBONES, NAMED
+
+    return [name for name in (*BACKBONES, *NAMED) if name.startswith(incomplete)]
+
+
+def complete_datasets(incomplete: str) -> list[str]:
+    """Names of data sets, for the shell."""
+    from vilu.datasets.known import KNOWN
+
+    return [name for name in KNOWN if name.startswith(incomplete)]
+
+
+Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.", callback=existing)]
 Data = Annotated[
     Path,
-    typer.Argument(help="Store that `vilu embed` wrote, or precomputed embeddings in shards as LAION's."),
+    typer.Argument(
+        help="Store that `vilu embed` wrote, or precomputed embeddings in shards as LAION's.", callback=existing
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Make it anew in place of what vilu made there; what is not vilu's is never touched."
+    ),
 ]
 Fold = Literal["train", "validation", "test"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -17,6 +18,7 @@ from vilu.decision.score import score
 from vilu.errors import DataError
 from vilu.files.disk import file_hash, make_folder, write_text
 from vilu.files.documents import digest
+from vilu.files.places import claim_folder, made
 from vilu.metrics import risk_at_coverage
 from vilu.metrics.counts import Ints
 from vilu.outcomes.evaluate import compare, evaluate
@@ -57,15 +59,17 @@ class DemoResult:
     table: ResultTable
 
 
-def run(output: Path, *, seed: int = 0) -> DemoResult:
+def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     """Run the demo, or what is missing of it, and write tables and figures into ``output``.
 
     Everything slow is kept under ``output/cache``, in a folder named after the data, the packages and the seed that
     it depends on.
     """
-    make_folder(output)
     with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as photos:
-        cache = output / "cache" / cache_key(photos, seed)
+        key = cache_key(photos, seed)
+        claim(output, key, overwrite=overwrite)
+        make_folder(output)
+        cache = output / "cache" / key
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
         shown = pick_photos(outcomes[0], photos)
@@ -76,20 +80,33 @@ def run(output: Path, *, seed: int = 0) -> DemoResult:
             title="Clothes, by a compact vision-language model",
         )
     table = evaluate(outcomes, seed=seed)
-    table.save(output / "results.json")
+    table.save(output / "results.json", inputs=key)
     outcomes[0].save(output / "scores.csv")
     write_text(output / "results.md", table.to_markdown() + "\n")
     write_text(output / "report.html", page)
-    drawings = {
-        "histograms": figures.score_histograms({str(one.method): one for one in outcomes}),
-        "roc": figures.roc_curves(outcomes),
-        "risk_coverage": figures.risk_coverage_curves(outcomes),
-        "contact_sheet": figures.contact_sheet(*shown),
-    }
+    drawn = (
+        figures.score_histograms({str(one.method): one for one in outcomes}),
+        figures.roc_curves(outcomes),
+        figures.risk_coverage_curves(outcomes),
+        figures.contact_sheet(*shown),
+    )
+    drawings = dict(zip(FIGURES, drawn, strict=True))
     for name, figure in drawings.items():
         style.save(figure, output / f"{name}.png")
     files = [*(output / f"{name}.png" for name in drawings), output / "report.html"]
     return DemoResult(describe(outcomes, table, files), table)
+
+
+FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
+FILES = ("cache", "results.json", "scores.csv", "results.md", "report.html", *(f"{name}.png" for name in FIGURES))
+
+
+def claim(output: Path, key: str, *, overwrite: bool) -> None:
+    """Refuse a folder with anything but this demo, finished or not."""
+    begun = any(re.fullmatch(r"[0-9a-f]{32}", path.name) for path in (output / "cache").glob("*"))
+    found = made(output / "results.json")
+    same = begun and (found is None or found == ("results", key))
+    claim_folder(output, "demo", lambda path: begun and path.name in FILES, same=same, overwrite=overwrite)
 
 
 def cache_key(photos: Path, seed: int) -> str:

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import columns, next_step, printable
+from vilu.cli import console
+from vilu.cli.console import Overwrite, columns, next_step
 from vilu.errors import UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.datasets.known import KnownDataset, Presence
@@ -19,33 +21,52 @@ if TYPE_CHECKING:
     from vilu.store.job import Executor
 
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as 'DIR/{000..099}.tar'; see "
+        "`vilu list datasets`. With --dataset: the folder that holds data sets, or that one."
+    ),
+]
+Backbone = Annotated[
+    str,
+    typer.Option(
+        help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
+        autocompletion=console.complete_backbones,
+    ),
+]
+Models = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder with a sub-folder for each named backbone, in place of the model hub.",
+        callback=console.existing,
+    ),
+]
+Named = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A data set by its name, as in `vilu datasets list`.",
+        autocompletion=console.complete_datasets,
+    ),
+]
+
+
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="Folder of class sub-folders, CSV or Parquet, CIFAR folder, or tars as 'DIR/{000..099}.tar'; see "
-            "`vilu list datasets`. With --dataset: the folder that holds data sets, or that one."
-        ),
-    ],
+    source: Source,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
-    backbone: Annotated[
-        str,
-        typer.Option(help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER."),
-    ] = "compact",
-    models: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Folder with a sub-folder for each named backbone, in place of the model hub."
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A data set by its name, as in `vilu datasets list`.")
-    ] = None,
+    backbone: Backbone = "compact",
+    models: Models = None,
+    dataset: Named = None,
     raw_names: Annotated[
         bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
     ] = False,
     classes: Annotated[
-        Path | None, typer.Option(help="Class names, one a line, or folder<TAB>name; needed where data have none.")
+        Path | None,
+        typer.Option(
+            help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=console.existing
+        ),
     ] = None,
     captions: Annotated[
         bool, typer.Option("--captions", help="Take the captions of a table that has labels too.")
@@ -53,6 +74,14 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     where: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
+    ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
+            "[the table's own]",
+        ),
     ] = None,
     template: Annotated[
         list[str] | None,
@@ -93,7 +122,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the store instead of resuming it.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.
 
@@ -102,11 +131,8 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     nobody can count what it has lost. --features, --views and --prompts keep what some methods need beside the
     embeddings (see `vilu list predictors`). Images with captions need no classes: the captions are embedded too.
     """
-    from vilu.backbones.zeroshot import named_templates
+    from vilu.datasets.base import require_files
     from vilu.datasets.catalog import open_dataset
-    from vilu.store.embed import BAD_SHARD
-    from vilu.store.embed import embed as embed_images
-    from vilu.store.job import BackboneSpec
 
     images = open_dataset(
         source,
@@ -117,11 +143,18 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         where=_conditions(where),
         dataset=dataset,
         raw_names=raw_names,
+        root=root,
     )
     if images.class_names is None and not images.captioned:
         raise UsageError(
             f"{source} names no classes, so there is nothing to ask the model. Give them with --classes FILE."
         )
+    require_files(images, 0.0 if on_error == "raise" else max_error_rate)  # before torch is imported: seconds
+    from vilu.backbones.zeroshot import named_templates
+    from vilu.store.embed import BAD_SHARD
+    from vilu.store.embed import embed as embed_images
+    from vilu.store.job import BackboneSpec
+
     store = embed_images(
         images,
         BackboneSpec(backbone, device, precision, models and models.absolute()),
@@ -149,9 +182,24 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         next_step("this rank's parts are done; the rank that ends last makes the store complete")
     else:
         shards = sum(count for kind, count in store.manifest.errors.items() if kind in BAD_SHARD)
-        lost = f", {shards:,} bad shards" if shards else ""
-        errors = f"{store.manifest.n_error - shards:,} bad images{lost}"
-        next_step(f"{len(store):,} embeddings, {errors}; next: vilu fit {output} -o predictor")
+        errors = f"{store.manifest.n_error - shards:,} bad images" + (f", {shards:,} bad shards" if shards else "")
+        next_step(f"{len(store):,} embeddings, {errors}; next: {_following(output, split, source)}")
+
+
+USES = {
+    "test": ("vilu", "score", "PREDICTOR"),
+    "val": ("vilu", "calibrate", "PREDICTOR"),
+    "calib": ("vilu", "calibrate", "PREDICTOR"),
+}
+"""What a split is for, by how its name begins; any other is to be fitted on."""
+
+
+def _following(output: Path, *names: str | None) -> str:
+    """The command that fits what the store holds, as its split, its folder or its source are called."""
+    said = [Path(name).name.lower() for name in (*names, output.name) if name]
+    use = next((use for name in said for start, use in USES.items() if name.startswith(start)), ("vilu", "fit"))
+    ends = {"score": ("-o", "scores.parquet"), "calibrate": ("--max-risk", "0.05"), "fit": ("-o", "predictor")}
+    return console.shell(*use, output, *ends[use[1]])
 
 
 def _conditions(where: list[str] | None) -> dict[str, str]:
@@ -201,8 +249,13 @@ def list_known(as_json: AsJson = False) -> None:
 
 @datasets.command("check")
 def check_known(
-    path: Annotated[Path, typer.Argument(help="Folder that holds data sets, or one data set's own.")],
-    names: Annotated[list[str] | None, typer.Argument(help="Which data sets. [all]", metavar="NAME")] = None,
+    path: Annotated[
+        Path, typer.Argument(help="Folder that holds data sets, or one data set's own.", callback=console.existing)
+    ],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=console.complete_datasets),
+    ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compare checksums of archives, and count the pairs in tars.")
     ] = False,
@@ -378,7 +431,8 @@ def inspect(
     path: Annotated[
         Path,
         typer.Argument(
-            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ..."
+            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...",
+            callback=console.existing,
         ),
     ],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,

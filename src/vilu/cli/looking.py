@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vilu.cli.console import Data, Json, JsonFile, Predictor, Reading, next_step, printable, reads
-from vilu.errors import UsageError
+from vilu.cli import console
+from vilu.cli.console import Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.decision.monitor import Monitor
@@ -29,7 +32,11 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
     train: Annotated[
-        Path | None, typer.Option(help="Labelled store that the predictor was fitted on: for the nearest rows in it.")
+        Path | None,
+        typer.Option(
+            help="Labelled store that the predictor was fitted on: for the nearest rows in it.",
+            callback=console.existing,
+        ),
     ] = None,
     key: Annotated[list[str] | None, typer.Option(help="Explain the row with this key; repeatable.")] = None,
     row: Annotated[list[int] | None, typer.Option(min=0, help="Explain the row of this number; repeatable.")] = None,
@@ -46,33 +53,40 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     reading: Reading,
     as_json: Json = False,
     output: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Why answers are suspicious, from embeddings alone: competitors, training rows alike, what moved the score."""
-    from vilu.files.documents import write_json
+    from vilu.files.places import write_said
     from vilu.predictors.storage import load
     from vilu.report.explain.explain import Depth, require_json
     from vilu.report.explain.explain import explain as explain_rows
 
     if output is not None:
         require_json(output)
+    depth = Depth(candidates, neighbours, background, seed)
+    settings = {"summary": summary, "coverage": coverage, "key": key, "row": row, "n": n, "depth": str(depth)}
+    read = [predictor, store] if train is None else [predictor, store, train]
+    keep = console.keeping(output, "explanation", read, overwrite=overwrite, reading=asdict(reading), **settings)
     data, fitted = reading.open(store), load(predictor)
     if summary:
         if train is not None or key or row:
             raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")
         risk, gains = _summary(fitted, data, coverage, seed)
-        content: dict[str, Any] = {"risk_map": risk.to_dict(), "prompt_gains": gains and gains.to_dict()}
+        content: dict[str, Any] = {
+            "kind": "summary",
+            "risk_map": risk.to_dict(),
+            "prompt_gains": gains and gains.to_dict(),
+        }
         text = str(risk) if gains is None else f"{risk}\n\n{gains}"
-        following = f"to see single rows: vilu explain {predictor} {store}"
+        following = f"to see single rows: {console.shell('vilu', 'explain', predictor, store)}"
     else:
         known = None if train is None else reading.open(train, "train")
-        wanted = [*(key or ()), *(row or ())]
-        depth = Depth(candidates, neighbours, background, seed)
-        found = explain_rows(fitted, data, known, wanted or None, n=n, depth=depth)
+        found = explain_rows(fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth)
         content, text = found.to_dict(), str(found)
-        following = f"{len(found)} rows explained; where the failures are: vilu explain {predictor} {store} --summary"
-    if output is not None:
-        write_json(output, content)
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text))
+        more = console.shell("vilu", "explain", predictor, store, "--summary")
+        following = f"{len(found)} rows explained; where the failures are: {more}"
+    keep(lambda path, inputs: write_said(path, content, inputs))
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
     next_step(following)
 
 
@@ -93,14 +107,23 @@ def _summary(
 
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[Path, typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.")],
+    predictor: Annotated[
+        Path,
+        typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.", callback=console.existing),
+    ],
     scores: Annotated[
         list[Path] | None,
-        typer.Argument(help="Files or folders that `vilu score` wrote, in the order in which the rows arrived."),
+        typer.Argument(
+            help="Files or folders that `vilu score` wrote, in the order in which the rows arrived.",
+            callback=console.existing,
+        ),
     ] = None,
     late_labels: Annotated[
         list[Path] | None,
-        typer.Option(help="Scores of rows monitored before, with failures that were not known then; repeatable."),
+        typer.Option(
+            help="Scores of rows monitored before, with failures that were not known then; repeatable.",
+            callback=console.existing,
+        ),
     ] = None,
     state: Annotated[
         Path | None, typer.Option(help="File, .parquet: go on from it if it is there, and leave the new state in it.")
@@ -112,45 +135,61 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         bool,
         typer.Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival."),
     ] = False,
+    in_order: Annotated[
+        bool, typer.Option("--in-order", help="The rows of each file did arrive in their order, sorted as they look.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers that break ties, and of --shuffle.")] = 0,
     backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
     as_json: Json = False,
     output: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Say whether the calibrated promise still holds for the rows that arrive, as far as scores and labels show.
 
     Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is broken; the first row of
-    the alarm, the reason and what to do are printed. Rows with a known failure are audited; they must be a random
-    sample of the accepted ones.
+    the alarm, the reason and what to do are printed. 3: the rows lie sorted, as those of a folder of classes do;
+    nothing was taken in. Rows with a known failure are audited; they must be a random sample of the accepted ones.
+    Rows and labels that were given before are left out.
     """
     from vilu.files.disk import locked
-    from vilu.files.documents import write_json
+    from vilu.files.places import claim_file, inputs_of, write_said
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
     if not new and not late:
         raise UsageError("nothing to monitor: give SCORES, --late-labels or both.")
     with ExitStack() as stack:
-        if state is not None and state.parent.is_dir():
+        if state is not None:
+            claim_file(state, "monitor state", overwrite=True)  # to go on from; never --overwrite: nothing else has it
             stack.enter_context(locked(state.parent, "monitoring with a state in"))
+        settings = {"false_alarm": false_alarm, "shuffle": shuffle, "seed": seed, "backend": backend, "n_new": len(new)}
+        inputs = inputs_of(predictor, *new, *late, **settings)  # without the state: the same command finds it changed
+        there = output is not None and claim_file(output, "monitor report", inputs, overwrite=overwrite)
         watching = _open(predictor, backend, state, false_alarm, seed)
         batches: list[dict[str, Any]] = []
         task = stack.enter_context(track("monitor", len(new) + len(late), "files"))
-        for path, take in [*((path, watching.update) for path in new), *((path, watching.audit) for path in late)]:
-            outcomes = _scores(path)
-            status = take(_shuffled(outcomes, [seed, watching.rows]) if shuffle else outcomes)
-            batches.append({"scores": str(path), "rows": status.rows, "verdict": status.verdict})
-            task.advance(1, status.verdict)
-        if state is not None:
+        for number, path in enumerate([*new, *late]):
+            batches.append(_take_in(watching, path, seed if shuffle else None, in_order, is_late=number >= len(new)))
+            task.advance(1, batches[-1]["verdict"])
+        facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
+        document = {"kind": "monitoring", **facts}
+        if output is not None and not (there and _says(output, document)):
+            write_said(output, document, inputs)
+        if state is not None:  # last: rows that are in it are not taken in again
             watching.save(state)
-    document = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
-    if output is not None:
-        write_json(output, document)
     typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
     if watching.status.alarm:
         raise typer.Exit(ALARM)
     if state is not None:
-        next_step(f"next rows: vilu monitor {predictor} SCORES --state {state}")
+        next_step(f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
+
+
+def _says(report: Path, document: dict[str, Any]) -> bool:
+    """Whether a report says the same but for what its call took in, as that of the same command does."""
+    from vilu.files.documents import read_json
+
+    found = read_json(report, "Run `vilu monitor` again")
+    return all(found.get(name) == value for name, value in document.items() if name != "batches")
 
 
 def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:
@@ -158,11 +197,31 @@ def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float,
     from vilu.decision.monitor import Monitor
     from vilu.decision.monitor_mapie import MapieMonitor
 
+    if state is not None and not state.parent.is_dir():
+        raise UsageError(f"{state.parent}, where the state is to lie, is no folder. Make it, or give another --state.")
     if state is not None and backend == "mapie":
         raise UsageError("the tests of MAPIE keep no state. Leave out --state, or take --backend vilu.")
     kind = MapieMonitor if backend == "mapie" else Monitor
     found = kind.of_folder(predictor, false_alarm=false_alarm, seed=seed)
     return found.resume(state) if state is not None and state.exists() else found
+
+
+def _take_in(watching: Monitor, path: Path, shuffle: int | None, in_order: bool, *, is_late: bool) -> dict[str, Any]:
+    """What a monitor says after the rows of a file, shuffled by a seed if there is one."""
+    import numpy as np
+
+    if shuffle is not None and in_order:
+        raise UsageError("--shuffle is for rows without an order of arrival, --in-order for those that have one.")
+    outcomes, before = _scores(path), watching.repeated
+    if shuffle is not None:
+        outcomes = outcomes.take(np.random.default_rng([shuffle, watching.rows]).permutation(len(outcomes)))
+    try:
+        known = in_order or shuffle is not None
+        status = watching.audit(outcomes) if is_late else watching.update(outcomes, in_order=known)
+    except (DataError, ProvenanceError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    repeated = watching.repeated - before
+    return {"scores": str(path), "rows": status.rows, "repeated": repeated, "verdict": status.verdict}
 
 
 def _scores(path: Path) -> Outcomes:
@@ -172,26 +231,22 @@ def _scores(path: Path) -> Outcomes:
     return ScoreFolder(path).outcomes() if path.is_dir() else Outcomes.load(path)
 
 
-def _shuffled(outcomes: Outcomes, seed: list[int]) -> Outcomes:
-    """What a monitor looks at, in random order."""
-    import numpy as np
-
-    from vilu.outcomes.outcomes import Outcomes
-
-    order = np.random.default_rng(seed).permutation(len(outcomes))
-    columns = {name: getattr(outcomes, name) for name in ("uncertainty", "failure", "prediction", "ids", "reason")}
-    mixed: dict[str, Any] = {name: [rows[i] for i in order] for name, rows in columns.items() if rows is not None}
-    return Outcomes(**mixed, class_names=outcomes.class_names, method=outcomes.method, provenance=outcomes.provenance)
-
-
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    run: Annotated[Path, typer.Argument(help="Folder of .parquet files that `vilu score` wrote, or one of them.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of .parquet files that `vilu score` wrote, or one of them.", callback=console.existing
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page, .html.")],
     main: Annotated[
         str | None, typer.Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]")
     ] = None,
     predictor: Annotated[
-        Path | None, typer.Option(help="Folder of a calibrated predictor: its rule accepts and abstains.")
+        Path | None,
+        typer.Option(
+            help="Folder of a calibrated predictor: its rule accepts and abstains.", callback=console.existing
+        ),
     ] = None,
     max_risk: Annotated[
         float, typer.Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
@@ -200,14 +255,20 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         str | None, typer.Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
-        Path | None, typer.Option(help="Store that was scored, for the classes that compete with an answer.")
+        Path | None,
+        typer.Option(
+            help="Store that was scored, for the classes that compete with an answer.", callback=console.existing
+        ),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page. [data set and split]")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""
     from vilu.datasets.catalog import open_dataset
     from vilu.files.disk import write_text
+    from vilu.files.places import claim_file, inputs_of, mark
     from vilu.report.page.build import report_page
     from vilu.report.page.choice import read_calibrated, read_scores
     from vilu.store.reader import open_source
@@ -216,15 +277,24 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise UsageError(f"the page is an .html file. Got {output} instead.")
     if split is not None and images is None:
         raise UsageError("--split is of --images. Give both, or neither.")
+    pictures = None if images is None else open_dataset(images, split=split, root=root)
+    scored = sorted(run.glob("*.parquet")) if run.is_dir() else []
+    beside = [path for path in (predictor, store) if path is not None]
+    settings = {"main": main, "max_risk": max_risk, "title": title, "with": [predictor is None, store is None]}
+    inputs = inputs_of(*(scored or [run]), *beside, images=pictures and pictures.fingerprint, **settings)
+    if claim_file(output, "page", inputs, overwrite=overwrite):
+        typer.echo(output)
+        console.nothing_to_do(output)
+        return
     page = report_page(
         read_scores(run),
         main=main,
         calibrated=None if predictor is None else read_calibrated(predictor),
         max_risk=max_risk,
-        images=None if images is None else open_dataset(images, split=split),
+        images=pictures,
         embeddings=None if store is None else open_source(store),
         title=title,
     )
-    write_text(output, page)
+    write_text(output, page + mark("page", inputs))
     typer.echo(output)
     next_step(f"{len(page) / 1000:,.0f} kB in one file; open it in a browser, or print it")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from vilu.cli.console import Data, Predictor, Reading, RowsFile, RowsJson, next_step, reads
+from vilu.cli import console
+from vilu.cli.console import Data, Overwrite, Predictor, Reading, RowsFile, RowsJson, next_step, reads
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,12 +32,20 @@ Revision = Annotated[str | None, typer.Option(help="On the hub. [main]")]
 def fit(  # noqa: PLR0913 - one parameter per flag
     stores: Annotated[
         list[Path],
-        typer.Argument(help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo."),
+        typer.Argument(
+            help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo.",
+            callback=console.existing,
+        ),
     ],
     output: Output,
-    method: Annotated[str, typer.Option(help="See `vilu list predictors`.")] = "vilu_plus",
+    method: Annotated[
+        str, typer.Option(help="See `vilu list predictors`.", autocompletion=console.complete_methods)
+    ] = "vilu_plus",
     validation: Annotated[
-        Path | None, typer.Option(help="Store to select on; without it a part of the training rows is held out.")
+        Path | None,
+        typer.Option(
+            help="Store to select on; without it a part of the training rows is held out.", callback=console.existing
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     settings: Annotated[
@@ -46,7 +56,10 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     *,
     reading: Reading,
     init: Annotated[
-        Path | None, typer.Option(metavar="PREDICTOR", help="Begin with the weights of a fitted predictor.")
+        Path | None,
+        typer.Option(
+            metavar="PREDICTOR", help="Begin with the weights of a fitted predictor.", callback=console.existing
+        ),
     ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="Only so many labelled rows of each class.")] = None,
     pseudo: Annotated[
@@ -56,30 +69,51 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         float, typer.Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch.")
     ] = 10.0,
     restart: Annotated[bool, typer.Option("--restart", help="Drop the checkpoints of an interrupted fit.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit a failure predictor on labelled embeddings. Prints the folder of the predictor.
 
-    Interrupted, the same command goes on where the last checkpoint (beside OUTPUT) was. Under torchrun heads are
-    trained by all processes together; the result does not depend on how many there are.
+    OUTPUT is new, empty, or a predictor fitted on the same (then nothing is done); --overwrite replaces another one,
+    and its calibration goes with it. Interrupted, the same command goes on where the last checkpoint (beside OUTPUT)
+    was. Under torchrun heads are trained by all processes together; the result does not depend on how many there are.
     """
-    from vilu.predictors import find_method
+    from vilu.predictors import find_method, storage
     from vilu.predictors.nn.processes import world
+    from vilu.predictors.rows import candidates_of
 
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
         predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
+        read = [*stores, *(path for path in (validation, init) if path is not None)]
+        mixed = pseudo and [store.name for store in stores]
+        flags = {"with": [validation is None, init is None], "shots": shots and [shots, seed], "pseudo": mixed}
+        inputs = storage.inputs_of_fit(predictor, read, reading=asdict(reading), **flags)
+        if storage.claim(output, inputs, overwrite=overwrite):
+            if team.leads:
+                _drop_checkpoints(stack, predictor, output, inputs)
+                typer.echo(output)
+                console.nothing_to_do(output)
+            return
         train = _training_set(stores, reading, (shots, seed), pseudo)
         chosen = None if validation is None else reading.open(validation, "validation")
-        checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes, restart)
+        checkpoints = _checkpoints(stack, predictor, output, checkpoint_minutes)
+        if checkpoints is not None:
+            if restart:
+                checkpoints.remove()
+            checkpoints.name_fit(inputs)
         predictor.fit(train, chosen)
-        predictor.notes_ |= _candidates(train)
+        predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if team.leads:
             predictor.save(output)
             if checkpoints is not None:
                 checkpoints.remove()
             typer.echo(output)
             told = f"{predictor.name} fitted on {len(train):,} rows"
-            next_step(f"{told}; next: vilu score {output} STORE -o scores.parquet")
+            next_step(f"{told}; {_to_score(output)}")
+
+
+def _to_score(predictor: Path) -> str:
+    return f"next: {console.shell('vilu', 'score', predictor, 'STORE', '-o', 'scores.parquet')}"
 
 
 def _new_predictor(
@@ -108,18 +142,8 @@ def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, i
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
 
 
-def _candidates(train: EmbeddingSource) -> dict[str, object]:
-    """What the images chose from, for the model card."""
-    from vilu.files.documents import digest
-
-    if train.pool_size is not None:
-        return {"pool_size": train.pool_size}
-    names = {} if train.class_names is None else {"classes": digest(train.class_names)}
-    return {"n_candidates": train.n_candidates, **names}
-
-
 def _checkpoints(
-    stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float, restart: bool
+    stack: ExitStack, predictor: FailurePredictor, output: Path, minutes: float = 10.0
 ) -> FolderSession | None:
     """Checkpoints beside the output of what is trained step by step."""
     from vilu.predictors.heads.head import HeadPredictor
@@ -128,10 +152,16 @@ def _checkpoints(
     if not isinstance(predictor, HeadPredictor):
         return None
     folder = output.with_name(f"{output.name}.checkpoints")
-    session = stack.enter_context(checkpointing(folder, minutes, resume=True))
-    if restart:
-        session.remove()
-    return session
+    return stack.enter_context(checkpointing(folder, minutes, resume=True))
+
+
+def _drop_checkpoints(stack: ExitStack, predictor: FailurePredictor, output: Path, inputs: str) -> None:
+    """Remove what a fit that was killed after its last file left beside it, but no checkpoints of another fit."""
+    if not output.with_name(f"{output.name}.checkpoints").is_dir():
+        return
+    left = _checkpoints(stack, predictor, output)
+    if left is not None and (left.named() == inputs or not left.runs()):
+        left.remove()
 
 
 @reads
@@ -144,7 +174,7 @@ def score(
     ],
     *,
     reading: Reading,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder of scores of another run.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write per image the zero-shot answer and its uncertainty (higher = more likely wrong). Prints file or folder.
 
@@ -156,23 +186,36 @@ def score(
     from vilu.decision.score import score as score_rows
     from vilu.predictors.storage import load
 
+    a_file = output.suffix.lower() in {".parquet", ".csv"} and not output.is_dir()
+    if output.suffix and not (a_file or output.is_dir()):
+        raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
+    keep = console.keeping(
+        output if a_file else None, "scores", [predictor, store], overwrite=overwrite, reading=asdict(reading)
+    )
     data, fitted = reading.open(store), load(predictor)
     split = reading.split_of(data)
     decider = Decider.of_folder(fitted, predictor)
-    if output.suffix.lower() in {".parquet", ".csv"}:
-        score_rows(fitted, data, dataset=store.name, split=split, decider=decider).save(output)
-    elif output.suffix and not output.is_dir():
-        raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
+    if a_file:
+        keep(
+            lambda path, inputs: score_rows(fitted, data, dataset=store.name, split=split, decider=decider).save(
+                path, inputs=inputs
+            )
+        )
     else:
         score_parts(fitted, data, output, dataset=store.name, split=split, overwrite=overwrite, decider=decider)
     typer.echo(output)
-    next_step(f"{len(data):,} rows scored; next, where failures are known: vilu evaluate {output}")
+    next_step(
+        f"{len(data):,} rows are scored; next, where failures are known: {console.shell('vilu', 'evaluate', output)}"
+    )
 
 
 def evaluate(
-    scores: Annotated[list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.")],
+    scores: Annotated[
+        list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.", callback=console.existing)
+    ],
     as_json: RowsJson = False,
     output: RowsFile = None,
+    overwrite: Overwrite = False,
     resamples: Annotated[int, typer.Option(min=1, help="Bootstrap resamples behind each interval.")] = 1000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
@@ -181,34 +224,48 @@ def evaluate(
     from vilu.outcomes.evaluate import evaluate as evaluate_outcomes
     from vilu.outcomes.outcomes import Outcomes
 
+    keep = console.keeping(output, "results", scores, overwrite=overwrite, resamples=resamples, seed=seed)
     found = [ScoreFolder(path) if path.is_dir() else Outcomes.load(path) for path in scores]
     table = evaluate_outcomes(found, n_resamples=resamples, seed=seed)
-    if output is not None:
-        table.save(output)
+    keep(lambda path, inputs: table.save(path, inputs=inputs))
     typer.echo(json.dumps(table.to_dicts(), indent=2) if as_json else str(table))
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint (.ckpt) of the reference implementation.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint (.ckpt) of the reference implementation.", callback=console.existing)
+    ],
     output: Output,
     logit_scale: Annotated[float, typer.Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
     embed_dim: Annotated[
         int | None,
         typer.Option(min=1, help="Embedding width; only for a head without attention that sees the caption."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Read a checkpoint of the reference implementation, executing nothing in it. Prints the predictor's folder."""
+    from vilu.files.places import inputs_of
+    from vilu.predictors import storage
     from vilu.predictors.convert import convert_official
 
+    inputs = inputs_of(checkpoint, logit_scale=logit_scale, embed_dim=embed_dim)
+    if storage.claim(output, inputs, overwrite=overwrite):
+        typer.echo(output)
+        console.nothing_to_do(output)
+        return
     predictor = convert_official(checkpoint, logit_scale, embed_dim=embed_dim)
+    predictor.notes_["inputs"] = inputs
     predictor.save(output)
     typer.echo(output)
-    next_step(f"a {predictor.name} head; next: vilu score {output} STORE -o scores.parquet")
+    next_step(f"a {predictor.name} head; {_to_score(output)}")
 
 
 @reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[Path, typer.Argument(help="Folder of a fitted predictor; the result is written into it.")],
+    predictor: Annotated[
+        Path,
+        typer.Argument(help="Folder of a fitted predictor; the result is written into it.", callback=console.existing),
+    ],
     store: Data,
     max_risk: Annotated[
         float | None, typer.Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05.")
@@ -238,22 +295,25 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     *,
     reading: Reading,
     as_json: Annotated[bool, typer.Option("--json", help="Print risk.json instead of a summary.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Probabilities, and a threshold with a stated risk, from labelled embeddings that the predictor has not seen.
 
     `vilu score` then writes failure_probability and accept or abstain beside every answer. Without a target only
     probabilities are calibrated. The promise is for rows drawn as the calibration rows were; `vilu monitor` watches it.
-    Exit code 4: the target is out of reach; the message says how many rows it would take.
+    Exit code 4: the target is out of reach; the message says what is missing.
     """
     from vilu.decision.calibration import Target, calibrate_predictor
     from vilu.predictors.storage import load
 
     data = reading.open(store)
     target = Target(max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss)
-    record = calibrate_predictor(predictor, data, target, dataset=store.name, split=reading.split_of(data))
+    record = calibrate_predictor(
+        predictor, data, target, dataset=store.name, split=reading.split_of(data), overwrite=overwrite
+    )
     calibrator = load(predictor).calibrator_
     typer.echo(json.dumps(record.model_dump(mode="json"), indent=2) if as_json else _summary(record, calibrator))
-    next_step(f"calibrated on {record.n:,} rows; next: vilu score {predictor} STORE -o scores.parquet")
+    next_step(f"calibrated on {record.n:,} rows; {_to_score(predictor)}")
 
 
 def _summary(record: Record, calibrator: Calibrator | None) -> str:
@@ -275,15 +335,22 @@ def export(
     predictor: Predictor,
     output: Annotated[Path, typer.Option("--output", "-o", help="File, .onnx.")],
     onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX, whatever the name of the file.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write the score of a predictor for other runtimes, checked against the predictor. Prints the file.
 
     Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,).
     """
+    from vilu.files.places import claim_file
     from vilu.predictors.onnx import export_onnx
+    from vilu.predictors.record import PREDICTOR, read_record
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(f"a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got {output}.")
+    if claim_file(output, "ONNX export", read_record(predictor / PREDICTOR)["fingerprint"], overwrite=overwrite):
+        typer.echo(output)
+        console.nothing_to_do(output)
+        return
     difference = export_onnx(predictor, output)
     typer.echo(output)
     next_step(f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most")
@@ -296,24 +363,24 @@ def push(
         bool | None, typer.Option("--private/--public", help="Of a repository that is made. [as its owner has it]")
     ] = None,
     revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another predictor in a folder.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Copy a predictor and its card to the model hub (HF_TOKEN), or to a folder. Prints where it is."""
     from vilu.predictors.hub import push as push_predictor
 
     place = push_predictor(predictor, repository, private=private, revision=revision, overwrite=overwrite)
     typer.echo(place)
-    next_step(f"pushed; elsewhere: vilu pull {repository} -o predictor")
+    next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
 
 
 def pull(
     repository: Repository,
     output: Output,
     revision: Revision = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another predictor.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Copy a predictor from the model hub, or from a folder, and check it. Prints the folder of the predictor."""
     from vilu.predictors.hub import pull as pull_predictor
 
     typer.echo(pull_predictor(repository, output, revision=revision, overwrite=overwrite))
-    next_step(f"next: vilu score {output} STORE -o scores.parquet")
+    next_step(_to_score(output))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vilu.cli.console import Data, Reading, RowsFile, RowsJson, next_step, reads
+from vilu.cli.console import Data, Overwrite, Reading, RowsFile, RowsJson, existing, keeping, next_step, reads
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     configs: Annotated[
         list[Path],
-        typer.Argument(metavar="CONFIG.toml...", help="Files such as configs/here/*.toml (see docs/benchmark.md)."),
+        typer.Argument(
+            metavar="CONFIG.toml...",
+            help="Files such as configs/here/*.toml (see docs/benchmark.md).",
+            callback=existing,
+        ),
     ],
     data: Annotated[Path, typer.Option(help="Folder that the paths in the files are relative to.")] = Path(
         "../shared/data"
@@ -31,7 +36,8 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = Path("benchmark-output"),
     jobs: Annotated[int, typer.Option(min=1, help="Processes; the number changes no result.")] = 1,
     models: Annotated[
-        Path | None, typer.Option(help="Folder with named backbones, in place of the model hub's cache.")
+        Path | None,
+        typer.Option(help="Folder with named backbones, in place of the model hub's cache.", callback=existing),
     ] = None,
     shard: Annotated[
         str | None,
@@ -76,18 +82,21 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def render(
-    run: Annotated[Path, typer.Argument(help="Output folder of `vilu benchmark`; its stores are not needed.")],
+    run: Annotated[
+        Path, typer.Argument(help="Output folder of `vilu benchmark`; its stores are not needed.", callback=existing)
+    ],
     document: Annotated[
         Path | None, typer.Option(help="Also write all studies as one Markdown file, figures in a folder beside it.")
     ] = None,
     title: Annotated[str, typer.Option(help="Of that file.")] = "Results",
     intro: Annotated[str, typer.Option(help="First paragraph of that file.")] = "",
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Make the tables and figures of finished studies anew, from their cells alone."""
     from vilu.benchmark.study import render_studies
 
-    _print(render_studies(run, document, title, intro), as_json=as_json)
+    _print(render_studies(run, document, title, intro, overwrite=overwrite), as_json=as_json)
     next_step(f"tables and figures are in {run / 'studies'}" + (f", all of them in {document}" if document else ""))
 
 
@@ -109,6 +118,7 @@ def demo(
         Path, typer.Option("--output", "-o", help="Folder for the table, the figures and the cache.")
     ] = Path("demo-output"),
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Real photos, end to end: embed 10 kinds of clothes with a small model, and see which answers to distrust.
 
@@ -116,7 +126,7 @@ def demo(
     """
     from vilu.cli.demo import run
 
-    result = run(output, seed=seed)
+    result = run(output, seed=seed, overwrite=overwrite)
     typer.echo(result.text)
     next_step(f"figures and tables are in {output}; your own images: vilu embed FOLDER -o emb")
 
@@ -125,7 +135,7 @@ PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
 
 
 @partial(reads, without="pool_size")
-def pools(
+def pools(  # noqa: PLR0913 - one parameter per flag
     store: Data,
     predictors: Annotated[
         list[str],
@@ -137,6 +147,7 @@ def pools(
     reading: Reading,
     as_json: RowsJson = False,
     output: RowsFile = None,
+    overwrite: Overwrite = False,
     resamples: Annotated[int, typer.Option(min=0, help="Bootstrap resamples behind each interval.")] = 1000,
 ) -> None:
     """Failure prediction on image-caption pairs against the number of captions to choose from: AUROC / FPR95.
@@ -145,6 +156,9 @@ def pools(
     """
     from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
 
+    read = [store, *(Path(name) for name in predictors if _is_folder(name))]
+    settings = {"methods": predictors, "sizes": _sizes(sizes), "draws": draws, "resamples": resamples}
+    keep = keeping(output, "results", read, overwrite=overwrite, reading=asdict(reading), **settings)
     found = over_pool_sizes(
         {Path(name).name: _predictor(name) for name in predictors},
         lambda pools: reading.open_in(pools, store),
@@ -154,8 +168,7 @@ def pools(
         dataset=store.name,
         n_resamples=resamples,
     )
-    if output is not None:
-        found.save(output)
+    keep(lambda path, inputs: found.save(path, inputs=inputs))
     typer.echo(json.dumps(found.to_dicts(), indent=2) if as_json else size_table(found))
     next_step("AUROC / FPR95 in percent; positive=correct for FPR95" + (f", ± over {draws} draws" if draws > 1 else ""))
 
@@ -165,14 +178,18 @@ def _predictor(name: str) -> FailurePredictor:
     from vilu.predictors import find_method
     from vilu.predictors.storage import load
 
-    if Path(name).name != name or Path(name).is_dir():
-        return load(name)
+    if _is_folder(name):
+        return load(existing(Path(name)))
     cls = find_method(name)
     if cls.needs_fit:
         raise UsageError(
             f"{name} must be fitted first: vilu fit STORE -o {name} --method {name}, then give its folder."
         )
     return cls()
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).name != name or Path(name).is_dir()
 
 
 def _sizes(text: str) -> list[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from vilu.datasets.files import Bounds, OutsideError
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import digest
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,70 @@ class ShardedDataset(ImageDataset, Protocol):
         """Hash of sizes and times of modification of shards start ... stop - 1."""
 
 
+FINE, MISSING, OUTSIDE, DENIED = range(4)
+FAULTS: Final = {
+    MISSING: "files are missing below {folder}",
+    OUTSIDE: "paths lead out of {folder}",
+    DENIED: "files may not be looked at: permission denied",
+}
+"""What a listing knows of a file without reading it."""
+
+
+def fault_of(status: object) -> int:
+    """The fault of a file whose status is this, or None, or this error."""
+    if not isinstance(status, OSError):
+        return MISSING if status is None else FINE
+    return OUTSIDE if isinstance(status, OutsideError) else DENIED if status.errno == errno.EACCES else MISSING
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Which files of a listing cannot be read, as far as the listing shows it.
+
+    Attributes:
+        kinds: (N,) uint8.
+        folder: Where they are looked for.
+        path: Position -> path as it is listed.
+        rule: Positions of those that are out of bounds -> where files must lie, and what to do.
+    """
+
+    kinds: NDArray[np.uint8]
+    folder: Path
+    path: Callable[[int], str]
+    rule: Callable[[NDArray[np.int64]], str]
+
+    def of(self, positions: Sequence[int]) -> Faults:
+        """Those of some positions."""
+        places = np.asarray(positions, dtype=np.int64)
+        path, rule = self.path, self.rule
+        return Faults(self.kinds[places], self.folder, lambda i: path(int(places[i])), lambda rows: rule(places[rows]))
+
+    def require(self, source: str, budget: float) -> None:
+        """DataError where more than a share of the files cannot be read; a warning where some cannot."""
+        bad = np.flatnonzero(self.kinds)
+        if not len(bad):
+            return
+        rows = {kind: np.flatnonzero(self.kinds == kind) for kind in FAULTS}
+        found = [
+            f"{len(of_kind):,} {FAULTS[kind].format(folder=self.folder)} (the first: {self.path(int(of_kind[0]))!r})"
+            for kind, of_kind in rows.items()
+            if len(of_kind)
+        ]
+        told = f"{source}: of {len(self.kinds):,} images, {'; '.join(found)}."
+        if len(bad) <= budget * len(self.kinds):
+            log.warning("%s They will be counted as errors", told)
+            return
+        rule = f" {self.rule(rows[OUTSIDE])}" if len(rows[OUTSIDE]) else ""
+        raise DataError(f"{told}{rule} At most {budget:.2%} may be unreadable (--max-error-rate); nothing was begun.")
+
+
+def require_files(images: ImageDataset, budget: float) -> None:
+    """Refuse a listing of which a larger share than ``budget`` cannot be read, before anything slow is begun."""
+    faults: Faults | None = getattr(images, "faults", None)
+    if faults is not None:
+        faults.require(images.source, budget)
+
+
 class Chosen:
     """Some images of a data set, or its first shards; source, names and captions are the whole's.
 
@@ -89,6 +158,8 @@ class Chosen:
         self._images, self._positions = images, positions
         if isinstance(images, ShardedDataset):  # only then is this one too
             self.shard_fingerprint = images.shard_fingerprint
+        if (faults := getattr(images, "faults", None)) is not None:
+            self.faults = faults.of(positions)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -135,12 +206,18 @@ class Selection:
         classes: A classes file; None where the table names its classes itself.
         captions: Whether captions are asked for even where there are labels.
         where: Only rows that hold these values, by column; values are compared as text.
+        root: Folder that paths of images are relative to and stay below; None for the table's own.
     """
 
     split: str | None = None
     classes: Path | None = None
     captions: bool = False
     where: Mapping[str, str] = field(default_factory=dict)
+    root: Path | None = None
+
+    def bounds(self, table: Path) -> Bounds:
+        """Where the files of a table may be."""
+        return Bounds(table.parent) if self.root is None else Bounds(self.root, home=table.parent)
 
     def columns(self, names: Sequence[str], source: str) -> list[str]:
         """The columns of ``where``."""

@@ -28,7 +28,7 @@ DATASETS: Final[dict[str, str]] = {
 TABLES: Final = frozenset({".csv", ".tsv", ".parquet", ".pq"})
 
 
-def open_dataset(
+def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     source: Path | str,
     *,
     split: str | None = None,
@@ -38,6 +38,7 @@ def open_dataset(
     where: Mapping[str, str] | None = None,
     dataset: str | None = None,
     raw_names: bool = False,
+    root: Path | None = None,
 ) -> ImageDataset:
     """Open images with the reader that fits, or a data set by its name.
 
@@ -51,6 +52,8 @@ def open_dataset(
         where: Keep the rows of a table that hold these values, by column ({"vendor": "google"}).
         dataset: A name in ``vilu.datasets.known.KNOWN``, such as "dtd".
         raw_names: With ``dataset``: leave class names as the data have them.
+        root: Folder that the paths in a table are relative to, in place of the table's own; paths that are absolute or
+            climb are fine where they end below it. Of a folder of images: where links may lead, too.
 
     Raises:
         UsageError: If an argument does not fit; the message names what there is.
@@ -60,9 +63,11 @@ def open_dataset(
     if dataset is None:
         if raw_names:
             raise UsageError("--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out.")
-        images = _open(source, Selection(split, classes, captions, dict(where or {})))
-    elif captions or where:
-        raise UsageError(f"--captions and --where are of tables. {dataset} is none: leave them out.")
+        if root is not None and not root.is_dir():
+            raise UsageError(f"--root must be a folder that holds the images. Got {root} instead.")
+        images = _open(source, Selection(split, classes, captions, dict(where or {}), root))
+    elif captions or where or root:
+        raise UsageError(f"--captions, --where and --root are of tables. {dataset} is none: leave them out.")
     else:
         images = open_known(dataset, source, split=split, raw_names=raw_names, classes=classes)
     return images if limit is None else _first(images, limit)
@@ -88,13 +93,15 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
         raise _no_source(path)
     if selection.where:
         raise UsageError(f"--where chooses rows of a CSV or Parquet file. {source} is none.")
+    if selection.root is not None and (shards or layout):
+        raise UsageError(f"--root is of a table or a folder of images. {source} is none.")
     if shards:
         return _open_shards(str(source), shards, selection)
     if selection.captions:
         raise UsageError(f"{source} has no captions: tables and tar files have. Leave --captions out.")
     if layout:
         return CifarDataset(layout[1], layout[0], split=selection.split, classes=selection.classes)
-    return FolderDataset(path, split=selection.split, classes=selection.classes)
+    return FolderDataset(path, split=selection.split, classes=selection.classes, beside=selection.root)
 
 
 def _no_source(path: Path) -> UsageError | DataError:

@@ -9,6 +9,7 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
@@ -54,8 +55,64 @@ def status_below(folder: Path, path: str) -> os.stat_result | None:
 def resolve_below(folder: Path, path: str) -> str:
     """The path of a file below a folder; OSError where it is absolute or climbs out."""
     if not stays_below(path):
-        raise OSError(errno.EACCES, "the path must be relative and stay below its folder", path)
+        raise OutsideError(errno.EACCES, "the path must be relative and stay below its folder", path)
     return os.path.join(folder, path)  # noqa: PTH118  called once per row
+
+
+class OutsideError(OSError):
+    """A file lies where none of this data set may be."""
+
+
+class Bounds:
+    """Where the files of a data set may be: nothing outside is read, whatever paths and links say.
+
+    Args:
+        folder: What paths are relative to, and stay below.
+        home: Where paths that are absolute or climb (``..``) count from; those that end below ``folder`` are fine then.
+            None: there may be none.
+        beside: Another folder that links may lead into.
+    """
+
+    def __init__(self, folder: Path, *, home: Path | None = None, beside: Path | None = None) -> None:
+        self.folder = folder
+        self._home = None if home is None else os.path.realpath(home)
+        folders = (folder,) if beside is None else (folder, beside)
+        self._inside = tuple(os.path.join(os.path.realpath(one), "") for one in folders)  # noqa: PTH118 with its slash
+
+    def resolve(self, path: str) -> str:
+        """The path of a file; OutsideError where that, or what a link on the way leads to, is out of bounds."""
+        if self._home is None or stays_below(path) or not path or "\0" in path:
+            full = resolve_below(self.folder, path)
+        else:
+            full = os.path.normpath(os.path.join(self._home, path))  # noqa: PTH118  called once per row
+        if not _lies_in(os.path.dirname(full), self._inside) or self.leads_out(full):  # noqa: PTH120  as above
+            raise OutsideError(errno.EACCES, f"the file must lie below {self._inside[-1]}, links included", path)
+        return full
+
+    def leads_out(self, full: str) -> bool:
+        """Whether a file is a link to one that is out of bounds."""
+        return os.path.islink(full) and not os.path.realpath(full).startswith(self._inside)  # noqa: PTH114
+
+    def status(self, path: str) -> os.stat_result | OSError:
+        """The status of a file, or why it has none."""
+        try:
+            return os.stat(self.resolve(path))  # noqa: PTH116  called once per row
+        except OSError as error:
+            return error.with_traceback(None)
+
+    def real(self, path: str) -> str:
+        """Where a path leads, in bounds or not."""
+        return os.path.realpath(os.path.join(self._home or self.folder, path.replace("\0", "")))  # noqa: PTH118
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a file."""
+        return read_file(self.resolve(path))
+
+
+@lru_cache(4096)
+def _lies_in(folder: str, inside: tuple[str, ...]) -> bool:
+    """Whether a folder is, or is below, one of these, which end in a slash."""
+    return os.path.join(os.path.realpath(folder), "").startswith(inside)  # noqa: PTH118
 
 
 def stays_below(path: str) -> bool:
@@ -74,11 +131,14 @@ def subfolders(folder: str | Path) -> list[str]:
     return [entry.name for entry in _entries(folder) if entry.is_dir(follow_symlinks=False) and not _hidden(entry)]
 
 
-def walk_images(folder: str | Path, ignored: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+def walk_images(
+    folder: str | Path, ignored: Counter[str], bounds: Bounds | None = None
+) -> Iterator[tuple[str, os.stat_result | None]]:
     """Path below ``folder`` and status of every image file, in the byte order of the paths; one stat per file.
 
-    Links to files are followed, links to folders never: no loop, and no image listed twice. What is passed over is
-    counted in ``ignored`` under "hidden", "linked_folder", "not_image" (by its suffix) or "not_a_file".
+    Links to files are followed (there is no status of one that leads out of ``bounds``), links to folders never: no
+    loop, and no image listed twice. What is passed over is counted in ``ignored`` under "hidden", "linked_folder",
+    "not_image" (by its suffix) or "not_a_file".
     """
     skip = len(os.path.join(folder, ""))  # noqa: PTH118  length of the prefix of every entry's path
     pending = _entries(folder)[::-1]
@@ -90,7 +150,8 @@ def walk_images(folder: str | Path, ignored: Counter[str]) -> Iterator[tuple[str
         elif entry.is_dir():
             pending.extend(_entries(entry.path)[::-1])
         else:
-            yield entry.path[skip:].replace(os.sep, "/"), entry.stat()
+            out = bounds is not None and entry.is_symlink() and bounds.leads_out(entry.path)
+            yield entry.path[skip:].replace(os.sep, "/"), None if out else entry.stat()
 
 
 def _reason_to_ignore(entry: os.DirEntry[str]) -> str | None:
@@ -132,10 +193,12 @@ class ListingHash:
         for text in context:
             self.add(text, MISSING, None)
 
-    def add(self, key: str, label: int, status: os.stat_result | None) -> None:
-        """One file; ``status`` is None where it is missing."""
+    def add(self, key: str, label: int, status: os.stat_result | OSError | None) -> None:
+        """One file; without a status where it is missing."""
         name = key.encode("utf-8", "surrogateescape")
-        size, time = (status.st_size, status.st_mtime_ns) if status else (MISSING, MISSING)
+        size, time = MISSING, MISSING
+        if isinstance(status, os.stat_result):
+            size, time = status.st_size, status.st_mtime_ns
         self._hash.update(struct.pack("<Qqqq", len(name), label, size, time) + name)
 
     def add_texts(self, texts: Iterable[bytes | None]) -> None:

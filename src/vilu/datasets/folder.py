@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from array import array
 from collections import Counter
@@ -9,14 +10,28 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from vilu.datasets.base import ImageRecord, parse_split
+import numpy as np
+
+from vilu.datasets.base import Faults, ImageRecord, fault_of, parse_split
 from vilu.datasets.classes import ClassTable, class_table
-from vilu.datasets.files import ListingHash, portable_name, read_below, read_file, subfolders, walk_images
+from vilu.datasets.files import (
+    Bounds,
+    ListingHash,
+    OutsideError,
+    portable_name,
+    read_below,
+    read_file,
+    subfolders,
+    walk_images,
+)
 from vilu.errors import DataError, UsageError
+from vilu.progress import Task, track
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 UNLABELLED = -1
+
+OUT_OF_FOLDER = "A link may lead to a file below the folder of images, or below one that --root DIR names."
 
 
 class ListedFiles:
@@ -26,6 +41,13 @@ class ListedFiles:
         self._folder = folder
         self._paths: list[str] = []
         self._labels = array("i")
+        self._kinds = array("B")
+
+    @property
+    def faults(self) -> Faults:
+        """What cannot be read."""
+        kinds = np.frombuffer(self._kinds, dtype=np.uint8) if self._kinds else np.empty(0, np.uint8)
+        return Faults(kinds, self._folder, self._paths.__getitem__, lambda _: OUT_OF_FOLDER)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -38,9 +60,10 @@ class ListedFiles:
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(read_below, self._folder, path)
 
-    def _add(self, path: str, label: int, status: os.stat_result | None, listing: ListingHash) -> None:
+    def _add(self, path: str, label: int, status: os.stat_result | OSError | None, listing: ListingHash) -> None:
         self._paths.append(path)
         self._labels.append(label)
+        self._kinds.append(fault_of(status))
         listing.add(path, label, status)
 
 
@@ -54,6 +77,7 @@ class FolderDataset(ListedFiles):
         root: The folder.
         split: Names of split folders joined by ``+``; None where there are none.
         classes: A classes file; its names are matched with the class folders.
+        beside: Another folder that links to files may lead into; others are read errors.
 
     Attributes:
         classes: Raw and prompt names; None when unlabelled.
@@ -61,8 +85,11 @@ class FolderDataset(ListedFiles):
             beside the class folders).
     """
 
-    def __init__(self, root: Path, *, split: str | None = None, classes: Path | None = None) -> None:
+    def __init__(
+        self, root: Path, *, split: str | None = None, classes: Path | None = None, beside: Path | None = None
+    ) -> None:
         super().__init__(root)
+        self._bounds = Bounds(root, beside=beside)
         self.source = str(root)
         self.captioned = False
         self.ignored: Counter[str] = Counter()
@@ -72,26 +99,35 @@ class FolderDataset(ListedFiles):
         self.classes: ClassTable | None = class_table(raw, classes)
         self.class_names = self.classes.names if self.classes else None
         listing = ListingHash(*(raw or ()))
-        for part in parts:
-            self._list_part(part, {name: label for label, name in enumerate(raw or [])}, listing)
+        with track(f"listing {root.name}", None, "images") as task:
+            for part in parts:
+                self._list_part(part, {name: label for label, name in enumerate(raw or [])}, listing, task)
         self.fingerprint = listing.hexdigest()
         if not self._paths:
             found = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items()) or "nothing"
             raise DataError(f"no image in {root}. Found: {found}. Expected images, or one folder of images per class.")
 
     def _reader(self, path: str) -> Callable[[], bytes]:
-        return partial(read_file, self._folder / path)  # as it was found, whatever Windows would make of its name
+        return partial(self._read, path)
 
-    def _list_part(self, part: str, labels: dict[str, int], listing: ListingHash) -> None:
+    def _read(self, path: str) -> bytes:
+        full = os.path.join(self._folder, path)  # noqa: PTH118 as it was found, whatever Windows would make of its name
+        if self._bounds.leads_out(full):
+            raise OutsideError(errno.EACCES, OUT_OF_FOLDER, path)
+        return read_file(full)
+
+    def _list_part(self, part: str, labels: dict[str, int], listing: ListingHash, task: Task) -> None:
         folder = self._folder / part
         flat = not subfolders(folder)
-        for below, status in walk_images(folder, self.ignored):
+        for below, status in walk_images(folder, self.ignored, self._bounds):
             first, slash, _ = below.partition("/")
             if not slash and not flat:
                 self.ignored["outside_class"] += 1
                 continue
             path = f"{part}/{below}" if part else below
-            self._add(path, labels[first] if slash else UNLABELLED, status, listing)
+            found = OutsideError(OUT_OF_FOLDER) if status is None else status
+            self._add(path, labels[first] if slash else UNLABELLED, found, listing)
+            task.advance(1)
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:

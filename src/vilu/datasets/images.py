@@ -340,7 +340,7 @@ def _require_format(data: bytes, limits: ImageLimits) -> str:
         raise BadImage("open", "too_large", f"{len(data)} bytes; at most {limits.max_bytes} are read")
     name = sniff(data)
     if name is None:
-        raise BadImage("open", "unidentified", f"no image: it begins with {data[:16]!r}")
+        raise BadImage("open", "unidentified", f"no image: {len(data)} bytes of no format that is known")
     if name not in OPENERS:
         raise BadImage("open", "unsupported", f"{name} is not decoded; convert it to one of {', '.join(OPENERS)}")
     return name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,12 +21,22 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vilu.datasets.base import CAPTIONS_OR_CLASSES, ImageDataset, ImageRecord, Selection, bytes_of
+from vilu.datasets.base import (
+    CAPTIONS_OR_CLASSES,
+    Faults,
+    ImageDataset,
+    ImageRecord,
+    Selection,
+    bytes_of,
+    fault_of,
+)
 from vilu.datasets.classes import ClassTable, class_table
-from vilu.datasets.files import ListingHash, read_below, status_below
+from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import digest
+from vilu.files.tables import csv_names, require_width
+from vilu.progress import track
 
 PATH: Final = ("path", "file", "filename", "image_path", "filepath")
 LABEL: Final = ("label", "class", "target")
@@ -226,7 +238,6 @@ class _RowsOfTable:
         self.classes = listing.classes
         self.class_names = self.classes.names if self.classes else None
         self.captioned = listing.captions is not None
-        self._folder = source.parent
         self._labels, self._keys, self._captions = listing.labels, listing.keys, listing.captions
 
     def __len__(self) -> int:
@@ -272,7 +283,7 @@ class ParquetDataset(_RowsOfTable):
                 **({"captions": True} if self.captioned else {}),
             }
         )
-        self._path = source
+        self._path, self._bounds = source, selection.bounds(source)
         self._rows = listing.rows
         sizes = [self._metadata.row_group(i).num_rows for i in range(self._metadata.num_row_groups)]
         self._resume: dict[int, Iterator[pa.Scalar]] = {}
@@ -282,7 +293,7 @@ class ParquetDataset(_RowsOfTable):
         """The images at positions start ... stop - 1."""
         n = len(self._labels[start:stop])
         images = self._resume.pop(start, None) or self._images(start)
-        yield from self._records(start, n, (partial(_read_cell, image, self._folder) for image in islice(images, n)))
+        yield from self._records(start, n, (partial(_read_cell, image, self._bounds) for image in islice(images, n)))
         self._resume = {start + n: images}
 
     def __getstate__(self) -> dict[str, object]:
@@ -313,7 +324,7 @@ def _cells(file: pq.ParquetFile, group: int, wanted: NDArray[np.int64]) -> Itera
         first += len(batch)
 
 
-def _read_cell(cell: pa.Scalar, folder: Path) -> bytes:
+def _read_cell(cell: pa.Scalar, bounds: Bounds) -> bytes:
     """The bytes in a cell, or those of the file that it names."""
     value = cell.as_py()
     data: bytes | None = value["bytes"] if isinstance(value, dict) else value
@@ -322,13 +333,14 @@ def _read_cell(cell: pa.Scalar, folder: Path) -> bytes:
     path = value.get("path") if isinstance(value, dict) else None
     if path is None:
         raise OSError(errno.ENODATA, "the row has no image")
-    return read_below(folder, path)
+    return bounds.read(path)
 
 
 def open_table(source: Path, selection: Selection) -> ImageDataset:
     """A CSV (or TSV) or Parquet file with one image per row.
 
-    Columns: ``path`` (or file, filename, image_path, filepath; relative to the table's folder), or in Parquet ``image``
+    Columns: ``path`` (or file, filename, image_path, filepath; relative to the table's folder, or to
+    ``selection.root``), or in Parquet ``image``
     (encoded bytes, or Hugging Face's struct of bytes and path); optionally ``label`` (or class, target) or ``caption``
     (or text), ``split``, ``key``, and any others to choose rows by.
     """
@@ -336,6 +348,7 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
         if source.suffix.lower() in {".csv", ".tsv"}:
             return PathTable(source, _read_csv(source, selection), selection)
         schema = pq.read_schema(source)
+        require_width(source, len(schema))
         if is_image_column(schema):
             return ParquetDataset(source, selection)
         columns = [_path_column(source, schema.names), *listing_columns(schema, selection, str(source))]
@@ -349,8 +362,12 @@ def open_table(source: Path, selection: Selection) -> ImageDataset:
 class PathTable(_RowsOfTable):
     """Images listed in a table by path.
 
-    Paths are relative to the table's folder; one that is absolute or climbs out of it is a read error of its row.
-    Keys are the ``key`` column, else the paths. The listing costs one stat per image.
+    Paths are relative to the table's folder and stay below it; with ``selection.root`` they are relative to that, and
+    those that are absolute or climb (from the table's folder) may end below it, too. Any other, also by a link, is a
+    read error of its row. Keys are the ``key`` column, else the paths. The listing costs two system calls per image.
+
+    Attributes:
+        faults: What cannot be read.
 
     Args:
         source: The table's file.
@@ -364,9 +381,16 @@ class PathTable(_RowsOfTable):
         super().__init__(source, listing)
         paths = table[column].cast(pa.large_string()).combine_chunks()
         self._paths = pc.fill_null(paths, "").take(pa.array(listing.rows))
+        self._bounds = selection.bounds(source)
         hashed = ListingHash(*(self.classes.folders if self.classes else ()))
-        for key, label, path in zip(self._keys, self._labels, self._paths, strict=True):
-            hashed.add(key.as_py(), int(label), status_below(self._folder, path.as_py()))
+        kinds = np.zeros(len(self), dtype=np.uint8)
+        with track(f"listing {source.name}", len(self), "images") as task:
+            for row, (key, label, path) in enumerate(zip(self._keys, self._labels, self._paths, strict=True)):
+                status = self._bounds.status(path.as_py())
+                hashed.add(key.as_py(), int(label), status)
+                kinds[row] = fault_of(status)
+                task.advance(1)
+        self.faults = Faults(kinds, self._bounds.folder, self._path, self._rule)
         if self._captions is not None:
             hashed.add_texts(cell.as_py() for cell in self._captions)
         self.fingerprint = hashed.hexdigest()
@@ -374,7 +398,19 @@ class PathTable(_RowsOfTable):
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         paths = self._paths[start:stop]
-        return self._records(start, len(paths), (partial(read_below, self._folder, path.as_py()) for path in paths))
+        return self._records(start, len(paths), (partial(self._bounds.read, path.as_py()) for path in paths))
+
+    def _path(self, row: int) -> str:
+        return str(self._paths[row].as_py())
+
+    def _rule(self, outside: NDArray[np.int64]) -> str:
+        """Where files must lie, and which folder would hold those that do not."""
+        held = os.path.commonpath([os.path.dirname(self._bounds.real(self._path(row))) for row in outside])  # noqa: PTH120
+        hint = "" if Path(held).parent == Path(held) else f" --root {shlex.quote(held)} holds these."
+        return (
+            "Paths are relative to the table's folder, or to --root DIR, and none may lead out of it, nor may links; "
+            f"with --root absolute paths below it are fine, too.{hint}"
+        )
 
 
 def _path_column(source: Path, names: Sequence[str]) -> str:
@@ -390,10 +426,7 @@ def _path_column(source: Path, names: Sequence[str]) -> str:
 def _read_csv(source: Path, selection: Selection) -> pa.Table:
     """The columns in use, all as strings, except that labels which are all numbers are numbers, and captions bytes."""
     delimiter = "\t" if source.suffix.lower() == ".tsv" else ","
-    # not strict: a caption that is not UTF-8 is the error of its row, and the first block is decoded with the names
-    with source.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        names = next(csv.reader(file, delimiter=delimiter), [])
-    "".join(names).encode()
+    names = csv_names(source, delimiter)
     schema = pa.schema([(name, pa.string()) for name in names])
     wanted = list(dict.fromkeys([_path_column(source, names), *listing_columns(schema, selection, str(source))]))
     types = dict.fromkeys(wanted, pa.string())

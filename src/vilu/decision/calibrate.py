@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal, NamedTuple
@@ -13,11 +12,13 @@ from pydantic import Field
 
 from vilu.decision.thresholds import (
     METHODS,
+    accepted_needed,
     coverage_first,
     rows_for_coverage,
-    rows_needed,
+    rows_for_mean,
     rows_without_error,
-    shrunk_rates,
+    sgr_steps,
+    tail,
 )
 from vilu.errors import DataError, UsageError, require_between, require_one_of
 from vilu.files.documents import Model
@@ -40,7 +41,8 @@ class Certificate(Model):
         n_wrong: How many of those are wrong.
         risk_bound: What is promised; None where nothing is accepted.
         why: Why nothing is accepted.
-        n_needed: About how many calibration rows would be enough; None where it is enough, or no number is known to be.
+        n_needed: So many calibration rows are needed at least, where there are fewer; else None. How many would be
+            enough depends on how many of them are accepted and right.
     """
 
     threshold: float | None
@@ -194,7 +196,7 @@ def calibrate(
     "ltt" and "sgr" promise it with probability ``confidence`` over the draw of the calibration rows; "crc" promises the
     mean of another risk, the share of *all* answers that is accepted and wrong. All need calibration rows that are
     drawn as the later ones are and were not used to fit; nothing is promised when the data shift. A target that cannot
-    be met is an answer: ``feasible`` is False, and the certificate says how many rows would be needed.
+    be met is an answer: ``feasible`` is False, and the certificate says what is missing.
 
     Args:
         outcomes: Calibration rows; those without uncertainty or known failure are left out.
@@ -303,9 +305,7 @@ class _Goal(NamedTuple):
         """Fewest rows of a group for which anything can be promised at level delta."""
         if self.max_risk is None:
             return 1 if self.min_coverage in {None, 1.0} else rows_for_coverage(self.min_coverage or 1.0, delta)
-        return (
-            math.ceil(1 / self.max_risk) - 1 if self.method == "crc" else rows_without_error(self.max_risk, delta) + 1
-        )
+        return rows_for_mean(self.max_risk) if self.method == "crc" else rows_without_error(self.max_risk, delta) + 1
 
     def certify(self, counts: TieCounts, delta: float) -> Certificate:
         """The best threshold, or why there is none."""
@@ -340,25 +340,36 @@ class _Goal(NamedTuple):
         return {name: _nothing(one.n, why, one.n_needed) for name, one in certificates.items()}
 
     def _why_nothing(self, counts: TieCounts, delta: float) -> tuple[str, int | None]:
-        """Why no threshold keeps the promise, and about how many calibration rows would."""
-        n, max_risk, fewest = int(counts.n), self.max_risk, self.fewest(delta)
+        """Why no threshold keeps the promise, and how many calibration rows it takes at least, where they are fewer."""
+        n, max_risk = int(counts.n), self.max_risk
         if max_risk is None:
             why = f"{n} rows cannot show that {self.min_coverage:.1%} of all answers are accepted"
-            return why, None if self.min_coverage == 1 else fewest
+            return why, None if self.min_coverage == 1 else self.fewest(delta)
         if self.method == "crc":
-            if n < fewest:
+            if n < (fewest := self.fewest(delta)):
                 return f"{n} rows are fewer than the {fewest} that a mean of {max_risk:.2%} takes", fewest
             return f"{int(counts.accepted_wrong[0])} of the most trusted answers, equal in score, are wrong", None
-        needed = rows_needed(counts, max_risk, delta)
-        if n < fewest:
+        if self.method == "sgr":
+            delta /= sgr_steps(len(counts.value))
+        flawless = rows_without_error(max_risk, delta) + (self.method == "ltt")
+        right = int(counts.accepted[counts.accepted_wrong == 0].max(initial=0))
+        if n < flawless:
             why = (
-                f"{n} rows are too few: {max_risk:.2%} takes {fewest} accepted answers, without a wrong one among them"
+                f"{max_risk:.2%} takes {flawless:,} accepted answers, none of them wrong, and there are {n:,} rows, of "
+                f"which the {right:,} most trusted are right"
             )
-            return why, max(needed or 0, fewest)
-        if needed is None:
-            best = int(np.argmin(shrunk_rates(counts)))
-            found = (
-                f"{int(counts.accepted_wrong[best])} of the {int(counts.accepted[best])} most trusted answers are wrong"
-            )
-            return f"{found}: these scores do not single out answers with an error rate below {max_risk:.2%}", None
-        return f"{n} rows are too few to show an error rate below {max_risk:.2%}", max(needed, n + 1)
+            return why, flawless
+        return self._why_not_enough(counts, delta), None
+
+    def _why_not_enough(self, counts: TieCounts, delta: float) -> str:
+        """Why no threshold is certified although there are rows enough for one."""
+        max_risk = self.max_risk or 0.0
+        best = int(np.argmin(tail(counts.accepted_wrong, counts.accepted, max_risk)))
+        accepted, wrong = int(counts.accepted[best]), int(counts.accepted_wrong[best])
+        found = f"of the {accepted:,} most trusted answers {wrong:,} {'is' if wrong == 1 else 'are'} wrong"
+        if wrong >= max_risk * accepted:
+            return f"{found}: these scores do not single out answers with an error rate below {max_risk:.2%}"
+        needed = accepted_needed(wrong, max_risk, delta)
+        if needed is not None and needed > accepted:
+            return f"{found}, and with so many wrong {max_risk:.2%} takes at least {needed:,} accepted answers"
+        return f"{found}, which would do if this were the only threshold that is tried"

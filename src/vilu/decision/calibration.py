@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +11,22 @@ from vilu.decision import record
 from vilu.decision.calibrate import Selector, calibrate, check_target
 from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.decision.record import Record, Rule
-from vilu.decision.score import score, source_fingerprint
+from vilu.decision.score import predictor_fingerprint, score, source_fingerprint
 from vilu.decision.selection import select
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import InfeasibleError, UsageError
+from vilu.errors import InfeasibleError, UsageError, ViLUError
+from vilu.files.disk import locked
+from vilu.files.documents import digest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.record import claim, fit_fingerprint
+from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import load, write_card
 
 SAID = 3
 """Groups of which a message says why nothing is accepted."""
+
+logger = logging.getLogger(__name__)
 
 Method = Literal["ltt", "sgr", "crc", "selection"]
 
@@ -83,24 +89,45 @@ class Target:
 
 
 def calibrate_predictor(
-    folder: str | Path, data: EmbeddingSource, target: Target, *, dataset: str | None = None, split: str | None = None
+    folder: str | Path,
+    data: EmbeddingSource,
+    target: Target,
+    *,
+    dataset: str | None = None,
+    split: str | None = None,
+    overwrite: bool = True,
 ) -> Record:
     """Calibrate a saved predictor on labelled rows and leave the result in its folder.
 
     ``predictor.json`` gets the calibrator of probabilities, ``calibration.parquet`` the rows, ``risk.json`` the rule
     and what it was made from; that comes last, so that a crash leaves a folder with the old rule, which is then
-    refused, or without a rule. Where the target is out of reach nothing is written.
+    refused, or without a rule. Where the target is out of reach nothing is written. Without ``overwrite`` a calibration
+    of the same rows and target that is there stays as it is, and one of others is refused.
 
     Raises:
         DataError: If rows were used to fit, or none has an uncertainty and a known failure.
         InfeasibleError: If these rows cannot support the target.
         ProvenanceError: If the rows come from another embedding space.
-        UsageError: If the target cannot be.
+        UsageError: If the target cannot be, or there is another calibration that is not to be overwritten.
         StorageError: If the file system refuses.
+        BusyError: If another process calibrates the same predictor.
     """
+    target.check(load(folder), data)  # what is refused leaves no lock behind
+    claim(folder, same=True)
+    with locked(Path(folder), "calibrating", who="calibration"):
+        return _calibrate(Path(folder), data, target, dataset, split, overwrite=overwrite)
+
+
+def _calibrate(
+    folder: Path, data: EmbeddingSource, target: Target, dataset: str | None, split: str | None, *, overwrite: bool
+) -> Record:
     predictor = load(folder)
     predictor.calibrator_ = None
-    target.check(predictor, data)
+    made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, dataclasses.asdict(target)
+    inputs = digest(made_from)
+    found = None if overwrite else _calibrated(folder, inputs)
+    if found is not None:
+        return found
     predictor.refuse_seen(data, "calibration")
     rows = score(predictor, data, dataset=dataset, split=split)
     predictor.calibrate_scores(rows.uncertainty, rows.failure)
@@ -111,10 +138,11 @@ def calibrate_predictor(
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
     made = record.save(
-        Path(folder),
+        folder,
         rows,
         predictor=fit_fingerprint(folder),
         **record.problem(data),
+        texts=candidates_of(data).get("texts"),
         source=source_fingerprint(data),
         dataset=dataset,
         split=split,
@@ -122,22 +150,41 @@ def calibrate_predictor(
         promise=None if rule is None else str(rule),
         rule=rule,
         label_sets=sets,
+        inputs=inputs,
     )
     write_card(folder)
     return made
 
 
+def _calibrated(folder: Path, inputs: str) -> Record | None:
+    """What the same inputs made of a predictor before; refuses what others made. What cannot be used is in no way."""
+    if not record.has_record(folder):
+        return None
+    try:
+        found = record.load(folder)
+    except ViLUError as error:
+        logger.warning("the calibration in %s is made again: %s", folder, error)
+        return None
+    if found.inputs == inputs:
+        logger.info("%s is calibrated so already: there is nothing to do", folder)
+        return found
+    raise UsageError(
+        f"{folder} is calibrated already, on {found.n:,} rows of {found.dataset} ({found.promise or 'no rule'}). "
+        "--overwrite replaces that calibration; monitors of it then begin anew."
+    )
+
+
 def _infeasible(selector: Selector) -> str:
-    """Why nothing can be accepted, and how many rows it would take."""
+    """Why nothing can be accepted, and what it would take."""
     reasons, few = [], list(selector.certificates.items())[:SAID]
     for name, one in few:
-        needed = "" if one.n_needed is None else f" About {one.n_needed:,} calibration rows like these would be needed."
+        needed = "" if one.n_needed is None else f" At least {one.n_needed:,} calibration rows are needed."
         reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
     more = f" And {len(selector.certificates) - SAID} more groups." if len(selector.certificates) > SAID else ""
     goal = "" if selector.max_risk is None else f"a risk of at most {selector.max_risk:.2%} "
     goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
     return (
         f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)}{more} Nothing was "
-        "written. "
-        "Add calibration rows, or ask for less: a larger --max-risk, a lower --confidence or --min-coverage."
+        "written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or --min-coverage), or "
+        "take a predictor that ranks better."
     )

@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from vilu.decision.thresholds import rows_for_mean
 from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError, InfeasibleError, UsageError, require_between
 from vilu.files.documents import Model
@@ -119,8 +120,10 @@ def _limit(scores: Tensor, max_miss: float) -> float:
     n = len(scores)
     rank = math.ceil(round((n + 1) * (1 - max_miss), 9))  # rounding first: (1 - 0.1) * 10 is a little more than 9
     if rank > n:
-        needed = math.ceil(1 / max_miss - 1)
-        raise InfeasibleError(f"sets that miss at most {max_miss:.2%} need {needed} calibration rows. Got {n}.")
+        needed = rows_for_mean(max_miss)
+        raise InfeasibleError(
+            f"sets that miss at most {max_miss:.2%} need at least {needed} calibration rows. Got {n}."
+        )
     return float(scores.sort().values[rank - 1])
 
 

@@ -1,8 +1,11 @@
-"""Conformal test martingales: p-values that are uniform while nothing changes, and the wager against them."""
+"""Conformal test martingales: p-values that are uniform while nothing changes, and the wager against them.
+
+They take rows in the order of arrival; ``grouped`` and ``rising`` tell rows that lie in another order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -218,3 +221,70 @@ def earlier(values: Floats) -> tuple[Ints, Ints]:
         equal[odd] += up_to - below
         width *= 2
     return greater, equal
+
+
+SHUFFLES: Final = 999
+"""That must all be beaten, which exchangeable rows do with probability 1/1000, whatever they are."""
+
+CLEAR: Final = 4.0
+"""Standard deviations of the shuffles by which, too; of normal sums three in 100,000 are."""
+
+SAMPLED: Final = 4096
+"""Rows of a half that are looked at, evenly spaced."""
+
+FEWEST: Final = 20
+"""Rows below which no order is looked for."""
+
+
+def grouped(codes: Ints) -> bool:
+    """Whether equal codes (N,) lie together, as in a folder of classes: in both halves a tenth as much as sorted ones.
+
+    One change of the mix leaves a half without an order, and a slow drift moves neighbours little: such rows may have
+    arrived so.
+    """
+
+    def together(codes: Floats) -> float:
+        return float(np.count_nonzero(codes[1:] == codes[:-1]))
+
+    return _in_order(codes.astype(np.float64), together, lambda codes: len(codes) - len(np.unique(codes)), 0.1)
+
+
+def rising(values: Floats) -> bool:
+    """Whether values (N,) lie near their neighbours in rank, as sorted ones do: by three quarters of what is possible.
+
+    Two kinds of rows, one after the other, reach a half of it.
+    """
+
+    def near(rank: Floats) -> float:
+        return -float(np.abs(np.diff(rank)).sum())
+
+    rank = np.unique(values, return_inverse=True)[1].astype(np.float64)
+    return _in_order(rank, near, lambda rank: float(rank.min() - rank.max()), 0.75)
+
+
+def in_blocks(codes: Ints) -> bool:
+    """Whether every code (N,) lies in one block, which happens to exchangeable rows at most once in a million files."""
+    sizes = np.unique(codes, return_counts=True)[1]
+    runs = 1 + np.count_nonzero(codes[1:] != codes[:-1]) if len(codes) else 0
+    orders = special.gammaln(len(sizes) + 1) + special.gammaln(sizes + 1).sum() - special.gammaln(len(codes) + 1)
+    return bool(runs == len(sizes) and orders < np.log(1e-6))
+
+
+def _in_order(values: Floats, order: Callable[[Floats], float], most: Callable[[Floats], float], least: float) -> bool:
+    """Whether values have more order within their halves than every shuffle, and each half a share ``least`` of most.
+
+    A shuffle leaves every value in its half, so that a change between the halves is no order.
+    """
+    if len(values) < FEWEST:
+        return False
+    rng = np.random.default_rng(0)
+    halves = [half[:: -(-len(half) // SAMPLED)] for half in np.array_split(values, 2)]
+    found, shuffled = np.array([order(half) for half in halves]), np.empty((SHUFFLES, 2))
+    for number in range(SHUFFLES):
+        shuffled[number] = [order(rng.permutation(half)) for half in halves]
+        if shuffled[number].sum() >= found.sum():
+            return False
+    mean, total = shuffled.mean(axis=0), shuffled.sum(axis=1)
+    possible = np.array([most(half) for half in halves]) - mean
+    is_much = (found > mean) & (found - mean >= least * possible)
+    return bool(is_much.all() and found.sum() - total.mean() >= CLEAR * total.std())

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from vilu.decision import record
+from vilu.decision.arrivals import Seen, admit, refuse_sorted
 from vilu.decision.audit import Audit
 from vilu.decision.calibrate import Selector, group_names
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
@@ -21,6 +23,7 @@ from vilu.decision.record import Rule
 from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
 from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least, require_between
 from vilu.files.documents import Model, digest, explain
+from vilu.files.places import claim_file
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
@@ -46,6 +49,8 @@ class Monitor:
         rows: Rows monitored.
         unscored: How many of them have no uncertainty; they are left out.
         accepted: How many of them are accepted.
+        repeated: Rows and labels that were given again, and left out; by this object.
+        forgotten: Rows monitored of which a state of older code kept no record: given again they count again.
         risk: Hash of the record of the calibration, which scores made with it carry; None without a record.
 
     Raises:
@@ -79,7 +84,8 @@ class Monitor:
         self.calibration, self.false_alarm, self.seed = calibration, false_alarm, seed
         self.rule = rule if isinstance(rule, Selector) else None
         self.risk: str | None = None
-        self.rows = self.unscored = self.accepted = 0
+        self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
+        self.monitored, self.labelled = Seen(), Seen()
         values = self._columns(calibration, self._accepted(calibration, groups))
         promise = self._promise()
         names: list[TestName] = [*values, *(("audit",) if promise is not None else ())]
@@ -104,22 +110,31 @@ class Monitor:
         monitor.risk = digest(found.model_dump(mode="json"))
         return monitor
 
-    def update(self, outcomes: Outcomes, groups: Sequence[str] | None = None) -> Status:
+    def update(self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False) -> Status:
         """Take in the next rows, in the order of their arrival; those whose failure is known are audited too.
 
         Args:
-            outcomes: Scores of the same predictor.
+            outcomes: Scores of the same predictor. Rows that were taken in before are left out, and counted in
+                ``repeated``: they are known by identifier, uncertainty and answer, or without identifiers as a whole.
             groups: N names of groups, for a rule that was given its groups.
+            in_order: Whether this is known to be the order of arrival; else rows that are sorted are refused.
 
         Warns:
-            If some of them are calibration rows.
+            If some of them are calibration rows, or were taken in before.
 
         Raises:
             ProvenanceError: If they are scores of another predictor or calibration, or their candidates are others.
-            DataError: If the calibration rows have answers, and these do not.
+            DataError: If the calibration rows have answers, and these do not, or the rows lie sorted.
             UsageError: If groups are needed and not given.
         """
         outcomes = admit(outcomes, self.calibration, self.risk)
+        hashes, new = self.monitored.new(outcomes)
+        if not new.all():
+            told = f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not counted again."
+            warnings.warn(told, stacklevel=2)
+            outcomes, groups = outcomes.take(new), groups and list(compress(groups, new))
+        if not in_order:
+            refuse_sorted(outcomes)
         accepted = self._accepted(outcomes, groups)
         scored = np.isfinite(outcomes.uncertainty)
         rows = self.rows + np.arange(len(outcomes))
@@ -128,11 +143,18 @@ class Monitor:
         self.rows += len(outcomes)
         self.unscored += int(np.count_nonzero(~scored))
         self.accepted += int(np.count_nonzero(accepted))
+        self.repeated += int(np.count_nonzero(~new))
+        self.monitored.add(hashes)
         self._take_labels(outcomes, accepted, rows)
         return self.status
 
     def audit(self, outcomes: Outcomes, groups: Sequence[str] | None = None) -> Status:
-        """Take in labels that have arrived later, of rows that were monitored before; each label once.
+        """Take in labels that have arrived later, of rows that were monitored before.
+
+        A label counts once: of a row that was audited before, known as in ``update``, it is left out.
+
+        Warns:
+            If some were given before.
 
         Raises:
             UsageError: If there is no promise to audit, or groups are needed and not given.
@@ -148,21 +170,22 @@ class Monitor:
         return self.status
 
     def save(self, path: str | Path) -> None:
-        """Write what there is to go on from, as a ``.parquet`` file, atomically.
+        """Write what there is to go on from, as a ``.parquet`` file, atomically; only a state is replaced.
 
         Raises:
-            UsageError: If the file has another suffix.
+            UsageError: If the file has another suffix, or something else than a state lies there.
             StorageError: If the file system refuses.
         """
         import pyarrow as pa
 
         _require_parquet(path)
+        claim_file(path, "monitor state", overwrite=True)
         tables = {name: watch.reference.table() for name, watch in self.watches.items()}
-        columns = {
-            "test": pa.array([name for name, (values, _) in tables.items() for _ in range(len(values))], pa.string()),
-            "value": pa.array(np.concatenate([values for values, _ in tables.values()])),
-            "count": pa.array(np.concatenate([counts for _, counts in tables.values()])),
-        }
+        kept = [pa.table({"test": [name] * len(n), "value": v, "count": n}) for name, (v, n) in tables.items()]
+        for kind, seen in zip(KINDS, (self.monitored, self.labelled), strict=True):
+            kept.append(pa.table({"test": pa.array([kind] * len(seen), pa.string()), "row": seen.hashes()}))
+        whole = pa.concat_tables(kept, promote_options="default")
+        columns = {name: whole[name].combine_chunks() for name in ("test", "value", "count", "row")}
         write_table(path, columns, self.state().model_dump(mode="json"))
 
     def resume(self, path: str | Path) -> Self:
@@ -174,6 +197,8 @@ class Monitor:
             DataError: If it is no state, or a damaged one.
             ProvenanceError: If it belongs to another calibration, level or seed.
         """
+        import pyarrow as pa
+
         _require_parquet(path)
         if self.rows:
             raise UsageError(f"only a new monitor can go on from a state. This one has seen {self.rows} rows.")
@@ -188,8 +213,16 @@ class Monitor:
         count = read_column(path, table, "count", "int64").fill_null(0).to_numpy()
         try:
             self._restore(state, {test: (value[name == test], count[name == test]) for test in self.watches})
+            self._remember(
+                state, *(read_column(path, table, "row", "int64").filter(pa.array(name == kind)) for kind in KINDS)
+            )
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}. Begin a new monitor.") from error
+        if self.forgotten:
+            warnings.warn(
+                f"of {self.forgotten:,} rows in {path} an older vilu kept no record: given again they count again.",
+                stacklevel=2,
+            )
         return self
 
     def state(self) -> State:
@@ -202,6 +235,8 @@ class Monitor:
             tests=tuple(self._tests()),
             wealth={name: Wealth.of(watch.martingale) for name, watch in self.watches.items()},
             audited=(0, 0) if self.audited is None else (self.audited.n, self.audited.wrong),
+            remembered=(len(self.monitored), len(self.labelled)),
+            forgotten=self.forgotten,
         )
 
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
@@ -220,6 +255,16 @@ class Monitor:
         self.rows, self.unscored, self.accepted = state.rows, state.unscored, state.accepted
         if self.audited is not None:
             self.audited, self.audit_test = replace(self.audited, n=n, wrong=wrong), tests["audit"]
+
+    def _remember(self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray) -> None:
+        """Take over which rows were taken in; a ValueError says what does not fit."""
+        found = [Seen.of(rows.to_numpy()) for rows in (monitored, labelled) if not rows.null_count]
+        if state.remembered is None:
+            self.forgotten = state.rows
+        elif [len(seen) for seen in found] != list(state.remembered):
+            raise ValueError("it does not hold the rows that were taken in")
+        else:
+            (self.monitored, self.labelled), self.forgotten = found, state.forgotten
 
     @property
     def status(self) -> Status:
@@ -283,7 +328,14 @@ class Monitor:
     def _take_labels(self, outcomes: Outcomes, accepted: NDArray[np.bool_], rows: Ints) -> None:
         if self.audited is None or self.audit_test is None:
             return
-        known = (outcomes.failure != UNKNOWN) & accepted
+        known = np.flatnonzero((outcomes.failure != UNKNOWN) & accepted)
+        hashes, new = self.labelled.new(outcomes.take(known), labels=True)
+        if not new.all():
+            told = f"{np.count_nonzero(~new)} of {len(new)} labels were given before and are not counted again."
+            warnings.warn(told, stacklevel=3)
+        self.repeated += int(np.count_nonzero(~new))
+        self.labelled.add(hashes)
+        known = known[new]
         wrong = outcomes.failure[known] == 1
         self.audit_test = self.audit_test.after(self.audited.path(wrong), rows[known])
         self.audited = self.audited.more(wrong)
@@ -301,6 +353,10 @@ class Monitor:
                 content.update(column.tobytes())
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
+
+
+SEEN, LABELLED = KINDS = ("rows seen", "labels seen")
+"""Kinds of hashes in a state."""
 
 
 @dataclass
@@ -371,6 +427,8 @@ class State(Model):
     tests: tuple[Test, ...]
     wealth: dict[str, Wealth | None]
     audited: tuple[Count, Count]
+    remembered: tuple[Count, Count] | None = None  # hashes of rows, and of labels; None: by code that kept none
+    forgotten: Count = 0
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:
@@ -386,36 +444,3 @@ def _read_state(path: str | Path) -> tuple[pa.Table, State]:
 def _require_parquet(path: str | Path) -> None:
     if table_suffix(path) != ".parquet":
         raise UsageError(f"the state of a monitor is a .parquet file. Got {Path(path).name!r} instead.")
-
-
-def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's."""
-    for name in ("method", "class_names"):
-        ours, theirs = getattr(calibration, name), getattr(outcomes, name)
-        if None not in (ours, theirs) and ours != theirs:
-            raise ProvenanceError(
-                f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
-                "Score with the predictor that was calibrated."
-            )
-    theirs = outcomes.provenance.get("risk")
-    if None not in (risk, theirs) and risk != theirs:
-        raise ProvenanceError(
-            f"these scores were decided on by the calibration {theirs}, the one monitored is {risk}. "
-            "Score again with the predictor as it is calibrated now."
-        )
-    known = _n_known(outcomes, calibration)
-    if known:
-        warnings.warn(
-            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
-        )
-    if outcomes.class_names is None and outcomes.prediction is not None:
-        return replace(outcomes, class_names=calibration.class_names)
-    return outcomes
-
-
-def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
-    """Rows with the key and the uncertainty of a calibration row; a key alone may be of another data set."""
-    if outcomes.ids is None or calibration.ids is None:
-        return 0
-    rows = set(zip(calibration.ids, calibration.uncertainty.tolist(), strict=True))
-    return sum(row in rows for row in zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True))

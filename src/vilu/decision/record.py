@@ -21,6 +21,7 @@ from vilu.files.documents import Document, digest, read_document, vouched
 from vilu.files.tables import parquet_bytes
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import RECALIBRATE, RISK, ROWS, fit_fingerprint
+from vilu.predictors.rows import candidates_of, same_candidates
 
 Rule = Selector | BatchSelector
 
@@ -42,8 +43,11 @@ class Record(Document):
         promise: What the rule promises, in words.
         rule: Accepts or abstains; None when only probabilities were calibrated.
         label_sets: Sets of labels; None without.
+        inputs: Digest of everything that it was made from; None where an earlier vilu made it.
+        texts: Sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older code.
     """
 
+    later = frozenset({"inputs", "texts"})
     again = RECALIBRATE
     fault = DataError
 
@@ -61,13 +65,18 @@ class Record(Document):
     promise: str | None
     rule: Annotated[Rule, Field(discriminator="kind")] | None
     label_sets: LabelSets | None = None
+    inputs: str | None = None
+    texts: tuple[float, ...] | None = None
 
     def require_candidates(self, data: EmbeddingSource) -> None:
         """Refuse rows with other candidates: another problem, of which nothing was promised."""
         mine, theirs = {name: getattr(self, name) for name in ("n_candidates", "classes", "pool_size")}, problem(data)
-        if mine != theirs:
+        apart = mine != theirs and _in_words(theirs)
+        if not apart and not same_candidates(vars(self), candidates_of(data)):
+            apart = "the same names in other prompts"
+        if apart:
             raise ProvenanceError(
-                f"the predictor was calibrated on rows with {_in_words(mine)}, and these have {_in_words(theirs)}: its "
+                f"the predictor was calibrated on rows with {_in_words(mine)}, and these have {apart}: its "
                 f"thresholds say nothing of them. {RECALIBRATE} on rows like these, or remove {RISK}."
             )
 

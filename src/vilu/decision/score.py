@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -29,12 +30,15 @@ from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.record import describe
+from vilu.predictors.rows import candidates_of, same_candidates
 from vilu.progress import track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 ROWS_PER_PART = 2**17
 
 ACCEPT, ABSTAIN = "accept", "abstain"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,18 @@ def _checked(decider: Decider, data: EmbeddingSource) -> Decider:
     """What decides, if there are rows, with the candidates that it knows."""
     if not len(data):
         raise DataError("there is nothing to score: the set has no rows.")
+    predictor = decider.predictor
     if decider.record is not None:
         decider.record.require_candidates(data)
+    elif predictor.needs_fit and predictor.is_probability and predictor.calibrator_ is None:
+        known = predictor.notes_
+        if known.keys() & {"n_candidates", "pool_size"} and not same_candidates(known, candidates_of(data)):
+            warnings.warn(
+                f"this {predictor.name} was fitted on other candidates (classes, prompts or pools) than these. Its "
+                "uncertainties still rank the answers, but as probabilities of failure they are not calibrated here: "
+                "run `vilu calibrate` on labelled rows with these candidates.",
+                stacklevel=3,
+            )
     return decider
 
 
@@ -251,12 +265,13 @@ def score_parts(
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the folder holds another run, or the data come from another embedding space.
-        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the rule needs all
-            rows at once.
+        ProvenanceError: If the data come from another embedding space.
+        UsageError: If the folder holds another run or something else, or ``rows_per_part`` is less than 1, or the
+            rule needs all rows at once.
         BusyError: If another process scores into it.
         StorageError: If the file system refuses.
     """
+    ScoreLedger.check_place(Path(folder), overwrite=overwrite)
     decider = _checked(decider or Decider(predictor), source)
     predictor.require_fitted()
     decider.require_streaming()
@@ -275,6 +290,8 @@ def score_parts(
         missing, _ = ledger.survey()
         if missing:
             ledger.unseal()
+        else:
+            logger.info("%s is complete: there is nothing to do", folder)
         with track("scoring", sum(map(len, missing)), "row") as task:
             for part in missing:
                 rows, scored = order.rows(part)

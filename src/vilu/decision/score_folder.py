@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from vilu.errors import DataError, ProvenanceError, StorageError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import Document, Model, digest, read_document, read_json, vouched
 from vilu.files.tables import parquet_bytes, read_column, read_table
@@ -81,9 +81,9 @@ class ScoreRun(ScoreDocument):
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
         differences = [f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)" for k in mine if mine[k] != theirs[k]]
         if differences:
-            raise ProvenanceError(
+            raise UsageError(
                 f"{path} holds the scores of another run: {'; '.join(differences)}. "
-                "Give another folder, or overwrite this one."
+                "Give another folder, or --overwrite to replace it."
             )
 
 
@@ -216,7 +216,7 @@ class ScoreManifest(ScoreDocument):
 class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     """What is to be done and done in a folder of scores."""
 
-    what, command, doing = "folder of scores", "vilu score", "scoring into"
+    what, command, doing, kind = "folder of scores", "vilu score", "scoring into", "scores"
     folders = ("receipts", "histograms", "scores")
 
     def __init__(self, root: Path, run: ScoreRun) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -11,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from vilu.decision.calibrate import evaluable
+from vilu.decision.thresholds import rows_for_mean
 from vilu.errors import InfeasibleError, require_between
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, real_vector
@@ -85,11 +85,11 @@ def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
     """
     require_between("max_risk", max_risk)
     rows = np.flatnonzero(evaluable(outcomes))[:MAX_ROWS]
-    fewest = math.ceil(1 / max_risk) - 1
+    fewest = rows_for_mean(max_risk)
     if len(rows) < fewest:
         raise InfeasibleError(
             f"with {len(rows)} calibration rows no answer can be selected at a risk of {max_risk:.2%}: no p-value is "
-            f"below 1 / {len(rows) + 1}. {fewest} rows are needed."
+            f"below 1 / {len(rows) + 1}. At least {fewest} rows are needed."
         )
     wrong = np.sort(outcomes.uncertainty[rows][outcomes.failure[rows] == 1])
     return BatchSelector(max_risk=max_risk, n=len(rows), wrong=tuple(wrong.tolist()))

@@ -42,18 +42,13 @@ def rows_without_error(risk: float, delta: float) -> int:
     return max(math.ceil(math.log(delta) / math.log1p(-risk) - 1e-9), 1)
 
 
-def rows_for_rate(rate: float, risk: float, delta: float) -> int | None:
-    """About the smallest m such that m accepted answers, of which a share ``rate`` is wrong, mostly certify ``risk``.
-
-    Mostly: with a standard deviation more of wrong answers than expected, rounded up. None where ``rate`` is not below
-    ``risk``, or it would take more than 2^40 rows. The rounding makes the tail rise at some steps of m.
-    """
+def accepted_needed(wrong: int, risk: float, delta: float) -> int | None:
+    """Smallest m with P[Bin(m, risk) <= wrong] <= delta: of so many accepted answers that many may be wrong."""
 
     def enough(m: int) -> bool:
-        wrong = np.asarray(min(math.ceil(rate * m + math.sqrt(rate * (1 - rate) * m)), m))
-        return bool(tail(wrong, np.asarray(m), risk) <= delta)
+        return bool(tail(np.asarray(wrong), np.asarray(m), risk) <= delta)
 
-    return None if rate >= risk else some_enough(enough, rows_without_error(risk, delta))
+    return some_enough(enough, max(rows_without_error(risk, delta), wrong + 1))
 
 
 def some_enough(enough: Callable[[int], bool], high: int) -> int | None:
@@ -71,9 +66,6 @@ def some_enough(enough: Callable[[int], bool], high: int) -> int | None:
 
 STARTS = ((1 / 16, 0.3), (1 / 4, 0.5), (1.0, 0.2))
 """Where fixed sequences begin, as shares of the calibration rows, and their shares of delta."""
-
-LOOKED_AT = 100
-"""Thresholds that are looked at for an estimate of the rows needed."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +127,7 @@ def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: fl
     Source: Geifman & El-Yaniv, Selective Classification for Deep Neural Networks (2017), Algorithm 1. There T is
     ceil(log2 n) of all rows; ties leave G <= n thresholds to search.
     """
-    steps = max(math.ceil(math.log2(len(counts.value) + 1)), 1)
+    steps = sgr_steps(len(counts.value))
     low, high, best = 0, len(counts.value) - 1, None
     for _ in range(steps):
         if low > high:
@@ -187,25 +179,14 @@ METHODS: dict[str, Callable[[TieCounts, float, float], Point | None]] = {
 """Thresholds for a maximal risk, by name."""
 
 
-def rows_needed(counts: TieCounts, max_risk: float, delta: float) -> int | None:
-    """About how many calibration rows like these would make the risk attainable; None where none would be enough.
-
-    Over all thresholds, the least m / coverage such that m accepted answers certify the risk when a share
-    (k + 1/2) / (m_t + 1) of them is wrong (k wrong of m_t accepted here, shrunk so that luck at few rows does not
-    count).
-    """
-    rates = shrunk_rates(counts)
-    low = np.flatnonzero(rates < max_risk)
-    looked_at = low[:: max(len(low) // LOOKED_AT, 1)].tolist()
-    accepted = {index: rows_for_rate(float(rates[index]), max_risk, delta / 2) for index in looked_at}
-    totals = [(m + 1) * int(counts.n) / int(counts.accepted[i]) for i, m in accepted.items() if m is not None]
-    return math.ceil(min(totals)) if totals else None
+def sgr_steps(n_thresholds: int) -> int:
+    """T of ``selection_with_guaranteed_risk``."""
+    return max(math.ceil(math.log2(n_thresholds + 1)), 1)
 
 
-def shrunk_rates(counts: TieCounts) -> Floats:
-    """(G,) error rate among the accepted at every threshold, (k + 1/2) / (m + 1)."""
-    rates: Floats = (counts.accepted_wrong + 0.5) / (counts.accepted + 1)
-    return rates
+def rows_for_mean(max_risk: float) -> int:
+    """Fewest n with 1 / (n + 1) <= max_risk."""
+    return math.ceil(round(1 / max_risk, 9)) - 1
 
 
 def rows_for_coverage(min_coverage: float, delta: float) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import atomic_write
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 METADATA_KEY = b"vilu"
 MARK = b"vilu.sealed"
 """Stands in the footer of a table with a digest, so that it is missed where a flipped bit has hidden the metadata."""
+
+MAX_COLUMNS, MAX_HEADER = 10_000, 2**20
+"""Columns of a table, and characters of the heading of a CSV file; with a million of them reading takes minutes."""
 
 # A spreadsheet runs a cell that starts with one of these. An apostrophe before it makes it text; apostrophes that are
 # already there get one more, so that reading can take exactly one away.
@@ -138,10 +142,15 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
     with source:
         try:
             parquet = suffix == ".parquet"
+            if not parquet:
+                csv_names(path)
             table = _read_parquet(source) if parquet else _parse_csv(source, text_columns)
             names, marked = table.column_names, parquet and MARK in _footer(source)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except DataError:
+            raise
+        except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
+    require_width(path, len(names))
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise DataError(f"{path} must have distinct columns. Repeated: {', '.join(sorted(repeated))}.")
@@ -187,6 +196,35 @@ def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.C
         return table[name].cast(pa.type_for_alias(kind))
     except pa.ArrowException as error:
         raise DataError(f"column {name!r} of {path} must hold {kind} values: {error}") from error
+
+
+def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
+    """The names of the columns of a CSV file, of which no more than a bounded beginning is read.
+
+    Raises:
+        DataError: If there are too many.
+    """
+    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        # not strict: a text that is not UTF-8 is the error of its row, and the first block is decoded with the names
+        names = next(csv.reader(_short_lines(file, path), delimiter=delimiter), [])
+    "".join(names).encode()
+    require_width(path, len(names))
+    return names
+
+
+def _short_lines(file: TextIO, path: str | Path) -> Iterator[str]:
+    while line := file.readline(MAX_HEADER):
+        if len(line) == MAX_HEADER and line[-1] not in "\r\n":
+            raise DataError(f"{path} has a line of more than {MAX_HEADER:,} characters where the names of columns are.")
+        yield line
+
+
+def require_width(path: str | Path, n_columns: int) -> None:
+    """Refuse a table of too many columns."""
+    if n_columns > MAX_COLUMNS:
+        raise DataError(
+            f"{path} has {n_columns:,} columns; at most {MAX_COLUMNS:,} are read. Keep those that are needed."
+        )
 
 
 def table_suffix(path: str | Path) -> str:

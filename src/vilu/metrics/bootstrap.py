@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from vilu.errors import require_at_least, require_between
 from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
+from vilu.progress import track
 
 CELLS = 2**18
 """Counts held at a time: two megabytes per temporary array, about what a cache holds."""
@@ -81,10 +82,10 @@ class Quantity:
         return Quantity(factor * self.value, factor * self.draws)
 
     def interval(self, confidence: float) -> Interval:
-        """Percentile interval: the middle ``confidence`` of the bootstrap values."""
+        """Percentile interval: the middle ``confidence`` of the bootstrap values, and the value in any case."""
         tail = (1 - confidence) / 2
         low, high = np.quantile(self.draws, [tail, 1 - tail])
-        return Interval(self.value, float(low), float(high))
+        return Interval(self.value, float(min(low, self.value)), float(max(high, self.value)))
 
     def p_value(self) -> float:
         """Two-sided, of being zero; see ``paired_bootstrap``."""
@@ -94,6 +95,19 @@ class Quantity:
     def difference(self, confidence: float) -> Difference:
         """Of two quantities, this being the one less the other."""
         return Difference(*self.interval(confidence), self.p_value())
+
+
+@runtime_checkable
+class OwnInterval(Protocol):
+    """A kernel whose values on resamples say too little: it makes its interval itself, from counts (G,)."""
+
+    interval_note: ClassVar[str]
+
+    def __call__(self, counts: TieCounts) -> Floats:
+        """The metric (...)."""
+
+    def interval(self, counts: TieCounts, n_resamples: int, confidence: float, seed: int) -> tuple[float, float]:
+        """Lower and upper end."""
 
 
 class SortedScores:
@@ -145,20 +159,38 @@ def bootstrap_intervals(
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     scores = SortedScores(*check_pair(uncertainty, failure))
-    observed, draws = scores.observed(), resampled(kernels, scores, n_resamples, seed)
-    return {
-        name: Quantity(float(kernel(observed)[0]), draws[name]).interval(confidence) for name, kernel in kernels.items()
+    own, others = own_intervals(kernels, tie_counts(uncertainty, failure), n_resamples, confidence, seed)
+    observed, draws = scores.observed(), resampled(others, scores, n_resamples, seed) if others else {}
+    return own | {
+        name: Quantity(float(kernel(observed)[0]), draws[name]).interval(confidence) for name, kernel in others.items()
     }
+
+
+def own_intervals(
+    kernels: Mapping[str, Kernel], counts: TieCounts, n_resamples: int, confidence: float, seed: int
+) -> tuple[dict[str, Interval], dict[str, Kernel]]:
+    """Intervals of the kernels that make them themselves, from counts (G,), and the other kernels."""
+    own = {name: kernel for name, kernel in kernels.items() if isinstance(kernel, OwnInterval)}
+    found = {
+        name: Interval(float(kernel(counts)), *kernel.interval(counts, n_resamples, confidence, seed))
+        for name, kernel in own.items()
+    }
+    return found, {name: kernel for name, kernel in kernels.items() if name not in own}
 
 
 def resampled(kernels: Mapping[str, Kernel], scores: SortedScores, n_resamples: int, seed: int) -> dict[str, Floats]:
     """Values (B,) of several metrics on the same resamples; NaN where there is no wrong or no right answer."""
-    return values_of(kernels, (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed)))
+    blocks = (scores.counts(*rows) for rows in resampled_rows(scores, n_resamples, seed))
+    return values_of(kernels, blocks, n_resamples)
 
 
-def values_of(kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts]) -> dict[str, Floats]:
+def values_of(kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resamples: int) -> dict[str, Floats]:
     """Values (B,) of several metrics on blocks of resamples, of which one is held at a time."""
-    found = [{name: kernel(counts) for name, kernel in kernels.items()} for counts in blocks]
+    found = []
+    with track("bootstrap", n_resamples, "resamples") as task:
+        for counts in blocks:
+            found.append({name: kernel(counts) for name, kernel in kernels.items()})
+            task.advance(len(counts.n))
     return {name: np.concatenate([values[name] for values in found]) for name in kernels}
 
 
@@ -271,6 +303,8 @@ def paired_bootstrap(
         return Difference(observed, observed, observed, observed)
     blocks = resampled_rows(a, n_resamples, seed)
     differences = np.concatenate([kernel(a.counts(*rows)) - kernel(b.counts(*rows)) for rows in blocks])
+    if isinstance(kernel, OwnInterval):  # resampling adds its bias once more, to both, but not the same
+        differences += observed - differences.mean()
     return Quantity(observed, differences).difference(confidence)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -73,6 +74,12 @@ def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
 
 def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") -> Floats:
     """Expected calibration error (...); see ``ece``."""
+    (gaps,) = _per_bin(counts, bins, binning, counts.wrong - counts.value * counts.size)
+    return ratio(np.abs(gaps).sum(-1), counts.n)
+
+
+def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
+    """(..., bins) sums of numbers (..., G) over the scores of every bin."""
     require_at_least("bins", bins, 1)
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
@@ -81,12 +88,55 @@ def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") ->
         of_score = np.minimum((counts.accepted - counts.size) * bins // counts.n[..., None], bins - 1)
     else:
         raise UsageError(f"binning must be 'width' or 'mass'. Got {binning!r} instead.")
-    gap = counts.wrong - counts.value * counts.size
     resamples = counts.size.shape[:-1]
     n_resamples = int(np.prod(resamples))
-    bin_index = of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]
-    gaps = np.bincount(bin_index.ravel(), weights=gap.ravel(), minlength=bins * n_resamples)
-    return ratio(np.abs(gaps.reshape(*resamples, bins)).sum(-1), counts.n)
+    index = (of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()
+    sums: list[Floats] = [np.bincount(index, one.ravel(), bins * n_resamples).astype(np.float64) for one in values]
+    return [one.reshape(*resamples, bins) for one in sums]
+
+
+CLEAR = 2.0
+"""Standard errors from which on a gap counts as one in the lower end of an interval."""
+
+
+@dataclass(frozen=True)
+class BinnedError:
+    """The kernel of ``ece``, with an interval that knows of its bias.
+
+    A sum of absolute values g_b + e_b is too large by up to E|e_b| a bin: on 180 rows of a calibrated predictor 9 %,
+    where the truth is 0; resampled rows have that bias once more, so their percentiles lie above the estimate. Here the
+    noise is drawn instead: e_b normal with the variance of the mean of (failure - p) 1[bin b], or what it is at
+    calibration where that is larger. With T(g) = sum_b |g_b + e_b|, quantiles q, and c the gaps of at least two
+    standard errors, the others being 0, the ends are
+
+        low = T - q_hi(T(c) - sum |c_b|),    high = q_hi(T(g)) - (mean T(g) - T):
+
+    the lower one allows for all the bias there may be, the upper one for the least. The rows are not stratified: what
+    is stated is compared with the failures that were there. Coverage: ``python -m benchmarks.ece_coverage``.
+    """
+
+    bins: int = 15
+    binning: Binning = "width"
+    interval_note: ClassVar[str] = "corrected for the bias of the bins"
+
+    def __call__(self, counts: TieCounts) -> Floats:
+        """Expected calibration error (...)."""
+        return ece_kernel(counts, self.bins, self.binning)
+
+    def interval(self, counts: TieCounts, n_resamples: int, confidence: float, seed: int) -> tuple[float, float]:
+        """Ends of the interval for counts (G,), from so many draws; they enclose the error itself."""
+        p, n = counts.value, float(counts.n)
+        squares = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
+        sums = (counts.wrong - p * counts.size, squares, counts.size * p * (1 - p))
+        gap, found, calibrated = (one / n for one in _per_bin(counts, self.bins, self.binning, *sums))
+        deviation = np.sqrt(np.maximum(np.maximum(found, calibrated) - gap**2, 0) / n)
+        noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
+        error, tail = np.abs(gap).sum(), (1 - confidence) / 2
+        clear = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
+        low = error - np.quantile(np.abs(clear + noise).sum(axis=1) - np.abs(clear).sum(), 1 - tail)
+        seen = np.abs(gap + noise).sum(axis=1)
+        high = np.quantile(seen, 1 - tail) - (seen.mean() - error)
+        return float(max(min(low, error), 0.0)), float(min(max(high, error), 1.0))
 
 
 def brier_kernel(counts: TieCounts) -> Floats:

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 from vilu.errors import UsageError
-from vilu.metrics.calibration import brier_kernel, ece_kernel, log_loss_kernel
+from vilu.metrics.calibration import BinnedError, brier_kernel, log_loss_kernel
 from vilu.metrics.counts import Floats, TieCounts
 from vilu.metrics.ranking import aupr_kernel, auroc_kernel, fpr_at_tpr_kernel
 from vilu.metrics.selective import (
@@ -109,10 +109,10 @@ _ENTRIES = {
         )
         for risk, title in _RISKS.items()
     },
-    "ece": Metric("ECE", ece_kernel, "binary, 15 bins of equal width", of_probability=True),
+    "ece": Metric("ECE", BinnedError(), "binary, 15 bins of equal width", of_probability=True),
     "ece_mass": Metric(
         "ECE-mass",
-        partial(ece_kernel, binning="mass"),
+        BinnedError(binning="mass"),
         "binary, 15 bins of equal mass",
         of_probability=True,
         wanted="evaluated",

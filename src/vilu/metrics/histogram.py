@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.errors import DataError
-from vilu.metrics.bootstrap import CELLS, Interval, Quantity, block_sizes, check_settings, values_of
+from vilu.metrics.bootstrap import CELLS, Interval, Quantity, block_sizes, check_settings, own_intervals, values_of
 from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
@@ -175,11 +175,12 @@ class Histogram:
         """
         check_settings(n_resamples, confidence)
         whole, grouped = self.counts(), self._grouped()
+        intervals, kernels = own_intervals(kernels, whole, n_resamples, confidence, seed)
         rng, sizes = np.random.default_rng(seed), block_sizes(n_resamples, CELLS // len(grouped.value))
         blocks = (
             TieCounts(grouped.value, *(_draw(rng, n, size) for n in (grouped.correct, grouped.wrong))) for size in sizes
         )
-        draws, intervals = values_of(kernels, blocks), {}
+        draws = values_of(kernels, blocks, n_resamples) if kernels else {}
         for name, kernel in kernels.items():
             value = float(kernel(whole))
             shift = value - float(kernel(grouped))

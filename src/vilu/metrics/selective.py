@@ -6,6 +6,7 @@ equal uncertainties the order is unknown, so the number of wrong answers grows t
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,9 @@ Convention = Literal["mean", "trapezoid"]
 
 _HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
 """Harmonic numbers H_0 ... H_65535."""
+
+TABLE = 2**21
+"""Of fewer rows harmonic numbers are looked up (16 MB), which is five times as fast as their logarithms."""
 
 
 def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "mean") -> float:
@@ -155,12 +159,24 @@ def coverage_at_risk_kernel(counts: TieCounts, risk: float) -> Floats:
 
 def _harmonic(n: Ints) -> Floats:
     """Harmonic numbers H_n (...); of large n from ln n + γ + 1 / 2n - 1 / 12n², whose next term is below 1e-20."""
-    size = len(_HARMONIC)
-    if not n.size or n.max() < size:
+    most = int(n.max(initial=0))
+    if most < len(_HARMONIC):
         return _HARMONIC[n]
-    large = np.maximum(n, size).astype(np.float64)
-    series = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
-    return np.where(n < size, _HARMONIC[np.minimum(n, size - 1)], series)
+    if most < TABLE:
+        return _large_harmonic()[n]
+    return np.where(n < len(_HARMONIC), _HARMONIC[np.minimum(n, len(_HARMONIC) - 1)], _series(n))
+
+
+def _series(n: Ints) -> Floats:
+    large = np.maximum(n, len(_HARMONIC)).astype(np.float64)
+    found: Floats = np.log(large) + np.euler_gamma + 1 / (2 * large) - 1 / (12 * large**2)
+    return found
+
+
+@cache
+def _large_harmonic() -> Floats:
+    """H_0 to H_(TABLE - 1), made when the first large data set comes."""
+    return np.concatenate([_HARMONIC, _series(np.arange(len(_HARMONIC), TABLE))])
 
 
 def _mean_risk(counts: TieCounts) -> Floats:

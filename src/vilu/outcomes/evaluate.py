@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.errors import DataError, ProvenanceError, UsageError, require_at_least
-from vilu.metrics.bootstrap import Interval, paired_bootstrap
+from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Scores, Tallied, Tally, facts_of
@@ -174,6 +174,12 @@ class Resampling(NamedTuple):
     confidence: float
     seed: int
 
+    def describe(self, kernel: Kernel) -> str:
+        """How the interval of a metric came about."""
+        if isinstance(kernel, OwnInterval):
+            return f"{100 * self.confidence:g} %, {kernel.interval_note}, {self.n} draws"
+        return f"{100 * self.confidence:g} % stratified bootstrap, {self.n} resamples"
+
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
 
@@ -205,7 +211,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
                 ci_low=low,
                 ci_high=high,
                 convention="; ".join(filter(None, (metric.convention, (sources[name] or tally.scores).note))),
-                interval=None if low is None else f"{100 * how.confidence:g} % stratified bootstrap, {how.n} resamples",
+                interval=None if low is None else how.describe(metric.kernel),
                 why=why if value is None else None,
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
@@ -13,7 +13,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import DataError
 from vilu.files.documents import plain_json
-from vilu.files.tables import read_column, read_table, write_table
+from vilu.files.places import claim_file, said_of
+from vilu.files.tables import read_column, read_table, table_suffix, write_table
 from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.counts import real_vector
 from vilu.metrics.histogram import Histogram
@@ -249,6 +250,17 @@ class Outcomes:
         evaluable: NDArray[np.bool_] = (self.failure != UNKNOWN) & np.isfinite(self.uncertainty)
         return evaluable
 
+    def take(self, rows: ArrayLike) -> Self:
+        """Some rows, by their places or by a mask (N,), in the order of the places."""
+        chosen = np.arange(len(self))[np.asarray(rows)]
+        columns = {name: getattr(self, name) for name in ("uncertainty", "failure", *OPTIONAL)}
+        taken: dict[str, Any] = {
+            name: column[chosen] if isinstance(column, np.ndarray) else [column[row] for row in chosen.tolist()]
+            for name, column in columns.items()
+            if column is not None
+        }
+        return replace(self, **taken)
+
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
@@ -264,17 +276,26 @@ class Outcomes:
             **facts_of(self),
         )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
+
+        Other scores that lie there are replaced, and no other file.
 
         In a CSV, text that a spreadsheet would run as a formula gets an apostrophe in front.
 
+        Args:
+            path: The file.
+            inputs: Digest of what the scores were made from, to be recorded (``vilu.files.places``).
+
         Raises:
-            UsageError: If the suffix is another.
+            UsageError: If the suffix is another, or something else than scores lies there.
             DataError: If a text is not valid Unicode.
             StorageError: If the file system refuses.
         """
-        write_table(path, *self.table())
+        table_suffix(path)
+        claim_file(path, "scores", overwrite=True)
+        columns, metadata = self.table()
+        write_table(path, columns, {**metadata, **said_of(inputs)})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """What ``save`` writes: the columns, null where unknown, and the metadata.

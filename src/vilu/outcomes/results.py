@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.files.documents import SCHEMA_VERSION, read_json, write_json
-from vilu.files.tables import read_column, read_table, require_schema, write_table
+from vilu.files.places import claim_file, said_of
+from vilu.files.tables import read_column, read_table, require_schema, table_suffix, write_table
+from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
 from vilu.text import aligned, in_cell, markdown_rows, printable, span
 
@@ -158,20 +160,34 @@ class ResultTable:
             parts.append("\n".join([f"**{in_cell(title)}**", "", *markdown_rows(heading, body)]))
         return "\n\n".join([*parts, "\n".join(f"- {in_cell(note)}" for note in _notes(self.rows, shown))])
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
 
+        Other results that lie there are replaced, and no other file.
+
+        Args:
+            path: The file.
+            inputs: Digest of what they were made from, to be recorded (``vilu.files.places``).
+
         Raises:
-            UsageError: If the suffix is another.
+            UsageError: If the suffix is another, or something else than results lies there.
             StorageError: If the file system refuses.
         """
+        if Path(path).suffix.lower() != ".json":
+            table_suffix(path)
+        claim_file(path, "results", overwrite=True)
+        self.write(path, inputs)
+
+    def write(self, path: str | Path, inputs: str | None = None) -> None:
+        """The same without a look at what lies there."""
         import pyarrow as pa
 
+        said = said_of(inputs)
         if Path(path).suffix.lower() == ".json":
-            write_json(path, {"schema_version": SCHEMA_VERSION, "kind": "results", "rows": self.to_dicts()})
+            write_json(path, {"schema_version": SCHEMA_VERSION, "kind": "results", **said, "rows": self.to_dicts()})
             return
         columns = {name: pa.array([getattr(r, name) for r in self.rows], TYPES[name]) for name in COLUMNS}
-        write_table(path, columns, {"kind": "results"})
+        write_table(path, columns, {"kind": "results", **said})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -317,12 +333,18 @@ def _notes(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[str]:
     rows = [row for row in rows if row.metric in shown]
     methods: dict[str, dict[str, None]] = {}
     for row in rows:
-        if row.interval:
+        if row.interval and not isinstance(_metric(row.metric).kernel, OwnInterval):
             methods.setdefault(row.interval, {})[_label(row.method, None)] = None
     several = len(methods) > 1
     intervals = [how + (f" ({', '.join(of)})" if several else "") for how, of in methods.items()]
     unit = f"in percent{but_for(map(_metric, shown))}"
     notes = [unit + (f"; in brackets: {'; '.join(intervals)}" if intervals else "")]
-    notes += [f"{_metric(row.metric).title}: {row.convention}" for row in rows]
+    notes += [f"{_metric(row.metric).title}: {row.convention}{_own_interval(row)}" for row in rows]
     notes += [f"undefined on {_where(row)}: {row.why}" for row in rows if row.why]
     return list(dict.fromkeys(map(printable, notes)))
+
+
+def _own_interval(row: ResultRow) -> str:
+    """How an interval was made that is not made as those of other metrics."""
+    is_own = row.interval and isinstance(_metric(row.metric).kernel, OwnInterval)
+    return f"; in brackets: {row.interval}" if is_own else ""

@@ -27,12 +27,12 @@ from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.metrics.counts import real_vector
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
-from vilu.predictors.labelled import degenerate_rate, refuse_overlap, trainable_rows
+from vilu.predictors.labelled import degenerate_rate, refuse_overlap, trainable_rows, warn_few
 from vilu.predictors.nn.head import with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
 from vilu.predictors.parameters import check_parameters
 from vilu.predictors.probability import Calibrator, fit_calibrator
-from vilu.predictors.rows import RowSketch, similarity_range
+from vilu.predictors.rows import RowSketch, candidates_of, similarity_range
 
 CERTAIN = 1e-15
 """Probabilities nearer to 0 or 1 than this count as this far away, so that their log-odds are finite."""
@@ -215,7 +215,7 @@ class FailurePredictor(ABC):
         ids = [data.ids for data in (train, validation) if data is not None and not isinstance(data.ids, RowNumbers)]
         self.seen_ = RowSketch.of(chain(*ids)) if ids else None
         self.similarity_ = similarity_range(train)
-        self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **found.notes}
+        self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **candidates_of(train), **found.notes}
 
     def learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None) -> Learnt:
         """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""
@@ -223,6 +223,8 @@ class FailurePredictor(ABC):
             rate = degenerate_rate(failure, self.name, allowed=getattr(self, "allow_degenerate", False))
             if rate is not None:
                 return Learnt({CONSTANT: torch.tensor(rate, dtype=torch.float64)})
+        elif self.is_probability:
+            warn_few(failure, self.name)
         return self._learn(train, failure, validation)
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:

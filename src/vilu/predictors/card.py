@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from vilu.backbones.catalog import NAMED
+from vilu.text import printable
 
 TAGS = ("failure-prediction", "uncertainty-estimation", "selective-classification", "vision-language-model")
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
@@ -125,7 +126,7 @@ def guarantee(risk: Mapping[str, Any] | None) -> list[str]:
 
 def usage(space: Mapping[str, Any], notes: Mapping[str, Any], method: Described) -> list[str]:
     """Commands."""
-    options = ["--backbone", shlex.quote(one_line(space.get("backbone") or "BACKBONE"))]
+    options = ["--backbone", shlex.quote(printable(space.get("backbone") or "BACKBONE"))]
     if space.get("precision") == "bf16":
         options += ["--precision", "bf16"]
     if "features" in method.columns_to_score:
@@ -175,16 +176,11 @@ def facts(values: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
 
 def code(value: object) -> str:
     """A code span that shows any text, or other JSON, as it is on one line."""
-    text = one_line(value if isinstance(value, str) else json.dumps(value))
+    text = printable(value if isinstance(value, str) else json.dumps(value))
     text = text if len(text) <= MAX_VALUE else f"{text[:MAX_VALUE]} ..."
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if not text.strip() or text[0] in "` " or text[-1] in "` " else ""
     return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def one_line(text: str) -> str:
-    """The text with what does not print, line ends too, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def plain(text: str) -> str:

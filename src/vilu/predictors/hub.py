@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ from vilu.errors import DataError, MissingModelError, ProvenanceError, StorageEr
 from vilu.extras import hub_reachable, import_extra, quiet
 from vilu.files.disk import file_hash, host_hash, make_folder, or_refuse
 from vilu.files.documents import MAX_DOCUMENT_BYTES, read_json
+from vilu.files.places import claim_folder
 from vilu.predictors.card import HUB_ID
 from vilu.predictors.record import (
     CARD,
@@ -27,9 +29,12 @@ from vilu.predictors.record import (
     ROWS,
     WEIGHTS,
     fit_fingerprint,
+    is_ours,
     read_record,
 )
 from vilu.predictors.storage import load
+
+logger = logging.getLogger(__name__)
 
 FILES = {
     WEIGHTS: 4 << 30,
@@ -54,6 +59,8 @@ def beside(target: Path) -> Iterator[Path]:
 
 def copy_files(source: Path, destination: Path, *, links: bool) -> str:
     """Copy what ``FILES`` names into an empty folder, load it once, and return its fingerprint; links for caches."""
+    if not source.exists():
+        raise UsageError(f"{source} does not exist.")
     if not source.is_dir():
         raise DataError(f"no predictor here: {source} is no folder. Make one with `vilu fit`.")
     with or_refuse(f"copy {source} to {destination}"):
@@ -102,22 +109,13 @@ def _check_calibration(folder: Path, name: Path) -> None:
         raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
 
 
-def require_ours(target: Path) -> None:
-    """Refuse a place that has other files than a predictor's: they would be lost."""
-    if not target.exists():
-        return
-    foreign = [path.name for path in target.iterdir() if path.name not in FILES] if target.is_dir() else [target.name]
-    if foreign:
-        raise UsageError(f"{target} holds {min(foreign)!r}, which is none of a predictor's files. Give a new folder.")
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same of a predictor."""
+    return all(_hash(one / name) == _hash(other / name) for name in FILES)
 
 
-def require_same(target: Path, fingerprint: str) -> None:
-    """Refuse a place that has another predictor."""
-    if not target.exists() or not any(target.iterdir()):
-        return
-    found = read_record(target / PREDICTOR)[FINGERPRINT] if (target / PREDICTOR).is_file() else None
-    if found != fingerprint:
-        raise UsageError(f"{target} holds another predictor. Give a new folder, or --overwrite to replace it.")
+def _hash(path: Path) -> str | None:
+    return file_hash(path) if path.is_file() else None
 
 
 def place(staged: Path, target: Path) -> None:
@@ -196,7 +194,7 @@ def pull(repository: str, folder: str | Path, *, revision: str | None = None, ov
             not in the cache and the hub is offline.
         StorageError: If the file system refuses.
     """
-    require_ours(Path(folder))
+    claim_folder(folder, "predictor", is_ours, overwrite=True)
     source = local_folder(repository, revision) or _download(repository, revision)
     return _place_copy(source, Path(folder), links=True, overwrite=overwrite)
 
@@ -218,13 +216,14 @@ def local_folder(repository: str, revision: str | None) -> Path | None:
 
 
 def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> Path:
-    require_ours(target)
+    claim_folder(target, "predictor", is_ours, overwrite=True)
     place_at = target.resolve()
     with beside(place_at) as staged:
-        fingerprint = copy_files(source, staged, links=links)
-        if not overwrite:
-            require_same(place_at, fingerprint)
-        place(staged, place_at)
+        copy_files(source, staged, links=links)
+        if claim_folder(target, "predictor", is_ours, same=same_files(staged, place_at), overwrite=overwrite):
+            logger.info("%s holds that predictor already: there is nothing to do", target)
+        else:
+            place(staged, place_at)
     return target
 
 

@@ -87,6 +87,16 @@ def degenerate_rate(failure: Tensor, name: str, *, allowed: bool) -> float | Non
     return n_failures / n if rare == 0 else None
 
 
+def warn_few(failure: Tensor, name: str) -> None:
+    """Warn of a probability of failure that is learned from fewer than ``FEW`` rows (M,), whatever it learns from."""
+    if len(failure) < FEW:
+        n, rows = len(failure), "row" if len(failure) == 1 else "rows"
+        warnings.warn(
+            f"{name} is fitted on {n} labelled {rows}: with fewer than {FEW} its probabilities say little.",
+            stacklevel=3,
+        )
+
+
 def class_texts(train: Rows) -> Tensor:
     """(K, D) texts of the training classes, by which they are recognised, whatever their order."""
     return train.source.candidates(train.index[:0]).text.clone()

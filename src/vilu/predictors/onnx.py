@@ -23,6 +23,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 from vilu.extras import import_extra, quiet
 from vilu.files.disk import atomic_write
+from vilu.files.places import claim_file
 from vilu.predictors.base import FailurePredictor, Graph, NotExportable
 from vilu.predictors.catalogue import PREDICTORS
 from vilu.predictors.nn.experts import FEATURES
@@ -136,16 +137,18 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
 
     Args:
         folder: A saved predictor.
-        path: The file, which is replaced.
+        path: The file; another export that lies there is replaced, and no other file.
 
     Raises:
         MissingModelError: If onnx, onnxscript or onnxruntime is not installed.
-        UsageError: If the method cannot be exported, or nothing says which embedding space it is for.
+        UsageError: If the method cannot be exported, nothing says which embedding space it is for, or another file
+            lies there.
         DataError: If the folder holds no predictor, or the file would not say what the predictor says.
         StorageError: If the file system refuses.
     """
     for module in ("onnx", "onnxscript"):  # torch imports them
         import_extra(module, "onnx")
+    claim_file(path, "ONNX export", overwrite=True)
     predictor = load(folder)
     content = to_onnx(predictor, read_record(Path(folder) / "predictor.json")["fingerprint"])
     worst = largest_difference(predictor, content)

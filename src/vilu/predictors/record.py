@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files.disk import atomic_write, make_folder
-from vilu.files.documents import digest, explain, read_json, write_json
+from vilu.files.disk import atomic_write, make_folder, or_refuse
+from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, explain, parse_json, plain_json, read_json, write_json
+from vilu.files.places import claim_folder, made
 from vilu.predictors.card import Described, model_card
 from vilu.predictors.parameters import Parametrised, parameters
 from vilu.predictors.probability import Calibrator
@@ -29,6 +31,8 @@ SEEN = "seen"
 FINGERPRINT = "fingerprint"
 """The key of the digest of ``predictor.json``."""
 REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
+
+logger = logging.getLogger(__name__)
 
 
 class Saved(Parametrised, Described, Protocol):
@@ -48,19 +52,76 @@ def save(predictor: Saved, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
 
     Weights go first and ``predictor.json``, which holds their hash, last: a folder torn by a crash is refused. The card
-    between them says nothing of a calibration: what lies in the folder was made for another fit (``write_card``).
+    between them says nothing of a calibration: what lies in the folder was made for another fit (``write_card``), and
+    goes with that fit. Files that are not a predictor's are never touched.
     """
-    path = make_folder(folder)
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
     if predictor.seen_ is not None:
         tensors[SEEN] = predictor.seen_.hashes
     weights = safetensors_torch.save(tensors)
-    with atomic_write(path / WEIGHTS) as handle:
-        handle.write(weights)
     record = describe(predictor)
     record["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    path, same = Path(folder), fit_of(Path(folder) / PREDICTOR) == _fit(parse_json(plain_json(record)))
+    claim(path, same=same)
+    make_folder(path)
+    if not (same and "calibrator" in record):
+        _drop_calibration(path)
+    with atomic_write(path / WEIGHTS) as handle:
+        handle.write(weights)
     write_card(path, {**record, FINGERPRINT: digest(record)}, predictor, None)
     return write_json(path / PREDICTOR, record, seal=FINGERPRINT)
+
+
+def claim(folder: str | Path, *, same: bool = False) -> None:
+    """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
+    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS}
+    claim_folder(folder, "predictor", lambda path: is_ours(path) or (same and path.name not in names), overwrite=True)
+
+
+def _drop_calibration(path: Path) -> None:
+    """Take away, and say so, what vouches for another predictor than the one that is to lie here."""
+    stale = [path / name for name in (RISK, ROWS) if (path / name).exists()]
+    if not stale:
+        return
+    with or_refuse(f"remove the old calibration in {path}"):
+        for file in stale:
+            file.unlink()
+    logger.warning("%s: the calibration of the predictor that lay here is gone with it: calibrate the new one", path)
+
+
+def _fit(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in {"calibrator", FINGERPRINT, "vilu"}}
+
+
+def fit_of(path: Path) -> dict[str, Any] | None:
+    """What a ``predictor.json`` says but for its calibration; None where it is damaged or absent."""
+    try:
+        return _fit(parse_json(path.read_bytes()))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of a predictor's: by its name and what it says, or damaged beside one that says it."""
+    beside = (path.with_name(name) for name in (PREDICTOR, WEIGHTS))
+    return _says_ours(path) or (path.name in {PREDICTOR, WEIGHTS, RISK, ROWS} and any(map(_says_ours, beside)))
+
+
+def _says_ours(path: Path) -> bool:
+    try:
+        with path.open("rb") as handle:
+            if path.name == WEIGHTS:
+                names = parse_json(handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES)))
+                return all(name in {SEEN, "__metadata__"} or name.startswith("state.") for name in names)
+            if path.name == CARD:
+                return b'library_name: "vilu"' in handle.read(200)
+            if path.name == PREDICTOR:
+                return {"method", "weights_sha256"} <= parse_json(handle.read(MAX_DOCUMENT_BYTES)).keys()
+            if path.name == RISK:
+                return parse_json(handle.read(MAX_DOCUMENT_BYTES)).get("kind") == "risk"
+    except (OSError, ValueError, RecursionError):
+        return False
+    return path.name == ROWS and (made(path) or [""])[0] == "scores"
 
 
 def describe(predictor: Saved) -> dict[str, Any]:

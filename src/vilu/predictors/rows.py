@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, UsageError
+from vilu.files.documents import digest
 
 
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
@@ -95,3 +97,32 @@ def similarity_range(data: EmbeddingSource) -> tuple[float, float]:
     batch = next(data.batches(SIMILARITY_ROWS, rows=rows))
     best = (batch.image @ batch.text.T).amax(dim=1)
     return float(best.mean()), max(float(best.std()) if len(best) > 1 else 0.0, 1e-3 * math.sqrt(len(best)))
+
+
+DIRECTIONS = 8
+SAME_CANDIDATES = 0.02
+"""How far two sketches of the same texts may be apart: bfloat16 moves one by less, another template by ten times it."""
+
+
+def candidates_of(data: EmbeddingSource) -> dict[str, Any]:
+    """What the images choose from, as plain JSON: how many, the hash of their names, and a sketch of their texts.
+
+    The sketch is the mean text in eight fixed random directions: blind to the order of the candidates, and to rounding.
+    Of captions there is the size of their pools alone.
+    """
+    if data.pool_size is not None:
+        return {"pool_size": data.pool_size}
+    names = {} if data.class_names is None else {"classes": digest(list(data.class_names))}
+    directions = np.random.default_rng(0).standard_normal((DIRECTIONS, data.space.embed_dim))
+    mean = data.candidates(torch.empty(0, dtype=torch.int64)).text.double().mean(dim=0).numpy(force=True)
+    return {"n_candidates": data.n_candidates, **names, "texts": (directions @ mean).round(4).tolist()}
+
+
+def same_candidates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two of ``candidates_of`` may be the same: names count where one of them knows no texts."""
+    sizes = ("n_candidates", "pool_size")
+    if any(one.get(name) != other.get(name) for name in sizes):
+        return False
+    if one.get("texts") and other.get("texts"):
+        return float(np.abs(np.subtract(one["texts"], other["texts"])).max()) <= SAME_CANDIDATES
+    return None in (one.get("classes"), other.get("classes")) or one["classes"] == other["classes"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError
 from vilu.files.documents import read_json
+from vilu.files.places import claim_folder, inputs_of
 from vilu.predictors import record
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
@@ -20,6 +23,8 @@ from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
 from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, SEEN, WEIGHTS, read_bytes, read_record
 from vilu.predictors.rows import RowSketch
+
+logger = logging.getLogger(__name__)
 
 
 def load(folder: str | Path) -> FailurePredictor:
@@ -53,6 +58,26 @@ def _assembled(method: type[FailurePredictor], found: dict[str, Any], tensors: d
     predictor.calibrator_ = read_calibrator(found["calibrator"]) if found.get("calibrator") else None
     predictor.restore({name.removeprefix("state."): tensor for name, tensor in tensors.items()})
     return predictor
+
+
+def inputs_of_fit(predictor: FailurePredictor, read: Sequence[Path], **flags: object) -> str:
+    """Digest of everything that decides what a fit leads to: what it reads, and the settings."""
+    said = record.describe(predictor)
+    return inputs_of(*read, method=said["method"], parameters=said["parameters"], **flags)
+
+
+def claim(folder: Path, inputs: str, *, overwrite: bool) -> bool:
+    """Whether a predictor of the same inputs is there; a damaged one of theirs is made again, others are refused."""
+    notes = (record.fit_of(folder / PREDICTOR) or {}).get("notes")
+    same = isinstance(notes, dict) and notes.get("inputs") == inputs
+    if same and not overwrite:
+        try:
+            load(folder)
+        except ViLUError as error:
+            logger.warning("%s is made again: %s", folder, error)
+            same, overwrite = False, True
+    torn = not (folder / PREDICTOR).exists()  # of a save that was interrupted there is no record yet
+    return claim_folder(folder, "predictor", record.is_ours, same=same, overwrite=overwrite or torn)
 
 
 def method_of(found: dict[str, Any], path: Path) -> type[FailurePredictor]:

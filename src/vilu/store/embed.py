@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
-from vilu.datasets.base import ImageDataset, ShardedDataset
+from vilu.datasets.base import ImageDataset, ShardedDataset, require_files
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
@@ -30,7 +30,7 @@ from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
 from vilu.store.documents import CLASSES, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
-from vilu.store.ledger import content_hash
+from vilu.store.ledger import Vouched, content_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -113,8 +113,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         The store; None if it is shared and parts of other processes are still missing.
 
     Raises:
-        UsageError: If an argument cannot be, or ``output`` holds something else than a store.
-        ProvenanceError: If ``output`` holds a store of other inputs; the message names them.
+        UsageError: If an argument cannot be, or ``output`` holds something else than a store, or a store of other
+            inputs, which the message names.
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
         StorageError: If the file system refuses; finished parts are intact.
         BusyError: If another process embeds into ``output``.
@@ -122,6 +122,9 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     _check_settings(batch_size, workers, max_error_rate, on_error)
     if overwrite and shared:
         raise UsageError("processes that share a store cannot replace it: each would undo the others' work. Remove it.")
+    root, strict = Path(output), on_error == "raise"
+    StoreLedger.check_place(root, overwrite=overwrite)
+    require_files(dataset, 0.0 if strict else max_error_rate)
     model = backbone.load() if isinstance(backbone, BackboneSpec) else backbone
     run = describe(
         dataset,
@@ -134,8 +137,6 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         features=model.feature_dim if features else None,
         views={"n": views, "seed": seed} if views else None,
     )
-    root = Path(output)
-    strict = on_error == "raise"
     job = EmbedJob(root, run, dataset, backbone, batch_size, workers, strict=strict, limits=limits)
     budget = Budget(0.0 if strict else max_error_rate, allow_bad_shards)
     if not _drive(job, model, executor, budget, overwrite=overwrite, shared=shared):
@@ -159,7 +160,7 @@ def _drive(
     with ExitStack() as lock:
         lock.enter_context(StoreLedger.claim(root, patience))
         if overwrite:
-            job.ledger.clear(CLASSES)
+            job.ledger.clear()
         job = replace(job, run=begin(root, job.run, model))
         if not shared:
             forget_attempts(root)
@@ -167,6 +168,8 @@ def _drive(
         if missing:
             job.ledger.unseal()
             require_room(job, missing)
+        else:
+            logger.info("%s is complete: there is nothing to do", root)
         if shared:
             lock.close()
         _work(job, executor, missing, receipts)
@@ -331,7 +334,8 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if BAD_SHARD.isdisjoint(receipt.errors):
             continue
-        table = read_columns(ledger.root / part.errors, ERRORS, ["key", "kind", "message"], receipt.n_error)
+        path = Vouched.of(ledger.root, [receipt])(part.errors)
+        table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
         found += [f"{row['key']} ({row['message']})" for row in table.to_pylist() if row["kind"] in BAD_SHARD]
     if not found:
         return ""

@@ -90,18 +90,21 @@ def marking(root: Path) -> Iterator[Marks]:
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
     """A part without rows: an error row of kind "crash" for every image, of which nothing but the listing is read.
 
-    Without ``listing``, which was tried already and killed the process, it is a row for every position or shard.
+    Without ``listing``, which was tried already and killed the process, it is a row for every position, or for every
+    shard, of kind "bad_shard": how many images that costs is unknown.
     """
+    kind = "bad_shard" if run.shards else "crash"
     places = positions(run, part)[:: SHARD if run.shards else 1]
     found = [(place, f"shard {place // SHARD}" if run.shards else f"image {place}") for place in places]
     if listing:
         try:
             found = [(position, record.key) for position, record in place_records(run, part, dataset)]
+            kind = "crash"
         # these images have killed workers, so their listing may raise anything of a foreign reader; it is logged, every
         # row is recorded as a crash, and the other parts go on
         except Exception as error:  # noqa: BLE001
             logger.warning("part %d cannot be listed either: %s: %s", part.number, type(error).__name__, error)
-    return PartRows(errors=[ErrorRow(key, at, "process", "crash", None, MESSAGE, None) for at, key in found])
+    return PartRows(errors=[ErrorRow(key, at, "process", kind, None, MESSAGE, None) for at, key in found])
 
 
 logger = logging.getLogger(__name__)

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 
 from pydantic import Field
 
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import LOCK, LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
-from vilu.files.documents import Document, Model, digest, read_document
+from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
+from vilu.files.disk import LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
+from vilu.files.documents import Document, Model, digest, parse_json, read_bounded, read_document
+from vilu.files.places import claim_folder, entries, require_no_others
 from vilu.progress import Silence, track
 
 OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
@@ -78,6 +79,8 @@ class Ledger(ABC, Generic[P, R]):
     what: ClassVar[str]  # what the folder is, what makes it, and what a process that holds it does: for messages
     command: ClassVar[str]
     doing: ClassVar[str]
+    kind: ClassVar[str | None] = None  # what its run.json calls it
+    documents: ClassVar[tuple[str, ...]] = (RUN, MANIFEST, LOG)
     folders: ClassVar[tuple[str, ...]]  # its sub-folders, those that only some runs have included
 
     def __init__(self, root: Path, fingerprint: str, parts: Sequence[P], kind: type[R]) -> None:
@@ -87,16 +90,37 @@ class Ledger(ABC, Generic[P, R]):
     @contextmanager
     def claim(cls, root: Path, patience: float = 0.0) -> Iterator[None]:
         """Make the folder and hold its lock; the system lets go of it when the process dies."""
+        cls.check_place(root)
         with or_refuse(f"write to {root}"):
             root.mkdir(parents=True, exist_ok=True)
-            foreign = [path.name for path in root.iterdir() if path.name != LOCK and not _in_the_making(path)]
-            if foreign and not (root / RUN).is_file():
-                raise UsageError(
-                    f"{root} is not empty ({min(foreign)!r}, ...) and holds no {RUN}, so it is no {cls.what}. "
-                    "Give a new or an empty folder."
-                )
         with locked(root, cls.doing, patience):
             yield
+
+    @classmethod
+    def check_place(cls, root: Path, *, overwrite: bool = False) -> None:
+        """Refuse a folder with anything but a run of this kind; to be overwritten, also one with more than that."""
+        claim_folder(root, cls.what, lambda _: False, same=cls.has_begun(root))
+        if overwrite and root.is_dir():
+            require_no_others(root, cls.what, cls._others(root))
+
+    @classmethod
+    def has_begun(cls, root: Path) -> bool:
+        """Whether a run of this kind has begun in a folder, as far as its ``run.json`` can be read."""
+        if not (root / RUN).is_file():
+            return False
+        try:
+            return parse_json(read_bounded(root / RUN, "Give another folder", DataError)).get("kind") == cls.kind
+        except (ValueError, RecursionError):
+            return True  # who reads it says what is wrong with it
+
+    @classmethod
+    def _others(cls, root: Path) -> Iterator[Path]:
+        """What lies in the folder that no run has written."""
+        for path in entries(root):
+            if path.name in {"receipts", *cls.folders} and path.is_dir():
+                yield from (file for file in entries(path) if not OURS.fullmatch(file.name))
+            elif path.name not in cls.documents:
+                yield path
 
     @classmethod
     def require_begun(cls, root: Path) -> None:
@@ -137,14 +161,15 @@ class Ledger(ABC, Generic[P, R]):
         with or_refuse(f"change {self.root}"):
             (self.root / MANIFEST).unlink(missing_ok=True)
 
-    def clear(self, *others: str) -> None:
-        """Remove what a run wrote and nothing else that lies there; ``run.json`` last, so that a kill leaves a run."""
+    def clear(self) -> None:
+        """Remove what a run wrote, if nothing else lies there; ``run.json`` last, so that a kill leaves a run."""
+        self.check_place(self.root, overwrite=True)
         self.unseal()
         with or_refuse(f"remove the old {self.what} in {self.root}"):
             for name in ("receipts", *self.folders):
                 if (self.root / name).is_dir():
                     shutil.rmtree(self.root / name)
-            for name in (*others, LOG, RUN):
+            for name in (*self.documents[1:], RUN):
                 (self.root / name).unlink(missing_ok=True)
 
     @abstractmethod

@@ -104,6 +104,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     """What is to be done and done in the folder of a store; ``data`` are the images, for those who embed."""
 
     what, command, doing = "embedding store", "vilu embed", "embedding into"
+    documents = (*Ledger.documents, CLASSES)
     always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*always, "features", "views", "columns")
 

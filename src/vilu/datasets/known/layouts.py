@@ -25,7 +25,7 @@ from vilu.errors import DataError, UsageError
 from vilu.files.documents import fill
 from vilu.progress import track
 
-Files = Sequence[tuple[str, stat_result]]
+Files = Sequence[tuple[str, stat_result | None]]
 """Paths of one class's images below the class's folder, and their status."""
 
 RENAMED: Final = {744: "projectile", 836: "sunglass"}

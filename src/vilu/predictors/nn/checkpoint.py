@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.files.disk import LOCK, TEMPORARY, atomic_write, locked, make_folder, or_refuse
+from vilu.files.disk import LOCK, TEMPORARY, atomic_write, locked, make_folder, or_refuse, write_text
 from vilu.files.documents import digest, read_json, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
@@ -173,6 +173,7 @@ def read_checked(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 RUN = re.compile(r"run_\d+")
+NAMED = "fit.txt"
 SAMPLED_IDS, SAMPLED_ROWS = 1024, 64
 
 
@@ -195,6 +196,16 @@ class FolderSession(Session):
         self.n_runs += 1
         return FolderKeeper(self.folder / f"run_{self.n_runs - 1}", binding(), self.every, self.world)
 
+    def name_fit(self, inputs: str) -> None:
+        """Leave what the checkpoints are of, for ``named``."""
+        if self.world.leads:
+            write_text(self.folder / NAMED, inputs)
+
+    def named(self) -> str | None:
+        """What the checkpoints are said to be of; None where nothing is said."""
+        with or_refuse(f"read {self.folder / NAMED}"):
+            return (self.folder / NAMED).read_text() if (self.folder / NAMED).is_file() else None
+
     def runs(self) -> list[Path]:
         """Folders of runs that are there."""
         return sorted(path for path in self.folder.iterdir() if RUN.fullmatch(path.name))
@@ -204,6 +215,8 @@ class FolderSession(Session):
         with or_refuse(f"remove the checkpoints in {self.folder}"):
             for run in self.runs() if self.world.leads else ():
                 shutil.rmtree(run)
+            if self.world.leads:
+                (self.folder / NAMED).unlink(missing_ok=True)
         self.removed = self.world.leads
 
 

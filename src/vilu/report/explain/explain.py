@@ -17,6 +17,7 @@ from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import SCHEMA_VERSION, write_json
+from vilu.files.places import claim_file
 from vilu.predictors.bank.search import leaders
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NoAttribution, Scored
@@ -24,7 +25,7 @@ from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, weights_of
 from vilu.report.explain.rows import Names, find_rows, scored_rows
-from vilu.text import aligned, rest
+from vilu.text import aligned, rest, shown
 
 SHOWN = 15
 """Lines of a table; the rest is counted."""
@@ -47,13 +48,14 @@ class Findings:
         return {"schema_version": SCHEMA_VERSION, "kind": self.kind, **dataclasses.asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write ``.json`` atomically.
+        """Write ``.json`` atomically; other explanations that lie there are replaced, and no other file.
 
         Raises:
-            UsageError: If the suffix is not ``.json``.
+            UsageError: If the suffix is not ``.json``, or something else than an explanation lies there.
             StorageError: If the file system refuses.
         """
         require_json(path)
+        claim_file(path, "explanation", overwrite=True)
         write_json(path, self.to_dict())
 
 
@@ -154,11 +156,11 @@ class Explanations(Findings):
 def _row_text(row: Explanation, unit: str | None) -> str:
     """One paragraph."""
     verdict = {None: "", True: "  WRONG", False: "  right"}[row.wrong]
-    truth = "" if row.truth is None else f"   truth {row.truth}{verdict}"
+    truth = "" if row.truth is None else f"   truth {shown(row.truth)}{verdict}"
     lines = [
-        f"row {row.row}  {row.key}",
-        f"  answer      {row.answer} ({row.posterior:.1%})   uncertainty {row.uncertainty:.4g}{truth}",
-        "  competes    " + "   ".join(f"{candidate.name} {candidate.weight:.3f}" for candidate in row.competitors),
+        f"row {row.row}  {shown(row.key)}",
+        f"  answer      {shown(row.answer)} ({row.posterior:.1%})   uncertainty {row.uncertainty:.4g}{truth}",
+        "  competes    " + "   ".join(f"{shown(one.name)} {one.weight:.3f}" for one in row.competitors),
     ]
     if row.attribution is not None:
         parts = "".join(f" {value:+.2f} {name}" for name, value in row.attribution.parts.items())
@@ -170,8 +172,8 @@ def _row_text(row: Explanation, unit: str | None) -> str:
 
 
 def _neighbour_text(row: Neighbour) -> str:
-    true = "" if row.answer == row.truth else f", true {row.truth}"
-    return f"    {row.cosine:.3f}  {row.key}  answered {row.answer}{true}"
+    true = "" if row.answer == row.truth else f", true {shown(row.truth)}"
+    return f"    {row.cosine:.3f}  {shown(row.key)}  answered {shown(row.answer)}{true}"
 
 
 class Depth(NamedTuple):

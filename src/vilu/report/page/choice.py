@@ -23,6 +23,7 @@ from vilu.files.documents import digest
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.evaluate import require_same_rows
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.record import PREDICTOR
 from vilu.report.figures import known
 
 
@@ -134,11 +135,16 @@ def read_scores(path: str | Path) -> list[Outcomes]:
     A method that has no name, or one that another file has too, is called after its file.
 
     Raises:
-        UsageError: If a file has another suffix.
+        UsageError: If a file has another suffix, or the folder is that of a predictor.
         StorageError: If a file cannot be opened.
         DataError: If there is nothing, or a file holds no scores.
     """
     root = Path(path)
+    if (root / PREDICTOR).is_file():
+        raise UsageError(
+            f"{root} is the folder of a predictor: all it holds are calibration rows, on which its rule was chosen. "
+            f"Give scores of other rows, and the predictor beside them: --predictor {root}."
+        )
     if (root / RUN).is_file():
         return _named([(root, ScoreFolder(root).outcomes())])
     files = sorted(root.glob("*.parquet")) if root.is_dir() else [root]

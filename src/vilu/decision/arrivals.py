@@ -1,0 +1,141 @@
+"""Rows as they arrive at a monitor: whose they are, whether they came before, whether they lie sorted."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.decision.martingale import grouped, in_blocks, rising
+from vilu.errors import DataError, ProvenanceError
+from vilu.metrics.counts import Ints
+from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+
+FEW_DISTINCT: Final = 16
+"""Fewer different uncertainties without identifiers could come again by chance: they are not taken for a repetition."""
+
+
+class Seen:
+    """Rows that were taken in, as 64-bit hashes, 8 bytes each, in sorted runs of falling length.
+
+    Of n rows and as many others one is mistaken with a probability of n^2 / 2^64: at 10^8 rows, one in 2,000.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[Ints] = []
+
+    @classmethod
+    def of(cls, hashes: Ints) -> Self:
+        """What holds these."""
+        seen = cls()
+        seen.add(hashes)
+        return seen
+
+    def __len__(self) -> int:
+        return sum(map(len, self.runs))
+
+    def hashes(self) -> Ints:
+        """All of them, in rising order."""
+        return np.sort(np.concatenate([np.empty(0, np.int64), *self.runs]))
+
+    def add(self, hashes: Ints) -> None:
+        """Take hashes in; those that are there stay as they are."""
+        run = np.unique(hashes[~self._holds(hashes)])
+        while self.runs and 0 < len(run) >= len(self.runs[-1]):
+            run = np.union1d(self.runs.pop(), run)
+        self.runs += [run] if len(run) else []
+
+    def new(self, outcomes: Outcomes, *, labels: bool = False) -> tuple[Ints, NDArray[np.bool_]]:
+        """Hashes to add, and (N,) which rows are not in here; of rows without identifiers all or none.
+
+        ``labels``: whether failures belong to what is recognised of rows without identifiers.
+        """
+        n = len(outcomes)
+        answers = np.full(n, UNKNOWN) if outcomes.prediction is None else outcomes.prediction
+        numbers = np.stack([outcomes.uncertainty.view(np.int64), answers, *([outcomes.failure] if labels else [])], 1)
+        if outcomes.ids is not None and not _is_numbered(outcomes.ids):
+            content = np.ascontiguousarray(numbers[:, :2]).tobytes()
+            rows = (
+                key.encode(errors="surrogatepass") + content[16 * i : 16 * i + 16] for i, key in enumerate(outcomes.ids)
+            )
+            hashes = _hashes(rows)
+            first = np.zeros(n, dtype=np.bool_)
+            first[np.unique(hashes, return_index=True)[1]] = True
+            return hashes, first & ~self._holds(hashes)
+        if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
+            return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
+        whole = _hashes([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()])
+        return whole, np.full(n, not self._holds(whole).all())
+
+    def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
+        found = np.zeros(len(hashes), dtype=np.bool_)
+        for run in self.runs:
+            found |= run[np.searchsorted(run, hashes).clip(max=len(run) - 1)] == hashes
+        return found
+
+
+def _hashes(contents: Iterable[bytes]) -> Ints:
+    digests = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
+    return np.frombuffer(digests, dtype="<i8").astype(np.int64)
+
+
+def _is_numbered(ids: Sequence[str]) -> bool:
+    """Whether identifiers are but the numbers of the rows, in any order: the next batch has them, too."""
+    return len(ids) > 0 and ids[0].isdigit() and set(ids) == {str(row) for row in range(len(ids))}
+
+
+def refuse_sorted(outcomes: Outcomes) -> None:
+    """Refuse rows that lie sorted; in what order exchangeable rows came has nothing to do with what they are."""
+    scored = np.isfinite(outcomes.uncertainty)
+    answers, labels = (codes if codes is None else codes[scored] for codes in (outcomes.prediction, outcomes.target))
+    if labels is not None and (labels != UNKNOWN).all() and in_blocks(labels):
+        what = "right answer"
+    elif answers is not None and grouped(answers):
+        what = "answer"
+    elif rising(outcomes.uncertainty[scored]):
+        what = "uncertainty"
+    else:
+        return
+    raise DataError(
+        f"these {len(outcomes)} rows lie sorted by their {what}. That is no order of arrival (a folder of classes has "
+        "none), and would be taken for a shift. Give --shuffle (in Python: take them in random order), or --in-order "
+        "(in_order=True) where they did arrive so. None of them was taken in."
+    )
+
+
+def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
+    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's."""
+    for name in ("method", "class_names"):
+        ours, theirs = getattr(calibration, name), getattr(outcomes, name)
+        if None not in (ours, theirs) and ours != theirs:
+            raise ProvenanceError(
+                f"the calibration rows have the {name} {ours!r:.100}, these scores {theirs!r:.100}. "
+                "Score with the predictor that was calibrated."
+            )
+    theirs = outcomes.provenance.get("risk")
+    if None not in (risk, theirs) and risk != theirs:
+        raise ProvenanceError(
+            f"these scores were decided on by the calibration {theirs}, the one monitored is {risk}. "
+            "Score again with the predictor as it is calibrated now."
+        )
+    known = _n_known(outcomes, calibration)
+    if known:
+        warnings.warn(
+            f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
+        )
+    if outcomes.class_names is None and outcomes.prediction is not None:
+        return replace(outcomes, class_names=calibration.class_names)
+    return outcomes
+
+
+def _n_known(outcomes: Outcomes, calibration: Outcomes) -> int:
+    """Rows with the key and the uncertainty of a calibration row; a key alone may be of another data set."""
+    if outcomes.ids is None or calibration.ids is None:
+        return 0
+    rows = set(zip(calibration.ids, calibration.uncertainty.tolist(), strict=True))
+    return sum(row in rows for row in zip(outcomes.ids, outcomes.uncertainty.tolist(), strict=True))
