@@ -113,7 +113,7 @@ def clear(path: Path) -> None:
 def command(*args: object, out: Path | None = None, cwd: Path) -> object:
     """What a command prints and leaves at ``out``; Refused if it ends with an error."""
     if out is not None:
-        clear(out)
+        clear(out.parent if out.suffix == ".safetensors" else out)
     done = run(*args, code=None, cwd=cwd)
     if done.returncode not in FINE:
         raise Refused(done.stderr)
@@ -221,7 +221,7 @@ def _predictor(root: Path, do: Do) -> Artefact:
         "inspect": lambda: do("inspect", path),
         "init": lambda: do(
             "fit", "train", "-o", "fitted", "--method", "vilu", "--init", path,
-            "--set", "epochs=1", "--set", "hidden=8", out=root / "fitted",
+            "--set", "epochs=1", "--set", "hidden=8", out=root / "fitted" / "weights.safetensors",
         ),
     }  # fmt: skip
     return Artefact(path, uses, read)

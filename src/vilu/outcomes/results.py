@@ -45,7 +45,7 @@ class ResultRow:
         why: Why ``value`` is None.
 
     Raises:
-        DataError: If a number is NaN or infinite; what is undefined is None.
+        DataError: If a number is NaN or infinite (what is undefined is None), or a count has more than 64 bits.
     """
 
     method: str | None
@@ -70,6 +70,9 @@ class ResultRow:
             number = getattr(self, name)
             if number is not None and not math.isfinite(number):
                 raise DataError(f"{name} of {self.metric} must be finite, or None where it is undefined. Got {number}.")
+        for name in (*COUNTS, "seed"):
+            if not -(2**63) <= (getattr(self, name) or 0) < 2**63:
+                raise DataError(f"{name} of {self.metric} must be a 64-bit integer. Got {getattr(self, name)}.")
 
 
 ARROW = {"str": "string", "int": "int64", "float": "float64"}

@@ -246,6 +246,8 @@ def same_candidates(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     if any(one.get(name) != other.get(name) for name in sizes):
         return False
     if one.get("texts") and other.get("texts"):
+        if len(one["texts"]) != len(other["texts"]):
+            return False
         return float(np.abs(np.subtract(one["texts"], other["texts"])).max()) <= SAME_CANDIDATES
     return None in (one.get("classes"), other.get("classes")) or one["classes"] == other["classes"]
 
