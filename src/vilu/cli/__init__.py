@@ -1,6 +1,6 @@
 """The command line: each command calls one public function; stdout is the result, stderr the log and the progress.
 
-Exit codes: 0 done, 2 usage (a path that is not there, a place that is taken), 3 data, 4 the risk target is out of reach,
+Exit codes: 0 done, 2 usage (a missing path, a taken place), 3 data, 4 the risk target is out of reach,
 5 a model is missing, 6 artefacts do not fit together, 7 storage, 8 a guarantee is void (`vilu monitor`), 75 busy, 130
 Ctrl-C, 141 nobody reads stdout any more, 143 SIGTERM; anything else is a bug and shows its traceback.
 """
