@@ -224,7 +224,7 @@ def test_what_is_no_repository(repository: str, predictor: Path, tmp_path: Path)
 def test_folders_have_no_revisions(predictor: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no revisions"):
         push(predictor, str(tmp_path / "hub"), revision="v1")
-    with pytest.raises(DataError, match="is no folder"):
+    with pytest.raises(UsageError, match="does not exist"):
         pull(str(tmp_path / "nothing"), tmp_path / "here")
     assert folders.FILES.keys() >= OURS
 
