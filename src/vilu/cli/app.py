@@ -21,9 +21,8 @@ app = typer.Typer(
     name="vilu",
     help="How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?",
     epilog="New here: `vilu demo`. The flow: embed, fit, calibrate, score, evaluate; every command has its own --help. "
-    "Commands write to a new or an empty place, or to what the same command wrote; --overwrite makes that anew, and "
-    "other files are never touched. "
-    "Exit codes: 2 the command cannot be (a path that is not there, a place that is taken), 3 "
+    "Commands write to a new or an empty place, or to what the same command wrote; --overwrite makes that anew, "
+    "and other files are never touched. Exit codes: 2 the command cannot be (a missing path, a taken place), 3 "
     "data, 4 risk out of reach, 5 no model, 6 artefacts that do not fit together, 7 storage, 8 alarm, 75 busy.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
