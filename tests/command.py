@@ -18,6 +18,13 @@ from vilu.cli import main
 
 
 def run(*args: object, code: int = 0, cwd: Path | None = None) -> CompletedProcess[str]:
+    """The command in this process, which must end with this exit code."""
+    done = command_line(*args, cwd=cwd)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def command_line(*args: object, cwd: Path | None = None) -> CompletedProcess[str]:
     """The command in this process: importing torch takes longer than most commands.
 
     An exception that the command line does not turn into a message passes through.
@@ -40,8 +47,7 @@ def run(*args: object, code: int = 0, cwd: Path | None = None) -> CompletedProce
             ended = left.code or 0
         else:
             ended = 0
-    assert ended == code, err.getvalue()
-    return CompletedProcess([*map(str, args)], code, out.getvalue(), err.getvalue())
+    return CompletedProcess([*map(str, args)], int(ended), out.getvalue(), err.getvalue())
 
 
 def command(*args: object) -> list[str]:
