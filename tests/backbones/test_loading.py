@@ -136,7 +136,8 @@ def failing(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_failures_are_named(error: Exception, becomes: type[Exception]) -> None:
-    with pytest.raises(becomes, match=str(error.args[0])) as caught:
+    told = "tensors alone are read" if isinstance(error, pickle.UnpicklingError) else str(error.args[0])
+    with pytest.raises(becomes, match=told) as caught:
         load_local(failing(error), "hf:tiny")
     assert type(caught.value) is becomes
 
