@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import command
+from vilu.cli.console import complete_methods
 
 FULL = Path("/dev/full")
 VILU = "import sys; sys.argv[0] = 'vilu'; from vilu.cli import main; main()"
@@ -69,7 +70,7 @@ def test_what_the_shell_completes() -> None:
     assert complete("sc") == ["score"]
     assert complete("embed", "x", "--backbone", "clip-vit-b") == ["clip-vit-b32", "clip-vit-b16"]
     assert complete("embed", "x", "--dataset", "cifar1") == ["cifar10", "cifar100"]
-    assert complete("fit", "x", "--method", "delta_k") == ["delta_knn", "delta_knn_margin"]
+    assert complete_methods("delta_k") == ["delta_knn", "delta_knn_margin"]
     assert complete("list", "pre") == ["predictors"]
 
 
