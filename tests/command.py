@@ -17,8 +17,15 @@ from unittest.mock import patch
 from vilu.cli import main
 
 
-def run(*args: object, code: int | None = 0, cwd: Path | None = None) -> CompletedProcess[str]:
-    """The command in this process: importing torch takes longer than most commands. It ends with ``code``; None: any.
+def run(*args: object, code: int = 0, cwd: Path | None = None) -> CompletedProcess[str]:
+    """The command in this process, which must end with this exit code."""
+    done = command_line(*args, cwd=cwd)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def command_line(*args: object, cwd: Path | None = None) -> CompletedProcess[str]:
+    """The command in this process: importing torch takes longer than most commands.
 
     An exception that the command line does not turn into a message passes through.
     """
@@ -41,7 +48,6 @@ def run(*args: object, code: int | None = 0, cwd: Path | None = None) -> Complet
             ended = left.code or 0
         else:
             ended = 0
-    assert code in {None, ended}, err.getvalue()
     return CompletedProcess([*map(str, args)], int(ended), out.getvalue(), err.getvalue())
 
 

@@ -4,10 +4,12 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
 import time
+import types
 import urllib.request
 import warnings
 from collections.abc import Callable
@@ -18,15 +20,36 @@ import torch
 from safetensors import SafetensorError
 
 from vilu.backbones import loading
+from vilu.backbones.base import TEXT_BATCH
+from vilu.backbones.catalog import load_backbone
 from vilu.backbones.loading import load_cached_first, load_local, tensors_sha256, tokenizer_identity
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError
 from vilu.extras import REACH_TIMEOUT, hub_reachable, import_extra, quiet
+from vilu.progress import reporting
 
 
 def test_missing_extra_says_what_to_install() -> None:
     with pytest.raises(MissingModelError, match=r"pip install 'vilu\[clip\]'") as caught:
         import_extra("no_such_module_here", "clip")
     assert caught.value.exit_code == 5
+
+
+def test_loading_and_encoding_say_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever takes more than two seconds: what is loaded, how long that took, texts with their rate."""
+    monkeypatch.setattr("vilu.backbones.catalog.SLOW", 0.0)
+    caplog.set_level(logging.INFO, "vilu")
+    backbone = load_backbone("compact:64")
+    assert caplog.messages[0] == "loading compact:64 ..."
+    assert re.fullmatch(r"compact:64 loaded in \d+\.\d s", caplog.messages[-1])
+    backbone.encode_texts(["the first one takes more"])
+    seen: list[float] = []
+    task = types.SimpleNamespace(advance=lambda steps, note="": seen.append(steps))
+    reporter = types.SimpleNamespace(start=lambda *about: seen.append(about) or task, finish=lambda _: None)
+    with reporting(reporter):
+        backbone.encode_texts(["a"])
+        assert seen == []
+        backbone.encode_texts([f"a photo of {i}" for i in range(TEXT_BATCH + 1)])
+    assert seen == [("encode texts", TEXT_BATCH + 1, "texts"), TEXT_BATCH, 1]
 
 
 def test_hash_of_tensors() -> None:
@@ -113,7 +136,8 @@ def failing(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_failures_are_named(error: Exception, becomes: type[Exception]) -> None:
-    with pytest.raises(becomes, match=str(error.args[0])) as caught:
+    told = "tensors alone are read" if isinstance(error, pickle.UnpicklingError) else str(error.args[0])
+    with pytest.raises(becomes, match=told) as caught:
         load_local(failing(error), "hf:tiny")
     assert type(caught.value) is becomes
 

@@ -59,6 +59,33 @@ def test_an_interrupt_before_a_command_has_begun_leaves_no_traceback(monkeypatch
     assert run("list", "predictors", code=130).stderr == ""
 
 
+def test_no_name_can_begin_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    console.complain("error", "key a\nvilu: all is well")
+    console.set_verbosity(verbose=False, quiet=False)
+    console.next_step("key a\n\x9b2J")
+    assert capsys.readouterr().err == "vilu: error: key a\\nvilu: all is well\nvilu: key a\\n\\x9b2J\n"
+
+
+def test_a_table_clips_and_escapes_its_cells() -> None:
+    heading, line = console.columns([{"class": "x" * 3000, "n": "1\n2"}]).split("\n")
+    assert heading.split() == ["class", "n"]
+    assert line == "x" * 119 + "…  1\\n2"
+
+
+def test_a_bar_within_a_bar_is_not_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rich refuses two at a time; a model that embeds captions encodes texts within the task of the images."""
+    with reporting(console.Bars()), track("embed", 4, "images") as task:
+        with track("encode texts", 2, "texts") as inner:
+            inner.advance(2)
+        task.advance(4)
+    with reporting(console.Bars()), track("again", 1, "steps") as task:
+        task.advance(1)
+    err = capsys.readouterr().err
+    assert "4/4" in err
+    assert "1/1" in err
+    assert "encode" not in err
+
+
 def test_columns_with_lines_below_their_rows() -> None:
     rows = [{"a": "1", "text": "long", "b": "x", "more": ""}, {"a": "22", "text": "longer", "b": "y", "more": "z"}]
     expected = "a   b\n1   x\n    long\n22  y\n    longer\n    z"

@@ -17,7 +17,7 @@ import torch
 import vilu
 from tests.builders.bench_fakes import config, make_store
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
-from tests.command import run
+from tests.command import command_line
 from tests.conftest import toy_embeddings
 from tests.e2e.ddp_worker import Brake, Stop, stop
 from vilu.benchmark.study import render_studies, run_studies
@@ -114,7 +114,7 @@ def command(*args: object, out: Path | None = None, cwd: Path) -> object:
     """What a command prints and leaves at ``out``; Refused if it ends with an error."""
     if out is not None:
         clear(out.parent if out.suffix == ".safetensors" else out)
-    done = run(*args, code=None, cwd=cwd)
+    done = command_line(*args, cwd=cwd)
     if done.returncode not in FINE:
         raise Refused(done.stderr)
     printed, _, _ = done.stdout.partition("\n\nwall time")  # of which no number is like another

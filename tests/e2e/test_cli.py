@@ -270,6 +270,8 @@ def test_interrupted_and_resumed(work: Path, tmp_path: Path, number: signal.Sign
     if started.returncode != 0:  # else it was done before the signal came
         assert started.returncode == code, stderr
         assert "Traceback" not in stderr
+        assert "vilu: stopped: what is finished is in" in stderr
+        assert "the same command goes on with the rest" in stderr
     run(*args)
     undisturbed, resumed = vilu.EmbeddingStore(work / "test"), vilu.EmbeddingStore(tmp_path / "s")
     assert list(resumed.ids) == list(undisturbed.ids)

@@ -59,6 +59,50 @@ Named = Annotated[
         autocompletion=console.complete_datasets,
     ),
 ]
+Classes = Annotated[
+    Path | None,
+    typer.Option(
+        help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=console.existing
+    ),
+]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
+        "[the table's own]",
+    ),
+]
+Template = Annotated[
+    list[str] | None,
+    typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MOST_WORKERS, help="Decoding threads of a process. [one per core, shared out among --processes]"
+    ),
+]
+PartSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]"),
+]
+Who = Annotated[
+    Literal["local", "ray", "spark", "rank"] | None,
+    typer.Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]"),
+]
 
 
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
@@ -70,35 +114,14 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     raw_names: Annotated[
         bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
     ] = False,
-    classes: Annotated[
-        Path | None,
-        typer.Option(
-            help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=console.existing
-        ),
-    ] = None,
+    classes: Classes = None,
     captions: Annotated[
         bool, typer.Option("--captions", help="Take the captions of a table that has labels too.")
     ] = False,
-    where: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
-    ] = None,
-    root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
-            "[the table's own]",
-        ),
-    ] = None,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
-    ] = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
-    ] = None,
+    where: Where = None,
+    root: Root = None,
+    template: Template = None,
+    prompts: Prompts = None,
     views: Annotated[int, typer.Option(min=0, help="Also keep so many augmented views of each image.")] = 0,
     features: Annotated[
         bool, typer.Option("--features", help="Also keep what goes into the model's last map.")
@@ -107,24 +130,10 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     split: Annotated[str | None, typer.Option(help="Only this split, or several joined by +.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the fixed order.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=MOST_WORKERS, help="Decoding threads of a process. [one per core, shared out among --processes]"
-        ),
-    ] = None,
-    part_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]"),
-    ] = None,
-    executor: Annotated[
-        Literal["local", "ray", "spark", "rank"] | None,
-        typer.Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
-    ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]"),
-    ] = None,
+    workers: Workers = None,
+    part_size: PartSize = None,
+    executor: Who = None,
+    processes: Processes = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Numbers in the store.")] = "float16",
     max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
     allow_bad_shards: Annotated[

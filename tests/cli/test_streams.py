@@ -1,0 +1,81 @@
+"""Standard output that is full, closed or of another encoding, and what the shell completes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import command
+from vilu.cli.console import complete_methods
+
+FULL = Path("/dev/full")
+VILU = "import sys; sys.argv[0] = 'vilu'; from vilu.cli import main; main()"
+
+
+def vilu(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command under its own name, which completion goes by."""
+    words = [sys.executable, "-c", VILU, *args]
+    return subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, **env})
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["list", "metrics"]])
+def test_a_full_disk_behind_stdout(words: list[str], unbuffered: str) -> None:
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            command(*words), stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )  # fmt: skip
+    assert done.returncode == 7
+    assert done.stderr == "vilu: error: cannot write to stdout: No space left on device.\n"
+
+
+def test_nobody_reads_stdout() -> None:
+    """As of a program that SIGPIPE ends, and in silence."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command("list", "metrics"), stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_stdout_of_another_encoding() -> None:
+    done = vilu("datasets", "list", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert "imagenet" in done.stdout
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_is_told_how_to_complete(shell: str, tmp_path: Path) -> None:
+    detected = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "HOME": str(tmp_path)}
+    shown = vilu("--show-completion", shell, **detected)
+    assert shown.returncode == 0
+    assert f"_VILU_COMPLETE=complete_{shell}" in shown.stdout
+    installed = vilu("--install-completion", shell, **detected)
+    assert installed.returncode == 0, installed.stderr
+    assert any(shown.stdout.strip() in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def complete(*words: str) -> list[str]:
+    line = {"COMP_WORDS": " ".join(["vilu", *words]), "COMP_CWORD": str(len(words))}
+    return vilu(_VILU_COMPLETE="complete_bash", **line).stdout.split()
+
+
+def test_what_the_shell_completes() -> None:
+    assert complete("sc") == ["score"]
+    assert complete("embed", "x", "--backbone", "clip-vit-b") == ["clip-vit-b32", "clip-vit-b16"]
+    assert complete("embed", "x", "--dataset", "cifar1") == ["cifar10", "cifar100"]
+    assert complete_methods("delta_k") == ["delta_knn", "delta_knn_margin"]
+    assert complete("list", "pre") == ["predictors"]
+
+
+def test_help_loads_nothing_slow() -> None:
+    code = f"import atexit; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); {VILU}"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    assert "--install-completion" in done.stdout
+    assert not {"torch", "numpy", "pydantic", "pyarrow", "rich.progress"} & set(done.stderr.split())
