@@ -61,6 +61,7 @@ def test_every_promise_of_reliability_names_a_test_that_is_there() -> None:
     rows = [line for line in page.splitlines() if line.startswith("| ") and "`tests/" in line]
     assert len(rows) > 70
     for row in rows:
+        assert "::" in row, row
         file = ""
         for path, name in re.findall(r"`(tests/[\w/]+\.py)?::(test_\w+)`", row):
             file = path or file
