@@ -14,8 +14,8 @@ Exit code 1 if a bar is missed; with --report the same is printed, and the exit 
   aside: a circle through it needs an import of it from inside, and these are counted by themselves, one per name.
 - class names: of all classes, nested ones too, that are defined in two or more files.
 - MRO: the classes from ``vilu`` among the bases of a method in ``vilu.PREDICTORS``, itself and mixins included.
-- sizes: the bars were 170 files, 32,500 lines and 19,800 of code when the house was put in order; what makes its promises
-  hold (digests, places, identities of rows, checked arguments, arrivals) added to them.
+- sizes: the bars were 170 files, 32,500 lines and 19,800 of code when the house was put in order; what makes its
+  promises hold (digests, places, identities of rows, checked arguments, arrivals) added to them.
 - functions: from ``def`` to the last line, docstring included, decorators not; a nested one also by itself. The 95th
   percentile is the shortest length that at least 95 % of all do not exceed.
 """
