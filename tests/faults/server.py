@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -46,7 +47,7 @@ def import_all() -> None:
         importlib.import_module(name)
     from vilu.decision import score
 
-    score.SCORING_BATCH = score.score_parts.__kwdefaults__["rows_per_part"] = 64  # several parts of few rows
+    score.SCORING_BATCH = inspect.unwrap(score.score_parts).__kwdefaults__["rows_per_part"] = 64  # several parts of few rows
 
 
 def child(request: dict[str, Any]) -> None:
