@@ -96,7 +96,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
             vilu.Monitor,
             {"calibration": certain, "rule": selector, "groups": None, "false_alarm": 0.05, "seed": 0},
         ),
-        "Monitor.update": (monitored("update"), {"outcomes": certain, "groups": None}),
+        "Monitor.update": (monitored("update"), {"outcomes": certain, "groups": None, "in_order": True}),
         "Monitor.audit": (monitored("audit"), {"outcomes": certain, "groups": None}),
         "Monitor.save": (monitored("save"), {"path": folder / "state.parquet"}),
         "evaluate": (vilu.evaluate, {"outcomes": outcomes, "metrics": ["auroc"], **bootstrap}),

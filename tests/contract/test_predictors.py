@@ -20,6 +20,7 @@ from vilu.embeddings.columns import HOW, TEXT_COLUMNS
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
+from vilu.files.documents import write_json
 from vilu.metrics import auroc
 from vilu.predictors.parameters import build, parameters
 
@@ -345,7 +346,7 @@ def test_damaged_files_are_refused(learned: str, fitted: dict, tmp_path) -> None
     weights.write_bytes(content)
     with pytest.raises(DataError, match=r"is not the file that predictor\.json names"):
         vilu.load(tmp_path)
-    (tmp_path / "predictor.json").write_text('{"schema": 99}')
+    write_json(tmp_path / "predictor.json", {"schema": 99}, seal="fingerprint")
     with pytest.raises(ProvenanceError, match="schema 99"):
         vilu.load(tmp_path)
     (tmp_path / "predictor.json").write_text("[" * 10)

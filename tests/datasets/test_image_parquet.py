@@ -135,7 +135,6 @@ def test_parquet_labels_out_of_range(tmp_path, labels, message):
     "metadata",
     [
         {"class_names": "a,,b"},
-        {"class_names": "a,b,a"},
         {"class_names": b"caf\xe9"},
         {"huggingface": "{"},
         {"huggingface": "[]"},

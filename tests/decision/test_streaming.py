@@ -250,7 +250,7 @@ def test_another_run_is_refused_and_named(data: Embeddings, done: Path, head: vi
         (vilu.MCM(), data, {"rows_per_part": 5000}, "rows_per_part: 4096 .* against 8192"),
         (vilu.MCM(), data, {"split": "train"}, "split: 'test' .* against 'train'"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(ProvenanceError, match=said):
             score_parts(predictor, source, folder, **{**same, **changes})
     assert files_of(folder) == before
     (folder / "notes.txt").write_text("mine")

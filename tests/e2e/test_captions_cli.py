@@ -110,7 +110,7 @@ def test_a_second_run_of_everything_changes_nothing(work: Path) -> None:
         (("fit", "emb", "emb", "-o", "p"), 2, "add --pseudo"),
         (("fit", "emb", "-o", "p", "--pool-size", "8", "--shots", "2"), 2, "have no classes"),
         (("fit", "emb", "-o", "p", "--logit-scale", "100"), 2, "knows the logit scale"),
-        (("fit", "emb", "-o", "p", "--pool-size", "8", "--init", "emb"), 3, "no predictor here"),
+        (("fit", "emb", "-o", "p", "--pool-size", "8", "--init", "emb"), 2, "where a predictor should be"),
         (("embed", "{000..005}.tar", "-o", "other", "--backbone", "compact:64"), 2, "003.tar"),
         (("embed", "{000..002}.tar", "-o", "other", "--backbone", "compact:64", "--template", "a {}"), 2, "caption"),
         (("embed", "pipe:cat x.tar", "-o", "other", "--backbone", "compact:64"), 2, "pipe"),

@@ -208,7 +208,7 @@ def test_lists() -> None:
         (["fit", "{work}/train", "-o", "{work}/x", "--method", "vilo"], 2, "Did you mean 'vilu'"),
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epoch=3"], 2, "Did you mean 'epochs'"),
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epochs"], 2, "KEY=VALUE"),
-        (["fit", "{work}/train", "-o", "{work}/x", "--validation", "{work}/train"], 3, "240 rows are in both"),
+        (["fit", "{work}/train", "-o", "{work}/x", "--validation", "{work}/train"], 3, "240 of 240 validation rows"),
         (["fit", "{work}/nowhere", "-o", "{work}/x"], 2, "nowhere does not exist"),
         (["score", "{work}/nowhere", "{work}/test", "-o", "{work}/x.csv"], 2, "nowhere does not exist"),
         (["score", "{work}/vilu", "{work}/test", "-o", "{work}/x.txt"], 2, "parquet"),

@@ -63,7 +63,7 @@ def test_a_named_data_set_that_is_not_whole_is_an_error(root: Path, tmp_path: Pa
     done = run("datasets", "check", tmp_path, "dtd", code=3)
     assert "missing: images/banded/banded_0002.jpg" in done.stdout
     assert "Did you mean 'dtd'" in run("datasets", "check", root, "dtb", code=2).stderr
-    assert "is no folder" in run("datasets", "check", root / "nowhere", code=2).stderr
+    assert "does not exist" in run("datasets", "check", root / "nowhere", code=2).stderr
 
 
 @pytest.mark.slow

@@ -47,7 +47,8 @@ def import_all() -> None:
         importlib.import_module(name)
     from vilu.decision import score
 
-    score.SCORING_BATCH = inspect.unwrap(score.score_parts).__kwdefaults__["rows_per_part"] = 64  # several parts of few rows
+    defaults = inspect.unwrap(score.score_parts).__kwdefaults__
+    score.SCORING_BATCH = defaults["rows_per_part"] = 64  # several parts of few rows
 
 
 def child(request: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def test_a_parquet_file_cut_short(tmp_path: Path) -> None:
 def test_folders_and_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"none\.csv does not exist"):
         Outcomes.load(tmp_path / "none.csv")
-    with pytest.raises(StorageError, match=r"cannot write .*none"):
+    with pytest.raises(UsageError, match=r"cannot write .*none"):
         Outcomes([0.1], [0]).save(tmp_path / "none" / "a.csv")
 
 

@@ -174,8 +174,8 @@ def test_markdown_table() -> None:
 def test_names_from_files_cannot_break_the_layout() -> None:
     odd = ResultTable((replace(ROW, method="a|b\n\x1b[31mc", dataset="d\r\ne"),))
     assert "\x1b" not in str(odd)
-    assert str(odd).splitlines()[0].startswith("d  e test:")
-    assert r"| a\|b  [31mc |" in odd.to_markdown()
+    assert str(odd).splitlines()[0].startswith(r"d\r\ne test:")
+    assert r"| a\|b\n\x1b[31mc |" in odd.to_markdown()
 
 
 def test_columns_can_be_chosen() -> None:

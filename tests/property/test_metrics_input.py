@@ -89,7 +89,7 @@ def test_calibration_needs_probabilities(metric: Callable[..., float], probabili
     [
         (lambda u, f: metrics.fpr_at_tpr(u, f, 0.0), r"level .* in \(0, 1\]. Got 0.0"),
         (lambda u, f: metrics.fpr_at_tpr(u, f, 95), "Got 95"),
-        (lambda u, f: metrics.fpr_at_tpr(u, f, positive="error"), "'correct', 'failure'. Got 'error'"),
+        (lambda u, f: metrics.fpr_at_tpr(u, f, positive="error"), "'correct' or 'failure'. Got 'error'"),
         (lambda u, f: metrics.fpr_at_tpr(u, f, rule="linear"), "'interpolate', 'first', 'nearest'. Got 'linear'"),
         (lambda u, f: metrics.roc_curve_points(u, f, "error"), "Got 'error'"),
         (lambda u, f: metrics.aurc(u, f, "geifman"), "'mean' or 'trapezoid'. Got 'geifman'"),

@@ -100,6 +100,7 @@ def test_features_of_another_width_are_refused() -> None:
 
 @pytest.mark.parametrize("name", BANK)
 @pytest.mark.parametrize(("n_wrong", "d"), [(0, 64), (1, 768), (10, 64)])
+@pytest.mark.filterwarnings("ignore:.*its probabilities say little")
 def test_one_labelled_image_per_class(name: str, n_wrong: int, d: int) -> None:
     """Ten images, of which none, one or all are answered wrongly."""
     test, pool = clusters(40, 10, d, seed=2, spread=0.03), clusters(60, 10, d, spread=0.03)
@@ -112,6 +113,7 @@ def test_one_labelled_image_per_class(name: str, n_wrong: int, d: int) -> None:
     assert name == "knn_vote" or len(np.unique(scores)) > 1  # ten of ten neighbours vote the same for every image
 
 
+@pytest.mark.filterwarnings("ignore:.*its probabilities say little")
 @pytest.mark.filterwarnings("ignore:the largest cosine of a row")
 def test_one_labelled_image_at_all() -> None:
     train = in_memory(TRAIN, TRAIN.usable_rows[:1])

@@ -230,6 +230,7 @@ def test_other_candidates_than_the_training_classes(plus, test: Embeddings) -> N
         assert sum(row.attribution.parts.values()) == pytest.approx(g[row.row] - mean, abs=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*were used to fit")
 def test_captions_add_up_too() -> None:
     pairs = toy_pairs()
     for predictor in (vilu.ViLUPlus(), vilu.ViLU(mcm_input=True, **SETTINGS)):

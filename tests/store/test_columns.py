@@ -200,14 +200,14 @@ def test_documents_name_them(original):
 )
 def test_they_are_part_of_what_a_store_is(root, change, field):
     before = tree(root)
-    with pytest.raises(UsageError, match=f"{field}.*--overwrite"):
+    with pytest.raises(ProvenanceError, match=f"{field}.*--overwrite"):
         run(root, dtype="float32", **ALL | change)
     assert tree(root) == before
 
 
 def test_a_store_without_them_is_not_resumed_with_them(tmp_path):
     run(tmp_path / "s")
-    with pytest.raises(UsageError, match=r"views\.n was None and is now 2"):
+    with pytest.raises(ProvenanceError, match=r"views\.n was None and is now 2"):
         run(tmp_path / "s", views=2)
 
 

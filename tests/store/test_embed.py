@@ -248,7 +248,7 @@ def test_other_inputs_are_refused_and_nothing_is_touched(tmp_path, change, field
     (tmp_path / "s/receipts/00001.json").unlink()
     before = tree(tmp_path / "s")
     settings = {"data": dataset(23), "backbone": FakeBackbone()} | change
-    with pytest.raises(UsageError, match=f"{field} was .* and is now .*--overwrite"):
+    with pytest.raises(ProvenanceError, match=f"{field} was .* and is now .*--overwrite"):
         run(settings.pop("data"), tmp_path / "s", **settings)
     assert tree(tmp_path / "s") == before
 

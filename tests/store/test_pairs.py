@@ -186,7 +186,7 @@ def test_stores_of_classes_and_of_captions_are_told_apart(root, tmp_path):
 
 
 def test_an_unknown_fold(root):
-    with pytest.raises(UsageError, match=r"train, validation, test\. Got 'dev'"):
+    with pytest.raises(UsageError, match=r"'train', 'validation', 'test' or None\. Got 'dev'"):
         CaptionStore(root, fold="dev")
 
 

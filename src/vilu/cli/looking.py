@@ -166,7 +166,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
     Rows and labels that were given before are left out.
     """
     from vilu.files.disk import locked
-    from vilu.files.places import claim_file, inputs_of, write_said
+    from vilu.files.places import claim_file, inputs_of
     from vilu.progress import track
 
     new, late = scores or [], late_labels or []
@@ -188,8 +188,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
             task.advance(1, batches[-1]["verdict"])
         facts = {"predictor": str(predictor), "batches": batches, **watching.status.model_dump(mode="json")}
         document = {"kind": "monitoring", **facts}
-        if output is not None and not (there and _says(output, document)):
-            write_said(output, document, inputs)
+        if output is not None:
+            _write_report(output, document, inputs, there=there)
         if state is not None:  # last: rows that are in it are not taken in again
             watching.save(state)
     typer.echo(json.dumps(document, indent=2) if as_json else str(watching.status))
@@ -197,6 +197,15 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         raise typer.Exit(ALARM)
     if state is not None:
         next_step(f"next rows: {console.shell('vilu', 'monitor', predictor, 'SCORES', '--state', state)}")
+
+
+def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there: bool) -> None:
+    from vilu.files.places import write_said
+
+    if there and _says(output, document):
+        console.nothing_to_do(output)
+    else:
+        write_said(output, document, inputs)
 
 
 def _says(report: Path, document: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from vilu.datasets.known import open_known
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
 from vilu.errors import DataError, StorageError, UsageError, checked
+from vilu.files.disk import or_refuse
 
 DATASETS: Final[dict[str, str]] = {
     "folder": "DIR/CLASS/**/IMAGE, or DIR/SPLIT/CLASS/**/IMAGE with --split; a flat folder is unlabelled",
@@ -64,8 +65,9 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     if dataset is None:
         if raw_names:
             raise UsageError("--raw-names is of a data set of the catalogue. Name one with --dataset, or leave it out.")
-        if root is not None and not root.is_dir():
-            raise UsageError(f"--root must be a folder that holds the images. Got {root} instead.")
+        with or_refuse("look at the folder of the images"):
+            if root is not None and not root.is_dir():
+                raise UsageError(f"--root must be a folder that holds the images. Got {root} instead.")
         images = _open(source, Selection(split, classes, captions, dict(where or {}), root))
     elif captions or where or root:
         raise UsageError(f"--captions, --where and --root are of tables. {dataset} is none: leave them out.")

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
+from vilu.errors import DataError, ProvenanceError, StorageError, checked
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import Document, Model, digest, read_document, read_json, vouched
 from vilu.files.tables import parquet_bytes, read_column, read_table
@@ -81,7 +81,7 @@ class ScoreRun(ScoreDocument):
         mine, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
         differences = [f"{k}: {mine[k]!r} ({path}) against {theirs[k]!r} (now)" for k in mine if mine[k] != theirs[k]]
         if differences:
-            raise UsageError(
+            raise ProvenanceError(
                 f"{path} holds the scores of another run: {'; '.join(differences)}. "
                 "Give another folder, or --overwrite to replace it."
             )

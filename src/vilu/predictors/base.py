@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -26,7 +26,7 @@ from vilu.metrics.counts import real_vector, require_same_length
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
 from vilu.predictors.labelled import degenerate_rate, disjoint, trainable_rows, warn_few
-from vilu.predictors.nn.head import with_weights
+from vilu.predictors.nn.head import Graph, with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
 from vilu.predictors.parameters import check_parameters, get_params, is_no_estimator, set_params, shown
 from vilu.predictors.probability import Calibrator, fit_calibrator
@@ -490,18 +490,6 @@ class FailurePredictor(ABC):
         if not self.is_probability:
             return uncertainty
         return np.asarray(special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight())
-
-
-class Graph(nn.Module):
-    """A function of a batch as a module, with the network that it looks at, which then is part of the graph."""
-
-    def __init__(self, score: Callable[[Batch], Tensor], network: nn.Module | None = None) -> None:
-        super().__init__()
-        self.score, self.network = score, network
-
-    def forward(self, batch: Batch) -> Tensor:
-        """(N,)."""
-        return self.score(batch)
 
 
 def own_graph(predictor: FailurePredictor) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vilu.backbones.loading import why_refused
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, StorageError, checked
+from vilu.errors import DataError, StorageError, ViLUError, checked
 from vilu.extras import quiet
 from vilu.predictors.heads.head import HeadPredictor
 from vilu.predictors.heads.vilu import LVU, ViLU
@@ -42,6 +42,23 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
         DataError: If the file asks for anything else to be built, or its weights are not those of a known head.
     """
     weights = read_checkpoint(Path(path))
+    try:
+        return _head(weights, path, float(logit_scale), embed_dim)
+    except ViLUError:
+        raise
+    except DAMAGE as error:
+        raise DataError(f"{path} holds weights of no known head: {type(error).__name__}: {error}.") from error
+
+
+DAMAGE = (
+    *(pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, AssertionError, MemoryError),
+)
+"""What torch raises on files that are damaged, or made to harm, and what tensors of any shape lead to."""
+
+
+def _head(weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None) -> HeadPredictor:
+    """The predictor of these weights."""
     layers = [name.removesuffix(".weight") for name in weights if re.fullmatch(r"mlp\.\d+\.weight", name)]
     if not layers or any(f"{layer}.bias" not in weights for layer in layers):
         raise DataError(f"{path} holds no multilayer perceptron mlp.0, mlp.2, ... Found: {', '.join(weights)[:200]}.")
@@ -57,7 +74,7 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
     if parts != ["image"]:
         attention: Literal["official"] | None = None if projection is None else "official"
         predictor = ViLU(hidden=hidden, attention=attention, predicted_caption="caption" in parts)
-    predictor.space_ = EmbeddingSpace(dim, float(logit_scale))
+    predictor.space_ = EmbeddingSpace(dim, logit_scale)
     predictor.restore(renamed(weights, layers, parts))
     predictor.notes_ = {"converted_from": "a checkpoint of the reference implementation"}
     return predictor
@@ -101,7 +118,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} does not exist.") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}.") from error
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError) as error:
+    except DAMAGE as error:
         raise DataError(f"{path} is refused, nothing in it was executed: {why_refused(error)}.") from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict):

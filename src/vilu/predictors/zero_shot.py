@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, log_posterior
-from vilu.predictors.base import FailurePredictor, Graph, own_graph
+from vilu.predictors.base import FailurePredictor, own_graph
+from vilu.predictors.nn.head import Graph
 
 LOGITS = frozenset({"logits"})
 

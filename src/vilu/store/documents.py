@@ -18,7 +18,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import fill_templates, prompt_texts
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import UsageError
+from vilu.errors import ProvenanceError
 from vilu.files.documents import Document, Model, digest
 from vilu.store.ledger import AnyReceipt, Count, FileInfo
 
@@ -174,7 +174,7 @@ class Inputs(StoreDocument):
             if mine.get(name) != theirs.get(name)
         ]
         if differences:
-            raise UsageError(
+            raise ProvenanceError(
                 f"{store} was embedded from other inputs: {'; '.join(differences)}. "
                 "Nothing was changed. Give another output folder, or --overwrite to replace this one."
             )

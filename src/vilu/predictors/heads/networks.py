@@ -18,8 +18,9 @@ from torch.nn import functional
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.predictors.base import FailurePredictor, Graph, Learnt, own_graph
+from vilu.predictors.base import FailurePredictor, Learnt, own_graph
 from vilu.predictors.heads.head import Count, NonNegative, Positive
+from vilu.predictors.nn.head import Graph
 from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
 
 

@@ -286,3 +286,15 @@ def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> n
         raise DataError(f"the weights do not fit a {method} with these parameters; they differ in {differing}.")
     network.load_state_dict(state)
     return network.eval()
+
+
+class Graph(nn.Module):
+    """A function of a batch as a module, with the network that it looks at, which then is part of the graph."""
+
+    def __init__(self, score: Callable[[Batch], Tensor], network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.score, self.network = score, network
+
+    def forward(self, batch: Batch) -> Tensor:
+        """(N,)."""
+        return self.score(batch)
