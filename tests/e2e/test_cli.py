@@ -174,7 +174,7 @@ def test_columns_for_the_methods_that_need_them(work: Path) -> None:
     assert "features 1280, views 2, prompts 8" in run("inspect", work / "test-columns", "--deep").stdout
     done = run("fit", work / "train", "-o", work / "x", "--method", "tta", code=3)
     assert "tta needs the column 'views'. Make it with `vilu embed --views 8`" in done.stderr
-    done = run(*embed, "--split", "test", "-o", work / "test-columns", code=2)
+    done = run(*embed, "--split", "test", "-o", work / "test-columns", code=6)
     assert "views.n was 2 and is now None" in done.stderr
 
 
@@ -218,7 +218,7 @@ def test_lists() -> None:
         (["embed", "{photos}", "-o", "{work}/x", "--backbone", "compakt"], 2, "Did you mean 'compact'"),
         (["embed", "{photos}", "-o", "{work}/x", "--split", "dev"], 2, "dev"),
         (["embed", "{photos}", "-o", "{work}/x", "--backbone", "open_clip:ViT-B-32/laion2b_s34b_b79k"], 5, "ViT-B-32"),
-        (["embed", "{photos}", "-o", "{work}/test", "--backbone", "compact:96"], 2, "compact:64"),
+        (["embed", "{photos}", "-o", "{work}/test", "--backbone", "compact:96"], 6, "compact:64"),
         (["convert", "{work}/nowhere.ckpt", "-o", "{work}/x"], 2, "does not exist"),
     ],
 )

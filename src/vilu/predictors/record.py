@@ -96,21 +96,26 @@ def _fit(record: dict[str, Any]) -> dict[str, Any]:
 
 def fit_of(path: Path) -> dict[str, Any] | None:
     """What a ``predictor.json`` says but for its calibration; None where it is damaged or absent."""
+    if not path.is_file():
+        return None
     try:
-        return _fit(parse_json(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):
+        with or_refuse(f"read {path}"):
+            return _fit(parse_json(path.read_bytes()))
+    except (ValueError, RecursionError):
         return None
 
 
 def is_ours(path: Path) -> bool:
     """Whether a file is one of a predictor's: by its name and what it says, or damaged beside one that says it."""
-    beside = (path.with_name(name) for name in (PREDICTOR, WEIGHTS))
+    if not path.is_file():
+        return False
+    beside = (path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file())
     return _says_ours(path) or (path.name in {PREDICTOR, WEIGHTS, RISK, ROWS} and any(map(_says_ours, beside)))
 
 
 def _says_ours(path: Path) -> bool:
     try:
-        with path.open("rb") as handle:
+        with or_refuse(f"read {path}"), path.open("rb") as handle:
             if path.name == WEIGHTS:
                 names = parse_json(handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES)))
                 return all(name in {*SEEN_BY.values(), "__metadata__"} or name.startswith("state.") for name in names)
@@ -120,7 +125,7 @@ def _says_ours(path: Path) -> bool:
                 return {"method", "weights_sha256"} <= parse_json(handle.read(MAX_DOCUMENT_BYTES)).keys()
             if path.name == RISK:
                 return parse_json(handle.read(MAX_DOCUMENT_BYTES)).get("kind") == "risk"
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return False
     return path.name == ROWS and (made(path) or [""])[0] == "scores"
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 
 from pydantic import Field
 
-from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
+from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files.disk import LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
 from vilu.files.documents import Document, Model, digest, parse_json, read_bounded, read_document
 from vilu.files.places import claim_folder, entries, require_no_others
@@ -99,7 +99,10 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     def check_place(cls, root: Path, *, overwrite: bool = False) -> None:
         """Refuse a folder with anything but a run of this kind; to be overwritten, also one with more than that."""
-        claim_folder(root, cls.what, lambda _: False, same=cls.has_begun(root))
+        begun = cls.has_begun(root)
+        if not begun and (root / RUN).is_file():
+            raise UsageError(f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder.")
+        claim_folder(root, cls.what, lambda _: False, same=begun)
         if overwrite and root.is_dir():
             require_no_others(root, cls.what, cls._others(root))
 
