@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.files.disk import MANIFEST, RUN, file_hash, or_refuse
@@ -170,9 +170,11 @@ def inputs_of(*paths: Path, **settings: object) -> str:
 
 
 def content_of(path: Path) -> object:
-    """Hash of a file; of a folder of ours what the documents that vouch for it say, of another its listing."""
+    """Hash of a file, of a table of ours its digest; of a folder what vouches for it, else its listing."""
     if path.is_file():
-        return file_hash(path)
+        with or_refuse(f"read {path}"):
+            said = _metadata(path) if path.suffix.lower() == ".parquet" else None
+        return (said or {}).get(SEAL) or file_hash(path)
     documents = ["predictor.json", "risk.json", RUN, MANIFEST]
     found = [[name, _said(path / name)] for name in documents if (path / name).is_file()]
     if found:
@@ -204,12 +206,18 @@ def _made_of_json(path: Path) -> Made | None:
 
 
 def _made_of_parquet(path: Path) -> Made | None:
+    said = _metadata(path)
+    return None if said is None else _made_of(said)
+
+
+def _metadata(path: Path) -> dict[str, Any] | None:
+    """What a table of ours says of itself; None of any other."""
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
         said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
-        return None if said is None else _made_of(parse_json(said))
+        return None if said is None else parse_json(said)
     except (pa.ArrowException, ValueError, RecursionError):
         return None
 
