@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from vilu.errors import DataError, StorageError
+from vilu.errors import DataError, StorageError, ViLUError
 from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse
 from vilu.files.documents import digest, log, read_json, read_log, write_json
+from vilu.files.places import content_of
 from vilu.files.tables import read_table, table_digest, write_table
 
 
@@ -335,3 +336,21 @@ def test_any_change_of_what_a_document_says_is_seen(tmp_path: Path) -> None:
             read_json(tmp_path / "a.json", "Make it again")
     (tmp_path / "a.json").write_text(whole.replace("\n", "").replace("2.5", "2.50"))
     assert read_json(tmp_path / "a.json", "Make it again") == {"a": [1, 2.5, None], "b": {"c": "x"}}
+
+
+def test_a_table_is_one_input_while_it_says_the_same(tmp_path: Path) -> None:
+    """A flip in the copy of the metadata that Arrow keeps changes no number, so no output is of other inputs."""
+    path = tmp_path / "a.parquet"
+    write_table(path, columns(), {"kind": "outcomes"})
+    content, said = path.read_bytes(), content_of(path)
+    seen = {"same": 0, "damaged": 0}
+    for place in range(len(content) - 1200, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            read_table(path, ())
+        except ViLUError:
+            seen["damaged"] += 1
+        else:
+            seen["same"] += 1
+            assert content_of(path) == said, place
+    assert min(seen.values()) > 10

@@ -216,7 +216,7 @@ def _metadata(path: Path) -> dict[str, Any] | None:
     import pyarrow.parquet
 
     try:
-        said = (pyarrow.parquet.read_schema(path).metadata or {}).get(METADATA_KEY)
+        said = (pyarrow.parquet.read_metadata(path).metadata or {}).get(METADATA_KEY)
         return None if said is None else parse_json(said)
     except (pa.ArrowException, ValueError, RecursionError):
         return None
