@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import struct
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,12 @@ from torch import Tensor
 from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, quiet, setting
 from vilu.files.documents import digest
+
+UNREADABLE = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError),
+    *(ArithmeticError, AssertionError, EOFError, MemoryError, struct.error),
+)
+"""What foreign code raises on foreign files that are damaged, or made to harm."""
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]
 DISTINCT = 5
@@ -112,7 +119,7 @@ def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
         raise StorageError(
             f"the weights of {name} are damaged or more than plain tensors: {why}. Download them again."
         ) from error
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:  # foreign code, foreign files
+    except UNREADABLE as error:
         raise ProvenanceError(f"the files of {name} do not make a model together: {_brief(error)}.") from error
 
 

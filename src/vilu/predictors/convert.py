@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vilu.backbones.loading import why_refused
+from vilu.backbones.loading import UNREADABLE, why_refused
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, StorageError, ViLUError, checked
@@ -50,11 +50,8 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
         raise DataError(f"{path} holds weights of no known head: {type(error).__name__}: {error}.") from error
 
 
-DAMAGE = (
-    *(pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, AssertionError, MemoryError),
-)
-"""What torch raises on files that are damaged, or made to harm, and what tensors of any shape lead to."""
+DAMAGE = (*UNREADABLE, ImportError, pickle.UnpicklingError)
+"""What torch raises on such files, and what tensors of any shape lead to."""
 
 
 def _head(weights: dict[str, Tensor], path: str | Path, logit_scale: float, embed_dim: int | None) -> HeadPredictor:
