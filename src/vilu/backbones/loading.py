@@ -20,10 +20,7 @@ from vilu.errors import MissingModelError, ProvenanceError, StorageError, UsageE
 from vilu.extras import hub_reachable, quiet, setting
 from vilu.files.documents import digest
 
-UNREADABLE = (
-    *(RuntimeError, ValueError, TypeError, AttributeError, LookupError),
-    *(ArithmeticError, AssertionError, EOFError, MemoryError, struct.error),
-)
+UNREADABLE = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, EOFError, struct.error)
 """What foreign code raises on foreign files that are damaged, or made to harm."""
 
 PROBES = ["a photo of a dog.", "MiXed Case, ümläuts & 2,048 signs?!"]

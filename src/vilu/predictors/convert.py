@@ -50,7 +50,7 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
         raise DataError(f"{path} holds weights of no known head: {type(error).__name__}: {error}.") from error
 
 
-DAMAGE = (*UNREADABLE, ImportError, pickle.UnpicklingError)
+DAMAGE = (*UNREADABLE, ArithmeticError, AssertionError, ImportError, MemoryError, pickle.UnpicklingError)
 """What torch raises on such files, and what tensors of any shape lead to."""
 
 
