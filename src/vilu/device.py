@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import TypeVar
 
@@ -55,13 +55,13 @@ def as_usual() -> Iterator[None]:
             torch.set_default_dtype(dtype)
 
 
-def each_as_usual(items: Iterator[Item]) -> Iterator[Item]:
+def each_as_usual(items: Generator[Item, None, None]) -> Iterator[Item]:
     """The items of a generator, each made in a block ``as_usual``; between them the caller's settings hold."""
-    nothing = object()
-    with closing(items):  # type: ignore[type-var]
+    with closing(items):
         while True:
             with as_usual():
-                item = next(items, nothing)
-            if item is nothing:
-                return
-            yield item  # type: ignore[misc]
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item

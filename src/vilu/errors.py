@@ -118,6 +118,7 @@ C = TypeVar("C", bound=type)
 
 def checked_fields(cls: C) -> C:
     """A dataclass whose constructor is ``checked``."""
+    # mypy has no type for the constructor of any class, of which this one is replaced on purpose, as dataclass does
     cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
     return cls
 

@@ -261,6 +261,7 @@ def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, o
         metadata = parse_json(content or b"")
         seal = metadata.pop(SEAL, None)
         right = not marked if seal is None else seal == table_digest(table, metadata)
+    # pyarrow raises NotImplementedError on types of columns that a flipped bit has made: raised again, as damage
     except (ValueError, NotImplementedError, RecursionError) as error:
         raise DataError(f"{path} is damaged: its metadata are not JSON of ours ({error}). Make it again.") from error
     if not right:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -325,7 +325,9 @@ class FailurePredictor(ABC):
         """
         return each_as_usual(self._scored(data, rows))
 
-    def _scored(self, data: EmbeddingSource, rows: Tensor | None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+    def _scored(
+        self, data: EmbeddingSource, rows: Tensor | None
+    ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
         self._check_ready(data)
         device = self.device_
         for found in data.batches(SCORING_BATCH, rows=rows, columns=self.columns_to_score):
