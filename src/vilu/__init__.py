@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vilu.embeddings.memory import PairEmbeddings as PairEmbeddings
     from vilu.embeddings.pairs import Pools as Pools
     from vilu.embeddings.pairs import PseudoCaptions as PseudoCaptions
+    from vilu.embeddings.source import OUTSIDE as OUTSIDE
     from vilu.embeddings.source import Batch as Batch
     from vilu.embeddings.source import EmbeddingSource as EmbeddingSource
     from vilu.embeddings.space import EmbeddingSpace as EmbeddingSpace
@@ -61,7 +62,7 @@ _NAMES = {
     "vilu.decision.score_folder": "ScoreFolder",
     "vilu.embeddings.memory": "Embeddings PairEmbeddings",
     "vilu.embeddings.pairs": "Pools PseudoCaptions",
-    "vilu.embeddings.source": "Batch EmbeddingSource",
+    "vilu.embeddings.source": "OUTSIDE Batch EmbeddingSource",
     "vilu.embeddings.space": "EmbeddingSpace",
     "vilu.outcomes.evaluate": "compare evaluate",
     "vilu.outcomes.outcomes": "Outcomes",

@@ -207,7 +207,7 @@ def outcomes(calls: dict[str, Call], odd_values: list[object]) -> Iterator[tuple
 
 
 NOT_CALLED = {
-    *("__version__", "metrics", "PREDICTORS", "FailurePredictor", "EmbeddingSource"),  # no calls
+    *("__version__", "metrics", "OUTSIDE", "PREDICTORS", "FailurePredictor", "EmbeddingSource"),  # no calls
     *("LVU", "MCM", "Doctor", "Entropy", "Margin", "MaxLogit", "ViLU", "ViLUPlus"),  # parameters: the test below
     "Batch",  # made once a batch from what has been checked
     "Selector",  # a document: built by ``calibrate`` or read, and pydantic's ValidationError names the field

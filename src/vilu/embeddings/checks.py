@@ -118,21 +118,22 @@ def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:
     return rows
 
 
-def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int) -> Tensor:
-    """(N,) int64 targets in -1 ... K-1; None means that none is known."""
+def check_targets(values: ArrayLike | Tensor | None, n_rows: int, n_candidates: int) -> tuple[Tensor, Tensor]:
+    """(N,) int64 targets in -1 ... K-1, and (N,) bool which were -2, none of the classes; None: nothing is known."""
     if values is None:
-        return torch.full((n_rows,), -1, dtype=torch.int64)
+        return torch.full((n_rows,), -1, dtype=torch.int64), torch.zeros(n_rows, dtype=torch.bool)
     array = as_array(values, "target")
     if array.shape != (n_rows,):
         raise DataError(f"target must have one entry per image row ({n_rows}). Got shape {array.shape} instead.")
     if array.size and array.dtype.kind not in "iu":
         raise DataError(f"target must hold whole numbers (rows of text). Got dtype {array.dtype} instead.")
-    if array.size and (array.min() < -1 or array.max() >= n_candidates):
+    if array.size and (array.min() < -2 or array.max() >= n_candidates):
         raise DataError(
-            f"target must be a row of text, 0 to {n_candidates - 1}, or -1 where unknown. "
+            f"target must be a row of text, 0 to {n_candidates - 1}, -1 where unknown, or -2 for none of them. "
             f"Got values from {array.min()} to {array.max()} instead."
         )
-    return torch.from_numpy(array.astype(np.int64))
+    target = torch.from_numpy(array.astype(np.int64))
+    return target.clamp(min=-1), target == -2
 
 
 def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:

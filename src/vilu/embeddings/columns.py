@@ -26,6 +26,7 @@ TEXT_COLUMNS = {
 MODEL_COLUMNS = {
     "image_projection": (2, "(D, F) last linear map of the VLM's image encoder"),
     "text_projection": (2, "(D, F) last linear map of the VLM's text encoder"),
+    "negatives": (2, "(M, D) unit-norm embeddings of everyday words, none of which need be a class"),
 }
 """Of the model as a whole."""
 
@@ -35,6 +36,7 @@ HOW = {
     "features": "vilu embed --features",
     "views": "vilu embed --views 8",
     "prompts": "vilu embed --prompts ensemble",
+    "negatives": "vilu embed --negatives",
     **dict.fromkeys(("text_features", "image_projection", "text_projection"), "vilu embed --features"),
 }
 """The command that makes a column."""

@@ -27,7 +27,8 @@ class Embeddings(EmbeddingSource):
     Args:
         image: (N, D) image embeddings, numpy or torch, any float dtype.
         text: (K, D) embeddings of the candidates.
-        target: (N,) integer rows of ``text``, -1 where unknown; None when no label is known.
+        target: (N,) integer rows of ``text``, -1 where unknown, -2 (``vilu.OUTSIDE``) for pictures of none of the
+            classes; None when no label is known.
         logit_scale: Multiplier of the cosine.
         logit_bias: Added to every logit.
         class_names: K names.
@@ -75,7 +76,7 @@ class Embeddings(EmbeddingSource):
                 raise DataError(
                     f"image and text must share one width. Got {self.space.embed_dim}, but {name} has {rows.shape[1]}."
                 )
-        self.target = check_targets(target, len(self.image), len(self.text))
+        self.target, self.outside = check_targets(target, len(self.image), len(self.text))
         self.class_names = check_class_names(class_names, len(self.text))
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(columns, len(self.image), len(self.text))

@@ -24,6 +24,9 @@ from vilu.errors import DataError, UsageError, checked
 UNKNOWN = -1
 """Target of a row whose label is not known, and its failure."""
 
+OUTSIDE = -2
+"""Target, where data come in, of a picture of none of the classes; inside, the Boolean ``outside`` says so."""
+
 HASHED_ROWS = 2**14
 """Rows whose embeddings are hashed together."""
 
@@ -67,6 +70,7 @@ class Batch:
         logit_bias: Added to every logit.
         columns: What else was asked for, by name (``vilu.embeddings.columns``).
         same: As in ``Candidates``.
+        outside: (B,) bool, which rows are of none of the candidates, so that any answer is wrong; None: no row is.
     """
 
     image: Tensor
@@ -77,6 +81,7 @@ class Batch:
     logit_bias: float = 0.0
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     same: Tensor | None = None
+    outside: Tensor | None = None
 
     @cached_property
     def logits(self) -> Tensor:
@@ -103,11 +108,12 @@ class Batch:
 
     @cached_property
     def failure(self) -> Tensor:
-        """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where the target is unknown."""
+        """(B,) int64: 1 where the answer is wrong, 0 where it is right, -1 where that is unknown."""
         answer, right = self.prediction, self.target.clamp(min=0)
         if self.same is not None:
             answer, right = self.same[answer], self.same[right]
-        return torch.where(self.target != UNKNOWN, (answer != right).long(), UNKNOWN)
+        failure = torch.where(self.target != UNKNOWN, (answer != right).long(), UNKNOWN)
+        return failure if self.outside is None else failure.masked_fill(self.outside, 1)
 
     @property
     def target_log_probability(self) -> Tensor:
@@ -134,16 +140,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        tensors = {name: getattr(self, name) for name in ("image", "text", "target", "index", "same")}
+        tensors = {name: getattr(self, name) for name in ("image", "text", "target", "index", "same", "outside")}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
         return replace(self, **moved, columns=columns)
 
-    def rows(self, part: slice) -> Batch:
-        """Some of the rows against all candidates."""
+    def rows(self, part: slice | Tensor) -> Batch:
+        """Some of the rows, by a slice or their places, against all candidates."""
         columns = {name: rows[part] if name in IMAGE_COLUMNS else rows for name, rows in self.columns.items()}
         own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
-        return replace(self, **own, columns=columns)
+        outside = None if self.outside is None else self.outside[part]
+        return replace(self, **own, columns=columns, outside=outside)
 
 
 class EmbeddingSource(ABC):
@@ -229,6 +236,11 @@ class EmbeddingSource(ABC):
         return np.full(len(self), VALID, dtype=np.uint8)
 
     @cached_property
+    def outside(self) -> Tensor:
+        """(N,) bool, which rows are known to be of none of the candidates; their target is -1, their answer wrong."""
+        return torch.zeros(1, dtype=torch.bool).expand(len(self))
+
+    @cached_property
     def usable_rows(self) -> Tensor:
         """(M,) int64 positions of the usable rows, in the order in which they are scored (and make pools)."""
         return torch.from_numpy(np.flatnonzero(self.status == VALID))
@@ -311,7 +323,8 @@ class EmbeddingSource(ABC):
         members = index if found.members is None else found.members
         more = {name: self.column(name, index if name in IMAGE_COLUMNS else members) for name in columns}
         scale, bias = self.space.logit_scale, self.space.logit_bias
-        return Batch(self.image_rows(index), found.text, found.target, index, scale, bias, more, found.same)
+        image, outside = self.image_rows(index), self.outside[index]
+        return Batch(image, found.text, found.target, index, scale, bias, more, found.same, outside)
 
 
 @cache
@@ -352,6 +365,7 @@ class Taken(EmbeddingSource):
         self._source, self._rows, self._classes = source, rows, classes
         self.space, self.class_names, self.columns = source.space, source.class_names, columns
         self.target, self.status = source.target[rows], source.status[rows.numpy()]
+        self.outside = source.outside[rows]
         self.text = source.candidates(rows[:0]).text
         self.ids = RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else TakenIds(source.ids, rows)
         if classes is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
@@ -17,15 +18,14 @@ from torch import Tensor, nn
 
 from vilu.device import as_usual, each_as_usual, resolve_device
 from vilu.embeddings.columns import HOW
-from vilu.embeddings.similarity import nearest
-from vilu.embeddings.source import SAME_TEXT, UNKNOWN, Batch, EmbeddingSource
+from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError, checked
+from vilu.errors import DataError, NotFittedError, UsageError, checked
 from vilu.metrics.counts import real_vector, require_same_length
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
-from vilu.predictors.labelled import degenerate_rate, disjoint, trainable_rows, warn_few
+from vilu.predictors.labelled import Needs, degenerate_rate, disjoint, require_comparable, trainable_rows, warn_few
 from vilu.predictors.nn.head import Graph, with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
 from vilu.predictors.parameters import check_parameters, get_params, is_no_estimator, set_params, shown
@@ -87,7 +87,9 @@ class FailurePredictor(ABC):
         learns_failure: Whether it learns to tell failures from successes, so that it needs both.
         looks_at: What its score is a function of, {"logits"} or {"image"}; nothing where it is more than one of them.
         tensors: Names of the saved tensors, beside those of its ``module``.
-        needs_fit: Whether scores need labels first: whether it has a ``_learn``.
+        needs_fit: Whether it has to be fitted first: whether it has a ``_learn``.
+        needs_labels: Whether a fit needs labelled rows; without, it takes every usable row, labelled or not.
+        uses_unlabelled: Whether a fit can also learn from rows without labels (``Rows.unlabelled``).
         learned_: The saved tensors by name, without those of the network.
         network_: The ``module`` with its weights, ready to score; None without.
         space_: Embedding space of the training data; None when never fitted.
@@ -110,6 +112,8 @@ class FailurePredictor(ABC):
     looks_at: ClassVar[frozenset[str]] = frozenset()
     tensors: ClassVar[tuple[str, ...]] = ()
     needs_fit: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = True
+    uses_unlabelled: ClassVar[bool] = False
 
     learned_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     network_: nn.Module | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -197,16 +201,25 @@ class FailurePredictor(ABC):
 
     @checked
     @as_usual()
-    def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
-        """Learn from labelled embeddings; a score that needs no labels only remembers the space.
+    def fit(
+        self,
+        train: EmbeddingSource,
+        validation: EmbeddingSource | None = None,
+        *,
+        unlabelled: EmbeddingSource | None = None,
+    ) -> Self:
+        """Learn from embeddings, labelled ones unless ``needs_labels`` is false; others only remember the space.
 
         Args:
-            train: Rows to learn from. Rows without label are left out with a warning.
+            train: Rows to learn from. Where labels are needed, rows without are left out with a warning, and by methods
+                that learn classes, not failures, those of none of the classes.
             validation: Rows to select on. Few may be training rows, too (1 %); these are left out with a warning.
                 Where the method selects something and gets none, it holds out a part of ``train``.
+            unlabelled: More rows against the same candidates, no label of which is looked at (``uses_unlabelled``).
 
         Raises:
-            UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
+            UsageError: If a hyper-parameter is out of range, the method does not work on image-caption pairs, or it
+                cannot use unlabelled rows.
             DataError: If nothing can be learned from the rows: empty, one candidate, over 1 % unusable rows, no labels;
                 or if the two sets have more rows in common, or lack a column that the method needs.
             ProvenanceError: If the two sets come from different embedding spaces.
@@ -215,19 +228,28 @@ class FailurePredictor(ABC):
             check_parameters(self)
         columns = self.columns_to_fit(train)
         self._check_source(train, columns)
+        if unlabelled is not None:
+            if not self.uses_unlabelled:
+                raise UsageError(f"{self.name} learns nothing from rows without labels. Leave them out.")
+            self._check_source(unlabelled, columns)
+            require_comparable(train, unlabelled)
         if self.needs_fit:
-            self._fit_rows(train, validation, columns)
+            self._fit_rows(Rows(train, train.usable_rows, columns, unlabelled), validation)
         self.space_, self.calibrator_ = train.space, None
         return self
 
-    def _fit_rows(self, train: EmbeddingSource, validation: EmbeddingSource | None, columns: tuple[str, ...]) -> None:
-        validation = None if validation is None else disjoint(train, validation)
-        rows, failure = trainable_rows(train, "training")
-        found = self.learn(Rows(train, rows, columns), failure, validation)
-        self.take(found.tensors, train.space)
-        self.seen_ = sketch(train) if validation is None else join(sketch(train), sketch(validation))
-        self.similarity_ = similarity_range(train)
-        self.notes_ = {"n_train": len(failure), "n_failures": int(failure.sum()), **candidates_of(train), **found.notes}
+    def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
+        source = train.source
+        validation = None if validation is None else disjoint(source, validation)
+        needs: Needs = "nothing" if not self.needs_labels else "failure" if self.learns_failure else "class"
+        rows, failure = trainable_rows(source, "training", needs)
+        found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
+        self.take(found.tensors, source.space)
+        used = (source, validation, train.unlabelled)
+        self.seen_ = reduce(join, [sketch(one) for one in used if one is not None])
+        self.similarity_ = similarity_range(source)
+        n_failures = int((failure == 1).sum())
+        self.notes_ = {"n_train": len(failure), "n_failures": n_failures, **candidates_of(source), **found.notes}
 
     def learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None) -> Learnt:
         """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""
@@ -373,22 +395,6 @@ class FailurePredictor(ABC):
         """A learned tensor where the batch is."""
         return self.learned_[name].to(device)
 
-    def classes_of(self, text: Tensor) -> Tensor:
-        """(K,) position of every candidate (K, D) among the learned ``classes``, found by the text's embedding.
-
-        Raises:
-            ProvenanceError: If a candidate is none of the fitted classes, or two are the same one.
-        """
-        cosine, match = nearest(text, self.tensor(CLASSES, text.device))
-        unknown = int((cosine < SAME_TEXT).sum())
-        if unknown or len(match.unique()) < len(match):
-            raise ProvenanceError(
-                f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. Of the "
-                f"{len(text)} candidates here {unknown} are others. Fit it on these classes, or take a method that "
-                "works on any (see `vilu list predictors`)."
-            )
-        return match
-
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
         """Which ``rows`` (M,), by default all, were used to fit, as far as known: of more than 16,384 a sample is."""
         by = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
@@ -442,11 +448,7 @@ class FailurePredictor(ABC):
         return self.calibrator_(self._calibration_score(real_vector(uncertainty, "uncertainty")))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """As ``failure_probability`` before ``calibrate``.
-
-        Raises:
-            UsageError: If the uncertainty of this method is a score without a scale.
-        """
+        """As ``failure_probability`` before ``calibrate``."""
         if not self.is_probability:
             raise UsageError(
                 f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
@@ -457,10 +459,7 @@ class FailurePredictor(ABC):
     @checked
     @as_usual()
     def calibrate(self, calibration: EmbeddingSource) -> Self:
-        """Learn the probability of failure on labelled rows that were not used to fit. Uncertainties stay as they are.
-
-        Warns:
-            If rows were used to fit; they are left out.
+        """Learn the probability of failure on labelled rows; those used to fit are left out, with a warning.
 
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known failure.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError
 from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
-from vilu.predictors.rows import overlap
+from vilu.predictors.rows import candidates_of, overlap, same_candidates
 
 MAX_UNUSABLE = 0.01
 FEW = 20
@@ -35,8 +36,23 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
     return validation.without(~common.others(validation, "validation rows", "are in the training set, too", blind))
 
 
-def trainable_rows(source: EmbeddingSource, role: str) -> tuple[Tensor, Tensor]:
-    """Positions (M,) of usable labelled rows, and their failures (M,) in {0, 1}."""
+def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
+    """Refuse unlabelled rows of another space, or against other candidates than the training set's."""
+    train.space.require_match(unlabelled.space, mine="the training set", theirs="the unlabelled rows")
+    mine, theirs = candidates_of(train), candidates_of(unlabelled)
+    if {"pool_size"} & (mine.keys() | theirs.keys()) or not same_candidates(mine, theirs):
+        raise DataError("unlabelled rows must have the candidates of the training set, in their order.")
+
+
+Needs = Literal["failure", "class", "nothing"]
+"""What a fit must know of a row: whether its answer is wrong, which class it is of, or nothing."""
+
+
+def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -> tuple[Tensor, Tensor]:
+    """Positions (M,) of usable rows of which the needed is known, and their failures (M,), -1 only if that is nothing.
+
+    Rows of none of the classes have a failure and no class.
+    """
     if not len(source):
         raise DataError(f"the {role} set is empty.")
     if source.n_candidates < 2:
@@ -49,13 +65,19 @@ def trainable_rows(source: EmbeddingSource, role: str) -> tuple[Tensor, Tensor]:
             "Embed them again."
         )
     rows, failure = with_failures(source.batches(SCORING_BATCH))
-    known = failure != UNKNOWN
+    if needs == "nothing":
+        return rows, failure
+    outside = source.outside[rows]
+    known = (failure != UNKNOWN) & ~outside if needs == "class" else failure != UNKNOWN
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
     left_out = len(source) - short - int(known.sum())
     if left_out:
+        strangers = int(outside.sum()) if needs == "class" else 0
+        of_none = f", {strangers} of none of the classes" if strangers else ""
         warnings.warn(
-            f"{left_out} of {len(source)} {role} rows are left out ({unusable} unusable, the rest without label).",
+            f"{left_out} of {len(source)} {role} rows are left out ({unusable} unusable{of_none}, the rest without "
+            "label).",
             stacklevel=6,
         )
     return rows[known], failure[known]
@@ -105,7 +127,7 @@ def fit_and_selection(
     """Rows to fit on and rows to select on, held out where there is no validation set; None: it would be blind."""
     rows, columns = train.index, train.columns
     if validation is not None:
-        held_out, held_failure = trainable_rows(validation, "validation")
+        held_out, held_failure = trainable_rows(validation, "validation", "failure")
         chosen = Rows(validation, held_out, columns)
     else:
         generator = torch.Generator().manual_seed(seed)

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.embeddings.similarity import float64, nearest
+from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource, log_posterior
 from vilu.errors import ProvenanceError
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
@@ -30,6 +30,22 @@ class ClosedSet(FailurePredictor):
 
     seed: int = 0
     device: str = "auto"
+
+    def classes_of(self, text: Tensor) -> Tensor:
+        """(K,) position of every candidate (K, D) among the learned ``classes``, found by the text's embedding.
+
+        Raises:
+            ProvenanceError: If a candidate is none of the fitted classes, or two are the same one.
+        """
+        cosine, match = nearest(text, self.tensor(CLASSES, text.device))
+        unknown = int((cosine < SAME_TEXT).sum())
+        if unknown or len(match.unique()) < len(match):
+            raise ProvenanceError(
+                f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. Of the "
+                f"{len(text)} candidates here {unknown} are others. Fit it on these classes, or take a method that "
+                "works on any (see `vilu list predictors`)."
+            )
+        return match
 
     def answer_of(self, batch: Batch) -> Tensor:
         """(B,) zero-shot answers among the learned classes."""

@@ -85,12 +85,18 @@ class HeadPredictor(FailurePredictor):
         """A key of ``LOSSES``."""
 
     @checked
-    def fit(self, train: EmbeddingSource, validation: EmbeddingSource | None = None) -> Self:
+    def fit(
+        self,
+        train: EmbeddingSource,
+        validation: EmbeddingSource | None = None,
+        *,
+        unlabelled: EmbeddingSource | None = None,
+    ) -> Self:
         """As ``FailurePredictor.fit``, from the weights of another fit where there are some to start from."""
         start = self.start_
         if start is not None and start.space_ is not None:
             start.space_.require_match(train.space, mine=f"the fitted {self.name} to start from", theirs="the data")
-        super().fit(train, validation)
+        super().fit(train, validation, unlabelled=unlabelled)
         if start is not None:
             self.seen_ = join(self.seen_, start.seen_)
         if self.constant_ is not None:

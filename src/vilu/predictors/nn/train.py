@@ -66,11 +66,12 @@ SCORING_BATCH = 4_096
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a source, and the columns that their batches bring along."""
+    """Some rows of a source, the columns that their batches bring along, and rows of the same kind without labels."""
 
     source: EmbeddingSource
     index: Tensor
     columns: tuple[str, ...] = ()
+    unlabelled: EmbeddingSource | None = None
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""

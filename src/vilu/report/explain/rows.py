@@ -5,7 +5,6 @@ Captions are matched in pools, so a row of them is looked at with the rest of it
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
-from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError
@@ -53,9 +51,7 @@ def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
 
 def select(batch: Batch, places: Tensor) -> Batch:
     """The rows at some places of a batch, with their zero-shot answers, against all of its candidates."""
-    columns = {name: rows[places] if name in IMAGE_COLUMNS else rows for name, rows in batch.columns.items()}
-    image, target, index = batch.image[places], batch.target[places], batch.index[places]
-    selected = dataclasses.replace(batch, image=image, target=target, index=index, columns=columns)
+    selected = batch.rows(places)
     selected.__dict__["zero_shot"] = ZeroShot(*(of_rows[places] for of_rows in batch.zero_shot))
     return selected
 
