@@ -18,7 +18,7 @@ from hypothesis import settings
 
 from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
-from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.source import OUTSIDE, EmbeddingSource
 from vilu.metrics.histogram import Histogram
 
 # The same examples on every machine, and no limit of time, which is one of the machine; `make test-fuzz` draws others.
@@ -100,7 +100,8 @@ def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -
 def variant(source: Embeddings, **changes: object) -> Embeddings:
     """The same rows and columns with other arguments of ``Embeddings``."""
     columns = {name: source.column(name, torch.arange(len(source))) for name in source.columns}
-    same = {"image": source.image, "text": source.text, "target": source.target, "space": source.space}
+    target = source.target.masked_fill(source.outside, OUTSIDE)
+    same = {"image": source.image, "text": source.text, "target": target, "space": source.space}
     return Embeddings(**{**same, "ids": source.ids, "columns": columns, **changes})
 
 
@@ -110,7 +111,8 @@ def in_memory(source: EmbeddingSource, rows: torch.Tensor) -> Embeddings:
     columns = {name: source.column(name, rows) for name in source.columns}
     same = {"class_names": source.class_names, "ids": ids, "space": source.space, "columns": columns}
     found = source.candidates(rows)
-    return Embeddings(source.image_rows(rows), found.text, found.target, **same)
+    target = found.target.masked_fill(source.outside[rows], OUTSIDE)
+    return Embeddings(source.image_rows(rows), found.text, target, **same)
 
 
 def toy_pairs(n: int = 256, pool: int = 32, d: int = 16, *, seed: int = 0):

@@ -12,7 +12,7 @@ import torch
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.decision.calibration import Target, calibrate_predictor
-from vilu.decision.score import Decider
+from vilu.decision.score import Decider, score_parts, source_fingerprint
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError
 
@@ -140,3 +140,23 @@ def test_a_probability_from_so_few_rows_is_told() -> None:
     with pytest.warns(UserWarning, match="vilu_plus is fitted on 1 labelled row: with fewer than 20 its probabilities"):
         vilu.ViLUPlus().fit(rows.take(torch.tensor([0])))
     vilu.ViLUPlus(width=8, epochs=1).fit(rows.take(torch.arange(20)))
+
+
+def test_scores_say_which_rows_are_of_none_of_the_classes(test: Embeddings, tmp_path: Path) -> None:
+    target = test.target.clone()
+    target[[1, 4]], target[7] = vilu.OUTSIDE, -1
+    image = test.image.clone()
+    image[4] = 0
+    data = variant(test, image=image, target=target, class_names=test.class_names)
+    outcomes = vilu.score(vilu.MCM(), data)
+    assert np.flatnonzero(outcomes.outside).tolist() == [1, 4]
+    assert outcomes.target[[1, 4, 7]].tolist() == [-1, -1, -1]
+    assert outcomes.failure[[1, 4, 7]].tolist() == [1, -1, -1]  # row 4 has no answer that could be wrong
+    other = np.delete(np.arange(len(data)), [1, 4])
+    assert not outcomes.outside[other].any()
+    outcomes.save(tmp_path / "a.parquet")
+    assert np.flatnonzero(vilu.Outcomes.load(tmp_path / "a.parquet").outside).tolist() == [1, 4]
+    folder = score_parts(vilu.MCM(), data, tmp_path / "parts", rows_per_part=1)
+    assert np.flatnonzero(folder.outcomes().outside).tolist() == [1, 4]
+    unknown = variant(data, target=data.target)
+    assert source_fingerprint(data) != source_fingerprint(unknown)

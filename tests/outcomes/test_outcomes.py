@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vilu.errors import DataError
-from vilu.outcomes.outcomes import Outcomes
+from vilu.outcomes.outcomes import OUTSIDE, Outcomes
 
 FIELDS = tuple(Outcomes.__dataclass_fields__)
 
@@ -236,3 +237,62 @@ def test_parquet_of_other_programs(tmp_path: Path) -> None:
     assert loaded.uncertainty.tolist() == [1, 2]
     assert loaded.failure.tolist() == [1, -1]
     assert loaded.ids == ("a", "b")
+
+
+def strangers() -> Outcomes:
+    """Right, wrong, of none of the classes, of none and without a score, unknown."""
+    return Outcomes(
+        [0.1, 0.5, 0.9, math.nan, 0.3],
+        [0, 1, 1, -1, -1],
+        prediction=[0, 1, 1, -1, 0],
+        target=[0, 0, OUTSIDE, OUTSIDE, -1],
+        reason=[None, None, None, "nonfinite", None],
+        class_names=["cat", "dog"],
+    )
+
+
+def test_the_number_of_none_of_the_classes_stays_at_the_boundary() -> None:
+    assert strangers().target.tolist() == [0, 0, -1, -1, -1]
+    assert strangers().outside.tolist() == [False, False, True, True, False]
+    assert strangers().take([2, 4]).outside.tolist() == [True, False]
+    assert replace(strangers(), method="mcm").outside.tolist() == [False, False, True, True, False]
+
+
+def test_outside_needs_no_targets() -> None:
+    outcomes = Outcomes([0.1, 0.9], [0, 1], outside=[False, True])
+    assert outcomes.target.tolist() == [-1, -1]
+    assert not Outcomes([0.1, 0.9], [0, 1]).outside.any()
+    assert Outcomes([0.1, 0.9], [0, 1]).target is None
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv"])
+def test_a_file_says_none_of_the_classes_in_its_label(tmp_path: Path, name: str) -> None:
+    strangers().save(tmp_path / name)
+    fields = FIELDS if name.endswith("parquet") else ("uncertainty", "failure", "prediction", "target", "outside")
+    assert_equal(Outcomes.load(tmp_path / name), strangers(), fields)
+    outside = Outcomes([0.1, 0.9], [0, 1], outside=[False, True])
+    outside.save(tmp_path / name)
+    assert_equal(Outcomes.load(tmp_path / name), outside)
+
+
+def test_what_the_label_of_none_of_the_classes_looks_like(tmp_path: Path) -> None:
+    strangers().save(tmp_path / "a.csv")
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["label"] for row in rows] == ["0", "0", "-2", "-2", ""]
+    assert [row["label_name"] for row in rows] == ["cat", "cat", "", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"failure": [0, 0], "target": [0, -2]}, "failure must be 1 where the target is -2. Got 0 in row 1"),
+        ({"failure": [0, -1], "target": [0, -2]}, "Got -1 in row 1"),
+        ({"target": [0, 1], "outside": [False, True]}, "row 1 cannot be of none of the classes .* and of class 1"),
+        ({"outside": [True]}, r"one Boolean per uncertainty \(2\). Got bool \(1,\)"),
+        ({"outside": [0, 1]}, r"one Boolean per uncertainty \(2\). Got int64 \(2,\)"),
+        ({"target": [0, -3]}, r"from -2 \(none of the classes\), -1 \(unknown\) to inf. Got -3 in row 1"),
+    ],
+)
+def test_what_cannot_be_outside_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Outcomes(**{"uncertainty": [0.1, 0.9], "failure": [0, 1], **fields})

@@ -169,6 +169,7 @@ def score_rows(
         failure=failure,
         prediction=prediction,
         target=target,
+        outside=source.outside.numpy()[places],
         ids=source.ids if rows is None else _keys(source, rows, order),
         class_names=source.class_names,
         reason=reasons if rows is None or any(reasons) else None,  # a part on disk says nothing where all have a score
@@ -383,6 +384,7 @@ def source_fingerprint(source: EmbeddingSource) -> str:
             "pools": asdict(source.pools) if isinstance(source, PairSource) else None,
             "columns": sorted(source.columns),
             "target": _hash(source.target),
+            **({"outside": _hash(source.outside)} if source.outside.any() else {}),
             "status": _hash(torch.from_numpy(np.asarray(source.status))),
             "order": _hash(rows),
             "ids": [source.ids[int(row)] for row in (sample[:1], sample[-1:]) if len(row)],

@@ -381,6 +381,7 @@ class ScoreFolder(Reopened):
         return Outcomes(
             uncertainty=np.concatenate([part.uncertainty for part in parts])[order],
             failure=np.concatenate([part.failure for part in parts])[order],
+            outside=np.concatenate([part.outside for part in parts])[order],
             **{name: values for name, values in optional.items() if values is not None},
             class_names=parts[0].class_names,
             **facts_of(self.run),

@@ -26,18 +26,33 @@ if TYPE_CHECKING:
 UNKNOWN = -1
 """A failure, prediction or target that is not known."""
 
+OUTSIDE = -2
+"""Target, in files and where arrays come in, of a picture of none of the classes."""
 
-def check_codes(values: ArrayLike, name: str, last: int | None) -> NDArray[np.int64]:
-    """Whole numbers (N,) from -1 to ``last`` (None: no upper bound)."""
+
+def check_codes(values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN) -> NDArray[np.int64]:
+    """Whole numbers (N,) from ``first`` to ``last`` (None: no upper bound)."""
     numbers = real_vector(values, name)
     top = np.inf if last is None else last
-    bad = np.flatnonzero(~((numbers >= UNKNOWN) & (numbers <= top) & (numbers == np.rint(numbers))))
+    bad = np.flatnonzero(~((numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))))
     if len(bad):
+        lowest = f"{UNKNOWN} (unknown)" if first == UNKNOWN else f"{OUTSIDE} (none of the classes), {UNKNOWN} (unknown)"
         raise DataError(
-            f"{name} must hold whole numbers from {UNKNOWN} (unknown) to {top:g}. "
-            f"Got {numbers[bad[0]]:g} in row {bad[0]} instead."
+            f"{name} must hold whole numbers from {lowest} to {top:g}. Got {numbers[bad[0]]:g} in row {bad[0]} instead."
         )
     return numbers.astype(np.int64)
+
+
+def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """(N,) bool, which rows are of none of the classes: they have no target (N,)."""
+    outside = np.array(values)
+    if outside.dtype != np.bool_ or outside.shape != target.shape:
+        found = f"{outside.dtype} {outside.shape}"
+        raise DataError(f"outside must have one Boolean per uncertainty ({len(target)}). Got {found} instead.")
+    both = np.flatnonzero(outside & (target >= 0))
+    if len(both):
+        raise DataError(f"row {both[0]} cannot be of none of the classes (outside) and of class {target[both[0]]}.")
+    return outside
 
 
 def check_texts(
@@ -151,7 +166,8 @@ class Outcomes:
         uncertainty: (N,) float64, higher = more likely wrong; NaN only where ``reason`` says why.
         failure: (N,) int64, 1 where the answer is wrong, 0 where it is right, -1 where that is unknown.
         prediction: (N,) int64 answers of the frozen model, -1 where there is none.
-        target: (N,) int64 right answers, -1 where unknown.
+        target: (N,) int64 right answers, -1 where unknown or where there is none (``outside``); given, -2 is outside.
+        outside: (N,) bool, which rows are of none of the classes, so that any answer is wrong; given, empty is none.
         ids: N row identifiers.
         class_names: Names of the candidates, which predictions and targets count.
         method: Name of the predictor.
@@ -174,6 +190,8 @@ class Outcomes:
         >>> outcomes = Outcomes([0.1, 0.9, 0.4], [0, 1, -1])
         >>> outcomes.evaluable.tolist()
         [True, True, False]
+        >>> Outcomes([0.1, 0.9], [0, 1], target=[3, -2]).outside.tolist()
+        [False, True]
     """
 
     uncertainty: NDArray[np.float64] = field(repr=False)
@@ -193,6 +211,7 @@ class Outcomes:
     decision: Sequence[str] | None = field(default=None, repr=False)
     decision_reason: Sequence[str | None] | None = field(default=None, repr=False)
     label_set: Sequence[str | None] | None = field(default=None, repr=False)
+    outside: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_), repr=False)
 
     def __post_init__(self) -> None:
         uncertainty = real_vector(self.uncertainty, "uncertainty")
@@ -202,7 +221,7 @@ class Outcomes:
             "uncertainty": uncertainty,
             "failure": check_codes(self.failure, "failure", 1),
             "prediction": None if self.prediction is None else check_codes(self.prediction, "prediction", last),
-            "target": None if self.target is None else check_codes(self.target, "target", last),
+            "target": None if self.target is None else check_codes(self.target, "target", last, OUTSIDE),
             "ids": check_texts(self.ids, "ids"),
             "reason": check_texts(self.reason, "reason", optional=True),
             "failure_probability": check_probabilities(self.failure_probability, "failure_probability"),
@@ -215,8 +234,25 @@ class Outcomes:
                 )
             object.__setattr__(self, name, column)
         object.__setattr__(self, "class_names", names)
+        self._set_outside()
         self._check_labels()
         self._check_uncertainty()
+
+    def _set_outside(self) -> None:
+        """Make a Boolean of the targets -2, and see that such answers are wrong."""
+        target = np.full(len(self.uncertainty), UNKNOWN) if self.target is None else self.target
+        outside: NDArray[np.bool_] = target == OUTSIDE
+        if len(self.outside):
+            outside |= check_outside(self.outside, target)
+        bad = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
+        if len(bad):
+            raise DataError(
+                "an answer for a picture of none of the classes is wrong: failure must be 1 where the target is "
+                f"{OUTSIDE}. Got {self.failure[bad[0]]} in row {bad[0]} instead."
+            )
+        if outside.any():
+            object.__setattr__(self, "target", np.where(outside, UNKNOWN, target))
+        object.__setattr__(self, "outside", outside)
 
     def _check_uncertainty(self) -> None:
         missing = np.isnan(self.uncertainty)
@@ -253,7 +289,7 @@ class Outcomes:
     def take(self, rows: ArrayLike) -> Self:
         """Some rows, by their places or by a mask (N,), in the order of the places."""
         chosen = np.arange(len(self))[np.asarray(rows)]
-        columns = {name: getattr(self, name) for name in ("uncertainty", "failure", *OPTIONAL)}
+        columns = {name: getattr(self, name) for name in ("uncertainty", "failure", "outside", *OPTIONAL)}
         taken: dict[str, Any] = {
             name: column[chosen] if isinstance(column, np.ndarray) else [column[row] for row in chosen.tolist()]
             for name, column in columns.items()
@@ -299,7 +335,7 @@ class Outcomes:
         write_table(path, columns, {**metadata, **said_of(inputs)})
 
     def table(self, row_id: ArrayLike | None = None) -> tuple[dict[str, pa.Array], dict[str, Any]]:
-        """What ``save`` writes: the columns, null where unknown, and the metadata.
+        """What ``save`` writes: the columns, null where unknown, the label -2 where ``outside``; and the metadata.
 
         Columns: row_id, key, pred, pred_name, label, label_name, uncertainty, failure, reason, score_name; and where
         there are some: failure_probability, decision, decision_reason, label_set.
@@ -311,10 +347,12 @@ class Outcomes:
             DataError: If a text is not valid Unicode.
         """
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         n, nothing = len(self), pa.nulls(len(self), pa.string())
         names = None if self.class_names is None else pa.array(self.class_names, pa.string())
-        pred, label = nullable_codes(self.prediction, n), nullable_codes(self.target, n)
+        pred, named = nullable_codes(self.prediction, n), nullable_codes(self.target, n)
+        label = pc.if_else(pa.array(self.outside), pa.scalar(OUTSIDE, pa.int32()), named)
         more = [name for name in ("failure_probability", *DECISION) if getattr(self, name) is not None]
         try:
             columns = {
@@ -323,7 +361,7 @@ class Outcomes:
                 "pred": pred,
                 "pred_name": nothing if names is None else names.take(pred),
                 "label": label,
-                "label_name": nothing if names is None else names.take(label),
+                "label_name": nothing if names is None else names.take(named),
                 "uncertainty": pa.array(self.uncertainty, mask=np.isnan(self.uncertainty)),
                 "failure": nullable_codes(self.failure, n).cast(pa.int8()),
                 "reason": nothing if self.reason is None else pa.array(self.reason, pa.string()),
