@@ -82,10 +82,11 @@ def toy_embeddings(
 
 
 def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Every column there is: features whose projection is the embedding, noisy views, prompts around each text."""
+    """Every column: features whose projection is the embedding, noisy views, prompts around texts, random words."""
     d = image.shape[1]
     projection = np.random.default_rng(98).normal(size=(d, d)) / np.sqrt(d) + np.eye(d)
     views = image[:, None] + rng.normal(size=(len(image), 4, d)) * 0.1
+    negatives = np.random.default_rng(96).normal(size=(40, d))
     prompts = text[:, None] + np.random.default_rng(97).normal(size=(len(text), 3, d)) * 0.05
     return {
         "features": np.linalg.solve(projection, image.T).T,
@@ -94,6 +95,7 @@ def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -
         "text_projection": projection,
         "views": views / np.linalg.norm(views, axis=2, keepdims=True),
         "prompts": prompts / np.linalg.norm(prompts, axis=2, keepdims=True),
+        "negatives": negatives / np.linalg.norm(negatives, axis=1, keepdims=True),
     }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vilu.backbones import zeroshot
-from vilu.backbones.zeroshot import TEMPLATES, class_texts
+from vilu.backbones.zeroshot import TEMPLATES, class_texts, everyday_words
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 
@@ -114,3 +115,11 @@ def test_named_templates_are_valid() -> None:
         assert len(set(templates)) == len(templates)
         class_texts(Hashing(), ["dog"], templates)
     assert len(TEMPLATES["ensemble"]) == 7
+
+
+def test_everyday_words_are_distinct_plain_words():
+    words = everyday_words()
+    assert len(words) > 2000
+    assert list(words) == sorted(set(words))
+    assert all(re.fullmatch(r"[a-z]+([ -][a-z]+)*", word) for word in words)
+    assert {"teapot", "waterfall", "wedding", "velvet", "hot air balloon"} <= set(words)

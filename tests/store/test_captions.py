@@ -172,6 +172,7 @@ def test_features_and_views_are_of_the_images(tmp_path):
         ({"names": NAMES}, "names"),
         ({"templates": ("a {}.",)}, "templates"),
         ({"prompts": ("a {}.",), "names": NAMES}, "names, prompts"),
+        ({"negatives": ("sea",)}, "negatives"),
     ],
 )
 def test_classes_are_refused(tmp_path, settings, named):

@@ -33,7 +33,8 @@ from vilu.store.reader import EmbeddingStore
 N, F, V = 23, 192, 3
 BAD = {2: b"", 5: b"<html>", 14: b"x"}
 PROMPTS = ("a {}.", "the {}!")
-ALL = {"features": True, "views": V, "seed": 7, "prompts": PROMPTS}
+WORDS = ("teapot", "cloud", "cat")  # the last is a class, too
+ALL = {"features": True, "views": V, "seed": 7, "prompts": PROMPTS, "negatives": WORDS}
 HALF = 2**-11  # largest relative rounding error of float16
 
 
@@ -75,6 +76,8 @@ def test_what_is_kept(original):
         torch.testing.assert_close(kept["views"][row], expected, rtol=1e-5, atol=1e-6)
     for k, name in enumerate(NAMES):
         assert torch.equal(kept["prompts"][k], backbone.encode_texts([p.replace("{}", name) for p in PROMPTS]))
+    expected = backbone.encode_texts([f"a photo of a {word}." for word in WORDS])
+    torch.testing.assert_close(kept["negatives"], expected, rtol=1e-6, atol=0)  # brought to unit norm
 
 
 def test_maps_lead_from_features_to_embeddings(original):
@@ -119,7 +122,7 @@ def test_half_precision_is_that_of_the_store(original, tmp_path):
         (part, *_) = sorted((tmp_path / "h" / name).iterdir())
         assert np.load(part).dtype == "<f2"
         torch.testing.assert_close(everything(half)[name], everything(full)[name], rtol=HALF, atol=1e-6)
-    for name in ("prompts", "text_features", "image_projection", "text_projection"):
+    for name in ("prompts", "text_features", "image_projection", "text_projection", "negatives"):
         assert torch.equal(everything(half)[name], everything(full)[name])
 
 
@@ -166,6 +169,7 @@ def test_maps_that_are_not_linear(tmp_path, caplog):
         ({"views": 1}, {"views"}),
         ({"prompts": ("{}",)}, {"prompts"}),
         ({"views": 2, "prompts": PROMPTS}, {"views", "prompts"}),
+        ({"negatives": WORDS}, {"negatives"}),
     ],
 )
 def test_each_on_its_own(tmp_path, asked, columns):
@@ -178,14 +182,16 @@ def test_documents_name_them(original):
     assert run_document["features"] == F
     assert (run_document["views"]["n"], run_document["views"]["seed"]) == (V, 7)
     assert run_document["prompts"] == list(PROMPTS)
+    assert run_document["negatives"] == list(WORDS)
     classes = json.loads((original / "classes.json").read_text())
     assert {name: info["shape"] for name, info in classes["columns"].items()} == {
         "prompts": [3, 2, DIM],
         "text_features": [3, DIM],
         "image_projection": [DIM, F],
         "text_projection": [DIM, DIM],
+        "negatives": [3, DIM],
     }
-    assert f"columns      features {F}, views {V}, prompts 2" in str(inspect(original))
+    assert f"columns      features {F}, views {V}, prompts 2, negatives 3" in str(inspect(original))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +202,7 @@ def test_documents_name_them(original):
         ({"seed": 8}, "views.seed was 7 and is now 8"),
         ({"views": 0}, "views.recipe was 'crop .*' and is now None"),
         ({"prompts": PROMPTS[:1]}, "prompts was .* and is now"),
+        ({"negatives": WORDS[:2]}, "negatives was .* and is now"),
     ],
 )
 def test_they_are_part_of_what_a_store_is(root, change, field):
@@ -212,7 +219,14 @@ def test_a_store_without_them_is_not_resumed_with_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["features/features_00001.npy", "views/views_00001.npy", "columns/prompts.npy", "columns/text_features.npy"]
+    "name",
+    [
+        "features/features_00001.npy",
+        "views/views_00001.npy",
+        "columns/prompts.npy",
+        "columns/text_features.npy",
+        "columns/negatives.npy",
+    ],
 )
 @pytest.mark.parametrize("damage", ["gone", "short", "changed"])
 def test_damage_is_found_and_mended(original, root, name, damage):
@@ -230,7 +244,7 @@ def test_damage_is_found_and_mended(original, root, name, damage):
             EmbeddingStore(root)
     backbone = FakeBackbone()
     run(root, backbone, dtype="float32", **ALL)
-    assert (backbone.n_images, backbone.n_texts) == ((9 * (1 + V), 0) if of_images else (0, 3 + 3 * 2 + 3))
+    assert (backbone.n_images, backbone.n_texts) == ((9 * (1 + V), 0) if of_images else (0, 3 + 3 * 2 + 3 + 3))
     assert tree(root) == tree(original)
 
 
@@ -418,6 +432,14 @@ def test_settings_that_cannot_be(tmp_path, asked, message):
     with pytest.raises(UsageError, match=message):
         run(tmp_path / "s", **asked)
     assert not (tmp_path / "s/run.json").exists()
+
+
+def test_a_repeated_word_counts_once_and_none_is_blank(tmp_path):
+    store = run(tmp_path / "s", negatives=("cloud", "teapot", "cloud"))
+    assert store.manifest.negatives == ("cloud", "teapot")
+    assert store.column("negatives", torch.arange(1)).shape == (2, DIM)  # of the model, not of rows
+    with pytest.raises(DataError, match="names must not be blank"):
+        run(tmp_path / "t", negatives=("cloud", " "))
 
 
 def test_an_empty_data_set(tmp_path):

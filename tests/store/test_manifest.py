@@ -53,6 +53,7 @@ CHANGES = [
     {"features": 12}, {"features": 13},
     {"views": {"n": 2}}, {"views": {"n": 3}}, {"views": {"n": 2, "seed": 1}},
     {"prompts": ("a {}.",)}, {"prompts": ("a {}.", "the {}.")},
+    {"negatives": ("cloud",)}, {"negatives": ("cloud", "sea")},
     {"captions": True, "names": (), "templates": ()}, {"names": (), "templates": ()},
     {"shards": 3}, {"shards": 4},
 ]  # fmt: skip
@@ -73,7 +74,7 @@ def test_documents_without_columns_are_those_of_before_there_were_any():
     assert (run.fingerprint, table.hash) == ("bb0d096e5abdeeb9005c943fe522ee0d", "106f8419614043ca13395bb1ad29a702")
     for document in (run, table):
         assert (
-            not {"features", "views", "prompts", "columns", "captions", "shards"}
+            not {"features", "views", "prompts", "negatives", "columns", "captions", "shards"}
             & json.loads(document.model_dump_json()).keys()
         )
 

@@ -28,7 +28,14 @@ from vilu.store.inspect import inspect
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 N = 70
-SETTINGS = {"names": NAMES, "part_size": 20, "features": True, "views": 2, "prompts": ("a {}.", "the {}!")}
+SETTINGS = {
+    "names": NAMES,
+    "part_size": 20,
+    "features": True,
+    "views": 2,
+    "prompts": ("a {}.", "the {}!"),
+    "negatives": ("sea",),
+}
 
 
 def make(root, backbone=None, **settings):
@@ -70,7 +77,10 @@ def read_all(root):
 USED = [
     *("img_emb/img_emb_00000.npy", "img_emb/img_emb_00002.npy", "features/features_00001.npy", "views/views_00001.npy"),
     *("metadata/metadata_00001.parquet", "text_emb/classes.npy"),
-    *(f"columns/{name}.npy" for name in ("prompts", "text_features", "image_projection", "text_projection")),
+    *(
+        f"columns/{name}.npy"
+        for name in ("prompts", "text_features", "image_projection", "text_projection", "negatives")
+    ),
 ]
 
 
@@ -184,7 +194,7 @@ def test_each_file_is_read_once_in_a_process_when_a_row_of_it_is_asked_for(root,
     assert [name for name in hashed if "emb" in name] == ["img_emb_00000.npy", "img_emb_00002.npy"]
     for _ in range(2):
         read_all(root)
-    assert len(hashed) == len(set(hashed)) == 4 * 4 + 5
+    assert len(hashed) == len(set(hashed)) == 4 * 4 + 6
 
 
 def test_a_file_that_was_written_since_is_read_again(root, hashed):
@@ -246,4 +256,4 @@ def test_values_are_those_of_a_plain_reading(root):
     rows, columns, _ = read_all(root)
     plain = np.concatenate([np.load(path) for path in sorted((root / "img_emb").iterdir())])
     assert np.array_equal(rows.numpy(), plain.astype(np.float32))
-    assert len(columns) == 6
+    assert len(columns) == 7

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import cache
+from importlib import resources
 
 import torch
 from torch import Tensor
@@ -35,6 +37,13 @@ NEAR_DUPLICATE = 0.999
 BLOCK = 1024
 
 
+@cache
+def everyday_words() -> tuple[str, ...]:
+    """About 2,200 everyday words of what photos show, to tell images of none of the classes by; ours, MIT."""
+    text = resources.files("vilu").joinpath("assets", "everyday_words.txt").read_text(encoding="utf-8")
+    return tuple(line for line in text.splitlines() if not line.startswith("#"))
+
+
 def class_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str] = TEMPLATES["default"]) -> Tensor:
     """(K, D) float32 unit-norm embeddings of K classes: the normalised mean over templates of unit-norm embeddings.
 
@@ -47,9 +56,14 @@ def class_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[st
         templates: Each with one ``{}`` for the name.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
-    text = functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)
+    text = mean_texts(backbone, names, templates)
     _warn_of_near_duplicates(text, names)
     return text
+
+
+def mean_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    """As ``class_texts``, of words that no image has to choose from, so that it does not matter how near two are."""
+    return functional.normalize(prompt_texts(backbone, names, templates).mean(dim=1), dim=-1)
 
 
 def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[str]) -> Tensor:

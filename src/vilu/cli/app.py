@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from vilu.cli.catalogues import datasets, list_catalogue
 from vilu.cli.console import TERMINATED, complain, make_reporter, require_kinds, set_verbosity
-from vilu.cli.images import datasets, embed, inspect, list_catalogue
+from vilu.cli.images import embed, inspect
 from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.studies import benchmark, demo, pools, render

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from vilu.backbones.base import Backbone
-from vilu.backbones.zeroshot import fill_templates, prompt_texts
+from vilu.backbones.zeroshot import fill_templates, mean_texts, prompt_texts
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError
@@ -83,10 +83,10 @@ CAPTION: Final = "text_emb"
 MAX_PARTS = 1_000_000
 """More files than a file system likes; also keeps a forged document from asking for endless work."""
 
-SHARED = ("names", "folders", "templates", "features", "prompts")
+SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
 """What the class table repeats of the run."""
 
-ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection"]
+ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection", "negatives"]
 
 
 class Inputs(StoreDocument):
@@ -109,11 +109,12 @@ class Inputs(StoreDocument):
         features: Width F of the features that are kept of each image; None where they are not.
         views: Augmented views whose embeddings are kept of each image, if any.
         prompts: Templates in which the embedding of every class is kept.
+        negatives: Words, none of which need be a class, whose embedding is kept in ``templates``.
         captions: Whether each image has a caption, whose embedding is kept, and there are no classes.
         shards: Number of shards of which the parts are made; 0 where they are made of images.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"features", "views", "prompts", "captions", "shards"})
+    later: ClassVar[frozenset[str]] = frozenset({"features", "views", "prompts", "negatives", "captions", "shards"})
 
     dataset_fingerprint: str
     n_in: Count
@@ -128,6 +129,7 @@ class Inputs(StoreDocument):
     features: Annotated[int, Field(ge=1)] | None = None
     views: Views | None = None
     prompts: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
     captions: bool = False
     shards: Count = 0
 
@@ -140,8 +142,9 @@ class Inputs(StoreDocument):
 
     @model_validator(mode="after")
     def _check_candidates(self) -> Self:
-        if self.captions and (self.names or self.folders or self.templates or self.prompts):
-            raise ValueError("with captions there are no classes, so no names, templates or prompts of classes either")
+        of_classes = (self.names, self.folders, self.templates, self.prompts, self.negatives)
+        if self.captions and any(of_classes):
+            raise ValueError("with captions there are no classes, so no names, templates, prompts or negatives either")
         return self
 
     @property
@@ -264,10 +267,11 @@ class StoredClasses(StoreDocument):
         text_file: Its size and hash.
         features: Width of the image features, as in the run.
         prompts: Templates of the column ``prompts``.
+        negatives: Words of the column ``negatives``.
         columns: What else is kept of the classes and the model, each in ``columns/NAME.npy``.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"features", "prompts", "columns"})
+    later: ClassVar[frozenset[str]] = frozenset({"features", "prompts", "negatives", "columns"})
 
     names: tuple[str, ...]
     folders: tuple[str, ...] | None
@@ -277,6 +281,7 @@ class StoredClasses(StoreDocument):
     text_file: FileInfo
     features: int | None = None
     prompts: tuple[str, ...] = ()
+    negatives: tuple[str, ...] = ()
     columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
     hash: str
 
@@ -325,6 +330,8 @@ def class_columns(backbone: Backbone, run: Run) -> dict[ClassColumn, Tensor]:
     if run.prompts:
         prompts = prompt_texts(backbone, run.names, run.prompts)
         columns["prompts"] = require_usable(prompts.flatten(0, 1), "prompt").view(prompts.shape)
+    if run.negatives:
+        columns["negatives"] = require_usable(mean_texts(backbone, run.negatives, run.templates), "negative")
     if run.features is not None:
         columns |= _linear_columns(backbone, run)
     return columns

@@ -65,6 +65,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     views: int = 0,
     seed: int = 0,
     prompts: Sequence[str] = (),
+    negatives: Sequence[str] = (),
     max_error_rate: float = 0.01,
     allow_bad_shards: bool = False,
     on_error: Literal["skip", "raise"] = "skip",
@@ -100,6 +101,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         views: Also store the embeddings of so many augmented views of each image, as the column ``views``.
         seed: Of the views.
         prompts: Also store the embeddings of every class in these templates, as the column ``prompts``.
+        negatives: Also store the embeddings of these words in ``templates``, as the column ``negatives``: what images
+            may show that are of none of the classes (``everyday_words`` are such).
         limits: What an image may be.
         max_error_rate: Largest share of images that may fail; above it the store is not sealed, and nothing is lost.
         allow_bad_shards: Seal the store although a shard is cut short or cannot be read (on), so that nobody knows how
@@ -132,7 +135,7 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
     run = describe(
         dataset,
         model.space,
-        **_check_candidates(dataset, names, templates, prompts),
+        **_check_candidates(dataset, names, templates, prompts, negatives),
         limits=asdict(limits),
         part_size=part_size,
         dtype=dtype,
@@ -216,10 +219,14 @@ def _check_settings(batch_size: int, workers: int | None, max_error_rate: float,
 
 
 def _check_candidates(
-    dataset: ImageDataset, names: Sequence[str], templates: Sequence[str] | None, prompts: Sequence[str]
+    dataset: ImageDataset,
+    names: Sequence[str],
+    templates: Sequence[str] | None,
+    prompts: Sequence[str],
+    negatives: Sequence[str],
 ) -> dict[str, object]:
-    """Names, templates and prompts of the run."""
-    given = {"names": names, "templates": templates, "prompts": prompts}
+    """Names, templates, prompts and negative words of the run."""
+    given = {"names": names, "templates": templates, "prompts": prompts, "negatives": negatives}
     unfit = [name for name, value in given.items() if value]
     if dataset.captioned and unfit:
         raise UsageError(
@@ -236,7 +243,8 @@ def _check_candidates(
     if not names:
         raise DataError("names must have at least one class name. Got none.")
     given["names"] = check_class_names(names, len(names)) or ()
-    return {**given, "templates": TEMPLATES["default"] if templates is None else templates}
+    words = check_class_names(tuple(dict.fromkeys(negatives)), len(set(negatives))) or ()
+    return {**given, "negatives": words, "templates": TEMPLATES["default"] if templates is None else templates}
 
 
 def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:

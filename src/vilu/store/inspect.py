@@ -79,6 +79,7 @@ class StoreReport:
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
         unfound = "none" if self.deep else "none; --deep reads every byte"
         kept = {"features": run.features, "views": run.views and run.views.n, "prompts": len(run.prompts)}
+        kept["negatives"] = len(run.negatives)
         columns = ", ".join(f"{name} {size}" for name, size in kept.items() if size)
         n_in = f" of {run.n_in}" if not run.shards else f" from {run.shards} shards"
         classes = {"classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}"}

@@ -268,7 +268,12 @@ def column_path(root: Path, name: ClassColumn) -> Path:
 
 def _check_shape(root: Path, run: Run, name: ClassColumn, info: ArrayInfo) -> None:
     n_classes, dim = len(run.names), run.space.embed_dim
-    fixed = {"prompts": (n_classes, len(run.prompts), dim), "text_features": (n_classes,)}.get(name, (dim,))
+    shapes = {
+        "prompts": (n_classes, len(run.prompts), dim),
+        "text_features": (n_classes,),
+        "negatives": (len(run.negatives), dim),
+    }
+    fixed = shapes.get(name, (dim,))
     if info.shape[: len(fixed)] != fixed or len(info.shape) != COLUMNS[name][0]:
         raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
     map_rows(column_path(root, name), info.shape, "float32")
