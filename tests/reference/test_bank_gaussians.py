@@ -5,17 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from scipy.stats import multivariate_normal
 from sklearn.covariance import LedoitWolf
 from sklearn.decomposition import PCA
 
-from tests.builders.bank_data import answers, clusters, posterior, unit, with_targets
+from tests.builders.bank_data import SCALE, answers, clusters, posterior, unit, with_targets
 from tests.conftest import in_memory
 from vilu import PREDICTORS
 from vilu.embeddings.memory import Embeddings
+from vilu.errors import DataError
 from vilu.predictors.bank.delta import DeltaMDS, DeltaMDSMargin
 from vilu.predictors.bank.gaussians import (
     ICPE,
+    ClassGaussians,
     Mahalanobis,
     RelativeMahalanobis,
     ledoit_wolf,
@@ -123,33 +126,33 @@ def few() -> Embeddings:
 
 @pytest.mark.parametrize("components", [3, 128])
 @pytest.mark.parametrize("train", [TRAIN, few()], ids=["many", "few"])
-def test_icpe(train: Embeddings, components: int) -> None:
+def test_class_gaussians(train: Embeddings, components: int) -> None:
     ridge = 1e-2
     density = log_densities(train, TEST, components, ridge)
     seen = density[0] > -np.inf
     known = np.isin(answers(TEST), np.flatnonzero(seen))
     odds = log_odds(density[known], answers(TEST)[known])
     settings = {"components": components, "ridge": ridge}
-    found = ICPE(score="log_odds", **settings).fit(train).predict_uncertainty(TEST)
+    found = ClassGaussians(score="log_odds", **settings).fit(train).predict_uncertainty(TEST)
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[known], odds, rtol=RTOL, atol=1e-4)
     share = np.exp(density - np.logaddexp.reduce(density, axis=1)[:, None])[np.arange(len(TEST)), answers(TEST)]
     p_max = posterior(TEST).max(axis=1)
-    found = ICPE(**settings).fit(train).predict_uncertainty(TEST)
+    found = ClassGaussians(**settings).fit(train).predict_uncertainty(TEST)
     np.testing.assert_allclose(found[known], (1 - (p_max + share) / 2)[known], atol=1e-4)
 
 
-def test_icpe_log_odds_do_not_saturate() -> None:
+def test_class_gaussians_log_odds_do_not_saturate() -> None:
     train, test = clusters(80, spread=0.02), clusters(50, seed=1, spread=0.02)
-    density = ICPE().fit(train).predict_uncertainty(test)
-    odds = ICPE(score="log_odds").fit(train).predict_uncertainty(test)
+    density = ClassGaussians().fit(train).predict_uncertainty(test)
+    odds = ClassGaussians(score="log_odds").fit(train).predict_uncertainty(test)
     zero_shot = PREDICTORS["mcm"]().predict_uncertainty(test)
     assert np.array_equal(density, zero_shot / 2)  # s_d is 1 to every digit
     assert len(np.unique(odds)) == len(test)
 
 
-def test_icpe_where_one_class_has_images() -> None:
-    predictor = ICPE(score="log_odds").fit(with_targets(TRAIN, np.zeros(80, dtype=np.int64)))
+def test_class_gaussians_where_one_class_has_images() -> None:
+    predictor = ClassGaussians(score="log_odds").fit(with_targets(TRAIN, np.zeros(80, dtype=np.int64)))
     found, own = predictor.predict_uncertainty(TEST), answers(TEST) == 0
     z = images(TRAIN)
     covariance = np.cov(z.T) + 1e-4 * np.eye(6)
@@ -157,6 +160,60 @@ def test_icpe_where_one_class_has_images() -> None:
     np.testing.assert_allclose(found[own], -density[own], rtol=RTOL)
     # Every other class has the density of all images, which are those of the one class here.
     np.testing.assert_allclose(found[~own], 0, atol=1e-9)
+
+
+def encoded(n: int, seed: int, d: int = 6, k: int = 3) -> tuple[Embeddings, np.ndarray]:
+    """Images (n, d) as an encoder puts them out, of norms from 5 to 15, and their embeddings with what made them."""
+    rng = np.random.default_rng(seed)
+    text, projection = unit(np.random.default_rng(7).normal(size=(k, d))), np.random.default_rng(8).normal(size=(d, d))
+    target = np.arange(n) % k
+    raw = unit(text[target] + 0.5 * rng.normal(size=(n, d))) * rng.uniform(5, 15, size=(n, 1))
+    columns = {"features": np.linalg.solve(projection, raw.T).T, "image_projection": projection}
+    columns = {name: rows.astype(np.float32) for name, rows in columns.items()}
+    raw = columns["features"].astype(np.float64) @ columns["image_projection"].astype(np.float64).T
+    return Embeddings(unit(raw), text, target, SCALE, columns=columns), raw
+
+
+def released(
+    train: np.ndarray, target: np.ndarray, test: np.ndarray, answer: np.ndarray, p_max: np.ndarray
+) -> np.ndarray:
+    """(N,) scores as the notebook defines them, by scikit-learn and SciPy, higher = more certain."""
+    pca = PCA(n_components=4).fit(train)
+    z = pca.transform(train)
+    classes = [z[target == c] for c in np.unique(target)]
+    density = [
+        multivariate_normal(of_class.mean(axis=0), np.cov(of_class, rowvar=False) + 1e-8 * np.eye(4))
+        for of_class in classes
+    ]
+    log = np.stack([normal.logpdf(pca.transform(test)) for normal in density], axis=1)
+    return 0.5 * (p_max + softmax(log, axis=1)[np.arange(len(test)), answer])
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_icpe_is_what_was_released(features: bool) -> None:
+    (train, raw), (test, raw_test) = encoded(90, 0), encoded(60, 1)
+    logits = SCALE * images(test) @ unit(test.text.numpy()).T
+    answer, p_max = logits.argmax(axis=1), softmax(logits, axis=1).max(axis=1)
+    rows = (raw, raw_test) if features else (images(train), images(test))
+    expected = released(rows[0], train.target.numpy(), rows[1], answer, p_max)
+    predictor = ICPE(components=4, features=features).fit(train)
+    # Float64 on both sides but for p_max, whose logits are float32: they are off by 20 * 6 * 2^-24 < 1e-5.
+    np.testing.assert_allclose(predictor.predict_uncertainty(test), 1 - expected, atol=1e-5)
+    assert predictor.label == ("icpe" if features else "icpe (unit norm)")
+    assert len(np.unique(expected.round(6))) > 50  # the densities decide something
+
+
+def test_icpe_takes_both_columns_or_neither() -> None:
+    train, test = encoded(90, 0)[0], encoded(60, 1)[0]
+    bare = Embeddings(test.image, test.text, test.target, SCALE)
+    with pytest.raises(DataError, match="needs the column 'features'"):
+        ICPE().fit(train).predict_uncertainty(bare)
+    second = Embeddings(train.image, train.text, train.target, SCALE, columns={"features": np.ones((90, 3))})
+    assert ICPE().fit(second).label == "icpe (unit norm)"
+    other = np.eye(6, dtype=np.float32)[::-1]
+    columns = {"features": train.column("features", train.usable_rows), "image_projection": other.copy()}
+    with pytest.raises(DataError, match="must be the embeddings"):
+        ICPE().fit(Embeddings(train.image, train.text, train.target, SCALE, columns=columns))
 
 
 def delta_terms(train: Embeddings, test: Embeddings) -> list[np.ndarray]:

@@ -49,7 +49,7 @@ def check_columns(given: Mapping[str, ArrayLike | Tensor] | None, n_rows: int, n
         if name not in COLUMNS:
             raise UsageError(f"there is no column {name!r}. Known: {', '.join(COLUMNS)}.")
         tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
-        tensor = tensor.float()
+        tensor = tensor.float().contiguous()  # a product may round otherwise in another layout
         n_dims, meaning = COLUMNS[name]
         expected = n_rows if name in IMAGE_COLUMNS else n_texts if name in TEXT_COLUMNS else len(tensor)
         if tensor.ndim != n_dims or len(tensor) != expected:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vilu.predictors.bank.classes import LinearProbe, TrustVLM
 from vilu.predictors.bank.delta import DeltaKNN, DeltaKNNMargin, DeltaMDS, DeltaMDSMargin
-from vilu.predictors.bank.gaussians import ICPE, Mahalanobis, RelativeMahalanobis
+from vilu.predictors.bank.gaussians import ICPE, ClassGaussians, Mahalanobis, RelativeMahalanobis
 from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustScore
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.bayesvlm import BayesVLM
@@ -22,8 +22,8 @@ from vilu.registry import load_plugins
 METHODS: tuple[type[FailurePredictor], ...] = (
     ViLUPlus, ViLU, LVU, MCM, Entropy, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, KLUniform, MCMTS, RelU,
     SIRC, Stacking, PVU, LMN, MCDropout, DeepEnsemble, TTA, PromptDisagreement, KNNDistance, KNNVote, TRINE,
-    TrustScore, Mahalanobis, RelativeMahalanobis, ICPE, TrustVLM, DeltaKNN, DeltaKNNMargin, DeltaMDS,
-    DeltaMDSMargin, LinearProbe, ProbVLM, BayesVLM,
+    TrustScore, Mahalanobis, RelativeMahalanobis, ICPE, ClassGaussians, TrustVLM, DeltaKNN, DeltaKNNMargin,
+    DeltaMDS, DeltaMDSMargin, LinearProbe, ProbVLM, BayesVLM,
 )  # fmt: skip
 """Ours, in the order in which they are listed."""
 

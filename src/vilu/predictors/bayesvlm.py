@@ -312,7 +312,8 @@ def last_layer(batch: Batch, features: str, projection: str, embedding: Tensor) 
         raise DataError(
             f"{features!r} times {projection!r} must be the embeddings, up to {FARTHEST} after normalisation. An "
             f"entry is {distance:.2g} away: are these the features of another encoder, or texts averaged over prompts? "
-            "Make the columns with `vilu embed --features`, or set mode=embeddings."
+            "Make the columns with `vilu embed --features`, or leave them out (bayesvlm: mode=embeddings, icpe: "
+            "features=false)."
         )
     return phi, g
 

@@ -19,7 +19,7 @@ from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.parameters import parameters
 
 FREE = ("mcm", "entropy", "doctor", "gen", "max_logit", "margin", "prob_margin", "energy", "kl_uniform")
-LABEL_BASED = ("knn_vote", "trine", "icpe", "mahalanobis", "trust_score", "linear_probe")
+LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_score", "linear_probe")
 CERTAIN = 1e-12
 """Probabilities are clipped to this distance from zero and one."""
 
