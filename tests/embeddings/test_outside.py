@@ -1,11 +1,14 @@
 """Rows of none of the classes: -2 where data come in, a Boolean inside, wrong whatever the answer."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 import vilu
 from vilu.errors import DataError
+from vilu.predictors.nn.losses import LOSSES, FailureWeight
 
 
 def strangers() -> vilu.Embeddings:
@@ -35,3 +38,19 @@ def test_rows_taken_keep_what_is_known_of_them() -> None:
 def test_no_other_negative_number_is_a_target() -> None:
     with pytest.raises(DataError, match="-2 for none of them"):
         vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, -3])
+
+
+def test_a_stranger_has_no_probability_of_the_truth() -> None:
+    """Two texts at a logit scale of 100: the first image is at one of them, the stranger at neither."""
+    (batch,) = strangers().batches(8)
+    assert batch.target_log_probability[[0, 2]].tolist() == [pytest.approx(0, abs=1e-6), -math.inf]
+    assert batch.target_log_probability[1].item() == pytest.approx(-100, rel=1e-6)
+
+
+def test_the_released_loss_regresses_on_one_where_the_picture_is_of_no_class() -> None:
+    """sigmoid(0) = 1/2 against 1 - p = 0, 1 and 1, failures weighing 2: (1/4 + 2/4 + 2/4) / 3."""
+    (batch,) = strangers().take([0, 1, 2]).batches(8)
+    loss = LOSSES["mse"](FailureWeight("static", 2 / 3, static=2.0))
+    assert float(loss(batch, torch.zeros(3))) == pytest.approx(1.25 / 3, rel=1e-6)
+    bce = LOSSES["bce"](FailureWeight("static", 2 / 3, static=2.0))
+    assert float(bce(batch, torch.zeros(3))) == pytest.approx(5 * math.log(2) / 3, rel=1e-6)

@@ -117,7 +117,14 @@ class Batch:
 
     @property
     def target_log_probability(self) -> Tensor:
-        """(B,) float32 log p_y of the target under the zero-shot posterior; of a row without target, of candidate 0."""
+        """(B,) float32 log p_y of the target under the zero-shot posterior; -inf where it is none of the candidates.
+
+        Of a row whose target is not known it is that of candidate 0.
+        """
+        known = self._target_log_probability()
+        return known if self.outside is None else known.masked_fill(self.outside, -torch.inf)
+
+    def _target_log_probability(self) -> Tensor:
         target = self.target.clamp(min=0)
         with torch.autocast(self.image.device.type, enabled=False):
             if self.same is not None:

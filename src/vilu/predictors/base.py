@@ -42,10 +42,8 @@ from vilu.predictors.rows import (
 )
 
 CERTAIN = 1e-15  # probabilities nearer to 0 or 1 count as this far away, so that their log-odds are finite
-
-Settings = TypeVar("Settings", TrainConfig, AdamWConfig)
-
 CONSTANT, CLASSES = "constant", "classes"
+Settings = TypeVar("Settings", TrainConfig, AdamWConfig)
 
 
 class NotExportable(UsageError):  # noqa: N818 - an answer, not an accident
@@ -175,6 +173,11 @@ class FailurePredictor(ABC):
         """Where its code is; with what these import, it decides every score."""
         return (type(self).__module__,)
 
+    @property
+    def needs(self) -> Needs:
+        """What a fit must know of a row; without it the row is left out."""
+        return "nothing" if not self.needs_labels else "failure" if self.learns_failure else "class"
+
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002 - some look at what there is
         """What these data must carry for a fit."""
         return self.columns
@@ -211,8 +214,7 @@ class FailurePredictor(ABC):
         """Learn from embeddings, labelled ones unless ``needs_labels`` is false; others only remember the space.
 
         Args:
-            train: Rows to learn from. Where labels are needed, rows without are left out with a warning, and by methods
-                that learn classes, not failures, those of none of the classes.
+            train: Rows to learn from; those without what the method ``needs`` to know are left out with a warning.
             validation: Rows to select on. Few may be training rows, too (1 %); these are left out with a warning.
                 Where the method selects something and gets none, it holds out a part of ``train``.
             unlabelled: More rows against the same candidates, no label of which is looked at (``uses_unlabelled``).
@@ -241,15 +243,13 @@ class FailurePredictor(ABC):
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
         source = train.source
         validation = None if validation is None else disjoint(source, validation)
-        needs: Needs = "nothing" if not self.needs_labels else "failure" if self.learns_failure else "class"
-        rows, failure = trainable_rows(source, "training", needs)
+        rows, failure = trainable_rows(source, "training", self.needs)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
-        used = (source, validation, train.unlabelled)
-        self.seen_ = reduce(join, [sketch(one) for one in used if one is not None])
+        self.seen_ = reduce(join, [sketch(one) for one in (source, validation, train.unlabelled) if one is not None])
         self.similarity_ = similarity_range(source)
-        n_failures = int((failure == 1).sum())
-        self.notes_ = {"n_train": len(failure), "n_failures": n_failures, **candidates_of(source), **found.notes}
+        counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
+        self.notes_ = {**counts, **candidates_of(source), **found.notes}
 
     def learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None) -> Learnt:
         """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""

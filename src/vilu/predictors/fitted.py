@@ -17,7 +17,7 @@ from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
-from vilu.predictors.labelled import class_texts
+from vilu.predictors.labelled import Needs, class_texts
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 LIMIT = math.log(100.0)
@@ -42,7 +42,8 @@ class MCMTS(FailurePredictor):
     Args:
         objective: "nll", the mean negative log-likelihood of the labels, by bounded LBFGS; or "ece", the expected
             calibration error of max_j p_j in 15 bins of equal width. That one jumps whenever a row changes its bin, so
-            it is searched without gradients: a grid of 41 log m, then a golden section around its best point.
+            it is searched without gradients: a grid of 41 log m, then a golden section around its best point. It
+            counts pictures of none of the classes as wrong, which "nll" leaves out.
 
     Source: Guo et al., ICML 2017; ViLU, supplement A.3, names the calibration error and LBFGS together, which cannot
     be, since that error has no useful gradient.
@@ -59,6 +60,11 @@ class MCMTS(FailurePredictor):
     seed: int = 0
     device: str = "auto"
     objective: Literal["nll", "ece"] = "nll"
+
+    @property
+    def needs(self) -> Needs:
+        """Of the likelihood the class, of the calibration error the failure."""
+        return "class" if self.objective == "nll" else "failure"
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         log_multiplier = 0.0
@@ -197,6 +203,8 @@ class RelU(ClosedSet):
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
     tensors: ClassVar[tuple[str, ...]] = ("penalty", CLASSES)
     no_captions: ClassVar[str | None] = "its penalty is one of confusing two classes, and captions have no classes"
+
+    needs: ClassVar[Needs] = "failure"
 
     trade_off: Annotated[float, Field(ge=0, le=1)] = 0.15
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5

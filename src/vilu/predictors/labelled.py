@@ -69,6 +69,11 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
         return rows, failure
     outside = source.outside[rows]
     known = (failure != UNKNOWN) & ~outside if needs == "class" else failure != UNKNOWN
+    if outside.any() and not (known & ~outside).any():
+        raise DataError(
+            f"the {int(outside.sum())} labelled {role} rows are of none of the classes, all of them, so nothing can be "
+            f"learned of the classes. Add rows of the classes to these {len(source)}."
+        )
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
     left_out = len(source) - short - int(known.sum())
@@ -214,11 +219,11 @@ FOLDS = 5
 
 
 def cross_fitting(
-    train: Rows, failure: Tensor, validation: EmbeddingSource | None, seed: int
+    train: Rows, failure: Tensor, validation: EmbeddingSource | None, seed: int, needs: Needs = "class"
 ) -> list[tuple[Rows, Rows]]:
     """Pairs of rows to fit on and rows held out from it: the validation set, or folds stratified by failure (M,)."""
     if validation is not None:
-        rows, _ = trainable_rows(validation, "validation")
+        rows, _ = trainable_rows(validation, "validation", needs)
         return [(train, Rows(validation, rows, train.columns))]
     n = len(failure)
     generator = torch.Generator().manual_seed(seed)

@@ -100,7 +100,7 @@ class Stacking(FailurePredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         scores, failed = [], []
-        for rows, held_out in cross_fitting(train, failure, validation, self.seed):
+        for rows, held_out in cross_fitting(train, failure, validation, self.seed, self.needs):
             members = self._fit_members(rows)
             with torch.no_grad():
                 for batch in held_out.batches(SCORING_BATCH):
@@ -113,8 +113,12 @@ class Stacking(FailurePredictor):
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
         members = self._new_members()
         failure = torch.cat([batch.failure for batch in rows.batches(SCORING_BATCH)])
+        inside = ~rows.source.outside[rows.index]
         for member in members.values():
-            member.take(member.learn(rows, failure).tensors if member.needs_fit else {}, rows.source.space)
+            mine = inside if member.needs == "class" else slice(None)
+            known = dataclasses.replace(rows, index=rows.index[mine])
+            learnt = member.learn(known, failure[mine]).tensors if member.needs_fit else {}
+            member.take(learnt, rows.source.space)
         return members
 
     def _regress(self, scores: Tensor, failure: Tensor) -> dict[str, Tensor]:

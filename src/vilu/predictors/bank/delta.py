@@ -16,7 +16,7 @@ from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.bank.gaussians import class_means, gaussian, shared_covariance, squared_distances, whitener
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels, nearest, squared_distance
 from vilu.predictors.base import CLASSES, Learnt
-from vilu.predictors.labelled import class_texts
+from vilu.predictors.labelled import Needs, class_texts
 from vilu.predictors.nn.train import Rows
 
 MarginWeight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -59,6 +59,7 @@ class DeltaKNN(ClosedSet):
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
     tensors: ClassVar[tuple[str, ...]] = ("bank", "n_right", CLASSES)
+    needs: ClassVar[Needs] = "failure"
 
     max_bank: Count = 100_000
     k: Count = 25

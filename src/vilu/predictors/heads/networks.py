@@ -20,6 +20,7 @@ from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.base import FailurePredictor, Learnt, own_graph
 from vilu.predictors.heads.head import Count, NonNegative, Positive
+from vilu.predictors.labelled import Needs
 from vilu.predictors.nn.head import Graph
 from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
 
@@ -183,6 +184,8 @@ class LMN(NetworkPredictor):
     n_logits: Annotated[int, Field(ge=2)] = 16
     balance: Annotated[float, Field(ge=0, le=1)] = 0.6
     steepness: Positive = 0.05
+
+    needs: ClassVar[Needs] = "failure"
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         if len(failure.unique()) < 2:

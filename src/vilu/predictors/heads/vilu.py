@@ -14,7 +14,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.base import Learnt
 from vilu.predictors.games import Game, HeadGame, NoAttribution
 from vilu.predictors.heads.head import Count, HeadPredictor, head_game, head_graph
-from vilu.predictors.labelled import fit_and_selection
+from vilu.predictors.labelled import Needs, fit_and_selection
 from vilu.predictors.nn.head import Dropout, FailureHead
 from vilu.predictors.nn.train import Rows
 from vilu.predictors.parameters import parameters
@@ -25,7 +25,7 @@ class LVU(HeadPredictor):
     """Learned visual uncertainty: ViLU's MLP on the image embedding alone, u = sigmoid(g).
 
     With p_y the zero-shot probability of the true class, the losses are
-    "mse": squared error of sigmoid(g) to 1 - p_y, as the released code does;
+    "mse": squared error of sigmoid(g) to 1 - p_y (1 for a picture of none of the classes), as the released code does;
     "loss": squared error of softplus(g) to the backbone's loss -log p_y, as the supplement says; over the mean square
     of a batch's losses where that exceeds one, so that a step does not grow with the VLM's logit scale;
     "bce": ViLU's own loss, which the released checkpoints seem to be trained with.
@@ -44,6 +44,11 @@ class LVU(HeadPredictor):
     cost: ClassVar[str] = "fit: 6,000 steps of an MLP; score: 1 MFLOP a row"
 
     loss: Literal["mse", "loss", "bce"] = "mse"
+
+    @property
+    def needs(self) -> Needs:
+        """Of "loss" the class: a picture of none of them has no finite loss."""
+        return "class" if self.loss == "loss" else super().needs
 
     graph = head_graph
     game = head_game
