@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from vilu.report.explain.risk import risk_map as risk_map
     from vilu.report.page.build import report_page as report_page
     from vilu.store.embed import embed as embed
+    from vilu.store.importing import import_arrays as import_arrays
     from vilu.store.reader import EmbeddingStore as EmbeddingStore
     from vilu.store.reader import open_source as open_source
 
@@ -76,6 +77,7 @@ _NAMES = {
     "vilu.report.explain.risk": "risk_map",
     "vilu.report.page.build": "report_page",
     "vilu.store.embed": "embed",
+    "vilu.store.importing": "import_arrays",
     "vilu.store.reader": "EmbeddingStore open_source",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -19,7 +19,7 @@ from vilu.embeddings.checks import VALID
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.progress import reporting
 from vilu.store import embed as embed_module
-from vilu.store.embed import begin, describe, embed
+from vilu.store.embed import begin, describe, embed, encode_classes
 from vilu.store.inspect import inspect
 from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob, ShardTask, process_shard
 from vilu.store.parts import SHARD, StoreLedger
@@ -42,7 +42,8 @@ def job_of(data, root, backbone=None, **settings):
     }
     run = describe(data, backbone.space, **inputs | candidates | settings)
     root.mkdir(exist_ok=True)
-    return EmbedJob(root, begin(root, run, backbone), data, backbone, batch_size=4, workers=2)
+    run = begin(root, run, lambda: encode_classes(backbone, run))
+    return EmbedJob(root, run, data, backbone, batch_size=4, workers=2)
 
 
 def run(data, output, backbone=None, **settings):

@@ -56,6 +56,10 @@ CHANGES = [
     {"negatives": ("cloud",)}, {"negatives": ("cloud", "sea")},
     {"captions": True, "names": (), "templates": ()}, {"names": (), "templates": ()},
     {"shards": 3}, {"shards": 4},
+    {"outside": ("moth",)}, {"outside": ("fly", "moth")},
+    *({"imported": {"ids": False, **change}} for change in [
+        {}, {"ids": True}, {"source": "a page"}, {"columns": {"features": (3,)}}, {"columns": {"views": (2, 8)}},
+    ]),
 ]  # fmt: skip
 
 

@@ -276,7 +276,7 @@ def test_a_pickle_is_not_run(root, tmp_path):
         (lambda table: table.drop_columns(["label"]), "expected 'label: int32'"),
         (lambda table: table.set_column(2, "label", pa.array(["0"] * 9)), "label: string"),
         (lambda table: table.set_column(2, "label", pa.array([3] * 9, pa.int32())), "labels from 3 to 3.*3 classes"),
-        (lambda table: table.set_column(2, "label", pa.array([-2] * 9, pa.int32())), "labels from -2"),
+        (lambda table: table.set_column(2, "label", pa.array([-3] * 9, pa.int32())), "labels from -3"),
     ],
 )
 def test_metadata_that_do_not_fit_the_vectors(root, change, message):

@@ -11,9 +11,10 @@ import typer
 
 from vilu.cli.catalogues import datasets, list_catalogue
 from vilu.cli.console import TERMINATED, complain, make_reporter, require_kinds, set_verbosity
-from vilu.cli.images import embed, inspect
+from vilu.cli.images import embed
 from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
+from vilu.cli.stores import import_, inspect
 from vilu.cli.studies import benchmark, demo, pools, render
 from vilu.progress import reporting
 from vilu.registry import load_plugin
@@ -68,30 +69,38 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def run(**values: Any) -> None:  # noqa: ANN401 - what the command takes
-        require_kinds(command.__name__, values)
+        require_kinds(name_of(command), values)
         try:
             command(**values)
         except (KeyboardInterrupt, SystemExit) as stop:
             if isinstance(stop, KeyboardInterrupt) or stop.code == TERMINATED:
-                complain("stopped", _afterwards(command.__name__, values))
+                complain("stopped", _afterwards(name_of(command), values))
             raise
 
     return run
 
 
+def name_of(command: Callable[..., None]) -> str:
+    """What a command is called; a keyword of the language has a line after it."""
+    return command.__name__.removesuffix("_")
+
+
 def _afterwards(name: str, values: dict[str, Any]) -> str:
     """What of the work of a stopped command is kept."""
     output: Path | None = values.get("output")
-    if name in {"embed", "benchmark", "demo"} or (name == "score" and output and not output.suffix):
+    if name in {"embed", "import", "benchmark", "demo"} or (name == "score" and output and not output.suffix):
         return f"what is finished is in {output}; the same command goes on with the rest."
     if name == "fit" and (kept := Path(f"{output}.checkpoints")).is_dir():
         return f"the same command goes on from the last checkpoint in {kept}."
     return "no file is half written; the same command begins anew."
 
 
-ON_DATA = (demo, embed, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools, benchmark, render)
+ON_DATA = (
+    *(demo, embed, import_, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools, benchmark),
+    render,
+)
 for command in ON_DATA:
-    app.command()(told(command))
+    app.command(name_of(command))(told(command))
 app.command("list")(list_catalogue)
 for command in (convert, export, push, pull):
     app.command()(told(command))

@@ -262,6 +262,7 @@ STORE, PREDICTOR, SCORES, STUDIES = "a store of embeddings", "a predictor", "sco
 PAIR = {"predictor": PREDICTOR, "store": STORE}
 WANTED: dict[str, dict[str, str]] = {
     "embed": {"source": "images"},
+    "import": {"source": "arrays"},
     "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR},
     "calibrate": PAIR,
     "score": PAIR,
@@ -303,6 +304,18 @@ def require_kinds(command: str, values: Mapping[str, Any]) -> None:
     if wrong:
         swapped = " They are in the wrong order." if len(wrong) == len(PAIR) else ""
         raise UsageError(f"{', and '.join(wrong)}.{swapped} See vilu {command} --help.")
+
+
+def pairs_of(option: str, given: Sequence[str] | None, form: str = "NAME=KEY") -> dict[str, str]:
+    """What was given as NAME=KEY, ... as a dictionary."""
+    pairs = [text.partition("=") for text in given or ()]
+    for (name, sign, _), text in zip(pairs, given or (), strict=True):
+        if not (name and sign):
+            raise UsageError(f"{option} must be {form}. Got {text!r} instead.")
+    found = {name: value for name, _, value in pairs}
+    if len(found) < len(pairs):
+        raise UsageError(f"{option} can name a {form.partition('=')[0].lower()} only once.")
+    return found
 
 
 def columns(rows: list[dict[str, str]], below: Sequence[str] = ()) -> str:

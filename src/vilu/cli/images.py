@@ -1,8 +1,7 @@
-"""Commands on images and what became of them: embed, inspect."""
+"""The command that makes embeddings of images."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +15,6 @@ from vilu.cli.console import (
     next_step,
 )
 from vilu.errors import UsageError
-from vilu.text import printable
 
 if TYPE_CHECKING:
     from vilu.datasets.base import ImageDataset
@@ -166,7 +164,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         limit=limit,
         classes=classes,
         captions=captions,
-        where=_conditions(where),
+        where=console.pairs_of("--where", where, "COLUMN=VALUE"),
         dataset=dataset,
         raw_names=raw_names,
         root=root,
@@ -200,17 +198,19 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         shared=executor == "rank",
     )
     typer.echo(output)
-    next_step(_embedded(output, None if store is None else store.manifest, (split, source)))
+    next_step(embedded(output, None if store is None else store.manifest, (split, source)))
 
 
-def _embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
+def embedded(output: Path, manifest: Manifest | None, names: tuple[str | None, str]) -> str:
+    """What was done and what comes next."""
     from vilu.store.embed import BAD_SHARD
 
     if manifest is None:
         return "this rank's parts are done; the rank that ends last makes the store complete"
     shards = sum(count for kind, count in manifest.errors.items() if kind in BAD_SHARD)
     lost = f", {shards:,} bad shards" if shards else ""
-    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - shards:,} bad images{lost}"
+    bad = "bad images" if manifest.imported is None else "unusable rows"
+    counts = f"{manifest.n_ok:,} embeddings, {manifest.n_error - shards:,} {bad}{lost}"
     return f"{counts}; next: {_following(output, *names)}"
 
 
@@ -246,18 +246,6 @@ def _images(source: str, budget: float, **asked: Any) -> ImageDataset:  # noqa: 
     return images
 
 
-def _conditions(where: list[str] | None) -> dict[str, str]:
-    """COLUMN=VALUE, ... as a dictionary."""
-    pairs = [text.partition("=") for text in where or ()]
-    for (column, sign, _), text in zip(pairs, where or (), strict=True):
-        if not (column and sign):
-            raise UsageError(f"--where must be COLUMN=VALUE. Got {text!r} instead.")
-    conditions = {column: value for column, _, value in pairs}
-    if len(conditions) < len(pairs):
-        raise UsageError("--where can name a column only once: its rows hold one value.")
-    return conditions
-
-
 def _executor(name: str | None, processes: int | None) -> Executor | None:
     if name is None:
         if processes is not None:
@@ -266,39 +254,3 @@ def _executor(name: str | None, processes: int | None) -> Executor | None:
     from vilu.store.executors import make_executor
 
     return make_executor(name, processes=processes)
-
-
-def inspect(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...",
-            callback=console.existing,
-        ),
-    ],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
-    seal: Annotated[
-        bool,
-        typer.Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """What an artefact of vilu holds, and whether it is sound. Exit code 3, 6 or 7 when something is wrong."""
-    from vilu.cli.artefacts import check, is_store
-    from vilu.errors import StorageError
-
-    if is_store(path) and not seal:
-        from vilu.store.inspect import inspect as inspect_store
-
-        report = inspect_store(path, deep=deep)
-        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
-        if report.problems:
-            raise StorageError(f"{len(report.problems)} problems in {path}; the first: {report.problems[0]}")
-        return
-    found = list(check(path))
-    sealed = [file for artefact in found for file in artefact.seal()] if seal else []
-    facts = [{"path": str(one.path), "what": one.what} for one in found]
-    content = {"found": facts, "sealed": [str(file) for file in sealed]} if seal else {"found": facts}
-    lines = [f"{one.path}: {printable(one.what)}" for one in found]
-    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(lines))
-    next_step(f"nothing is damaged{f'; a digest was added to {len(sealed)} files' if seal else ''}")

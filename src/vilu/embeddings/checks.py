@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal, overload
 
@@ -89,19 +91,43 @@ def row_status(rows: Tensor) -> tuple[NDArray[np.uint8], Tensor]:
 
 def unit_rows(values: ArrayLike | Tensor, name: str) -> tuple[Tensor, NDArray[np.uint8]]:
     """Rows (N, D) float32 of unit norm and their status; rows already of unit norm are left bit for bit."""
-    rows = as_matrix(values, name)
+    rows, status, norms = normalised(as_matrix(values, name))
+    norms.warn(name, stacklevel=6)
+    return rows, status
+
+
+@dataclass
+class Norms:
+    """Norms of usable rows, and how many of so many rows were not of unit norm and were changed."""
+
+    n_rows: int = 0
+    n_changed: int = 0
+    low: float = math.inf
+    high: float = 0.0
+
+    def __add__(self, other: Norms) -> Norms:
+        n_rows, n_changed = self.n_rows + other.n_rows, self.n_changed + other.n_changed
+        return Norms(n_rows, n_changed, min(self.low, other.low), max(self.high, other.high))
+
+    def warn(self, name: str, stacklevel: int) -> None:
+        """Say that rows were changed, if some were."""
+        if self.n_changed:
+            warnings.warn(
+                f"{self.n_changed} of {self.n_rows} {name} rows are not of unit norm "
+                f"(norms {self.low:.3g} to {self.high:.3g}); they were normalised.",
+                stacklevel=stacklevel,
+            )
+
+
+def normalised(rows: Tensor) -> tuple[Tensor, NDArray[np.uint8], Norms]:
+    """Rows (N, D) of unit norm, their status (N,), and what their norms were."""
     status, norms = row_status(rows)
     usable = torch.from_numpy(status == VALID)
     off = usable & ((norms - 1).abs() > NORM_TOLERANCE)
-    if bool(off.any()):
-        low, high = norms[usable].min().item(), norms[usable].max().item()
-        warnings.warn(
-            f"{int(off.sum())} of {len(rows)} {name} rows are not of unit norm "
-            f"(norms {low:.3g} to {high:.3g}); they were normalised.",
-            stacklevel=5,
-        )
-        rows = torch.where(off[:, None], (rows / norms[:, None]).float(), rows)
-    return rows, status
+    if not bool(off.any()):
+        return rows, status, Norms(len(rows))
+    found = Norms(len(rows), int(off.sum()), norms[usable].min().item(), norms[usable].max().item())
+    return torch.where(off[:, None], (rows / norms[:, None]).float(), rows), status, found
 
 
 def require_usable(values: ArrayLike | Tensor, name: str) -> Tensor:

@@ -89,6 +89,20 @@ SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
 ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection", "negatives"]
 
 
+class Imported(Model):
+    """What is known of arrays that no model of ours made.
+
+    Attributes:
+        columns: What is kept of each row beside its embedding, with the shape of one row.
+        ids: Whether rows came with identifiers; else their keys are their numbers, which identify nothing.
+        source: Where they come from, as the user said it.
+    """
+
+    columns: dict[Literal["features", "views"], tuple[Annotated[int, Field(ge=1)], ...]] = Field(default_factory=dict)
+    ids: bool
+    source: str | None = None
+
+
 class Inputs(StoreDocument):
     """Everything that decides what a store holds; its hash is the fingerprint of the run.
 
@@ -112,9 +126,13 @@ class Inputs(StoreDocument):
         negatives: Words, none of which need be a class, whose embedding is kept in ``templates``.
         captions: Whether each image has a caption, whose embedding is kept, and there are no classes.
         shards: Number of shards of which the parts are made; 0 where they are made of images.
+        outside: Names of folders or labels, as the data have them, that are none of the classes.
+        imported: Of embeddings that were imported; None where they were made.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"features", "views", "prompts", "negatives", "captions", "shards"})
+    later: ClassVar[frozenset[str]] = frozenset(
+        {"features", "views", "prompts", "negatives", "captions", "shards", "outside", "imported"}
+    )
 
     dataset_fingerprint: str
     n_in: Count
@@ -132,6 +150,8 @@ class Inputs(StoreDocument):
     negatives: tuple[str, ...] = ()
     captions: bool = False
     shards: Count = 0
+    outside: tuple[str, ...] = ()
+    imported: Imported | None = None
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
@@ -156,6 +176,8 @@ class Inputs(StoreDocument):
     def arrays(self) -> dict[str, tuple[int, ...]]:
         """What is kept of an image, by name and shape; the embedding first."""
         dim = self.space.embed_dim
+        if self.imported is not None:
+            return {IMAGE: (dim,), **{str(name): shape for name, shape in self.imported.columns.items()}}
         captions = {CAPTION: (dim,)} if self.captions else {}
         features = {} if self.features is None else {"features": (self.features,)}
         return {IMAGE: (dim,), **captions, **features, **({} if self.views is None else {"views": (self.views.n, dim)})}
@@ -178,7 +200,7 @@ class Inputs(StoreDocument):
         ]
         if differences:
             raise ProvenanceError(
-                f"{store} was embedded from other inputs: {'; '.join(differences)}. "
+                f"{store} was made from other inputs: {'; '.join(differences)}. "
                 "Nothing was changed. Give another output folder, or --overwrite to replace this one."
             )
 

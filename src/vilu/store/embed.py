@@ -8,7 +8,7 @@ import os
 import shutil
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import numpy as np
 from pydantic import ValidationError
+from torch import Tensor
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.zeroshot import TEMPLATES, class_texts
@@ -29,7 +30,7 @@ from vilu.errors import DataError, StorageError, UsageError, ViLUError, checked
 from vilu.files.disk import RUN
 from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
-from vilu.store.documents import CLASSES, Inputs, Manifest, Receipt, Run, class_columns
+from vilu.store.documents import CLASSES, ClassColumn, Inputs, Manifest, Receipt, Run, class_columns
 from vilu.store.job import BackboneSpec, EmbedJob, Executor, forget_attempts
 from vilu.store.ledger import Vouched, content_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
@@ -167,13 +168,13 @@ def _drive(
         lock.enter_context(StoreLedger.claim(root, patience))
         if overwrite:
             job.ledger.clear()
-        job = replace(job, run=begin(root, job.run, model))
+        job = replace(job, run=begin(root, job.run, lambda: encode_classes(model, job.run)))
         if not shared:
             forget_attempts(root)
         missing, receipts = job.ledger.survey(deep=not shared)  # many drivers would each read all of it
         if missing:
             job.ledger.unseal()
-            require_room(job, missing)
+            require_room(root, job.run, missing)
             if not job.run.pictures:
                 logger.warning("%s goes on as it was begun: without digests of its pictures", root)
         else:
@@ -250,27 +251,40 @@ def _check_candidates(
 def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | None = None, **settings: object) -> Run:
     """The run over a data set with a model."""
     sharded = isinstance(dataset, ShardedDataset)
+    inputs = {
+        "dataset_fingerprint": dataset.fingerprint,
+        "n_in": 0 if sharded else len(dataset),
+        "shards": len(dataset) if sharded else 0,
+        "captions": dataset.captioned,
+        "folders": dataset.class_names,
+        "space": asdict(space),
+        "part_size": (PART_SHARDS if sharded else PART_IMAGES) if part_size is None else part_size,
+        **settings,
+    }
+    return describe_run(inputs, Path(dataset.source).name or dataset.source, pictures=True)
+
+
+def describe_run(described: Mapping[str, object], dataset: str, *, pictures: bool) -> Run:
+    """The run with these inputs, of data of this name."""
     try:
-        inputs = Inputs.model_validate(
-            {
-                "dataset_fingerprint": dataset.fingerprint,
-                "n_in": 0 if sharded else len(dataset),
-                "shards": len(dataset) if sharded else 0,
-                "captions": dataset.captioned,
-                "folders": dataset.class_names,
-                "space": asdict(space),
-                "part_size": (PART_SHARDS if sharded else PART_IMAGES) if part_size is None else part_size,
-                **settings,
-            }
-        )
+        inputs = Inputs.model_validate(described)
     except ValidationError as error:
-        raise UsageError(f"cannot embed with these settings: {explain(error)}.") from error
-    source = Path(dataset.source).name or dataset.source
-    made = {"fingerprint": digest(inputs.identity()), "dataset": source, "vilu": version("vilu"), "pictures": True}
+        raise UsageError(f"cannot make a store with these settings: {explain(error)}.") from error
+    made = {"fingerprint": digest(inputs.identity()), "dataset": dataset, "vilu": version("vilu"), "pictures": pictures}
     return Run.model_validate({**dict(inputs), **made})
 
 
-def begin(root: Path, run: Run, backbone: Backbone) -> Run:
+Classes = tuple[Tensor, Mapping[ClassColumn, Tensor]]
+"""(K, D) texts of the classes, and what else is kept of them and of the model."""
+
+
+def encode_classes(backbone: Backbone, run: Run) -> Classes:
+    """Those of a run, by the model."""
+    text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
+    return text, class_columns(backbone, run)
+
+
+def begin(root: Path, run: Run, make_classes: Callable[[], Classes]) -> Run:
     """Go on with the run that is in the folder, or begin this one; the class texts, if any, are there afterwards.
 
     Nothing is written before the prompts have been encoded: settings that the model refuses leave no store behind.
@@ -281,24 +295,23 @@ def begin(root: Path, run: Run, backbone: Backbone) -> Run:
         run = earlier
     classes = None
     if not (run.captions or _has_classes(root, run)):
-        text = require_usable(class_texts(backbone, run.names, run.templates), "class text")
-        classes = text, class_columns(backbone, run)
+        classes = make_classes()
     StoreLedger(root, run).begin(run, {*StoreLedger.always, *run.arrays})
     if classes is not None:
         write_classes(root, run, *classes)
     return run
 
 
-def require_room(job: EmbedJob, missing: Sequence[Part]) -> None:
+def require_room(root: Path, run: Run, missing: Sequence[Part]) -> None:
     """Refuse to begin where the disk has less free space than the vectors need, with 5 % for the rest."""
-    if job.run.shards:  # how many images are in them, nobody knows
+    if run.shards:  # how many images are in them, nobody knows
         return
-    n_rows, free = sum(map(len, missing)), shutil.disk_usage(job.root).free
-    row_bytes = sum(map(math.prod, job.run.arrays.values())) * np.dtype(job.run.dtype).itemsize
+    n_rows, free = sum(map(len, missing)), shutil.disk_usage(root).free
+    row_bytes = sum(map(math.prod, run.arrays.values())) * np.dtype(run.dtype).itemsize
     needed = int(n_rows * row_bytes * OVERHEAD)
     if needed > free:
         raise StorageError(
-            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {job.root}, where {free / 2**20:.1f} MiB are free. "
+            f"{n_rows} embeddings need {needed / 2**20:.1f} MiB in {root}, where {free / 2**20:.1f} MiB are free. "
             "Make room, or store float16."
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vilu.embeddings.checks import NORM_TOLERANCE
+from vilu.embeddings.source import OUTSIDE, UNKNOWN
 from vilu.errors import ViLUError
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import read_document
@@ -39,6 +40,7 @@ class StoreReport:
         n_ok: Rows.
         n_error: Images that failed.
         errors: The same by kind.
+        labels: Rows of one of the classes ("inside"), of none ("outside"), and of unknown label.
         bytes: Size of the parts on disk.
         deep: Whether every byte was looked at.
         problems: What is wrong, one sentence each; empty if nothing is.
@@ -54,6 +56,7 @@ class StoreReport:
     n_ok: int = 0
     n_error: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -82,14 +85,18 @@ class StoreReport:
         kept["negatives"] = len(run.negatives)
         columns = ", ".join(f"{name} {size}" for name, size in kept.items() if size)
         n_in = f" of {run.n_in}" if not run.shards else f" from {run.shards} shards"
-        classes = {"classes": f"{len(run.names)}, templates {', '.join(map(repr, run.templates))}"}
+        templates = ", ".join(map(repr, run.templates)) or "not known"
+        classes = {"classes": f"{len(run.names)}, templates {templates}", "labels": self._labels()}
+        model = f"{space.backbone or 'not known'}, {space.precision or 'precision not known'}"
+        origin = {} if run.imported is None else {"imported": run.imported.source or "from where is not known"}
         facts = {
             "store": f"{self.store}, {'complete' if self.sealed else 'not complete: run `vilu embed` again'}",
             "images": f"{self.n_in}{n_in} in {self.parts_done} of {self.parts} parts",
             "rows": f"{self.n_ok} x {space.embed_dim} {run.dtype}, {self.bytes / 2**20:.1f} MiB",
             "errors": f"{self.n_error}" + (f" ({kinds})" if kinds else ""),
             "data": f"{run.dataset}, split {run.split or 'not named'}",
-            "model": f"{space.backbone}, {space.precision}, logit scale {space.logit_scale:g}",
+            **origin,
+            "model": f"{model}, logit scale {space.logit_scale:g}, bias {space.logit_bias:g}",
             **({"captions": "one per image"} if run.captions else classes),
             **({"columns": columns} if columns else {}),
             "fingerprint": run.fingerprint,
@@ -97,9 +104,15 @@ class StoreReport:
         }
         return "\n".join(f"{name:<12} {fact}" for name, fact in facts.items())
 
+    def _labels(self) -> str:
+        counts = [f"{n} {kind} ({n / self.labels.total():.1%})" for kind, n in self.labels.items() if n]
+        named = f"; outside are {', '.join(map(repr, self.run.outside))}" if self.run.outside else ""
+        return (", ".join(counts) or "none") + named
+
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
-        return {**asdict(self), "run": self.run.model_dump(mode="json"), "errors": dict(self.errors)}
+        counts = {"errors": dict(self.errors), "labels": dict(self.labels)}
+        return {**asdict(self), "run": self.run.model_dump(mode="json"), **counts}
 
 
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
@@ -130,12 +143,22 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
                     with report.noting():
                         require_hash(root / name, info.sha256, receipt.again)
                 report.problems += [*_row_problems(ledger, part, receipt), *_table_problems(ledger, part, receipt)]
+            if not run.captions:
+                report.labels.update(_label_counts(ledger, part, receipt))
     with report.noting():
         if not run.captions:
             read_classes(root, run)
         if report.sealed and not report.problems:  # as those do who use it
             (CaptionStore if run.captions else EmbeddingStore)(root)
     return report
+
+
+def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str, int]:
+    schema = metadata_schema(ledger.run)
+    labels = read_columns(ledger.root / part.metadata, schema, ["label"], receipt.n_ok)["label"]
+    known = labels.drop_null().to_numpy()
+    n_outside = int(np.count_nonzero(known == OUTSIDE))
+    return {"inside": len(known) - n_outside, "outside": n_outside, "unknown": labels.null_count}
 
 
 def _row_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
@@ -159,7 +182,8 @@ def _table_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterat
     if Counter(bad["kind"].to_pylist()) != Counter(receipt.errors):
         yield f"{where} has other kinds of errors than its receipt."
     labels = good["label"].drop_null().to_numpy()
-    if not run.captions and labels.size and not (labels.min() >= 0 and labels.max() < len(run.names)):
+    known = (labels != UNKNOWN) & (labels >= OUTSIDE) & (labels < len(run.names))
+    if not (run.captions or known.all()):
         yield f"{where} has labels from {labels.min()} to {labels.max()} for {len(run.names)} classes."
     if len(good["key"].unique()) != len(good):
         yield f"{where} has keys more than once."

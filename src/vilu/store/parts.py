@@ -193,7 +193,9 @@ UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
 
 
 def metadata_schema(run: Run) -> pa.Schema:
-    """Columns of the metadata."""
+    """Columns of the metadata; of what was imported no picture is known."""
+    if run.imported is not None:
+        return pa.schema([METADATA.field(name) for name in ("position", "key", "label")])
     more = [*([CAPTION_FIELD] if run.captions else []), *([PICTURE_FIELD] if run.pictures else [])]
     return pa.schema([*METADATA, *more])
 
@@ -267,28 +269,42 @@ def column_path(root: Path, name: ClassColumn) -> Path:
 
 
 def _check_shape(root: Path, run: Run, name: ClassColumn, info: ArrayInfo) -> None:
-    n_classes, dim = len(run.names), run.space.embed_dim
-    shapes = {
-        "prompts": (n_classes, len(run.prompts), dim),
-        "text_features": (n_classes,),
-        "negatives": (len(run.negatives), dim),
-    }
-    fixed = shapes.get(name, (dim,))
-    if info.shape[: len(fixed)] != fixed or len(info.shape) != COLUMNS[name][0]:
+    if len(info.shape) != COLUMNS[name][0] or not has_shape(run, name, info.shape):
         raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
     map_rows(column_path(root, name), info.shape, "float32")
+
+
+def has_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
+    """Whether a column of the classes or of the model may have a shape; what was imported is of texts unknown."""
+    n_classes, dim = len(run.names), run.space.embed_dim
+    n_prompts, n_words = len(run.prompts), len(run.negatives)
+    if run.imported is not None:
+        n_prompts, n_words = shape[1], shape[0]
+    shapes = {
+        "prompts": (n_classes, n_prompts, dim),
+        "text_features": (n_classes,),
+        "negatives": (n_words, dim),
+    }
+    fixed = shapes.get(name, (dim,))
+    return shape[: len(fixed)] == fixed
 
 
 MESSAGE_LENGTH = 300
 
 
 @dataclass(frozen=True)
-class Row:
-    """Metadata of an image with an embedding; fields as in ``metadata_schema``."""
+class LabelledRow:
+    """What is known of every row."""
 
     position: int
     key: str
     label: int | None
+
+
+@dataclass(frozen=True)
+class Row(LabelledRow):
+    """Metadata of an image with an embedding; fields as in ``metadata_schema``."""
+
     width: int
     height: int
     n_frames: int
@@ -316,7 +332,7 @@ class PartRows:
     """What becomes of the images of a part: of the good ones (n, ...) blocks of what is kept, by name, and metadata."""
 
     arrays: dict[str, list[Tensor]] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[LabelledRow] = field(default_factory=list)
     errors: list[ErrorRow] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
 
@@ -349,7 +365,7 @@ def _npy(array: NDArray[np.floating]) -> memoryview:
     return buffer.getbuffer()
 
 
-def _parquet(rows: Sequence[Row | ErrorRow], schema: pa.Schema) -> memoryview:
+def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> memoryview:
     columns = {name: [_storable(getattr(row, name)) for row in rows] for name in schema.names}
     buffer = BytesIO()
     pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.device import as_usual
-from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
+from vilu.embeddings.checks import HASH_BYTES, Identity, RowNumbers, hash_names, hash_of_each
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
-from vilu.embeddings.source import UNKNOWN, EmbeddingSource
+from vilu.embeddings.source import OUTSIDE, UNKNOWN, EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import digest, read_document
@@ -92,6 +92,11 @@ class Sealed(Reopened):
             for name in part.arrays:
                 _map_part(ledger, starts, path.joinpath, name, part.number)
 
+    @property
+    def named(self) -> bool:
+        """Whether rows have identifiers of their own."""
+        return self.manifest.imported is None or self.manifest.imported.ids
+
     def require_seal(self, whole: bool) -> None:
         """Refuse what the manifest does not vouch for."""
         if not whole:
@@ -144,7 +149,9 @@ class StoredRows(EmbeddingSource):
 
     @property
     def identified_by(self) -> tuple[Identity, ...]:
-        """Pictures (with captions), or of old stores names."""
+        """Pictures (with captions), or of old stores names; of what was imported, embeddings and names, if any."""
+        if self._sealed.manifest.imported is not None:
+            return ("embeddings", "names") if self._sealed.named else ("embeddings",)
         return ("pictures", "names") if self._sealed.manifest.pictures else ("names",)
 
     def identities(self, by: Identity, rows: NDArray[np.int64] | None = None) -> NDArray[np.uint64]:
@@ -192,8 +199,9 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         self._class_column = cache(partial(_read_class_column, self.path, self._classes))
         self.columns = frozenset(self.manifest.arrays) - {IMAGE} | frozenset(self._classes.columns)
         targets = map(self._read_targets, self._sealed.parts)
-        self.target = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
-        self.ids = self._sealed.keys()
+        labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
+        self.target, self.outside = labels.clamp(min=UNKNOWN), labels == OUTSIDE
+        self.ids = self._sealed.keys() if self._sealed.named else GivenNumbers(self._sealed.keys())
         self._kept = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
@@ -212,12 +220,26 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
         labels: pa.Array = self._sealed.metadata("label", part.number)
         target = np.asarray(labels.fill_null(UNKNOWN), dtype=np.int64)
-        if len(target) and not (target.min() >= UNKNOWN and target.max() < self.n_candidates):
+        if len(target) and not (target.min() >= OUTSIDE and target.max() < self.n_candidates):
             raise StorageError(
                 f"{self.path / part.metadata} has labels from {target.min()} to {target.max()}, "
                 f"there are {self.n_candidates} classes. Run `vilu embed` again to redo the part."
             )
         return target
+
+
+class GivenNumbers(RowNumbers):
+    """Numbers that rows had in the arrays that were imported: what could not be used has left gaps."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        super().__init__(len(keys))
+        self._keys = keys
+
+    def _of(self, row: int) -> str:
+        return self._keys[row]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
 
 
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:

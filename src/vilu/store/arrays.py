@@ -1,0 +1,229 @@
+"""Arrays of an ``.npz`` file or a folder of ``.npy`` files, hostile until checked, of which rows are read by blocks."""
+
+from __future__ import annotations
+
+import lzma
+import math
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vilu.errors import DataError, StorageError, UsageError, ViLUError
+from vilu.store.parts import UNREADABLE_NPY
+
+UNREADABLE_NPZ = (*UNREADABLE_NPY, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+"""What reading a damaged or hostile zip raises, beside what its arrays do (RuntimeError where it is encrypted)."""
+
+READ_BYTES = 2**24
+"""Read together where all of an array is looked at."""
+
+MAX_PACKED, SMALL_BYTES = 100, 2**28
+"""An array larger than the latter that was packed smaller than by the former is a bomb: embeddings hardly pack."""
+
+MAX_TEXT = 2**16
+"""Characters of a name."""
+
+
+class StoredArray:
+    """An array in a file, known by its header: nothing of it is in memory but the rows that are asked for.
+
+    Attributes:
+        place: Where it is, for messages.
+        shape: Of the array.
+        dtype: Of its numbers, in any byte order; never Python objects.
+    """
+
+    def __init__(self, place: str, handle: IO[bytes], n_bytes: int) -> None:
+        self.place, self._handle = place, handle
+        with or_unreadable(place):
+            version = np.lib.format.read_magic(handle)
+            if version not in READERS:
+                raise DataError(f"{place} is of version {version} of the format .npy. Save it with numpy.save.")
+            self.shape, self._by_columns, self.dtype = READERS[version](handle)
+            self._start = handle.tell()
+        if self.dtype.hasobject:
+            raise DataError(
+                f"{place} holds Python objects, which only pickle could read, and pickle runs what a file says. Save "
+                "numbers, or texts as numpy.array(names, dtype=str)."
+            )
+        n_items, found = math.prod(self.shape), n_bytes - self._start
+        if min(self.shape, default=0) < 0 or not self.dtype.itemsize or n_items * self.dtype.itemsize != found:
+            raise DataError(
+                f"{place} is damaged: its header says {self.dtype} of shape {self.shape}, and {found} bytes follow it. "
+                "Write it again."
+            )
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def require_rows(self) -> None:
+        """Refuse an array whose rows do not lie one after the other."""
+        if self._by_columns and len(self.shape) > 1:
+            raise DataError(
+                f"{self.place} is in Fortran order, so its rows cannot be read one by one. Save it in C order, as "
+                "numpy.save does of numpy.ascontiguousarray(array)."
+            )
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """The entries start ... stop - 1 of an array in C order."""
+        n_row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        content = self._bytes(start * n_row, (stop - start) * n_row)
+        return np.frombuffer(content, self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """All entries of an array in C order, so many together as take ``READ_BYTES``."""
+        size = max(READ_BYTES * len(self) // max(self.n_bytes, 1), 1)
+        for start in range(0, len(self), size):
+            yield self.read(start, min(start + size, len(self)))
+
+    def whole(self) -> NDArray[Any]:
+        """The array in memory, in either order."""
+        flat = np.frombuffer(self._bytes(0, self.n_bytes), self.dtype)
+        return flat.reshape(self.shape, order="F" if self._by_columns else "C")
+
+    def hash(self, advance: Callable[[int], object]) -> str:
+        """Hash of its type, shape and content; the bytes of a file in between do not matter."""
+        content = blake2b(repr((self.dtype.str, self.shape, self._by_columns)).encode(), digest_size=16)
+        for start in range(0, self.n_bytes, READ_BYTES):
+            block = self._bytes(start, min(READ_BYTES, self.n_bytes - start))
+            content.update(block)
+            advance(len(block))
+        with or_unreadable(self.place):
+            if self._handle.read(1):  # at the end of a member of a zip its checksum is compared
+                raise DataError(f"{self.place} has more bytes than its header says. Write it again.")
+        return content.hexdigest()
+
+    def _bytes(self, start: int, count: int) -> bytearray:
+        """So many bytes of the content; memory is taken as they come, whatever a header has promised."""
+        content = bytearray()
+        with or_unreadable(self.place):
+            if self._handle.tell() != self._start + start:
+                self._handle.seek(self._start + start)
+            while len(content) < count:
+                block = self._handle.read(min(READ_BYTES, count - len(content)))
+                if not block:
+                    raise DataError(f"{self.place} ends after {start + len(content)} bytes. Write it again.")
+                content += block
+        return content
+
+
+READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+"""Of the headers of plain arrays, by version."""
+
+
+@contextmanager
+def or_unreadable(place: str) -> Iterator[None]:
+    """A block in which what a damaged file raises becomes a ``DataError`` that names it."""
+    try:
+        yield
+    except ViLUError:
+        raise
+    except PermissionError as error:
+        raise StorageError(f"cannot read {place}: permission denied.") from error
+    except UNREADABLE_NPZ as error:
+        raise DataError(f"{place} is damaged, or no array: {error}. Write it again with numpy.save.") from error
+
+
+class Arrays:
+    """The arrays of a file or a folder by the names that they have there; files are open until it is left.
+
+    Raises:
+        DataError: If there is no such file or folder, or it is none.
+        StorageError: If it may not be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._files = path, ExitStack()
+        with or_unreadable(str(path)):
+            folder = path.is_dir()
+            self._members = _files(path) if folder else _members(path)
+            self._zip = None if folder else self._files.enter_context(zipfile.ZipFile(path))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._files.close()
+
+    @property
+    def names(self) -> list[str]:
+        """What there is."""
+        return list(self._members)
+
+    def open(self, name: str) -> StoredArray:
+        """One of the arrays, of which the header is read and checked."""
+        member = self._members[name]
+        place = f"{self.path / f'{name}.npy'}" if isinstance(member, Path) else f"{self.path}, array {name!r}"
+        with or_unreadable(place):
+            if isinstance(member, Path):
+                handle: IO[bytes] = self._files.enter_context(member.open("rb"))
+                return StoredArray(place, handle, member.stat().st_size)
+            if self._zip is None or member.flag_bits & 1:
+                raise DataError(f"{place} is encrypted. Write it again without a password.")
+            return StoredArray(place, self._files.enter_context(self._zip.open(member)), member.file_size)
+
+    def require_small(self, name: str) -> None:
+        """Refuse an array of embeddings, or of names, that is far too large for the bytes that it was packed into."""
+        member = self._members[name]
+        if isinstance(member, Path) or member.file_size <= max(SMALL_BYTES, MAX_PACKED * member.compress_size):
+            return
+        raise DataError(
+            f"{self.path}, array {name!r}: {member.compress_size:,} bytes are said to hold {member.file_size:,}. No "
+            "embeddings pack so well, so nothing of it is read."
+        )
+
+
+def _files(folder: Path) -> dict[str, Path | zipfile.ZipInfo]:
+    """The ``.npy`` files of a folder by name."""
+    found = sorted(path for path in folder.iterdir() if path.suffix == ".npy" and not path.name.startswith("."))
+    for path in found:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(f"{path} is no file.")
+    if not found:
+        raise DataError(f"{folder} holds no .npy file. Give a folder with image.npy, text.npy, ..., or an .npz file.")
+    return {path.stem: path for path in found}
+
+
+def _members(path: Path) -> dict[str, Path | zipfile.ZipInfo]:
+    """The arrays of an ``.npz`` file by name."""
+    if not path.is_file():
+        raise UsageError(f"{path} is no file and no folder. Give an .npz file, or a folder of .npy files.")
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path} is no .npz file. Give one that numpy.savez wrote, or a folder of .npy files.")
+    found: dict[str, Path | zipfile.ZipInfo] = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            name = info.filename.removesuffix(".npy")
+            if name in found:
+                raise DataError(f"{path} has array {name!r} twice. Write it again.")
+            found[name] = info
+    return found
+
+
+def texts_of(values: NDArray[Any], place: str) -> list[str]:
+    """Names as text, of an array of texts, of UTF-8 bytes or of whole numbers."""
+    if values.dtype.kind not in "iuUS":
+        raise DataError(f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} instead.")
+    with or_unreadable(place):
+        found = [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
+    for text in found:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(f"{place} must hold text that UTF-8 can write. Got {text!r:.80}.")
+    return found

@@ -1,0 +1,353 @@
+"""Arrays of others as a store: the same numbers, whatever they came in, and nothing believed unchecked."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import vilu
+from tests.builders.array_files import NAMES, arrays, save
+from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.store.importing import import_arrays
+from vilu.store.inspect import inspect
+
+LOOSE = pytest.mark.filterwarnings("ignore:.*not of unit norm")
+
+
+def files(store: Path) -> dict[str, bytes]:
+    """Everything in a store but its lock."""
+    paths = (path for path in store.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(store)): path.read_bytes() for path in paths}
+
+
+def imported(folder: Path, values: dict, name: str = "a.npz", **settings: object) -> vilu.EmbeddingStore:
+    return import_arrays(save(folder / name, values), folder / "store", **settings)
+
+
+@pytest.mark.parametrize("name", ["a.npz", "folder"])
+@pytest.mark.parametrize("part_size", [1, 7, 30, 1000])
+def test_a_store_is_the_arrays(tmp_path: Path, name: str, part_size: int) -> None:
+    values = arrays()
+    store = imported(tmp_path, values, name, part_size=part_size, model="ViT-B/32", origin="a paper's code")
+    rows = torch.arange(30)
+    assert torch.equal(store.image_rows(rows), torch.from_numpy(values["image"]))
+    assert torch.equal(store.text, torch.from_numpy(values["text"]))
+    assert store.target.tolist() == [max(label, -1) for label in values["target"]]
+    assert store.outside.tolist() == [label == -2 for label in values["target"]]
+    assert list(store.ids) == values["ids"].tolist()
+    assert store.class_names == NAMES
+    space = store.space
+    assert (space.logit_scale, space.logit_bias, space.backbone, space.weights) == (50, -1, "ViT-B/32", None)
+    assert store.manifest.imported.source == "a paper's code"
+    assert not inspect(tmp_path / "store", deep=True).problems
+    memory = vilu.Embeddings(values["image"], values["text"], values["target"], 50, -1)
+    failures = [torch.cat([batch.failure for batch in data.batches(8)]).tolist() for data in (store, memory)]
+    assert failures[0] == failures[1]
+    assert {1} == {failure for failure, label in zip(failures[0], values["target"], strict=True) if label == -2}
+
+
+def test_the_same_arrays_give_the_same_bytes(tmp_path: Path) -> None:
+    """From a file, packed or not, and from a folder; the name of the source is the one thing that differs."""
+    made = []
+    for place in ("one/a.npz", "two/a.npz", "three/a.npz"):
+        (tmp_path / place).parent.mkdir()
+        path = save(tmp_path / place, arrays(), packed=place.startswith("two"))
+        made.append(import_arrays(path, path.parent / "store", part_size=7))
+    assert files(made[0].path) == files(made[1].path) == files(made[2].path)
+    folder = import_arrays(save(tmp_path / "folder", arrays()), tmp_path / "store", part_size=7)
+    assert folder.manifest.fingerprint == made[0].manifest.fingerprint
+    assert folder.manifest.content == made[0].manifest.content
+    assert folder.seal == made[0].seal or folder.manifest.dataset == "folder"
+
+
+def test_again_does_nothing_and_other_inputs_are_refused(tmp_path: Path) -> None:
+    store = imported(tmp_path, arrays(), part_size=7)
+    before = {path: path.stat().st_mtime_ns for path in sorted(store.path.rglob("*.npy"))}
+    imported(tmp_path, arrays(), part_size=7)
+    assert {path: path.stat().st_mtime_ns for path in sorted(store.path.rglob("*.npy"))} == before
+    for changes, settings, told in (
+        ({"seed": 1}, {}, "dataset_fingerprint"),
+        ({}, {"outside": ["sea"]}, "outside"),
+        ({}, {"model": "other"}, "space.backbone"),
+        ({}, {"origin": "somebody"}, "imported.source"),
+        ({}, {"logit_scale": 100.0}, "space.logit_scale"),
+    ):
+        with pytest.raises(ProvenanceError, match=told):
+            imported(tmp_path, arrays(**changes), part_size=7, **settings)
+    again = imported(tmp_path, arrays(seed=1), part_size=7, overwrite=True)
+    assert again.ids[0] == "img/1-0.png"
+
+
+def test_a_part_that_is_lost_is_done_again(tmp_path: Path) -> None:
+    store = imported(tmp_path, arrays(), part_size=7)
+    whole = files(store.path)
+    (store.path / "receipts/00002.json").unlink()
+    (store.path / "manifest.json").unlink()
+    with (store.path / "img_emb/img_emb_00001.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x07")
+    imported(tmp_path, arrays(), part_size=7)
+    assert files(store.path) == whole
+
+
+def test_what_is_not_known_stays_unknown(tmp_path: Path) -> None:
+    values = arrays(target=None, ids=None)
+    store = imported(tmp_path, values)
+    assert set(store.target.tolist()) == {-1}
+    assert not store.outside.any()
+    assert list(store.ids) == [str(row) for row in range(30)]
+    assert store.identified_by == ("embeddings",)
+    assert store.space.anonymous
+    assert store.manifest.folders is None
+    memory = vilu.Embeddings(values["image"], values["text"])
+    assert np.array_equal(store.identities("embeddings"), memory.identities("embeddings"))
+
+
+def test_rows_that_fit_somewhere_are_known_again_by_their_numbers(tmp_path: Path) -> None:
+    """A model is not scored on what it was fitted on, though nothing but the vectors tells."""
+    store = imported(tmp_path, arrays(ids=None))
+    seen = vilu.MCM().fit(store).predict_uncertainty(store)
+    assert len(seen) == 30
+
+
+@pytest.mark.parametrize("kind", ["<f2", ">f4", "<f8", ">f8", "<i4"])
+def test_numbers_of_any_type(tmp_path: Path, kind: str) -> None:
+    values = arrays(image=np.eye(6, dtype=kind)[[0, 1, 2, 3, 4, 5] * 5])
+    store = imported(tmp_path, values)
+    assert store.manifest.dtype == ("float16" if kind == "<f2" else "float32")
+    assert torch.equal(store.image_rows(torch.arange(6)), torch.eye(6))
+
+
+def test_rows_are_brought_to_unit_norm_and_unusable_ones_set_aside(tmp_path: Path) -> None:
+    image = arrays(200)["image"] * np.linspace(0.1, 9, 200)[:, None]
+    image[3], image[150] = np.nan, 0
+    values = arrays(200, image=image)
+    with pytest.warns(UserWarning, match=r"19\d of 200 image rows are not of unit norm \(norms 0\.1 to 9\)"):
+        store = imported(tmp_path, values, part_size=64)
+    assert store.manifest.errors == {"nonfinite": 1, "zero_norm": 1}
+    assert len(store) == 198
+    assert torch.allclose(store.image_rows(torch.arange(198)).norm(dim=1), torch.ones(198), atol=1e-6)
+    assert not inspect(store.path, deep=True).problems
+    (tmp_path / "two").mkdir()
+    with pytest.raises(DataError, match="2 of 200 images"), pytest.warns(UserWarning, match="unit norm"):
+        imported(tmp_path / "two", values, max_error_rate=0.0)
+
+
+def test_numbers_of_rows_without_names_have_gaps(tmp_path: Path) -> None:
+    image = arrays()["image"]
+    image[4] = 0
+    store = imported(tmp_path, arrays(image=image, ids=None), max_error_rate=0.5)
+    assert list(store.ids)[3:6] == ["3", "5", "6"]
+
+
+def test_columns_come_too(tmp_path: Path) -> None:
+    generator = np.random.default_rng(3)
+    unit = lambda *shape: (rows := generator.standard_normal(shape)) / np.linalg.norm(rows, axis=-1, keepdims=True)  # noqa: E731
+    columns = {
+        "features": generator.standard_normal((30, 9)),
+        "views": unit(30, 3, 6),
+        "prompts": unit(4, 2, 6),
+        "text_features": generator.standard_normal((4, 9)),
+        "image_projection": generator.standard_normal((6, 9)),
+        "text_projection": generator.standard_normal((6, 9)),
+        "negatives": unit(11, 6),
+    }
+    store = imported(tmp_path, arrays(**columns), part_size=7)
+    assert store.columns == columns.keys()
+    for name, values in columns.items():
+        found = store.column(name, torch.arange(30 if name in {"features", "views"} else 4))
+        assert torch.allclose(found, torch.from_numpy(values).float(), atol=1e-6), name
+    assert not inspect(store.path, deep=True).problems
+
+
+def test_other_names(tmp_path: Path) -> None:
+    values = arrays()
+    values["text_single"], values["labels"] = values["text"][::-1].copy(), values.pop("target")
+    store = imported(tmp_path, values, keys={"text": "text_single", "target": "labels"})
+    assert torch.equal(store.text, torch.from_numpy(values["text_single"]))
+    assert store.target.max() == 3
+
+
+def test_labels_may_be_names(tmp_path: Path) -> None:
+    labels = np.array(["dog", "", "chair", "cat", "table"] * 6)
+    store = imported(tmp_path, arrays(target=labels), outside=["chair", "table"])
+    assert store.target.tolist() == [1, -1, -1, 0, -1] * 6
+    assert store.outside.tolist() == [False, False, True, False, True] * 6
+    with pytest.raises(DataError, match="the label 'table', which is no class"):
+        imported(tmp_path, arrays(target=labels), outside=["chair"], overwrite=True)
+
+
+def test_a_class_is_outside(tmp_path: Path) -> None:
+    """Its text goes, the classes after it move up, and its rows are of none of them."""
+    values = arrays(target=np.arange(30) % 4, prompts=np.tile(np.eye(6)[:2], (4, 1, 1)))
+    store = imported(tmp_path, values, outside=["dog"])
+    assert store.class_names == ("cat", "cup", "sea")
+    assert torch.equal(store.text, torch.from_numpy(values["text"][[0, 2, 3]]))
+    assert store.target.tolist() == ([0, -1, 1, 2] * 8)[:30]
+    assert store.outside.tolist() == ([False, True, False, False] * 8)[:30]
+    assert len(store.column("prompts", torch.arange(3))) == 3
+
+
+def test_a_class_without_a_text_is_outside(tmp_path: Path) -> None:
+    values = arrays(target=np.arange(30) % 5, class_names=np.array(["cat", "nothing", *NAMES[1:]]))
+    store = imported(tmp_path, values, outside=["nothing"])
+    assert store.class_names == NAMES
+    assert store.target.tolist() == [0, -1, 1, 2, 3] * 6
+    assert store.outside.tolist() == [False, True, False, False, False] * 6
+
+
+def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
+    store = imported(tmp_path, arrays(target=np.array([0, 9, -1, 3, -5] * 6)), outside=["9", "-5"])
+    assert store.target.tolist() == [0, -1, -1, 3, -1] * 6
+    assert store.outside.tolist() == [False, True, False, False, True] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings", "kind", "told"),
+    [
+        ({"logit_scale": None}, {}, UsageError, "Give --logit-scale: OpenAI's CLIP has --logit-scale 100 --lo"),
+        ({"logit_bias": None}, {}, UsageError, "do not say logit_bias"),
+        ({"logit_scale": np.ones(2)}, {}, DataError, "must be one number"),
+        ({"logit_scale": np.float32(-3)}, {}, UsageError, "positive"),
+        ({"image": None}, {}, DataError, "no array 'image'; it has '"),
+        ({"text": None}, {}, DataError, "no array 'text'"),
+        ({}, {"keys": {"text": "nothing"}}, DataError, "no array 'nothing'"),
+        ({}, {"keys": {"nothing": "text"}}, UsageError, "no array 'nothing' to be called otherwise"),
+        ({"class_names": None}, {}, UsageError, "--classes FILE"),
+        ({"class_names": np.array(NAMES[:3])}, {}, DataError, "one class name per row of text"),
+        ({"class_names": np.array(["cat", "dog", " ", "sea"])}, {}, DataError, "blank"),
+        ({"class_names": np.array(["cat", "dog", "cat", "sea"])}, {}, DataError, "one name must have one text"),
+        ({"class_names": np.array([*NAMES], dtype=object)}, {}, DataError, "Python objects"),
+        ({"class_names": np.arange(4.0)}, {}, DataError, "must hold texts"),
+        ({"class_names": np.array([b"\xff", b"a", b"b", b"c"])}, {}, DataError, "damaged"),
+        ({"ids": np.array(["a"] * 30)}, {}, DataError, "Rows 0 and 1 are both 'a'"),
+        ({"ids": np.arange(29)}, {}, DataError, "one entry per image row"),
+        ({"target": np.arange(30)}, {}, DataError, "must be a row of text, 0 to 3"),
+        ({"target": np.full(30, 2**64 - 1, np.uint64)}, {}, DataError, "must be a row of text"),
+        ({"target": np.full(30, -3)}, {}, DataError, "must be a row of text"),
+        ({"target": np.zeros(30)}, {}, DataError, "one whole number per row"),
+        ({"target": np.zeros(29, int)}, {}, DataError, "one entry per image row"),
+        ({"target": np.zeros((30, 1), int)}, {}, DataError, "one whole number per row"),
+        ({"image": np.zeros((30, 6), complex)}, {}, DataError, "matrix"),
+        ({"image": np.zeros((30, 6, 1), "f4")}, {}, DataError, "matrix"),
+        ({"image": np.zeros((30, 0), "f4")}, {}, DataError, "matrix"),
+        ({"image": np.asfortranarray(np.eye(30, 6))}, {}, DataError, "Fortran"),
+        ({"image": np.eye(30, 7)}, {}, DataError, "share one width"),
+        ({"text": np.zeros((4, 6))}, {}, DataError, "non-zero norm"),
+        ({"text": np.full((4, 6), np.inf)}, {}, DataError, "finite"),
+        ({"text": np.zeros((0, 6)), "class_names": np.array([], "U1")}, {}, DataError, "candidates"),
+        ({"negatives": np.eye(3, 5)}, {}, DataError, "negatives"),
+        ({"prompts": np.tile(np.eye(6)[:2], (3, 1, 1))}, {}, DataError, "prompts"),
+        ({"views": np.tile(np.eye(5)[:2], (30, 1, 1))}, {}, DataError, "width"),
+        ({"features": np.zeros((30, 0))}, {}, DataError, "features"),
+        ({"text_features": np.full((4, 2), np.nan)}, {}, DataError, "finite"),
+        ({}, {"outside": ["cow"]}, UsageError, "no class or label 'cow' to be outside. Classes are 'cat', 'dog'"),
+        ({}, {"outside": ["2"]}, UsageError, "no class or label '2'"),
+        ({}, {"outside": list(NAMES)}, UsageError, "At least one must be left"),
+        ({}, {"part_size": 0}, UsageError, "part_size"),
+        ({}, {"class_names": ["a", "b"]}, DataError, "one class name per row"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_before_anything_is_written(
+    tmp_path: Path, changes: dict, settings: dict, kind: type[Exception], told: str
+) -> None:
+    for name in ("a.npz", "folder"):
+        with pytest.raises(kind, match=told):
+            imported(tmp_path, arrays(**changes), name, **settings)
+    assert not (tmp_path / "store").exists()
+
+
+def test_labels_as_arrays_name_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="labels beyond the classes are 9"):
+        imported(tmp_path, arrays(target=np.array([0, 9, 1] * 10)), outside=["8"])
+
+
+def raw(shape: str, kind: str = "<f4", content: bytes = b"") -> bytes:
+    """A ``.npy`` file with any header."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + content
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (raw("(30, 6)", content=bytes(700)), "header says float32 of shape"),
+        (raw("(30, 6)", content=bytes(721)), "header says float32 of shape"),
+        (raw("(10**9, 6)"), "damaged"),
+        (raw("(1000000000000000000, 512)"), "header says"),
+        (raw("(-30, -6)", content=bytes(720)), "header says"),
+        (raw("(1000000000000000000,)", "<U0"), "header says"),
+        (raw("(30, 6)", "|O", pickle.dumps(1)), "pickle"),
+        (raw("(30, 6)", "<f4")[:40], "damaged"),
+        (b"\x93NUMPY\x09\x00" + bytes(99), "damaged|version"),
+        (b"", "damaged"),
+        (b"not an array", "damaged"),
+    ],
+)
+def test_a_hostile_array(tmp_path: Path, content: bytes, told: str) -> None:
+    folder = save(tmp_path / "folder", arrays())
+    (folder / "image.npy").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in arrays(image=None).items():
+            buffer = io.BytesIO()
+            np.save(buffer, values)
+            archive.writestr(f"{name}.npy", buffer.getvalue())
+        archive.writestr("image.npy", content)
+    for path in (folder, tmp_path / "a.npz"):
+        with pytest.raises(DataError, match=told) as caught:
+            import_arrays(path, tmp_path / "store")
+        assert "image" in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_hostile_file(tmp_path: Path) -> None:
+    whole = save(tmp_path / "a.npz", arrays(), packed=True).read_bytes()
+    place = whole.index(b"image.npy") + 200  # within the packed rows
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for content, told in ((flipped, "damaged"), (whole[: len(whole) // 2], "no .npz"), (b"PK", "no .npz"), (b"", "no")):
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(DataError, match=told):
+            import_arrays(tmp_path / "a.npz", tmp_path / "store")
+    with zipfile.ZipFile(tmp_path / "twice.npz", "w") as archive:
+        archive.writestr("image.npy", raw("(0, 6)"))
+        archive.writestr("image", raw("(0, 6)"))
+    with pytest.raises(DataError, match="'image' twice"):
+        import_arrays(tmp_path / "twice.npz", tmp_path / "store")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no"):
+        import_arrays(tmp_path / "empty", tmp_path / "store")
+    with pytest.raises(UsageError, match="no file and no folder"):
+        import_arrays(tmp_path / "nowhere", tmp_path / "store")
+    os.mkfifo(tmp_path / "empty" / "image.npy")
+    with pytest.raises(DataError, match="is no file"):
+        import_arrays(tmp_path / "empty", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    """300 MB of zeros in 300 kB: refused by the sizes alone, where as much of numbers would be read."""
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, values in arrays(image=None).items():
+            buffer = io.BytesIO()
+            np.save(buffer, values)
+            archive.writestr(f"{name}.npy", buffer.getvalue())
+        with archive.open("image.npy", "w") as member:
+            member.write(raw("(12500000, 6)"))
+            for _ in range(300):
+                member.write(bytes(10**6))
+    with pytest.raises(DataError, match="No embeddings pack so well"):
+        import_arrays(tmp_path / "a.npz", tmp_path / "store")
+
+
+def test_a_link_or_a_name_does_not_lead_elsewhere(tmp_path: Path) -> None:
+    """Keys are names in the folder, not paths."""
+    save(tmp_path / "other", arrays())
+    with pytest.raises(DataError, match=r"no array '\.\./other/text'"):
+        imported(tmp_path, arrays(), "folder", keys={"text": "../other/text"})
