@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu import PREDICTORS
 from vilu.embeddings.columns import HOW, TEXT_COLUMNS
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.files.documents import write_json
@@ -402,6 +404,60 @@ def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
         calibrator = copy.deepcopy(predictor).calibrate(test)
         for one, other in zip(*(p.predict_failure_probability(test) for p in (calibrator, again[name])), strict=True):
             assert one == other, name
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_two_classes_of_one_name_and_text_are_one_answer(
+    name: str, first: bool, train: Embeddings, test: Embeddings
+) -> None:
+    """ImageNet has "missile" and "sunglasses" twice: whichever copy labels name, they name the same answer."""
+    quick = train.take(torch.arange(300))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="only")
+        fits = {copy_of: make(name).fit(labelled_by(quick, copy_of, first=first)) for copy_of in (0, 1)}
+    said = [vilu.score(fits[fitted_on], labelled_by(test, named)) for fitted_on in (0, 1) for named in (0, 1)]
+    for other in said[1:]:
+        assert np.array_equal(other.uncertainty, said[0].uncertainty)
+        assert np.array_equal(other.failure, said[0].failure)
+    assert np.isfinite(said[0].uncertainty).all()
+    of_two = torch.isin(test.target, torch.tensor([1, 3])).numpy()
+    assert 0 < said[0].failure[of_two].mean() < 1  # both right and wrong answers are among them
+    assert len({str(vilu.evaluate(outcomes)) for outcomes in said}) == 1
+
+
+def labelled_by(data: EmbeddingSource, copy_of: int, *, first: bool = True) -> Embeddings:
+    """The classes 1 and 3 twice, before the others or behind them; the labels name one copy alone."""
+    given = [0, 1, 2, 3, 4, 1, 3] if first else [3, 1, 4, 3, 2, 1, 0]
+    places = {label: [i for i, one in enumerate(given) if one == label] for label in range(5)}
+    target = [places[label][copy_of % len(places[label])] for label in data.target.tolist()]
+    every = torch.arange(len(data))
+    columns = {name: data.column(name, every) for name in data.columns}
+    columns |= {name: columns[name][given] for name in TEXT_COLUMNS if name in columns}
+    names = [f"class {i}" for i in given]
+    text = data.candidates(every).text[given]
+    return Embeddings(data.image_rows(every), text, target, space=data.space, class_names=names, columns=columns)
+
+
+@pytest.mark.data
+def test_imagenets_equal_names_work_in_every_method_that_compares_classes(shared: Path) -> None:
+    file = shared / "data" / "realclip" / "imagenet1k_b32.npz"
+    if not file.is_file():
+        pytest.skip(f"{file} is not here")
+    found = np.load(file)
+    data = Embeddings(*(found[key] for key in ("image", "text", "target")), class_names=found["class_names"].tolist())
+    assert data.n_candidates == 998
+    train, test = data.take(torch.arange(0, len(data), 8)), data.take(torch.arange(1, len(data), 4))
+    compared = [name for name in LABELLED if PREDICTORS[name].closed_set and not PREDICTORS[name].columns]
+    assert len(compared) > 8
+    for name in compared:
+        if name == "stacking":  # all of them again, six times
+            continue
+        quick = {"max_iter": 5} if name == "linear_probe" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few steps, few rows of a class
+            outcomes = vilu.score(make(name, **quick).fit(train), test)
+        assert np.isfinite(outcomes.uncertainty).all(), name
+        assert vilu.evaluate(outcomes, metrics=["auroc"], n_resamples=0).rows[0].value > 0.4, name
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -38,12 +38,13 @@ class ClosedSet(FailurePredictor):
             ProvenanceError: If a candidate is none of the fitted classes, or two are the same one.
         """
         cosine, match = nearest(text, self.tensor(CLASSES, text.device))
-        unknown = int((cosine < SAME_TEXT).sum())
-        if unknown or len(match.unique()) < len(match):
+        unknown, twice = int((cosine < SAME_TEXT).sum()), len(match) - len(match.unique())
+        if unknown or twice:
+            why = f"{unknown} are others" if unknown else f"{twice} are nearest to one that is there already"
             raise ProvenanceError(
                 f"{self.name} scores the {len(self.learned_[CLASSES])} classes that it was fitted on. Of the "
-                f"{len(text)} candidates here {unknown} are others. Fit it on these classes, or take a method that "
-                "works on any (see `vilu list predictors`)."
+                f"{len(text)} candidates here {why}. Fit it on these classes, or take a method that works on any (see "
+                "`vilu list predictors`)."
             )
         return match
 
