@@ -14,7 +14,15 @@ from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.predictors.heads.vilu_plus import POOL_SD, ViLUPlus, fit_pool
-from vilu.predictors.nn.experts import ImageInputs, Memory, fit_attention, fit_temperature
+from vilu.predictors.nn.experts import (
+    BIAS_SHARE,
+    CAUTION,
+    ImageInputs,
+    Memory,
+    class_log_prior,
+    fit_attention,
+    fit_temperature,
+)
 from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
@@ -55,27 +63,96 @@ def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
     assert fit_temperature(rows_of(data), CPU) == pytest.approx(grid[np.argmin(loss)], rel=2e-3)
 
 
-def test_attention_is_the_most_probable_one(data: Embeddings, attention) -> None:
+@pytest.mark.parametrize("n", [200, 12, 3])
+def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
     """Its dual view: one weight vector per class, of prior covariance C (rho T T^T + (1 - rho) I) across classes."""
-    x = np.column_stack([standardised(data.image.double().numpy()), np.ones(200)])
+    few = data.take(torch.arange(n))
+    inputs = ImageInputs(8, 0)
+    inputs.fit(rows_of(few))
+    attention = fit_attention(inputs, rows_of(few), 4, VARIANCE, SHARING, CPU)
+    x = np.column_stack([standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)])
     t = standardised(data.text.double().numpy())
-    precision = np.linalg.inv(SHARING * t @ t.T + (1 - SHARING) * np.eye(4)) / VARIANCE
-    offset = float(attention.temperature) * zero_shot(data)
-    target = np.eye(4)[data.target.numpy()]
+    precision = np.linalg.inv(SHARING * t @ t.T + (1 - SHARING) * np.eye(4))
+    offset = float(attention.temperature) * zero_shot(data)[:n]
+    variance = VARIANCE * offset.var(axis=1).mean()
+    each = np.append(np.full(8, 1 / variance), 1 / (BIAS_SHARE * variance))
+    target = np.eye(4)[few.target.numpy()]
+    start = class_log_prior(few.target, 4).double().numpy()
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = flat.reshape(4, 9)
-        logits = offset + x @ weights.T
+        logits = offset + start + x @ weights.T
         loss = (logsumexp(logits, axis=1) - (logits * target).sum(axis=1)).sum()
-        loss += 0.5 * np.einsum("kd,kl,ld->", weights, precision, weights)
-        slope = (softmax(logits, axis=1) - target).T @ x + precision @ weights
+        loss += 0.5 * np.einsum("kd,kl,ld,d->", weights, precision, weights, each)
+        slope = (softmax(logits, axis=1) - target).T @ x + precision @ weights * each
         return loss, slope.ravel()
 
     found = minimize(objective, np.zeros(36), jac=True, method="L-BFGS-B", options={"ftol": 1e-14, "gtol": 1e-8})
-    expected = offset + x @ found.x.reshape(4, 9).T
-    batch = next(data.batches(200))
+    expected = offset + start + n / (n + CAUTION) * (x @ found.x.reshape(4, 9).T)
+    batch = next(few.batches(200))
     # both stop when float32 sums of 200 losses no longer change: logits of size 10 to about 1e-3 of it
     assert np.allclose(attention(batch).numpy(), expected, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("target", "n_classes", "share", "seen"),
+    [
+        ([0, 0, 1, 1, 1, 2], 6, 1 / 6, 3),  # one single label of six
+        ([0, 0, 1, 1], 4, 1 / 4, 2),  # none: half a label would be less than can be told
+        ([0, 1, 2], 9, 0.1, 3),  # one a class, so the labels do not tell
+        ([0, 1, 2, 2], 5, 2 / 4, 3),  # half of them single: two classes without labels are as frequent as three with
+    ],
+)
+def test_classes_without_labels_are_rarer(target: list[int], n_classes: int, share: float, seen: int) -> None:
+    prior = class_log_prior(torch.tensor(target), n_classes).exp()
+    # as frequent as the share that they have, spread over them, next to the rest, spread over the others
+    each = min(share / (n_classes - seen) / ((1 - share) / seen), 1)
+    assert prior.tolist() == pytest.approx([1.0 if c in target else each for c in range(n_classes)])
+
+
+def test_no_class_is_rarer_where_all_have_labels() -> None:
+    assert class_log_prior(torch.tensor([1, 0, 2, 2]), 3).tolist() == [0, 0, 0]
+    assert class_log_prior(torch.tensor([], dtype=torch.long), 3).tolist() == [0, 0, 0]
+
+
+def simulated(seed: int, n: int, n_classes: int, n_occurring: int, spread: float) -> Embeddings:
+    """Images around their class's text, off by what the class has in common (0.6 of it) and by more of their own."""
+    rng = np.random.default_rng(seed)
+    text = rng.normal(size=(n_classes, 64)) / 8
+    common = rng.normal(size=(n_classes, 64)) / 8
+    target = np.arange(n) % n_occurring
+    image = text[target] + 0.6 * common[target] + spread * rng.normal(size=(n, 64)) / 8
+    image, text = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (image, text))
+    return Embeddings(image, text, target, 20.0)
+
+
+def auroc_of(predictor, data: Embeddings) -> float:
+    failure = torch.cat([batch.failure for batch in data.batches(5_000)]).numpy()
+    return float(vilu.metrics.auroc(predictor.predict_uncertainty(data), failure))
+
+
+@pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
+@pytest.mark.parametrize(("n_classes", "spread"), [(4, 3.0), (40, 1.5)])
+def test_more_labels_never_cost_much(n_classes: int, spread: float) -> None:
+    """Also of four labels in all."""
+    gains = []
+    for seed in range(5):
+        whole = simulated(seed, 3_000, n_classes, n_classes, spread)
+        test = whole.take(torch.arange(1_000, 3_000))
+        mcm = auroc_of(vilu.MCM().fit(test), test)
+        fits = [ViLUPlus(variance=10.0).fit(whole.take(torch.arange(k * n_classes))) for k in (1, 2, 5)]
+        gains.append([auroc_of(fit, test) - mcm for fit in fits])
+    mean, error = np.mean(gains, axis=0), np.std(gains, axis=0) / 2
+    assert (mean > -0.003 - 2 * error).all(), mean
+    assert mean[2] > mean[0] - 2 * error[0]
+
+
+@pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
+def test_one_label_a_class_tells_which_classes_occur() -> None:
+    whole = simulated(0, 2_000, 40, 8, 2.0)
+    test = whole.take(torch.arange(1_000, 2_000))
+    fit = ViLUPlus().fit(whole.take(torch.arange(8)))
+    assert auroc_of(fit, test) > auroc_of(vilu.MCM().fit(test), test) + 0.05
 
 
 def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -> None:

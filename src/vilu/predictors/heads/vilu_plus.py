@@ -83,7 +83,8 @@ class ViLUPlus(FailurePredictor):
     Args:
         features: Look at the column "features" (the image encoder's output before its projection, or a second
             encoder's) beside the embedding where the data carry it; the label of the results says so.
-        variance: Prior variance C of the attention's weights.
+        variance: Prior variance of what the attention adds to the logits, in units of that of the tempered zero-shot
+            logits.
         sharing: Share rho of it that classes have in common, which is all that unseen candidates benefit from.
         width: Hidden width of the network.
         dropout: Of the network.

@@ -19,6 +19,15 @@ from vilu.predictors.nn.train import SCORING_BATCH, Rows
 TEMPERATURE_SD = 0.5
 """Prior standard deviation of the log of the zero-shot temperature, around zero."""
 
+BIAS_SHARE = 0.02
+"""Prior variance of a class's bias, as a share of that of its logits: labels are drawn by class more often than not."""
+
+CAUTION = 8
+"""Of n labels the attention learns n / (n + 8) of what they say: what a handful of images have in common is chance."""
+
+MISSED = 0.1
+"""Share of images of classes without labels, where no class has two labels and so nothing tells."""
+
 LBFGS_STEPS = 150
 FEATURES = "features"
 TINY = 1e-6
@@ -151,15 +160,34 @@ class SupervisedAttention(nn.Module):
 def fit_attention(
     inputs: ImageInputs, rows: Rows, n_classes: int, variance: float, sharing: float, device: torch.device
 ) -> SupervisedAttention:
-    """The attention of largest posterior for labelled rows: a convex problem, solved by L-BFGS over streamed batches.
+    """The attention of largest posterior for labelled rows, drawn towards zero-shot where they are a handful.
 
-    The prior variance C makes the penalty |weights|^2 / (2 C) against the summed loss.
+    A convex problem, solved by L-BFGS over streamed batches. With C = variance x (variance of the tempered zero-shot
+    logits of a row) the prior of what is learned is N(0, C) for the weights of x, N(0, C / 50) for a class's bias,
+    about ``class_log_prior``. Of n rows' weights n / (n + 8) are kept.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
     attention.to(device)
     attention.temperature.fill_(fit_temperature(rows, device))
-    parameters = [attention.shared, attention.own] if n_classes else [attention.shared]
+    prior = class_log_prior(rows.source.target[rows.index], n_classes).to(device)
+    attention.own.data[:, -1] = prior / math.sqrt(1 - sharing)
+    start = attention.own.detach().clone()
+    _ascend(attention, start, rows, variance * zero_shot_variance(attention, rows, device), device)
+    kept = len(rows.index) / (len(rows.index) + CAUTION)
+    with torch.no_grad():
+        attention.shared.mul_(kept)
+        attention.own.copy_(start + kept * (attention.own - start))
+    return attention.eval().requires_grad_(requires_grad=False)
+
+
+def _ascend(attention: SupervisedAttention, start: Tensor, rows: Rows, variance: float, device: torch.device) -> None:
+    """To the largest posterior; ``start`` (K, D + F + 1) is the prior mean of the classes' own weights."""
+    parameters = [attention.shared, attention.own] if len(start) else [attention.shared]
+    means = [torch.zeros_like(attention.shared), start]
+    precision = torch.full((attention.shared.shape[0],), 1 / variance, device=device)
+    precision[-1] /= BIAS_SHARE
+    shapes = [precision[:, None], precision]
     optimizer = torch.optim.LBFGS(
         parameters,
         max_iter=LBFGS_STEPS,
@@ -172,7 +200,8 @@ def fit_attention(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        penalty = sum((p.square().sum() for p in parameters), torch.zeros((), device=device)) / (2 * variance * n)
+        squares = [((p - m).square() * s).sum() for p, m, s in zip(parameters, means, shapes, strict=False)]
+        penalty = torch.stack(squares).sum() / (2 * n)
         penalty.backward()
         total = penalty.detach()
         for batch in rows.batches(SCORING_BATCH):
@@ -184,7 +213,34 @@ def fit_attention(
 
     optimizer.step(closure)
     optimizer.zero_grad()
-    return attention.eval().requires_grad_(requires_grad=False)
+
+
+def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
+    """(K,) log of how often a class occurs, next to classes with labels: 0 for these, below it for those without.
+
+    Of n labels, f of which are the only one of their class, Good and Turing estimate the share of images of classes
+    without labels by s = f / n (here at least 1 / n). Spread over all K - m of them, and the rest over the m others, it
+    makes one of them s m / ((1 - s) (K - m)) times as frequent, which counts where it is below one. Where all m classes
+    have one label, they were drawn so, and s = 0.1.
+
+    Source: Good, Biometrika 1953.
+    """
+    count = torch.bincount(target, minlength=n_classes)
+    n, m = len(target), int((count > 0).sum())
+    share = MISSED if n == m else max(int((count == 1).sum()), 1) / n
+    prior = torch.zeros(n_classes)
+    if 0 < m < n_classes:
+        prior[count == 0] = min(math.log(share * m / ((1 - share) * (n_classes - m))), 0.0)
+    return prior
+
+
+def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
+    """Variance of the tempered zero-shot logits among a row's candidates, mean over the rows."""
+    total, n = 0.0, 0
+    for batch in rows.batches(SCORING_BATCH):
+        total += float(attention.offset(batch.to(device)).var(dim=1, correction=0).double().sum())
+        n += len(batch.index)
+    return max(total / n, TINY)
 
 
 def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
