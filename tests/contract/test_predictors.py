@@ -294,8 +294,9 @@ def test_bad_training_sets(labelled: str, train: Embeddings) -> None:
     }
     with pytest.raises(DataError, match="one candidate"):
         make(labelled).fit(variant(train, text=train.text[:1], target=None, columns=columns))
-    with pytest.raises(DataError, match="none of the 600 training rows has a label"):
-        make(labelled).fit(variant(train, target=None))
+    if PREDICTORS[labelled].needs_labels:
+        with pytest.raises(DataError, match="none of the 600 training rows has a label"):
+            make(labelled).fit(variant(train, target=None))
     spoiled = train.image.clone()
     spoiled[:7] = float("inf")
     with pytest.raises(DataError, match="7 of 600 training rows are not finite"):
@@ -305,9 +306,23 @@ def test_bad_training_sets(labelled: str, train: Embeddings) -> None:
 def test_a_few_bad_or_unlabelled_rows_are_left_out_aloud(labelled: str, train: Embeddings) -> None:
     image, target = train.image.clone(), train.target.clone()
     image[0], target[1:4] = 0, -1
-    with pytest.warns(UserWarning, match=r"4 of 600 training rows are left out \(1 unusable, the rest without label\)"):
+    needs = PREDICTORS[labelled].needs_labels
+    said = (
+        r"4 of 600 .*rows are left out \(1 unusable, the rest without label\)" if needs else r"1 of 600 .*\(unusable\)"
+    )
+    with pytest.warns(UserWarning, match=said):
         predictor = make(labelled).fit(variant(train, image=image, target=target))
-    assert predictor.notes_["n_train"] == 596
+    assert predictor.notes_["n_train"] == (596 if needs else 599)
+
+
+@pytest.mark.parametrize("name", [name for name in LABELLED if not PREDICTORS[name].needs_labels])
+def test_labels_change_nothing_where_none_are_needed(
+    name: str, fitted: dict, train: Embeddings, test: Embeddings
+) -> None:
+    """Neither which they are, nor whether a row is of none of the classes, nor whether there are any."""
+    expected = fitted[name].predict_uncertainty(test)
+    for target in (None, train.target.flip(0), torch.where(train.target == 1, vilu.OUTSIDE, train.target)):
+        assert np.array_equal(make(name).fit(variant(train, target=target)).predict_uncertainty(test), expected)
 
 
 def test_overlap_of_training_and_validation_is_refused(labelled: str, train: Embeddings, test: Embeddings) -> None:

@@ -66,6 +66,8 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
         )
     rows, failure = with_failures(source.batches(SCORING_BATCH))
     if needs == "nothing":
+        if unusable:
+            warnings.warn(f"{unusable} of {len(source)} {role} rows are left out (unusable).", stacklevel=6)
         return rows, failure
     outside = source.outside[rows]
     known = (failure != UNKNOWN) & ~outside if needs == "class" else failure != UNKNOWN
@@ -116,7 +118,7 @@ def warn_few(failure: Tensor, name: str) -> None:
     if len(failure) < FEW:
         n, rows = len(failure), "row" if len(failure) == 1 else "rows"
         warnings.warn(
-            f"{name} is fitted on {n} labelled {rows}: with fewer than {FEW} its probabilities say little.",
+            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little.",
             stacklevel=3,
         )
 

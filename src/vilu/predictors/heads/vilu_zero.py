@@ -1,0 +1,298 @@
+"""What unlabelled images of the deployment say about the zero-shot posterior: which classes occur, where each one lies.
+
+Shapes: N rows to learn from, B rows to score, K classes, D embedding width. A class count is a sum of posteriors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, ClassVar, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.predictors.bank.classes import ClosedSet
+from vilu.predictors.bank.search import Count, draw_rows
+from vilu.predictors.base import CLASSES, Learnt
+from vilu.predictors.labelled import FEW, class_texts, failure_log_odds
+from vilu.predictors.nn.train import SCORING_BATCH, Rows
+
+EM_ROWS = 20_000
+"""Rows that the class counts are estimated on; of more, so many are drawn."""
+EM_PASSES = 50
+ROUNDS = 2
+"""How often the prototypes are learned: from the zero-shot posterior, then from the pooled one."""
+RIDGE = 0.5
+"""Share of the covariance within classes that is spherical."""
+NO_SPREAD = 1e-12
+ABSENT_SCALE = 0.5
+"""Mean count, in rows, that a class gets of which there is none."""
+DOUBT = 5.0
+"""Classes known to occur beforehand, as many as keep a few empty ones from saying that most are absent."""
+STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
+
+
+@dataclasses.dataclass
+class ViLUZero(ClosedSet):
+    """The zero-shot posterior, pooled with image prototypes that unlabelled rows teach, over the classes that occur.
+
+    u = 1 - (1 - P_outside) q, where q is the mass that softmax(l') gives to the zero-shot answer and P_outside = 0;
+    l'_c = (1 - share) l_c + share tau g_c(z) + o_c, with zero-shot logits l. The answer stays the zero-shot one.
+
+    *Which classes occur* (o, (K,), at most 0): EM finds the class frequencies pi under which the rows are most likely,
+    p(c | z) ~ pi_c exp(l_c). Their counts n_c = N pi_c are taken for a mixture of two exponentials, mean 1/2 of absent
+    classes, N / (K (1 - rho)) of the others, and o_c = lambda log P(c occurs | n_c). Each half of the rows judges what
+    the other found: lambda in [0, 1] is where log sum_c exp(l_c + o_c) / sum_c exp(o_c) is largest on average.
+
+    *Where they lie* (g, linear in z): discriminants of Gaussians with one covariance, whose soft members are the rows
+    by their posterior. Means start from where texts lead to, m + a (t_c - t), and move towards the members by
+    n_c / (n_c + kappa); kappa, a, and the covariance come from the rows. ``tau`` is how well prototypes of one half
+    predict the posterior of the other (least cross-entropy): 0 where they cannot.
+
+    Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are part of the fit.
+
+    Args:
+        share: Weight of the prototypes in the pool.
+        max_bank: Most images to learn from; of more, so many are drawn with ``seed``.
+
+    Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002; soft members and text
+    anchors: the setting of transductive CLIP (Martin et al., 2024; Zanella et al., 2024), here for later rows.
+
+    Example:
+        >>> import torch, vilu
+        >>> text = torch.eye(8)
+        >>> image = torch.nn.functional.normalize(text[torch.arange(64) % 4] + torch.linspace(0, 1, 512).view(64, 8))
+        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)
+        >>> predictor = vilu.PREDICTORS["vilu_zero"]().fit(data)
+        >>> predictor.predict_uncertainty(data).shape
+        (64,)
+    """
+
+    name: ClassVar[str] = "vilu_zero"
+    summary: ClassVar[str] = "zero-shot posterior pooled with prototypes and class frequencies of unlabelled images"
+    reference: ClassVar[str] = "this project, 2026"
+    cost: ClassVar[str] = "fit: about 150 passes over 20,000 rows; score: two products with K vectors"
+    no_captions: ClassVar[str | None] = "it learns which classes occur, and captions have no classes"
+    is_probability: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
+    tensors: ClassVar[tuple[str, ...]] = ("scale", "weight", "bias", CLASSES)
+
+    share: Annotated[float, Field(ge=0, le=1)] = 1 / 3
+    max_bank: Count = 50_000
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        text = class_texts(train)
+        trust, known, occurrence, notes = 0.0, Classifier.nothing(text), torch.zeros(len(text)).double(), {}
+        if len(train.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
+            few, _ = draw_rows(train, self.max_bank, self.seed)
+            pool = Pool(few, self.seed, self.device_)
+            occurrence, absent = pool.occurrence()
+            trust, known, found = pool.prototypes(occurrence, self.share)
+            notes = {"absent": absent, **found}
+        share = self.share if trust else 0.0
+        scale = torch.tensor(1 - share, dtype=torch.float64)
+        weight, bias = share * trust * known.weight, share * trust * known.bias
+        return Learnt({"scale": scale, "weight": weight, "bias": bias + occurrence, CLASSES: text}, notes)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, K) float64 pooled logits l'."""
+        image = float64(normalize(batch.image, dim=1))
+        classes = self.classes_of(batch.text).to(image.device)
+        scale, weight, bias = (self.tensor(name, image.device) for name in ("scale", "weight", "bias"))
+        return scale * float64(batch.logits - batch.logit_bias) + image @ weight[classes].T + bias[classes]
+
+    def _score(self, batch: Batch) -> Tensor:
+        # 1 - (1 - P_outside) q with P_outside = 0, where q does not round to one
+        return torch.sigmoid(failure_log_odds(self.logits(batch), batch))
+
+    def log_posterior(self, batch: Batch) -> Tensor:
+        """(B, K) float64, of the pooled logits."""
+        return self.logits(batch).log_softmax(dim=-1)
+
+
+class Moments(NamedTuple):
+    """Sums over the soft members of every class, (2, ...) of two halves or of one set.
+
+    ``members`` (K,) counts, ``squares`` (K,) of squared posteriors, ``total`` (K, D), and ``second`` (D, D) of x x^T.
+    """
+
+    members: Tensor
+    squares: Tensor
+    total: Tensor
+    second: Tensor
+
+    @classmethod
+    def nothing(cls, n_classes: int, dim: int) -> Moments:
+        """Of two empty halves."""
+        shapes = (n_classes,), (n_classes,), (n_classes, dim), (dim, dim)
+        return cls(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in shapes))
+
+    def add(self, half: int, posterior: Tensor, image: Tensor) -> None:
+        """Add rows (b, K), (b, D) to a half."""
+        parts = posterior.sum(0), posterior.square().sum(0), posterior.T @ image, image.T @ image
+        for whole, part in zip(self, parts, strict=True):
+            whole[half] += part.cpu()
+
+    def part(self, half: int | None) -> Moments:
+        """One half, or both together."""
+        return Moments(*(whole.sum(0) if half is None else whole[half] for whole in self))
+
+
+class Classifier(NamedTuple):
+    """Discriminants g = z weight^T + bias, and what the rows said about the prior of their means."""
+
+    weight: Tensor
+    bias: Tensor
+    slope: float = 0.0
+    anchor: float = 0.0
+
+    @classmethod
+    def nothing(cls, text: Tensor) -> Classifier:
+        """One that knows nothing of the classes (K, D)."""
+        return cls(torch.zeros(text.shape, dtype=torch.float64), torch.zeros(len(text), dtype=torch.float64))
+
+    def of(self, image: Tensor) -> Tensor:
+        """(b, K) float32 discriminants of images (b, D)."""
+        return image @ self.weight.to(image).T + self.bias.to(image)
+
+
+def discriminants(moments: Moments, text: Tensor) -> Classifier:
+    """Discriminants of Gaussians of one covariance, whose means are anchored at texts (K, D).
+
+    With members' means m_c, of n_c rows, and r_c = m_c - m - a (t_c - t) of covariance (1/n_c + 1/kappa) W, moments
+    give 1/kappa, and a is the weighted least-squares slope, both in the metric of the covariance W within classes.
+    W is divided by N less the rows that the means have used up, sum_c sum_i p_ic^2 / n_c.
+    """
+    count = moments.members.clamp(min=1e-9)
+    n = float(moments.members.sum())
+    mean = moments.total.sum(0) / n
+    centred = moments.total / count[:, None] - mean
+    within = moments.second - n * torch.outer(mean, mean) - (centred.T * moments.members) @ centred
+    within = within / max(n - float((moments.squares / count).sum()), 1.0)
+    dim = len(within)
+    variance = float(within.trace()) / dim
+    if variance <= NO_SPREAD:
+        return Classifier.nothing(text)
+    identity = torch.eye(dim, dtype=torch.float64)
+    precision = torch.linalg.inv((1 - RIDGE) * within + RIDGE * variance * identity)
+    leads = text - (moments.members @ text) / n
+    towards = leads @ precision
+    weighted = moments.members[:, None] * towards
+    slope = float(((weighted * centred).sum() / (weighted * leads).sum().clamp(min=1e-12)).clamp(min=0))
+    left = centred - slope * leads
+    spread = float((moments.members * ((left @ precision) * left).sum(1)).sum())
+    own = float((precision * within).sum()) * len(count)
+    anchor = 1 / max((spread - own) / (dim * n), 1e-3)
+    means = (moments.members[:, None] * centred + anchor * slope * leads) / (moments.members + anchor)[:, None]
+    weight = means @ precision
+    return Classifier(weight, -(weight * means).sum(1) / 2 - weight @ mean, slope, anchor)
+
+
+class Pool:
+    """Unlabelled rows in two random halves, read block by block; each half judges what the other has taught."""
+
+    def __init__(self, rows: Rows, seed: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(rows.index), generator=generator)
+        self.halves = [order[half::2].sort().values for half in (0, 1)]
+        self.rows, self.device = rows, device
+        self.text = class_texts(rows)
+
+    def blocks(self, half: int, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Unit images (b, D) and zero-shot logits (b, K), float32, of a half or of its first rows."""
+        index = self.rows.index[self.halves[half][:most]]
+        for batch in dataclasses.replace(self.rows, index=index).batches(SCORING_BATCH):
+            found = batch.to(self.device)
+            yield normalize(found.image, dim=1), found.logits
+
+    def counts(self, halves: tuple[int, ...]) -> Tensor:
+        """(K,) float64 class counts of the rows of some halves, by EM from equal ones; of at most ``EM_ROWS`` rows."""
+        n = float(sum(min(len(self.halves[half]), EM_ROWS // 2) for half in halves))
+        count = torch.full((len(self.text),), n / len(self.text), dtype=torch.float64)
+        for _ in range(EM_PASSES):
+            prior = count.clamp(min=1e-12).log().float().to(self.device)
+            blocks = (logits for half in halves for _, logits in self.blocks(half, EM_ROWS // 2))
+            count = sum(
+                ((logits + prior).softmax(1).sum(0).double().cpu() for logits in blocks), torch.zeros_like(count)
+            )
+        return count
+
+    def occurrence(self) -> tuple[Tensor, float]:
+        """(K,) o, at most 0, and the share of absent classes."""
+        whole, absent = presence(self.counts((0, 1)))
+        if not bool(whole.any()):
+            return whole, 0.0
+        gains = torch.zeros(len(STRENGTHS), dtype=torch.float64)
+        for half in (0, 1):
+            known, _ = presence(self.counts((1 - half,)))
+            gains += self._evidence(half, known)
+        strength = STRENGTHS[int(gains.argmax())]
+        return strength * whole, absent * (strength > 0)
+
+    def _evidence(self, half: int, known: Tensor) -> Tensor:
+        """(S,) sums over a half of log sum_c exp(l_c + s o_c) / sum_c exp(s o_c), for all strengths s."""
+        offsets = [strength * known - (strength * known).logsumexp(0) for strength in STRENGTHS]
+        total = torch.zeros(len(offsets), dtype=torch.float64)
+        for _, logits in self.blocks(half, EM_ROWS // 2):
+            for place, offset in enumerate(offsets):
+                total[place] += (logits + offset.float().to(self.device)).logsumexp(1).double().sum().cpu()
+        return total
+
+    def prototypes(self, occurrence: Tensor, share: float) -> tuple[float, Classifier, dict[str, float]]:
+        """How much the prototypes are trusted, the prototypes, and what was found."""
+        text = float64(self.text).cpu()
+        trust, crossed = 0.0, [Classifier.nothing(text)] * 2
+        for _ in range(ROUNDS):
+            moments = self._moments(occurrence, crossed, trust, share)
+            crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
+            trust = self._trust(occurrence, crossed)
+        whole = discriminants(moments.part(None), text)
+        return trust, whole, {"trust": trust, "slope": whole.slope, "anchor": whole.anchor}
+
+    def _moments(self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float) -> Moments:
+        """Of both halves, by the posterior that is pooled with the prototypes of the other half as far as trusted."""
+        moments = Moments.nothing(*self.text.shape)
+        for half in (0, 1):
+            for image, logits in self.blocks(half):
+                pooled = logits + occurrence.float().to(self.device)
+                if trust:
+                    pooled = pooled + share * (trust * crossed[half].of(image) - logits)
+                moments.add(half, pooled.softmax(1), image)
+        return moments
+
+    def _trust(self, occurrence: Tensor, crossed: list[Classifier]) -> float:
+        """Tau of the least mean cross-entropy from softmax(l + o) to softmax(tau g + o), over rows of other halves."""
+        losses = torch.zeros(len(TRUSTS), dtype=torch.float64)
+        offset = occurrence.float().to(self.device)
+        for half in (0, 1):
+            for image, logits in self.blocks(half, EM_ROWS // 2):
+                posterior, found = (logits + offset).softmax(1), crossed[half].of(image)
+                for place, trust in enumerate(TRUSTS):
+                    predicted = (trust * found + offset).log_softmax(1)
+                    losses[place] -= (posterior * predicted).sum(1).double().sum().cpu()
+        return TRUSTS[int(losses.argmin())]
+
+
+def presence(count: Tensor) -> tuple[Tensor, float]:
+    """(K,) log P(c occurs | n_c) of class counts (K,), and the share rho of absent classes; see ``ViLUZero``.
+
+    n_c has the density rho exp(-n / s) / s + (1 - rho) exp(-n / m) / m, s = ``ABSENT_SCALE``, m = N / (K (1 - rho));
+    rho is found by EM, as if ``DOUBT`` more classes were known to occur. Where m would be below s, all do.
+    """
+    n, k, absent = float(count.sum()), len(count), 0.5
+    gone = torch.zeros_like(count)
+    for _ in range(200):
+        mean = n / (k * (1 - absent))
+        if mean <= ABSENT_SCALE:
+            return torch.zeros_like(count), 0.0
+        none = absent * torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
+        some = (1 - absent) * torch.exp(-count / mean) / mean
+        gone = none / (none + some)
+        absent = min(float(gone.sum()) / (k + DOUBT), 0.99)
+    return torch.log1p(-gone.clamp(max=1 - 1e-4)), absent
