@@ -22,8 +22,8 @@ from vilu.registry import load_plugins
 
 METHODS: tuple[type[FailurePredictor], ...] = (
     ViLUPlus, ViLUZero, ViLU, LVU, MCM, Entropy, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, KLUniform,
-    MCMTS, RelU, SIRC, Stacking, PVU, LMN, MCDropout, DeepEnsemble, TTA, PromptDisagreement, KNNDistance, KNNVote, TRINE,
-    TrustScore, Mahalanobis, RelativeMahalanobis, ICPE, ClassGaussians, TrustVLM, DeltaKNN, DeltaKNNMargin,
+    MCMTS, RelU, SIRC, Stacking, PVU, LMN, MCDropout, DeepEnsemble, TTA, PromptDisagreement, KNNDistance, KNNVote,
+    TRINE, TrustScore, Mahalanobis, RelativeMahalanobis, ICPE, ClassGaussians, TrustVLM, DeltaKNN, DeltaKNNMargin,
     DeltaMDS, DeltaMDSMargin, LinearProbe, ProbVLM, BayesVLM,
 )  # fmt: skip
 """Ours, in the order in which they are listed."""

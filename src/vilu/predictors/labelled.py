@@ -53,17 +53,7 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
 
     Rows of none of the classes have a failure and no class.
     """
-    if not len(source):
-        raise DataError(f"the {role} set is empty.")
-    if source.n_candidates < 2:
-        raise DataError(f"the {role} set has one candidate text: it is always the answer, so no failure is defined.")
-    short = int(np.count_nonzero(source.status == SHORT_POOL))
-    unusable = int(np.count_nonzero(source.status)) - short
-    if unusable > MAX_UNUSABLE * len(source):
-        raise DataError(
-            f"{unusable} of {len(source)} {role} rows are not finite or of zero norm, more than {MAX_UNUSABLE:.0%}. "
-            "Embed them again."
-        )
+    short, unusable = _few_unusable(source, role)
     rows, failure = with_failures(source.batches(SCORING_BATCH))
     if needs == "nothing":
         if unusable:
@@ -88,6 +78,22 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
             stacklevel=6,
         )
     return rows[known], failure[known]
+
+
+def _few_unusable(source: EmbeddingSource, role: str) -> tuple[int, int]:
+    """How many rows are in no whole pool, and how many are not usable; refused where there is nothing to learn."""
+    if not len(source):
+        raise DataError(f"the {role} set is empty.")
+    if source.n_candidates < 2:
+        raise DataError(f"the {role} set has one candidate text: it is always the answer, so no failure is defined.")
+    short = int(np.count_nonzero(source.status == SHORT_POOL))
+    unusable = int(np.count_nonzero(source.status)) - short
+    if unusable > MAX_UNUSABLE * len(source):
+        raise DataError(
+            f"{unusable} of {len(source)} {role} rows are not finite or of zero norm, more than {MAX_UNUSABLE:.0%}. "
+            "Embed them again."
+        )
+    return short, unusable
 
 
 def with_failures(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
