@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -369,7 +370,7 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
     from vilu.store.ledger import write_hashed
 
     receipt = read_document(done / "receipts" / "00000.json", ScoreReceipt)
-    good = read_histogram(done, receipt)
+    good, nothing = read_histogram(done, receipt)
     bins = good.bins.copy()
     bins[1] = bins[0]
     negative = good.correct.copy()
@@ -378,10 +379,38 @@ def test_forged_histograms_are_refused(done: Path, tmp_path: Path) -> None:
         made = {name: getattr(good, name) for name in ("bins", "correct", "wrong", "level", "low", "high")}
         forged = type(good)(**{**made, **changes})
         (tmp_path / "histograms").mkdir(exist_ok=True)
-        info = write_hashed(tmp_path / receipt.part.histogram, histogram_bytes(forged))
+        info = write_hashed(tmp_path / receipt.part.histogram, histogram_bytes(forged, nothing))
         files = {**receipt.files, receipt.part.histogram: info}
         with pytest.raises(StorageError, match="no histogram"):
             read_histogram(tmp_path, receipt.model_copy(update={"files": files}))
+    info = write_hashed(tmp_path / receipt.part.histogram, histogram_bytes(good, replace(good, wrong=good.wrong + 1)))
+    files = {**receipt.files, receipt.part.histogram: info}
+    with pytest.raises(StorageError, match="more rows of none of the classes than wrong ones"):
+        read_histogram(tmp_path, receipt.model_copy(update={"files": files}))
+
+
+def test_a_folder_counts_what_is_of_none_of_the_classes(
+    data: Embeddings, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in memory; in bins, within what ties can do; and where there is nothing to count, nothing is written."""
+    target = data.target.clone()
+    target[::7] = vilu.OUTSIDE
+    strange = variant(data, target=target, class_names=data.class_names)
+    folder = score_parts(vilu.MCM(), strange, tmp_path / "s", rows_per_part=1)
+    assert len(folder.run.parts) == 4
+    outcomes = vilu.score(vilu.MCM(), strange)
+    metrics = list(METRICS)
+    exact = vilu.evaluate(outcomes, metrics=metrics, n_resamples=0).to_dicts()
+    assert vilu.evaluate(folder, metrics=metrics, n_resamples=0).to_dicts() == exact
+    assert exact[0]["n_outside"] == np.count_nonzero(outcomes.outside & outcomes.evaluable)
+    assert pq.read_table(done / "histograms" / "histogram_00000.parquet").column_names == ["bin", "correct", "wrong"]
+    monkeypatch.setattr(histogram, "MAX_BINS", 512)
+    monkeypatch.setattr("vilu.decision.score_folder.MAX_BINS", N)
+    coarse = vilu.evaluate(ScoreFolder(folder.path), n_resamples=0)
+    for name in ("auroc_within", "auroc_outside"):
+        found = next(row["value"] for row in exact if row["metric"] == name)
+        assert coarse.value(name) == pytest.approx(found, abs=1e-2)
+        assert coarse.value(name) != found
 
 
 def test_rows_that_were_fitted_on_are_noticed(head: vilu.FailurePredictor, tmp_path: Path) -> None:

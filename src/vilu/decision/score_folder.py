@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -242,7 +242,9 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         known = outcomes.evaluable
         payloads = {
             part.scores: parquet_bytes(*outcomes.table(rows)),
-            part.histogram: histogram_bytes(Histogram.of(outcomes.uncertainty[known], outcomes.failure[known])),
+            part.histogram: histogram_bytes(
+                *(_histogram(outcomes, rows) for rows in (known, known & outcomes.outside))
+            ),
         }
         counts, run = Counts.of(outcomes, n_seen), self.fingerprint
         self.write(part, payloads, lambda files: ScoreReceipt(fingerprint=run, part=part, counts=counts, files=files))
@@ -259,31 +261,44 @@ def read_run(root: Path) -> ScoreRun:
 COLUMNS = ("bin", "correct", "wrong")
 
 
-def histogram_bytes(histogram: Histogram) -> memoryview:
-    """A histogram as the content of a Parquet file: one row per occupied bin, ascending."""
+def _histogram(outcomes: Outcomes, rows: NDArray[np.bool_]) -> Histogram:
+    return Histogram.of(outcomes.uncertainty[rows], outcomes.failure[rows])
+
+
+def histogram_bytes(histogram: Histogram, outside: Histogram) -> memoryview:
+    """A histogram as the content of a Parquet file: one row per occupied bin, ascending.
+
+    Where some rows are of none of the classes, a column ``outside`` says how many of the wrong ones.
+    """
     columns = dict(zip(COLUMNS, map(pa.array, (histogram.bins, histogram.correct, histogram.wrong)), strict=True))
+    if outside.n:
+        columns["outside"] = pa.array(histogram.places(outside))
     ends = [histogram.low, histogram.high] if histogram.n else None
     return parquet_bytes(columns, {"kind": "histogram", "level": histogram.level, "ends": ends})
 
 
-def read_histogram(root: Path, receipt: ScoreReceipt) -> Histogram:
-    """The counts of a part, checked against its receipt."""
+def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
+    """The counts of a part, checked against its receipt: of all its rows, and of those of none of the classes."""
     path, counts = Vouched.of(root, [receipt])(receipt.part.histogram), receipt.counts
     with vouched():
         table, metadata = read_table(path, ())
     level, ends = metadata.get("level"), metadata.get("ends")
-    if table.column_names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
+    names = [name for name in table.column_names if name != "outside"]
+    if names != list(COLUMNS) or any(c.type != pa.int64() or c.null_count for c in table.columns):
         raise _damaged(path, f"its columns are {table.schema.names}")
     if not isinstance(level, int) or not 0 <= level < 64 or not _are_ends(ends):
         raise _damaged(path, f"its level is {level!r} and its ends are {ends!r}")
     low, high = ends if isinstance(ends, list) else (math.inf, -math.inf)
-    bins, correct, wrong = (column.to_numpy() for column in table.columns)
+    bins, correct, wrong = (table[name].to_numpy() for name in COLUMNS)
     histogram = Histogram(bins, correct, wrong, level, low, high)
+    outside = table["outside"].to_numpy() if "outside" in table.column_names else np.zeros_like(wrong)
+    if not bool(((outside >= 0) & (outside <= wrong)).all()):
+        raise _damaged(path, "more rows of none of the classes than wrong ones are in a bin")
     found = (histogram.n, histogram.n_failures)
     expected = (counts.n_scored - counts.n_unlabelled, counts.n_failures)
     if found != expected or not _in_order(histogram) or (ends is None) != (len(bins) == 0):
         raise _damaged(path, f"it counts {found} rows and failures, its receipt {expected}")
-    return histogram
+    return histogram, histogram.counted(np.zeros_like(correct), outside)
 
 
 def _are_ends(ends: object) -> bool:
@@ -346,15 +361,31 @@ class ScoreFolder(Reopened):
     def __repr__(self) -> str:
         return f"ScoreFolder({str(self.path)!r}, n_in={self.counts.n_in}, n_scored={self.counts.n_scored})"
 
-    @cached_property
+    @property
     def histogram(self) -> Histogram:
         """Correct and wrong answers per bin of the score, of all rows that have a score and a known failure."""
-        return Histogram.total(read_histogram(self.path, receipt) for receipt in self._receipts)
+        return self._histograms[0]
+
+    @cached_property
+    def _histograms(self) -> tuple[Histogram, Histogram]:
+        """That, and the one of the rows of none of the classes alone."""
+        outside = [Histogram.empty()]  # what all of them are so far: no more is in memory than two of each
+
+        def parts() -> Iterator[Histogram]:
+            for receipt in self._receipts:
+                every, strangers = read_histogram(self.path, receipt)
+                outside.append(outside.pop() + strangers)
+                yield every
+
+        return Histogram.total(parts()), outside[0]
 
     def tally(self) -> Tally:
         """What ``vilu.evaluate`` needs."""
+        scores, outside = self._histograms
         return Tally(
-            scores=self.histogram,
+            scores=scores,
+            within=scores.without(outside) if outside.n else scores,
+            outside=scores.against(outside),
             probability=self.histogram if self.run.is_probability else None,
             n_unlabelled=self.counts.n_unlabelled,
             n_unusable=self.counts.n_unscored,

@@ -221,6 +221,10 @@ class ScoredRows:
         """How many rows are wrong."""
         return int(self.failure.sum())
 
+    def take(self, rows: NDArray[np.bool_]) -> ScoredRows:
+        """Those of a mask (N,)."""
+        return ScoredRows(self.uncertainty[rows], self.failure[rows], self.note)
+
     def counts(self) -> TieCounts:
         """What every metric is computed from."""
         return tie_counts(self.uncertainty, self.failure)

@@ -25,6 +25,7 @@ from vilu.metrics.selective import (
 from vilu.registry import ADDERS
 
 Kernel = Callable[[TieCounts], Floats]
+Question = Literal["failure", "within", "outside"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,9 @@ class Metric:
         wanted: "always": ``evaluate`` computes it, and its table has a column; "evaluated": a column only where metrics
             are chosen; "chosen": computed only then.
         name: What it is asked for by.
+        question: "failure": whether an answer is wrong, of any picture; "within": the same, of pictures of the classes
+            only; "outside": whether a picture is of none of the classes, in place of the failure. The latter two are
+            evaluated where some pictures are.
     """
 
     title: str
@@ -51,6 +55,7 @@ class Metric:
     percent: bool = True
     wanted: Literal["always", "evaluated", "chosen"] = "always"
     name: str = ""
+    question: Question = "failure"
 
     def show(self, value: float, sign: str = "") -> str:
         """A value, or with the sign "+" a difference, as tables have it."""
@@ -65,6 +70,32 @@ _RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
 _ENTRIES = {
     "auroc": Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True),
     "fpr95": Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation"),
+    "auroc_within": Metric(
+        "AUROC within",
+        auroc_kernel,
+        "pictures of the classes only, ties count half",
+        higher_is_better=True,
+        question="within",
+    ),
+    "fpr95_within": Metric(
+        "FPR95 within",
+        fpr_at_tpr_kernel,
+        "pictures of the classes only, positive=correct, TPR 0.95, linear interpolation",
+        question="within",
+    ),
+    "auroc_outside": Metric(
+        "AUROC outside",
+        auroc_kernel,
+        "pictures of none of the classes against those of the classes, ties count half",
+        higher_is_better=True,
+        question="outside",
+    ),
+    "fpr95_outside": Metric(
+        "FPR95 outside",
+        fpr_at_tpr_kernel,
+        "positive=picture of the classes, TPR 0.95, linear interpolation",
+        question="outside",
+    ),
     "fpr95_failure": Metric(
         "FPR95-failure",
         partial(fpr_at_tpr_kernel, positive="failure", rule="first"),
@@ -135,7 +166,8 @@ def evaluated_metrics() -> list[str]:
 
 
 DEFAULT_METRICS = tuple(evaluated_metrics())
-"""What ``evaluate`` computes of ours; those of a probability only where the uncertainty is one."""
+"""What ``evaluate`` computes of ours; those of a probability only where the uncertainty is one, those of the questions
+"within" and "outside" only where some rows are of none of the classes."""
 
 
 def get_metric(name: str) -> Metric:

@@ -116,6 +116,26 @@ class Histogram:
     def __add__(self, other: Histogram) -> Histogram:
         return self._joined([self, other])
 
+    def without(self, part: Histogram) -> Histogram:
+        """The rows that are not of a part of them, all of whose answers are wrong."""
+        return self.counted(self.correct, self.wrong - self.places(part))
+
+    def against(self, part: Histogram) -> Histogram:
+        """The same rows, those of a part of them in place of the wrong ones."""
+        wrong = self.places(part)
+        return self.counted(self.correct + self.wrong - wrong, wrong)
+
+    def places(self, part: Histogram) -> Ints:
+        """(G,) rows of a part, whose level is never the higher one, in each bin."""
+        found = np.zeros_like(self.wrong)
+        np.add.at(found, np.searchsorted(self.bins, part.bins >> (self.level - part.level)), part.wrong)
+        return found
+
+    def counted(self, correct: Ints, wrong: Ints) -> Histogram:
+        """Other counts (G,) of the same bins, without those that are empty."""
+        some = correct + wrong > 0
+        return Histogram(self.bins[some], correct[some], wrong[some], self.level, self.low, self.high)
+
     @property
     def n(self) -> int:
         """Number of rows."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vilu.errors import DataError, ProvenanceError, UsageError, checked, found, require_at_least
 from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
-from vilu.metrics.catalog import Kernel, Metric, evaluated_metrics, get_metric
+from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable
@@ -38,7 +38,8 @@ def evaluate(
             set, split and seed.
         metrics: Names of ``vilu.metrics.METRICS``; by default ``DEFAULT_METRICS`` and those that were added, of which
             those of a probability only where there is one: the calibrated ``failure_probability``, or else an
-            uncertainty that is a probability.
+            uncertainty that is a probability; and those of the questions "within" and "outside" only where some rows
+            are of none of the classes.
         n_resamples: Bootstrap resamples; 0 for no intervals.
         confidence: Coverage of the intervals, in (0, 1).
         seed: Seed of the resampling.
@@ -58,8 +59,8 @@ def evaluate(
     scarce: list[str] = []
     for one in several:
         chosen = {name: get_metric(name) for name in (evaluated_metrics() if metrics is None else metrics)}
-        if metrics is None and one.probability is None:
-            chosen = {name: metric for name, metric in chosen.items() if not metric.of_probability}
+        if metrics is None:
+            chosen = {name: metric for name, metric in chosen.items() if _has_meaning(metric, one)}
         rows += _rows(one, chosen, Resampling(n_resamples, confidence, seed))
         scarce += _scarce(one)
     if scarce:
@@ -67,6 +68,13 @@ def evaluate(
         more = f"; and {len(told) - 3} more like these" if len(told) > 3 else ""
         warnings.warn(f"intervals are wide: {'; '.join(told[:3])}{more}.", stacklevel=3)
     return ResultTable(tuple(rows))
+
+
+def _has_meaning(metric: Metric, tally: Tally) -> bool:
+    """Whether a metric that nobody asked for says something of these rows."""
+    if metric.of_probability:
+        return tally.probability is not None
+    return metric.question == "failure" or tally.outside.n_failures > 0
 
 
 def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
@@ -95,7 +103,7 @@ class Comparison:
         ci_high: Upper end.
         p_value: Two-sided, of no difference.
         n: Number of rows.
-        n_failures: How many of them are wrong.
+        n_failures: How many of them are wrong; of the question "outside", of none of the classes.
         convention: What was chosen where the literature differs.
         why: Why the metric is undefined, if it is.
     """
@@ -123,7 +131,7 @@ class Comparison:
         return (
             f"{names}: {metric.show(self.value_a)} against {metric.show(self.value_b)}{unit}, "
             f"difference {metric.show(self.difference, '+')} {metric.brackets(self.ci_low, self.ci_high, '+')}, "
-            f"p = {self.p_value:.3g} ({self.n} answers, {self.n_failures} wrong)"
+            f"p = {self.p_value:.3g} ({self.n} answers, {self.n_failures} {ASKED[metric.question]})"
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -163,11 +171,15 @@ def compare(
     if chosen.of_probability:
         a, b = _as_probability(a, metric), _as_probability(b, metric)
     rows = a.evaluable & b.evaluable
+    if chosen.question == "within":
+        rows &= ~a.outside
     (u_a, failure), (u_b, _) = _evaluable(a, rows), _evaluable(b, rows)
+    if chosen.question == "outside":
+        failure = a.outside[rows].astype(np.int64)
     result = paired_bootstrap(metric, u_a, u_b, failure, n_resamples=n_resamples, confidence=confidence, seed=seed)
     value_a, value_b = (float(chosen.kernel(tie_counts(scores, failure))) for scores in (u_a, u_b))
     n, n_failures = len(failure), int(failure.sum())
-    why = _why(n, n_failures) if math.isnan(result.difference) else None
+    why = _why(n, n_failures, chosen.question) if math.isnan(result.difference) else None
     return Comparison(metric, a.method, b.method, value_a, value_b, *result, n, n_failures, chosen.convention, why)
 
 
@@ -205,17 +217,20 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
             f"the outcomes of {_name(tally)} have no row to evaluate: {tally.n_unlabelled} have an unknown failure and "
             f"{tally.n_unusable} no uncertainty. Give labelled data."
         )
-    sources = {name: tally.probability if metric.of_probability else tally.scores for name, metric in metrics.items()}
+    sources = {name: tally.asked(metric) for name, metric in metrics.items()}
     measured: dict[str, Interval] = {}
     for source in {id(one): one for one in sources.values() if one is not None}.values():
         kernels = {name: metrics[name].kernel for name, one in sources.items() if one is source}
         measured |= _measured(source, kernels, how)
     facts = facts_of(tally) | {"n_unlabelled": tally.n_unlabelled, "n_unusable": tally.n_unusable}
     facts |= {"n": n, "n_failures": n_failures, "accuracy": 1 - n_failures / n}
+    facts |= {"n_outside": tally.outside.n_failures}
     rows = []
     for name, metric in metrics.items():
         value, low, high = map(_null, measured.get(name, UNDEFINED))
-        why = _why(n, n_failures) if name in measured else "the uncertainty is not a probability"
+        of, why = sources[name], "the uncertainty is not a probability"
+        if of is not None:
+            why = _why(of.n, of.n_failures, metric.question)
         rows.append(
             ResultRow(
                 **facts,
@@ -223,7 +238,7 @@ def _rows(tally: Tally, metrics: Mapping[str, Metric], how: Resampling) -> list[
                 value=value,
                 ci_low=low,
                 ci_high=high,
-                convention="; ".join(filter(None, (metric.convention, (sources[name] or tally.scores).note))),
+                convention="; ".join(filter(None, (metric.convention, (of or tally.scores).note))),
                 interval=None if low is None else how.describe(metric.kernel),
                 why=why if value is None else None,
             )
@@ -235,6 +250,8 @@ def _measured(source: Scores, kernels: Mapping[str, Kernel], how: Resampling) ->
     """Metrics, with intervals but where there is nothing to resample: one class, or none is wanted."""
     if how.n and 0 < source.n_failures < source.n:
         return source.intervals(kernels, n_resamples=how.n, confidence=how.confidence, seed=how.seed)
+    if not source.n:
+        return dict.fromkeys(kernels, UNDEFINED)
     counts = source.counts()
     return {name: Interval(float(kernel(counts)), math.nan, math.nan) for name, kernel in kernels.items()}
 
@@ -263,23 +280,35 @@ def require_same_rows(a: Outcomes, b: Outcomes) -> None:
         raise ProvenanceError(
             f"{names} must be of the same rows. Row {row} is {a.ids[row]!r} in one and {b.ids[row]!r} in the other."
         )
-    different = np.flatnonzero(a.failure != b.failure)
-    if len(different):
-        raise ProvenanceError(
-            f"{names} must be of the same answers. {len(different)} failures differ, the first in row {different[0]}; "
-            "score both on one data set with one backbone."
-        )
+    for what, mine, theirs in (
+        ("failures", a.failure, b.failure),
+        ("marks of none of the classes", a.outside, b.outside),
+    ):
+        different = np.flatnonzero(mine != theirs)
+        if len(different):
+            raise ProvenanceError(
+                f"{names} must be of the same answers. {len(different)} {what} differ, the first in row "
+                f"{different[0]}; score both on one data set with one backbone."
+            )
 
 
 def _scarce(tally: Tally) -> list[str]:
-    """What to warn of: fewer than ``FEW`` wrong or right answers."""
-    n_failures = tally.scores.n_failures
-    kinds = {"wrong": n_failures, "right": tally.scores.n - n_failures}
-    return [f"{_name(tally)} has only {k} {kind} answers" for kind, k in kinds.items() if k < FEW]
+    """What to warn of: fewer than ``FEW`` wrong or right answers, or pictures of none of the classes."""
+    n_failures, n_outside = tally.scores.n_failures, tally.outside.n_failures
+    kinds = {"wrong answers": n_failures, "right answers": tally.scores.n - n_failures}
+    if n_outside:
+        kinds |= {"wrong answers within the classes": n_failures - n_outside}
+        kinds |= {"pictures of none of the classes": n_outside}
+    return [f"{_name(tally)} has only {k} {kind}" for kind, k in kinds.items() if k < FEW]
 
 
-def _why(n: int, n_failures: int) -> str:
-    return f"none of {n} answers is wrong" if n_failures == 0 else f"all of {n} answers are wrong"
+ASKED = {"failure": "wrong", "within": "wrong within the classes", "outside": "of none of the classes"}
+"""What the positive rows of a question are."""
+
+
+def _why(n: int, n_failures: int, question: Question) -> str:
+    what = ASKED[question]
+    return f"none of {n} answers is {what}" if n_failures == 0 else f"all of {n} answers are {what}"
 
 
 def _name(outcomes: Outcomes | Tally) -> str:

@@ -16,6 +16,7 @@ from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
 from vilu.metrics.bootstrap import ScoredRows
+from vilu.metrics.catalog import Metric
 from vilu.metrics.counts import real_vector
 from vilu.metrics.histogram import Histogram
 
@@ -103,6 +104,8 @@ class Tally:
     """The rows of one method on one data set."""
 
     scores: Scores  # the rows that have both an uncertainty and a known failure
+    within: Scores  # those of them that are of the classes
+    outside: Scores  # all of them, the wrong ones being those of none of the classes
     n_unlabelled: int  # rows with an uncertainty whose failure is unknown
     n_unusable: int  # rows without an uncertainty
     # the same rows with a probability of failure in place of the uncertainty: the calibrated one, or the uncertainty
@@ -112,6 +115,12 @@ class Tally:
     dataset: str | None = None  # name of the data set
     split: str | None = None  # name of its part
     seed: int | None = None  # seed of the predictor
+
+    def asked(self, metric: Metric) -> Scores | None:
+        """The rows that a metric is of; None where it needs probabilities and there are none."""
+        if metric.of_probability:
+            return self.probability
+        return {"failure": self.scores, "within": self.within, "outside": self.outside}[metric.question]
 
 
 def facts_of(scores: object) -> dict[str, Any]:
@@ -306,6 +315,8 @@ class Outcomes:
             probability = ScoredRows(calibrated[rows], self.failure[rows], "of the calibrated failure_probability")
         return Tally(
             scores=scores,
+            within=scores.take(~self.outside[rows]) if self.outside.any() else scores,
+            outside=ScoredRows(scores.uncertainty, self.outside[rows].astype(np.int64)),
             probability=probability,
             n_unlabelled=int(np.count_nonzero((self.failure == UNKNOWN) & scored)),
             n_unusable=int(np.count_nonzero(~scored)),

@@ -35,7 +35,7 @@ class ResultRow:
         value: The metric, None where it is undefined.
         ci_low: Lower end of its interval, None where there is none.
         ci_high: Upper end.
-        n: Number of rows it was computed on.
+        n: Number of rows with an uncertainty and a known failure.
         n_failures: How many of them are wrong.
         accuracy: Share of right answers of the frozen model.
         n_unlabelled: Rows left out because their failure is unknown.
@@ -43,6 +43,7 @@ class ResultRow:
         convention: What was chosen where the literature differs.
         interval: How the interval was made, None where there is none.
         why: Why ``value`` is None.
+        n_outside: How many of the wrong ones are answers for pictures of none of the classes.
 
     Raises:
         DataError: If a number is NaN or infinite (what is undefined is None), or a count has more than 64 bits.
@@ -64,6 +65,7 @@ class ResultRow:
     convention: str
     interval: str | None = None
     why: str | None = None
+    n_outside: int = 0
 
     def __post_init__(self) -> None:
         for name in ("value", "ci_low", "ci_high", "accuracy"):
@@ -78,8 +80,9 @@ class ResultRow:
 ARROW = {"str": "string", "int": "int64", "float": "float64"}
 TYPES = {field.name: ARROW[str(field.type).removesuffix(" | None")] for field in fields(ResultRow)}
 COLUMNS = tuple(TYPES)
-COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
-REQUIRED = ("metric", *COUNTS, "accuracy", "convention")
+REQUIRED_COUNTS = ("n", "n_failures", "n_unlabelled", "n_unusable")
+COUNTS = (*REQUIRED_COUNTS, "n_outside")
+REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,13 @@ class ResultTable:
         return ResultTable(tuple(_mean(rows) for rows in groups.values()))
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries."""
-        return [asdict(row) for row in self.rows]
+        """The rows as plain dictionaries, with ``n_outside`` where some have one."""
+        return [{name: value for name, value in asdict(row).items() if name in self._columns} for row in self.rows]
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        """What is written: a column that says nothing of any row is none."""
+        return COLUMNS if any(row.n_outside for row in self.rows) else tuple(c for c in COLUMNS if c != "n_outside")
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
@@ -196,7 +204,7 @@ class ResultTable:
         if Path(path).suffix.lower() == ".json":
             write_json(path, {"schema_version": SCHEMA_VERSION, "kind": "results", **said, "rows": self.to_dicts()})
             return
-        columns = {name: pa.array([getattr(r, name) for r in self.rows], TYPES[name]) for name in COLUMNS}
+        columns = {name: pa.array([getattr(r, name) for r in self.rows], TYPES[name]) for name in self._columns}
         write_table(path, columns, {"kind": "results", **said})
 
     @classmethod
@@ -215,6 +223,7 @@ class ResultTable:
         else:
             table, _ = read_table(path, [name for name, kind in TYPES.items() if kind == "string"])
         columns = {name: read_column(path, table, name, TYPES[name]).to_pylist() for name in COLUMNS}
+        columns["n_outside"] = [n or 0 for n in columns["n_outside"]]
         for name in REQUIRED:
             if None in columns[name]:
                 raise DataError(
@@ -272,10 +281,11 @@ def _shown(rows: Sequence[ResultRow], metrics: Sequence[str] | None) -> Sequence
     if metrics is not None:
         return [get_metric(name).name for name in metrics]
     present = list(dict.fromkeys(row.metric for row in rows))
-    ours = {name for name in DEFAULT_METRICS if not METRICS[name].of_probability}
+    always = [METRICS[name] for name in DEFAULT_METRICS]
+    ours = {metric.name for metric in always if not metric.of_probability and metric.question == "failure"}
     nobody_asked = ours <= set(present) <= set(evaluated_metrics())
-    always = [name for name, metric in METRICS.items() if metric.wanted == "always" and name in present]
-    return always if nobody_asked else present
+    main = [name for name, metric in METRICS.items() if metric.wanted == "always" and name in present]
+    return main if nobody_asked else present
 
 
 def _parts(rows: Sequence[ResultRow], shown: Sequence[str]) -> list[Titled]:
@@ -323,7 +333,7 @@ def _cell(row: ResultRow | None) -> str:
 def _title(rows: Sequence[ResultRow]) -> str:
     counts = [
         f"{span(row.n for row in rows)} answers",
-        f"{span(row.n_failures for row in rows)} wrong",
+        f"{span(row.n_failures for row in rows)} wrong{_shares(rows)}",
         f"accuracy {span(f'{100 * row.accuracy:.1f}' for row in rows)} %",
     ]
     if any(row.n_unlabelled for row in rows):
@@ -331,6 +341,15 @@ def _title(rows: Sequence[ResultRow]) -> str:
     if any(row.n_unusable for row in rows):
         counts.append(f"{span(row.n_unusable for row in rows)} without a score left out")
     return f"{_where(rows[0])}: {', '.join(counts)}"
+
+
+def _shares(rows: Sequence[ResultRow]) -> str:
+    """The two kinds of wrong answers, where there are two."""
+    if not any(row.n_outside for row in rows):
+        return ""
+    within = span(f"{100 * (row.n_failures - row.n_outside) / max(row.n, 1):.1f}" for row in rows)
+    outside = span(f"{100 * row.n_outside / max(row.n, 1):.1f}" for row in rows)
+    return f" ({within} % within the classes, {outside} % of none of the classes)"
 
 
 def _where(row: ResultRow) -> str:
