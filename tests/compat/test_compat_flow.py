@@ -188,7 +188,11 @@ def test_rows_of_then_are_recognised_by_their_names(kept: Open, caplog: pytest.L
 
 @pytest.mark.parametrize("label", RULES)
 def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: str) -> None:
-    """``risk.json``, the calibration rows, the calibrator and the card, from the predictor that is in the folder."""
+    """``risk.json``, the calibration rows, the calibrator and the card, from the predictor that is in the folder.
+
+    But where a sequence begins the last row is no trial any more, and one wrong among the first five dogs, at a risk of
+    60 % and a confidence of 50 % / 4, is one too many: P[Bin(4, 0.6) <= 1] = 0.18.
+    """
     shutil.copytree(kept("rules") / label, tmp_path / label)
     made = json.loads(
         run("calibrate", tmp_path / label, kept("stores") / "val", *RULES[label][1], "--overwrite", "--json")
@@ -199,6 +203,9 @@ def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: st
     made.pop("texts", None)  # which those of then do not know
     assert made.pop("inputs")
     assert list(made) == list(expected)
+    if label == "per_class":
+        stricter = made["rule"]["certificates"].pop("dog")
+        assert (stricter["threshold"], expected["rule"]["certificates"].pop("dog")["n_accepted"]) == (None, 7)
     for rule in (made["rule"], expected["rule"]):
         for group in (rule or {}).get("certificates", {}).values():
             assert (group.pop("why") is None) == (group["threshold"] is not None)  # in words of today
@@ -209,7 +216,7 @@ def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: st
     assert {k: v for k, v in made.items() if k not in hashes} == {k: v for k, v in expected.items() if k not in hashes}
     rows = [of_outcomes(vilu.Outcomes.load(root / label / "calibration.parquet")) for root in (tmp_path, kept("rules"))]
     require_about(*rows, label)
-    if EXACT:
+    if EXACT and label != "per_class":
         version = {"predictor.json", "risk.json"}
         assert {k: v for k, v in now.items() if k not in version} == {k: v for k, v in then.items() if k not in version}
         assert {**made, "vilu": ""} == {**expected, "vilu": ""}

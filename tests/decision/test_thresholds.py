@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from scipy import stats
 
 import vilu
 from vilu.decision import thresholds
+from vilu.decision.record import contradiction
 from vilu.decision.selection import select
 from vilu.decision.thresholds import (
     conformal_risk_control,
@@ -68,31 +71,51 @@ def test_rows_for_mean(risk: float, rows: int) -> None:
     assert 1 / rows > risk
 
 
-def by_hand_ltt(c, risk: float, delta: float) -> int:
-    """The fallback procedure, one threshold at a time; at least 600 rows."""
-    n = int(c.n)
-    starts = {}
-    for at, share in ((1 / 16, 0.3), (1 / 4, 0.5), (1, 0.2)):
+def by_hand_fallback(labels: list[list[int]], starts, risk: float, delta: float) -> int:
+    """How many scores above a floor one threshold at a time certifies; ``labels``: of the rows at each score."""
+    n, tested = sum(map(len, labels)), {}
+    for at, share in starts:
         fewest = next(m for m in range(1, 10_000) if (1 - risk) ** m <= delta * share) + 1
-        position = int(np.flatnonzero(c.accepted >= max(np.ceil(n * at), fewest))[0])
-        starts[position] = starts.get(position, 0) + share * delta
-    best, level, alive = -1, 0.0, False
-    for position in range(min(starts), len(c.value)):
-        if position in starts:
-            level, alive = starts[position] + (level if alive else 0), True
-        alive = alive and bool(stats.binom.cdf(c.accepted_wrong[position], c.accepted[position], risk) <= level)
-        best = position if alive else best
-    return best
+        begins = max(min(int(np.ceil(n * at)) + 1, n), fewest)
+        place = next(i for i, m in enumerate(accumulate(map(len, labels))) if m >= begins)
+        tested[place] = tested.get(place, 0) + share * delta
+    certified, level, accepted, wrong = 0, 0.0, 0, 0
+    for place, rows in enumerate(labels):
+        accepted, wrong = accepted + len(rows), wrong + sum(rows)
+        trials = accepted - (place in tested)  # the row at which a sequence begins is none
+        level += tested.get(place, 0.0)
+        if level and (wrong >= trials or stats.binom.cdf(wrong, trials, risk) > level):
+            level = 0.0
+        certified = place + 1 if level else certified
+    return certified
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_fixed_sequence_against_one_threshold_at_a_time(seed: int) -> None:
+def by_hand_ltt(u, f, risk: float, delta: float) -> tuple[float, float] | None:
+    """The interval that accepts most, in lists; for enough rows to begin everywhere."""
+    scores = sorted(set(u.tolist()))
+    labels = [f[u == score].astype(int).tolist() for score in scores]
+    first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.5), (1, 0.2)), risk, 0.96 * delta)
+    found = [(sum(map(len, labels[:first])), -np.inf, scores[first - 1])] if first else []
+    for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4):
+        floor = next(i for i, m in enumerate(accumulate(map(len, labels))) if m >= np.ceil(len(u) * share))
+        rest = by_hand_fallback(labels[floor + 1 :], ((1 / 4, 0.5), (1 / 2, 0.5)), risk, 0.01 * delta)
+        inside = labels[floor + 1 : floor + 1 + rest]
+        found += [(sum(map(len, inside)), scores[floor], scores[floor + rest])] if rest else []
+    return max(found, key=lambda one: one[0])[1:] if found else None
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_learn_then_test_against_one_threshold_at_a_time(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    n = int(rng.integers(600, 1500))
+    n = int(rng.integers(600, 1000))
     u = np.round(rng.beta(0.6, 1.5, n), 2 if seed % 2 else 9)
-    c = tie_counts(u, (rng.random(n) < u).astype(int))
+    rate = u if seed % 4 < 2 else np.where(u <= np.quantile(u, 0.05), 0.9, 0.6 * u)
+    f = rng.random(n) < rate
+    c = tie_counts(u, f)
     found = learn_then_test(c, 0.1, 0.1)
-    assert (found.index if found else -1) == by_hand_ltt(c, 0.1, 0.1)
+    ends = found and (-np.inf if found.floor < 0 else c.value[found.floor], c.value[found.index])
+    assert ends == by_hand_ltt(u, f, 0.1, 0.1)
+    assert found is None or (found.floor >= 0) == (seed % 4 >= 2)
 
 
 def test_few_rows_have_one_sequence_at_full_level() -> None:
@@ -116,6 +139,37 @@ def test_an_unlucky_beginning_ends_one_sequence_only() -> None:
     c = counts([(65, 5), *[(1, 0)] * 930])
     found = learn_then_test(c, 0.05, 0.05)
     assert found.index == len(c.value) - 1
+
+
+def test_what_lies_above_confident_mistakes_is_accepted() -> None:
+    """Half of the 80 most trusted of 2,000 are wrong, of the next 1,200 one in a hundred, of the others most."""
+    c = counts([(1, 1)] * 40 + [(99, 1)] * 12 + [(1, 4)] * 144)
+    found = learn_then_test(c, 0.05, 0.1)
+    # 1/32 of the rows are 62.5: the floor is the 32nd pair, and (8 + 12) of 1,216 above are wrong
+    assert found.floor == 31
+    assert found.index >= 51
+    inside = slice(32, found.index + 1)
+    assert stats.binom.cdf(c.wrong[inside].sum(), c.size[inside].sum(), 0.05) <= 0.001
+    labels = np.concatenate([np.r_[np.zeros(r), np.ones(w)] for r, w in zip(c.correct, c.wrong, strict=True)])
+    rows = Outcomes(np.repeat(c.value, c.size), labels)
+    rule = vilu.calibrate(rows, max_risk=0.05, confidence=0.9)
+    assert (rule.floor, rule.threshold) == (31, c.value[found.index])
+    assert rule.n_accepted == c.size[inside].sum()
+    scores = [0.0, 31.0, 31.5, rule.threshold, rule.threshold + 1, np.nan]
+    assert rule.accept(scores).tolist() == [False, False, True, True, False, False]
+    assert rule.reasons([31.0, 32.0, 1e9]) == ["below_floor", None, "above_threshold"]
+    assert "abstains from the most trusted" in str(rule)
+    assert type(rule).model_validate_json(rule.model_dump_json()) == rule
+    assert contradiction(rule, rows) is None
+    for floor in (None, 30.0, 31.5):
+        certificate = rule.certificates[""].model_copy(update={"floor": floor})
+        assert contradiction(rule.model_copy(update={"certificates": {"": certificate}}), rows) is not None
+
+
+def test_a_rule_without_a_floor_is_written_as_it_always_was() -> None:
+    rule = vilu.calibrate(Outcomes(np.linspace(0, 1, 400), np.zeros(400)), max_risk=0.05)
+    assert rule.floor is None
+    assert "floor" not in rule.model_dump_json()
 
 
 def test_sgr_takes_the_laxest_it_has_seen() -> None:

@@ -15,6 +15,7 @@ import scipy.stats
 from tests.builders.page_data import NAMES, outcomes_of, write_pictures
 from tests.conftest import toy_embeddings
 from vilu import MCM, calibrate, load, open_dataset, report_page, score
+from vilu.decision.calibrate import Selector
 from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.selection import select
 from vilu.errors import DataError, ProvenanceError, UsageError
@@ -122,6 +123,16 @@ def test_rules_accept_as_they_say() -> None:
     assert "with confidence 95% at most 20.00%" in page
     assert "cafe" in page
     assert data_of(page)["threshold"][data_of(page)["start"]] == rule.threshold
+
+    floored = Selector.model_validate(
+        {**rule.model_dump(), "certificates": {"": {**rule.certificates[""].model_dump(), "floor": 0.1}}}
+    )
+    choice = by_rule(one, Calibrated(floored, "vilu_plus"))
+    assert np.array_equal(choice.accepted, (one.uncertainty > 0.1) & (one.uncertainty <= rule.threshold))
+    assert choice.threshold is None
+    assert re.search(
+        r"<dt>Threshold</dt><dd>0\.1\d* to 0\.\d+</dd>", report_page([one], calibrated=Calibrated(floored))
+    )
 
     grouped = calibrate(outcomes_of(seed=5), max_risk=0.3, groups="prediction")
     limits = [grouped.certificates[NAMES[k]].threshold for k in one.prediction]

@@ -43,7 +43,11 @@ class Certificate(Model):
         why: Why nothing is accepted.
         n_needed: So many calibration rows are needed at least, where there are fewer; else None. How many would be
             enough depends on how many of them are accepted and right.
+        floor: Abstain where the uncertainty is at most this, too: too many of the most trusted answers are wrong. None:
+            no answer is too trusted.
     """
+
+    later = frozenset({"floor"})
 
     threshold: float | None
     n: int = Field(ge=0)
@@ -52,6 +56,7 @@ class Certificate(Model):
     risk_bound: float | None
     why: str | None = None
     n_needed: int | None = None
+    floor: float | None = None
 
     @property
     def coverage(self) -> float:
@@ -61,6 +66,8 @@ class Certificate(Model):
 
 class Selector(Model):
     """Accepts answers whose uncertainty is at most a threshold, one for all rows or one per group.
+
+    And above a floor, where a certificate has one.
 
     Attributes:
         method: "ltt", "sgr" or "crc".
@@ -123,16 +130,30 @@ class Selector(Model):
             raise UsageError("this selector has a threshold per group: see its certificates.")
         return self.certificates[ALL].threshold
 
-    def thresholds(self, n: int, groups: Sequence[str] | None) -> Floats:
-        """(N,) threshold of every row, -inf where its group accepts nothing; groups without their own are "(other)"."""
+    @property
+    def floor(self) -> float | None:
+        """Accept where the uncertainty is above this only; None: no answer is too trusted.
+
+        Raises:
+            UsageError: If every group has its own.
+        """
+        if self.grouped_by is not None:
+            raise UsageError("this selector has a floor per group: see its certificates.")
+        return self.certificates[ALL].floor
+
+    def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
+        """(N,) floor and (N,) threshold of every row, both -inf where its group accepts nothing.
+
+        Groups without their own have those of "(other)".
+        """
         if self.grouped_by is None:
             groups = [ALL] * n
         elif groups is None or len(groups) != n:
             raise UsageError(f"this selector has a threshold per group and needs the group of each of the {n} rows.")
-        limits = {name: one.threshold for name, one in self.certificates.items()}
-        other = limits.get(OTHER)
-        found = [limits.get(name, other) for name in groups]
-        return np.array([-np.inf if limit is None else limit for limit in found], dtype=np.float64)
+        ends = {name: interval(one) for name, one in self.certificates.items()}
+        other = ends.get(OTHER, (-np.inf, -np.inf))
+        found = np.array([ends.get(name, other) for name in groups], dtype=np.float64).reshape(n, 2)
+        return found[:, 0], found[:, 1]
 
     def accept(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> NDArray[np.bool_]:
         """(N,) whether each answer is accepted; one without an uncertainty (NaN) is not.
@@ -146,17 +167,24 @@ class Selector(Model):
             DataError: If ``uncertainty`` is no vector of numbers.
         """
         scores = real_vector(uncertainty, "uncertainty")
-        accepted: NDArray[np.bool_] = scores <= self.thresholds(len(scores), groups)
+        floors, thresholds = self.limits(len(scores), groups)
+        accepted: NDArray[np.bool_] = (scores > floors) & (scores <= thresholds)
         return accepted
 
     def reasons(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> list[str | None]:
-        """Per row why it is not accepted: "above_threshold", "not_certified" (its group accepts nothing); else None."""
+        """Per row why it is not accepted, else None.
+
+        "above_threshold", "below_floor" (answers trusted as much are too often wrong), or "not_certified" (its group
+        accepts nothing).
+        """
         scores = real_vector(uncertainty, "uncertainty")
-        limits = self.thresholds(len(scores), groups)
-        return [
-            None if score <= limit else "not_certified" if limit == -np.inf else "above_threshold"
-            for score, limit in zip(scores.tolist(), limits.tolist(), strict=True)
-        ]
+        floors, thresholds = self.limits(len(scores), groups)
+        found = np.full(len(scores), None, dtype=object)
+        found[~(scores <= thresholds)] = "above_threshold"
+        found[scores <= floors] = "below_floor"
+        found[thresholds == -np.inf] = "not_certified"
+        reasons: list[str | None] = found.tolist()
+        return reasons
 
     def __str__(self) -> str:
         lines = [self._promise()]
@@ -171,7 +199,9 @@ class Selector(Model):
         sure = f"with confidence {self.confidence:.0%}" if self.method != "crc" else "on average"
         what = "of all answers are accepted and wrong" if self.method == "crc" else "of the accepted answers are wrong"
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
-        return f"accepts {self.coverage:.1%}; {sure} at most {bound:.2%} {what} ({found})"
+        floors = any(one.floor is not None for one in self.certificates.values())
+        but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
+        return f"accepts {self.coverage:.1%}{but}; {sure} at most {bound:.2%} {what} ({found})"
 
 
 def describe(certificate: Certificate) -> str:
@@ -179,7 +209,14 @@ def describe(certificate: Certificate) -> str:
     if certificate.threshold is None:
         return f"accepts nothing: {certificate.why}"
     found = f"{certificate.n_wrong} wrong of {certificate.n_accepted} accepted, of {certificate.n}"
-    return f"uncertainty <= {certificate.threshold:.6g} accepts {certificate.coverage:.1%} ({found})"
+    floor = "" if certificate.floor is None else f"{certificate.floor:.6g} < "
+    return f"{floor}uncertainty <= {certificate.threshold:.6g} accepts {certificate.coverage:.1%} ({found})"
+
+
+def interval(certificate: Certificate) -> tuple[float, float]:
+    """Accepted are uncertainties above the first number up to the second; both -inf where nothing is."""
+    floor, threshold = certificate.floor, certificate.threshold
+    return -np.inf if floor is None else floor, -np.inf if threshold is None else threshold
 
 
 @checked
@@ -317,12 +354,14 @@ class _Goal(NamedTuple):
             point = coverage_first(counts, self.min_coverage or 1.0, delta)
         if point is None:
             return _nothing(n, *self._why_nothing(counts, delta))
+        inside = slice(point.floor + 1, point.index + 1)
         return Certificate(
             threshold=float(counts.value[point.index]),
             n=n,
-            n_accepted=int(counts.accepted[point.index]),
-            n_wrong=int(counts.accepted_wrong[point.index]),
+            n_accepted=int(counts.size[inside].sum()),
+            n_wrong=int(counts.wrong[inside].sum()),
             risk_bound=point.risk_bound,
+            floor=float(counts.value[point.floor]) if point.floor >= 0 else None,
         )
 
     def all_or_none(self, certificates: dict[str, Certificate]) -> dict[str, Certificate]:

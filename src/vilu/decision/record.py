@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from vilu.decision.calibrate import ALL, OTHER, Certificate, Selector, describe, group_names
+from vilu.decision.calibrate import ALL, OTHER, Certificate, Selector, describe, group_names, interval
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import MAX_ROWS, BatchSelector
 from vilu.decision.thresholds import tail
@@ -144,14 +144,17 @@ def contradiction(rule: Rule, rows: Outcomes) -> str | None:
     place = {name: index for index, (name, _) in enumerate(certificates)}
     groups = group_names(rows) if rule.grouped_by else [ALL] * len(rows)
     group = np.array([place.get(name, place.get(OTHER, len(place))) for name in groups], dtype=np.int64)[keep]
-    limit = np.array([-np.inf if one.threshold is None else one.threshold for _, one in certificates] + [-np.inf])
-    accepted = uncertainty <= limit[group]
-    last = np.full(len(limit), -np.inf)
+    floor, limit = np.array([*(interval(one) for _, one in certificates), (-np.inf, -np.inf)]).T
+    accepted = (uncertainty > floor[group]) & (uncertainty <= limit[group])
+    last, below = np.full((2, len(limit)), -np.inf)
     np.maximum.at(last, group[accepted], uncertainty[accepted])
+    too_trusted = uncertainty <= floor[group]
+    np.maximum.at(below, group[too_trusted], uncertainty[too_trusted])
     counted = [np.bincount(group[chosen], minlength=len(limit)) for chosen in (group >= 0, accepted, accepted & wrong)]
     for index, (name, one) in enumerate(certificates):
         found, said = tuple(int(count[index]) for count in counted), (one.n, one.n_accepted, one.n_wrong)
-        if found != said or last[index] != limit[index] or not _is_borne_out(rule, one):
+        ends = (last[index], below[index]) == (limit[index], floor[index])
+        if found != said or not ends or not _is_borne_out(rule, one):
             of = f" for {name!r}" if name else ""
             return f"{describe(one)}{of}"
     lost = int(counted[0][-1])

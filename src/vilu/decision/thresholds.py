@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -65,53 +65,124 @@ def some_enough(enough: Callable[[int], bool], high: int) -> int | None:
 
 
 STARTS = ((1 / 16, 0.3), (1 / 4, 0.5), (1.0, 0.2))
-"""Where fixed sequences begin, as shares of the calibration rows, and their shares of delta."""
+"""Where fixed sequences begin, as shares of the rows, and their shares of the level."""
+
+FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+"""Shares of the most trusted rows that are abstained from, too, where no answer is to be accepted because of them."""
+
+FLOOR_SHARE = 0.01
+"""Share of delta of each floor."""
+
+FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
+"""As ``STARTS``, of the rows above a floor."""
+
+BLOCK = 2**14
+"""P-values that are computed together."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A chosen operating point: position among the distinct scores, and what is promised of the risk there."""
+    """A chosen operating point: positions among the distinct scores, and what is promised of the risk there.
+
+    Attributes:
+        index: Accept up to this score.
+        risk_bound: Of the risk of what is accepted.
+        floor: Accept above this score only; -1: none is too trusted.
+    """
 
     index: int
     risk_bound: float
+    floor: int = -1
 
 
 def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
-    """The loosest t certified by fixed-sequence testing: P[R(t) <= max_risk] >= 1 - delta.
+    """The certified interval of scores that accepts most rows: P[its risk <= max_risk] >= 1 - delta.
 
     H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict to lax every t is
-    tested at the full level until one is not rejected; R need not be monotone. A sequence has to begin where enough is
+    tested at the same level until one is not rejected; R need not be monotone. A sequence has to begin where enough is
     accepted for a rejection to be possible, and one unlucky wrong answer near the beginning ends it; so there are
-    three beginnings, at 1/16, 1/4 and all of the rows, with 0.3, 0.5 and 0.2 of delta, and a sequence that reaches the
-    next one's beginning hands its level on (the fallback procedure). Where the rows are too few for that, there is one
-    sequence with all of delta, which begins where a rejection is just possible. The beginnings depend on the scores
-    alone. Other beginnings were tried on seven simulated predictors: ``benchmarks/thresholds.py``.
+    three beginnings, at 1/16, 1/4 and all of the rows, with 0.3, 0.5 and 0.2 of the level, and a sequence that reaches
+    the next one's beginning hands its level on (the fallback procedure).
+
+    All of them fail where the most trusted answers hold many wrong ones. So the same is done with what lies above a
+    floor l (the error rate of l < u <= t is above max_risk), at 1/32, 1/16, 1/8 and 1/4 of the rows, with 0.01 of delta
+    each. Where the rows are too few to begin at these places there are fewer floors, and without any there is one
+    sequence with all of delta, which begins where a rejection is just possible.
+
+    Why it holds, for scores without ties: places are ranks, so the scores alone decide on them. The ranges of t where
+    R(t) > max_risk begin and end at R(t) = max_risk; so given how many rows lie in each, Bin(m, max_risk) of the m rows
+    before a range are wrong, and these numbers say in which range a sequence meets its first true H_t, and its level
+    there, which bounds the probability to reject it. (Where that is the sequence's own beginning, the row at t is no
+    random one: it counts as wrong if it is, and not as a trial.) A level that was handed on has met none, so the levels
+    that meet one add up to delta at most. Given a floor, the rows above it are independent draws; floors share delta.
+    Scores with ties are simulated in the tests. Other places were tried: ``benchmarks/thresholds.py``.
 
     Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni procedure (2003).
     """
-    levels = _beginnings(counts.accepted, max_risk, delta)
+    floors = _floors(counts.accepted, max_risk, delta)
+    found = [_fallback(counts, -1, STARTS, max_risk, delta * (1 - FLOOR_SHARE * len(floors)))]
+    found += [_fallback(counts, floor, FLOOR_STARTS, max_risk, delta * FLOOR_SHARE) for floor in floors]
+
+    def n_accepted(one: Point) -> int:
+        return int(counts.accepted[one.index] - (counts.accepted[one.floor] if one.floor >= 0 else 0))
+
+    return max((one for one in found if one is not None), key=n_accepted, default=None)
+
+
+def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
+    """Positions of the floors above which a sequence can begin where it is to."""
+    n, (at, share) = int(accepted[-1]), FLOOR_STARTS[0]
+    rows = rows_without_error(max_risk, delta * FLOOR_SHARE * share) + 1
+    ranks = [math.ceil(n * floor) for floor in FLOORS]
+    return [int(np.searchsorted(accepted, rank)) for rank in ranks if (n - rank) * at >= rows]
+
+
+def _above(cumulated: Ints, floor: int) -> Ints:
+    """Sums up to each score above a floor."""
+    return cumulated if floor < 0 else cumulated[floor + 1 :] - cumulated[floor]
+
+
+def _fallback(
+    counts: TieCounts, floor: int, starts: Sequence[tuple[float, float]], max_risk: float, delta: float
+) -> Point | None:
+    """The laxest t above a floor that the sequences certify."""
+    accepted, wrong = _above(counts.accepted, floor), _above(counts.accepted_wrong, floor)
+    levels = _beginnings(accepted, starts, max_risk, delta)
     begins = sorted(levels)
-    p_values = tail(counts.accepted_wrong, counts.accepted, max_risk)
     carried, best = 0.0, None
-    for begin, end in pairwise([*begins, len(p_values)]):
+    for begin, end in pairwise([*begins, len(accepted)]):
         level = carried + levels[begin]
-        failed = np.flatnonzero(p_values[begin:end] > level)
-        last = begin + int(failed[0]) if len(failed) else end
+        last = _first_kept(wrong, accepted, max_risk, level, begin, end)
         best = last - 1 if last > begin else best
-        carried = 0.0 if len(failed) else level
-    return None if best is None else Point(best, max_risk)
+        carried = 0.0 if last < end else level
+    return None if best is None else Point(floor + 1 + best, max_risk, floor)
 
 
-def _beginnings(accepted: Ints, max_risk: float, delta: float) -> dict[int, float]:
+def _first_kept(wrong: Ints, accepted: Ints, max_risk: float, level: float, begin: int, end: int) -> int:
+    """First position from ``begin`` on whose hypothesis is not rejected; ``end`` where all are."""
+    if tail(wrong[begin], accepted[begin] - 1, max_risk) > level:
+        return begin
+    for start in range(begin + 1, end, BLOCK):
+        block = slice(start, min(start + BLOCK, end))
+        kept = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
+        if len(kept):
+            return start + int(kept[0])
+    return end
+
+
+def _beginnings(
+    accepted: Ints, starts: Sequence[tuple[float, float]], max_risk: float, delta: float
+) -> dict[int, float]:
     """Positions where sequences begin, and their levels; empty where no rejection is possible.
 
     Each has one row more than the fewest that can be rejected, since the last row is not a random one.
     """
-    n, levels = int(accepted[-1]), dict[int, float]()
-    starts = [(max(math.ceil(n * at), rows_without_error(max_risk, delta * w) + 1), delta * w) for at, w in STARTS]
-    if any(rows > n for rows, _ in starts):
-        starts = [(rows_without_error(max_risk, delta) + 1, delta)]
-    for rows, level in starts:
+    n, levels = int(accepted[-1]) if len(accepted) else 0, dict[int, float]()
+    places = [(min(math.ceil(n * at) + 1, n), delta * share) for at, share in starts]
+    wanted = [(max(rows, rows_without_error(max_risk, level) + 1), level) for rows, level in places]
+    if any(rows > n for rows, _ in wanted):
+        wanted = [(rows_without_error(max_risk, delta) + 1, delta)]
+    for rows, level in wanted:
         if rows <= n:
             begin = int(np.searchsorted(accepted, rows))
             levels[begin] = levels.get(begin, 0.0) + level

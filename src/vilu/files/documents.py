@@ -48,9 +48,24 @@ MAX_DOCUMENT_BYTES = 64 * 2**20
 
 
 class Model(BaseModel):
-    """Immutable, refuses unknown fields, NaN and infinity."""
+    """Immutable, refuses unknown fields, NaN and infinity.
+
+    Attributes:
+        later: Fields that came after the first such files. Unused they are not written, so that documents, and the
+            hashes over them, are what they were before.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    later: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        later = {name: type(self).model_fields[name].default for name in self.later}
+        # a number that is no default says something even where it is zero
+        said = {name for name, value in fields.items() if value or (value == 0 and later.get(name) != 0)}
+        return {name: value for name, value in fields.items() if name in said or name not in later}
 
 
 class Document(Model):
@@ -59,20 +74,12 @@ class Document(Model):
     Attributes:
         again: How it is made again, for messages.
         fault: Error where it is missing or damaged.
-        later: Fields that came after the first such files. Unused they are not written, so that documents, and the
-            hashes over them, are what they were before.
     """
 
     again: ClassVar[str]
     fault: ClassVar[type[ViLUError]] = StorageError
-    later: ClassVar[frozenset[str]] = frozenset()
 
     schema_version: Literal[1] = SCHEMA_VERSION
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if value or name not in self.later}
 
     def write(self, path: Path) -> None:
         """Write it atomically."""

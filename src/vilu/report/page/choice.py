@@ -87,7 +87,7 @@ def by_rule(outcomes: Outcomes, calibrated: Calibrated) -> Choice:
     promise: str | None = str(rule).splitlines()[0]
     if isinstance(rule, Selector):
         promise = promise if rule.feasible else None
-        threshold = rule.threshold if rule.grouped_by is None else None
+        threshold = rule.threshold if rule.grouped_by is None and rule.floor is None else None
         return Choice(accepted, threshold, rule.max_risk, promise, rule.certificates, calibrated.facts)
     # of one batch, conformal selection accepts what one threshold does, too
     threshold = float(outcomes.uncertainty[accepted].max()) if accepted.any() else None
