@@ -251,7 +251,7 @@ class Outcomes:
         """Make a Boolean of the targets -2, and see that such answers are wrong."""
         target = np.full(len(self.uncertainty), UNKNOWN) if self.target is None else self.target
         outside: NDArray[np.bool_] = target == OUTSIDE
-        if len(self.outside):
+        if np.any(self.outside):  # where none is, their number says nothing: rows may have been replaced by fewer
             outside |= check_outside(self.outside, target)
         bad = np.flatnonzero(outside & np.isfinite(self.uncertainty) & (self.failure != 1))
         if len(bad):
