@@ -305,6 +305,16 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     max_miss: Annotated[
         float, typer.Option(min=0, max=1, help="Largest share of label sets without the right label.")
     ] = 0.1,
+    outside_share: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of pictures of none of the classes to be expected. [that of the calibration rows]"
+        ),
+    ] = None,
+    class_shares: Annotated[
+        Path | None,
+        typer.Option(help="CSV file, class,share: shares of the classes to be expected.", callback=console.existing),
+    ] = None,
     *,
     reading: Reading,
     as_json: Annotated[bool, typer.Option("--json", help="Print risk.json instead of a summary.")] = False,
@@ -317,10 +327,12 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     Exit code 4: the target is out of reach; the message says what is missing.
     """
     from vilu.decision.calibration import Target, calibrate_predictor
+    from vilu.decision.shares import read_shares
     from vilu.predictors.storage import load
 
     data = reading.open(store)
-    target = Target(max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss)
+    shares = None if class_shares is None else read_shares(class_shares)
+    target = Target(max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss, outside_share, shares)
     record = calibrate_predictor(
         predictor, data, target, dataset=store.name, split=reading.split_of(data), overwrite=overwrite
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from vilu.decision.shares import Strata, check_shares, in_words, weighted_learn_then_test, why_nothing
 from vilu.decision.thresholds import (
     METHODS,
     accepted_needed,
@@ -76,7 +77,12 @@ class Selector(Model):
         confidence: 1 - delta; with several groups the promises hold for all of them together with it.
         certificates: Per group; one group "" without groups.
         grouped_by: "prediction" (the zero-shot answer), "groups" (given by the caller), or None.
+        outside_share: Share of pictures of none of the classes up to which the promise holds; None: that of the
+            calibration rows.
+        class_shares: Shares of the classes, among the others, at which it holds; None: those of the calibration rows.
     """
+
+    later = frozenset({"outside_share", "class_shares"})
 
     kind: Literal["threshold"] = "threshold"
     needs_batch: ClassVar[bool] = False
@@ -87,6 +93,13 @@ class Selector(Model):
     confidence: float = Field(gt=0, lt=1)
     grouped_by: Literal["prediction", "groups"] | None = None
     certificates: dict[str, Certificate]
+    outside_share: float | None = Field(default=None, ge=0, lt=1)
+    class_shares: dict[str, float] | None = None
+
+    @property
+    def reweighted(self) -> bool:
+        """Whether the promise is for stated shares, others than those of the calibration rows."""
+        return self.outside_share is not None or self.class_shares is not None
 
     @property
     def feasible(self) -> bool:
@@ -201,7 +214,8 @@ class Selector(Model):
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
         floors = any(one.floor is not None for one in self.certificates.values())
         but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
-        return f"accepts {self.coverage:.1%}{but}; {sure} at most {bound:.2%} {what} ({found})"
+        shares = f" {in_words(self.outside_share, self.class_shares)}" if self.reweighted else ""
+        return f"accepts {self.coverage:.1%}{but}; {sure} at most {bound:.2%} {what}{shares} ({found})"
 
 
 def describe(certificate: Certificate) -> str:
@@ -228,6 +242,8 @@ def calibrate(
     min_coverage: float | None = None,
     method: Promise = "ltt",
     groups: Sequence[str] | Literal["prediction"] | None = None,
+    outside_share: float | None = None,
+    class_shares: Mapping[str, float] | None = None,
 ) -> Selector:
     """A threshold on the uncertainty such that the error rate among accepted answers is at most ``max_risk``.
 
@@ -246,13 +262,21 @@ def calibrate(
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough rows, the others
             together; delta is divided among them, so that all promises hold at once. A least coverage alone is that
             of every group.
+        outside_share: Share of pictures of none of the classes to be expected, in [0, 1), where it is not that of the
+            calibration rows; those that are ``outside`` there stand for them. The promise holds for every smaller share
+            of pictures like them, too. "ltt" alone, without groups.
+        class_shares: Shares of the classes among all others, by name, to be expected; a class without one has none.
 
     Raises:
         UsageError: If neither target is given or one is out of range.
         DataError: If no row can be used, or there is not one group per row.
     """
     check_target(max_risk, min_coverage, confidence, method)
+    check_stated(outside_share, class_shares, max_risk, method, grouped=groups is not None)
     keep = evaluable(outcomes)
+    if max_risk is not None and (outside_share is not None or class_shares is not None):
+        shares = outside_share, None if class_shares is None else dict(class_shares)
+        return _reweighted(outcomes.take(keep), max_risk, min_coverage, confidence, shares)
     uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
     goal = _Goal(max_risk, min_coverage, method)
     members = _members(_names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest)
@@ -268,6 +292,56 @@ def calibrate(
         grouped_by=None if groups is None else "prediction" if isinstance(groups, str) else "groups",
         certificates=goal.all_or_none(certificates),
     )
+
+
+def _reweighted(
+    rows: Outcomes,
+    max_risk: float,
+    min_coverage: float | None,
+    confidence: float,
+    shares: tuple[float | None, dict[str, float] | None],
+) -> Selector:
+    """``calibrate`` for stated shares."""
+    strata, delta, wrong = Strata(rows, *shares), 1 - confidence, rows.failure == 1
+    point = None
+    if not strata.lacking(max_risk, delta):
+        value, point = weighted_learn_then_test(rows.uncertainty, wrong, strata.weight, max_risk, delta)
+    if point is None:
+        one = _nothing(len(rows), *why_nothing(strata, max_risk, delta))
+    else:
+        floor = float(value[point.floor]) if point.floor >= 0 else None
+        inside = (rows.uncertainty <= value[point.index]) & (rows.uncertainty > (-np.inf if floor is None else floor))
+        one = Certificate(
+            threshold=float(value[point.index]),
+            n=len(rows),
+            n_accepted=int(np.count_nonzero(inside)),
+            n_wrong=int(np.count_nonzero(inside & wrong)),
+            risk_bound=max_risk,
+            floor=floor,
+        )
+    return Selector(
+        method="ltt",
+        max_risk=max_risk,
+        min_coverage=min_coverage,
+        confidence=confidence,
+        certificates=_Goal(max_risk, min_coverage, "ltt").all_or_none({ALL: one}),
+        outside_share=shares[0],
+        class_shares=shares[1],
+    )
+
+
+def check_stated(
+    outside_share: float | None,
+    class_shares: Mapping[str, float] | None,
+    max_risk: float | None,
+    method: str,
+    *,
+    grouped: bool,
+) -> None:
+    """Refuse shares that cannot be, or with which nothing can be promised."""
+    check_shares(outside_share, class_shares)
+    if (outside_share is not None or class_shares is not None) and (max_risk is None or method != "ltt" or grouped):
+        raise UsageError("stated shares take a max_risk, the method ltt, and no groups.")
 
 
 def evaluable(outcomes: Outcomes) -> NDArray[np.bool_]:

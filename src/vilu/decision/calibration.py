@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from vilu.decision import record
-from vilu.decision.calibrate import Selector, calibrate, check_target
+from vilu.decision.calibrate import Selector, calibrate, check_stated, check_target
 from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_label_sets
 from vilu.decision.record import Record, Rule
 from vilu.decision.score import predictor_fingerprint, score_fresh, source_fingerprint
@@ -43,6 +44,8 @@ class Target:
         per_class: A threshold for every predicted class with enough rows.
         label_sets: "lac" or "aps"; None for none.
         max_miss: Largest share of label sets without the right label.
+        outside_share: Share of pictures of none of the classes to be expected; None: as among the calibration rows.
+        class_shares: Shares of the classes among the others to be expected, by name; None: as there.
     """
 
     max_risk: float | None = None
@@ -52,6 +55,15 @@ class Target:
     per_class: bool = False
     label_sets: Kind | None = None
     max_miss: float = 0.1
+    outside_share: float | None = None
+    class_shares: Mapping[str, float] | None = None
+
+    def facts(self) -> dict[str, object]:
+        """All that was asked for; shares where they are stated, as records of older code know of none."""
+        stated = {"outside_share", "class_shares"}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if value is not None or name not in stated
+        }
 
     def check(self, predictor: FailurePredictor, data: EmbeddingSource) -> None:
         """Refuse what cannot be promised, before anything is computed."""
@@ -64,6 +76,7 @@ class Target:
             check_target(self.max_risk, self.min_coverage, self.confidence, self.method)
         elif self.max_risk is None or self.min_coverage is not None or self.per_class:
             raise UsageError("selection takes a max_risk, and neither a min_coverage nor a threshold per class.")
+        check_stated(self.outside_share, self.class_shares, self.max_risk, self.method, grouped=self.per_class)
         if self.per_class and data.pool_size is not None:
             raise UsageError("captions have no classes, so there are no thresholds per class. Leave per_class out.")
         if self.label_sets is not None:
@@ -82,6 +95,8 @@ class Target:
             confidence=self.confidence,
             method=self.method,
             groups="prediction" if self.per_class else None,
+            outside_share=self.outside_share,
+            class_shares=self.class_shares,
         )
         if not selector.feasible:
             raise InfeasibleError(_infeasible(selector))
@@ -127,7 +142,7 @@ def _calibrate(
     dataset, split = names
     predictor = load(folder)
     predictor.calibrator_ = None
-    made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, dataclasses.asdict(target)
+    made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, target.facts()
     inputs = digest(made_from)
     found = None if overwrite else _calibrated(folder, inputs)
     if found is not None:

@@ -13,6 +13,7 @@ from pydantic import Field
 from vilu.decision.calibrate import ALL, OTHER, Certificate, Selector, describe, group_names, interval
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import MAX_ROWS, BatchSelector
+from vilu.decision.shares import Strata, bears_out
 from vilu.decision.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
@@ -157,6 +158,8 @@ def contradiction(rule: Rule, rows: Outcomes) -> str | None:
         if found != said or not ends or not _is_borne_out(rule, one):
             of = f" for {name!r}" if name else ""
             return f"{describe(one)}{of}"
+    if rule.reweighted and not _shares_bear_out(rule, rows.take(keep)):
+        return "the risk at the stated shares"
     lost = int(counted[0][-1])
     return f"it leaves out {lost} rows" if lost else None
 
@@ -167,9 +170,21 @@ def _is_borne_out(rule: Selector, one: Certificate) -> bool:
         return one.threshold is None and one.risk_bound is None
     if rule.method == "crc" and rule.max_risk is not None:
         return (one.n_wrong + 1) / (one.n + 1) <= rule.max_risk == one.risk_bound
+    if rule.reweighted:
+        return one.risk_bound == rule.max_risk  # and ``_shares_bear_out``
     shown = float(tail(np.array(one.n_wrong), np.array(one.n_accepted), one.risk_bound))
     delta = (1 - rule.confidence) / len(rule.certificates) * (1 + 1e-6)
     return one.risk_bound >= 1 or (shown <= delta and one.risk_bound <= (rule.max_risk or 1))
+
+
+def _shares_bear_out(rule: Selector, rows: Outcomes) -> bool:
+    """Whether a rule for stated shares accepts nothing, or what the rows show of them."""
+    one = rule.certificates.get(ALL)
+    if one is None or rule.max_risk is None:
+        return False
+    strata = Strata(rows, rule.outside_share, rule.class_shares)
+    shown = bears_out(rows, strata, interval(one), rule.max_risk, 1 - rule.confidence)
+    return one.threshold is None or shown
 
 
 def load_rows(folder: str | Path, record: Record) -> Outcomes:
