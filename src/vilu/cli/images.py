@@ -58,6 +58,14 @@ Classes = Annotated[
         help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=console.existing
     ),
 ]
+Outside = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="A class (folder, label or name), or a number beyond the classes, that is none of them: any answer about "
+        "its images is wrong. May be repeated.",
+    ),
+]
 Where = Annotated[
     list[str] | None,
     typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
@@ -119,6 +127,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     captions: Annotated[
         bool, typer.Option("--captions", help="Take the captions of a table that has labels too.")
     ] = False,
+    outside: Outside = None,
     where: Where = None,
     root: Root = None,
     template: Template = None,
@@ -164,6 +173,7 @@ def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
         limit=limit,
         classes=classes,
         captions=captions,
+        outside=outside or (),
         where=console.pairs_of("--where", where, "COLUMN=VALUE"),
         dataset=dataset,
         raw_names=raw_names,

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from vilu.cli.console import Overwrite, existing, next_step, pairs_of
-from vilu.cli.images import embedded
+from vilu.cli.images import Outside, embedded
 from vilu.errors import UsageError
 from vilu.text import printable
 
@@ -25,14 +25,6 @@ Arrays = Annotated[
 Keys = Annotated[
     list[str] | None,
     typer.Option("--key", metavar="NAME=KEY", help="Array NAME is called KEY there (text=text_single); repeatable."),
-]
-Outside = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME",
-        help="A class, or a label beyond the classes, whose rows are of none of the classes: any answer is wrong; "
-        "repeatable.",
-    ),
 ]
 Classes = Annotated[
     Path | None, typer.Option(help="Class names, one a line, in place of class_names.", callback=existing)

@@ -8,7 +8,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from vilu.datasets.classes import OUTSIDE_LABEL, ClassTable
 from vilu.datasets.files import Bounds, OutsideError
 from vilu.errors import DataError, StorageError, UsageError
 from vilu.files.documents import digest
@@ -30,7 +31,7 @@ class ImageRecord:
 
     Attributes:
         key: Stable identifier, unique in the data set (relative POSIX path, or the ``key`` column, or row number).
-        label: Index into the data set's class names; None where unknown.
+        label: Index into the data set's class names; None where unknown, -2 where it is none of them.
         read: Returns the encoded bytes; may raise OSError or ``BadImage``. Called from a decoding thread.
         caption: Returns the caption; may raise OSError or ``BadImage`` (stage "text"). None where images have none.
         position: In the data set; None where it follows from the order of the records.
@@ -168,6 +169,7 @@ class Chosen:
             self.shard_fingerprint = images.shard_fingerprint
         if (faults := getattr(images, "faults", None)) is not None:
             self.faults = faults.of(positions)
+        self.outside: tuple[str, ...] = getattr(images, "outside", ())
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -183,6 +185,61 @@ class Chosen:
             return
         kept = set(wanted)
         yield from (record for position, record in enumerate(passed, start=wanted[0]) if position in kept)
+
+
+class WithOutside:
+    """A data set without some of its classes, whose images are of none of those that are left.
+
+    Args:
+        images: The whole; labels beyond its classes that it takes for outside are its ``strays``.
+        outside: Names of classes, as the data have them or as prompts do, or labels beyond the classes.
+
+    Attributes:
+        outside: The names, sorted; part of what a store is made from.
+
+    Raises:
+        UsageError: If there is no such class or label, or no class would be left.
+    """
+
+    def __init__(self, images: ImageDataset, outside: Sequence[str]) -> None:
+        if images.class_names is None:
+            raise UsageError(f"{images.source} has no classes, so nothing can be outside of them. Leave --outside out.")
+        table: ClassTable | None = getattr(images, "classes", None)
+        prompts = images.class_names
+        names = list(zip(prompts if table is None else table.folders, prompts, strict=True))
+        strays: frozenset[str] = getattr(images, "strays", frozenset())
+        there = list(dict.fromkeys([*(name for both in names for name in both), *sorted(strays)]))
+        unknown = next((name for name in outside if name not in there), None)
+        if unknown is not None:
+            nearest = difflib.get_close_matches(unknown, there, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            shown = _listed([folder for folder, _ in names])
+            raise UsageError(f"{images.source} has no class or label {unknown!r} for --outside; it has {shown}.{hint}")
+        kept = [label for label, both in enumerate(names) if set(outside).isdisjoint(both)]
+        if not kept:
+            raise UsageError(f"--outside leaves none of the {len(names)} classes of {images.source}.")
+        self.source, self.captioned = images.source, images.captioned
+        self.class_names: tuple[str, ...] | None = tuple(prompts[label] for label in kept)
+        folders = tuple(names[label][0] for label in kept)
+        self.classes = None if table is None else replace(table, folders=folders, names=self.class_names)
+        self.fingerprint = images.fingerprint
+        self.outside = tuple(sorted(set(outside)))
+        self._images, self._label = images, {label: place for place, label in enumerate(kept)}
+        if isinstance(images, ShardedDataset):  # only then is this one too
+            self.shard_fingerprint = images.shard_fingerprint
+        if (faults := getattr(images, "faults", None)) is not None:
+            self.faults = faults
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
+        """The images at positions start ... stop - 1."""
+        for record in self._images.records(start, stop):
+            if record.label is None:
+                yield record
+            else:
+                yield replace(record, label=self._label.get(record.label, OUTSIDE_LABEL))
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:
@@ -215,6 +272,7 @@ class Selection:
         captions: Whether captions are asked for even where there are labels.
         where: Only rows that hold these values, by column; values are compared as text.
         root: Folder that paths of images are relative to and stay below; None for the table's own.
+        outside: Names of classes, or labels beyond them, whose images are of none of the classes.
     """
 
     split: str | None = None
@@ -222,6 +280,7 @@ class Selection:
     captions: bool = False
     where: Mapping[str, str] = field(default_factory=dict)
     root: Path | None = None
+    outside: tuple[str, ...] = ()
 
     def bounds(self, table: Path) -> Bounds:
         """Where the files of a table may be."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from vilu.datasets.base import CAPTIONS_OR_CLASSES, Chosen, ImageDataset, Selection, ShardedDataset
+from vilu.datasets.base import CAPTIONS_OR_CLASSES, Chosen, ImageDataset, Selection, ShardedDataset, WithOutside
 from vilu.datasets.cifar import CifarDataset, find_layout
 from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
@@ -41,6 +41,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     dataset: str | None = None,
     raw_names: bool = False,
     root: Path | None = None,
+    outside: Sequence[str] = (),
 ) -> ImageDataset:
     """Open images with the reader that fits, or a data set by its name.
 
@@ -56,6 +57,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         raw_names: With ``dataset``: leave class names as the data have them.
         root: Folder that the paths in a table are relative to, in place of the table's own; paths that are absolute or
             climb are fine where they end below it. Of a folder of images: where links may lead, too.
+        outside: Names of classes (folders, labels, names for prompts), or numbers beyond the classes, that are none of
+            them: they are left out of ``class_names``, and their images get the label -2 (``vilu.OUTSIDE``).
 
     Raises:
         UsageError: If an argument does not fit; the message names what there is.
@@ -68,11 +71,12 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         with or_refuse("look at the folder of the images"):
             if root is not None and not root.is_dir():
                 raise UsageError(f"--root must be a folder that holds the images. Got {root} instead.")
-        images = _open(source, Selection(split, classes, captions, dict(where or {}), root))
+        images = _open(source, Selection(split, classes, captions, dict(where or {}), root, tuple(outside)))
     elif captions or where or root:
         raise UsageError(f"--captions, --where and --root are of tables. {dataset} is none: leave them out.")
     else:
-        images = open_known(dataset, source, split=split, raw_names=raw_names, classes=classes)
+        images = open_known(dataset, source, split=split, raw_names=raw_names, classes=classes, outside=tuple(outside))
+    images = WithOutside(images, outside) if outside else images
     return images if limit is None else _first(images, limit)
 
 
@@ -103,8 +107,12 @@ def _open(source: Path | str, selection: Selection) -> ImageDataset:
     if selection.captions:
         raise UsageError(f"{source} has no captions: tables and tar files have. Leave --captions out.")
     if layout:
-        return CifarDataset(layout[1], layout[0], split=selection.split, classes=selection.classes)
-    return FolderDataset(path, split=selection.split, classes=selection.classes, beside=selection.root)
+        return CifarDataset(
+            layout[1], layout[0], split=selection.split, classes=selection.classes, outside=selection.outside
+        )
+    return FolderDataset(
+        path, split=selection.split, classes=selection.classes, beside=selection.root, outside=selection.outside
+    )
 
 
 def _no_source(path: Path) -> UsageError | DataError:
@@ -127,4 +135,4 @@ def _open_shards(source: str, shards: list[Path], selection: Selection) -> TarSh
     for shard in shards:
         if shard.exists() and not os.access(shard, os.R_OK):
             raise StorageError(f"cannot read {shard}: permission denied.")
-    return TarShards(source, shards, classes=selection.classes)
+    return TarShards(source, shards, classes=selection.classes, outside=selection.outside)

@@ -7,7 +7,7 @@ import itertools
 import pickle
 import pickletools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -182,6 +182,7 @@ class CifarDataset:
         split: "train", "test", or "train+test"; None for both.
         classes: A classes file, in label order.
         raw_names: Whether names for prompts keep their underscores.
+        outside: Classes that the classes file may leave out.
 
     Attributes:
         classes: Raw and prompt names.
@@ -195,12 +196,14 @@ class CifarDataset:
         split: str | None = None,
         classes: Path | None = None,
         raw_names: bool = False,
+        outside: Collection[str] = (),
     ) -> None:
         splits = tuple(layout.splits) if split is None else parse_split(split, layout.splits, str(folder))
         raw = _class_names(folder / layout.meta, layout.names)
         self.source = str(folder)
         self.captioned = False
-        self.classes = class_table(raw, classes, by_position=True, names=raw if raw_names else None)
+        names = raw if raw_names else None
+        self.classes = class_table(raw, classes, by_position=True, names=names, outside=outside)
         self.class_names: tuple[str, ...] | None = self.classes.names
         files = [folder / name for part in splits for name in layout.splits[part]]
         batches = [_Batch.read(file, layout.labels, len(raw)) for file in files]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import overload
 
 from vilu.datasets.files import portable_name, read_file
 from vilu.errors import DataError, StorageError, UsageError
+
+OUTSIDE_LABEL = -2
+"""Of an image of none of the classes; ``vilu.OUTSIDE``, for rooms without vectors."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +49,24 @@ class ClassTable:
 
 @overload
 def class_table(
-    raw: Sequence[str], file: Path | None, *, by_position: bool = False, names: Sequence[str] | None = None
+    raw: Sequence[str],
+    file: Path | None,
+    *,
+    by_position: bool = False,
+    names: Sequence[str] | None = None,
+    outside: Collection[str] = (),
 ) -> ClassTable: ...
 @overload
-def class_table(raw: Sequence[str] | None, file: Path | None, *, by_position: bool = False) -> ClassTable | None: ...
 def class_table(
-    raw: Sequence[str] | None, file: Path | None, *, by_position: bool = False, names: Sequence[str] | None = None
+    raw: Sequence[str] | None, file: Path | None, *, by_position: bool = False, outside: Collection[str] = ()
+) -> ClassTable | None: ...
+def class_table(
+    raw: Sequence[str] | None,
+    file: Path | None,
+    *,
+    by_position: bool = False,
+    names: Sequence[str] | None = None,
+    outside: Collection[str] = (),
 ) -> ClassTable | None:
     """The class table of a data set, from what the data says and what the user says.
 
@@ -61,6 +76,7 @@ def class_table(
         by_position: Whether a file of one name per line is in label order (whole-number labels); else its lines are
             matched with ``raw``. Tabbed lines are always matched, except where there is no ``raw``.
         names: Default prompt names; None for ``raw`` with underscores turned into spaces.
+        outside: Names of classes that will be taken out (``WithOutside``): a file that is matched may leave them out.
     """
     if file is None and names is not None:
         return ClassTable(tuple(raw or ()), tuple(names))
@@ -73,12 +89,13 @@ def class_table(
         _require_same_order(raw, prompts, file)
         return ClassTable(tuple(raw), prompts)
     if keys is None:
-        _match(raw, {**{clean_name(name): name for name in raw}, **{name: name for name in raw}}, prompts, file)
+        known = {**{clean_name(name): name for name in raw}, **{name: name for name in raw}}
+        _match(raw, known, prompts, file, outside)
         return _default(raw)
     given = dict(zip(keys, prompts, strict=True))
     _require_distinct(keys)
-    _match(raw, {name: name for name in raw}, keys, file)
-    return ClassTable(tuple(raw), tuple(given[name] for name in raw))
+    _match(raw, {name: name for name in raw}, keys, file, outside)
+    return ClassTable(tuple(raw), tuple(given.get(name, clean_name(name)) for name in raw))
 
 
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
@@ -113,8 +130,10 @@ def clean_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _match(raw: Sequence[str], known: dict[str, str], given: Sequence[str], file: Path) -> None:
-    """Refuse a file whose names are not exactly those of the data, each written once."""
+def _match(
+    raw: Sequence[str], known: dict[str, str], given: Sequence[str], file: Path, outside: Collection[str]
+) -> None:
+    """Refuse a file whose names are not exactly those of the data, each written once; but for those outside."""
     unknown = [name for name in given if name not in known]
     if unknown:
         nearest = difflib.get_close_matches(unknown[0], known, n=1)
@@ -124,9 +143,12 @@ def _match(raw: Sequence[str], known: dict[str, str], given: Sequence[str], file
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise DataError(f"{file} names classes more than once: {_listed(repeated)}.")
-    missing = [name for name in raw if name not in counts]
+    missing = [name for name in raw if name not in counts and {name, clean_name(name)}.isdisjoint(outside)]
     if missing:
-        raise DataError(f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each.")
+        raise DataError(
+            f"{file} leaves out classes of the data: {_listed(missing)}. Add a line for each, or say with --outside "
+            "which are none of the classes."
+        )
 
 
 def _require_distinct(names: Sequence[str]) -> None:

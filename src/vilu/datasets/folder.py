@@ -6,7 +6,7 @@ import errno
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -78,6 +78,7 @@ class FolderDataset(ListedFiles):
         split: Names of split folders joined by ``+``; None where there are none.
         classes: A classes file; its names are matched with the class folders.
         beside: Another folder that links to files may lead into; others are read errors.
+        outside: Classes that the classes file may leave out.
 
     Attributes:
         classes: Raw and prompt names; None when unlabelled.
@@ -86,7 +87,13 @@ class FolderDataset(ListedFiles):
     """
 
     def __init__(
-        self, root: Path, *, split: str | None = None, classes: Path | None = None, beside: Path | None = None
+        self,
+        root: Path,
+        *,
+        split: str | None = None,
+        classes: Path | None = None,
+        beside: Path | None = None,
+        outside: Collection[str] = (),
     ) -> None:
         super().__init__(root)
         self._bounds = Bounds(root, beside=beside)
@@ -96,7 +103,7 @@ class FolderDataset(ListedFiles):
         parts, siblings = _split_folders(root, split)
         folders = {name for sibling in siblings for name in subfolders(root / sibling)}
         raw = sorted(folders, key=lambda name: name.encode("utf-8", "surrogateescape")) or None
-        self.classes: ClassTable | None = class_table(raw, classes)
+        self.classes: ClassTable | None = class_table(raw, classes, outside=outside)
         self.class_names = self.classes.names if self.classes else None
         listing = ListingHash(*(raw or ()))
         with track(f"listing {root.name}", None, "images") as task:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ from vilu.datasets.base import (
     bytes_of,
     fault_of,
 )
-from vilu.datasets.classes import ClassTable, class_table
+from vilu.datasets.classes import OUTSIDE_LABEL, ClassTable, class_table
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
 from vilu.errors import DataError, StorageError, UsageError
@@ -55,10 +55,11 @@ class TableRows:
 
     Attributes:
         rows: (N,) int64 positions in the file.
-        labels: (N,) int32 labels, -1 where unknown.
+        labels: (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes.
         keys: (N,) keys; the numbers of the rows where there is no key column.
         classes: Class table of the whole file; None when unlabelled or captioned.
         captions: (N,) bytes of the captions, null where there is none; None where captions are not asked for.
+        strays: Labels beyond the classes that are said to be of none of them.
     """
 
     rows: NDArray[np.int64]
@@ -66,6 +67,7 @@ class TableRows:
     keys: pa.Array
     classes: ClassTable | None
     captions: pa.Array | None
+    strays: frozenset[str] = frozenset()
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:
@@ -111,37 +113,59 @@ def table_rows(table: pa.Table, source: str, selection: Selection, *, default_ke
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions = None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
     (table if caption is None else table.drop_columns([caption])).validate(full=True)
-    unlabelled = np.full(len(table), UNLABELLED, dtype=np.int32), None
-    labels, table_of_classes = _labels(table, source, selection.classes) if caption is None else unlabelled
+    listed = _Labels(np.full(len(table), UNLABELLED, dtype=np.int32), None)
+    if caption is None:
+        listed = _labels(table, source, selection)
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
     chosen = pa.array(rows)
     name = find_column(table.column_names, KEY) or default_key
     keys = chosen.cast(pa.string()) if name is None else _keys(table, name, source).take(chosen)
-    return TableRows(rows, labels[rows], keys, table_of_classes, None if captions is None else captions.take(chosen))
+    captions = None if captions is None else captions.take(chosen)
+    return TableRows(rows, listed.labels[rows], keys, listed.classes, captions, listed.strays)
 
 
-def _labels(table: pa.Table, source: str, classes: Path | None) -> tuple[NDArray[np.int32], ClassTable | None]:
+class _Labels(NamedTuple):
+    """Of all rows of a table, as in ``TableRows``."""
+
+    labels: NDArray[np.int32]
+    classes: ClassTable | None
+    strays: frozenset[str] = frozenset()
+
+
+def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
+    classes, outside = selection.classes, selection.outside
     name = find_column(table.column_names, LABEL)
     raw = _names_in_schema(table.schema, name, source)
     if name is None:
-        return np.full(len(table), UNLABELLED, dtype=np.int32), class_table(raw, classes, by_position=True)
+        unknown = np.full(len(table), UNLABELLED, dtype=np.int32)
+        return _Labels(unknown, class_table(raw, classes, by_position=True, outside=outside))
     column = table[name].combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if _is_string(column.type):
         labels, raw = _encode(column)
-        return labels, class_table(raw or None, classes)
+        return _Labels(labels, class_table(raw or None, classes, outside=outside))
     numbers = _whole_numbers(column, f"{source}, column {name!r}")
-    table_of_classes = class_table(raw, classes, by_position=True)
+    table_of_classes = class_table(raw, classes, by_position=True, outside=outside)
     if table_of_classes is None and numbers.null_count == len(numbers):
-        return np.full(len(table), UNLABELLED, dtype=np.int32), None
+        return _Labels(np.full(len(table), UNLABELLED, dtype=np.int32), None)
     if table_of_classes is None:
         raise DataError(
             f"{source}: column {name!r} holds numbers, and nothing says which classes they mean. "
             "Give the names in label order with --classes FILE, or store them in the schema metadata."
         )
+    numbers, strays = _without_strays(numbers, len(table_of_classes.names), outside)
     _require_in_range(numbers, len(table_of_classes.names), source)
-    return pc.fill_null(numbers, UNLABELLED).to_numpy(zero_copy_only=False).astype(np.int32), table_of_classes
+    labels = pc.fill_null(numbers, UNLABELLED).to_numpy(zero_copy_only=False).astype(np.int32)
+    return _Labels(labels, table_of_classes, strays)
+
+
+def _without_strays(numbers: pa.Array, n_classes: int, outside: Sequence[str]) -> tuple[pa.Array, frozenset[str]]:
+    """The labels with -2 for those beyond the classes that are named as outside, and which of them there are."""
+    there = [label for label in pc.unique(numbers).to_pylist() if label is not None and str(label) in outside]
+    strays = [label for label in there if not 0 <= label < n_classes]
+    apart = pc.fill_null(pc.is_in(numbers, value_set=pa.array(strays, numbers.type)), False)
+    return pc.if_else(apart, pa.scalar(OUTSIDE_LABEL, numbers.type), numbers), frozenset(map(str, strays))
 
 
 def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
@@ -169,11 +193,13 @@ def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
 
 
 def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
-    row = pc.index(pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes)), True).as_py()
+    beyond = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
+    row = pc.index(pc.and_(beyond, pc.not_equal(numbers, OUTSIDE_LABEL)), True).as_py()
     if row >= 0:
         raise DataError(
             f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has {n_classes} names, so "
-            f"labels are 0 to {n_classes - 1}, or null where unknown."
+            f"labels are 0 to {n_classes - 1}, -2 for none of the classes, or null where unknown. Say with --outside "
+            "which other numbers mean none of the classes."
         )
 
 
@@ -238,6 +264,7 @@ class _RowsOfTable:
         self.classes = listing.classes
         self.class_names = self.classes.names if self.classes else None
         self.captioned = listing.captions is not None
+        self.strays = listing.strays
         self._labels, self._keys, self._captions = listing.labels, listing.keys, listing.captions
 
     def __len__(self) -> int:

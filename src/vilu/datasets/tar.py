@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 from vilu.datasets.base import ImageRecord
-from vilu.datasets.classes import class_table
+from vilu.datasets.classes import OUTSIDE_LABEL, class_table
 from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
 from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
 from vilu.datasets.tar_members import Member, members
@@ -162,19 +162,25 @@ class TarShards:
         source: Where it came from, for people.
         paths: The shards, in order.
         classes: A classes file, in label order.
+        outside: Names of classes, or labels beyond them, of images of none of the classes, as -2 always is.
 
     Attributes:
         classes: Raw and prompt names; None when captioned.
+        strays: The labels beyond the classes: only reading the tars would tell whether they occur.
 
     Reference:
         https://github.com/webdataset/webdataset (the layout).
     """
 
-    def __init__(self, source: str, paths: Sequence[Path], *, classes: Path | None = None) -> None:
+    def __init__(
+        self, source: str, paths: Sequence[Path], *, classes: Path | None = None, outside: Sequence[str] = ()
+    ) -> None:
         self.source = source
         self.classes = class_table(None, classes)
         self.class_names = self.classes.names if self.classes else None
         self.captioned = self.classes is None
+        n_classes = len(self.class_names or ())
+        self.strays = frozenset(name for name in outside if name.isdecimal() and int(name) >= n_classes)
         self._paths = [path.absolute() for path in paths]
         self._names = _shard_names(self._paths)
         listing = ListingHash("tar", *((*self.classes.folders, *self.classes.names) if self.classes else ()))
@@ -223,9 +229,11 @@ class TarShards:
             text = _read_at(path, member.start, min(member.size, MAX_LABEL_BYTES + 1)).strip()
         except OSError as error:
             raise BadImage("text", "read_error", f"cannot read the label: {error.strerror}") from error
+        if text.decode("latin-1") in {str(OUTSIDE_LABEL), *self.strays}:
+            return OUTSIDE_LABEL
         label = int(text) if text.isdigit() and len(text) <= MAX_LABEL_BYTES else -1
         if not 0 <= label < n_classes:
-            raise BadImage("text", "bad_label", f"the label must be 0 to {n_classes - 1}. Found {text!r}")
+            raise BadImage("text", "bad_label", f"the label must be 0 to {n_classes - 1}, or -2. Found {text!r}")
         return label
 
 

@@ -257,6 +257,7 @@ def describe(dataset: ImageDataset, space: EmbeddingSpace, *, part_size: int | N
         "shards": len(dataset) if sharded else 0,
         "captions": dataset.captioned,
         "folders": dataset.class_names,
+        "outside": getattr(dataset, "outside", ()),
         "space": asdict(space),
         "part_size": (PART_SHARDS if sharded else PART_IMAGES) if part_size is None else part_size,
         **settings,

@@ -18,6 +18,7 @@ from vilu.backbones.base import Backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import BadImage, ImageLimits, read_caption, read_image
 from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
+from vilu.embeddings.source import OUTSIDE
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import Task
 from vilu.store.documents import CAPTION, IMAGE, Run, Views
@@ -55,8 +56,9 @@ class Decoder:
         return END if item is END else self._decode(*item)
 
     def _decode(self, position: int, record: ImageRecord) -> Decoded | ErrorRow:
-        if not self.captions and record.label is not None and not 0 <= record.label < self.n_classes:
-            raise DataError(f"{record.key} has label {record.label}, expected 0 to {self.n_classes - 1} or none.")
+        label, known = record.label, range(self.n_classes)
+        if not self.captions and label is not None and label not in known and label != OUTSIDE:
+            raise DataError(f"{record.key} has label {label}, expected 0 to {self.n_classes - 1}, -2 or none.")
         sizes: list[int] = []
         pictures: list[bytes] = []
 

@@ -35,7 +35,13 @@ def find_known(name: str) -> KnownDataset:
 
 
 def open_known(
-    name: str, root: Path | str, *, split: str | None = None, raw_names: bool = False, classes: Path | None = None
+    name: str,
+    root: Path | str,
+    *,
+    split: str | None = None,
+    raw_names: bool = False,
+    classes: Path | None = None,
+    outside: tuple[str, ...] = (),
 ) -> ImageDataset:
     """Open a data set of the catalogue. ``source`` says which list of splits is in use.
 
@@ -45,6 +51,7 @@ def open_known(
         split: Names of splits joined by ``+`` ("train+validation"); None for all.
         raw_names: Whether class names stay as the data have them; else they are cleaned for prompts.
         classes: A classes file that names the classes instead, in label order or as ``raw<TAB>name``.
+        outside: Names of classes that will be taken out (``WithOutside``): the file may leave them out.
 
     Raises:
         UsageError: If the name or the split is unknown, an option does not fit, or ``root`` is no folder.
@@ -54,7 +61,7 @@ def open_known(
     entry = find_known(name)
     if raw_names and classes is not None:
         raise UsageError("raw names and a classes file both name the classes. Give --raw-names or --classes.")
-    return entry.reader.open(require_place(entry, Path(root)), Request(split, raw_names, classes))
+    return entry.reader.open(require_place(entry, Path(root)), Request(split, raw_names, classes, outside))
 
 
 def add_dataset(entry: KnownDataset) -> KnownDataset:

@@ -85,15 +85,18 @@ class Request:
         split: Names of splits joined by ``+``; None for all.
         raw_names: Whether class names stay as the data have them.
         classes: A classes file; None where the data name their classes.
+        outside: Names of classes that will be taken out: the file may leave them out.
     """
 
     split: str | None = None
     raw_names: bool = False
     classes: Path | None = None
+    outside: tuple[str, ...] = ()
 
     def unfit(self) -> list[str]:
         """Names of the options that only data with classes and splits have."""
-        given = {"--split": self.split is not None, "--raw-names": self.raw_names, "--classes": self.classes}
+        given: dict[str, object] = {"--split": self.split is not None, "--raw-names": self.raw_names}
+        given |= {"--classes": self.classes, "--outside": self.outside}
         return [name for name, value in given.items() if value]
 
 

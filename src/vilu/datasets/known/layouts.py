@@ -177,7 +177,12 @@ class CifarReader:
     def open(self, place: Place, request: Request) -> CifarDataset:
         """The pictures of the splits asked for."""
         dataset = CifarDataset(
-            place.folder, self.layout, split=request.split, classes=request.classes, raw_names=request.raw_names
+            place.folder,
+            self.layout,
+            split=request.split,
+            classes=request.classes,
+            raw_names=request.raw_names,
+            outside=request.outside,
         )
         dataset.source = f"{place.folder} (official split)"
         return dataset

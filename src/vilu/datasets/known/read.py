@@ -101,7 +101,8 @@ class ListedDataset(ListedFiles):
         self.source = f"{place.folder} ({listing.origin})"
         self.captioned = False
         names = (listing.raw or listing.classes) if request.raw_names else listing.names
-        self.classes = class_table(listing.classes, request.classes, by_position=True, names=names)
+        asked = request.classes
+        self.classes = class_table(listing.classes, asked, by_position=True, names=names, outside=request.outside)
         self.class_names: tuple[str, ...] | None = self.classes.names
         splits = tuple(listing.splits)
         splits = splits if request.split is None else parse_split(request.split, splits, self.source)
