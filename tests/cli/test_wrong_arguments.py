@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 
+from tests.builders.array_files import arrays, save
 from tests.command import command_line, run
 from tests.conftest import toy_embeddings
 from vilu.cli.app import app, told
@@ -32,10 +33,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     score(predictor, data).save(folder / "s.parquet")
     torch.save({"state_dict": {}}, folder / "x.ckpt")
     np.save(folder / "x.npy", np.zeros(3))
+    save(folder / "a.npz", arrays())
     return folder
 
 
 SOUND = {
+    "import": ["a.npz", "-o", "i"],
     "inspect": ["x.npy"],
     "evaluate": ["s.parquet", "--resamples", "5"],
     "list": ["metrics"],
@@ -89,6 +92,7 @@ def test_one_wrong_argument(work: Path, monkeypatch: pytest.MonkeyPatch, name: s
         (["export", "store", "-o", "m.onnx"], "where a predictor should be"),
         (["push", "store", "./p"], "where a predictor should be"),
         (["embed", "store", "-o", "e"], "store is a store of embeddings, where images should be"),
+        (["import", "pred", "-o", "e"], "pred is a predictor, where arrays should be"),
         (["render", "pred"], "where the output of a benchmark should be"),
         (["pools", "scores", "mcm"], "where a store of embeddings should be"),
         (["score", "", "store", "-o", "y.parquet"], "an argument is empty where a path should be"),
@@ -121,7 +125,7 @@ def interrupted(name: str, stop: BaseException, capsys: pytest.CaptureFixture[st
 def test_a_stopped_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     goes_on = f"vilu: stopped: what is finished is in {tmp_path}; the same command goes on with the rest.\n"
     anew = "vilu: stopped: no file is half written; the same command begins anew.\n"
-    for name in ("embed", "score", "benchmark", "demo"):
+    for name in ("embed", "import_", "score", "benchmark", "demo"):
         assert interrupted(name, KeyboardInterrupt(), capsys, output=tmp_path) == goes_on
     assert interrupted("embed", SystemExit(128 + signal.SIGTERM), capsys, output=tmp_path) == goes_on
     for name, output in (("score", tmp_path / "s.csv"), ("fit", tmp_path / "p"), ("calibrate", None)):

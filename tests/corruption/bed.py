@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import vilu
+from tests.builders.array_files import arrays, save
 from tests.builders.bench_fakes import config, make_store
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line
@@ -36,6 +38,7 @@ from vilu.predictors.nn.checkpoint import checkpointing
 from vilu.predictors.storage import load, write_card
 from vilu.progress import reporting
 from vilu.store.embed import embed
+from vilu.store.importing import import_arrays
 from vilu.store.inspect import inspect
 
 FINE = {0, 8}
@@ -132,6 +135,7 @@ def build(root: Path) -> list[Artefact]:
     pairs = dataset(40, unlabelled=range(40))
     pairs.class_names, pairs.captions = None, [f"picture number {i}" for i in range(40)]
     embed(pairs, FakeBackbone(), root / "pairs", part_size=20)
+    import_arrays(save(root / "arrays.npz", arrays(60, negatives=np.eye(6))), root / "imported", part_size=20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         vilu.ViLU(hidden=(8,), epochs=2).fit(vilu.open_source(root / "train")).save(root / "head")
@@ -148,7 +152,7 @@ def build(root: Path) -> list[Artefact]:
     benchmark(root)
     resume(root / "checkpoints", stop_after=5)
     found = [
-        *(_store(root, name, do) for name in ("new", "pairs")),
+        *(_store(root, name, do) for name in ("new", "pairs", "imported")),
         _predictor(root, do),
         _scores(root, do),
         _score_folder(root, do),
@@ -178,7 +182,8 @@ def _store(root: Path, name: str, do: Do) -> Artefact:
     def read() -> object:
         inspect(path)
         store = vilu.open_source(path, pools=Pools(4)) if name == "pairs" else vilu.open_source(path)
-        return [vilu.MCM().predict_uncertainty(store).tolist(), list(store.ids), store.target.tolist()]
+        labels = [store.target.tolist(), store.outside.tolist()]
+        return [vilu.MCM().predict_uncertainty(store).tolist(), list(store.ids), labels]
 
     uses: dict[str, Use] = {
         "columns": lambda: columns(path),

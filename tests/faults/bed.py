@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.builders.array_files import arrays, save
 from tests.builders.bench_fakes import make_store
 from tests.builders.store_fakes import picture
 from tests.command import run
@@ -68,6 +69,7 @@ COMMANDS: dict[str, Command] = {
          "--batch-size", "4", "--workers", "1", "--features"),
         "store",
     ),
+    "import": Command(("import", "{inputs}/arrays.npz", "-o", "store", "--part-size", "6"), "store"),
     "fit mcm": fit("mcm"),
     "fit mcm_ts": fit("mcm_ts"),
     "fit knn_distance": fit("knn_distance"),
@@ -97,6 +99,7 @@ def make_inputs(folder: Path) -> Path:
         path = folder / "photos" / f"n{i % 3}" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(i))
+    save(folder / "arrays.npz", arrays())
     for first, (name, n) in enumerate({"train": 60, "test": 200, "cal": 120, "more": 120, "late": 120}.items()):
         make_store(folder / name, n, 1000 * first)
     for name in ("mcm", "calibrated"):

@@ -21,7 +21,7 @@ from vilu.errors import BusyError, ProvenanceError, UsageError, ViLUError
 from vilu.store.reader import EmbeddingStore
 
 BUSY = BusyError.exit_code
-WRITERS = ("embed", "fit vilu", "fit mcm", "score folder", "score file", "calibrate", "monitor", "benchmark")
+WRITERS = ("embed", "import", "fit vilu", "fit mcm", "score folder", "score file", "calibrate", "monitor", "benchmark")
 SHORT = ("embed", "fit vilu", "score folder", "calibrate")
 """Those of CI, each with 8 writers; ``make test-faults`` has all."""
 
@@ -100,6 +100,7 @@ def _store(folder: Path) -> str:
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "calibrate": ("predictor", _decider),
     "embed": ("store", _store),
+    "import": ("store", _store),
     "monitor": ("state.parquet", lambda path: _read_state(path)[1].rows),
     "score file": ("scores.parquet", lambda path: vilu.Outcomes.load(path).uncertainty.tolist()),
     "score folder": ("scores", lambda path: vilu.ScoreFolder(path).outcomes().uncertainty.tolist()),

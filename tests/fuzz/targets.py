@@ -30,7 +30,7 @@ import pytest
 import torch
 
 import vilu
-from tests.builders import image_files, page_data, tar_files
+from tests.builders import array_files, image_files, page_data, tar_files
 from tests.builders.bench_fakes import make_store, tables
 from tests.command import run
 from tests.conftest import toy_embeddings
@@ -49,6 +49,7 @@ from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.convert import convert_official
 from vilu.predictors.storage import load
 from vilu.report.page.build import report_page
+from vilu.store.importing import import_arrays
 from vilu.store.reader import open_source
 
 LIMITS = ImageLimits(max_pixels=1_000_000)
@@ -157,6 +158,39 @@ def npy(folder: Path, data: bytes) -> object:
     put(folder / "text_emb" / "text_emb_0000.npy", _npy(np.random.default_rng(1).normal(size=(8, 4)).astype("<f4")))
     pairs = open_source(folder, pools=Pools(2), logit_scale=100.0)
     return list(pairs.batches(8))
+
+
+def npz_seeds() -> list[bytes]:
+    """Packed or not, of any type, and with labels that are names."""
+    made = []
+    for packed, changes in (
+        (False, {}),
+        (True, {"image": np.eye(6, dtype=">f8")[[0, 1, 2] * 2], "ids": None}),
+        (True, {"target": np.array(["cat", "", "dog"] * 2), "negatives": np.eye(6), "views": np.ones((6, 2, 6))}),
+    ):
+        buffer = io.BytesIO()
+        (np.savez_compressed if packed else np.savez)(buffer, **array_files.arrays(6, **changes))
+        made.append(buffer.getvalue())
+    return made
+
+
+def npz(folder: Path, data: bytes) -> object:
+    """As a command would: what is kept is read back."""
+    return read_store(import_arrays(put(folder / "a.npz", data), folder / "store", max_error_rate=1.0).path)
+
+
+def arrays_folder(name: str) -> Fuzzed:
+    """A folder of arrays of which one is other than it was."""
+
+    def seeds() -> list[bytes]:
+        return [_npy(array_files.arrays(6, seed=seed)[name]) for seed in range(2)]
+
+    def read(folder: Path, data: bytes) -> object:
+        source = array_files.save(folder / "arrays", array_files.arrays(6))
+        put(source / f"{name}.npy", data)
+        return read_store(import_arrays(source, folder / "store", part_size=4, max_error_rate=1.0).path)
+
+    return Fuzzed(seeds, read, 0.5)
 
 
 def stored_npy(folder: Path, data: bytes) -> object:
@@ -316,7 +350,20 @@ def _outside(written: str) -> str:
 
 
 COMMANDS = (
-    *("embed", "fit", "score", "evaluate", "calibrate", "monitor", "explain", "report", "inspect", "list", "datasets"),
+    *(
+        "embed",
+        "import",
+        "fit",
+        "score",
+        "evaluate",
+        "calibrate",
+        "monitor",
+        "explain",
+        "report",
+        "inspect",
+        "list",
+        "datasets",
+    ),
     *("convert", "export", "push", "pull", "pools", "benchmark", "render", "--help", "--version", "--plugin", "-q"),
 )
 ARGUMENTS = (
@@ -409,6 +456,8 @@ TARGETS: dict[str, Fuzzed] = {
     "image": Fuzzed(lambda: list(image_files.seeds().values()), image),
     "caption": Fuzzed(lambda: [b"a cup", "é \u202e".encode(), b"\xff"], caption),
     "npy": Fuzzed(npy_seeds, npy),
+    "npz": Fuzzed(npz_seeds, npz),
+    **{f"array_{name}": arrays_folder(name) for name in ("image", "text", "target", "class_names", "ids")},
     "stored_npy": Fuzzed(content("store/img_emb/img_emb_00000.npy"), stored_npy, 0.3),
     "safetensors": Fuzzed(content("head/weights.safetensors"), safetensors),
     "predictor": Fuzzed(unsealed("head/predictor.json"), predictor),

@@ -21,6 +21,9 @@ from vilu.store.inspect import inspect
 LOOSE = pytest.mark.filterwarnings("ignore:.*not of unit norm")
 
 
+NO_TEXT = np.arange(0x110000, 0x110000 + 30, dtype=np.uint32).view("U1")
+
+
 def files(store: Path) -> dict[str, bytes]:
     """Everything in a store but its lock."""
     paths = (path for path in store.rglob("*") if path.is_file() and path.name != ".lock")
@@ -227,6 +230,8 @@ def test_a_label_beyond_the_classes_is_outside(tmp_path: Path) -> None:
         ({"class_names": np.array([*NAMES], dtype=object)}, {}, DataError, "Python objects"),
         ({"class_names": np.arange(4.0)}, {}, DataError, "must hold texts"),
         ({"class_names": np.array([b"\xff", b"a", b"b", b"c"])}, {}, DataError, "damaged"),
+        ({"ids": np.array(["a\ud800"] * 30)}, {}, DataError, "0xd800 is no character"),
+        ({"ids": NO_TEXT}, {}, DataError, "0x110000 is no char"),
         ({"ids": np.array(["a"] * 30)}, {}, DataError, "Rows 0 and 1 are both 'a'"),
         ({"ids": np.arange(29)}, {}, DataError, "one entry per image row"),
         ({"target": np.arange(30)}, {}, DataError, "must be a row of text, 0 to 3"),

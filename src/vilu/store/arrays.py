@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import math
 import stat
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,9 @@ READ_BYTES = 2**24
 
 MAX_PACKED, SMALL_BYTES = 100, 2**28
 """An array larger than the latter that was packed smaller than by the former is a bomb: embeddings hardly pack."""
+
+FIRST_SURROGATE, LAST_SURROGATE = 0xD800, 0xDFFF
+"""Codes that no text in UTF-8 has."""
 
 MAX_TEXT = 2**16
 """Characters of a name."""
@@ -221,9 +225,10 @@ def texts_of(values: NDArray[Any], place: str) -> list[str]:
     """Names as text, of an array of texts, of UTF-8 bytes or of whole numbers."""
     if values.dtype.kind not in "iuUS":
         raise DataError(f"{place} must hold texts, as numpy.array(names, dtype=str). Got dtype {values.dtype} instead.")
+    if values.dtype.kind == "U":  # numpy makes strings of any numbers, and Python breaks on those
+        codes = np.frombuffer(values.tobytes(), np.dtype("u4").newbyteorder(values.dtype.byteorder))
+        wrong = codes[(codes > sys.maxunicode) | ((codes >= FIRST_SURROGATE) & (codes <= LAST_SURROGATE))]
+        if len(wrong):
+            raise DataError(f"{place} must hold text: {wrong[0]:#x} is no character. Write it again.")
     with or_unreadable(place):
-        found = [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
-    for text in found:
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(f"{place} must hold text that UTF-8 can write. Got {text!r:.80}.")
-    return found
+        return [value.decode() if isinstance(value, bytes) else str(value) for value in values.tolist()]
