@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -356,3 +358,30 @@ def test_a_link_or_a_name_does_not_lead_elsewhere(tmp_path: Path) -> None:
     save(tmp_path / "other", arrays())
     with pytest.raises(DataError, match=r"no array '\.\./other/text'"):
         imported(tmp_path, arrays(), "folder", keys={"text": "../other/text"})
+
+
+LARGE = """
+import resource, sys
+from pathlib import Path
+from vilu.store.importing import import_arrays
+folder = Path(sys.argv[1])
+import_arrays(folder / "small", folder / "one", part_size=4096)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+import_arrays(folder / "large", folder / "two", part_size=4096)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
+    """200 MiB in parts of 4 MiB cost the labels and a few parts, not the whole."""
+    for name, n in (("small", 10_000), ("large", 200_000)):
+        values = arrays(10, text=np.eye(4, 256, dtype=np.float32), image=None)
+        folder = save(tmp_path / name, {**values, "target": np.zeros(n, np.int64), "ids": np.arange(n)})
+        shape = (n, 256)
+        image = np.lib.format.open_memmap(folder / "image.npy", mode="w+", dtype=np.float32, shape=shape)
+        for start in range(0, n, 10_000):
+            image[start : start + 10_000] = np.eye(256, dtype=np.float32)[np.arange(10_000) % 256]
+        del image
+    words = [sys.executable, "-c", LARGE, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 60, done.stdout

@@ -58,7 +58,8 @@ class EmbeddingSpace:
     def require_match(self, other: EmbeddingSpace, *, mine: str, theirs: str) -> None:
         """Refuse another space, naming both sides of every difference.
 
-        Bare arrays carry no provenance: against them only width, scale and bias are compared.
+        Bare arrays carry no provenance: against them only width, scale and bias are compared; and of imported ones what
+        both sides know.
 
         Raises:
             ProvenanceError: If the spaces differ.
@@ -66,10 +67,11 @@ class EmbeddingSpace:
         fields = ["embed_dim", "logit_scale", "logit_bias"]
         if not (self.anonymous or other.anonymous):
             fields += PROVENANCE
+        sides = {field: (getattr(self, field), getattr(other, field)) for field in fields}
         differences = [
-            f"{field}: {getattr(self, field)!r} ({mine}) against {getattr(other, field)!r} ({theirs})"
-            for field in fields
-            if getattr(self, field) != getattr(other, field)
+            f"{field}: {here!r} ({mine}) against {there!r} ({theirs})"
+            for field, (here, there) in sides.items()
+            if here != there and None not in {here, there}
         ]
         if differences:
             raise ProvenanceError(
