@@ -74,6 +74,7 @@ class Truth:
     rows: str  # names these rows and candidates; what has the same name may be compared row by row
     # (N,) int64, 1 where the zero-shot answer is wrong, 0 where it is right, -1 where that is unknown
     failure: NDArray[np.int64]
+    outside: NDArray[np.bool_]  # (N,) whether a picture is of none of the classes
     reason: tuple[str | None, ...]  # per row why it cannot have an uncertainty, or None
 
 
@@ -227,7 +228,7 @@ def truth_of(source: EmbeddingSource, name: str) -> Truth:
     for batch in source.batches(SCORING_BATCH):
         failure[batch.index] = batch.failure
     reason = tuple(None if code == VALID else STATUS[code] for code in source.status)
-    return Truth(name, failure.numpy(), reason)
+    return Truth(name, failure.numpy(), source.outside.numpy(), reason)
 
 
 def differs_in_preprocessing(a: EmbeddingSpace | None, b: EmbeddingSpace) -> bool:

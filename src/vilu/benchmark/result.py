@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_serializer
 
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.parts import RANKED_BY, Section
@@ -21,7 +21,7 @@ from vilu.metrics.bootstrap import SortedScores, resampled
 from vilu.metrics.catalog import METRICS
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
-from vilu.outcomes.results import ResultRow
+from vilu.outcomes.results import ResultRow, ResultTable
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,10 @@ class CellResult(Section):
     warnings: tuple[str, ...] = ()  # what the method warned of
     timing: Timing | None = Field(default=None, exclude=True)  # in cells of earlier vilu; now it is in the log
     files: dict[Suffix, str] = Field(default_factory=dict)  # SHA-256 of the files beside this one, by suffix
+
+    @field_serializer("results")
+    def _plain(self, results: tuple[ResultRow, ...]) -> list[dict[str, Any]]:
+        return ResultTable(results).to_dicts()
 
     def value(self, metric: str) -> float | None:
         """A metric; None where it is undefined, or the cell was refused."""

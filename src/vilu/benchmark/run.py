@@ -111,6 +111,7 @@ def measure(bench: Workbench, cell: Cell, fitted: Fitted, truth: Truth) -> tuple
     outcomes = Outcomes(
         uncertainty=uncertainty,
         failure=truth.failure,
+        outside=truth.outside,
         method=cell.method,
         dataset=cell.data,
         split=cell.setting,

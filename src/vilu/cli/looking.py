@@ -115,6 +115,8 @@ def _summary(
     outcomes = score(predictor, data)
     if bool((data.target != UNKNOWN).any()):
         return risk_map(outcomes, coverage=coverage), prompt_gains(data, seed=seed)
+    if outcomes.outside.any():  # nothing but pictures of none of the classes has a label
+        return risk_map(outcomes, coverage=coverage), None
     return risk_map(outcomes, strongest_competitor(predictor, data), coverage=coverage), None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import compress
 from typing import Literal
@@ -33,6 +34,9 @@ Kind = Literal["lac", "aps"]
 
 class LabelSets(Model):
     """Sets that hold the right label with probability at least 1 - max_miss, over calibration rows and the new row.
+
+    That is of pictures of the classes. One of none of them has no right label, so no set can hold it: such calibration
+    rows are left out, aloud, and about such pictures nothing is promised.
 
     With n calibration scores s_i = s(x_i, y_i) of the true labels, the set of x is {j: s(x, j) <= c}, c the
     ceil((n + 1)(1 - max_miss))-th smallest s_i. "lac": s = 1 - q_j, the smallest sets on average. "aps": s = the mass
@@ -90,6 +94,13 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
     """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
     data = data.without(~predictor.unseen(data, "calibration"))
+    n_outside = int(data.outside.sum())
+    if n_outside:
+        warnings.warn(
+            f"label sets leave out {n_outside} of {len(data)} calibration rows, which are of none of the classes: no "
+            "set holds their label, so the sets promise something of pictures of the classes only.",
+            stacklevel=2,
+        )
     true = [scores.gather(1, target[:, None]).squeeze(1) for scores, target in _labelled(predictor, data, method)]
     scores = torch.cat(true) if true else torch.empty(0)
     if not len(scores):

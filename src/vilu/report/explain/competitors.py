@@ -21,7 +21,7 @@ from vilu.predictors.heads.vilu_plus import ViLUPlus
 from vilu.predictors.labelled import trainable_rows
 from vilu.predictors.nn.head import CrossAttention
 from vilu.predictors.nn.train import Rows
-from vilu.report.explain.rows import Names, plain_rows
+from vilu.report.explain.rows import Names, plain_rows, truths
 
 
 class Weights(NamedTuple):
@@ -92,7 +92,7 @@ class Neighbour:
         key: Its identifier.
         cosine: Of its image embedding with the explained one.
         answer: The zero-shot answer to it.
-        truth: The right answer.
+        truth: The right answer, or that there is none.
     """
 
     key: str
@@ -110,7 +110,7 @@ class TrainingRows:
 
     def __init__(self, train: EmbeddingSource) -> None:
         self.train = train
-        rows, failure = trainable_rows(train, "training")
+        rows, failure = trainable_rows(train, "training", "failure")
         self.failures, self.successes = rows[failure == 1], rows[failure == 0]
 
     def near(self, image: Tensor, own: Own | None, n: int) -> list[tuple[list[Neighbour], list[Neighbour]]]:
@@ -138,7 +138,7 @@ class TrainingRows:
         """Answer and truth of training rows."""
         names, found = Names(self.train), {}
         for batch in plain_rows(self.train, torch.tensor(sorted(rows), dtype=torch.int64)):
-            columns = (batch.index.tolist(), batch.prediction.tolist(), batch.target.tolist())
+            columns = (batch.index.tolist(), batch.prediction.tolist(), truths(batch).tolist())
             for row, answer, truth in zip(*columns, strict=True):
                 found[row] = names.of(row, answer), names.of(row, truth)
         return found

@@ -25,7 +25,7 @@ from vilu.predictors.rows import common_identity
 from vilu.progress import track
 from vilu.report.explain.attribution import Attribution, Attributor
 from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, weights_of
-from vilu.report.explain.rows import Names, find_rows, scored_rows
+from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
 from vilu.text import aligned, rest, shown
 
 SHOWN = 15
@@ -90,7 +90,7 @@ class Explanation:
         answer: The zero-shot answer.
         posterior: Its zero-shot probability.
         uncertainty: Of the method, higher = more likely wrong.
-        truth: The right answer, None where unknown.
+        truth: The right answer, None where unknown; "none of the classes" where there is none.
         wrong: Whether the answer is wrong, None where unknown.
         competitors: Candidates of the largest weights, falling.
         failures: The training rows most like it whose answers are wrong; None where no training rows were given.
@@ -292,9 +292,9 @@ def _of_batch(
     batch, scores = scored
     posterior = log_posterior(batch).exp().cpu()
     weight, leader = leaders(weights.of(batch).cpu(), min(depth.candidates, len(batch.text)))
-    attributions = None if attributor is None else attributor.of(scored)
+    attributions, truth = None if attributor is None else attributor.of(scored), truths(batch)
     for place, row in enumerate(batch.index.tolist()):
-        answer, target, failure = (int(column[place]) for column in (batch.prediction, batch.target, batch.failure))
+        answer, target, failure = (int(column[place]) for column in (batch.prediction, truth, batch.failure))
         p, leading = posterior[place], zip(weight[place].tolist(), leader[place].tolist(), strict=True)
         explanation = Explanation(
             row=row,

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from vilu.errors import DataError, UsageError, checked
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.outcomes.outcomes import OUTSIDE, UNKNOWN, Outcomes
 from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import class_name
 from vilu.report.figures import probability
@@ -23,7 +23,8 @@ class Confusion:
 
     Attributes:
         answer: What was answered.
-        instead: What was true; without labels the strongest competitor.
+        instead: What was true, or that the pictures were of none of the classes; without labels the strongest
+            competitor.
         failures: How many; without labels the sum of the probabilities of failure.
         share: Of all failures.
         uncertainty: Mean of their uncertainties, each row counting as much as it is a failure.
@@ -149,7 +150,7 @@ def _instead(outcomes: Outcomes, competitor: ArrayLike | None, *, labelled: bool
     if labelled:
         if outcomes.target is None:
             raise DataError("a risk map needs the right answers, and these outcomes have failures but no targets.")
-        return outcomes.target
+        return np.where(outcomes.outside, OUTSIDE, outcomes.target)
     _probability(outcomes)
     if competitor is None:
         raise UsageError("without labels a risk map needs the strongest competitor of every answer.")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
 from vilu.embeddings.similarity import ZeroShot
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.source import OUTSIDE, UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
@@ -107,9 +107,20 @@ def unusable(status: int) -> str:
     return "its pool is not full" if status == SHORT_POOL else f"its embedding is of status {STATUS[status]!r}"
 
 
+NONE = "none of the classes"
+"""What is true of a picture that is of none of them."""
+
+
 def class_name(names: Sequence[str] | None, candidate: int) -> str:
-    """Of a class, or its number where classes have no names."""
+    """Of a class, or its number where classes have no names; of what is no class what that means."""
+    if candidate in {OUTSIDE, UNKNOWN}:
+        return NONE if candidate == OUTSIDE else "not known"
     return f"candidate {candidate}" if names is None else names[candidate]
+
+
+def truths(batch: Batch) -> Tensor:
+    """(B,) int64 targets, with ``OUTSIDE`` where the picture is of none of the classes."""
+    return batch.target if batch.outside is None else batch.target.masked_fill(batch.outside, OUTSIDE)
 
 
 class Names:
@@ -121,8 +132,8 @@ class Names:
         self._members = torch.empty(0, dtype=torch.int64)
 
     def of(self, row: int, candidate: int) -> str:
-        """Name of one candidate of a row."""
-        if self.data.pool_size is None:
+        """Name of one candidate of a row, or of what its ``truths`` say."""
+        if self.data.pool_size is None or candidate < 0:
             return class_name(self.data.class_names, candidate)
         return self.data.ids[int(self._pool_members(row)[candidate])]
 

@@ -51,12 +51,15 @@ TABLES = {
     "How well right and wrong answers are told apart": (
         "auroc", "fpr95", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc",
     ),
+    "Wrong within the classes, and pictures of none of the classes": (
+        "auroc_within", "fpr95_within", "auroc_outside", "fpr95_outside",
+    ),
     ADDED: (
         "risk_at_coverage_0.8", "coverage_at_risk_0.01", "coverage_at_risk_0.05", "coverage_at_risk_0.1",
         "ece", "ece_mass", "brier", "log_loss",
     ),
 }  # fmt: skip
-"""Metrics in two tables that fit on a sheet of paper; ``ADDED`` takes those from outside, too."""
+"""Metrics in tables that fit on a sheet of paper, as far as there are some; ``ADDED`` takes those of others, too."""
 
 MAX_RISK = 0.05
 """Error rate that is aimed at where no rule was calibrated."""
@@ -179,6 +182,7 @@ def _numbers(outcomes: Outcomes, choice: Choice, max_risk: float) -> dict[str, A
         "n": len(failure),
         "n_rows": len(outcomes),
         "failures": Rate(int(failure.sum()), len(failure)),
+        "outside": Rate(int(np.count_nonzero(outcomes.outside[rows])), len(failure)),
         "accepted": Rate(int(accepted.sum()), len(failure)),
         "wrong": Rate(int(failure[accepted].sum()), int(accepted.sum())),
         "target": target,
@@ -202,6 +206,7 @@ def _tables(methods: Sequence[Outcomes], table: ResultTable) -> list[dict[str, A
             "rows": [[found.get((one.method, name)) for name in names if name in present] for one in methods],
         }
         for caption, names in groups.items()
+        if not present.keys().isdisjoint(names)
     ]
 
 

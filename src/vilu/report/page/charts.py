@@ -182,7 +182,7 @@ RELIABILITY_BINS = 15
 TOTAL_POINTS = 2000
 """Of all lines of a chart; with many methods each has fewer."""
 
-RIGHT_LOOK, WRONG_LOOK = -1, -2
+RIGHT_LOOK, WRONG_LOOK, OUTSIDE_LOOK = -1, -2, -3
 """Looks of answers; methods count from 0."""
 
 DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
@@ -237,24 +237,31 @@ def roc(methods: Sequence[Outcomes], choice: Choice) -> Chart | None:
 
 
 def histogram(outcomes: Outcomes, threshold: float | None, number: int) -> Chart:
-    """Uncertainty of the right and of the wrong answers, in shares of their kind."""
+    """Uncertainty of the right and of the wrong answers, in shares of their kind.
+
+    Those for pictures of none of the classes are a kind of their own.
+    """
     uncertainty, failure = known(outcomes)
+    kind_of = np.where(outcomes.outside[outcomes.evaluable], OUTSIDE_LOOK, np.where(failure, WRONG_LOOK, RIGHT_LOOK))
     low, high = (0.0, 1.0) if outcomes.is_probability else (float(uncertainty.min()), float(uncertainty.max()))
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, BINS + 1)
-    counts = [np.histogram(uncertainty[failure == kind], edges)[0] for kind in (0, 1)]
-    right, wrong = (of_kind / max(of_kind.sum(), 1) for of_kind in counts)
+    kinds = {RIGHT_LOOK: "right answers", WRONG_LOOK: "wrong answers"}
+    if (kind_of == OUTSIDE_LOOK).any():
+        kinds = {**kinds, WRONG_LOOK: "wrong within the classes", OUTSIDE_LOOK: "of none of the classes"}
+    counts = {kind: np.histogram(uncertainty[kind_of == kind], edges)[0] for kind in kinds}
+    shares = {kind: of_kind / max(of_kind.sum(), 1) for kind, of_kind in counts.items()}
     x = np.repeat(edges, 2)[1:-1]
     return Chart(
         key=f"histogram-{number}",
         title="Uncertainty of right and wrong answers" if number == 0 else outcomes.method or "",
         says="Right answers and wrong ones by their uncertainty, each in shares of their kind.",
         x=Axis("uncertainty", "uncertainty", low, high, percent=False),
-        y=Axis("% of its kind", "share", 0.0, _ceiling(float(max(right.max(), wrong.max())))),
-        lines=(
-            Line("right answers", x, np.repeat(right, 2), RIGHT_LOOK, filled=True),
-            Line("wrong answers", x, np.repeat(wrong, 2), WRONG_LOOK, filled=True),
+        y=Axis("% of its kind", "share", 0.0, _ceiling(float(max(map(np.max, shares.values()))))),
+        lines=tuple(
+            Line(kinds[kind], x, np.repeat(share, 2), kind, filled=kind != OUTSIDE_LOOK)
+            for kind, share in shares.items()
         ),
         marker=None if threshold is None else (float(np.clip(threshold, low, high)), None),
     )

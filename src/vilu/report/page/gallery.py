@@ -15,6 +15,7 @@ from vilu.errors import DataError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.progress import track
+from vilu.report.explain.rows import NONE
 from vilu.report.page.choice import Choice
 
 PER_SECTION = 24
@@ -69,7 +70,7 @@ def make_card(
     return Card(
         key=str(row) if outcomes.ids is None else outcomes.ids[row],
         said=_class_name(outcomes, outcomes.prediction, row),
-        true=_class_name(outcomes, outcomes.target, row),
+        true=NONE if outcomes.outside[row] else _class_name(outcomes, outcomes.target, row),
         wrong=None if outcomes.failure[row] == UNKNOWN else bool(outcomes.failure[row]),
         uncertainty=float(outcomes.uncertainty[row]),
         accepted=bool(choice.accepted[row]),
