@@ -17,6 +17,7 @@ from filelock import FileLock
 
 import vilu
 from tests.builders.bench_fakes import Report, benchmark, config, make_stores
+from tests.conftest import toy_embeddings
 from vilu.benchmark import facts
 from vilu.benchmark.cells import Cell, needed_parts, plan
 from vilu.benchmark.config import Config
@@ -31,6 +32,7 @@ from vilu.files.documents import read_log
 from vilu.outcomes.results import ResultTable
 from vilu.predictors import PREDICTORS
 from vilu.predictors.zero_shot import MCM
+from vilu.store.importing import import_arrays
 
 
 @pytest.fixture(scope="module")
@@ -374,3 +376,40 @@ def test_what_else_decides_a_fit_is_in_its_fingerprint(data: Path, monkeypatch: 
         facts.decided_by(bench, Cell("lvu", "two", setting, 0))
     lvu = type(PREDICTORS["lvu"]()).__module__
     assert asked == [(lvu,), (lvu, "vilu.predictors.init"), (lvu, "vilu.embeddings.pairs")]
+
+
+def imported(folder: Path, n: int, seed: int, n_outside: int) -> None:
+    """A store of toy embeddings, the first of none of the classes."""
+    data = toy_embeddings(n=n, seed=seed)
+    target = data.target.clone()
+    target[:n_outside] = vilu.OUTSIDE
+    folder.parent.mkdir(exist_ok=True)
+    path = folder.with_suffix(".npz")
+    ids = np.array([f"{seed}-{i}" for i in range(n)])
+    np.savez(path, image=data.image, text=data.text, target=target, class_names=np.array(data.class_names), ids=ids)
+    import_arrays(path, folder, logit_scale=20, logit_bias=0)
+
+
+def test_pictures_of_none_of_the_classes_are_counted(tmp_path: Path) -> None:
+    """Their share is in every result, and their questions are metrics like others; scores say which they are."""
+    data = tmp_path / "stores"
+    imported(data / "one-train", 300, 0, 10)
+    imported(data / "one-test", 200, 1, 40)
+    only = {"one": {"stores": {"train": "one-train", "test": "one-test"}}}
+    metrics = ["auroc", "fpr95", "auroc_within", "auroc_outside"]
+    chosen = config(seeds=1, data=only, settings={"all": {"kind": "labels"}}, metrics=metrics)
+    found = benchmark(chosen, data, tmp_path / "out")
+    assert "AUROC outside" in found.text
+    (path,) = [path for path in (tmp_path / "out").rglob("*.json") if "lvu" in path.as_posix()]
+    result = json.loads(path.read_text())
+    assert result["n_train"] == 300
+    assert {(row["n"], row["n_outside"]) for row in result["results"]} == {(200, 40)}
+    outcomes = vilu.Outcomes.load(path.with_suffix(".parquet"))
+    assert np.flatnonzero(outcomes.outside).tolist() == list(range(40))
+    again = vilu.evaluate(outcomes, metrics=metrics, n_resamples=0)
+    assert [row["value"] for row in result["results"]] == [row.value for row in again]
+
+
+def test_results_of_the_classes_alone_say_nothing_of_others(first: tuple[Path, Report]) -> None:
+    for path in first[0].rglob("*.json"):
+        assert "n_outside" not in path.read_text()
