@@ -397,11 +397,13 @@ def test_pictures_of_none_of_the_classes_are_counted(tmp_path: Path) -> None:
     imported(data / "one-test", 200, 1, 40)
     only = {"one": {"stores": {"train": "one-train", "test": "one-test"}}}
     metrics = ["auroc", "fpr95", "auroc_within", "auroc_outside"]
-    chosen = config(seeds=1, data=only, settings={"all": {"kind": "labels"}}, metrics=metrics)
-    found = benchmark(chosen, data, tmp_path / "out")
+    settings = {"all": {"kind": "labels"}, "few": {"kind": "labels", "budget": 8}}
+    found = benchmark(config(seeds=1, data=only, settings=settings, metrics=metrics), data, tmp_path / "out")
     assert "AUROC outside" in found.text
-    (path,) = [path for path in (tmp_path / "out").rglob("*.json") if "lvu" in path.as_posix()]
-    result = json.loads(path.read_text())
+    paths = [path for path in (tmp_path / "out").rglob("*.json") if "lvu" in path.as_posix()]
+    results = {json.loads(path.read_text())["setting"]: path for path in paths}
+    assert json.loads(results["few"].read_text())["n_train"] == 5 * 8 + 10
+    result = json.loads((path := results["all"]).read_text())
     assert result["n_train"] == 300
     assert {(row["n"], row["n_outside"]) for row in result["results"]} == {(200, 40)}
     outcomes = vilu.Outcomes.load(path.with_suffix(".parquet"))

@@ -18,6 +18,7 @@ from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.metrics import auroc
+from vilu.predictors.rows import shots
 
 N_OUTSIDE = 60
 FITTED = [name for name, cls in PREDICTORS.items() if cls.needs_fit]
@@ -140,3 +141,9 @@ def test_members_of_a_stack_get_what_they_need(train: Embeddings, more_train: Em
     stack = PREDICTORS["stacking"](members=("linear_probe", "mahalanobis", "delta_knn")).fit(more_train)
     for name, alone in {"linear_probe": train, "mahalanobis": train, "delta_knn": more_train}.items():
         assert_same_state(stack.members_[name], make(name).fit(alone))
+
+
+def test_shots_are_of_classes_and_what_is_of_none_stays(more_train: Embeddings) -> None:
+    rows = shots(more_train, 16, seed=1).numpy()
+    assert np.flatnonzero(more_train.outside.numpy()[rows]).tolist() == list(range(80, 80 + N_OUTSIDE))
+    assert np.bincount(more_train.target.numpy()[rows[:80]]).tolist() == [16] * 5

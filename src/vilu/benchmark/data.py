@@ -164,11 +164,12 @@ class Workbench:
         if origin.halves_seed is None and origin.budget == "all":
             return source
         target = np.where(source.status == VALID, source.target.numpy(), UNKNOWN)
+        of_none = np.flatnonzero(source.outside.numpy() & (source.status == VALID))  # a budget is of labels a class
         if origin.halves_seed is None:
-            return source.take(drawn(target, origin))
+            return source.take(np.union1d(drawn(target, origin), of_none))
         classes = class_halves(source.n_candidates, origin.halves_seed)[0]
         rows = drawn(np.where(np.isin(target, classes), target, UNKNOWN), origin)
-        return source.take(rows, classes, columns)
+        return source.take(np.union1d(rows, of_none), classes, columns)
 
     def validation_set(self, origin: Origin) -> EmbeddingSource | None:
         """What a method may select on; None where it has to hold out rows of its own (a small share may hold none)."""

@@ -24,6 +24,8 @@ from vilu.files.documents import digest
 def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     """Sorted positions of ``n`` random usable labelled rows of every class; of all rows where a class has fewer.
 
+    Rows of none of the classes are not counted by class, so all usable ones stay.
+
     Args:
         source: Rows with shared candidates.
         n: Rows per class.
@@ -52,7 +54,8 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
             "all of theirs are taken.",
             stacklevel=2,
         )
-    return torch.cat(parts).sort().values
+    of_none = source.usable_rows[source.outside[source.usable_rows]]
+    return torch.cat([*parts, of_none]).sort().values
 
 
 SIZE = 1 << 14
