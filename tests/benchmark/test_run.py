@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -400,6 +401,7 @@ def test_pictures_of_none_of_the_classes_are_counted(tmp_path: Path) -> None:
     settings = {"all": {"kind": "labels"}, "few": {"kind": "labels", "budget": 8}}
     found = benchmark(config(seeds=1, data=only, settings=settings, metrics=metrics), data, tmp_path / "out")
     assert "AUROC outside" in found.text
+    assert re.search(r"one, all .*: 200 answers, \d+ wrong, 40 of them for pictures of none of the classes", found.text)
     paths = [path for path in (tmp_path / "out").rglob("*.json") if "lvu" in path.as_posix()]
     results = {json.loads(path.read_text())["setting"]: path for path in paths}
     assert json.loads(results["few"].read_text())["n_train"] == 5 * 8 + 10

@@ -15,6 +15,7 @@ from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.result import CellResult
 from vilu.metrics.bootstrap import Quantity
 from vilu.metrics.counts import Floats
+from vilu.text import span
 
 Bootstrap = Callable[[Cell], Floats]
 """(M, B) bootstrap values of a cell that was run."""
@@ -68,10 +69,16 @@ class Entrant:
         return fmean(result.results[0].accuracy for result in self.found.values())
 
 
-def occurring(field: Literal["n", "n_failures"], entrants: Iterable[Entrant]) -> tuple[int, ...]:
-    """Numbers of test rows, or of wrong answers, that occur."""
+def occurring(field: Literal["n", "n_failures", "n_outside"], entrants: Iterable[Entrant]) -> tuple[int, ...]:
+    """Numbers of test rows, of wrong answers, or of those for pictures of none of the classes, that occur."""
     results = (result for entrant in entrants for result in entrant.found.values())
     return tuple(sorted({getattr(result.results[0], field) for result in results}))
+
+
+def counted_rows(n: Sequence[int], n_failures: Sequence[int], n_outside: Sequence[int]) -> str:
+    """Numbers that occur, in words."""
+    strangers = f", {span(n_outside)} of them for pictures of none of the classes" if any(n_outside) else ""
+    return f"{span(n)} answers, {span(n_failures)} wrong{strangers}"
 
 
 @dataclass(frozen=True)

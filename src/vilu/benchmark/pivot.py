@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vilu.benchmark.board import Board, Entrant, Mean, occurring
+from vilu.benchmark.board import Board, Entrant, Mean, counted_rows, occurring
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.sheet import Sheet, Shown
@@ -41,8 +41,7 @@ def _rows_note(board: Board, entrants: Iterable[Entrant]) -> str:
     for entrant in entrants:
         _, data, setting = entrant.place
         if entrant.found:
-            n, wrong = (span(occurring(field, [entrant])) for field in ("n", "n_failures"))
-            fact = f"{n} answers, {wrong} wrong"
+            fact = counted_rows(*(occurring(field, [entrant]) for field in ("n", "n_failures", "n_outside")))
             told.setdefault((data, fact), {})[setting] = None
     counts = Counter(data for data, _ in told)
     parts = []

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 
-from vilu.benchmark.board import BEST, Board, Entrant, occurring
+from vilu.benchmark.board import BEST, Board, Entrant, counted_rows, occurring
 from vilu.benchmark.cells import Cell
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import RANKED_BY
@@ -55,10 +55,12 @@ class Ranking:
     lines: tuple[Ranked, ...]  # methods with a result
     refused: dict[str, str]  # reasons of the others, by method
     contests: dict[int, dict[str, float]]  # AUROC by method, for every seed that all methods of ``lines`` were to run
+    n_outside: tuple[int, ...] = ()  # Numbers of wrong answers for pictures of none of the classes that occur
 
     def to_dict(self) -> dict[str, object]:
         """Plain JSON."""
-        return {**vars(self), "lines": [line.to_dict() for line in self.lines]}
+        said = {name: value for name, value in vars(self).items() if name != "n_outside" or any(self.n_outside)}
+        return {**said, "lines": [line.to_dict() for line in self.lines]}
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ def _ranking(board: Board, data: str, setting: str, entrants: Sequence[Entrant])
             seed: {e.method: float(e.found[seed].value(BEST) or 0.0) for e in able if seed in e.found}
             for seed in sorted(seeds)
         },
+        n_outside=occurring("n_outside", able),
     )
 
 
@@ -183,7 +186,7 @@ def layout(config: Config, summary: Summary) -> str:
 def _block_text(config: Config, block: Ranking) -> str:
     lines = [f"{block.data}, {block.setting} ({block.description})"]
     if block.lines:
-        lines[0] += f": {span(block.n)} answers, {span(block.n_failures)} wrong"
+        lines[0] += f": {counted_rows(block.n, block.n_failures, block.n_outside)}"
         percent = f"[{100 * config.confidence:g} %]"
         metrics = [METRICS[name].title + (f" {percent}" if name in RANKED_BY else "") for name in config.metrics]
         heading = ["#", "method", "runs", *metrics, "best other", f"difference {percent}", "p"]
