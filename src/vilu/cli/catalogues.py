@@ -166,7 +166,7 @@ def _metrics() -> list[dict[str, Any]]:
             "title": metric.title,
             "better": "higher" if metric.higher_is_better else "lower",
             "of": "probability" if metric.of_probability else "any score",
-            "computed": metric.wanted,
+            "computed": metric.wanted if metric.question == "failure" else "with outside rows",
             "convention": metric.convention,
         }
         for name, metric in METRICS.items()
