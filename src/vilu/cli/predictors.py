@@ -119,7 +119,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             if checkpoints is not None:
                 checkpoints.remove()
             typer.echo(output)
-            told = f"{predictor.name} fitted on {len(train):,} rows"
+            told = f"{predictor.name} fitted on {predictor.notes_.get('n_train', len(train)):,} rows"
             next_step(f"{told}; {_to_score(output)}")
 
 
