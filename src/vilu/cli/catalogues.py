@@ -122,8 +122,9 @@ def list_catalogue(
 ) -> None:
     """What there is: predictors, backbones, metrics or data set layouts (data sets by name: `vilu datasets list`).
 
-    Of a predictor: whether it needs labels, works on image-caption pairs, and on any classes or those that it was
-    fitted on; what `vilu embed` must keep for it (in brackets: may), where it comes from, what it is, what it costs.
+    Of a predictor: whether it needs labels ("images": rows without any), works on image-caption pairs, and on any
+    classes or those that it was fitted on; what `vilu embed` must keep for it (in brackets: may), where it comes from,
+    what it is, what it costs.
     """
     rows = {"predictors": _predictors, "backbones": _backbones, "datasets": _datasets, "metrics": _metrics}[what]()
     if as_json:
@@ -142,7 +143,8 @@ def _predictors() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "needs labels": "yes" if cls.needs_fit else "no",
+            "needs labels": "no" if not cls.needs_fit else "yes" if cls.needs_labels else "images",
+            "uses unlabelled": "yes" if cls.uses_unlabelled else "no",
             "needs columns": list(cls.columns),
             "uses columns": list(cls.optional_columns),
             "captions": "no" if cls.no_captions else "yes",

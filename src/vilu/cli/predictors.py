@@ -66,6 +66,14 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     *,
     reading: Reading,
+    unlabelled: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE",
+            help="More rows, no label of which is looked at; some methods learn from them.",
+            callback=console.existing,
+        ),
+    ] = None,
     init: Annotated[
         Path | None,
         typer.Option(
@@ -82,8 +90,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     restart: Annotated[bool, typer.Option("--restart", help="Drop the checkpoints of an interrupted fit.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Fit a failure predictor on labelled embeddings. Prints the folder of the predictor.
+    """Fit a failure predictor on embeddings. Prints the folder of the predictor.
 
+    Most methods need labels; vilu_zero, as `vilu list predictors` says, does without.
     OUTPUT is new, empty, or a predictor fitted on the same (then nothing is done); --overwrite replaces another one,
     and its calibration goes with it. Interrupted, the same command goes on where the last checkpoint (beside OUTPUT)
     was. Under torchrun heads are trained by all processes together; the result does not depend on how many there are.
@@ -95,9 +104,16 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     with ExitStack() as stack:
         team = stack.enter_context(world(device))
         predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
-        read = [*stores, *(path for path in (validation, init) if path is not None)]
+        if unlabelled is not None:
+            _require_use_of_unlabelled(type(predictor))
+        read = [*stores, *(path for path in (validation, init, unlabelled) if path is not None)]
         mixed = pseudo and [store.name for store in stores]
-        flags = {"with": [validation is None, init is None], "shots": shots and [shots, seed], "pseudo": mixed}
+        flags: dict[str, object] = {
+            "with": [validation is None, init is None],
+            "shots": shots and [shots, seed],
+            "pseudo": mixed,
+        }
+        flags |= {} if unlabelled is None else {"unlabelled": True}  # what was fitted before keeps its inputs
         inputs = storage.inputs_of_fit(predictor, read, reading=asdict(reading), **flags)
         if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
@@ -112,7 +128,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             if restart:
                 checkpoints.remove()
             checkpoints.name_fit(inputs)
-        predictor.fit(train, chosen)
+        more = None if unlabelled is None else reading.open(unlabelled)
+        predictor.fit(train, chosen, unlabelled=more)
         predictor.notes_ |= {**candidates_of(train), "inputs": inputs}
         if team.leads:
             predictor.save(output)
@@ -136,6 +153,22 @@ def _new_predictor(
 
     values = {key: value for key, value in defaults.items() if key in parameters(cls)} | parse_settings(settings)
     return build(cls, values) if init is None else initialise(cls, load(init), values)
+
+
+def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
+    """Refuse rows without labels beside those of a method that learns nothing from them, before anything is read."""
+    from vilu.predictors.catalogue import find_method, method_names
+
+    if cls.uses_unlabelled:
+        return
+    methods = [find_method(name) for name in method_names()]
+    beside = ", ".join(one.name for one in methods if one.uses_unlabelled) or "no method"
+    alone = ", ".join(one.name for one in methods if one.needs_fit and not one.needs_labels) or "no method"
+    as_stores = " itself: give them as the STORE to fit on" if cls.needs_fit and not cls.needs_labels else ""
+    raise UsageError(
+        f"{cls.name} takes no --unlabelled beside its rows{as_stores}. Of rows without labels learn: {beside} "
+        f"(--unlabelled), and {alone} (as the STORE to fit on)."
+    )
 
 
 def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, int], pseudo: bool) -> EmbeddingSource:

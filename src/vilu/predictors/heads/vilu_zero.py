@@ -27,13 +27,19 @@ EM_ROWS = 20_000
 EM_PASSES = 50
 ROUNDS = 2
 """How often the prototypes are learned: from the zero-shot posterior, then from the pooled one."""
-RIDGE = 0.5
+RIDGE = 0.7
 """Share of the covariance within classes that is spherical."""
 NO_SPREAD = 1e-12
 ABSENT_SCALE = 0.5
 """Mean count, in rows, that a class gets of which there is none."""
 DOUBT = 5.0
 """Classes known to occur beforehand, as many as keep a few empty ones from saying that most are absent."""
+LOST = 0.1
+"""Share of the classes that occur and get no count, since others take their rows up."""
+MOST_ANCHOR = 100.0
+"""Rows that the anchor of a mean counts for at most."""
+APART = 0.2
+"""Variance of the means of classes, in units of that within, from which on prototypes are fully trusted."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
 
@@ -53,12 +59,13 @@ class ViLUZero(ClosedSet):
     *Where they lie* (g, linear in z): discriminants of Gaussians with one covariance, whose soft members are the rows
     by their posterior. Means start from where texts lead to, m + a (t_c - t), and move towards the members by
     n_c / (n_c + kappa); kappa, a, and the covariance come from the rows. ``tau`` is how well prototypes of one half
-    predict the posterior of the other (least cross-entropy): 0 where they cannot.
+    predict the posterior of the other (least cross-entropy): 0 where they cannot. The share is at most ``share``, times
+    N / (N + K), and less where means lie hardly apart (below ``APART``).
 
     Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are part of the fit.
 
     Args:
-        share: Weight of the prototypes in the pool.
+        share: Largest weight of the prototypes in the pool.
         max_bank: Most images to learn from; of more, so many are drawn with ``seed``.
 
     Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002; soft members and text
@@ -88,14 +95,14 @@ class ViLUZero(ClosedSet):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         text = class_texts(train)
-        trust, known, occurrence, notes = 0.0, Classifier.nothing(text), torch.zeros(len(text)).double(), {}
+        share, trust, known, occurrence, notes = 0.0, 0.0, Classifier.nothing(text), torch.zeros(len(text)).double(), {}
         if len(train.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
             few, _ = draw_rows(train, self.max_bank, self.seed)
             pool = Pool(few, self.seed, self.device_)
             occurrence, absent = pool.occurrence()
-            trust, known, found = pool.prototypes(occurrence, self.share)
-            notes = {"absent": absent, **found}
-        share = self.share if trust else 0.0
+            share, trust, known = pool.prototypes(occurrence, self.share)
+            shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
+            notes = {"absent": absent, "share": share, **shown}
         scale = torch.tensor(1 - share, dtype=torch.float64)
         weight, bias = share * trust * known.weight, share * trust * known.bias
         return Learnt({"scale": scale, "weight": weight, "bias": bias + occurrence, CLASSES: text}, notes)
@@ -151,6 +158,7 @@ class Classifier(NamedTuple):
     bias: Tensor
     slope: float = 0.0
     anchor: float = 0.0
+    apart: float = 0.0
 
     @classmethod
     def nothing(cls, text: Tensor) -> Classifier:
@@ -165,9 +173,10 @@ class Classifier(NamedTuple):
 def discriminants(moments: Moments, text: Tensor) -> Classifier:
     """Discriminants of Gaussians of one covariance, whose means are anchored at texts (K, D).
 
-    With members' means m_c, of n_c rows, and r_c = m_c - m - a (t_c - t) of covariance (1/n_c + 1/kappa) W, moments
-    give 1/kappa, and a is the weighted least-squares slope, both in the metric of the covariance W within classes.
-    W is divided by N less the rows that the means have used up, sum_c sum_i p_ic^2 / n_c.
+    With members' means m_c, of n_c rows, and m_c - m - a (t_c - t) of covariance (1/n_c + 1/kappa) W, moments give
+    1/kappa (kappa is ``MOST_ANCHOR`` at most), and a is the weighted least-squares slope, both in the metric of the
+    covariance W within classes; likewise how far the means lie ``apart``, with a = 0. W is divided by N less the rows
+    that the means have used up, sum_c sum_i p_ic^2 / n_c.
     """
     count = moments.members.clamp(min=1e-9)
     n = float(moments.members.sum())
@@ -185,13 +194,16 @@ def discriminants(moments: Moments, text: Tensor) -> Classifier:
     towards = leads @ precision
     weighted = moments.members[:, None] * towards
     slope = float(((weighted * centred).sum() / (weighted * leads).sum().clamp(min=1e-12)).clamp(min=0))
-    left = centred - slope * leads
-    spread = float((moments.members * ((left @ precision) * left).sum(1)).sum())
-    own = float((precision * within).sum()) * len(count)
-    anchor = 1 / max((spread - own) / (dim * n), 1e-3)
+    own = float((precision * within).sum())
+
+    def variance_of(rows: Tensor) -> float:
+        """Weighted mean square of rows (K, D) in units of W, without what comes from the n_c members being few."""
+        return float((moments.members * ((rows @ precision) * rows).sum(1)).sum()) / (own * n) - len(count) / n
+
+    anchor = 1 / max(variance_of(centred - slope * leads), 1 / MOST_ANCHOR)
     means = (moments.members[:, None] * centred + anchor * slope * leads) / (moments.members + anchor)[:, None]
     weight = means @ precision
-    return Classifier(weight, -(weight * means).sum(1) / 2 - weight @ mean, slope, anchor)
+    return Classifier(weight, -(weight * means).sum(1) / 2 - weight @ mean, slope, anchor, variance_of(centred))
 
 
 class Pool:
@@ -244,16 +256,19 @@ class Pool:
                 total[place] += (logits + offset.float().to(self.device)).logsumexp(1).double().sum().cpu()
         return total
 
-    def prototypes(self, occurrence: Tensor, share: float) -> tuple[float, Classifier, dict[str, float]]:
-        """How much the prototypes are trusted, the prototypes, and what was found."""
+    def prototypes(self, occurrence: Tensor, most: float) -> tuple[float, float, Classifier]:
+        """The share in the pool, at most ``most``, tau, and the prototypes."""
         text = float64(self.text).cpu()
-        trust, crossed = 0.0, [Classifier.nothing(text)] * 2
+        share, trust, crossed, whole = 0.0, 0.0, [Classifier.nothing(text)] * 2, Classifier.nothing(text)
+        n = len(self.rows.index)
         for _ in range(ROUNDS):
             moments = self._moments(occurrence, crossed, trust, share)
             crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
+            whole = discriminants(moments.part(None), text)
             trust = self._trust(occurrence, crossed)
-        whole = discriminants(moments.part(None), text)
-        return trust, whole, {"trust": trust, "slope": whole.slope, "anchor": whole.anchor}
+            known = n / (n + len(text)) * min(max(whole.apart / APART, 0.0), 1.0)
+            share = most * known if trust else 0.0
+        return share, trust, whole
 
     def _moments(self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float) -> Moments:
         """Of both halves, by the posterior that is pooled with the prototypes of the other half as far as trusted."""
@@ -282,17 +297,17 @@ class Pool:
 def presence(count: Tensor) -> tuple[Tensor, float]:
     """(K,) log P(c occurs | n_c) of class counts (K,), and the share rho of absent classes; see ``ViLUZero``.
 
-    n_c has the density rho exp(-n / s) / s + (1 - rho) exp(-n / m) / m, s = ``ABSENT_SCALE``, m = N / (K (1 - rho));
+    n_c has the density rho f(s) + (1 - rho) (0.9 f(m) + 0.1 f(s)), f(m) = exp(-n_c / m) / m, with s = ``ABSENT_SCALE``
+    and m = N / (K (1 - rho)): of the classes that occur a tenth (``LOST``) is not seen, its rows taken for others.
     rho is found by EM, as if ``DOUBT`` more classes were known to occur. Where m would be below s, all do.
     """
     n, k, absent = float(count.sum()), len(count), 0.5
-    gone = torch.zeros_like(count)
+    gone, low = torch.zeros_like(count), torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
     for _ in range(200):
         mean = n / (k * (1 - absent))
         if mean <= ABSENT_SCALE:
             return torch.zeros_like(count), 0.0
-        none = absent * torch.exp(-count / ABSENT_SCALE) / ABSENT_SCALE
-        some = (1 - absent) * torch.exp(-count / mean) / mean
-        gone = none / (none + some)
+        some = (1 - absent) * ((1 - LOST) * torch.exp(-count / mean) / mean + LOST * low)
+        gone = absent * low / (absent * low + some)
         absent = min(float(gone.sum()) / (k + DOUBT), 0.99)
-    return torch.log1p(-gone.clamp(max=1 - 1e-4)), absent
+    return torch.log1p(-gone), absent
