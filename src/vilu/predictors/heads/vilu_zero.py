@@ -60,7 +60,7 @@ class ViLUZero(ClosedSet):
     by their posterior. Means start from where texts lead to, m + a (t_c - t), and move towards the members by
     n_c / (n_c + kappa); kappa, a, and the covariance come from the rows. ``tau`` is how well prototypes of one half
     predict the posterior of the other (least cross-entropy): 0 where they cannot. The share is at most ``share``, times
-    N / (N + K), and less where means lie hardly apart (below ``APART``).
+    N / (N + K), times the square of how far means lie apart, in units of ``APART``, where that is below one.
 
     Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are part of the fit.
 
@@ -90,7 +90,7 @@ class ViLUZero(ClosedSet):
     needs_labels: ClassVar[bool] = False
     tensors: ClassVar[tuple[str, ...]] = ("scale", "weight", "bias", CLASSES)
 
-    share: Annotated[float, Field(ge=0, le=1)] = 1 / 3
+    share: Annotated[float, Field(ge=0, le=1)] = 0.5
     max_bank: Count = 50_000
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
@@ -266,7 +266,7 @@ class Pool:
             crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
             whole = discriminants(moments.part(None), text)
             trust = self._trust(occurrence, crossed)
-            known = n / (n + len(text)) * min(max(whole.apart / APART, 0.0), 1.0)
+            known = n / (n + len(text)) * min(max(whole.apart / APART, 0.0), 1.0) ** 2
             share = most * known if trust else 0.0
         return share, trust, whole
 
