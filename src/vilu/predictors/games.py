@@ -13,7 +13,7 @@ from torch import Tensor
 from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
 from vilu.predictors.labelled import failure_log_odds
-from vilu.predictors.nn.experts import Experts
+from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.train import SCORING_BATCH
 
@@ -137,7 +137,7 @@ def first_layer_parts(head: FailureHead, batch: Batch) -> Parts:
 
 
 class PoolGame(Game):
-    """Parts of the pooled logits of ViLU+, each in or out, against what they do for the background rows.
+    """Parts of the pooled logits of ViLU+ or ViLU0, each in or out, against what they do for the background rows.
 
     The pooled logits are a sum (``Pooled``): tempered zero-shot logits ("zero-shot score"), what was learned about the
     candidates whatever the image ("texts"), and what the image adds ("image": its terms of the attention, the network
@@ -146,14 +146,17 @@ class PoolGame(Game):
     the score, v(nobody) the mean score of the background, and a part that does for this row what it does for others
     on average gets nothing. Inputs are not swapped between images here: residuals of one image on the zero-shot logits
     of another have no meaning, since each of them speaks of classes.
+
+    Args:
+        parts: The parts of the pooled logits of a batch.
     """
 
     players = (ZERO_SHOT, IMAGE, TEXTS)
     unit = LOG_ODDS
     meaning = "parts of the pooled logits are added or left out, less what that does to background rows on average"
 
-    def __init__(self, experts: Experts) -> None:
-        self.experts = experts
+    def __init__(self, parts: Callable[[Batch], Pooled]) -> None:
+        self.parts = parts
         self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
 
     def see(self, background: list[Scored]) -> None:
@@ -167,7 +170,7 @@ class PoolGame(Game):
     def _log_odds(self, batch: Batch) -> Tensor:
         """(2^G, B) f(S)."""
         with torch.no_grad():
-            parts = self.experts.to(batch.image.device).pooled_parts(batch)
+            parts = self.parts(batch)
             summands = parts.zero_shot, parts.image, parts.texts  # in the order of the players
             found = [torch.zeros(len(batch.image), dtype=torch.float64)]
             for coalition in range(1, len(self._mean)):

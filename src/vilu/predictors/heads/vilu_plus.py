@@ -188,7 +188,7 @@ class ViLUPlus(FailurePredictor):
 
     def game(self) -> Game:
         """Of the parts of the pooled logits."""
-        return PoolGame(self.experts)
+        return PoolGame(lambda batch: self.experts.to(batch.image.device).pooled_parts(batch))
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:  # noqa: ARG002
         """The experts, as large as their tensors say."""

@@ -19,7 +19,9 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.bank.search import Count, draw_rows
 from vilu.predictors.base import CLASSES, Learnt
+from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.labelled import FEW, class_texts, failure_log_odds
+from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 EM_ROWS = 20_000
@@ -88,7 +90,7 @@ class ViLUZero(ClosedSet):
     no_captions: ClassVar[str | None] = "it learns which classes occur, and captions have no classes"
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
-    tensors: ClassVar[tuple[str, ...]] = ("scale", "weight", "bias", CLASSES)
+    tensors: ClassVar[tuple[str, ...]] = ("scale", "centre", "weight", "bias", CLASSES)
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
     max_bank: Count = 50_000
@@ -105,22 +107,28 @@ class ViLUZero(ClosedSet):
             notes = {"absent": absent, "share": share, **shown}
         scale = torch.tensor(1 - share, dtype=torch.float64)
         weight, bias = share * trust * known.weight, share * trust * known.bias
-        return Learnt({"scale": scale, "weight": weight, "bias": bias + occurrence, CLASSES: text}, notes)
+        learned = {"scale": scale, "centre": known.centre, "weight": weight, "bias": bias + occurrence, CLASSES: text}
+        return Learnt(learned, notes)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """(B, K) float64 pooled logits l'."""
+    def parts(self, batch: Batch) -> Pooled:
+        """The pooled logits l' in their parts; ``texts`` is what is added at the mean image."""
         image = float64(normalize(batch.image, dim=1))
         classes = self.classes_of(batch.text).to(image.device)
-        scale, weight, bias = (self.tensor(name, image.device) for name in ("scale", "weight", "bias"))
-        return scale * float64(batch.logits - batch.logit_bias) + image @ weight[classes].T + bias[classes]
+        scale, centre, weight, bias = (self.tensor(name, image.device) for name in self.tensors[:4])
+        zero_shot = scale * float64(batch.logits - batch.logit_bias)
+        return Pooled(zero_shot, bias[classes][None], (image - centre) @ weight[classes].T)
 
     def _score(self, batch: Batch) -> Tensor:
         # 1 - (1 - P_outside) q with P_outside = 0, where q does not round to one
-        return torch.sigmoid(failure_log_odds(self.logits(batch), batch))
+        return torch.sigmoid(failure_log_odds(self.parts(batch).logits, batch))
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled logits."""
-        return self.logits(batch).log_softmax(dim=-1)
+        return self.parts(batch).logits.log_softmax(dim=-1)
+
+    def game(self) -> Game:
+        """Of the parts of the pooled logits."""
+        return PoolGame(self.parts)
 
 
 class Moments(NamedTuple):
@@ -152,8 +160,9 @@ class Moments(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """Discriminants g = z weight^T + bias, and what the rows said about the prior of their means."""
+    """Discriminants g = (z - centre) weight^T + bias, and what the rows said about the prior of the means."""
 
+    centre: Tensor
     weight: Tensor
     bias: Tensor
     slope: float = 0.0
@@ -163,11 +172,12 @@ class Classifier(NamedTuple):
     @classmethod
     def nothing(cls, text: Tensor) -> Classifier:
         """One that knows nothing of the classes (K, D)."""
-        return cls(torch.zeros(text.shape, dtype=torch.float64), torch.zeros(len(text), dtype=torch.float64))
+        weight = torch.zeros(text.shape, dtype=torch.float64)
+        return cls(weight.sum(0), weight, weight.sum(1))
 
     def of(self, image: Tensor) -> Tensor:
         """(b, K) float32 discriminants of images (b, D)."""
-        return image @ self.weight.to(image).T + self.bias.to(image)
+        return (image - self.centre.to(image)) @ self.weight.to(image).T + self.bias.to(image)
 
 
 def discriminants(moments: Moments, text: Tensor) -> Classifier:
@@ -203,7 +213,7 @@ def discriminants(moments: Moments, text: Tensor) -> Classifier:
     anchor = 1 / max(variance_of(centred - slope * leads), 1 / MOST_ANCHOR)
     means = (moments.members[:, None] * centred + anchor * slope * leads) / (moments.members + anchor)[:, None]
     weight = means @ precision
-    return Classifier(weight, -(weight * means).sum(1) / 2 - weight @ mean, slope, anchor, variance_of(centred))
+    return Classifier(mean, weight, -(weight * means).sum(1) / 2, slope, anchor, variance_of(centred))
 
 
 class Pool:
