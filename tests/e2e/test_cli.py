@@ -136,6 +136,28 @@ def test_validation_store_and_zero_shot_methods(work: Path) -> None:
     assert "mcm" in run("evaluate", work / "mcm.csv", "--resamples", 20).stdout
 
 
+def test_a_fit_on_images_without_labels(work: Path) -> None:
+    """From a folder of photos that says nothing of them, to probabilities, a promise and reasons."""
+    photos = work / "unsorted"
+    photos.mkdir()
+    table = pq.read_table(PHOTOS)
+    for i, image in enumerate(table.filter(table["split"].to_numpy() == "train")["image"].to_pylist()[:240]):
+        (photos / f"{i}.jpg").write_bytes(image["bytes"] if isinstance(image, dict) else image)
+    run("embed", photos, "-o", work / "unsorted-store", "--backbone", "compact:64", "--classes", work / "names.txt")
+    assert (vilu.EmbeddingStore(work / "unsorted-store").target == -1).all()
+    run("fit", work / "unsorted-store", "-o", work / "zero", "--method", "vilu_zero")
+    labelled = run("fit", work / "train", "-o", work / "zero-labelled", "--method", "vilu_zero")
+    assert "vilu_zero fitted on 240 rows" in labelled.stderr
+    run("score", work / "zero", work / "test", "-o", work / "zero.parquet")
+    assert "vilu_zero" in run("evaluate", work / "zero.parquet", "--resamples", 20).stdout
+    run("calibrate", work / "zero", work / "test", "--max-risk", "0.9")
+    assert "log-odds of failure" in run("explain", work / "zero", work / "test").stdout
+    done = run("score", work / "zero", work / "unsorted-store", "-o", work / "zero-seen.csv")
+    assert "240 of 240 rows were used to fit" in done.stderr
+    other = run("export", work / "zero", "-o", work / "zero.onnx", code=2)
+    assert "vilu_zero cannot be exported" in other.stderr
+
+
 def test_scoring_training_rows_warns(work: Path) -> None:
     done = run("score", work / "vilu", work / "train", "-o", work / "seen.csv")
     assert "240 of 240 rows were used to fit" in done.stderr
@@ -192,6 +214,7 @@ def test_predictors_fit_on_a_screen_and_in_json() -> None:
         assert (row["captions"] == "no") == bool(row["why no captions"])
     assert rows["tta"]["needs columns"] == ["views"]
     assert rows["vilu"]["classes"] == "any"
+    assert [rows[name]["needs labels"] for name in ("mcm", "vilu", "vilu_zero")] == ["no", "yes", "images"]
     line = next(line for line in table.splitlines() if line.startswith("tta "))
     assert line.split()[:6] == ["tta", "no", "yes", "any", "--views", "8"]
 
@@ -212,6 +235,11 @@ def test_lists() -> None:
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epoch=3"], 2, "Did you mean 'epochs'"),
         (["fit", "{work}/train", "-o", "{work}/x", "--set", "epochs"], 2, "KEY=VALUE"),
         (["fit", "{work}/train", "-o", "{work}/x", "--validation", "{work}/train"], 3, "240 of 240 validation rows"),
+        (
+            ["fit", "{work}/train", "-o", "{work}/x", "--method", "mcm", "--unlabelled", "{work}/test"],
+            2,
+            "vilu_zero (as",
+        ),
         (["fit", "{work}/nowhere", "-o", "{work}/x"], 2, "nowhere does not exist"),
         (["score", "{work}/nowhere", "{work}/test", "-o", "{work}/x.csv"], 2, "nowhere does not exist"),
         (["score", "{work}/vilu", "{work}/test", "-o", "{work}/x.txt"], 2, "parquet"),

@@ -1,0 +1,220 @@
+"""ViLU0 against scikit-learn and plain NumPy, and what its parts must do by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, logsumexp, softmax
+from sklearn.covariance import EmpiricalCovariance
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+import vilu
+from tests.conftest import toy_embeddings, variant
+from vilu.embeddings.memory import Embeddings
+from vilu.errors import ProvenanceError
+from vilu.metrics import auroc
+from vilu.predictors.heads.vilu_zero import (
+    ABSENT_SCALE,
+    EM_PASSES,
+    Moments,
+    Pool,
+    ViLUZero,
+    discriminants,
+    presence,
+)
+from vilu.predictors.nn.train import Rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data() -> Embeddings:
+    return toy_embeddings(n=400, k=6, d=12, scale=8.0)
+
+
+def logits_of(data: Embeddings) -> np.ndarray:
+    return data.space.logit_scale * data.image.double().numpy() @ data.text.double().numpy().T
+
+
+def pool_of(data: Embeddings) -> Pool:
+    return Pool(Rows(data, torch.arange(len(data))), 0, CPU)
+
+
+def moments_of(image: np.ndarray, posterior: np.ndarray) -> Moments:
+    found = Moments.nothing(posterior.shape[1], image.shape[1])
+    found.add(0, torch.from_numpy(posterior), torch.from_numpy(image))
+    return found.part(None)
+
+
+def test_class_counts_are_the_frequencies_of_largest_likelihood(data: Embeddings) -> None:
+    """EM climbs sum log sum_c pi_c exp(l_c), so no other frequencies near its own do better."""
+    count = pool_of(data).counts((0, 1)).numpy()
+    logits = logits_of(data)
+    assert count.sum() == pytest.approx(len(data), rel=1e-6)
+
+    def likelihood(pi: np.ndarray) -> float:
+        return float(logsumexp(logits + np.log(pi), axis=1).sum())
+
+    pi, rng = count / count.sum(), np.random.default_rng(0)
+    for size in (0.3, 0.1):
+        others = (softmax(np.log(pi) + size * rng.normal(size=6)) for _ in range(200))
+        assert max(map(likelihood, others)) <= likelihood(pi) + 1e-3  # after EM_PASSES passes
+    assert EM_PASSES >= 20
+
+
+def test_presence_by_hand() -> None:
+    """Ninety empty classes of a hundred are absent; of equal counts none is, whatever their size."""
+    count = torch.tensor([100.0] * 10 + [0.0] * 90, dtype=torch.float64)
+    occurs, absent = presence(count)
+    assert 0.8 < absent < 0.9
+    assert occurs[:10].tolist() == pytest.approx([0.0] * 10, abs=1e-9)
+    assert (occurs[10:] < -3).all()
+    for one in (0.7, 3.0, 50.0):
+        occurs, absent = presence(torch.full((40,), one, dtype=torch.float64))
+        assert absent < 0.02
+        assert occurs.abs().max() < 0.1
+    tiny = torch.full((40,), ABSENT_SCALE / 4, dtype=torch.float64)  # fewer rows than classes say nothing
+    assert presence(tiny)[1] == 0.0
+
+
+def test_posterior_of_presence_is_bayes_rule() -> None:
+    count = torch.tensor([0.0, 0.2, 1.0, 30.0, 20.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    occurs, rho = presence(count)
+    mean = float(count.sum()) / (len(count) * (1 - rho))
+    low = np.exp(-count.numpy() / 0.5) / 0.5
+    some = (1 - rho) * (0.9 * np.exp(-count.numpy() / mean) / mean + 0.1 * low)
+    assert np.allclose(occurs.exp().numpy(), some / (some + rho * low), rtol=1e-4)
+
+
+def test_discriminants_of_known_classes_are_linear_discriminant_analysis() -> None:
+    """With hard members, many of them, and no shrinkage left to see: scikit-learn's with equal priors."""
+    rng = np.random.default_rng(0)
+    n, k, dim = 30_000, 4, 5
+    target = rng.integers(k, size=n)
+    means, mix = rng.normal(size=(k, dim)), np.eye(dim)
+    image = means[target] + rng.normal(size=(n, dim)) @ mix
+    known = discriminants(moments_of(image, np.eye(k)[target]), torch.from_numpy(rng.normal(size=(k, dim))))
+    # unit covariance: ridge towards a spherical one changes nothing but by the noise of 30,000 rows
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", priors=np.full(k, 1 / k)).fit(image, target)
+    queries = rng.normal(size=(50, dim)) * 2
+    ours = known.of(torch.from_numpy(queries)).numpy()
+    expected = queries @ theirs.coef_.T + theirs.intercept_
+    gaps = [rows - rows.mean(axis=1, keepdims=True) for rows in (ours, expected)]
+    assert np.abs(gaps[0] - gaps[1]).max() < 0.02 * np.abs(gaps[1]).max()
+    between = EmpiricalCovariance().fit(means[target]).covariance_.trace() / dim
+    assert known.apart == pytest.approx(between, rel=0.05)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_means_are_anchored_at_texts_as_far_as_texts_explain_them(exact: bool) -> None:
+    rng = np.random.default_rng(1)
+    n, k, dim = 4_000, 40, 8
+    text = rng.normal(size=(k, dim))
+    target = rng.integers(k, size=n)
+    means = 0.5 * text + (0.0 if exact else 1.0) * rng.normal(size=(k, dim))
+    known = discriminants(
+        moments_of(means[target] + rng.normal(size=(n, dim)), np.eye(k)[target]), torch.from_numpy(text)
+    )
+    # the standard error of the slope: 320 numbers of residual variance up to 1, of regressors of variance 1
+    assert known.slope == pytest.approx(0.5, abs=0.25)
+    assert (known.anchor > 30) if exact else (0.5 < known.anchor < 2)
+
+
+def test_trust_is_the_temperature_of_least_cross_entropy(data: Embeddings) -> None:
+    pool = pool_of(data)
+    occurrence = torch.zeros(6, dtype=torch.float64)
+    share, trust, _ = pool.prototypes(occurrence, 0.0)
+    assert share == 0.0
+    posterior = softmax(logits_of(data), axis=1)
+    image = data.image.double().numpy()
+    losses = []
+    crossed = {}
+    for half in (0, 1):
+        other = pool.halves[1 - half].numpy()
+        crossed[half] = discriminants(moments_of(image[other], posterior[other]), data.text.double())
+    for tau in (trust / 1.3, trust, trust * 1.3):
+        loss = 0.0
+        for half in (0, 1):
+            rows = pool.halves[half].numpy()
+            found = crossed[half].of(torch.from_numpy(image[rows])).numpy()
+            loss -= float((posterior[rows] * log_softmax(tau * found, axis=1)).sum())
+        losses.append(loss)
+    assert losses[1] == min(losses)
+
+
+def occurring(share: float, seed: int, ids_from: int) -> Embeddings:
+    """Rows of a part of forty classes, which are hard to tell apart."""
+    whole = toy_embeddings(n=6_000, k=40, d=24, seed=seed, scale=12.0, ids_from=ids_from)
+    return whole.take(np.flatnonzero((whole.target < 40 * share).numpy()))
+
+
+def test_classes_that_never_occur_are_found_and_help() -> None:
+    train, test = occurring(0.25, 0, 0), occurring(0.25, 1, 50_000)
+    predictor = ViLUZero().fit(variant_without_labels(train))
+    assert 0.5 < predictor.notes_["absent"] < 0.8
+    failure = vilu.score(vilu.MCM(), test).failure
+    assert (
+        auroc(predictor.predict_uncertainty(test), failure)
+        > auroc(vilu.MCM().predict_uncertainty(test), failure) + 0.02
+    )
+
+
+def test_classes_that_all_occur_cost_nothing() -> None:
+    predictor = ViLUZero().fit(variant_without_labels(occurring(1.0, 0, 0)))
+    assert predictor.notes_["absent"] < 0.02
+
+
+def variant_without_labels(data) -> Embeddings:
+    return Embeddings(data.image_rows(torch.arange(len(data))), data.text, None, data.space.logit_scale)
+
+
+def test_too_few_rows_give_mcm(data: Embeddings) -> None:
+    with pytest.warns(UserWarning, match="fitted on 19 rows"):
+        predictor = ViLUZero().fit(data.take(range(19)))
+    assert np.allclose(predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data), atol=1e-9)
+
+
+def test_images_that_are_all_the_same_teach_nothing(data: Embeddings) -> None:
+    same = variant(data, image=data.image[:1].expand(len(data), -1).clone(), ids=None)
+    predictor = ViLUZero().fit(same)
+    assert predictor.notes_["share"] == 0.0
+    assert np.isfinite(predictor.predict_uncertainty(same)).all()
+
+
+def test_other_candidates_are_refused(data: Embeddings) -> None:
+    predictor = ViLUZero().fit(data)
+    with pytest.raises(ProvenanceError, match="scores the 6 classes that it was fitted on"):
+        predictor.predict_uncertainty(toy_embeddings(n=20, k=9, d=12, scale=8.0))
+
+
+def test_the_parts_are_the_score(data: Embeddings) -> None:
+    predictor = ViLUZero().fit(data)
+    batch = next(data.batches(64))
+    parts, score = predictor.parts(batch), predictor.score_batch(batch)
+    mass = parts.logits.softmax(1).gather(1, batch.prediction[:, None]).squeeze(1)
+    assert torch.allclose(score, 1 - mass, atol=1e-12)
+    assert parts.texts.shape == (1, 6)
+
+
+@pytest.mark.data
+def test_real_clip_without_a_label(shared: Path) -> None:
+    """Photos of 24 of 123 breeds, which is to be found out; and textures, whose classes all occur."""
+    gains = {}
+    for name in ("pets_in123_b32", "proto_dtd_b32"):
+        file = shared / "data" / "realclip" / f"{name}.npz"
+        if not file.is_file():
+            pytest.skip(f"{file} is not here")
+        found = np.load(file)
+        rows = np.random.default_rng(0).permutation(len(found["image"]))
+        fit, test = rows[::2], rows[1::2]
+        predictor = ViLUZero().fit(Embeddings(found["image"][fit], found["text"]))
+        data = Embeddings(found["image"][test], found["text"], found["target"][test])
+        failure = vilu.score(vilu.MCM(), data).failure
+        mine, theirs = (auroc(p.predict_uncertainty(data), failure) for p in (predictor, vilu.MCM()))
+        gains[name] = mine - theirs
+        assert name != "pets_in123_b32" or mine > 0.92
+    assert gains["pets_in123_b32"] > 0.07
+    assert gains["proto_dtd_b32"] > -0.003
