@@ -14,6 +14,7 @@ from vilu.predictors.heads.networks import LMN, PVU
 from vilu.predictors.heads.vilu import LVU, DeepEnsemble, MCDropout, ViLU
 from vilu.predictors.heads.vilu_plus import ViLUPlus
 from vilu.predictors.heads.vilu_zero import ViLUZero
+from vilu.predictors.outside import NegLabel
 from vilu.predictors.probvlm import ProbVLM
 from vilu.predictors.stacking import Stacking
 from vilu.predictors.views import TTA, PromptDisagreement
@@ -22,9 +23,9 @@ from vilu.registry import load_plugins
 
 METHODS: tuple[type[FailurePredictor], ...] = (
     ViLUPlus, ViLUZero, ViLU, LVU, MCM, Entropy, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, KLUniform,
-    MCMTS, RelU, SIRC, Stacking, PVU, LMN, MCDropout, DeepEnsemble, TTA, PromptDisagreement, KNNDistance, KNNVote,
-    TRINE, TrustScore, Mahalanobis, RelativeMahalanobis, ICPE, ClassGaussians, TrustVLM, DeltaKNN, DeltaKNNMargin,
-    DeltaMDS, DeltaMDSMargin, LinearProbe, ProbVLM, BayesVLM,
+    NegLabel, MCMTS, RelU, SIRC, Stacking, PVU, LMN, MCDropout, DeepEnsemble, TTA, PromptDisagreement, KNNDistance,
+    KNNVote, TRINE, TrustScore, Mahalanobis, RelativeMahalanobis, ICPE, ClassGaussians, TrustVLM, DeltaKNN,
+    DeltaKNNMargin, DeltaMDS, DeltaMDSMargin, LinearProbe, ProbVLM, BayesVLM,
 )  # fmt: skip
 """Ours, in the order in which they are listed."""
 

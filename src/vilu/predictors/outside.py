@@ -1,0 +1,437 @@
+"""Images of none of the classes: everyday words as further candidates, and the outcome "outside".
+
+Shapes: B images, K classes, M everyday words, D embedding width. ``margin`` is m(x) = log sum_w exp l_w(x) -
+log sum_c exp l_c(x): log-odds of words against classes under the zero-shot softmax over both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from vilu.embeddings.similarity import float64
+from vilu.embeddings.source import Batch
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.nn.train import SCORING_BATCH, Rows
+
+NEGATIVES = "negatives"
+"""The column of everyday words."""
+
+
+def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
+    """(M',) int64, ascending: the ``share`` of words (M, D), at least one, that are farthest from the classes (K, D).
+
+    How near a word is to the classes is the 1 - ``nearest`` quantile of its K cosines; among equals the first go first.
+    """
+    cosine = words @ text.T
+    place = max(math.ceil(nearest * cosine.shape[1]), 1)  # of the largest: a quantile that needs no interpolation
+    nearness = cosine.topk(place, dim=1).values[:, -1]
+    kept = max(round(share * len(words)), 1)
+    return nearness.argsort(stable=True)[:kept].sort().values
+
+
+def word_mass(batch: Batch, far: Tensor) -> Tensor:
+    """(B,) float64 log sum over the words ``far`` of exp(logit), without the logit bias that all share."""
+    words = batch.columns[NEGATIVES][far]
+    with torch.autocast(batch.image.device.type, enabled=False):
+        return float64((batch.image @ words.T).mul_(batch.logit_scale)).logsumexp(dim=1)
+
+
+def margin(batch: Batch, far: Tensor) -> Tensor:
+    """(B,) float64 m(x)."""
+    return word_mass(batch, far) - float64(batch.logits - batch.logit_bias).logsumexp(dim=1)
+
+
+@dataclass
+class NegLabel(FailurePredictor):
+    """Everyday words as further candidates: u = 1 - the share of softmax mass on the classes, or on the answer alone.
+
+    of="classes": u = sum_w exp l_w / (sum_c exp l_c + sum_w exp l_w), which tells images of none of the classes.
+    of="answer": u = 1 - exp l_t̂ / (the same), the joint pool, which also sees failures within the classes, and takes
+    words that are near a class for other answers.
+
+    The words w are the column ``negatives``; those near a class are left out: how near a word is to the classes is the
+    1 - ``nearest`` quantile of its cosines with them, and the ``share`` of the words that is farthest stays.
+
+    Args:
+        of: What counts as no failure: "classes" or "answer".
+        share: Of the words, those that stay.
+        nearest: Share of the classes that a word may be near to without being left out.
+
+    Source: NegLabel, Jiang et al., ICLR 2024 (temperature 0.01, CLIP's own; 5 % ``nearest``, 15 % ``share``). There the
+    words are the nouns and adjectives of WordNet and stand in another prompt than the classes, and the score is
+    averaged over groups of words; here they are about two thousand in the prompts of the classes, and one group. Of so
+    few more have to stay.
+
+    Example:
+        >>> import torch, vilu
+        >>> words = torch.eye(4)[2:]
+        >>> data = vilu.Embeddings(torch.eye(4), torch.eye(4)[:2], logit_scale=10.0, columns={"negatives": words})
+        >>> vilu.PREDICTORS["neglabel"](share=1.0).predict_uncertainty(data).round(3)
+        array([0., 0., 1., 1.])
+    """
+
+    name: ClassVar[str] = "neglabel"
+    summary: ClassVar[str] = "softmax mass on everyday words that are no class (Jiang et al. 2024)"
+    reference: ClassVar[str] = "Jiang et al., ICLR 2024"
+    cost: ClassVar[str] = "score: one product with the words"
+    columns: ClassVar[tuple[str, ...]] = (NEGATIVES,)
+    no_captions: ClassVar[str | None] = (
+        "words are chosen by their distance to the classes, and captions have no classes"
+    )
+
+    of: Literal["classes", "answer"] = "classes"
+    share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    nearest: Annotated[float, Field(ge=0, le=1)] = 0.05
+
+    @property
+    def label(self) -> str:
+        """The name, and whether the answer alone counts."""
+        return self.name if self.of == "classes" else f"{self.name} (answer)"
+
+    def _score(self, batch: Batch) -> Tensor:
+        words = word_mass(batch, far_words(batch.columns[NEGATIVES], batch.text, self.share, self.nearest))
+        logits = float64(batch.logits - batch.logit_bias)
+        if self.of == "classes":
+            return torch.sigmoid(words - logits.logsumexp(dim=1))
+        alike = batch.alike(batch.prediction).to(logits.device)
+        own, others = (logits.masked_fill(mask, -torch.inf).logsumexp(dim=1) for mask in (~alike, alike))
+        return torch.sigmoid(torch.logaddexp(others, words) - own)
+
+
+WORDS = 0.25
+"""Share of the words that counts, the farthest from the classes."""
+
+DIRECTION_ROWS = 100
+"""Fewer rows say nothing about which direction leads outside, or how much of them is."""
+
+DIRECTION_VARIANCE, DIRECTION_WEIGHT = 0.1, 2.0
+"""Prior variance of the direction that predicts the margin, and its weight beside the margin's one."""
+
+CLASS_ROWS = 5.0
+"""Rows that a class's own mean has to be worth against that of all."""
+
+BELIEF = 0.05
+"""Rows, as a share of all, that the expected mean of images outside is worth."""
+
+PRESENT = 0.02
+"""Smallest share of images outside from which on their direction is followed."""
+
+APART = 2.0
+"""Standard deviations between inside and outside below which words do not tell them apart."""
+
+ASSUMED = 0.1
+"""Share of images outside where all rows are known to be inside."""
+
+CAUTION = 1.0
+"""What is taken from log-odds that no image outside has been shown for."""
+
+LABEL_VARIANCE, MARGIN_VARIANCE = 100.0, 10.0
+"""Prior variances of the direction and of the margin's weight, where images outside are shown."""
+
+EM_PASSES, EM_TOLERANCE = 500, 1e-9
+LBFGS_STEPS = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Outside:
+    """The outcome "none of the classes": log-odds that an image is outside, slope_a (w . x + b + g m(x)) + offset_a.
+
+    a is the zero-shot answer among the classes of the fit, or any other candidate (the last entry of ``slope`` and
+    ``offset``). Where g is zero no words are looked at. Empty tensors: nothing is known, and P(outside) is zero.
+
+    Attributes:
+        weight: (D,) w; or (0,), nothing known.
+        bias: () b.
+        words: () g, the weight of the margin m.
+        slope: (1,), or one per class of the fit and one for others; (0,), nothing known.
+        offset: As ``slope``.
+        notes: For people, as plain JSON.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    words: Tensor
+    slope: Tensor
+    offset: Tensor
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    names: ClassVar[tuple[str, ...]] = tuple(f"outside.{x}" for x in ("weight", "bias", "words", "slope", "offset"))
+
+    @classmethod
+    def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
+        """P(outside) is zero."""
+        none, zero = torch.zeros(0, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        return cls(none, zero, zero, none, none, notes)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """From saved tensors; nothing is known where there are none."""
+        if not tensors.keys() >= set(cls.names):
+            return cls.nothing()
+        weight, bias, words, slope, offset = (tensors[name] for name in cls.names)
+        return cls(weight, bias, words, slope, offset)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved."""
+        return dict(zip(self.names, (self.weight, self.bias, self.words, self.slope, self.offset), strict=True))
+
+    def __bool__(self) -> bool:
+        return len(self.slope) > 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What data must carry to be scored."""
+        return (NEGATIVES,) if bool(self.words != 0) else ()
+
+    def log_odds(self, batch: Batch, classes: Tensor | None = None) -> Tensor:
+        """(B,) float64 log(P(outside) / P(inside)), minus infinity where nothing is known.
+
+        Args:
+            batch: With the columns ``columns``.
+            classes: (K,) place of every candidate among the classes of the fit, -1 for others; None: all are others.
+        """
+        image = float64(batch.image)
+        if not self:
+            return torch.full_like(image[:, 0], -torch.inf)
+        weight, bias, words, slope, offset = (tensor.to(image.device) for tensor in self.tensors().values())
+        found = image @ weight + bias
+        if self.columns:
+            far = far_words(batch.columns[NEGATIVES], batch.text, WORDS)
+            found = found + words * margin(batch, far).to(image.device)
+        if classes is None or len(slope) == 1:
+            return slope[-1] * found + offset[-1]
+        answer = classes.to(image.device)[batch.prediction.to(image.device)]
+        return slope[answer] * found + offset[answer]
+
+    def failure(self, batch: Batch, log_odds: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(B,) float64 u = 1 - (1 - P(outside)) q, from log-odds (B,) of 1 - q against q; ``classes`` as above."""
+        if not self:
+            return torch.sigmoid(log_odds)
+        outside = self.log_odds(batch, classes).to(log_odds.device)
+        # u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has to
+        return torch.sigmoid(torch.logaddexp(log_odds, outside + functional.softplus(log_odds)))
+
+
+def learn_outside(train: Rows, outside: Tensor, unlabelled: Rows | None) -> Outside:
+    """What can be known of images outside from what there is.
+
+    Args:
+        train: Rows known to be inside, or rows of which nothing is known where they are ``unlabelled``, too.
+        outside: (N',) positions in the source of rows known to be outside.
+        unlabelled: Rows of which nothing is known, some of them outside or none.
+    """
+    if len(outside):
+        return from_examples(train, outside)
+    if NEGATIVES not in train.columns:
+        return Outside.nothing()
+    rows = train if unlabelled is None else unlabelled
+    return from_words(rows, known_inside=unlabelled is None)
+
+
+class Seen(NamedTuple):
+    """What one pass over N rows leaves: their margins and answers (N,), and float64 moments of the images.
+
+    ``mean`` (D,), ``gram`` (D, D) the sum of squares about it, ``cross`` (D,) with the margin.
+    """
+
+    margin: Tensor
+    answer: Tensor
+    mean: Tensor
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows) -> Seen:
+        """Look at rows, block by block."""
+        dim, n = rows.source.space.embed_dim, len(rows.index)
+        total, gram, cross = (torch.zeros(*shape, dtype=torch.float64) for shape in ((dim,), (dim, dim), (dim,)))
+        margins, answers = [], []
+        for batch in rows.batches(SCORING_BATCH):
+            image, m = float64(batch.image), margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS))
+            total += image.sum(dim=0)
+            gram += image.T @ image
+            cross += image.T @ m
+            margins.append(m)
+            answers.append(batch.prediction)
+        every, mean = torch.cat(margins), total / n
+        return cls(every, torch.cat(answers), mean, gram - n * torch.outer(mean, mean), cross - mean * every.sum())
+
+    def direction(self) -> tuple[Tensor, Tensor]:
+        """(D,) and () of the ridge regression of the margin on the image.
+
+        Inputs are divided by their root mean square norm about the mean and the margin by its standard deviation, the
+        prior variance of the weights is ``DIRECTION_VARIANCE`` and that of the noise one: it shrinks to the mean.
+        """
+        size = (self.gram.trace() / len(self.margin)).clamp_min(1e-12)
+        ridge = size / DIRECTION_VARIANCE * torch.eye(len(self.gram), dtype=torch.float64)
+        weight = torch.linalg.solve(self.gram + ridge, self.cross)
+        return weight, self.margin.mean() - weight @ self.mean
+
+
+class Mixture(NamedTuple):
+    """Two Gaussians of one variance: inside about a mean for every answer, outside about one mean.
+
+    ``inside`` (K + 1,) means, the last for other candidates; ``outside``, ``variance`` and ``share`` of images outside.
+    """
+
+    inside: Tensor
+    outside: float
+    variance: float
+    share: float
+
+    @property
+    def apart(self) -> float:
+        """Standard deviations between the two."""
+        return (self.outside - float(self.inside[-1])) / math.sqrt(self.variance)
+
+    def log_odds(self) -> tuple[Tensor, Tensor]:
+        """Slope and offset, (K + 1,) each, of the log-odds in the value."""
+        slope = (self.outside - self.inside) / self.variance
+        offset = (self.inside.square() - self.outside**2) / (2 * self.variance)
+        return slope, offset + math.log(self.share / (1 - self.share))
+
+
+def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, expected: float, *, known_inside: bool) -> Mixture:
+    """The mixture of largest posterior for values (N,) of images with answers (N,), by EM.
+
+    A class's mean inside is shrunk towards that of all, as if ``CLASS_ROWS`` rows had it; the mean outside has
+    ``BELIEF`` N rows at the ``expected`` one, so that rows which are all inside leave it there, and its share small.
+    """
+    n = len(value)
+    centre = float(value.median())
+    spread = 1.4826 * float((value - centre).abs().median())
+    state = Mixture(torch.full((n_classes + 1,), centre).double(), expected, max(spread**2, 1e-12), ASSUMED)
+    count = torch.bincount(answer, minlength=n_classes).double()
+    for _ in range(1 if known_inside else EM_PASSES):
+        slope, offset = state.log_odds()
+        outside = torch.zeros_like(value) if known_inside else torch.sigmoid(slope[answer] * value + offset[answer])
+        inside = 1 - outside
+        mean = (inside * value).sum() / inside.sum().clamp_min(1e-9)
+        mass = torch.zeros_like(count).index_add_(0, answer, inside)
+        sums = torch.zeros_like(count).index_add_(0, answer, inside * value)
+        means = torch.cat([(sums + CLASS_ROWS * mean) / (mass + CLASS_ROWS), mean[None]])
+        far = float((outside * value).sum() + BELIEF * n * expected) / float(outside.sum() + BELIEF * n)
+        squares = inside * (value - means[answer]).square() + outside * (value - far).square()
+        share = ASSUMED if known_inside else (float(outside.sum()) + 0.5) / (n + 5)
+        found = Mixture(means, far, max(float(squares.mean()), 1e-12), min(max(share, 1e-3), 1 - 1e-3))
+        moved = abs(found.outside - state.outside) + abs(found.share - state.share)
+        state = found
+        if moved < EM_TOLERANCE:
+            break
+    return state
+
+
+def from_words(rows: Rows, *, known_inside: bool) -> Outside:
+    """What everyday words say, with no image shown that is known to be outside.
+
+    The margin of an image outside is expected at log(M / K) - (the median margin): to M words it is what an image
+    inside is to K classes. Rows of which nothing is known are taken for a mixture of the two; where enough are outside,
+    the value is the margin averaged with its regression on the image, which knows what the images have in common.
+    """
+    seen, n_classes = Seen.of(rows), rows.source.n_candidates
+    n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
+    expected = math.log(n_words / n_classes) - float(seen.margin.median())
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    weight, bias, words = torch.zeros_like(seen.mean), zero, one
+    mixture = None
+    if not known_inside and len(seen.margin) >= DIRECTION_ROWS:
+        share = DIRECTION_WEIGHT / (1 + DIRECTION_WEIGHT)
+        along, level = (share * tensor for tensor in seen.direction())
+        value = torch.cat([float64(batch.image) @ along + level for batch in rows.batches(SCORING_BATCH)])
+        value = value + (1 - share) * seen.margin
+        mixture = fit_mixture(value, seen.answer, n_classes, expected, known_inside=False)
+        if mixture.share >= PRESENT:
+            weight, bias, words = along, level, (1 - share) * one
+        else:
+            mixture = None
+    if mixture is None:
+        few = known_inside or len(seen.margin) < DIRECTION_ROWS
+        mixture = fit_mixture(seen.margin, seen.answer, n_classes, expected, known_inside=few)
+    notes = {"outside_share": None if known_inside else mixture.share, "outside_apart": mixture.apart}
+    if mixture.apart < APART:
+        return Outside.nothing(**notes)
+    slope, offset = mixture.log_odds()
+    return Outside(weight, bias, words, slope, offset - CAUTION, notes)
+
+
+class Inputs(NamedTuple):
+    """Inputs of the regression on examples: images of some rows and, where there are words, their margins (N,)."""
+
+    rows: Rows
+    margins: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Rows) -> Inputs:
+        """Margins are computed once."""
+        if NEGATIVES not in rows.columns:
+            return cls(replace(rows, columns=()), None)
+        found = replace(rows, columns=(NEGATIVES,)).batches(SCORING_BATCH)
+        margins = [margin(batch, far_words(batch.columns[NEGATIVES], batch.text, WORDS)) for batch in found]
+        return cls(replace(rows, columns=()), torch.cat(margins))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """(b, D) float64, or with the margin (b, D + 1)."""
+        start = 0
+        for batch in self.rows.batches(SCORING_BATCH):
+            image, stop = float64(batch.image), start + len(batch.image)
+            yield image if self.margins is None else torch.cat([image, self.margins[start:stop, None]], dim=1)
+            start = stop
+
+
+def from_examples(train: Rows, outside: Tensor) -> Outside:
+    """Ridge-regularised logistic regression of "outside" on the image and, where there are words, the margin.
+
+    Images are centred and divided by their root mean square norm, margins standardised, so the prior variances mean the
+    same for every model. Solved by L-BFGS over streamed blocks.
+    """
+    parts = [Inputs.of(train), Inputs.of(replace(train, index=outside))]
+    dim = train.source.space.embed_dim
+    n, centre, scale = _standard(parts, dim)
+    weights = torch.zeros(len(centre) + 1, dtype=torch.float64, requires_grad=True)
+    precision = torch.full_like(weights, 1 / LABEL_VARIANCE, requires_grad=False)
+    precision[dim:] = 1 / MARGIN_VARIANCE
+    precision[-1] = 0.0
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=LBFGS_STEPS, tolerance_grad=1e-7, tolerance_change=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = (precision * weights.square()).sum() / (2 * n)
+        total.backward()
+        value = total.detach()
+        for is_outside, part in enumerate(parts):
+            for inputs in part.blocks():
+                logits = (inputs - centre) / scale @ weights[:-1] + weights[-1]
+                target = torch.full_like(logits, is_outside)
+                loss = functional.binary_cross_entropy_with_logits(logits, target, reduction="sum") / n
+                loss.backward()
+                value = value + loss.detach()
+        return value
+
+    optimizer.step(closure)
+    direction, level = weights.detach()[:-1] / scale, weights.detach()[-1]
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    words = direction[dim].clone() if len(direction) > dim else zero[0].clone()
+    bias = level - direction @ centre
+    return Outside(direction[:dim].clone(), bias, words, one, zero, {"n_outside": len(outside)})
+
+
+def _standard(parts: list[Inputs], dim: int) -> tuple[int, Tensor, Tensor]:
+    """Number of rows, mean (W,) and scale (W,) of the inputs: one norm for the image, a deviation for the margin."""
+    n, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
+    for part in parts:
+        for inputs in part.blocks():
+            n, total, squares = n + len(inputs), total + inputs.sum(dim=0), squares + inputs.square().sum(dim=0)
+    mean = total / n
+    variance = (squares / n - mean.square()).clamp_min(0)
+    norm = variance[:dim].sum().sqrt().clamp_min(1e-6).expand(dim)
+    return n, mean, torch.cat([norm, variance[dim:].sqrt().clamp_min(1e-6)])
