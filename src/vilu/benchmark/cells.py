@@ -41,8 +41,11 @@ class Origin:
 
     # data sets to fit on, several as one with class texts for captions; none: nothing is fitted
     train: tuple[str, ...] = ()
-    budget: int | float | str = "all"  # labelled rows per class to fit on, a share of all, or "all"
+    # labelled rows per class to fit on, a share of all, "all", or "none": all rows, but no label
+    budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows; None where all are taken
+    # seed that divides one set of rows into those to fit on and those to test on; None where they are two sets
+    division_seed: int | None = None
     halves_seed: int | None = None  # seed that draws the class halves; None where all classes are taken
     # whether the parts of a union, or a fit and the one that it begins from, may be of different picture sizes
     across_preprocessing: bool = False
@@ -63,25 +66,29 @@ class ScoredSet:
     role: Role  # which of its parts
     pool_size: int | None = None  # captions that an image has to choose from; None: as the data set says
     halves_seed: int | None = None  # seed that draws the class halves; None where all classes are taken
+    division_seed: int | None = None  # as for ``Origin``
     across_preprocessing: bool = False  # whether they may be of another picture size than the rows that were fitted on
 
 
 def origin_of(config: Config, cell: Cell) -> Origin:
     """Where the training rows of a cell come from."""
-    setting = config.settings[cell.setting]
-    if not config.class_of(cell.method).needs_fit:
+    setting, cls = config.settings[cell.setting], config.class_of(cell.method)
+    if not cls.needs_fit:
         return Origin()
+    budget = setting.budget if cls.needs_labels else "none"
     few = Origin(
         train=(cell.data,),
-        budget=setting.budget,
-        rows_seed=None if setting.budget == "all" else cell.seed,
+        budget=budget,
+        rows_seed=None if isinstance(budget, str) else cell.seed,
         halves_seed=cell.seed if isinstance(setting, Unseen) else None,
+        division_seed=_division_seed(config, cell),
     )
     match setting:
         case Adapt():
             return replace(few, across_preprocessing=setting.across_preprocessing, start=Origin((setting.source,)))
         case FromOther():
-            return replace(few, train=setting.sources)
+            divided = config.data[setting.source].fit_share is not None
+            return replace(few, train=setting.sources, division_seed=cell.seed if divided else None)
         case Union():
             across = setting.across_preprocessing
             return Origin(setting.of, across_preprocessing=across, pool_size=setting.train_pool_size)
@@ -94,7 +101,11 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
     halves_seed = cell.seed if isinstance(setting, Unseen) else None
     needs_fit = config.class_of(cell.method).needs_fit
     across = needs_fit and isinstance(setting, Transfer | Union) and setting.across_preprocessing
-    return ScoredSet(cell.data, setting.test_on, setting.pool_size, halves_seed, across)
+    return ScoredSet(cell.data, setting.test_on, setting.pool_size, halves_seed, _division_seed(config, cell), across)
+
+
+def _division_seed(config: Config, cell: Cell) -> int | None:
+    return None if config.data[cell.data].fit_share is None else cell.seed
 
 
 def plan(config: Config) -> tuple[Cell, ...]:
@@ -158,7 +169,7 @@ def _grid(config: Config) -> list[Cell]:
         for setting in config.settings
         if config.is_tested_on(setting, data)
         for label, method in config.entries.items()
-        if method.settings is None or setting in method.settings
+        if config.is_run_in(label, setting)
         if method.data is None or data in method.data
         if method.seeds is None or seed < method.seeds
     ]

@@ -22,8 +22,8 @@ from vilu.predictors.parameters import build, check_parameters, parameters
 class Setting(Section):
     """What is fitted on, and what is tested on."""
 
-    # labelled rows per class to fit on, a share of all of them (0.025), or "all"
-    budget: int | float | Literal["all"] = "all"
+    # labelled rows per class to fit on, a share of all of them (0.025), "all", or "none": all rows, but no label
+    budget: int | float | Literal["all", "none"] = "all"
     data: Names | None = None  # data sets to test on; by default all that make sense
     test_on: Literal["validation", "test"] = "test"  # which rows to test on; "validation" for choosing among methods
     # captions that an image of the test set has to choose from; by default that of the data set
@@ -36,8 +36,10 @@ class Setting(Section):
     @classmethod
     def _check_budget(cls, value: object) -> object:
         number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        if value != "all" and not number and not (isinstance(value, float) and 0 < value < 1):
-            raise ValueError('must be "all", a number of labels per class, at least 1, or a share of all, below 1')
+        if value not in ("all", "none") and not number and not (isinstance(value, float) and 0 < value < 1):
+            raise ValueError(
+                'must be "all", "none", a number of labels per class, at least 1, or a share of all, below 1'
+            )
         return value
 
     @property
@@ -48,8 +50,8 @@ class Setting(Section):
     @property
     def amount(self) -> str:
         """The budget in words."""
-        if self.budget == "all":
-            return "all labels"
+        if isinstance(self.budget, str):
+            return "all labels" if self.budget == "all" else "no label"
         return f"{self.budget} labels per class" if isinstance(self.budget, int) else f"{self.budget:.3g} of all labels"
 
     def describe(self, fitted: str = "") -> str:
@@ -97,7 +99,7 @@ class Adapt(FromOther):
 
     @model_validator(mode="after")
     def _check_few(self) -> Self:
-        if self.budget == "all":
+        if self.budget in ("all", "none"):
             raise ValueError("to adapt, give a budget: labels per class, or a share of them")
         return self
 
@@ -205,7 +207,7 @@ class Config(Section):
         for data in tested:
             if setting.test_on == "validation" and self.data[data].validation is None:
                 raise ValueError(f"settings.{name} tests on validation rows, and data.{data} names none")
-        by_class = isinstance(setting, Unseen | Adapt) or setting.budget != "all"
+        by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
         fitted = setting.sources if setting.sources and not isinstance(setting, Adapt) else tested
         pairs = [data for data in fitted if self.data[data].captions]
         if pairs and by_class:
@@ -254,6 +256,12 @@ class Config(Section):
     def class_of(self, label: str) -> type[FailurePredictor]:
         """The class behind a label."""
         return find_method(str(self.entries[label].method))
+
+    def is_run_in(self, label: str, setting: str) -> bool:
+        """Whether a method is wanted in a setting: without labels, those alone that need none."""
+        method, cls = self.entries[label], self.class_of(label)
+        able = self.settings[setting].budget != "none" or not (cls.needs_fit and cls.needs_labels)
+        return able and (method.settings is None or setting in method.settings)
 
     def depends_on_seed(self, label: str) -> bool:
         """Whether scores can differ between seeds on the same training rows."""

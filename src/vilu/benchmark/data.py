@@ -27,7 +27,7 @@ from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.rows import overlap
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 
-DRAW, HALVES = 1, 2
+DRAW, HALVES, DIVISION = 1, 2, 3
 """What a generator is for: two draws of one seed must not go together."""
 
 
@@ -52,6 +52,13 @@ def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """(N,) whether a row is held out: where the hash that tells it from others, bytes reversed, is below the share."""
     mask: NDArray[np.bool_] = identities.byteswap() < share * 2.0**64
     return mask
+
+
+def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows of n to fit on, a share of them drawn by the seed, and the others, to test on; each sorted."""
+    order = np.random.default_rng([DIVISION, seed]).permutation(n)
+    first = round(share * n)
+    return np.sort(order[:first]), np.sort(order[first:])
 
 
 def class_halves(n_classes: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -122,6 +129,11 @@ class Workbench:
         name = digest([*what, cut])
         return (source if cut is None else source.take(evenly_spaced(len(source), cut))), name
 
+    def _divided(self, data: str, seed: int | None, part: int, source: EmbeddingSource) -> EmbeddingSource:
+        """The rows to fit on (part 0) or to test on (1), where they are of one set."""
+        share = self.config.data[data].fit_share
+        return source if seed is None or share is None else source.take(divided(len(source), share, seed)[part])
+
     def check(self) -> None:
         """Refuse data sets whose parts do not belong together."""
         parts = needed_parts(self.config, plan(self.config))
@@ -130,6 +142,8 @@ class Workbench:
             for name, setting in self.config.settings.items():
                 if isinstance(setting, Unseen) and self.config.is_tested_on(name, data):
                     class_halves(self.source(data, "test").n_candidates, 0)
+            if self.config.data[data].fit_share is not None:
+                continue  # one set
             for number, mine in enumerate(roles):
                 for other in roles[:number]:
                     self._check_pair(data, other, mine)
@@ -160,9 +174,13 @@ class Workbench:
             if origin.across_preprocessing:
                 sources = [across_preprocessing(source, space) for source in sources]
             return PseudoCaptions(sources, origin.pool_size, origin.train)
-        source = self.source(origin.train[0], "train")
-        if origin.halves_seed is None and origin.budget == "all":
-            return source
+        source = self._divided(origin.train[0], origin.division_seed, 0, self.source(origin.train[0], "train"))
+        if origin.halves_seed is not None or not isinstance(origin.budget, str):
+            source = self._some_rows(source, origin, columns)
+        return without_labels(source) if origin.budget == "none" else source
+
+    def _some_rows(self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
+        """Of training rows those that the budget and the classes leave."""
         target = np.where(source.status == VALID, source.target.numpy(), UNKNOWN)
         of_none = np.flatnonzero(source.outside.numpy() & (source.status == VALID))  # a budget is of labels a class
         if origin.halves_seed is None:
@@ -188,6 +206,7 @@ class Workbench:
 
     def _scored(self, scored: ScoredSet, columns: tuple[str, ...] = ()) -> EmbeddingSource:
         source = self.source(scored.data, scored.role, scored.pool_size)
+        source = self._divided(scored.data, scored.division_seed, 1, source)
         if scored.halves_seed is None:
             return source
         classes = class_halves(source.n_candidates, scored.halves_seed)[1]
@@ -210,8 +229,17 @@ class Workbench:
         return self._truth(scored_set_of(self.config, cell))
 
     def _truth_of(self, scored: ScoredSet) -> Truth:
-        name = digest([self.fingerprint(scored.data, scored.role, scored.pool_size), scored.halves_seed])
+        what = [self.fingerprint(scored.data, scored.role, scored.pool_size), scored.halves_seed]
+        share = self.config.data[scored.data].fit_share
+        name = digest(what if share is None else [*what, share, scored.division_seed])
         return truth_of(self._scored(scored), name)
+
+
+def without_labels(source: EmbeddingSource) -> EmbeddingSource:
+    """All rows of a source, as if nothing were known of them."""
+    rows = source.take(np.arange(len(source)))
+    rows.target, rows.outside = torch.full((len(rows),), UNKNOWN), torch.zeros(len(rows), dtype=torch.bool)
+    return rows
 
 
 def drawn(target: NDArray[np.int64], origin: Origin) -> NDArray[np.int64]:

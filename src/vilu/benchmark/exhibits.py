@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vilu.benchmark.board import Board, Entrant, Mean
-from vilu.benchmark.pivot import Key, chosen, notes_of, published_of, show, table_sheet, title_of
+from vilu.benchmark.board import Board, Mean
+from vilu.benchmark.pivot import Key, chosen, measured_of, notes_of, published_of, show, table_sheet, title_of
 from vilu.benchmark.ranking import layout, summarise
 from vilu.benchmark.sheet import Sheet
 from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView, TableView
@@ -60,7 +60,7 @@ def _curves(board: Board, view: CurveView) -> tuple[Sheet, Draw]:
     places = view.places(board.config, view.x)
     panels = _panels(board, view, lambda key: places[key.of([view.x])[0]].x, view.panel, view.line)
     sheet = table_sheet(board, view.as_table((view.panel, view.line), (view.x, "metric")))
-    return sheet, (lambda: curves(panels, view.x_label, log=view.log))
+    return sheet, (lambda: curves(panels, view.x_label, log=view.log, names=view.ticks))
 
 
 def _scatter(board: Board, view: ScatterView) -> tuple[Sheet, Draw]:
@@ -81,12 +81,11 @@ def _panels(
     """Panels of a metric each, and of what ``panel`` names; lines of what ``line`` names, at ``place``."""
     from vilu.report.figures import Panel
 
-    groups: dict[tuple[str, str], dict[str, list[tuple[Key, float, Entrant]]]] = {}
-    for key, entrant in chosen(board, view).items():
-        at = place(key)
-        if entrant.found and at is not None:
+    groups: dict[tuple[str, str], dict[str, list[tuple[Key, float, Mean]]]] = {}
+    for key, found in measured_of(board, view).items():
+        if all(part.found for part in found.parts) and (at := place(key)) is not None:
             series = groups.setdefault((key.of([panel])[0], key.metric), {})
-            series.setdefault(key.of([line])[0], []).append((key, at, entrant))
+            series.setdefault(key.of([line])[0], []).append((key, at, found))
     if not groups:
         raise DataError(f"the view {view.name} has nothing to show: no result with a place on its axis.")
     made = []
@@ -96,10 +95,10 @@ def _panels(
     return made
 
 
-def _line(board: Board, label: str, points: list[tuple[Key, float, Entrant]]) -> Series:
+def _line(board: Board, label: str, points: list[tuple[Key, float, Mean]]) -> Series:
     from vilu.report.figures import Series
 
-    numbers = [entrant.quantity(key.metric) for key, _, entrant in points]
+    numbers = [found.quantity(key.metric) for key, _, found in points]
     intervals = [number.interval(board.config.confidence) for number in numbers]
     published = [(at, published_of(board.config, key)) for key, at, _ in points]
     return Series(

@@ -101,6 +101,8 @@ class Data(Section):
     # None: methods that select hold out rows of their own
     validation: str | Share | None = None
     test: str = "test"  # split to test on
+    # where train and test are one set of rows: the share of it to fit on, drawn by the seed; the others are tested on
+    fit_share: Share | None = None
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image; 0 for none
     prompts: Names = ("ensemble",)  # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
@@ -125,7 +127,18 @@ class Data(Section):
             raise ValueError("captions are in one store, so their limit is one number")
         if self.captions and self.stores is not None and self.limit is not None:
             raise ValueError("a ready-made store of captions is taken whole, without limit")
+        if self.fit_share is not None and not self._is_one_set():
+            raise ValueError(
+                "fit_share divides one set of rows: train and test must be the same store or split, under one limit, "
+                "without captions, and without validation"
+            )
         return self
+
+    def _is_one_set(self) -> bool:
+        """Whether training and test rows are the same ones, and nothing else is set aside."""
+        where = self if self.stores is None else self.stores
+        is_same = where.train == where.test and self.limit_of("train") == self.limit_of("test")
+        return is_same and not self.captions and self.validation is None and where.validation is None
 
     @property
     def paper_name(self) -> str | None:

@@ -137,8 +137,7 @@ class Key:
 
 def table_sheet(board: Board, view: TableView) -> Sheet:
     """The sheet of a table."""
-    entrants = chosen(board, view)
-    measured = {key: Mean((entrant,)) for key, entrant in entrants.items()} | _means(board, view, entrants)
+    entrants, measured = chosen(board, view), measured_of(board, view)
     shown = _ranked({key: show(board.config, key, found) for key, found in measured.items()}, measured, view.compete)
     rows, columns = ([*dict.fromkeys(key.of(fields) for key in shown)] for fields in (view.rows, view.columns))
     config = board.config
@@ -152,6 +151,13 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
         cells={(rows.index(key.of(view.rows)), columns.index(key.of(view.columns))): one for key, one in shown.items()},
         notes=notes_of(board, view, shown.values(), entrants.values()),
     )
+
+
+def measured_of(board: Board, view: View) -> dict[Key, Mean]:
+    """What a view shows by its key: every entrant, then the means that it asks for."""
+    entrants = chosen(board, view)
+    single = {} if view.means_only else {key: Mean((entrant,)) for key, entrant in entrants.items()}
+    return single | _means(board, view, entrants)
 
 
 def chosen(board: Board, view: View) -> dict[Key, Entrant]:
@@ -202,7 +208,7 @@ def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Pub
     return find_published(config.study.published, (name, setting, method, key.metric), entry.backbone)
 
 
-def _means(board: Board, view: TableView, entrants: Iterable[Key]) -> dict[Key, Mean]:
+def _means(board: Board, view: View, entrants: Iterable[Key]) -> dict[Key, Mean]:
     means = {}
     for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants) if view.mean else ():
         places = [(key.method, data, key.setting) for data in view.mean]

@@ -70,6 +70,13 @@ class View(Section):
     data: Names | None = None  # only these, in this order
     settings: Names | None = None  # only these, in this order
     metrics: Annotated[Names, Field(min_length=1)] = RANKED_BY  # what is shown
+    mean: Names = ()  # data sets over which a mean is added; none: no mean
+    means_only: bool = False  # whether the data sets by themselves are left out
+
+    @property
+    def averages(self) -> bool:
+        """Whether it can show means over data sets."""
+        return False
 
     @property
     def where(self) -> str:
@@ -83,8 +90,12 @@ class View(Section):
 
     def check(self, known: Known) -> None:
         """Refuse a view that names what is not there, or could not be shown, with a ValueError."""
-        require_all(self.where, known, self.chosen)
+        require_all(self.where, known, {**self.chosen, "data": (*(self.data or ()), *self.mean)})
         require_known(f"metric {self.where}", self.metrics, known.metrics)
+        if self.means_only and not self.mean:
+            raise ValueError(f"means_only needs a mean, as mean = [data sets] {self.where}")
+        if self.mean and not self.averages:
+            raise ValueError(f"means are for tables, and for curves over something else than data sets {self.where}")
 
     def places(self, known: Known, axis: str) -> dict[str, Placed]:
         """What is shown along an axis."""
@@ -103,8 +114,12 @@ class TableView(View):
     kind: Literal["table"]
     rows: Names = ("method",)  # what a row stands for; what neither rows nor columns name must be one and the same
     columns: Names = ("data", "metric")  # what a column stands for
-    mean: Names = ()  # data sets over which a mean is added; none: no mean
     compete: Names = ("method",)  # values that differ in these alone compete
+
+    @property
+    def averages(self) -> bool:
+        """Always."""
+        return True
 
     @model_validator(mode="after")
     def _check_fields(self) -> Self:
@@ -118,8 +133,9 @@ class TableView(View):
     def check(self, known: Known) -> None:
         """Also refuse a table in which two numbers would stand in one cell."""
         super().check(known)
-        require_all(self.where, known, {"data": self.mean})
         several = {axis: tuple(self.places(known, axis)) for axis in AXES} | {"metric": self.metrics}
+        if self.means_only:
+            several["data"] = ("mean",)
         for field, names in several.items():
             if field not in (*self.rows, *self.columns) and len(names) > 1:
                 raise ValueError(
@@ -137,6 +153,12 @@ class CurveView(View):
     panel: Axis = "data"  # what a panel stands for, beside the metric
     x_label: str  # of the axis
     log: bool = False  # whether the axis is logarithmic
+    ticks: dict[str, str] = Field(default_factory=dict)  # what is said at a place of the axis, instead of its number
+
+    @property
+    def averages(self) -> bool:
+        """Unless data sets are its axis."""
+        return self.x != "data"
 
     @model_validator(mode="after")
     def _check_axes(self) -> Self:

@@ -6,6 +6,7 @@ import itertools
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -149,8 +150,10 @@ class Panel:
     lines: Sequence[Series]
 
 
-def curves(panels: Sequence[Panel], x_label: str, *, log: bool) -> Figure:
-    """A line for every series, intervals as bars; one legend for all panels."""
+def curves(
+    panels: Sequence[Panel], x_label: str, *, log: bool, names: Mapping[str, str] = MappingProxyType({})
+) -> Figure:
+    """A line for every series, intervals as bars; one legend for all panels; ``names`` of places instead of numbers."""
 
     def draw(axis: Axes, panel: Panel, styles: Mapping[str, dict[str, Any]]) -> None:
         for line in panel.lines:
@@ -160,7 +163,9 @@ def curves(panels: Sequence[Panel], x_label: str, *, log: bool) -> Figure:
         ticks = sorted({x for line in panel.lines for x in line.x})
         if log:
             axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if len(ticks) > 6 else 0)
+        axis.set_xticks(
+            ticks, [names.get(f"{tick:g}", f"{tick:g}") for tick in ticks], rotation=45 if len(ticks) > 6 else 0
+        )
         axis.minorticks_off()
 
     return _curve_panels(panels, x_label, draw)
