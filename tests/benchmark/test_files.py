@@ -14,6 +14,7 @@ from vilu.benchmark.run import Share
 from vilu.benchmark.views import Better, find_published, published_tables
 from vilu.errors import UsageError
 from vilu.metrics.catalog import METRICS
+from vilu.predictors.catalogue import method_names
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = sorted(ROOT.glob("configs/*/*.toml"))
@@ -93,6 +94,17 @@ def test_both_beds_have_the_same_studies() -> None:
     names = {folder: {path.stem for path in STUDIES if path.parent.name == folder} for folder in ("here", "paper")}
     assert names["here"] == names["paper"]
     assert len(names["here"]) == 11
+
+
+def test_the_study_of_clip_has_every_method_and_number_of_labels() -> None:
+    clip = {path.stem: load_config(path) for path in STUDIES if path.parent.name == "clip"}
+    assert len(clip["labels"].data) == 8
+    assert all(entry.fit_share == 0.5 for entry in clip["labels"].data.values())
+    budgets = {setting.budget for config in clip.values() for setting in config.settings.values()}
+    assert budgets == {"none", 1, 5, 16, "all"}
+    run = {label for config in clip.values() for label in config.entries if config.entries[label].settings != ()}
+    assert run >= set(method_names())
+    assert min(clip[name].seeds for name in ("labels", "none", "budgets")) >= 5
 
 
 def paper(name: str) -> Config:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 
 import vilu
 from tests.builders.bench_fakes import benchmark, config, make_store, make_stores
 from tests.builders.store_fakes import FakeBackbone, FakeDataset, picture
 from vilu.benchmark.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
 from vilu.benchmark.config import Config
-from vilu.benchmark.data import Workbench, draw_share, held_out
+from vilu.benchmark.data import Workbench, divided, draw_share, held_out
 from vilu.benchmark.stores import find_stores
 from vilu.embeddings.checks import hash_names
 from vilu.embeddings.pairs import Pools, PseudoCaptions
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UsageError
+from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.init import initialise
+from vilu.predictors.nn.train import Rows
 from vilu.store.embed import embed
 from vilu.store.reader import open_source
 
@@ -222,7 +227,8 @@ def test_shares_of_the_labels(data: Path, tmp_path: Path) -> None:
         ({"a": {"kind": "adapt", "source": "one"}}, r"settings\.a: to adapt, give a budget"),
         ({"u": {"kind": "union", "of": []}}, r"settings\.u\.of: .*at least 1 item"),
         ({"u": {"kind": "union", "of": ["nine"]}}, r"no data set \(settings\.u\) 'nine'"),
-        ({"all": {"kind": "labels", "budget": 1.5}}, 'must be "all", a number'),
+        ({"all": {"kind": "labels", "budget": 1.5}}, 'must be "all", "none", a number'),
+        ({"a": {"kind": "adapt", "source": "one", "budget": "none"}}, r"settings\.a: to adapt, give a budget"),
         ({"all": {"kind": "labels", "pool_size": 1}}, r"settings\.all\.pool_size: Input should be greater"),
     ],
 )
@@ -242,11 +248,106 @@ def test_settings_that_cannot_be(settings: dict, message: str) -> None:
         ({"source": "x", "shift": {"kinds": ["blurr"]}}, "no kind of shift 'blurr'. Did you mean 'blur'"),
         ({"source": "x", "shift": {"severity": 6}}, "less than or equal to 5"),
         ({"source": "x", "validation": 1.0}, "data.one.validation"),
+        ({"stores": {"train": "a", "test": "b"}, "fit_share": 0.5}, "fit_share divides one set of rows"),
+        ({"source": "x", "train": "t", "test": "t", "fit_share": 0.5, "validation": 0.1}, "without validation"),
+        ({"source": "x", "captions": True, "train": "t", "test": "t", "fit_share": 0.5}, "without captions"),
+        ({"source": "x", "train": "t", "test": "t", "fit_share": 1.0}, "less than 1"),
     ],
 )
 def test_data_sets_that_cannot_be(entry: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         config(data={"one": entry}, settings={"all": {"kind": "labels"}})
+
+
+ONE_SET = {"stores": {"train": "one-train", "test": "one-train"}, "fit_share": 0.5}
+
+
+@dataclasses.dataclass
+class Distance(FailurePredictor):
+    """Distance to the mean of rows whose labels it never sees."""
+
+    name: ClassVar[str] = "distance_to_mean"
+    summary: ClassVar[str] = "distance to the mean of unlabelled rows"
+    reference: ClassVar[str] = "a test"
+    needs_labels: ClassVar[bool] = False
+    tensors: ClassVar[tuple[str, ...]] = ("mean",)
+
+    def _learn(self, train: Rows, failure: torch.Tensor, validation: EmbeddingSource | None) -> Learnt:
+        assert (failure == -1).all()
+        assert (train.source.target == -1).all()
+        assert not train.source.outside.any()
+        return Learnt({"mean": train.source.image_rows(train.index).mean(dim=0)})
+
+    def _score(self, batch: Batch) -> torch.Tensor:
+        return (batch.image - self.tensor("mean", batch.image.device)).norm(dim=1)
+
+
+@pytest.fixture
+def unlabelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vilu.PREDICTORS, Distance.name, Distance)
+
+
+def test_one_set_is_divided_by_the_seed() -> None:
+    fit, others = divided(101, 0.3, 0)
+    assert np.array_equal(np.sort(np.concatenate([fit, others])), np.arange(101))
+    assert (len(fit), len(others)) == (30, 71)
+    assert not np.array_equal(fit, divided(101, 0.3, 1)[0])
+    # each row is in a half with probability 1/2: over 400 seeds within five standard errors
+    share = np.mean([np.isin(np.arange(20), divided(20, 0.5, seed)[0]) for seed in range(400)], axis=0)
+    assert np.abs(share - 0.5).max() < 5 * np.sqrt(0.25 / 400)
+
+
+def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
+    settings = {"all": {"kind": "labels"}, "few": {"kind": "labels", "budget": 2}}
+    methods = {"mcm": {}, "knn_distance": {"deterministic": True}}
+    chosen = made(data={"one": ONE_SET}, settings=settings, methods=methods, seeds=2)
+    bench, cells = bench_of(chosen, data), plan(chosen)
+    bench.check()
+    names = set()
+    for seed in (0, 1):
+        test = bench.test_set(Cell("mcm", "one", "all", seed), ())
+        assert set(test.ids) == set(bench.test_set(Cell("knn_distance", "one", "few", seed), ()).ids)
+        for setting in ("all", "few"):
+            train = bench.train_set(origin_of(chosen, Cell("knn_distance", "one", setting, seed)), ())
+            assert set(train.ids).isdisjoint(test.ids)
+            assert len(train) == (60 if setting == "all" else 10)
+        assert len(set(train.ids) | set(test.ids)) == 70
+        names.add(bench.truth(Cell("mcm", "one", "all", seed)).rows)
+    assert len(names) == 2
+    # a method without a fit has one result for each division, whatever the labels
+    assert [(cell.seed, cell.run.setting) for cell in cells if cell.method == "mcm"] == [
+        (0, "all"), (0, "all"), (1, "all"), (1, "all"),
+    ]  # fmt: skip
+    assert all(cell.same_as is None for cell in cells if cell.method == "knn_distance")
+    report = benchmark(chosen, data, tmp_path)
+    assert {block.n for block in report.summary.blocks} == {(60,)}
+    whole = vilu.EmbeddingStore(data / "one-train")
+    fit, others = (whole.take(rows) for rows in divided(120, 0.5, 1))
+    expected = vilu.PREDICTORS["knn_distance"]().fit(fit).predict_uncertainty(others)
+    assert scores(tmp_path, "one", "all", "knn_distance", 1) == pytest.approx(expected, abs=1e-6)
+    assert "0 different" not in benchmark(chosen, data, tmp_path).text  # and it is there when asked again
+
+
+@pytest.mark.usefixtures("unlabelled")
+def test_without_labels_only_methods_run_that_need_none(data: Path, tmp_path: Path) -> None:
+    settings = {"none": {"kind": "labels", "budget": "none"}, "few": {"kind": "labels", "budget": 2}}
+    methods = {"mcm": {}, "knn_distance": {}, Distance.name: {}}
+    halves = {"unseen": {"kind": "unseen"}}
+    chosen = made(data={"one": ONE_SET}, settings=settings | halves, methods=methods)
+    cells = plan(chosen)
+    assert [cell.method for cell in cells if cell.setting == "none"] == ["mcm", Distance.name]
+    shared = {cell.setting: cell.run.setting for cell in cells if cell.method == Distance.name}
+    assert shared == {"none": "none", "few": "none", "unseen": "unseen"}
+    origin = origin_of(chosen, Cell(Distance.name, "one", "few", 0))
+    assert (origin.budget, origin.rows_seed) == ("none", None)
+    report = benchmark(chosen, data, tmp_path)
+    assert not any(block.refused for block in report.summary.blocks)
+    fit, others = (vilu.EmbeddingStore(data / "one-train").take(rows) for rows in divided(120, 0.5, 0))
+    found = scores(tmp_path, "one", "none", Distance.name)
+    expected = torch.stack(
+        [row - fit.image_rows(torch.arange(60)).mean(0) for row in others.image_rows(torch.arange(60))]
+    )
+    assert found == pytest.approx(expected.norm(dim=1).numpy(), abs=1e-5)
 
 
 def test_a_store_that_is_not_named(data: Path) -> None:

@@ -112,6 +112,40 @@ def test_a_table_by_hand() -> None:
     assert (ends.ci_low, ends.ci_high) == pytest.approx(tuple(0.7 + np.quantile(noise, [0.025, 0.975])))
 
 
+def test_means_alone() -> None:
+    settings = {"none": {"kind": "labels", "x": 0.5}, "few": {"kind": "labels", "budget": 1, "x": 1}}
+    means = {"title": "Means", "mean": ["one", "two"], "means_only": True}
+    table = {"kind": "table", "name": "means", "columns": ["setting", "metric"], **means}
+    curve = {"kind": "curve", "name": "curve", "x_label": "labels", "log": True, "ticks": {"0.5": "none"}, **means}
+    chosen = made(settings=settings, views=[table, curve])
+    rigged = board(chosen)
+    sheet = exhibit(rigged, chosen.views[0], Path("unused")).body
+    assert sheet.columns == tuple((setting, metric) for setting in ("none", "few") for metric in ("AUROC", "FPR95"))
+    assert sheet.cells[0, 0].value == pytest.approx(0.65)
+    assert sheet.cells[2, 1].value == pytest.approx(0.3)
+    assert (sheet.cells[2, 0].rank, sheet.cells[1, 0].rank) == ("best", "second")
+    shown = exhibit(rigged, chosen.views[1], Path("unused"))
+    (panel, _) = shown.draw().axes
+    heights = [line.get_ydata().tolist() for line in panel.get_lines()]
+    assert any(height == pytest.approx([65.0, 65.0]) for height in heights)  # MCM, whatever the labels
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["none", "1"]
+    assert shown.body.rows[0] == ("mean", "mcm")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ({"kind": "table", "means_only": True}, "means_only needs a mean"),
+        ({"kind": "table", "mean": ["three"]}, "no data set"),
+        ({"kind": "scatter", "mean": ["one"]}, "means are for tables"),
+        ({"kind": "curve", "x": "data", "panel": "setting", "x_label": "x", "mean": ["one"]}, "means are for tables"),
+    ],
+)
+def test_means_that_cannot_be(kind: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        made(views=[{"name": "v", "title": "v", **kind}])
+
+
 def test_what_the_bootstrap_cannot_tell_from_the_best() -> None:
     """Noise of 0.01 in one of two methods 0.005 apart: the difference is no larger than its deviation."""
     chosen = made(methods={"mcm": {}, "lvu": {}, "vilu": {}}, data={"one": {"stores": {"train": "a", "test": "b"}}})

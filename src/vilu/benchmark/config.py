@@ -161,6 +161,7 @@ class Trained(Section):
 
     seeds: Count | None = None  # only the first so many seeds
     steps: Count | None = None  # in place of ``epochs``, as for a method
+    settings: Names | None = None  # only these; an empty list: none of them runs
 
 
 class Config(Section):
@@ -197,6 +198,7 @@ class Config(Section):
             require_known(f"data set (methods.{label})", method.data or (), self.data)
             if method.steps and ("epochs" in method.params or not is_trained(method.method or label)):
                 raise ValueError(f"methods.{label}: steps are for a method with epochs, and in place of them")
+        require_known("setting (trained)", self.trained.settings or (), self.settings)
         require_known("method (deterministic)", self.deterministic, self.entries)
         return self
 
@@ -239,6 +241,7 @@ class Config(Section):
         more: dict[str, Any] = {"method": name, "deterministic": method.deterministic or label in self.deterministic}
         if is_trained(name):
             more["seeds"] = method.seeds or self.trained.seeds
+            more["settings"] = self.trained.settings if method.settings is None else method.settings
             more["steps"] = method.steps or (None if "epochs" in method.params else self.trained.steps)
         return method.model_copy(update=more)
 

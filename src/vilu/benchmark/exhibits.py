@@ -100,7 +100,7 @@ def _line(board: Board, label: str, points: list[tuple[Key, float, Mean]]) -> Se
 
     numbers = [found.quantity(key.metric) for key, _, found in points]
     intervals = [number.interval(board.config.confidence) for number in numbers]
-    published = [(at, published_of(board.config, key)) for key, at, _ in points]
+    published = [(at, published_of(board.config, key, found.parts)) for key, at, found in points]
     return Series(
         label=label,
         x=[at for _, at, _ in points],
