@@ -14,15 +14,20 @@ from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.predictors.heads.vilu_plus import POOL_SD, ViLUPlus, fit_pool
-from vilu.predictors.nn.experts import (
+from vilu.predictors.nn.attention import (
     BIAS_SHARE,
     CAUTION,
+    SHARE_SD,
     ImageInputs,
-    Memory,
+    Problem,
+    SupervisedAttention,
+    basis,
     class_log_prior,
     fit_attention,
     fit_temperature,
+    held_out_share,
 )
+from vilu.predictors.nn.experts import Memory
 from vilu.predictors.nn.train import Rows
 
 CPU = torch.device("cpu")
@@ -115,6 +120,68 @@ def test_no_class_is_rarer_where_all_have_labels() -> None:
     assert class_log_prior(torch.tensor([], dtype=torch.long), 3).tolist() == [0, 0, 0]
 
 
+def problem_of(data: Embeddings, variance: float) -> Problem:
+    """At a temperature of one, with texts as they are."""
+    inputs = ImageInputs(data.space.embed_dim, 0)
+    inputs.fit(rows_of(data))
+    attention = SupervisedAttention(inputs, data.space.embed_dim, len(data.text), SHARING)
+    attention.classes.copy_(data.text)
+    return Problem(attention, rows_of(data), variance)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_rows_that_are_held_say_what_streamed_ones_say(data: Embeddings, n: int) -> None:
+    held, streamed = (problem_of(data.take(torch.arange(n)), 3.0) for _ in range(2))
+    streamed.held = None
+    for mine, other in zip(held.full(*held.solve()), streamed.full(*streamed.solve()), strict=True):
+        # both stop at a loss per row that changes by 1e-9 of a penalty whose curvature is 1 / (3 n): sqrt(2e-9 * 120)
+        assert torch.allclose(mine, other, atol=2e-3)
+
+
+def test_a_basis_holds_its_rows() -> None:
+    rows = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([rows, rows[:1] + rows[1:2]])  # of rank three
+    found = basis(rows)
+    assert found.shape == (8, 4)
+    assert torch.allclose(found.T @ found, torch.eye(4), atol=1e-6)
+    assert torch.allclose(rows @ found @ found.T, rows, atol=1e-5)
+    assert torch.equal(basis(rows.T), torch.eye(4))
+
+
+@pytest.mark.parametrize("n", [12, 30])
+def test_the_share_that_is_kept_is_the_most_probable_one(data: Embeddings, n: int) -> None:
+    few = data.take(torch.arange(n))
+    problem = problem_of(few, 30.0)
+    x = np.column_stack([standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)])
+    text, target = data.text.double().numpy(), few.target.numpy()
+    kernel = x @ np.diag(np.append(np.full(8, 30.0), 30 * BIAS_SHARE)) @ x.T
+    across = SHARING * text @ text.T + (1 - SHARING) * np.eye(4)
+    logits = zero_shot(data)[:n]
+    order = np.argsort(target, kind="stable")
+    learned = np.zeros((n, 4))
+    for k in range(5):
+        out = np.isin(np.arange(n), order[k::5])
+        size = (~out).sum()
+        root = np.linalg.cholesky(kernel[np.ix_(~out, ~out)] + 1e-9 * np.eye(size))
+        half = np.linalg.cholesky(across)
+
+        def objective(flat: np.ndarray, root=root, half=half, out=out, size=size) -> tuple[float, np.ndarray]:
+            found = logits[~out] + root @ flat.reshape(size, 4) @ half.T
+            loss = -log_softmax(found, axis=1)[range(size), target[~out]].sum() + flat @ flat / 2
+            slope = root.T @ (softmax(found, axis=1) - np.eye(4)[target[~out]]) @ half
+            return loss, slope.ravel() + flat
+
+        best = minimize(objective, np.zeros(size * 4), jac=True, method="L-BFGS-B", options={"ftol": 1e-15}).x
+        residual = np.eye(4)[target[~out]] - softmax(logits[~out] + root @ best.reshape(size, 4) @ half.T, axis=1)
+        learned[out] = kernel[np.ix_(out, ~out)] @ residual @ across  # where the slope is zero
+    grid = np.linspace(0, 1, 201)
+    value = [
+        -log_softmax(logits + w * learned, axis=1)[range(n), target].sum() + (w - 1) ** 2 / (2 * SHARE_SD**2)
+        for w in grid
+    ]
+    assert held_out_share(problem) == pytest.approx(grid[np.argmin(value)], abs=0.01)  # two steps of the grid
+
+
 def simulated(seed: int, n: int, n_classes: int, n_occurring: int, spread: float) -> Embeddings:
     """Images around their class's text, off by what the class has in common (0.6 of it) and by more of their own."""
     rng = np.random.default_rng(seed)
@@ -132,9 +199,9 @@ def auroc_of(predictor, data: Embeddings) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
-@pytest.mark.parametrize(("n_classes", "spread"), [(4, 3.0), (40, 1.5)])
+@pytest.mark.parametrize(("n_classes", "spread"), [(4, 3.0), (40, 1.5), (40, 6.0)])
 def test_more_labels_never_cost_much(n_classes: int, spread: float) -> None:
-    """Also of four labels in all."""
+    """Also where an image tells next to nothing of its class (spread 6), and of four labels in all."""
     gains = []
     for seed in range(5):
         whole = simulated(seed, 3_000, n_classes, n_classes, spread)

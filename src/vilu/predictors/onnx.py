@@ -26,7 +26,7 @@ from vilu.files.disk import atomic_write
 from vilu.files.places import claim_file
 from vilu.predictors.base import FailurePredictor, NotExportable
 from vilu.predictors.catalogue import PREDICTORS
-from vilu.predictors.nn.experts import FEATURES
+from vilu.predictors.nn.attention import FEATURES
 from vilu.predictors.nn.head import Graph
 from vilu.predictors.record import read_record
 from vilu.predictors.storage import load

@@ -21,16 +21,8 @@ from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.heads.head import Count, NonNegative, Positive
 from vilu.predictors.labelled import cross_fitting, failure_log_odds
-from vilu.predictors.nn.experts import (
-    FEATURES,
-    Adapter,
-    Experts,
-    ImageInputs,
-    Memory,
-    SupervisedAttention,
-    fit_attention,
-    pool,
-)
+from vilu.predictors.nn.attention import FEATURES, ImageInputs, SupervisedAttention, fit_attention
+from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, steps_per_epoch, train_adamw
 
 POOL_SD = 0.2
@@ -159,7 +151,7 @@ class ViLUPlus(FailurePredictor):
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim(rows))
         inputs.fit(rows)
-        attention = fit_attention(inputs, rows, n_classes, self.variance, self.sharing, self.device_)
+        attention = fit_attention(inputs, rows, n_classes, self.variance, self.sharing, self.device_, is_few=not kinds)
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)
