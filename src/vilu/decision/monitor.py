@@ -19,6 +19,7 @@ from vilu.decision.arrivals import Seen, admit, refuse_sorted
 from vilu.decision.audit import Audit
 from vilu.decision.calibrate import Selector, group_names
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
+from vilu.decision.present import in_words, rates_of
 from vilu.decision.record import Rule
 from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
 from vilu.errors import DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
@@ -31,7 +32,14 @@ from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PARTS: Final[dict[TestName, int]] = {"scores": 2, "acceptance": 1, "answers": 1, "audit": 1}
+PARTS: Final[dict[TestName, int]] = {
+    "scores": 2,
+    "acceptance": 1,
+    "answers": 1,
+    "audit": 1,
+    "outside": 1,
+    "abstained": 1,
+}
 """Parts of the probability of a false alarm; those of tests that do not run go to the others."""
 
 
@@ -87,13 +95,18 @@ class Monitor:
         self.risk: str | None = None
         self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
         self.monitored, self.labelled = Seen(), Seen()
-        values = self._columns(calibration, self._accepted(calibration, groups))
+        columns = self._columns(calibration, self._accepted(calibration, groups))
+        # rows of other shares than the calibration's are none that are drawn alike, and the promise still holds
+        values = {} if self.rule is not None and self.rule.reweighted else columns
         promise = self._promise()
-        names: list[TestName] = [*values, *(("audit",) if promise is not None else ())]
+        rates = rates_of(self.rule, calibration, false_alarm)
+        names: list[TestName] = [*values, *(("audit",) if promise is not None else ()), *rates]
         parts = sum(PARTS[name] for name in names)
         tests = {name: Test(name=name, level=false_alarm * PARTS[name] / parts) for name in names}
         self.watches = {name: self._watch(tests[name], column) for name, column in values.items()}
-        self._coverage = None if self.rule is None else float(1 - values["acceptance"].mean())
+        self.rates = rates_of(self.rule, calibration, false_alarm / max(parts, 1))
+        self.rate_tests = {name: Test(name=name, level=audit.delta) for name, audit in self.rates.items()}
+        self._coverage = None if self.rule is None else float(1 - columns["acceptance"].mean())
         self.audited = None if promise is None else self._audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
@@ -142,7 +155,9 @@ class Monitor:
         scored = np.isfinite(outcomes.uncertainty)
         rows = self.rows + np.arange(len(outcomes))
         for name, column in self._columns(outcomes, accepted).items():
-            self.watches[name].update(column, rows[scored], self.seed)
+            if name in self.watches:
+                self.watches[name].update(column, rows[scored], self.seed)
+        self._take_rate("abstained", ~accepted[scored], rows[scored])
         self.rows += len(outcomes)
         self.unscored += int(np.count_nonzero(~scored))
         self.accepted += int(np.count_nonzero(accepted))
@@ -187,6 +202,7 @@ class Monitor:
         claim_file(path, "monitor state", overwrite=True)
         tables = {name: watch.reference.table() for name, watch in self.watches.items()}
         kept = [pa.table({"test": [name] * len(n), "value": v, "count": n}) for name, (v, n) in tables.items()]
+        kept.append(pa.table({"value": pa.array([], pa.float64()), "count": pa.array([], pa.int64())}))
         for kind, seen in zip(KINDS, (self.monitored, self.labelled), strict=True):
             kept.append(pa.table({"test": pa.array([kind] * len(seen), pa.string()), "row": seen.hashes()}))
         whole = pa.concat_tables(kept, promote_options="default")
@@ -243,6 +259,7 @@ class Monitor:
             audited=(0, 0) if self.audited is None else (self.audited.n, self.audited.wrong),
             remembered=(len(self.monitored), len(self.labelled)),
             forgotten=self.forgotten,
+            counted={name: (rate.n, rate.wrong) for name, rate in self.rates.items()},
         )
 
     def _restore(self, state: State, values: Mapping[TestName, tuple[Floats, Ints]]) -> None:
@@ -251,6 +268,8 @@ class Monitor:
         (n, wrong), levels = state.audited, {test.name: test.level for test in self._tests()}
         if tests.keys() != levels.keys() or state.wealth.keys() != self.watches.keys() or wrong > n:
             raise ValueError(f"its tests are not {', '.join(levels)}")
+        if state.counted.keys() != self.rates.keys() or any(k > m for m, k in state.counted.values()):
+            raise ValueError(f"its rates are not {', '.join(self.rates) or 'none'}")
         if any(tests[name].level != level for name, level in levels.items()):
             raise ValueError("its tests have other levels")
         n_scored = state.rows - state.unscored
@@ -259,6 +278,9 @@ class Monitor:
             for name, watch in self.watches.items()
         }
         self.rows, self.unscored, self.accepted = state.rows, state.unscored, state.accepted
+        for name, rate in self.rates.items():
+            seen, happened = state.counted[name]
+            self.rates[name], self.rate_tests[name] = replace(rate, n=seen, wrong=happened), tests[name]
         if self.audited is not None:
             self.audited, self.audit_test = replace(self.audited, n=n, wrong=wrong), tests["audit"]
 
@@ -289,6 +311,7 @@ class Monitor:
             tests=tuple(tests),
             acceptance=self._acceptance(),
             audit=audited,
+            present=self._present(),
         )
 
     def _watch(self, test: Test, values: Floats) -> Watch:
@@ -299,7 +322,8 @@ class Monitor:
 
     def _tests(self) -> list[Test]:
         watched = [watch.test for watch in self.watches.values()]
-        return watched if self.audit_test is None else [*watched, self.audit_test]
+        audit = () if self.audit_test is None else (self.audit_test,)
+        return [*watched, *audit, *self.rate_tests.values()]
 
     def _promise(self) -> float | None:
         """The promised error rate; None where nothing is accepted, or a mean over calibrations is all that is promised.
@@ -334,7 +358,8 @@ class Monitor:
     def _take_labels(self, outcomes: Outcomes, accepted: NDArray[np.bool_], rows: Ints) -> None:
         if self.audited is None or self.audit_test is None:
             return
-        known = np.flatnonzero((outcomes.failure != UNKNOWN) & accepted)
+        counts = accepted | ("outside" in self.rates)  # of a share of strangers every labelled row tells
+        known = np.flatnonzero((outcomes.failure != UNKNOWN) & counts)
         hashes, new = self.labelled.new(outcomes.take(known), labels=True)
         if not new.all():
             told = f"{np.count_nonzero(~new)} of {len(new)} labels were given before and are not counted again."
@@ -342,14 +367,29 @@ class Monitor:
         self.repeated += int(np.count_nonzero(~new))
         self.labelled.add(hashes)
         known = known[new]
+        self._take_rate("outside", outcomes.outside[known], rows[known])
+        known = known[accepted[known]]
         wrong = outcomes.failure[known] == 1
         self.audit_test = self.audit_test.after(self.audited.path(wrong), rows[known])
         self.audited = self.audited.more(wrong)
+
+    def _take_rate(self, name: TestName, happened: NDArray[np.bool_], rows: Ints) -> None:
+        """Count rows for a rate that is watched, if it is."""
+        if name in self.rates:
+            counts = happened.astype(np.int64)
+            self.rate_tests[name] = self.rate_tests[name].after(self.rates[name].path(counts), rows)
+            self.rates[name] = self.rates[name].more(counts)
 
     def _acceptance(self) -> Acceptance | None:
         n = self.rows - self.unscored
         since = self.accepted / n if n else None
         return None if self._coverage is None else Acceptance(calibration=self._coverage, since=since, n=n)
+
+    def _present(self) -> str | None:
+        """What labels say of the share of strangers, where one is stated."""
+        if self.rule is None or self.rule.outside_share is None or "outside" not in self.rates:
+            return None
+        return in_words(self.rates["outside"], self.rule.outside_share)
 
     def _fingerprint(self) -> str:
         """Of everything that decides what the same rows lead to."""
@@ -357,6 +397,8 @@ class Monitor:
         for watch in self.watches.values():
             for column in watch.reference.table():
                 content.update(column.tobytes())
+        if not self.watches:
+            content.update(self.calibration.uncertainty.tobytes())
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
@@ -435,6 +477,9 @@ class State(Model):
     audited: tuple[Count, Count]
     remembered: tuple[Count, Count] | None = None  # hashes of rows, and of labels; None: by code that kept none
     forgotten: Count = 0
+    counted: dict[str, tuple[Count, Count]] = Field(default_factory=dict)  # rows, and those that a rate is of
+
+    later = frozenset({"counted"})
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:

@@ -13,7 +13,7 @@ from vilu.decision.audit import Audit, AuditVerdict
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
 
-TestName = Literal["scores", "acceptance", "answers", "audit"]
+TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "abstained"]
 Verdict = Literal["holds", "shifted: guarantee void", "broken"]
 
 MEANING = {
@@ -21,6 +21,8 @@ MEANING = {
     "acceptance": "another share of the answers is accepted than of the calibration rows",
     "answers": "the model gives its answers in other proportions than on the calibration rows",
     "audit": "more of the accepted answers are wrong than was promised",
+    "outside": "more of the pictures are of none of the classes than the promise was stated for",
+    "abstained": "more answers are abstained from than the stated shares explain",
 }
 RECALIBRATE = (
     "Do not rely on the promised risk for rows from there on. Collect labels of new rows, drawn at random, "
@@ -33,7 +35,8 @@ class Test(Model):
 
     Attributes:
         name: "scores", "acceptance" and "answers" ask whether the rows are still like those of the calibration, "audit"
-            whether accepted answers are wrong too often.
+            whether accepted answers are wrong too often, "outside" and "abstained" whether the present shares are those
+            that a promise was stated for.
         level: Probability of a false alarm, ever.
         log_wealth: Evidence now; the alarm is at log(1/level).
         peak: Largest evidence so far.
@@ -127,7 +130,10 @@ class Status(Model):
         tests: Each with its share of that.
         acceptance: Shares of accepted answers; None without a rule for single rows.
         audit: What the labels say; None without a promise.
+        present: What they say of the share of strangers, in words; None where none was stated.
     """
+
+    later = frozenset({"present"})
 
     verdict: Verdict
     raised_at: int | None
@@ -139,6 +145,7 @@ class Status(Model):
     tests: tuple[Test, ...]
     acceptance: Acceptance | None
     audit: Audited | None
+    present: str | None = None
 
     @property
     def alarm(self) -> bool:
@@ -159,6 +166,8 @@ class Status(Model):
             lines.append(f"accepted: {shares}")
         if self.audit is not None:
             lines.append(f"audit: {self.audit}")
+        if self.present is not None:
+            lines.append(f"outside: {self.present}")
         return "\n".join([*lines, self.advice])
 
 
