@@ -1,0 +1,209 @@
+"""Whether promises hold where some pictures are of none of the classes: ``python -m benchmarks.shares [ARRAYS]``.
+
+Calibrations of 2,000 rows at a risk of 5 % and a confidence of 95 %, drawn from worlds whose risk is known: simulated,
+and with ARRAYS (a folder of .npz files with image, text, target) from pots of real scores, with replacement. Per world
+and share of strangers: what the best threshold accepts, then mean coverage as a share of that and how often the promise
+is broken
+
+- with calibration rows that have this share (plain ``ltt``),
+- with a fifth of strangers among them, and the share stated (``--outside-share``),
+- without any stranger among them, as a warning.
+
+And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is a broken promise;
+and one of confident mistakes, beside the thresholds of MAPIE (``pip install 'vilu[mapie]'``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import vilu
+from vilu.decision.calibrate import Selector, interval
+from vilu.decision.thresholds import METHODS, upper_bound
+from vilu.metrics.counts import Floats, Ints, tie_counts
+from vilu.outcomes.outcomes import Outcomes
+
+ROWS, RISK, DELTA, DRAWN = 2000, 0.05, 0.05, 0.2
+SHARES = (0.0, 0.1, 0.3, 0.5)
+
+
+@dataclass
+class Pot:
+    """A large pot of rows within the classes, and one of strangers; together they stand for the population."""
+
+    u: Floats
+    wrong: Ints
+    strangers: Floats
+
+    def __post_init__(self) -> None:
+        order = np.argsort(self.u)
+        self.u, self.wrong, self.strangers = self.u[order], self.wrong[order], np.sort(self.strangers)
+        self.wrong_below = np.concatenate([[0], np.cumsum(self.wrong)])
+
+    def rates(self, t: Floats, share: float) -> tuple[Floats, Floats]:
+        """Accepted, and accepted and wrong, up to thresholds, as shares of all rows."""
+        below = np.searchsorted(self.u, t, side="right")
+        foreign = share * np.searchsorted(self.strangers, t, side="right") / max(len(self.strangers), 1)
+        inside = (1 - share) / len(self.u)
+        return foreign + inside * below, foreign + inside * self.wrong_below[below]
+
+    def best(self, share: float) -> float:
+        """What the laxest threshold with the risk accepts."""
+        accepted, wrong = self.rates(np.unique(np.r_[self.u, self.strangers]), share)
+        return float(accepted[wrong <= RISK * accepted].max(initial=0.0))
+
+    def of(self, rule: Selector, share: float) -> tuple[float, float]:
+        """Coverage and risk of a rule."""
+        accepted, wrong = self.rates(np.array(interval(rule.certificates[""])), share)
+        coverage = float(accepted[1] - accepted[0])
+        return coverage, float(wrong[1] - wrong[0]) / coverage if coverage else 0.0
+
+    def draw(self, rng: np.random.Generator, share: float) -> Outcomes:
+        """Calibration rows, with replacement; how many are strangers is random, too."""
+        n = int(rng.binomial(ROWS, share))
+        rows = rng.integers(len(self.u), size=ROWS - n)
+        u = np.r_[self.u[rows], rng.choice(self.strangers, n)]
+        outside = np.arange(ROWS) >= ROWS - n
+        return Outcomes(u, np.r_[self.wrong[rows], np.ones(n, int)], outside=outside)
+
+
+def simulated(rng: np.random.Generator, n: int = 400_000) -> dict[str, Pot]:
+    """A predictor that tells strangers well, one that does not, and the edge."""
+    u = rng.beta(0.5, 2, n)
+    f = (rng.random(n) < 0.9 * u**2).astype(int)
+    return {"told apart": Pot(u, f, rng.beta(9, 1.5, n)), "half told apart": Pot(u, f, rng.beta(4, 1.5, n))}
+
+
+def edge(share: float, n: int = 400_000) -> Pot:
+    """Scores that say nothing, and an error rate of 5.01 % or barely more up to every threshold."""
+    rate = (0.0501 - share) / (1 - share)
+    wrong = np.zeros(n, int)
+    wrong[np.floor(np.arange(int(np.ceil(n * rate))) / rate).astype(int)] = 1  # evenly, beginning with the first
+    even = np.arange(n) / n
+    return Pot(even, wrong, even)
+
+
+def real(folder: Path, inside: str, outside: str, *, joint: bool) -> Pot:
+    """One minus the largest probability of CLIP, among the classes or among them and everyday words."""
+    with np.load(folder / f"{inside}_b32.npz") as data, np.load(folder / f"{outside}_b32.npz") as other:
+        text, target = data["text"].astype(np.float32), data["target"]
+        images = data["image"].astype(np.float32), other["image"].astype(np.float32)
+    k = len(text)
+    if joint:
+        with np.load(folder / "words_b32.npz") as words:
+            text = np.concatenate([text, words["text"].astype(np.float32)])
+    scores = []
+    for image in images:
+        logits = 100 * image @ text.T
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        scores.append((p[:, :k] / p.sum(1, keepdims=True)).astype(np.float64))
+    answer = scores[0].argmax(1)
+    return Pot(1 - scores[0].max(1), (answer != target).astype(int), 1 - scores[1].max(1))
+
+
+def replay(pot: Pot, share: float, drawn: float, stated: float | None, draws: int, seed: int) -> tuple[float, float]:
+    """Mean coverage, and share of broken promises."""
+    rng, coverage, broken = np.random.default_rng([seed, int(100 * share)]), 0.0, 0
+    for _ in range(draws):
+        rule = vilu.calibrate(pot.draw(rng, drawn), max_risk=RISK, confidence=1 - DELTA, outside_share=stated)
+        found, risk = pot.of(rule, share)
+        coverage, broken = coverage + found, broken + (risk > RISK)
+    return coverage / draws, broken / draws
+
+
+def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
+    """One world at one share; n calibrations, and the Clopper-Pearson bound at 95 % of the broken promises."""
+    best = pot.best(share)
+    cells = [f"{name} | {share:.0%} | {best:.1%}"]
+    ways = [(share, None), (0.0, None)] if share == 0 else [(share, None), (DRAWN, share), (0.0, None)]
+    for drawn, stated in ways:
+        coverage, broken = replay(pot, share, drawn, stated, draws, seed)
+        bound = upper_bound(round(broken * draws), draws, 0.05)
+        ratio = f"{coverage / best:.2f}" if best else "–"
+        cells.append(f"{ratio}, broken {broken:.2%} (≤ {bound:.1%})")
+    return "| " + " | ".join(cells) + " |"
+
+
+def mistakes(rng: np.random.Generator, n: int) -> tuple[Floats, Ints]:
+    """Of the 4 % most trusted half are wrong, of the next 60 % one in a hundred, of the others half."""
+    u = rng.random(n)
+    return u, (rng.random(n) < np.where(u < 0.04, 0.5, np.where(u < 0.64, 0.01, 0.5))).astype(int)
+
+
+def mistaken(low: float, high: float) -> float:
+    """Error rate of that world between two uncertainties."""
+    edges = np.array([0.0, 0.04, 0.64, 1.0])
+    wrong = np.interp([low, high], edges, np.concatenate([[0.0], np.cumsum([0.02, 0.006, 0.18])]))
+    return float((wrong[1] - wrong[0]) / (high - low))
+
+
+def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
+    """The interval that a procedure certifies at 5 % and delta 0.1, ours or one of MAPIE's."""
+    if method in METHODS:
+        counts = tie_counts(u, f)
+        point = METHODS[method](counts, RISK, 0.1)
+        floor = 0.0 if point is None or point.floor < 0 else float(counts.value[point.floor])
+        return None if point is None else (floor, float(counts.value[point.index]))
+    from mapie.risk_control import BinaryClassificationController
+
+    controller = BinaryClassificationController(
+        predict_function=lambda confidence: np.stack([1 - confidence, confidence], axis=1),
+        risk="precision",
+        target_level=1 - RISK,
+        confidence_level=0.9,
+        list_predict_params=np.linspace(0.95, 0, 96),
+        fwer_method=method,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fixed sequences, and where it finds nothing
+        controller.calibrate(1 - u, 1 - f)
+    valid = np.asarray(controller.valid_predict_params)
+    return (0.0, float(1 - valid.min())) if len(valid) else None
+
+
+def confident(draws: int, methods: tuple[str, ...]) -> None:
+    """Print mean coverage and broken promises in the world of confident mistakes."""
+    for n in (2000, 10_000):
+        for method in methods:
+            rng, coverage, broken = np.random.default_rng(n), [], 0
+            for _ in range(draws):
+                found = certified(method, *mistakes(rng, n))
+                coverage.append(0.0 if found is None else found[1] - found[0])
+                broken += found is not None and mistaken(*found) > RISK
+            error = np.std(coverage) / np.sqrt(draws)
+            print(f"| {n:,} | {method} | {np.mean(coverage):.1%} ± {error:.1%} | {broken / draws:.2%} |", flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="Whether promises hold where some pictures are strangers.")
+    parser.add_argument("arrays", nargs="?", type=Path)
+    parser.add_argument("--draws", type=int, default=2000)
+    parser.add_argument("--confident", nargs="*", help="only this world, with these procedures")
+    options = parser.parse_args()
+    if options.confident is not None:
+        confident(options.draws, tuple(options.confident) or ("ltt", "sgr", "bonferroni_holm", "fixed_sequence"))
+        return
+    rng = np.random.default_rng(0)
+    worlds: dict[str, Callable[[float], Pot]] = {
+        **{name: lambda _, pot=pot: pot for name, pot in simulated(rng).items()},  # type: ignore[misc]
+        "edge": edge,
+    }
+    if options.arrays is not None:
+        for inside, outside in (("caltech66", "proto_dtd"), ("food9", "caltech66")):
+            for joint in (False, True):
+                pot = real(options.arrays, inside, outside, joint=joint)
+                worlds[f"{inside}, {'joint pool' if joint else 'mcm'}, strangers of {outside}"] = lambda _, pot=pot: pot  # type: ignore[misc]
+    for seed, (name, world) in enumerate(worlds.items()):
+        for share in (0.0, 0.01, 0.03) if name == "edge" else SHARES:
+            print(line(name, world(share), share, options.draws, seed), flush=True)
+
+
+if __name__ == "__main__":
+    main()
