@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.decision.calibration import Target, calibrate_predictor
+from vilu.decision.record import load
 from vilu.decision.score import Decider
-from vilu.errors import ProvenanceError, UsageError
+from vilu.embeddings.source import Batch
+from vilu.errors import DataError, ProvenanceError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -66,3 +70,50 @@ def test_a_row_without_a_score_is_not_accepted_and_says_why(tmp_path: Path) -> N
     assert (outcomes.decision[4], outcomes.decision_reason[4], outcomes.label_set[4]) == ("abstain", "nonfinite", None)
     assert np.isnan(outcomes.failure_probability[4])
     assert {text for row, text in enumerate(outcomes.decision) if row != 4} <= {"accept", "abstain"}
+
+
+def with_strangers(n: int, seed: int) -> vilu.Embeddings:
+    """Toy images, a fifth of them of none of the classes: anywhere, and so with low similarities."""
+    data, rng = toy_embeddings(n, seed=seed, ids_from=1000 * seed), np.random.default_rng(seed)
+    image, target = data.image.numpy().copy(), data.target.numpy().copy()
+    strangers = rng.random(n) < 0.2
+    image[strangers] = rng.normal(size=(strangers.sum(), image.shape[1]))
+    target[strangers] = -2
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    return vilu.Embeddings(image, data.text, target, 20.0, class_names=data.class_names, ids=data.ids)
+
+
+class Seeing(vilu.MCM):
+    """MCM that takes an image for a stranger where no text is near."""
+
+    name = "seeing"
+
+    def outside_probability(self, batch: Batch) -> Tensor:
+        return (batch.logits.amax(dim=1) < 7).double()
+
+
+def test_stated_shares_are_kept_and_strangers_named(tmp_path: Path) -> None:
+    vilu.MCM().save(tmp_path)
+    stated = Target(max_risk=0.15, outside_share=0.1)
+    record = calibrate_predictor(tmp_path, with_strangers(1500, 1), stated)
+    assert record.rule is not None
+    assert "for up to 10.0% of strangers" in str(record.promise)
+    assert load(tmp_path) == record
+    assert calibrate_predictor(tmp_path, with_strangers(1500, 1), stated, overwrite=False) == record
+    new = with_strangers(400, 2)
+    scores = vilu.score(vilu.load(tmp_path), new, decider=Decider(vilu.load(tmp_path), record))
+    assert set(scores.decision_reason or ()) == {None, "above_threshold"}
+    seeing = Seeing()
+    seeing.calibrator_ = vilu.load(tmp_path).calibrator_
+    seen = vilu.score(seeing, new, decider=Decider(seeing, record))
+    named = np.array([reason == "outside" for reason in seen.decision_reason or ()])
+    abstained = np.array([decision == "abstain" for decision in scores.decision or ()])
+    assert seen.decision == scores.decision
+    assert 0 < named.sum() < abstained.sum()
+    assert np.array_equal(named, abstained & ((20 * new.image @ new.text.T).amax(dim=1) < 7).numpy())
+    edited = json.loads((tmp_path / "risk.json").read_text())
+    edited["rule"]["outside_share"] = 0.6
+    edited.pop("digest")
+    (tmp_path / "risk.json").write_text(json.dumps(edited))
+    with pytest.raises(DataError, match="does not bear out"):
+        load(tmp_path)

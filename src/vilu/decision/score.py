@@ -8,7 +8,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,7 +39,18 @@ ROWS_PER_PART = 2**17
 
 ACCEPT, ABSTAIN = "accept", "abstain"
 
+ABOVE, OUTSIDE_REASON = "above_threshold", "outside"
+"""Why an answer is not accepted: its uncertainty; and where the picture is rather of none of the classes, that."""
+
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class SeesOutside(Protocol):
+    """A predictor of probabilities that tells strangers from wrong answers within the classes."""
+
+    def outside_probability(self, batch: Batch) -> Tensor | None:
+        """(B,) P(the image is of none of the classes), a part of the uncertainty; None where it has not learnt it."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,15 @@ class Decider:
             return None
         return named_sets(self.record.label_sets.of(self.predictor, batch, uncertainty), class_names)
 
-    def decide(self, outcomes: Outcomes) -> Outcomes:
-        """The outcomes with what there is to say of them."""
+    def strangers(self, batch: Batch, uncertainty: Floats) -> NDArray[np.bool_]:
+        """(B,) rows that are rather strangers than answered wrongly: P(outside) is more than half of P(failure)."""
+        found = None
+        if self.record is not None and self.record.rule is not None and isinstance(self.predictor, SeesOutside):
+            found = self.predictor.outside_probability(batch)
+        return np.zeros(len(uncertainty), np.bool_) if found is None else found.numpy(force=True) > uncertainty / 2
+
+    def decide(self, outcomes: Outcomes, strangers: NDArray[np.bool_] | None = None) -> Outcomes:
+        """The outcomes with what there is to say of them; of ``strangers`` (N,) that are abstained from, "outside"."""
         if self.predictor.calibrator_ is None:
             return outcomes
         probability = self.predictor.failure_probability(outcomes.uncertainty)
@@ -84,6 +102,8 @@ class Decider:
             return outcomes
         groups = group_names(outcomes) if rule.grouped_by == "prediction" else None
         reasons = rule.reasons(outcomes.uncertainty, groups)
+        for row in [] if strangers is None else np.flatnonzero(strangers).tolist():
+            reasons[row] = OUTSIDE_REASON if reasons[row] == ABOVE else reasons[row]
         missing = np.isnan(outcomes.uncertainty)
         for row in np.flatnonzero(missing).tolist():
             reasons[row] = None if outcomes.reason is None else outcomes.reason[row]
@@ -156,11 +176,13 @@ def score_rows(
     order = np.argsort(places, kind="stable")
     uncertainty, target = np.full(len(places), np.nan), source.target.numpy()[places]
     prediction, failure = (np.full(len(places), UNKNOWN) for _ in range(2))
+    strangers = np.zeros(len(places), np.bool_)
     sets: list[str | None] = [None] * len(places)
     for batch, scores in decider.predictor.scored(source, scored):
         at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
         uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
         prediction[at], failure[at] = batch.prediction.numpy(force=True), batch.failure.numpy(force=True)
+        strangers[at] = decider.strangers(batch, scores)
         for row, found in zip(at.tolist(), decider.label_sets(batch, scores, source.class_names) or (), strict=False):
             sets[row] = found
     reasons = _reasons(source, places, uncertainty)
@@ -176,7 +198,7 @@ def score_rows(
         label_set=sets if any(sets) else None,
         **facts,
     )
-    return decider.decide(outcomes)
+    return decider.decide(outcomes, strangers)
 
 
 def _checked(decider: Decider, data: EmbeddingSource) -> Decider:

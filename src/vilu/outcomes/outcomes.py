@@ -188,7 +188,7 @@ class Outcomes:
         is_probability: Whether the uncertainty is a probability of failure.
         failure_probability: (N,) float64 calibrated probability of failure, NaN as the uncertainty; None without.
         decision: Per row "accept" or "abstain"; None without a rule.
-        decision_reason: Per row why it is not accepted ("above_threshold", "below_floor", "not_certified",
+        decision_reason: Per row why it is not accepted ("above_threshold", "below_floor", "outside", "not_certified",
             "not_selected", or its ``reason``), or None.
         label_set: Per row a JSON list of the candidates that may be right, or None where there is no uncertainty.
 
