@@ -24,6 +24,7 @@ from vilu.predictors.heads.vilu_zero import (
     ViLUZero,
     discriminants,
     presence,
+    sufficiency,
 )
 from vilu.predictors.nn.train import Rows
 
@@ -175,6 +176,13 @@ def test_too_few_rows_give_mcm(data: Embeddings) -> None:
     with pytest.warns(UserWarning, match="fitted on 19 rows"):
         predictor = ViLUZero().fit(data.take(range(19)))
     assert np.allclose(predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data), atol=1e-9)
+
+
+def test_two_rows_a_class_teach_no_prototypes() -> None:
+    """One minus two rows a class over how many there are, by hand: 0 of 80 rows and 40 classes, 0.6 of 200."""
+    assert [sufficiency(n, 40) for n in (40, 80, 200)] == pytest.approx([0.0, 0.0, 0.6])
+    few = toy_embeddings(n=80, k=40, d=24)
+    assert ViLUZero().fit(few).notes_["share"] == 0.0
 
 
 def test_images_that_are_all_the_same_teach_nothing(data: Embeddings) -> None:

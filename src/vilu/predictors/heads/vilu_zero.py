@@ -42,6 +42,8 @@ MOST_ANCHOR = 100.0
 """Rows that the anchor of a mean counts for at most."""
 APART = 0.2
 """Variance of the means of classes, in units of that within, from which on prototypes are fully trusted."""
+FEW_MEMBERS = 2.0
+"""Rows a class, on average over those that occur, up to which prototypes are not trusted at all."""
 STRENGTHS = (0.0, 0.25, 0.5, 1.0)
 TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
 
@@ -61,8 +63,9 @@ class ViLUZero(ClosedSet):
     *Where they lie* (g, linear in z): discriminants of Gaussians with one covariance, whose soft members are the rows
     by their posterior. Means start from where texts lead to, m + a (t_c - t), and move towards the members by
     n_c / (n_c + kappa); kappa, a, and the covariance come from the rows. ``tau`` is how well prototypes of one half
-    predict the posterior of the other (least cross-entropy): 0 where they cannot. The share is at most ``share``, times
-    N / (N + K), times the square of how far means lie apart, in units of ``APART``, where that is below one.
+    predict the posterior of the other (least cross-entropy): 0 where they cannot. The weight in the pool is ``share``
+    times 1 - 2 K' / N, K' = K (1 - rho) being the classes that occur (0 up to two rows a class: prototypes of so few
+    rows do harm), times the square of how far the means lie apart, in units of ``APART``, where that is below one.
 
     Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are part of the fit.
 
@@ -102,7 +105,9 @@ class ViLUZero(ClosedSet):
             few, _ = draw_rows(train, self.max_bank, self.seed)
             pool = Pool(few, self.seed, self.device_)
             occurrence, absent = pool.occurrence()
-            share, trust, known = pool.prototypes(occurrence, self.share)
+            share, trust, known = pool.prototypes(
+                occurrence, self.share * sufficiency(len(few.index), len(text) * (1 - absent))
+            )
             shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
             notes = {"absent": absent, "share": share, **shown}
         scale = torch.tensor(1 - share, dtype=torch.float64)
@@ -270,14 +275,12 @@ class Pool:
         """The share in the pool, at most ``most``, tau, and the prototypes."""
         text = float64(self.text).cpu()
         share, trust, crossed, whole = 0.0, 0.0, [Classifier.nothing(text)] * 2, Classifier.nothing(text)
-        n = len(self.rows.index)
         for _ in range(ROUNDS):
             moments = self._moments(occurrence, crossed, trust, share)
             crossed = [discriminants(moments.part(1 - half), text) for half in (0, 1)]
             whole = discriminants(moments.part(None), text)
             trust = self._trust(occurrence, crossed)
-            known = n / (n + len(text)) * min(max(whole.apart / APART, 0.0), 1.0) ** 2
-            share = most * known if trust else 0.0
+            share = most * min(max(whole.apart / APART, 0.0), 1.0) ** 2 if trust else 0.0
         return share, trust, whole
 
     def _moments(self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float) -> Moments:
@@ -302,6 +305,11 @@ class Pool:
                     predicted = (trust * found + offset).log_softmax(1)
                     losses[place] -= (posterior * predicted).sum(1).double().sum().cpu()
         return TRUSTS[int(losses.argmin())]
+
+
+def sufficiency(n_rows: int, n_classes: float) -> float:
+    """How far prototypes of so many classes can be trusted to so many rows: 1 - ``FEW_MEMBERS`` K / N, at least 0."""
+    return max(1 - FEW_MEMBERS * n_classes / n_rows, 0.0)
 
 
 def presence(count: Tensor) -> tuple[Tensor, float]:
