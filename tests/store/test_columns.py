@@ -191,7 +191,10 @@ def test_documents_name_them(original):
         "text_projection": [DIM, DIM],
         "negatives": [3, DIM],
     }
-    assert f"columns      features {F}, views {V}, prompts 2, negatives 3" in str(inspect(original))
+    told = str(inspect(original))
+    assert f"columns      features {F}, views {V} x {DIM}, " in told
+    assert f"prompts 3 x 2 x {DIM}" in told
+    assert f"negatives 3 x {DIM}" in told
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,10 @@ def test_columns_come_too(tmp_path: Path) -> None:
     for name, values in columns.items():
         found = store.column(name, torch.arange(30 if name in {"features", "views"} else 4))
         assert torch.allclose(found, torch.from_numpy(values).float(), atol=1e-6), name
-    assert not inspect(store.path, deep=True).problems
+    report = inspect(store.path, deep=True)
+    assert not report.problems
+    assert "columns      features 9, views 3 x 6, prompts 4 x 2 x 6, " in str(report)
+    assert "negatives 11 x 6" in str(report)
 
 
 def test_other_names(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from vilu.store.ledger import AnyReceipt, Count, FileInfo
 class StoreDocument(Document):
     """A file of a store."""
 
-    again = "Run `vilu embed` again"
+    again = "Run `vilu embed` (or `vilu import`) again"
 
 
 SMALLEST = 0.5

@@ -17,7 +17,7 @@ from vilu.embeddings.source import OUTSIDE, UNKNOWN
 from vilu.errors import ViLUError
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import read_document
-from vilu.store.documents import Receipt, Run
+from vilu.store.documents import CAPTION, IMAGE, Receipt, Run
 from vilu.store.ledger import require_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, holds_all, map_rows, metadata_schema, read_classes, read_columns
 from vilu.store.reader import CaptionStore, EmbeddingStore
@@ -41,6 +41,7 @@ class StoreReport:
         n_error: Images that failed.
         errors: The same by kind.
         labels: Rows of one of the classes ("inside"), of none ("outside"), and of unknown label.
+        columns: What is kept beside the embeddings, with its shape: of one image, of all classes, or of the model.
         bytes: Size of the parts on disk.
         deep: Whether every byte was looked at.
         problems: What is wrong, one sentence each; empty if nothing is.
@@ -57,6 +58,7 @@ class StoreReport:
     n_error: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
+    columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
     bytes: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -81,16 +83,15 @@ class StoreReport:
         run, space = self.run, self.run.space
         kinds = ", ".join(f"{kind} {count}" for kind, count in self.errors.most_common())
         unfound = "none" if self.deep else "none; --deep reads every byte"
-        kept = {"features": run.features, "views": run.views and run.views.n, "prompts": len(run.prompts)}
-        kept["negatives"] = len(run.negatives)
-        columns = ", ".join(f"{name} {size}" for name, size in kept.items() if size)
+        columns = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in self.columns.items())
         n_in = f" of {run.n_in}" if not run.shards else f" from {run.shards} shards"
         templates = ", ".join(map(repr, run.templates)) or "not known"
         classes = {"classes": f"{len(run.names)}, templates {templates}", "labels": self._labels()}
         model = f"{space.backbone or 'not known'}, {space.precision or 'precision not known'}"
         origin = {} if run.imported is None else {"imported": run.imported.source or "from where is not known"}
+        made = "`vilu embed`" if run.imported is None else "`vilu import`"
         facts = {
-            "store": f"{self.store}, {'complete' if self.sealed else 'not complete: run `vilu embed` again'}",
+            "store": f"{self.store}, {'complete' if self.sealed else f'not complete: run {made} again'}",
             "images": f"{self.n_in}{n_in} in {self.parts_done} of {self.parts} parts",
             "rows": f"{self.n_ok} x {space.embed_dim} {run.dtype}, {self.bytes / 2**20:.1f} MiB",
             "errors": f"{self.n_error}" + (f" ({kinds})" if kinds else ""),
@@ -132,6 +133,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     run = read_document(root / RUN, Run)
     ledger = StoreLedger(root, run)
     report = StoreReport(root.resolve().name, (root / MANIFEST).exists(), run, len(ledger.parts), deep)
+    report.columns = {name: shape for name, shape in run.arrays.items() if name not in {IMAGE, CAPTION}}
     for part in ledger.parts:
         if not report.sealed and not (root / part.receipt).exists():
             continue
@@ -147,7 +149,8 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
                 report.labels.update(_label_counts(ledger, part, receipt))
     with report.noting():
         if not run.captions:
-            read_classes(root, run)
+            table, _ = read_classes(root, run)
+            report.columns |= {name: info.shape for name, info in table.columns.items()}
         if report.sealed and not report.problems:  # as those do who use it
             (CaptionStore if run.captions else EmbeddingStore)(root)
     return report

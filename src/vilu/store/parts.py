@@ -183,7 +183,7 @@ ERRORS = _schema(
 )
 """Of each image without a row; ``bytes`` is its encoded size where it could be read."""
 
-REDO = "Run `vilu embed` again to redo the part."
+REDO = "Run `vilu embed` (or `vilu import`) again to redo the part."
 
 UNREADABLE_NPY = (OSError, ValueError, OverflowError, SyntaxError, TokenError, RecursionError, MemoryError)
 """What numpy raises on a damaged or hostile file (the last four from parsing its header as a Python literal)."""

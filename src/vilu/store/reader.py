@@ -26,7 +26,7 @@ from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import Reopened, Vouched, content_hash
 from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
-from vilu.store.parts import Part, StoreLedger, column_path, map_rows, metadata_schema, read_classes, read_columns
+from vilu.store.parts import REDO, Part, StoreLedger, column_path, map_rows, metadata_schema, read_classes, read_columns
 
 
 @checked
@@ -101,7 +101,7 @@ class Sealed(Reopened):
         """Refuse what the manifest does not vouch for."""
         if not whole:
             raise ProvenanceError(
-                f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Run `vilu embed` again."
+                f"{self.path / MANIFEST} seals other parts or classes than the folder holds. Make it again."
             )
 
     def metadata(self, name: str, number: int) -> pa.Array:
@@ -223,7 +223,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         if len(target) and not (target.min() >= OUTSIDE and target.max() < self.n_candidates):
             raise StorageError(
                 f"{self.path / part.metadata} has labels from {target.min()} to {target.max()}, "
-                f"there are {self.n_candidates} classes. Run `vilu embed` again to redo the part."
+                f"there are {self.n_candidates} classes. {REDO}"
             )
         return target
 
