@@ -70,14 +70,18 @@ def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
 
 @pytest.mark.parametrize("n", [200, 12, 3])
 def test_attention_is_the_most_probable_one(data: Embeddings, n: int) -> None:
-    """Its dual view: one weight vector per class, of prior covariance C (rho T T^T + (1 - rho) I) across classes."""
+    """Its dual view: one weight vector per class, of prior covariance C (rho T T^T + (1 - rho) D) across classes.
+
+    D is one for classes with labels, zero for the others.
+    """
     few = data.take(torch.arange(n))
     inputs = ImageInputs(8, 0)
     inputs.fit(rows_of(few))
     attention = fit_attention(inputs, rows_of(few), 4, VARIANCE, SHARING, CPU)
     x = np.column_stack([standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)])
     t = standardised(data.text.double().numpy())
-    precision = np.linalg.inv(SHARING * t @ t.T + (1 - SHARING) * np.eye(4))
+    seen = np.isin(np.arange(4), few.target.numpy())
+    precision = np.linalg.inv(SHARING * t @ t.T + (1 - SHARING) * np.diag(seen))
     offset = float(attention.temperature) * zero_shot(data)[:n]
     variance = VARIANCE * offset.var(axis=1).mean()
     each = np.append(np.full(8, 1 / variance), 1 / (BIAS_SHARE * variance))
@@ -155,7 +159,7 @@ def test_the_share_that_is_kept_is_the_most_probable_one(data: Embeddings, n: in
     x = np.column_stack([standardised(few.image_rows(torch.arange(n)).double().numpy()), np.ones(n)])
     text, target = data.text.double().numpy(), few.target.numpy()
     kernel = x @ np.diag(np.append(np.full(8, 30.0), 30 * BIAS_SHARE)) @ x.T
-    across = SHARING * text @ text.T + (1 - SHARING) * np.eye(4)
+    across = SHARING * text @ text.T + (1 - SHARING) * np.diag(np.isin(np.arange(4), target))
     logits = zero_shot(data)[:n]
     order = np.argsort(target, kind="stable")
     learned = np.zeros((n, 4))

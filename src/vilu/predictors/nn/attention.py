@@ -210,8 +210,9 @@ class Block(NamedTuple):
 class Problem:
     """The attention's convex problem: of rows that are streamed, or, where one batch holds them, in their own span.
 
-    The optimum is a sum over rows and over texts, so with fewer rows than coordinates an orthonormal basis of the rows
-    says as much as all coordinates do, and so for the texts.
+    Classes without labels learn what is shared alone: labels of others would else make them ever rarer, beyond
+    ``class_log_prior``. The optimum is a sum over rows and over texts, so with fewer rows than coordinates an
+    orthonormal basis of the rows says as much as all coordinates do, and so for the texts.
 
     Attributes:
         held: All rows in one block, in the bases; None where they are streamed.
@@ -223,6 +224,8 @@ class Problem:
         scale = torch.full((attention.inputs.width + 1,), math.sqrt(variance), device=self.device)
         scale[-1] *= math.sqrt(BIAS_SHARE)
         self.scale, self.own_scale = scale, math.sqrt(1 - attention.sharing)
+        target = rows.source.target[rows.index]
+        self.has_labels = (torch.bincount(target, minlength=len(attention.own)) > 0).to(scale)[:, None]
         self.held: Block | None = None
         n_classes = len(attention.classes)
         if n_classes and self.n <= min(SCORING_BATCH, MAX_CELLS // n_classes):
@@ -275,7 +278,7 @@ class Problem:
     def learned(self, block: Block, shared: Tensor, own: Tensor) -> Tensor:
         """(B, K) what is added to the offset."""
         keys = block.text @ shared.T
-        return block.image @ (keys + self.own_scale * own if len(own) else keys).T
+        return block.image @ (keys + self.own_scale * self.has_labels * own if len(own) else keys).T
 
     def full(self, shared: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """The solution for the attention's own coordinates: (D + F + 1, D) and (K, D + F + 1)."""
