@@ -37,11 +37,41 @@ class Second(FailurePredictor):
         return batch.logits.softmax(dim=1).sort(dim=1).values[:, -2]
 """
 
+WITH_MORE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vilu.predictors.base import FailurePredictor, Learnt
+from vilu.registry import register
+
+
+@register
+@dataclass
+class Nearer(FailurePredictor):
+    \"\"\"Distance to the mean of the rows without labels.\"\"\"
+
+    name: ClassVar[str] = "nearer"
+    summary: ClassVar[str] = "distance to the mean of rows without labels"
+    reference: ClassVar[str] = "nobody, never"
+    uses_unlabelled: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = ("mean",)
+
+    def _learn(self, train, failure, validation):
+        more = train.unlabelled
+        return Learnt({"mean": more.image_rows(torch.arange(len(more))).mean(0)}, {"n_more": len(more)})
+
+    def _score(self, batch):
+        return (batch.image - self.tensor("mean", batch.image.device)).norm(dim=1)
+"""
+
 
 @pytest.fixture
 def run(tmp_path: Path):
     """The command line of a user who has the module ``runner_up`` on the path."""
     (tmp_path / "runner_up.py").write_text(METHOD)
+    (tmp_path / "with_more.py").write_text(WITH_MORE)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     return functools.partial(run_process, PYTHONPATH=path)
 
@@ -61,6 +91,20 @@ def test_a_method_from_outside_is_listed_fitted_and_scored(run, tmp_path: Path) 
     assert found == pytest.approx(np.concatenate(expected), abs=1e-6)  # logits of float32, of another block
     done = run("score", tmp_path / "second", tmp_path / "data", "-o", tmp_path / "none.parquet", code=3)
     assert "Give --plugin runner_up" in done.stderr
+
+
+def test_a_method_gets_the_rows_without_labels_that_it_asks_for(run, tmp_path: Path) -> None:
+    for name, n in (("data", 80), ("more", 50)):
+        embed(dataset(n, unlabelled=range(50) if name == "more" else ()), FakeBackbone(), tmp_path / name, names=NAMES)
+    fit = ("--plugin", "with_more", "fit", tmp_path / "data", "-o", tmp_path / "nearer", "--method", "nearer")
+    run(*fit, "--unlabelled", tmp_path / "more")
+    assert json.loads((tmp_path / "nearer" / "predictor.json").read_text())["notes"]["n_more"] == 50
+    assert "nothing to do" in run(*fit, "--unlabelled", tmp_path / "more").stderr
+    assert "holds another predictor" in run(*fit, "--unlabelled", tmp_path / "data", code=2).stderr
+    refused = run(
+        "fit", tmp_path / "data", "-o", tmp_path / "x", "--method", "lvu", "--unlabelled", tmp_path / "more", code=2
+    )
+    assert "lvu takes no --unlabelled" in refused.stderr
 
 
 def test_a_plugin_that_is_not_there_is_a_sentence(run) -> None:
