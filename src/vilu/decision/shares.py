@@ -23,7 +23,7 @@ OUTSIDE_NAME: Final = "(outside)"
 INSIDE_NAME: Final = "(inside)"
 """Name of the stratum of all other rows, where no shares of classes are stated."""
 
-BETS: Final = (0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.00625)
+BETS: Final = (0.95, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1, 0.05)
 """Bets, as shares of the largest that leaves something of the wealth after the worst row."""
 
 SAID: Final = 3
