@@ -99,6 +99,11 @@ def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -
     }
 
 
+def without_words(data: EmbeddingSource) -> EmbeddingSource:
+    """The same rows without the column of everyday words, so that no method has the outcome "outside"."""
+    return data.take(torch.arange(len(data)), columns=data.columns - {"negatives"})
+
+
 def variant(source: Embeddings, **changes: object) -> Embeddings:
     """The same rows and columns with other arguments of ``Embeddings``."""
     columns = {name: source.column(name, torch.arange(len(source))) for name in source.columns}

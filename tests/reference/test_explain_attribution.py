@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vilu
-from tests.conftest import toy_embeddings, toy_pairs
+from tests.conftest import toy_embeddings, toy_pairs, without_words
 from vilu.embeddings.memory import Embeddings
 from vilu.predictors.games import NoAttribution
 from vilu.report.explain.attribution import game_of, shapley
@@ -37,7 +37,7 @@ def heads(train: Embeddings) -> dict[str, vilu.FailurePredictor]:
 
 @pytest.fixture(scope="module")
 def plus(train: Embeddings) -> vilu.ViLUPlus:
-    return vilu.ViLUPlus(width=16, epochs=4).fit(train)
+    return vilu.ViLUPlus(width=16, epochs=4).fit(without_words(train))
 
 
 def by_permutations(value, players: tuple[str, ...]) -> dict[str, float]:
@@ -204,7 +204,7 @@ def test_vilu_plus_against_its_parts_one_by_one(plus, test: Embeddings) -> None:
 
 
 def test_vilu_plus_that_learned_nothing_is_its_zero_shot_score(train, test) -> None:
-    predictor = vilu.ViLUPlus(width=16, epochs=1).fit(train)
+    predictor = vilu.ViLUPlus(width=16, epochs=1).fit(without_words(train))
     experts = predictor.experts
     for tensor in (experts.attention.shared, experts.attention.own, experts.companions["memory"].values):
         tensor.zero_()

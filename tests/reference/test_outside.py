@@ -6,11 +6,27 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import logsumexp, softmax
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression, Ridge
 
+import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
-from vilu import PREDICTORS, Embeddings
+from vilu import OUTSIDE, PREDICTORS, Embeddings, ViLUPlus
+from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
-from vilu.predictors.outside import far_words
+from vilu.metrics import auroc
+from vilu.predictors.base import NotExportable
+from vilu.predictors.labelled import with_outside
+from vilu.predictors.nn.train import Rows
+from vilu.predictors.outside import (
+    Outside,
+    Seen,
+    far_words,
+    fit_mixture,
+    from_examples,
+    from_words,
+    margin,
+)
 
 
 def rows(rng: np.random.Generator, n: int, d: int) -> np.ndarray:
@@ -103,3 +119,240 @@ def test_neglabel_tells_images_of_words_from_images_of_classes() -> None:
     assert u[:50].max() < u[50:].min()
     gap = logsumexp(40 * image @ words.T, axis=1) - logsumexp(40 * image @ text.T, axis=1)
     assert np.array_equal(np.argsort(gap[:50]), np.argsort(u[:50]))
+
+
+# The outcome "outside".
+
+
+def strangers(seed: int, n_inside: int, n_outside: int, k: int = 6, m: int = 80, d: int = 48) -> Embeddings:
+    """Images near class texts, then images near far words, in one space; targets of the first, OUTSIDE of the rest."""
+    fixed, rng = np.random.default_rng(5), np.random.default_rng(seed)
+    text, words = rows(fixed, k, d), rows(fixed, m, d)
+    far = far_words(torch.from_numpy(words), torch.from_numpy(text), 0.25).numpy()
+    target = rng.integers(k, size=n_inside)
+    image = np.concatenate([text[target], words[rng.choice(far, size=n_outside)]])
+    image += rng.normal(size=image.shape) * 0.11
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    labels = np.concatenate([target, np.full(n_outside, OUTSIDE)])
+    return Embeddings(image, text, labels, logit_scale=20.0, columns={"negatives": words})
+
+
+def all_rows(data: Embeddings, columns: tuple[str, ...] = ("negatives",), **more: object) -> Rows:
+    return Rows(data, torch.arange(len(data)), columns, **more)
+
+
+def whole(data: Embeddings) -> Batch:
+    (batch,) = data.batches(len(data), columns=["negatives"])
+    return batch
+
+
+def test_margin_by_brute_force() -> None:
+    data = world()
+    image, text, words = arrays(data)
+    far = torch.tensor([3, 4, 19])
+    expected = logsumexp(15 * image @ words[far.numpy()].T, axis=1) - logsumexp(15 * image @ text.T, axis=1)
+    np.testing.assert_allclose(margin(whole(data), far).numpy(), expected, atol=1e-5)
+
+
+def test_the_direction_is_ridge_regression() -> None:
+    data = strangers(0, 150, 50)
+    seen = Seen.of(all_rows(data))
+    weight, bias = seen.direction()
+    image = data.image.double().numpy()
+    centred = image - image.mean(axis=0)
+    size = np.sqrt((centred**2).sum(axis=1).mean())
+    expected = Ridge(alpha=1 / 0.1, fit_intercept=False).fit(centred / size, seen.margin - seen.margin.mean()).coef_
+    np.testing.assert_allclose(weight, expected / size, rtol=1e-8)
+    assert float(image.mean(axis=0) @ weight.numpy() + bias) == pytest.approx(float(seen.margin.mean()))
+
+
+def test_the_mixture_finds_what_was_drawn() -> None:
+    """2,000 values about class means, a fifth about 6: estimates within four of their standard errors."""
+    rng = np.random.default_rng(0)
+    answer = rng.integers(4, size=2_000)
+    outside = rng.random(2_000) < 0.2
+    means = np.array([-1.0, 0.0, 0.5, 1.5])
+    value = np.where(outside, 6.0, means[answer]) + rng.normal(size=2_000) * 1.2
+    balance = 6.5 + np.sort(value)[int(0.25 * 1_999)]
+    found = fit_mixture(torch.from_numpy(value), torch.from_numpy(answer), 4, balance, known_inside=False)
+    assert found.share == pytest.approx(outside.mean(), abs=4 * np.sqrt(0.2 * 0.8 / 2_000))
+    assert found.outside == pytest.approx(6 + 0.1, abs=0.1 + 4 * 1.2 / 20)  # 100 of 500 rows believe in 6.5
+    assert found.variance**0.5 == pytest.approx(1.2, abs=4 * 1.2 / np.sqrt(4_000))
+    np.testing.assert_allclose(found.inside[:4], means, atol=4 * 1.2 / 20 + 0.05)
+    slope, offset = found.log_odds()
+    sd = found.variance**0.5
+    inside, beyond = norm.logpdf(2.0, found.inside, sd), norm.logpdf(2.0, found.outside, sd)
+    expected = beyond - inside + np.log(found.share / (1 - found.share))
+    np.testing.assert_allclose(slope * 2.0 + offset, expected, rtol=1e-9)
+
+
+def test_rows_that_are_all_inside_have_hardly_any_outside() -> None:
+    rng = np.random.default_rng(1)
+    answer = torch.from_numpy(rng.integers(4, size=1_000))
+    value = torch.from_numpy(rng.standard_t(5, size=1_000))
+    balance = 7.0 + float(value.sort().values[int(0.25 * 999)])
+    found = fit_mixture(value, answer, 4, balance, known_inside=False)
+    assert found.share < 0.01
+    assert found.outside > 5
+    known = fit_mixture(value, answer, 4, balance, known_inside=True)
+    assert (known.share, known.outside) == (0.1, pytest.approx(7.0))
+    assert float(known.inside[-1]) == pytest.approx(float(value.mean()))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.5])
+def test_words_tell_strangers_apart_however_many_there_are(share: float) -> None:
+    n = 600
+    train, test = strangers(1, round(n * (1 - share)), round(n * share)), strangers(2, 300, 300)
+    found = from_words(all_rows(train), known_inside=False)
+    odds = found.log_odds(whole(test), torch.arange(6)).numpy()
+    assert auroc(odds, np.arange(600) >= 300) > 0.97
+    assert (odds[:300] > 0).mean() < 0.05  # hardly anybody inside is called a stranger
+    assert found.notes["outside_share"] == pytest.approx(share, abs=0.05)
+
+
+def test_words_that_do_not_tell_are_left_alone() -> None:
+    """Words drawn as the classes were, near to every image: nothing is claimed."""
+    rng = np.random.default_rng(2)
+    text, image = rows(rng, 20, 24), rows(rng, 400, 24)
+    words = text[rng.integers(20, size=200)] + rng.normal(size=(200, 24)) * 0.1
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
+    data = Embeddings(image, text, logit_scale=20.0, columns={"negatives": words})
+    found = from_words(all_rows(data), known_inside=False)
+    assert not found
+    assert found.columns == ()
+    assert (found.log_odds(whole(data)) == -np.inf).all()
+    log_odds = torch.linspace(-40, 40, 400).double()
+    assert torch.equal(with_outside(log_odds, found.log_odds(whole(data))), log_odds)
+
+
+@pytest.mark.parametrize("columns", [(), ("negatives",)])
+def test_examples_are_a_ridge_logistic_regression(columns: tuple[str, ...]) -> None:
+    data = strangers(3, 120, 30)
+    train = Rows(data, torch.arange(120), columns)
+    assert train.outside.tolist() == list(range(120, 150))
+    found = from_examples(train, train.outside)
+    image = data.image.double().numpy()
+    centred = image - image.mean(axis=0)
+    inputs = centred / np.sqrt((centred**2).sum(axis=1).mean()) * np.sqrt(100)
+    if columns:
+        far = far_words(data.column("negatives", torch.arange(1)), data.text, 0.25)
+        m = margin(whole(data), far).numpy()
+        inputs = np.column_stack([inputs, (m - m.mean()) / m.std() * np.sqrt(10)])
+    other = LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000).fit(inputs, np.arange(150) >= 120)
+    np.testing.assert_allclose(found.log_odds(whole(data)), other.decision_function(inputs), atol=2e-3)
+    assert found.columns == columns
+
+
+def test_failure_is_one_less_the_probability_of_both() -> None:
+    data = strangers(4, 200, 50)
+    found = from_words(all_rows(data), known_inside=False)
+    batch, log_odds = whole(data), torch.linspace(-30, 30, 250).double()
+    inside = torch.sigmoid(-found.log_odds(batch, torch.arange(6)))
+    expected = 1 - inside * torch.sigmoid(-log_odds)
+    both = with_outside(log_odds, found.log_odds(batch, torch.arange(6)))
+    torch.testing.assert_close(torch.sigmoid(both), expected, rtol=0, atol=1e-12)
+
+
+def test_other_candidates_have_the_means_of_all() -> None:
+    data = strangers(5, 200, 50)
+    found = from_words(all_rows(data), known_inside=False)
+    batch = whole(data)
+    mine, others = found.log_odds(batch, torch.arange(6)), found.log_odds(batch, torch.full((6,), -1))
+    assert torch.equal(others, found.log_odds(batch))
+    assert not torch.allclose(mine, others)
+    assert auroc(others.numpy(), np.arange(250) >= 200) > 0.95
+
+
+def test_what_is_saved_is_what_is_known() -> None:
+    data = strangers(6, 200, 50)
+    found = from_words(all_rows(data), known_inside=False)
+    again = Outside.of(found.tensors())
+    assert torch.equal(again.log_odds(whole(data)), found.log_odds(whole(data)))
+    assert not Outside.of({})
+    assert not Outside.of(Outside.nothing().tensors())
+
+
+def test_vilu_zero_looks_at_words_where_they_are() -> None:
+    train, test = strangers(7, 400, 100), strangers(8, 300, 100)
+    unlabelled = variant(train, target=None)
+    bare = PREDICTORS["vilu_zero"]().fit(variant(unlabelled, columns=None))
+    words = PREDICTORS["vilu_zero"]().fit(unlabelled)
+    assert (bare.columns_to_score, words.columns_to_score) == ((), ("negatives",))
+    assert (bare.label, words.label) == ("vilu_zero", "vilu_zero (outside)")
+    told, untold = words.predict_uncertainty(test), bare.predict_uncertainty(test)
+    assert told[300:].min() > 0.5 > untold[300:].min()
+    assert told[300:].mean() > 0.98 > 0.8 > untold[300:].mean()
+    np.testing.assert_allclose(told[:300], untold[:300], atol=1e-3)
+    with pytest.raises(DataError, match="vilu_zero needs the column 'negatives'"):
+        words.predict_uncertainty(variant(test, columns=None))
+
+
+def failures(data: Embeddings) -> np.ndarray:
+    return np.concatenate([batch.failure.numpy() for batch in data.batches(1_000)])
+
+
+def plus(train: Embeddings, unlabelled: Embeddings | None = None) -> ViLUPlus:
+    return ViLUPlus(width=8, epochs=1).fit(train, unlabelled=unlabelled)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
+@pytest.mark.parametrize("columns", [None, "all"])
+def test_vilu_plus_learns_outside_from_examples(columns: str | None) -> None:
+    """A few examples tell strangers of the same kind, with and without words."""
+    train, test = strangers(9, 90, 30), strangers(10, 300, 100)
+    if columns is None:
+        train, test = variant(train, columns=None), variant(test, columns=None)
+    fitted, bare = plus(train), plus(variant(train, target=train.target, columns=None))
+    assert fitted.label == "vilu_plus (outside)"
+    assert bare.label == "vilu_plus"
+    assert fitted.notes_["n_outside"] == 30
+    told, untold = fitted.predict_uncertainty(test), bare.predict_uncertainty(variant(test, columns=None))
+    assert auroc(told, failures(test)) > 0.97
+    assert told[300:].mean() > 0.75 > 0.5 > untold[300:].mean()
+    assert np.abs(told - untold)[:300].mean() < 0.05
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
+def test_vilu_plus_without_outside_is_as_it_was() -> None:
+    """No word, no example: not a tensor more, whatever rows without labels there are."""
+    train = variant(strangers(11, 90, 0), columns=None)
+    fitted = plus(train)
+    assert not set(Outside.names) & fitted.state().keys()
+    with pytest.raises(DataError, match=r"'negatives'.*vilu embed --negatives"):
+        plus(train, variant(strangers(12, 90, 30), columns=None))
+
+
+@pytest.mark.filterwarnings("ignore:only .* failures")
+def test_vilu_plus_learns_outside_from_words_and_rows_without_labels() -> None:
+    train, unlabelled, test = strangers(13, 90, 0), strangers(14, 240, 60), strangers(15, 300, 100)
+    for fitted in (plus(train), plus(train, variant(unlabelled, target=None))):
+        assert fitted.columns_to_score == ("negatives",)
+        u = fitted.predict_uncertainty(test)
+        assert u[300:].mean() > 0.9
+        assert u[:300].mean() < 0.1
+    assert fitted.notes_["outside_share"] == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures", "ignore:.*were used to fit")
+def test_the_outcome_is_explained_and_not_exported(tmp_path) -> None:
+    data = strangers(16, 90, 30)
+    fitted = plus(data)
+    u = fitted.predict_uncertainty(data)
+    explained = vilu.explain(fitted, data, rows=[0, 5, 100, 110])
+    for row in explained:
+        parts, odds = row.attribution.parts, np.log(u[row.row]) - np.log1p(-u[row.row])
+        assert row.attribution.score == pytest.approx(odds, abs=1e-4)
+        assert sum(parts.values()) == pytest.approx(odds - row.attribution.baseline, abs=1e-6)
+        assert (parts["none of the classes"] > 0) == (row.row >= 90)
+    with pytest.raises(NotExportable, match="no graph with the outcome"):
+        fitted.graph()
+
+
+def test_words_refuse_nothing_that_few_rows_hold() -> None:
+    """Two equal rows, and rows of one class: numbers, not errors."""
+    for n in (2, 3, 30):
+        data = strangers(17, n, 0)
+        data = data.take(torch.zeros(n, dtype=torch.long)) if n < 30 else data
+        for known in (True, False):
+            found = from_words(all_rows(data), known_inside=known)
+            assert torch.isfinite(torch.cat([tensor.flatten() for tensor in found.tensors().values()])).all()

@@ -12,7 +12,7 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 import vilu
-from tests.conftest import toy_embeddings, variant
+from tests.conftest import toy_embeddings, variant, without_words
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
 from vilu.metrics import auroc
@@ -199,7 +199,7 @@ def test_other_candidates_are_refused(data: Embeddings) -> None:
 
 
 def test_the_parts_are_the_score(data: Embeddings) -> None:
-    predictor = ViLUZero().fit(data)
+    predictor = ViLUZero().fit(without_words(data))
     batch = next(data.batches(64))
     parts, score = predictor.parts(batch), predictor.score_batch(batch)
     mass = parts.logits.softmax(1).gather(1, batch.prediction[:, None]).squeeze(1)

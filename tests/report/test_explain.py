@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vilu
-from tests.conftest import toy_embeddings, toy_pairs
+from tests.conftest import toy_embeddings, toy_pairs, without_words
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.pairs import Pools
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
@@ -25,7 +25,7 @@ QUICK = {"hidden": (16, 8), "epochs": 3, "width": 16}
 
 @pytest.fixture(scope="module")
 def plus(train: Embeddings) -> vilu.ViLUPlus:
-    return vilu.ViLUPlus(width=16, epochs=3).fit(train)
+    return vilu.ViLUPlus(width=16, epochs=3).fit(without_words(train))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vilu.embeddings.similarity import TILE_CELLS
 from vilu.embeddings.source import Batch
-from vilu.predictors.labelled import failure_log_odds
+from vilu.predictors.labelled import failure_log_odds, with_outside
 from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.train import SCORING_BATCH
@@ -23,6 +23,7 @@ class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
 
 
 ZERO_SHOT, IMAGE, TEXTS = "zero-shot score", "image", "texts"
+OUTSIDE = "none of the classes"
 PLAYER_OF_LOOK = {"logits": ZERO_SHOT, "image": IMAGE}
 PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
 """The group of every part of a head's input."""
@@ -149,14 +150,16 @@ class PoolGame(Game):
 
     Args:
         parts: The parts of the pooled logits of a batch.
+        outside: Log-odds (B,) of an image of none of the classes, one more player: f(S) with it counts it as one more
+            wrong answer. None: there is no such outcome.
     """
 
-    players = (ZERO_SHOT, IMAGE, TEXTS)
     unit = LOG_ODDS
     meaning = "parts of the pooled logits are added or left out, less what that does to background rows on average"
 
-    def __init__(self, parts: Callable[[Batch], Pooled]) -> None:
-        self.parts = parts
+    def __init__(self, parts: Callable[[Batch], Pooled], outside: Callable[[Batch], Tensor] | None = None) -> None:
+        self.parts, self.outside = parts, outside
+        self.players = (ZERO_SHOT, IMAGE, TEXTS) if outside is None else (ZERO_SHOT, IMAGE, TEXTS, OUTSIDE)
         self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
 
     def see(self, background: list[Scored]) -> None:
@@ -173,7 +176,10 @@ class PoolGame(Game):
             parts = self.parts(batch)
             summands = parts.zero_shot, parts.image, parts.texts  # in the order of the players
             found = [torch.zeros(len(batch.image), dtype=torch.float64)]
-            for coalition in range(1, len(self._mean)):
+            for coalition in range(1, 1 << len(summands)):
                 inside = [summand for bit, summand in enumerate(summands) if coalition >> bit & 1]
                 found.append(failure_log_odds(sum(inside, torch.zeros_like(parts.zero_shot)), batch).cpu())
+            if self.outside is not None:
+                outside = self.outside(batch).cpu()
+                found += [with_outside(log_odds, outside) for log_odds in found]
         return torch.stack(found)

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
@@ -218,6 +219,14 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
     alike = batch.alike(batch.prediction).to(logits.device)
     others, own = (logits.masked_fill(mask, -torch.inf).logsumexp(dim=-1) for mask in (alike, ~alike))
     return others - own
+
+
+def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
+    """(B,) float64 log-odds of u = 1 - (1 - P(outside)) q, from those of 1 - q against q and of outside against inside.
+
+    u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has to.
+    """
+    return torch.logaddexp(log_odds, outside.to(log_odds.device) + functional.softplus(log_odds))
 
 
 FOLDED_ROWS = 5_000

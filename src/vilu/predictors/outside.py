@@ -6,6 +6,7 @@ log sum_c exp l_c(x): log-odds of words against classes under the zero-shot soft
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,10 +17,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from vilu.embeddings.columns import HOW
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch
+from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
+
+logger = logging.getLogger(__name__)
 
 NEGATIVES = "negatives"
 """The column of everyday words."""
@@ -130,6 +135,9 @@ APART = 2.0
 ASSUMED = 0.1
 """Share of images outside where all rows are known to be inside."""
 
+MOST_APART = 10.0
+"""Standard deviations that inside and outside are apart at most: few rows that agree prove no more."""
+
 CAUTION = 1.0
 """What is taken from log-odds that no image outside has been shown for."""
 
@@ -211,29 +219,28 @@ class Outside:
         answer = classes.to(image.device)[batch.prediction.to(image.device)]
         return slope[answer] * found + offset[answer]
 
-    def failure(self, batch: Batch, log_odds: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(B,) float64 u = 1 - (1 - P(outside)) q, from log-odds (B,) of 1 - q against q; ``classes`` as above."""
-        if not self:
-            return torch.sigmoid(log_odds)
-        outside = self.log_odds(batch, classes).to(log_odds.device)
-        # u / (1 - u) = (1 - q) / q + P(outside) / P(inside) / q, so that no u rounds to one before it has to
-        return torch.sigmoid(torch.logaddexp(log_odds, outside + functional.softplus(log_odds)))
 
+def learn_outside(train: Rows) -> Outside:
+    """What rows known to be inside say, with examples of images outside, or with words, and rows without labels.
 
-def learn_outside(train: Rows, outside: Tensor, unlabelled: Rows | None) -> Outside:
-    """What can be known of images outside from what there is.
-
-    Args:
-        train: Rows known to be inside, or rows of which nothing is known where they are ``unlabelled``, too.
-        outside: (N',) positions in the source of rows known to be outside.
-        unlabelled: Rows of which nothing is known, some of them outside or none.
+    Raises:
+        DataError: If there are rows without labels, which say nothing without words.
     """
-    if len(outside):
-        return from_examples(train, outside)
+    if train.unlabelled is not None and NEGATIVES not in train.columns:
+        raise DataError(
+            "rows without labels say which images are of none of the classes only beside everyday words, the column "
+            f"{NEGATIVES!r}. Make it with `{HOW[NEGATIVES]}`, or leave these rows out."
+        )
+    if train.source.pool_size is None and len(train.outside):
+        if train.unlabelled is not None:
+            logger.warning("there are examples of images of none of the classes: rows without labels are not looked at")
+        return from_examples(train, train.outside)
     if NEGATIVES not in train.columns:
         return Outside.nothing()
-    rows = train if unlabelled is None else unlabelled
-    return from_words(rows, known_inside=unlabelled is None)
+    if train.unlabelled is None:
+        return from_words(train, known_inside=True)
+    source = train.unlabelled
+    return from_words(Rows(source, source.usable_rows, train.columns), known_inside=False)
 
 
 class Seen(NamedTuple):
@@ -299,16 +306,20 @@ class Mixture(NamedTuple):
         return slope, offset + math.log(self.share / (1 - self.share))
 
 
-def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, expected: float, *, known_inside: bool) -> Mixture:
+def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, balance: float, *, known_inside: bool) -> Mixture:
     """The mixture of largest posterior for values (N,) of images with answers (N,), by EM.
 
     A class's mean inside is shrunk towards that of all, as if ``CLASS_ROWS`` rows had it; the mean outside has
-    ``BELIEF`` N rows at the ``expected`` one, so that rows which are all inside leave it there, and its share small.
+    ``BELIEF`` N rows at the expected one, ``balance`` less the lower quartile, which is inside whatever the share, so
+    that rows which are all inside leave it there, and its share small. EM starts from that quartile, too.
     """
     n = len(value)
-    centre = float(value.median())
-    spread = 1.4826 * float((value - centre).abs().median())
-    state = Mixture(torch.full((n_classes + 1,), centre).double(), expected, max(spread**2, 1e-12), ASSUMED)
+    ordered = value.sort().values
+    low, centre = (float(ordered[int(level * (n - 1))]) for level in (0.05, 0.25))
+    least = max(abs(balance - 2 * centre) / MOST_APART, 1e-6)
+    spread = max((centre - low) / 0.97, least)  # as of a normal distribution
+    expected = balance - centre
+    state = Mixture(torch.full((n_classes + 1,), centre).double(), expected, spread**2, ASSUMED)
     count = torch.bincount(answer, minlength=n_classes).double()
     for _ in range(1 if known_inside else EM_PASSES):
         slope, offset = state.log_odds()
@@ -321,7 +332,7 @@ def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, expected: float, 
         far = float((outside * value).sum() + BELIEF * n * expected) / float(outside.sum() + BELIEF * n)
         squares = inside * (value - means[answer]).square() + outside * (value - far).square()
         share = ASSUMED if known_inside else (float(outside.sum()) + 0.5) / (n + 5)
-        found = Mixture(means, far, max(float(squares.mean()), 1e-12), min(max(share, 1e-3), 1 - 1e-3))
+        found = Mixture(means, far, max(float(squares.mean()), least**2), min(max(share, 1e-3), 1 - 1e-3))
         moved = abs(found.outside - state.outside) + abs(found.share - state.share)
         state = found
         if moved < EM_TOLERANCE:
@@ -332,13 +343,13 @@ def fit_mixture(value: Tensor, answer: Tensor, n_classes: int, expected: float, 
 def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     """What everyday words say, with no image shown that is known to be outside.
 
-    The margin of an image outside is expected at log(M / K) - (the median margin): to M words it is what an image
+    The margin of an image outside is expected at log(M / K) less that of one inside: to M words it is what an image
     inside is to K classes. Rows of which nothing is known are taken for a mixture of the two; where enough are outside,
     the value is the margin averaged with its regression on the image, which knows what the images have in common.
     """
     seen, n_classes = Seen.of(rows), rows.source.n_candidates
     n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
-    expected = math.log(n_words / n_classes) - float(seen.margin.median())
+    balance = math.log(n_words / n_classes)
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     weight, bias, words = torch.zeros_like(seen.mean), zero, one
     mixture = None
@@ -347,14 +358,14 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
         along, level = (share * tensor for tensor in seen.direction())
         value = torch.cat([float64(batch.image) @ along + level for batch in rows.batches(SCORING_BATCH)])
         value = value + (1 - share) * seen.margin
-        mixture = fit_mixture(value, seen.answer, n_classes, expected, known_inside=False)
+        mixture = fit_mixture(value, seen.answer, n_classes, balance, known_inside=False)
         if mixture.share >= PRESENT:
             weight, bias, words = along, level, (1 - share) * one
         else:
             mixture = None
     if mixture is None:
         few = known_inside or len(seen.margin) < DIRECTION_ROWS
-        mixture = fit_mixture(seen.margin, seen.answer, n_classes, expected, known_inside=few)
+        mixture = fit_mixture(seen.margin, seen.answer, n_classes, balance, known_inside=few)
     notes = {"outside_share": None if known_inside else mixture.share, "outside_apart": mixture.apart}
     if mixture.apart < APART:
         return Outside.nothing(**notes)

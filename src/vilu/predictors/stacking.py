@@ -116,7 +116,7 @@ class Stacking(FailurePredictor):
         inside = ~rows.source.outside[rows.index]
         for member in members.values():
             mine = inside if member.needs == "class" else slice(None)
-            known = dataclasses.replace(rows, index=rows.index[mine])
+            known = dataclasses.replace(rows, index=rows.index[mine], examples=rows.index[~inside])
             learnt = member.learn(known, failure[mine]).tensors if member.needs_fit else {}
             member.take(learnt, rows.source.space)
         return members

@@ -17,13 +17,14 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.predictors.base import FailurePredictor, Learnt
+from vilu.predictors.base import FailurePredictor, Learnt, NotExportable
 from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.heads.head import Count, NonNegative, Positive
-from vilu.predictors.labelled import cross_fitting, failure_log_odds
+from vilu.predictors.labelled import cross_fitting, failure_log_odds, with_outside
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, SupervisedAttention, fit_attention
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, steps_per_epoch, train_adamw
+from vilu.predictors.outside import NEGATIVES, Outside, learn_outside
 
 POOL_SD = 0.2
 """Prior standard deviation of the weights, around the first expert alone."""
@@ -72,6 +73,10 @@ class ViLUPlus(FailurePredictor):
     there is the attention alone, and the fewer they are the nearer it stays to the zero-shot posterior. Candidates that
     are not all training classes are scored by the attention alone; captions have no other expert.
 
+    With examples of images of none of the classes, or with everyday words (the column "negatives"), there is one more
+    outcome, "outside": u = 1 - (1 - P(outside)) q_t̂ (``vilu.predictors.outside``). Rows without labels, with words, say
+    how many there are of them and what they have in common.
+
     Args:
         features: Look at the column "features" (the image encoder's output before its projection, or a second
             encoder's) beside the embedding where the data carry it; the label of the results says so.
@@ -92,8 +97,9 @@ class ViLUPlus(FailurePredictor):
     summary: ClassVar[str] = "supervised cross-attention, network and memory, pooled by likelihood; calibrated"
     reference: ClassVar[str] = "this project, 2026"
     cost: ClassVar[str] = "fit: convex + 300 steps or 20 epochs, cross-fitted; score: 0.8 MFLOP a row"
-    optional_columns: ClassVar[tuple[str, ...]] = (FEATURES,)
+    optional_columns: ClassVar[tuple[str, ...]] = (FEATURES, NEGATIVES)
     is_probability: ClassVar[bool] = True
+    uses_unlabelled: ClassVar[bool] = True
 
     seed: int = 0
     features: bool = True
@@ -107,21 +113,29 @@ class ViLUPlus(FailurePredictor):
     weight_decay: NonNegative = 0.2
     device: str = "auto"
 
-    tensors: ClassVar[tuple[str, ...]] = (POOL,)
+    tensors: ClassVar[tuple[str, ...]] = (POOL, *Outside.names)
 
     @property
     def label(self) -> str:
-        """The name, and whether features are an input."""
-        return f"{self.name} (features)" if self.columns_to_score else self.name
+        """The name, whether features are an input, and whether there is the outcome "outside"."""
+        kinds = [FEATURES] * (FEATURES in self.columns_to_score) + ["outside"] * bool(self.outcome)
+        return f"{self.name} ({', '.join(kinds)})" if kinds else self.name
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
-        """The features, where wanted and there."""
-        return self.optional_columns if self.features and train.columns.issuperset(self.optional_columns) else ()
+        """The features and the words, where wanted and there; of captions no words."""
+        wanted = {FEATURES: self.features, NEGATIVES: train.pool_size is None}
+        return tuple(name for name in self.optional_columns if wanted[name] and name in train.columns)
 
     @property
     def columns_to_score(self) -> tuple[str, ...]:
-        """The features, where fitted on them."""
-        return self.optional_columns if self.network_ and self.experts.attention.inputs.on_features else ()
+        """The features and the words, where fitted on them."""
+        on_features = self.network_ is not None and self.experts.attention.inputs.on_features
+        return ((FEATURES,) if on_features else ()) + self.outcome.columns
+
+    @property
+    def outcome(self) -> Outside:
+        """What is known of images of none of the classes."""
+        return Outside.of(self.learned_)
 
     @property
     def experts(self) -> Experts:
@@ -138,7 +152,9 @@ class ViLUPlus(FailurePredictor):
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
         state = self._fit_experts(train, kinds, weights).state_dict()
-        return Learnt({**{n: t.cpu() for n, t in state.items()}, POOL: weights}, {"pool": weights.tolist()})
+        outside = learn_outside(train)
+        tensors = {**{n: t.cpu() for n, t in state.items()}, POOL: weights, **(outside.tensors() if outside else {})}
+        return Learnt(tensors, {"pool": weights.tolist(), **outside.notes})
 
     def _kinds(self, train: Rows) -> tuple[str, ...]:
         """The companions that the training set is large enough, and small enough, for."""
@@ -168,7 +184,19 @@ class ViLUPlus(FailurePredictor):
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
-        return torch.sigmoid(failure_log_odds(self.experts(batch), batch))
+        log_odds = failure_log_odds(self.experts(batch), batch)
+        if self.outcome:
+            log_odds = with_outside(log_odds, self.outcome_of(batch))
+        return torch.sigmoid(log_odds)
+
+    def outcome_of(self, batch: Batch) -> Tensor:
+        """(B,) float64 log-odds of an image of none of the classes."""
+        match = self.experts.attention.match(batch.text)
+        return self.outcome.log_odds(batch, torch.where(match.known, match.row, -1))
+
+    def outside_probability(self, batch: Batch) -> Tensor | None:
+        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
+        return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled experts."""
@@ -176,11 +204,17 @@ class ViLUPlus(FailurePredictor):
 
     def graph(self) -> nn.Module:
         """The experts and their pool."""
+        if self.outcome:
+            raise NotExportable(
+                f'{self.name} has no graph with the outcome "outside". Fit it on data without '
+                "the column 'negatives' and without rows of none of the classes"
+            )
         return PlusGraph(self.experts)
 
     def game(self) -> Game:
         """Of the parts of the pooled logits."""
-        return PoolGame(lambda batch: self.experts.to(batch.image.device).pooled_parts(batch))
+        outside = self.outcome_of if self.outcome else None
+        return PoolGame(lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside)
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:  # noqa: ARG002
         """The experts, as large as their tensors say."""

@@ -20,9 +20,10 @@ from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.bank.search import Count, draw_rows
 from vilu.predictors.base import CLASSES, Learnt
 from vilu.predictors.games import Game, PoolGame
-from vilu.predictors.labelled import FEW, class_texts, failure_log_odds
+from vilu.predictors.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
+from vilu.predictors.outside import NEGATIVES, Outside, from_words
 
 EM_ROWS = 20_000
 """Rows that the class counts are estimated on; of more, so many are drawn."""
@@ -67,6 +68,9 @@ class ViLUZero(ClosedSet):
     times 1 - 2 K' / N, K' = K (1 - rho) being the classes that occur (0 up to two rows a class: prototypes of so few
     rows do harm), times the square of how far the means lie apart, in units of ``APART``, where that is below one.
 
+    *Which images are of none of the classes* (P_outside): where the data carry everyday words, the column
+    ``negatives``, a mixture of two says how far an image is on their side (``vilu.predictors.outside``); else zero.
+
     Fitted on rows without labels (``needs_labels``); targets are not looked at. The candidates are part of the fit.
 
     Args:
@@ -93,14 +97,35 @@ class ViLUZero(ClosedSet):
     no_captions: ClassVar[str | None] = "it learns which classes occur, and captions have no classes"
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
-    tensors: ClassVar[tuple[str, ...]] = ("scale", "centre", "weight", "bias", CLASSES)
+    optional_columns: ClassVar[tuple[str, ...]] = (NEGATIVES,)
+    tensors: ClassVar[tuple[str, ...]] = ("scale", "centre", "weight", "bias", CLASSES, *Outside.names)
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
     max_bank: Count = 50_000
 
+    @property
+    def label(self) -> str:
+        """The name, and whether words are looked at."""
+        return f"{self.name} (outside)" if self.outcome else self.name
+
+    def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:
+        """The words, where they are there."""
+        return self.optional_columns if NEGATIVES in train.columns else ()
+
+    @property
+    def columns_to_score(self) -> tuple[str, ...]:
+        """The words, where they told something."""
+        return self.outcome.columns
+
+    @property
+    def outcome(self) -> Outside:
+        """What is known of images of none of the classes."""
+        return Outside.of(self.learned_)
+
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         text = class_texts(train)
         share, trust, known, occurrence, notes = 0.0, 0.0, Classifier.nothing(text), torch.zeros(len(text)).double(), {}
+        outside = Outside.nothing()
         if len(train.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
             few, _ = draw_rows(train, self.max_bank, self.seed)
             pool = Pool(few, self.seed, self.device_)
@@ -109,11 +134,12 @@ class ViLUZero(ClosedSet):
                 occurrence, self.share * sufficiency(len(few.index), len(text) * (1 - absent))
             )
             shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
-            notes = {"absent": absent, "share": share, **shown}
+            outside = from_words(few, known_inside=False) if few.columns else outside
+            notes = {"absent": absent, "share": share, **shown, **outside.notes}
         scale = torch.tensor(1 - share, dtype=torch.float64)
         weight, bias = share * trust * known.weight, share * trust * known.bias
         learned = {"scale": scale, "centre": known.centre, "weight": weight, "bias": bias + occurrence, CLASSES: text}
-        return Learnt(learned, notes)
+        return Learnt(learned | outside.tensors(), notes)
 
     def parts(self, batch: Batch) -> Pooled:
         """The pooled logits l' in their parts; ``texts`` is what is added at the mean image."""
@@ -124,8 +150,16 @@ class ViLUZero(ClosedSet):
         return Pooled(zero_shot, bias[classes][None], (image - centre) @ weight[classes].T)
 
     def _score(self, batch: Batch) -> Tensor:
-        # 1 - (1 - P_outside) q with P_outside = 0, where q does not round to one
-        return torch.sigmoid(failure_log_odds(self.parts(batch).logits, batch))
+        log_odds = failure_log_odds(self.parts(batch).logits, batch)
+        return torch.sigmoid(with_outside(log_odds, self.outcome_of(batch)))
+
+    def outcome_of(self, batch: Batch) -> Tensor:
+        """(B,) float64 log-odds of an image of none of the classes."""
+        return self.outcome.log_odds(batch, self.classes_of(batch.text))
+
+    def outside_probability(self, batch: Batch) -> Tensor | None:
+        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
+        return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled logits."""
@@ -133,7 +167,7 @@ class ViLUZero(ClosedSet):
 
     def game(self) -> Game:
         """Of the parts of the pooled logits."""
-        return PoolGame(self.parts)
+        return PoolGame(self.parts, self.outcome_of if self.outcome else None)
 
 
 class Moments(NamedTuple):

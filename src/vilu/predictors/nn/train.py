@@ -66,12 +66,27 @@ SCORING_BATCH = 4_096
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a source, the columns that their batches bring along, and rows of the same kind without labels."""
+    """Some rows of a source, and what else a fit may look at.
+
+    Attributes:
+        source: That they are of.
+        index: (M,) int64 positions in it.
+        columns: Names of those that batches bring along.
+        unlabelled: Rows of the same kind without labels.
+        examples: (E,) int64 positions of rows of none of the classes; None: all in the source that are known to be.
+    """
 
     source: EmbeddingSource
     index: Tensor
     columns: tuple[str, ...] = ()
     unlabelled: EmbeddingSource | None = None
+    examples: Tensor | None = None
+
+    @property
+    def outside(self) -> Tensor:
+        """(E,) int64 ``examples``, the usable ones."""
+        usable = self.source.usable_rows
+        return usable[self.source.outside[usable]] if self.examples is None else self.examples
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
