@@ -202,6 +202,19 @@ def test_strangers_need_a_stated_share_beside_classes() -> None:
         )
 
 
+def test_the_least_coverage_is_that_at_the_stated_shares() -> None:
+    """Half of the rows are strangers, of whom at 30 % a quarter at most may be accepted; inside all answers are."""
+    rng = np.random.default_rng(5)
+    u = np.r_[rng.uniform(0, 0.5, 500), rng.uniform(0.5, 1, 500)]
+    rows = Outcomes(u, np.r_[np.zeros(500, int), np.ones(500, int)], outside=np.arange(1000) >= 500)
+    rule = vilu.calibrate(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.69)
+    assert 0.5 <= rule.n_accepted / rule.n < 0.69  # as the calibration rows are mixed
+    accepted = 0.7 + 0.3 * np.mean(rule.accept(u)[500:])
+    short = vilu.calibrate(rows, max_risk=0.1, outside_share=0.3, min_coverage=0.8)
+    assert not short.feasible
+    assert f"at {accepted:.1%} coverage at most" in str(short.certificates[""].why)
+
+
 def test_shares_are_read(tmp_path: Path) -> None:
     file = tmp_path / "shares.csv"
     file.write_text('class,share\ncat,0.25\n"cup, blue",0.75\n')
@@ -210,7 +223,9 @@ def test_shares_are_read(tmp_path: Path) -> None:
         ("name,share\ncat,1\n", "must have the columns"),
         ("class,share\ncat,1\ncat,1\n", "twice"),
         ("class,share\ncat,many\n", "must be a number"),
+        ("class,share\ncaf\xe9,1\n", "no CSV file in UTF-8"),
+        (f"class,share\n{'x' * 200_000},1\n", "no CSV file in UTF-8"),
     ):
-        file.write_text(content)
+        file.write_text(content, encoding="latin-1")
         with pytest.raises(DataError, match=message):
             read_shares(file)

@@ -353,7 +353,8 @@ Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu
 Data = Annotated[
     Path,
     typer.Argument(
-        help="Store that `vilu embed` wrote, or precomputed embeddings in shards as LAION's.", callback=existing
+        help="Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as LAION's.",
+        callback=existing,
     ),
 ]
 Overwrite = Annotated[

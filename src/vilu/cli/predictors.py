@@ -44,7 +44,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     stores: Annotated[
         list[Path],
         typer.Argument(
-            help="Store that `vilu embed` wrote, or shards as LAION's; several with --pseudo.",
+            help="Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo.",
             callback=console.existing,
         ),
     ],
@@ -341,12 +341,20 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     outside_share: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Share of pictures of none of the classes to be expected. [that of the calibration rows]"
+            min=0,
+            max=1,
+            help="Share of pictures of none of the classes up to which the promise is to hold. [that of the "
+            "calibration rows]",
         ),
     ] = None,
     class_shares: Annotated[
         Path | None,
-        typer.Option(help="CSV file, class,share: shares of the classes to be expected.", callback=console.existing),
+        typer.Option(
+            metavar="FILE",
+            help="CSV with the columns class and share: what part of the pictures of the classes each is to be, 0 "
+            "where it is not named. [those of the calibration rows]",
+            callback=console.existing,
+        ),
     ] = None,
     *,
     reading: Reading,

@@ -256,8 +256,9 @@ def calibrate(
         outcomes: Calibration rows; those without uncertainty or known failure are left out.
         max_risk: Largest error rate among accepted answers ("crc": among all), in [0, 1].
         confidence: 1 - delta, in (0, 1).
-        min_coverage: Least share to accept. With ``max_risk``, a threshold that accepts less counts as infeasible;
-            alone, the strictest threshold that accepts so much, with the bound of its risk.
+        min_coverage: Least share to accept, at the stated shares if there are such. With ``max_risk``, a threshold that
+            accepts less counts as infeasible; alone, the strictest threshold that accepts so much, with the bound of
+            its risk.
         method: "ltt", "sgr" or "crc"; see ``vilu.decision.thresholds``.
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough rows, the others
             together; delta is divided among them, so that all promises hold at once. A least coverage alone is that
@@ -311,20 +312,24 @@ def _reweighted(
     else:
         floor = float(value[point.floor]) if point.floor >= 0 else None
         inside = (rows.uncertainty <= value[point.index]) & (rows.uncertainty > (-np.inf if floor is None else floor))
-        one = Certificate(
-            threshold=float(value[point.index]),
-            n=len(rows),
-            n_accepted=int(np.count_nonzero(inside)),
-            n_wrong=int(np.count_nonzero(inside & wrong)),
-            risk_bound=max_risk,
-            floor=floor,
-        )
+        coverage = float(strata.weight[inside].sum()) / len(rows)
+        if min_coverage is not None and coverage < min_coverage:
+            one = _nothing(len(rows), _too_little(coverage, min_coverage))
+        else:
+            one = Certificate(
+                threshold=float(value[point.index]),
+                n=len(rows),
+                n_accepted=int(np.count_nonzero(inside)),
+                n_wrong=int(np.count_nonzero(inside & wrong)),
+                risk_bound=max_risk,
+                floor=floor,
+            )
     return Selector(
         method="ltt",
         max_risk=max_risk,
         min_coverage=min_coverage,
         confidence=confidence,
-        certificates=_Goal(max_risk, min_coverage, "ltt").all_or_none({ALL: one}),
+        certificates={ALL: one},
         outside_share=shares[0],
         class_shares=shares[1],
     )
@@ -406,6 +411,10 @@ def _nothing(n: int, why: str, n_needed: int | None = None) -> Certificate:
     return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed)
 
 
+def _too_little(coverage: float, asked: float) -> str:
+    return f"the risk is attained at {coverage:.1%} coverage at most, less than the {asked:.1%} asked for"
+
+
 class _Goal(NamedTuple):
     """What every group is to keep, and the least coverage of all of them together."""
 
@@ -447,8 +456,7 @@ class _Goal(NamedTuple):
         if self.max_risk is None:
             why = next((one.why for one in certificates.values() if one.threshold is None), None)
         elif 0 < accepted < self.min_coverage * n:
-            most, asked = f"{accepted / n:.1%}", f"{self.min_coverage:.1%}"
-            why = f"the risk is attained at {most} coverage at most, less than the {asked} asked for"
+            why = _too_little(accepted / n, self.min_coverage)
         if why is None:
             return certificates
         return {name: _nothing(one.n, why, one.n_needed) for name, one in certificates.items()}

@@ -37,22 +37,26 @@ def read_shares(path: str | Path) -> dict[str, float]:
     """Shares of classes from a CSV file with the columns ``class`` and ``share``.
 
     Raises:
-        DataError: If it has other columns, a class twice, or a share that is no number.
+        DataError: If it is no CSV in UTF-8, has other columns, a class twice, or a share that is no number.
         StorageError: If it cannot be read.
     """
     with or_refuse(f"read {path}"), Path(path).open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
-        found: dict[str, float] = {}
-        if rows.fieldnames is None or not {"class", "share"} <= set(rows.fieldnames):
-            raise DataError(f"{path} must have the columns class and share. It has {rows.fieldnames}.")
-        for row in rows:
-            name, share = row["class"], row["share"]
-            if name in found:
-                raise DataError(f"{path} states the share of {name!r} twice.")
-            try:
-                found[name] = float(share)
-            except (TypeError, ValueError) as error:
-                raise DataError(f"{path}: the share of {name!r} must be a number. Got {share!r} instead.") from error
+        try:
+            table = csv.DictReader(file)
+            columns, rows = list(table.fieldnames or ()), list(table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} is no CSV file in UTF-8: {error}.") from error
+    if not {"class", "share"} <= set(columns):
+        raise DataError(f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}.")
+    found: dict[str, float] = {}
+    for row in rows:
+        name, share = row["class"], row["share"]
+        if name in found:
+            raise DataError(f"{path} states the share of {name!r} twice.")
+        try:
+            found[name] = float(share)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: the share of {name!r} must be a number. Got {share!r} instead.") from error
     return found
 
 

@@ -103,7 +103,7 @@ def holds_all(run: Run, part: Part, found: NDArray[np.int64], n_in: int) -> bool
 class StoreLedger(Ledger[Part, Receipt]):
     """What is to be done and done in the folder of a store; ``data`` are the images, for those who embed."""
 
-    what, command, doing = "embedding store", "vilu embed", "embedding into"
+    what, command, doing = "embedding store", "vilu embed` or `vilu import", "embedding into"
     documents = (*Ledger.documents, CLASSES)
     always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
     folders = (*always, "features", "views", "columns")
@@ -355,7 +355,7 @@ def _rows(name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: st
     if blocks:
         np.concatenate([block.numpy() for block in blocks], out=rows)
     if not np.isfinite(rows).all():
-        raise DataError(f"{name} has numbers beyond the range of {dtype}. Embed again with --dtype float32.")
+        raise DataError(f"{name} has numbers beyond the range of {dtype}. Make the store again with --dtype float32.")
     return rows
 
 
