@@ -19,8 +19,8 @@ from vilu.predictors.base import NotExportable
 from vilu.predictors.labelled import with_outside
 from vilu.predictors.nn.train import Rows
 from vilu.predictors.outside import (
+    Margins,
     Outside,
-    Seen,
     far_words,
     fit_mixture,
     from_examples,
@@ -156,7 +156,7 @@ def test_margin_by_brute_force() -> None:
 
 def test_the_direction_is_ridge_regression() -> None:
     data = strangers(0, 150, 50)
-    seen = Seen.of(all_rows(data))
+    seen = Margins.of(all_rows(data))
     weight, bias = seen.direction()
     image = data.image.double().numpy()
     centred = image - image.mean(axis=0)

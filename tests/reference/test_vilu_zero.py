@@ -19,8 +19,8 @@ from vilu.metrics import auroc
 from vilu.predictors.heads.vilu_zero import (
     ABSENT_SCALE,
     EM_PASSES,
-    Moments,
     Pool,
+    SoftMembers,
     ViLUZero,
     discriminants,
     presence,
@@ -44,8 +44,8 @@ def pool_of(data: Embeddings) -> Pool:
     return Pool(Rows(data, torch.arange(len(data))), 0, CPU)
 
 
-def moments_of(image: np.ndarray, posterior: np.ndarray) -> Moments:
-    found = Moments.nothing(posterior.shape[1], image.shape[1])
+def moments_of(image: np.ndarray, posterior: np.ndarray) -> SoftMembers:
+    found = SoftMembers.nothing(posterior.shape[1], image.shape[1])
     found.add(0, torch.from_numpy(posterior), torch.from_numpy(image))
     return found.part(None)
 

@@ -83,10 +83,10 @@ class ShardedDataset(ImageDataset, Protocol):
         """Hash of sizes and times of modification of shards start ... stop - 1."""
 
 
-FINE, MISSING, OUTSIDE, DENIED = range(4)
+FINE, MISSING, ELSEWHERE, DENIED = range(4)
 FAULTS: Final = {
     MISSING: "files are missing below {folder}",
-    OUTSIDE: "paths lead out of {folder}",
+    ELSEWHERE: "paths lead out of {folder}",
     DENIED: "files may not be read: permission denied",
 }
 """What a listing knows of a file without reading it."""
@@ -98,7 +98,7 @@ def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -
         return FINE if status.st_mode & stat.S_IROTH or os.access(path(), os.R_OK) else DENIED
     if status is None:
         return MISSING
-    return OUTSIDE if isinstance(status, OutsideError) else DENIED if status.errno == errno.EACCES else MISSING
+    return ELSEWHERE if isinstance(status, OutsideError) else DENIED if status.errno == errno.EACCES else MISSING
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Faults:
         if len(bad) <= budget * len(self.kinds):
             log.warning("%s They will be counted as errors", told)
             return
-        rule = f" {self.rule(rows[OUTSIDE])}" if len(rows[OUTSIDE]) else ""
+        rule = f" {self.rule(rows[ELSEWHERE])}" if len(rows[ELSEWHERE]) else ""
         error = StorageError if len(rows[DENIED]) == len(bad) else DataError
         raise error(f"{told}{rule} At most {budget:.2%} may be unreadable (--max-error-rate); nothing was begun.")
 

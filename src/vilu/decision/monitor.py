@@ -16,12 +16,11 @@ from pydantic import Field, FiniteFloat, ValidationError, model_validator
 
 from vilu.decision import record
 from vilu.decision.arrivals import Seen, admit, refuse_sorted
-from vilu.decision.audit import Audit
+from vilu.decision.audit import Audit, TestName, rates_of, strangers_in_words
 from vilu.decision.calibrate import Selector, group_names
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
-from vilu.decision.present import in_words, rates_of
 from vilu.decision.record import Rule
-from vilu.decision.status import Acceptance, Audited, Status, Test, TestName, conclude
+from vilu.decision.status import Acceptance, Audited, Status, Test, conclude
 from vilu.errors import DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
 from vilu.files.documents import Model, digest, explain
 from vilu.files.places import claim_file
@@ -389,7 +388,7 @@ class Monitor:
         """What labels say of the share of strangers, where one is stated."""
         if self.rule is None or self.rule.outside_share is None or "outside" not in self.rates:
             return None
-        return in_words(self.rates["outside"], self.rule.outside_share)
+        return strangers_in_words(self.rates["outside"], self.rule.outside_share)
 
     def _fingerprint(self) -> str:
         """Of everything that decides what the same rows lead to."""

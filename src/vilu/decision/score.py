@@ -8,7 +8,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
+from vilu.predictors.outside import SeesOutside
 from vilu.predictors.record import describe, seen_tensors
 from vilu.predictors.rows import candidates_of, counted, same_candidates
 from vilu.progress import track
@@ -43,14 +44,6 @@ ABOVE, OUTSIDE_REASON = "above_threshold", "outside"
 """Why an answer is not accepted: its uncertainty; and where the picture is rather of none of the classes, that."""
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class SeesOutside(Protocol):
-    """A predictor of probabilities that tells strangers from wrong answers within the classes."""
-
-    def outside_probability(self, batch: Batch) -> Tensor | None:
-        """(B,) P(the image is of none of the classes), a part of the uncertainty; None where it has not learnt it."""
 
 
 @dataclass(frozen=True)

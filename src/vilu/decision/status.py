@@ -9,11 +9,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from vilu.decision.audit import Audit, AuditVerdict
+from vilu.decision.audit import Audit, AuditVerdict, TestName
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
 
-TestName = Literal["scores", "acceptance", "answers", "audit", "outside", "abstained"]
 Verdict = Literal["holds", "shifted: guarantee void", "broken"]
 
 MEANING = {

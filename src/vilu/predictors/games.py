@@ -23,7 +23,7 @@ class NoAttribution(Exception):  # noqa: N818 - an answer, not an error
 
 
 ZERO_SHOT, IMAGE, TEXTS = "zero-shot score", "image", "texts"
-OUTSIDE = "none of the classes"
+NONE = "none of the classes"
 PLAYER_OF_LOOK = {"logits": ZERO_SHOT, "image": IMAGE}
 PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZERO_SHOT}
 """The group of every part of a head's input."""
@@ -159,7 +159,7 @@ class PoolGame(Game):
 
     def __init__(self, parts: Callable[[Batch], Pooled], outside: Callable[[Batch], Tensor] | None = None) -> None:
         self.parts, self.outside = parts, outside
-        self.players = (ZERO_SHOT, IMAGE, TEXTS) if outside is None else (ZERO_SHOT, IMAGE, TEXTS, OUTSIDE)
+        self.players = (ZERO_SHOT, IMAGE, TEXTS) if outside is None else (ZERO_SHOT, IMAGE, TEXTS, NONE)
         self._mean = torch.zeros(1 << len(self.players), dtype=torch.float64)
 
     def see(self, background: list[Scored]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -220,6 +221,25 @@ class Outside:
         return slope[answer] * found + offset[answer]
 
 
+class SeesOutside(ABC):
+    """A method with the outcome "outside" beside those of its candidates: u = 1 - (1 - P(outside)) q_t̂."""
+
+    learned_: dict[str, Tensor]
+
+    @property
+    def outcome(self) -> Outside:
+        """What is known of images of none of the classes."""
+        return Outside.of(self.learned_)
+
+    @abstractmethod
+    def outcome_of(self, batch: Batch) -> Tensor:
+        """(B,) float64 log-odds of an image of none of the classes."""
+
+    def outside_probability(self, batch: Batch) -> Tensor | None:
+        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
+        return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
+
+
 def learn_outside(train: Rows) -> Outside:
     """What rows known to be inside say, with examples of images outside, or with words, and rows without labels.
 
@@ -243,7 +263,7 @@ def learn_outside(train: Rows) -> Outside:
     return from_words(Rows(source, source.usable_rows, train.columns), known_inside=False)
 
 
-class Seen(NamedTuple):
+class Margins(NamedTuple):
     """What one pass over N rows leaves: their margins and answers (N,), and float64 moments of the images.
 
     ``mean`` (D,), ``gram`` (D, D) the sum of squares about it, ``cross`` (D,) with the margin.
@@ -256,7 +276,7 @@ class Seen(NamedTuple):
     cross: Tensor
 
     @classmethod
-    def of(cls, rows: Rows) -> Seen:
+    def of(cls, rows: Rows) -> Margins:
         """Look at rows, block by block."""
         dim, n = rows.source.space.embed_dim, len(rows.index)
         total, gram, cross = (torch.zeros(*shape, dtype=torch.float64) for shape in ((dim,), (dim, dim), (dim,)))
@@ -347,7 +367,7 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     inside is to K classes. Rows of which nothing is known are taken for a mixture of the two; where enough are outside,
     the value is the margin averaged with its regression on the image, which knows what the images have in common.
     """
-    seen, n_classes = Seen.of(rows), rows.source.n_candidates
+    seen, n_classes = Margins.of(rows), rows.source.n_candidates
     n_words = max(round(WORDS * len(rows.source.column(NEGATIVES, rows.index[:0]))), 1)
     balance = math.log(n_words / n_classes)
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
@@ -373,14 +393,14 @@ def from_words(rows: Rows, *, known_inside: bool) -> Outside:
     return Outside(weight, bias, words, slope, offset - CAUTION, notes)
 
 
-class Inputs(NamedTuple):
-    """Inputs of the regression on examples: images of some rows and, where there are words, their margins (N,)."""
+class Regressors(NamedTuple):
+    """Regressors of the regression on examples: images of some rows and, where there are words, their margins (N,)."""
 
     rows: Rows
     margins: Tensor | None
 
     @classmethod
-    def of(cls, rows: Rows) -> Inputs:
+    def of(cls, rows: Rows) -> Regressors:
         """Margins are computed once."""
         if NEGATIVES not in rows.columns:
             return cls(replace(rows, columns=()), None)
@@ -403,7 +423,7 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     Images are centred and divided by their root mean square norm, margins standardised, so the prior variances mean the
     same for every model. Solved by L-BFGS over streamed blocks.
     """
-    parts = [Inputs.of(train), Inputs.of(replace(train, index=outside))]
+    parts = [Regressors.of(train), Regressors.of(replace(train, index=outside))]
     dim = train.source.space.embed_dim
     n, centre, scale = _standard(parts, dim)
     weights = torch.zeros(len(centre) + 1, dtype=torch.float64, requires_grad=True)
@@ -436,7 +456,7 @@ def from_examples(train: Rows, outside: Tensor) -> Outside:
     return Outside(direction[:dim].clone(), bias, words, one, zero, {"n_outside": len(outside)})
 
 
-def _standard(parts: list[Inputs], dim: int) -> tuple[int, Tensor, Tensor]:
+def _standard(parts: list[Regressors], dim: int) -> tuple[int, Tensor, Tensor]:
     """Number of rows, mean (W,) and scale (W,) of the inputs: one norm for the image, a deviation for the margin."""
     n, total, squares = 0, torch.zeros(()).double(), torch.zeros(()).double()
     for part in parts:

@@ -24,7 +24,7 @@ from vilu.predictors.labelled import cross_fitting, failure_log_odds, with_outsi
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, SupervisedAttention, fit_attention
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, steps_per_epoch, train_adamw
-from vilu.predictors.outside import NEGATIVES, Outside, learn_outside
+from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
 
 POOL_SD = 0.2
 """Prior standard deviation of the weights, around the first expert alone."""
@@ -62,7 +62,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclasses.dataclass
-class ViLUPlus(FailurePredictor):
+class ViLUPlus(SeesOutside, FailurePredictor):
     """u = P(failure) = 1 - q_t̂, q a log-linear pool of experts on which candidate is true.
 
     log q_j = sum_m w_m log p_mj - const. The experts: the supervised cross-attention (``SupervisedAttention``, the
@@ -133,11 +133,6 @@ class ViLUPlus(FailurePredictor):
         return ((FEATURES,) if on_features else ()) + self.outcome.columns
 
     @property
-    def outcome(self) -> Outside:
-        """What is known of images of none of the classes."""
-        return Outside.of(self.learned_)
-
-    @property
     def experts(self) -> Experts:
         """The fitted network."""
         return cast("Experts", self.network)
@@ -193,10 +188,6 @@ class ViLUPlus(FailurePredictor):
         """(B,) float64 log-odds of an image of none of the classes."""
         match = self.experts.attention.match(batch.text)
         return self.outcome.log_odds(batch, torch.where(match.known, match.row, -1))
-
-    def outside_probability(self, batch: Batch) -> Tensor | None:
-        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
-        return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled experts."""

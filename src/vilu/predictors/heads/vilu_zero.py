@@ -23,7 +23,7 @@ from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
-from vilu.predictors.outside import NEGATIVES, Outside, from_words
+from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, from_words
 
 EM_ROWS = 20_000
 """Rows that the class counts are estimated on; of more, so many are drawn."""
@@ -50,7 +50,7 @@ TRUSTS = (0.0, *(0.01 * 1.3**i for i in range(24)))
 
 
 @dataclasses.dataclass
-class ViLUZero(ClosedSet):
+class ViLUZero(SeesOutside, ClosedSet):
     """The zero-shot posterior, pooled with image prototypes that unlabelled rows teach, over the classes that occur.
 
     u = 1 - (1 - P_outside) q, where q is the mass that softmax(l') gives to the zero-shot answer and P_outside = 0;
@@ -117,11 +117,6 @@ class ViLUZero(ClosedSet):
         """The words, where they told something."""
         return self.outcome.columns
 
-    @property
-    def outcome(self) -> Outside:
-        """What is known of images of none of the classes."""
-        return Outside.of(self.learned_)
-
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         text = class_texts(train)
         share, trust, known, occurrence, notes = 0.0, 0.0, Classifier.nothing(text), torch.zeros(len(text)).double(), {}
@@ -157,10 +152,6 @@ class ViLUZero(ClosedSet):
         """(B,) float64 log-odds of an image of none of the classes."""
         return self.outcome.log_odds(batch, self.classes_of(batch.text))
 
-    def outside_probability(self, batch: Batch) -> Tensor | None:
-        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
-        return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
-
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled logits."""
         return self.parts(batch).logits.log_softmax(dim=-1)
@@ -170,7 +161,7 @@ class ViLUZero(ClosedSet):
         return PoolGame(self.parts, self.outcome_of if self.outcome else None)
 
 
-class Moments(NamedTuple):
+class SoftMembers(NamedTuple):
     """Sums over the soft members of every class, (2, ...) of two halves or of one set.
 
     ``members`` (K,) counts, ``squares`` (K,) of squared posteriors, ``total`` (K, D), and ``second`` (D, D) of x x^T.
@@ -182,7 +173,7 @@ class Moments(NamedTuple):
     second: Tensor
 
     @classmethod
-    def nothing(cls, n_classes: int, dim: int) -> Moments:
+    def nothing(cls, n_classes: int, dim: int) -> SoftMembers:
         """Of two empty halves."""
         shapes = (n_classes,), (n_classes,), (n_classes, dim), (dim, dim)
         return cls(*(torch.zeros(2, *shape, dtype=torch.float64) for shape in shapes))
@@ -193,9 +184,9 @@ class Moments(NamedTuple):
         for whole, part in zip(self, parts, strict=True):
             whole[half] += part.cpu()
 
-    def part(self, half: int | None) -> Moments:
+    def part(self, half: int | None) -> SoftMembers:
         """One half, or both together."""
-        return Moments(*(whole.sum(0) if half is None else whole[half] for whole in self))
+        return SoftMembers(*(whole.sum(0) if half is None else whole[half] for whole in self))
 
 
 class Classifier(NamedTuple):
@@ -219,7 +210,7 @@ class Classifier(NamedTuple):
         return (image - self.centre.to(image)) @ self.weight.to(image).T + self.bias.to(image)
 
 
-def discriminants(moments: Moments, text: Tensor) -> Classifier:
+def discriminants(moments: SoftMembers, text: Tensor) -> Classifier:
     """Discriminants of Gaussians of one covariance, whose means are anchored at texts (K, D).
 
     With members' means m_c, of n_c rows, and m_c - m - a (t_c - t) of covariance (1/n_c + 1/kappa) W, moments give
@@ -317,9 +308,9 @@ class Pool:
             share = most * min(max(whole.apart / APART, 0.0), 1.0) ** 2 if trust else 0.0
         return share, trust, whole
 
-    def _moments(self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float) -> Moments:
+    def _moments(self, occurrence: Tensor, crossed: list[Classifier], trust: float, share: float) -> SoftMembers:
         """Of both halves, by the posterior that is pooled with the prototypes of the other half as far as trusted."""
-        moments = Moments.nothing(*self.text.shape)
+        moments = SoftMembers.nothing(*self.text.shape)
         for half in (0, 1):
             for image, logits in self.blocks(half):
                 pooled = logits + occurrence.float().to(self.device)

@@ -17,6 +17,7 @@ from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import OUTSIDE, UNKNOWN, Batch, EmbeddingSource
 from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor
+from vilu.predictors.games import NONE
 from vilu.predictors.nn.train import SCORING_BATCH
 
 ROWS = 1_024
@@ -105,10 +106,6 @@ def find_rows(data: EmbeddingSource, wanted: Sequence[int | str]) -> Tensor:
 def unusable(status: int) -> str:
     """Why a row is not scored, in words."""
     return "its pool is not full" if status == SHORT_POOL else f"its embedding is of status {STATUS[status]!r}"
-
-
-NONE = "none of the classes"
-"""What is true of a picture that is of none of them."""
 
 
 def class_name(names: Sequence[str] | None, candidate: int) -> str:

@@ -14,8 +14,8 @@ from vilu.datasets.images import BadImage, read_image
 from vilu.errors import DataError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.predictors.games import NONE
 from vilu.progress import track
-from vilu.report.explain.rows import NONE
 from vilu.report.page.choice import Choice
 
 PER_SECTION = 24
