@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import vilu
@@ -16,6 +17,7 @@ from vilu.decision.record import load
 from vilu.decision.score import Decider
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.predictors.outside import SeesOutside
 
 
 @pytest.mark.parametrize(
@@ -83,13 +85,16 @@ def with_strangers(n: int, seed: int) -> vilu.Embeddings:
     return vilu.Embeddings(image, data.text, target, 20.0, class_names=data.class_names, ids=data.ids)
 
 
-class Seeing(vilu.MCM):
+class Seeing(SeesOutside, vilu.MCM):
     """MCM that takes an image for a stranger where no text is near."""
 
     name = "seeing"
 
+    def outcome_of(self, batch: Batch) -> Tensor:
+        return torch.where(batch.logits.amax(dim=1) < 7, torch.inf, -torch.inf).double()
+
     def outside_probability(self, batch: Batch) -> Tensor:
-        return (batch.logits.amax(dim=1) < 7).double()
+        return torch.sigmoid(self.outcome_of(batch))
 
 
 def test_stated_shares_are_kept_and_strangers_named(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 import vilu
 from tests.builders.array_files import NAMES, arrays, save
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.store.importing import import_arrays
+from vilu.store.arrays import Arrays
+from vilu.store.importing import _labels, import_arrays
 from vilu.store.inspect import inspect
 
 LOOSE = pytest.mark.filterwarnings("ignore:.*not of unit norm")
@@ -388,3 +390,19 @@ def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
     words = [sys.executable, "-c", LARGE, str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 60, done.stdout
+
+
+def test_names_of_classes_are_read_by_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long name makes the array of targets 8 MB, of which 64 kB are looked at together."""
+    n, names = 20_000, np.array([*"abc", "z" * 100])
+    target = names[np.arange(n) % 4]
+    with Arrays(save(tmp_path / "a.npz", {"target": target})) as arrays_there:
+        stored = arrays_there.open("target")
+        monkeypatch.setattr("vilu.store.arrays.READ_BYTES", 2**16)
+        tracemalloc.start()
+        labels = _labels(stored, n)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert labels.found[labels.place].tolist() == target.tolist()
+    assert target.nbytes == 8_000_000
+    assert peak < 2_000_000  # 8 bytes a row, twice while they are put together, the zip's buffers, and a block

@@ -164,8 +164,8 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     Exit code 0: holds. 8: the rows have shifted, so the guarantee is void, or the promise is broken; the first row of
     the alarm, the reason and what to do are printed. 3: the rows lie sorted, as those of a folder of classes do;
-    nothing was taken in. Rows with a known failure are audited; they must be a random sample of the accepted ones, of
-    a promise with --outside-share of all rows. Rows and labels that were given before are left out.
+    nothing was taken in. Rows with a known failure are audited; they must be a random sample of the accepted ones, or
+    of all. Rows and labels that were given before are left out.
     """
     from vilu.files.disk import locked
     from vilu.files.places import claim_file, inputs_of

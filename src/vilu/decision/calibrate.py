@@ -212,10 +212,12 @@ class Selector(Model):
         sure = f"with confidence {self.confidence:.0%}" if self.method != "crc" else "on average"
         what = "of all answers are accepted and wrong" if self.method == "crc" else "of the accepted answers are wrong"
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
+        found += ", whose shares are others" if self.reweighted else ""
         floors = any(one.floor is not None for one in self.certificates.values())
         but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
         shares = f" {in_words(self.outside_share, self.class_shares)}" if self.reweighted else ""
-        return f"accepts {self.coverage:.1%}{but}; {sure} at most {bound:.2%} {what}{shares} ({found})"
+        of = " of the calibration rows" if self.reweighted else ""
+        return f"accepts {self.coverage:.1%}{of}{but}; {sure} at most {bound:.2%} {what}{shares} ({found})"
 
 
 def describe(certificate: Certificate) -> str:

@@ -403,7 +403,9 @@ class FailurePredictor(ABC):
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
-        remedy = "It knows their answers, so nothing measured on them holds for others. Take rows that it has not seen."
+        remedy = (
+            "It has learned from them, so nothing measured on them holds for others. Take rows that it has not seen."
+        )
         return self.seen(data).others(data, f"{role} rows", f"were used to fit this {self.name}", remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:

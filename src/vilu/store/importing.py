@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -351,23 +351,36 @@ def _check_ids(stored: StoredArray | None, n: int) -> None:
             )
 
 
-def _labels(stored: StoredArray | None, n: int) -> NDArray[Any]:
-    """(N,) targets as they are in the source: whole numbers, or names."""
+class Labels(NamedTuple):
+    """Targets as they are in the source: which whole numbers or names occur, sorted, and (N,) places among them."""
+
+    found: NDArray[Any]
+    place: NDArray[np.int64]
+
+
+def _labels(stored: StoredArray | None, n: int) -> Labels:
+    """Read block by block."""
     if stored is None:
-        return np.full(n, UNKNOWN, np.int64)
-    if len(stored.shape) == 1 and stored.dtype.kind in "US":
+        return Labels(np.full(min(n, 1), UNKNOWN, np.int64), np.zeros(n, np.int64))
+    named = len(stored.shape) == 1 and stored.dtype.kind in "US"
+    if named:
         _require_names(stored)
-        return np.array(texts_of(stored.whole(), stored.place), dtype=np.str_)
-    if len(stored.shape) != 1 or stored.dtype.kind not in "iu":
+    elif len(stored.shape) != 1 or stored.dtype.kind not in "iu":
         raise DataError(
             f"{stored.place} must hold one whole number per row (a row of text), or one name of a class. Got "
             f"{stored.dtype} of shape {stored.shape} instead."
         )
-    return stored.whole()
+    parts = [
+        np.unique(np.array(texts_of(block, stored.place), np.str_) if named else block, return_inverse=True)
+        for block in stored.blocks()
+    ]
+    found = np.unique(np.concatenate([values for values, _ in parts])) if parts else np.empty(0, np.int64)
+    places = [np.searchsorted(found, values)[inverse] for values, inverse in parts]
+    return Labels(found, np.concatenate([np.empty(0, np.int64), *places]))
 
 
 def _classes(
-    labels: NDArray[Any], names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
+    labels: Labels, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
     """(N,) targets, (K,) rows of text that stay, and K names of classes."""
     stay = [place for place, name in enumerate(names) if name not in outside]
@@ -388,10 +401,9 @@ def _classes(
     return target, kept, classes
 
 
-def _targets(labels: NDArray[Any], names: tuple[str, ...], outside: tuple[str, ...]) -> NDArray[np.int64]:
+def _targets(labels: Labels, names: tuple[str, ...], outside: tuple[str, ...]) -> NDArray[np.int64]:
     """(N,) int64 places among the names, -1 where unknown, -2 where a label that is no class is named as outside."""
-    found, inverse = np.unique(labels, return_inverse=True)
-    values: list[Any] = found.tolist()
+    values: list[Any] = labels.found.tolist()
     place_of = {name: place for place, name in reversed(list(enumerate(names)))}
     extra = [name for name in outside if name not in place_of]
     beyond = [str(value) for value in values if value not in {"", *place_of} and value not in range(len(names))]
@@ -400,7 +412,7 @@ def _targets(labels: NDArray[Any], names: tuple[str, ...], outside: tuple[str, .
         there = [*map(repr, names[:10]), *(["..."] if len(names) > 10 else [])]
         more = f"; labels beyond the classes are {', '.join(beyond[:10])}" if beyond else ""
         raise UsageError(f"there is no class or label {unknown!r} to be outside. Classes are {', '.join(there)}{more}.")
-    if labels.dtype.kind == "U":
+    if labels.found.dtype.kind == "U":
         known = {"": UNKNOWN, **place_of, **dict.fromkeys(extra, OUTSIDE)}
         stray = next((value for value in values if value not in known), None)
         if stray is not None:
@@ -411,10 +423,10 @@ def _targets(labels: NDArray[Any], names: tuple[str, ...], outside: tuple[str, .
         codes = np.array([known[value] for value in values], dtype=np.int64)
     else:
         classes = np.array([str(value) not in extra for value in values], dtype=bool)
-        target, strange = check_targets(found[classes], int(classes.sum()), len(names))
+        target, strange = check_targets(labels.found[classes], int(classes.sum()), len(names))
         codes = np.full(len(values), OUTSIDE, np.int64)
         codes[classes] = torch.where(strange, OUTSIDE, target).numpy()
-    return codes[inverse]
+    return codes[labels.place]
 
 
 def _class_columns(found: Mapping[str, StoredArray], kept: Tensor) -> dict[ClassColumn, Tensor]:
