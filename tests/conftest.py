@@ -87,6 +87,7 @@ def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -
     projection = np.random.default_rng(98).normal(size=(d, d)) / np.sqrt(d) + np.eye(d)
     views = image[:, None] + rng.normal(size=(len(image), 4, d)) * 0.1
     negatives = np.random.default_rng(96).normal(size=(40, d))
+    small = np.random.default_rng(95).normal(size=(d, d // 2)) / np.sqrt(d)  # what a second model sees of it
     prompts = text[:, None] + np.random.default_rng(97).normal(size=(len(text), 3, d)) * 0.05
     return {
         "features": np.linalg.solve(projection, image.T).T,
@@ -95,6 +96,8 @@ def toy_columns(image: np.ndarray, text: np.ndarray, rng: np.random.Generator) -
         "text_projection": projection,
         "views": views / np.linalg.norm(views, axis=2, keepdims=True),
         "prompts": prompts / np.linalg.norm(prompts, axis=2, keepdims=True),
+        "second_image": image @ small,
+        "second_text": text @ small * 20.0,
         "negatives": negatives / np.linalg.norm(negatives, axis=1, keepdims=True),
     }
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vilu.embeddings.source import Batch as Batch
     from vilu.embeddings.source import EmbeddingSource as EmbeddingSource
     from vilu.embeddings.space import EmbeddingSpace as EmbeddingSpace
+    from vilu.embeddings.two_models import TwoModels as TwoModels
     from vilu.outcomes.evaluate import compare as compare
     from vilu.outcomes.evaluate import evaluate as evaluate
     from vilu.outcomes.outcomes import Outcomes as Outcomes
@@ -62,6 +63,7 @@ _NAMES = {
     "vilu.decision.score": "score score_parts",
     "vilu.decision.score_folder": "ScoreFolder",
     "vilu.embeddings.memory": "Embeddings PairEmbeddings",
+    "vilu.embeddings.two_models": "TwoModels",
     "vilu.embeddings.pairs": "Pools PseudoCaptions",
     "vilu.embeddings.source": "OUTSIDE Batch EmbeddingSource",
     "vilu.embeddings.space": "EmbeddingSpace",

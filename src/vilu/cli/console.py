@@ -10,9 +10,9 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
@@ -389,6 +389,23 @@ class Reading:
         float | None,
         typer.Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
     ] = None
+    second: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="STORE", help="The same images embedded by a second model, for method duo.", callback=existing
+        ),
+    ] = None
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """The flags that say how, for the digest of what a command reads."""
+        flags = {name: value for name, value in asdict(self).items() if name != "second"}
+        return flags if self.second is None else flags | {"second": True}
+
+    @property
+    def read(self) -> list[Path]:
+        """What is read beside the stores that a command names."""
+        return [] if self.second is None else [self.second]
 
     @property
     def pools(self) -> Pools | None:
@@ -404,6 +421,19 @@ class Reading:
         """A store; where a fold is asked for, that of a role."""
         return self.open_in(self.pools, store, role)
 
+    def open_both(self, store: Path) -> EmbeddingSource:
+        """A store with what the second model says of its rows, where there is one."""
+        return self.with_second(self.open(store))
+
+    def with_second(self, data: EmbeddingSource) -> EmbeddingSource:
+        """The same with the rows of ``second``."""
+        if self.second is None:
+            return data
+        from vilu.embeddings.two_models import TwoModels
+        from vilu.store.reader import open_source
+
+        return TwoModels(data, open_source(self.second))
+
     def open_in(self, pools: Pools | None, store: Path, role: Fold | None = None) -> EmbeddingSource:
         """The same in other pools."""
         from vilu.store.reader import open_source
@@ -412,14 +442,16 @@ class Reading:
 
     def split_of(self, data: EmbeddingSource) -> str | None:
         """Name of the part of the data that is read; None where the store does not say."""
+        from vilu.embeddings.two_models import TwoModels
         from vilu.store.reader import CaptionStore, EmbeddingStore
 
-        return self.fold or (data.manifest.split if isinstance(data, EmbeddingStore | CaptionStore) else None)
+        first = data.first if isinstance(data, TwoModels) else data
+        return self.fold or (first.manifest.split if isinstance(first, EmbeddingStore | CaptionStore) else None)
 
 
-def reads(command: Callable[..., None], *, without: str = "") -> Callable[..., None]:
-    """The command with flags in place of its parameter ``reading``: all but one that may be left out."""
-    flags = {name: flag for name, flag in signature(Reading, eval_str=True).parameters.items() if name != without}
+def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Callable[..., None]:
+    """The command with flags in place of its parameter ``reading``: all but those that may be left out."""
+    flags = {name: flag for name, flag in signature(Reading, eval_str=True).parameters.items() if name not in without}
 
     @wraps(command)
     def flagged(**values: Any) -> None:  # noqa: ANN401 - what the flags hold

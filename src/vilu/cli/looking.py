@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -77,9 +76,9 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         require_json(output)
     depth = Depth(candidates, neighbours, background, seed)
     settings = {"summary": summary, "coverage": coverage, "key": key, "row": row, "n": n, "depth": str(depth)}
-    read = [predictor, store] if train is None else [predictor, store, train]
-    keep = console.keeping(output, "explanation", read, overwrite=overwrite, reading=asdict(reading), **settings)
-    data, fitted = reading.open(store), load(predictor)
+    read = [predictor, store, *([] if train is None else [train]), *reading.read]
+    keep = console.keeping(output, "explanation", read, overwrite=overwrite, reading=reading.settings, **settings)
+    data, fitted = reading.open_both(store), load(predictor)
     if summary:
         if train is not None or key or row:
             raise UsageError("--summary is about all rows of the store. Leave --train, --key and --row out.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -106,7 +105,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         predictor = _new_predictor(find_method(method), {"seed": seed, "device": device}, settings or [], init)
         if unlabelled is not None:
             _require_use_of_unlabelled(type(predictor))
-        read = [*stores, *(path for path in (validation, init, unlabelled) if path is not None)]
+        read = [*stores, *(path for path in (validation, init, unlabelled) if path is not None), *reading.read]
         mixed = pseudo and [store.name for store in stores]
         flags: dict[str, object] = {
             "with": [validation is None, init is None],
@@ -114,7 +113,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
             "pseudo": mixed,
         }
         flags |= {} if unlabelled is None else {"unlabelled": True}  # what was fitted before keeps its inputs
-        inputs = storage.inputs_of_fit(predictor, read, reading=asdict(reading), **flags)
+        inputs = storage.inputs_of_fit(predictor, read, reading=reading.settings, **flags)
         if storage.claim(output, inputs, overwrite=overwrite):
             if team.leads:
                 _drop_checkpoints(stack, predictor, output, inputs)
@@ -180,7 +179,9 @@ def _training_set(stores: list[Path], reading: Reading, few: tuple[int | None, i
     if not pseudo and len(stores) > 1:
         raise UsageError(f"one store is fitted on, got {len(stores)}. Several can be mixed as captions: add --pseudo.")
     pools = reading.pools
-    sources = [reading.open_in(None if pseudo else pools, store) for store in stores]
+    if pseudo and reading.second is not None:
+        raise UsageError("--second is for classes, and --pseudo makes captions of them. Leave one of them out.")
+    sources = [reading.with_second(reading.open_in(None if pseudo else pools, store)) for store in stores]
     if n_shots is not None:
         sources = [source.take(shots(source, n_shots, seed)) for source in sources]
     return PseudoCaptions(sources, pools or Pools(), [store.name for store in stores]) if pseudo else sources[0]
@@ -234,9 +235,13 @@ def score(
     if output.suffix and not (a_file or output.is_dir()):
         raise UsageError(f"scores go to a .parquet or .csv file, or to a folder without suffix. Got {output} instead.")
     keep = console.keeping(
-        output if a_file else None, "scores", [predictor, store], overwrite=overwrite, reading=asdict(reading)
+        output if a_file else None,
+        "scores",
+        [predictor, store, *reading.read],
+        overwrite=overwrite,
+        reading=reading.settings,
     )
-    data, fitted = reading.open(store), load(predictor)
+    data, fitted = reading.open_both(store), load(predictor)
     split = reading.split_of(data)
     decider = Decider.of_folder(fitted, predictor)
     if a_file:
@@ -371,7 +376,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.decision.shares import read_shares
     from vilu.predictors.storage import load
 
-    data = reading.open(store)
+    data = reading.open_both(store)
     shares = None if class_shares is None else read_shares(class_shares)
     target = Target(max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss, outside_share, shares)
     record = calibrate_predictor(

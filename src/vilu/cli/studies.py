@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -147,7 +146,7 @@ def demo(
 PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
 
 
-@partial(reads, without="pool_size")
+@partial(reads, without={"pool_size", "second"})
 def pools(  # noqa: PLR0913 - one parameter per flag
     store: Data,
     predictors: Annotated[
@@ -173,7 +172,7 @@ def pools(  # noqa: PLR0913 - one parameter per flag
 
     read = [store, *(Path(name) for name in predictors if _is_folder(name))]
     settings = {"methods": predictors, "sizes": _sizes(sizes), "draws": draws, "resamples": resamples}
-    keep = keeping(output, "results", read, overwrite=overwrite, reading=asdict(reading), **settings)
+    keep = keeping(output, "results", read, overwrite=overwrite, reading=reading.settings, **settings)
     found = over_pool_sizes(
         {Path(name).name: _predictor(name) for name in predictors},
         lambda pools: reading.open_in(pools, store),

@@ -24,6 +24,7 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.two_models import TwoModels
 from vilu.errors import DataError, UsageError, checked, require_at_least
 from vilu.files.documents import digest
 from vilu.metrics.counts import Floats, Ints
@@ -383,14 +384,15 @@ def source_fingerprint(source: EmbeddingSource) -> str:
     Hashing every embedding would read all data twice. The sample is 256 rows, evenly spaced over the usable ones, with
     the candidates of the first of them (of the first pool) and two identifiers.
     """
-    rows = source.usable_rows
+    rows, stored = source.usable_rows, source.first if isinstance(source, TwoModels) else source
     places = np.linspace(0, len(rows) - 1, min(SAMPLED, len(rows))).round().astype(np.int64)
     sample = rows[torch.from_numpy(places)]
     pool = rows[: source.pool_size or 1]
     whole = source.n_candidates > 0 and len(pool) >= (source.pool_size or 1)
     return digest(
         {
-            "content": source.manifest.content if isinstance(source, EmbeddingStore | CaptionStore) else None,
+            "content": stored.manifest.content if isinstance(stored, EmbeddingStore | CaptionStore) else None,
+            **({} if source.second is None else {"second": source_fingerprint(source.second)}),
             "space": source.space.fingerprint,
             "n": len(source),
             "n_candidates": source.n_candidates,

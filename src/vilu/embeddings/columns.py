@@ -14,12 +14,14 @@ from vilu.errors import DataError, UsageError
 IMAGE_COLUMNS = {
     "features": (2, "(N, F) output of an image encoder: the VLM's own before its projection, or a second encoder's"),
     "views": (3, "(N, V, D) unit-norm embeddings of V augmented views of each image"),
+    "second_image": (2, "(N, E) embeddings by a second model, whose products with second_text are its logits"),
 }
 """One entry per image: number of dimensions and meaning."""
 
 TEXT_COLUMNS = {
     "text_features": (2, "(K, F) output of the VLM's text encoder before its projection"),
     "prompts": (3, "(K, P, D) unit-norm embeddings of each candidate in P prompts"),
+    "second_text": (2, "(K, E) embeddings of the candidates by a second model, times its logit scale"),
 }
 """One entry per candidate."""
 
@@ -32,11 +34,15 @@ MODEL_COLUMNS = {
 
 COLUMNS = IMAGE_COLUMNS | TEXT_COLUMNS | MODEL_COLUMNS
 
+SECOND = frozenset({"second_image", "second_text"})
+"""Those that a second source of the same rows brings (``vilu.embeddings.two_models``)."""
+
 HOW = {
     "features": "vilu embed --features",
     "views": "vilu embed --views 8",
     "prompts": "vilu embed --prompts ensemble",
     "negatives": "vilu embed --negatives",
+    **dict.fromkeys(SECOND, "vilu embed --backbone OTHER, and name that store: --second STORE"),
     **dict.fromkeys(("text_features", "image_projection", "text_projection"), "vilu embed --features"),
 }
 """The command that makes a column."""

@@ -173,6 +173,7 @@ class EmbeddingSource(ABC):
         columns: Names of what there is beside the embeddings (``vilu.embeddings.columns``).
         candidate_of: (K given,) int64 candidate that every given class is, where some had the same text: equal
             candidates are one answer, the first of them; None where all were different.
+        second: The same rows, and more, by a second model (``vilu.embeddings.two_models``); None without.
     """
 
     how: ClassVar[str] = (
@@ -187,6 +188,7 @@ class EmbeddingSource(ABC):
     pool_size: int | None = None
     columns: frozenset[str] = frozenset()
     candidate_of: Tensor | None = None
+    second: EmbeddingSource | None = None
     _columns: Mapping[str, Tensor] = {}  # those in memory
 
     def _merge_same(self) -> Tensor | None:
@@ -372,6 +374,7 @@ class Taken(EmbeddingSource):
         self._source, self._rows, self._classes = source, rows, classes
         self.space, self.class_names, self.columns = source.space, source.class_names, columns
         self.target, self.status = source.target[rows], source.status[rows.numpy()]
+        self.second = source.second
         self.outside = source.outside[rows]
         self.text = source.candidates(rows[:0]).text
         self.ids = RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else TakenIds(source.ids, rows)

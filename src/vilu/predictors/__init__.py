@@ -9,7 +9,7 @@ from vilu.predictors.bank.neighbours import TRINE, KNNDistance, KNNVote, TrustSc
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.bayesvlm import BayesVLM
 from vilu.predictors.catalogue import PREDICTORS, add_predictor, find_method
-from vilu.predictors.fitted import MCMTS, SIRC, RelU
+from vilu.predictors.fitted import MCMTS, SIRC, Duo, RelU
 from vilu.predictors.heads.networks import LMN, PVU
 from vilu.predictors.heads.vilu import LVU, DeepEnsemble, MCDropout, ViLU
 from vilu.predictors.heads.vilu_plus import ViLUPlus
@@ -23,7 +23,7 @@ from vilu.registry import load_plugins
 
 METHODS: tuple[type[FailurePredictor], ...] = (
     ViLUPlus, ViLUZero, ViLU, LVU, MCM, Entropy, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, KLUniform,
-    NegLabel, MCMTS, RelU, SIRC, Stacking, PVU, LMN, MCDropout, DeepEnsemble, TTA, PromptDisagreement, KNNDistance,
+    NegLabel, MCMTS, Duo, RelU, SIRC, Stacking, PVU, LMN, MCDropout, DeepEnsemble, TTA, PromptDisagreement, KNNDistance,
     KNNVote, TRINE, TrustScore, Mahalanobis, RelativeMahalanobis, ICPE, ClassGaussians, TrustVLM, DeltaKNN,
     DeltaKNNMargin, DeltaMDS, DeltaMDSMargin, LinearProbe, ProbVLM, BayesVLM,
 )  # fmt: skip

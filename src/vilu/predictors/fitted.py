@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UsageError
 from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
-from vilu.predictors.labelled import Needs, class_texts
+from vilu.predictors.labelled import Needs, class_texts, failure_log_odds
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 LIMIT = math.log(100.0)
@@ -167,6 +169,110 @@ def golden_section(function: Callable[[float], float], low: float, high: float) 
 
 OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {"nll": best_likelihood, "ece": best_calibration}
 """How log m is found, by the name of the objective."""
+
+
+@dataclass
+class Duo(FailurePredictor):
+    """Asymmetric duo: u = 1 - softmax(T_L l + T_S s)_c, l the logits of the VLM, s those of a second model.
+
+    c is the answer of the VLM alone, the larger model as a rule, so the failures to be predicted stay the same. T_L and
+    T_S in [0, 100] multiply the two models' own logit scales. They minimise the mean negative log-likelihood of the
+    labels under softmax(T_L l + T_S s), which is convex in the two (where each candidate is one answer), by bounded
+    LBFGS from 1/2, 1/2. At T_S = 0 the duo is ``mcm_ts``, so the second model is used as far as labels say that it
+    helps. Every pass streams over the rows; memory does not grow with them.
+
+    The second model comes as two columns: ``second_image`` (N, E) and ``second_text`` (K, E), whose products are s. A
+    second store of the same images gives them (``vilu fit STORE --method duo --second OTHER``, and so when scores are
+    made; ``vilu.TwoModels``). Rows of none of the classes have no likelihood and are left out. Where no answer of the
+    VLM is wrong the likelihood grows with T_L for ever and nothing is identified: both stay 1/2, with a warning.
+
+    Source: Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636), its formula. There the two are fine-tuned
+    classifiers, so the temperatures need rows of their own; zero-shot models have seen no label, so here the training
+    rows serve. There is one more departure: T_L and T_S are bounded and not negative.
+    """
+
+    name: ClassVar[str] = "duo"
+    summary: ClassVar[str] = "posterior of two models together, each at a fitted temperature (Asymmetric Duos, 2025)"
+    reference: ClassVar[str] = "Zhou et al., NeurIPS 2025"
+    cost: ClassVar[str] = "fit: about 20 passes over the logits of both; score: as mcm, twice, and a second model"
+    columns: ClassVar[tuple[str, ...]] = ("second_image", "second_text")
+    is_probability: ClassVar[bool] = True
+    tensors: ClassVar[tuple[str, ...]] = ("multipliers",)
+
+    seed: int = 0
+    device: str = "auto"
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        multipliers = [0.5, 0.5]
+        if failure.any():
+            multipliers = best_multipliers(train, len(failure), self.device_)
+        else:
+            warnings.warn(
+                f"only 0 failures among {len(failure)} training rows: they identify no temperatures, so {self.name} "
+                "takes the mean of the two models' logits.",
+                stacklevel=7,
+            )
+        second = train.source.second
+        notes = {} if second is None else {"second": dataclasses.asdict(second.space)}
+        tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
+        return Learnt(tensors, {"large": multipliers[0], "small": multipliers[1], **notes})
+
+    @property
+    def second_space_(self) -> EmbeddingSpace | None:
+        """Embedding space of the second model of the fit; None where it was not known."""
+        return EmbeddingSpace(**self.notes_["second"]) if "second" in self.notes_ else None
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """As every method's; refuses notes of the second model that describe no space."""
+        super().restore(state)
+        _ = self.second_space_
+
+    def _check_ready(self, data: EmbeddingSource) -> None:
+        super()._check_ready(data)
+        known = self.second_space_
+        if known is not None and data.second is not None:
+            names = {"mine": f"the second model of the fitted {self.name}", "theirs": "the second model of the data"}
+            known.require_match(data.second.space, **names)
+
+    def _score(self, batch: Batch) -> Tensor:
+        both = torch.einsum("bkm,m->bk", two_logits(batch), self.tensor("multipliers", batch.image.device))
+        return failure_log_odds(both, batch).sigmoid()
+
+
+def two_logits(batch: Batch) -> Tensor:
+    """(B, K, 2) float64 logits of the VLM and of the second model."""
+    with torch.autocast(batch.image.device.type, enabled=False):
+        second = batch.columns["second_image"] @ batch.columns["second_text"].T
+    return torch.stack([float64(batch.logits), float64(second)], dim=-1)
+
+
+def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
+    """T_L and T_S of the least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS."""
+    from scipy.optimize import minimize
+
+    def objective(point: list[float]) -> tuple[float, list[float]]:
+        at = torch.tensor(point, dtype=torch.float64, device=device)
+        terms = [duo_terms(batch.to(device), at) for batch in train.batches(SCORING_BATCH)]
+        value, *slopes = (torch.stack(terms).sum(dim=0) / n).tolist()
+        return value, slopes
+
+    limits, precision = [(0.0, math.exp(LIMIT))] * 2, {"ftol": 1e-15, "gtol": 1e-8}
+    found = minimize(objective, [0.5, 0.5], jac=True, method="L-BFGS-B", bounds=limits, options=precision)
+    multipliers: list[float] = found.x.tolist()
+    return multipliers
+
+
+def duo_terms(batch: Batch, multipliers: Tensor) -> Tensor:
+    """(3,) sums over a batch of -log p_target and of its derivatives in the ``multipliers`` (2,), on the CPU.
+
+    The derivative in one of them is the mean of its model's logits under p less that over the right candidates.
+    """
+    both = two_logits(batch)
+    z = both @ multipliers
+    right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
+    value = torch.logsumexp(z, dim=-1) - torch.logsumexp(right, dim=-1)
+    weight = torch.softmax(z, dim=-1) - torch.softmax(right, dim=-1)
+    return torch.cat([value.sum()[None], torch.einsum("bk,bkm->m", weight, both)]).cpu()
 
 
 MAX_CLASSES = 10_000

@@ -86,7 +86,8 @@ MAX_PARTS = 1_000_000
 SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
 """What the class table repeats of the run."""
 
-ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection", "negatives"]
+ClassColumn = Literal["prompts", "text_features", "image_projection", "text_projection", "negatives", "second_text"]
+ImageColumn = Literal["features", "views", "second_image"]
 
 
 class Imported(Model):
@@ -98,7 +99,7 @@ class Imported(Model):
         source: Where they come from, as the user said it.
     """
 
-    columns: dict[Literal["features", "views"], tuple[Annotated[int, Field(ge=1)], ...]] = Field(default_factory=dict)
+    columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(default_factory=dict)
     ids: bool
     source: str | None = None
 

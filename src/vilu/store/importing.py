@@ -176,9 +176,9 @@ class Given:
         return self.image.shape[1]
 
     @property
-    def row_shapes(self) -> dict[Literal["features", "views"], tuple[int, ...]]:
+    def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
         """Of what there is of each row beside its embedding."""
-        names: tuple[Literal["features", "views"], ...] = ("features", "views")
+        names: tuple[ImageColumn, ...] = ("features", "views")
         return {name: self.arrays[name].shape[1:] for name in names if name in self.arrays}
 
     def number(self, name: str, given: float | None) -> float:
