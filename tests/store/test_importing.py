@@ -17,6 +17,7 @@ import torch
 
 import vilu
 from tests.builders.array_files import NAMES, arrays, save
+from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.store.arrays import Arrays
 from vilu.store.importing import _labels, import_arrays
@@ -165,15 +166,17 @@ def test_columns_come_too(tmp_path: Path) -> None:
         "image_projection": generator.standard_normal((6, 9)),
         "text_projection": generator.standard_normal((6, 9)),
         "negatives": unit(11, 6),
+        "second_image": generator.standard_normal((30, 4)),
+        "second_text": generator.standard_normal((4, 4)),
     }
     store = imported(tmp_path, arrays(**columns), part_size=7)
     assert store.columns == columns.keys()
     for name, values in columns.items():
-        found = store.column(name, torch.arange(30 if name in {"features", "views"} else 4))
+        found = store.column(name, torch.arange(30 if name in IMAGE_COLUMNS else 4))
         assert torch.allclose(found, torch.from_numpy(values).float(), atol=1e-6), name
     report = inspect(store.path, deep=True)
     assert not report.problems
-    assert "columns      features 9, views 3 x 6, prompts 4 x 2 x 6, " in str(report)
+    assert "columns      features 9, views 3 x 6, second_image 4, prompts 4 x 2 x 6, " in str(report)
     assert "negatives 11 x 6" in str(report)
 
 

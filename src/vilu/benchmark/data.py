@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from vilu.benchmark.cells import Cell, Origin, ScoredSet, needed_parts, origin_o
 from vilu.benchmark.config import Config, Unseen
 from vilu.benchmark.parts import ROLES, Role
 from vilu.benchmark.stores import Part, evenly_spaced
+from vilu.decision.score import source_fingerprint
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import Pools, PseudoCaptions
 from vilu.embeddings.source import UNKNOWN, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
+from vilu.embeddings.two_models import TwoModels
 from vilu.errors import DataError, ProvenanceError
 from vilu.files.documents import digest
 from vilu.predictors.nn.train import SCORING_BATCH
@@ -91,10 +94,13 @@ class Workbench:
     Args:
         config: The benchmark.
         folders: Complete stores by data set and role.
+        seconds: Those of a second model, where there are some.
     """
 
-    def __init__(self, config: Config, folders: Mapping[Part, Path]) -> None:
-        self.config, self.folders = config, folders
+    def __init__(
+        self, config: Config, folders: Mapping[Part, Path], seconds: Mapping[Part, Path] = MappingProxyType({})
+    ) -> None:
+        self.config, self.folders, self.seconds = config, folders, seconds
         self._open = cache(self._open_part)
         self._truth = cache(self._truth_of)
 
@@ -125,6 +131,10 @@ class Workbench:
         what = [manifest.fingerprint, manifest.classes, manifest.content]
         if pools is not None:
             return source, digest([*what, role, asdict(pools)])
+        second = self.seconds.get((data, role))
+        if second is not None:
+            other = open_source(second)
+            source, what = TwoModels(source, other), [*what, source_fingerprint(other)]
         cut = limit if limit is not None and limit < len(source) else None
         name = digest([*what, cut])
         return (source if cut is None else source.take(evenly_spaced(len(source), cut))), name

@@ -86,6 +86,8 @@ class Data(Section):
     # folder
     dataset: str | None = None
     stores: StorePaths | None = None  # ready-made stores, in place of ``source`` and all that belongs to it
+    # stores of the same images, and of more, by a second model, for methods that take two
+    second: StorePaths | None = None
     backbone: str = "compact"
     classes: Names | None = None  # names for the prompts, in label order; by default those of the data set
     raw_names: bool = False  # whether a known data set's names go into the prompts as they are, underscores and all
@@ -123,6 +125,8 @@ class Data(Section):
         require_known("known data set", filter(None, [self.dataset]), KNOWN)
         if self.captions and (self.classes is not None or isinstance(self.validation, float)):
             raise ValueError("captions have no classes, and their validation set is the fold of that name")
+        if self.captions and self.second is not None:
+            raise ValueError("a second model is for classes, not for captions")
         if self.captions and isinstance(self.limit, Limits):
             raise ValueError("captions are in one store, so their limit is one number")
         if self.captions and self.stores is not None and self.limit is not None:

@@ -25,7 +25,7 @@ from vilu.benchmark.data import Truth, Workbench
 from vilu.benchmark.facts import decided_by
 from vilu.benchmark.fit import REFUSALS, Fitted, collected_warnings, fit, predictor_of, refusal
 from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, load_result, resampled_metrics
-from vilu.benchmark.stores import Part, make_stores, require_stores
+from vilu.benchmark.stores import Part, find_seconds, make_stores, require_stores
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
 from vilu.errors import ProvenanceError, UsageError
@@ -176,7 +176,7 @@ def _in_workers(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path, 
     """The same in a pool of processes, which are ended at once where it is closed or fails before its end."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    start = bench.config, dict(bench.folders)
+    start = bench.config, dict(bench.folders), dict(bench.seconds)
     pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, start)
     through = False
     try:
@@ -191,10 +191,10 @@ def _in_workers(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path, 
             worker.join()
 
 
-def _start_worker(config: Config, folders: Mapping[Part, Path]) -> None:
+def _start_worker(config: Config, *stores: Mapping[Part, Path]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_follow_parent, daemon=True).start()
-    _bench["mine"] = Workbench(config, folders)
+    _bench["mine"] = Workbench(config, *stores)
 
 
 def _follow_parent() -> None:
@@ -278,7 +278,7 @@ class _Work:
         cells = plan(config)
         where = config, needed_parts(config, cells), data, output
         folders = make_stores(*where, models=models) if make else require_stores(*where)
-        return cls(cells, Workbench(config, folders))
+        return cls(cells, Workbench(config, folders, find_seconds(config, folders, data)))
 
     def run(self, output: Path, share: Share, jobs: int) -> None:
         """Run the cells that are missing of a share."""

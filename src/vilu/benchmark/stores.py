@@ -15,7 +15,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.backbones.zeroshot import named_templates
 from vilu.benchmark.config import Config
-from vilu.benchmark.parts import Data, Role
+from vilu.benchmark.parts import Data, Role, StorePaths
 from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.shift import ShiftedImages
@@ -97,15 +97,25 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     """The folder of a part; errors as ``find_stores``."""
     name, role = part
     if entry.stores is not None:
-        folder = getattr(entry.stores, role)
-        if folder is None:
-            raise UsageError(f"data.{name} has no store of its {role} rows. Name it, as stores.{role} = ....")
-        return data / str(folder)
+        return _named(name, "stores", entry.stores, role, data)
     with open_images(entry, role, data) as images:
         recipe = images.fingerprint, entry.backbone, _names(entry, images), _columns(entry, role)
     hashed = digest([importlib.metadata.version("vilu"), *recipe])[:8]
     stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem  # so that entries of one recipe share it
     return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{hashed}"
+
+
+def find_seconds(config: Config, parts: Iterable[Part], data: Path) -> dict[Part, Path]:
+    """The folders of the parts by a second model, where there is one."""
+    seconds = {(name, role): config.data[name].second for name, role in parts}
+    return {part: _named(part[0], "second", of, part[1], data) for part, of in seconds.items() if of is not None}
+
+
+def _named(name: str, key: str, paths: StorePaths, role: Role, data: Path) -> Path:
+    folder = getattr(paths, role)
+    if folder is None:
+        raise UsageError(f"data.{name} has no store of its {role} rows. Name it, as {key}.{role} = ....")
+    return data / str(folder)
 
 
 def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone) -> None:

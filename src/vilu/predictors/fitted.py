@@ -199,7 +199,6 @@ class Duo(FailurePredictor):
     is_probability: ClassVar[bool] = True
     tensors: ClassVar[tuple[str, ...]] = ("multipliers",)
 
-    seed: int = 0
     device: str = "auto"
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002

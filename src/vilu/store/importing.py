@@ -34,7 +34,7 @@ from vilu.errors import DataError, UsageError, checked
 from vilu.files.documents import digest
 from vilu.progress import Task, track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
-from vilu.store.documents import IMAGE, ClassColumn, Imported, Run
+from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Run
 from vilu.store.embed import Budget, begin, describe_run, require_room, seal
 from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger, has_shape
 from vilu.store.reader import EmbeddingStore
@@ -178,7 +178,7 @@ class Given:
     @property
     def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
         """Of what there is of each row beside its embedding."""
-        names: tuple[ImageColumn, ...] = ("features", "views")
+        names: tuple[ImageColumn, ...] = get_args(ImageColumn)
         return {name: self.arrays[name].shape[1:] for name in names if name in self.arrays}
 
     def number(self, name: str, given: float | None) -> float:
