@@ -43,9 +43,10 @@ class TwoModels(Taken):
     Example:
         >>> from vilu.embeddings.memory import Embeddings
         >>> large = Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
-        >>> small = Embeddings(np.eye(3, 2) + 1, np.eye(3, 2) - 0.5, logit_scale=1.0, ids=["c", "b", "a"])
-        >>> TwoModels(large, small).column("second_image", torch.tensor([0])).numpy().round(2).tolist()
-        [[0.71, 0.71]]
+        >>> rows = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
+        >>> small = Embeddings(rows, rows, ids=["c", "b", "a"])
+        >>> TwoModels(large, small).column("second_image", torch.tensor([1, 2])).tolist()
+        [[0.0, 1.0], [1.0, 0.0]]
     """
 
     first: EmbeddingSource
