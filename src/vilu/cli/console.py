@@ -260,13 +260,14 @@ def existing(given: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as 
 
 STORE, PREDICTOR, SCORES, STUDIES = "a store of embeddings", "a predictor", "scores", "the output of a benchmark"
 PAIR = {"predictor": PREDICTOR, "store": STORE}
+BOTH = {**PAIR, "second": STORE}
 WANTED: dict[str, dict[str, str]] = {
     "embed": {"source": "images"},
     "import": {"source": "arrays"},
-    "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR},
-    "calibrate": PAIR,
-    "score": PAIR,
-    "explain": {**PAIR, "train": STORE},
+    "fit": {"stores": STORE, "validation": STORE, "init": PREDICTOR, "second": STORE},
+    "calibrate": BOTH,
+    "score": BOTH,
+    "explain": {**BOTH, "train": STORE},
     "evaluate": {"scores": SCORES},
     "monitor": {"predictor": PREDICTOR, "scores": SCORES, "late_labels": SCORES},
     "report": {"run": SCORES, **PAIR},

@@ -42,7 +42,7 @@ HOW = {
     "views": "vilu embed --views 8",
     "prompts": "vilu embed --prompts ensemble",
     "negatives": "vilu embed --negatives",
-    **dict.fromkeys(SECOND, "vilu embed --backbone OTHER, and name that store: --second STORE"),
+    **dict.fromkeys(SECOND, "--second STORE"),
     **dict.fromkeys(("text_features", "image_projection", "text_projection"), "vilu embed --features"),
 }
 """The command that makes a column."""
