@@ -76,6 +76,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
         ),
         "Pools": (vilu.Pools, {"size": 10, "direction": "image_to_text", "hard": False, "near_duplicates": 0.9}),
         "PseudoCaptions": (vilu.PseudoCaptions, {"sources": [train, pairs], "pools": 10, "names": ["a", "b"]}),
+        "TwoModels": (vilu.TwoModels, {"first": test, "second": test}),
         "EmbeddingSpace": (vilu.EmbeddingSpace, {"embed_dim": 4, "logit_scale": 1.0, "weights": "a"}),
         "take rows": (test.take, {"rows": np.arange(3)}),
         "take": (test.take, {"rows": torch.arange(3), "classes": torch.arange(2), "columns": ["views"]}),
