@@ -135,6 +135,7 @@ def refusing(folder: Path) -> dict[str, Call]:
         "load_backbone": (vilu.load_backbone, {"spec": "none:such", "device": "cpu", "precision": "fp32"}),
         "convert_official": (vilu.convert_official, {"path": nowhere, "logit_scale": 1.0, "embed_dim": 16}),
         "register": (vilu.register, {"thing": 5}),
+        "import_arrays": (vilu.import_arrays, {"source": nowhere, "output": nowhere}),
         "embed": (vilu.embed, {"dataset": None, "backbone": None, "output": nowhere, "batch_size": 1, "views": 0}),
     }
 
