@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 from tests.builders.store_fakes import DIM, NAMES, FakeBackbone, dataset, tree
 from tests.conftest import in_memory
 from vilu.datasets.images import decode_image
-from vilu.embeddings.columns import COLUMNS
+from vilu.embeddings.columns import COLUMNS, SECOND
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.files.disk import host_hash
 from vilu.files.documents import read_document, write_json
@@ -63,7 +63,7 @@ def everything(store):
 
 def test_what_is_kept(original):
     store, backbone, data = EmbeddingStore(original), FakeBackbone(), dataset(N, bad=BAD)
-    assert store.columns == set(COLUMNS)
+    assert store.columns == set(COLUMNS) - SECOND
     kept = everything(store)
     assert all(values.dtype == torch.float32 for values in kept.values())
     good = [i for i in range(N) if i not in BAD]

@@ -27,7 +27,7 @@ from vilu.embeddings.checks import (
     normalised,
     require_usable,
 )
-from vilu.embeddings.columns import COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
+from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
 from vilu.embeddings.source import OUTSIDE, UNKNOWN, first_same
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError, checked
@@ -236,7 +236,7 @@ class Given:
 def _usable(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     """Rows as they are stored, the worst status of each, and what the norms were."""
     rows = as_matrix(block.reshape(-1, block.shape[-1]), name)
-    if name == "features":
+    if name in ANY_NORM:
         finite = torch.isfinite(rows).all(dim=1).numpy()
         return rows, np.where(finite, VALID, NONFINITE).astype(np.uint8), Norms()
     rows, status, norms = normalised(rows)

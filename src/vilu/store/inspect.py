@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vilu.embeddings.checks import NORM_TOLERANCE
+from vilu.embeddings.columns import ANY_NORM
 from vilu.embeddings.source import OUTSIDE, UNKNOWN
 from vilu.errors import ViLUError
 from vilu.files.disk import MANIFEST, RUN
@@ -196,7 +197,7 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
     rows = map_rows(path, shape, dtype)
     for start in range(0, len(rows), CHUNK):
         block = torch.from_numpy(rows[start : start + CHUNK].astype(np.float32))
-        if name == "features":
+        if name in ANY_NORM:
             good, virtue = torch.isfinite(block), "finite"
         else:
             good, virtue = (torch.linalg.vector_norm(block, dim=-1) - 1).abs() <= NORM_TOLERANCE, "of unit norm"

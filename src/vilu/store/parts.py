@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from tokenize import TokenError
-from typing import cast
+from typing import cast, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,18 @@ from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
 from vilu.files.disk import RUN, make_folder
 from vilu.files.documents import read_document
-from vilu.store.documents import CLASSES, IMAGE, SHARED, TEXT, ArrayInfo, ClassColumn, Receipt, Run, StoredClasses
+from vilu.store.documents import (
+    CLASSES,
+    IMAGE,
+    SHARED,
+    TEXT,
+    ArrayInfo,
+    ClassColumn,
+    ImageColumn,
+    Receipt,
+    Run,
+    StoredClasses,
+)
 from vilu.store.ledger import Ledger, require_hash_once, write_hashed
 
 SHARD = 2**32
@@ -106,7 +117,7 @@ class StoreLedger(Ledger[Part, Receipt]):
     what, command, doing = "embedding store", "vilu embed` or `vilu import", "embedding into"
     documents = (*Ledger.documents, CLASSES)
     always = ("img_emb", "text_emb", "metadata", "errors", "receipts", "attempts")
-    folders = (*always, "features", "views", "columns")
+    folders = (*always, *get_args(ImageColumn), "columns")
 
     def __init__(self, root: Path, run: Run, data: ImageDataset | None = None) -> None:
         super().__init__(root, run.fingerprint, plan(run), Receipt)
@@ -282,7 +293,7 @@ def has_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:
         n_prompts, n_words = shape[1], shape[0]
     shapes = {
         "prompts": (n_classes, n_prompts, dim),
-        "text_features": (n_classes,),
+        **dict.fromkeys(("text_features", "second_text"), (n_classes,)),
         "negatives": (n_words, dim),
     }
     fixed = shapes.get(name, (dim,))
