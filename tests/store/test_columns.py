@@ -310,7 +310,7 @@ def test_no_damage_ends_in_anything_but_an_error_of_ours(original, tmp_path, dat
     content[where : where + len(junk)] = junk
     (root / name).write_bytes(content)
     with suppress(ViLUError):
-        assert everything(EmbeddingStore(root)).keys() == set(COLUMNS)
+        assert everything(EmbeddingStore(root)).keys() == set(COLUMNS) - SECOND
     shutil.copy(original / name, root / name)
 
 
