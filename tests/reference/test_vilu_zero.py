@@ -178,6 +178,14 @@ def test_too_few_rows_give_mcm(data: Embeddings) -> None:
     assert np.allclose(predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data), atol=1e-9)
 
 
+def test_what_knows_of_no_words_is_saved(data: Embeddings, tmp_path: Path) -> None:
+    plain = without_words(data)
+    predictor = ViLUZero().fit(plain)
+    assert not predictor.outcome
+    predictor.save(tmp_path)
+    assert np.array_equal(vilu.load(tmp_path).predict_uncertainty(plain), predictor.predict_uncertainty(plain))
+
+
 def test_two_rows_a_class_teach_no_prototypes() -> None:
     """One minus two rows a class over how many there are, by hand: 0 of 80 rows and 40 classes, 0.6 of 200."""
     assert [sufficiency(n, 40) for n in (40, 80, 200)] == pytest.approx([0.0, 0.0, 0.6])

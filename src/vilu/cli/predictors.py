@@ -163,10 +163,11 @@ def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
     methods = [find_method(name) for name in method_names()]
     beside = ", ".join(one.name for one in methods if one.uses_unlabelled) or "no method"
     alone = ", ".join(one.name for one in methods if one.needs_fit and not one.needs_labels) or "no method"
-    as_stores = " itself: give them as the STORE to fit on" if cls.needs_fit and not cls.needs_labels else ""
+    here = cls.needs_fit and not cls.needs_labels
+    instead = f"give these as the STORE to fit {cls.name} on" if here else f"those of {alone} as the STORE to fit on"
     raise UsageError(
-        f"{cls.name} takes no --unlabelled beside its rows{as_stores}. Of rows without labels learn: {beside} "
-        f"(--unlabelled), and {alone} (as the STORE to fit on)."
+        f"{cls.name} takes no --unlabelled beside its rows. Rows without labels are --unlabelled of {beside}; "
+        f"{instead}."
     )
 
 

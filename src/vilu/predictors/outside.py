@@ -177,8 +177,9 @@ class Outside:
     @classmethod
     def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON
         """P(outside) is zero."""
-        none, zero = torch.zeros(0, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-        return cls(none, zero, zero, none, none, notes)
+        shapes = (0,), (), (), (0,), (0,)  # each its own: a file of weights holds no tensor twice
+        weight, bias, words, slope, offset = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        return cls(weight, bias, words, slope, offset, notes)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Self:
