@@ -351,17 +351,17 @@ def _check_ids(stored: StoredArray | None, n: int) -> None:
             )
 
 
-class Labels(NamedTuple):
+class Targets(NamedTuple):
     """Targets as they are in the source: which whole numbers or names occur, sorted, and (N,) places among them."""
 
     found: NDArray[Any]
     place: NDArray[np.int64]
 
 
-def _labels(stored: StoredArray | None, n: int) -> Labels:
+def _labels(stored: StoredArray | None, n: int) -> Targets:
     """Read block by block."""
     if stored is None:
-        return Labels(np.full(min(n, 1), UNKNOWN, np.int64), np.zeros(n, np.int64))
+        return Targets(np.full(min(n, 1), UNKNOWN, np.int64), np.zeros(n, np.int64))
     named = len(stored.shape) == 1 and stored.dtype.kind in "US"
     if named:
         _require_names(stored)
@@ -376,11 +376,11 @@ def _labels(stored: StoredArray | None, n: int) -> Labels:
     ]
     found = np.unique(np.concatenate([values for values, _ in parts])) if parts else np.empty(0, np.int64)
     places = [np.searchsorted(found, values)[inverse] for values, inverse in parts]
-    return Labels(found, np.concatenate([np.empty(0, np.int64), *places]))
+    return Targets(found, np.concatenate([np.empty(0, np.int64), *places]))
 
 
 def _classes(
-    labels: Labels, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
+    labels: Targets, names: tuple[str, ...], outside: tuple[str, ...], text: StoredArray
 ) -> tuple[NDArray[np.int64], Tensor, tuple[str, ...]]:
     """(N,) targets, (K,) rows of text that stay, and K names of classes."""
     stay = [place for place, name in enumerate(names) if name not in outside]
@@ -401,7 +401,7 @@ def _classes(
     return target, kept, classes
 
 
-def _targets(labels: Labels, names: tuple[str, ...], outside: tuple[str, ...]) -> NDArray[np.int64]:
+def _targets(labels: Targets, names: tuple[str, ...], outside: tuple[str, ...]) -> NDArray[np.int64]:
     """(N,) int64 places among the names, -1 where unknown, -2 where a label that is no class is named as outside."""
     values: list[Any] = labels.found.tolist()
     place_of = {name: place for place, name in reversed(list(enumerate(names)))}
