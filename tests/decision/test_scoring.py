@@ -137,7 +137,7 @@ def test_a_promise_is_none_for_the_same_names_in_other_prompts(test: Embeddings,
 
 def test_a_probability_from_so_few_rows_is_told() -> None:
     rows = toy_embeddings()
-    with pytest.warns(UserWarning, match="vilu_plus is fitted on 1 labelled row: with fewer than 20 its probabilities"):
+    with pytest.warns(UserWarning, match="vilu_plus is fitted on 1 row: with fewer than 20 its probabilities"):
         vilu.ViLUPlus().fit(rows.take(torch.tensor([0])))
     vilu.ViLUPlus(width=8, epochs=1).fit(rows.take(torch.arange(20)))
 

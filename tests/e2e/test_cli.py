@@ -238,7 +238,7 @@ def test_lists() -> None:
         (
             ["fit", "{work}/train", "-o", "{work}/x", "--method", "mcm", "--unlabelled", "{work}/test"],
             2,
-            "vilu_zero (as",
+            "those of vilu_zero as the STORE to fit on",
         ),
         (["fit", "{work}/nowhere", "-o", "{work}/x"], 2, "nowhere does not exist"),
         (["score", "{work}/nowhere", "{work}/test", "-o", "{work}/x.csv"], 2, "nowhere does not exist"),

@@ -224,8 +224,9 @@ class Problem:
         scale = torch.full((attention.inputs.width + 1,), math.sqrt(variance), device=self.device)
         scale[-1] *= math.sqrt(BIAS_SHARE)
         self.scale, self.own_scale = scale, math.sqrt(1 - attention.sharing)
-        target = rows.source.target[rows.index]
-        self.has_labels = (torch.bincount(target, minlength=len(attention.own)) > 0).to(scale)[:, None]
+        self.has_labels = torch.zeros(len(attention.own), 1).to(scale)
+        if len(attention.own):  # pairs have no classes
+            self.has_labels[rows.source.target[rows.index].unique()] = 1.0
         self.held: Block | None = None
         n_classes = len(attention.classes)
         if n_classes and self.n <= min(SCORING_BATCH, MAX_CELLS // n_classes):
@@ -339,6 +340,8 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
     Source: Good, Biometrika 1953.
     """
+    if not n_classes:
+        return torch.zeros(0)
     count = torch.bincount(target, minlength=n_classes)
     n, m = len(target), int((count > 0).sum())
     share = MISSED if n == m else max(int((count == 1).sum()), 1) / n
