@@ -188,7 +188,7 @@ def _predictor_in_brief(row: dict[str, Any]) -> dict[str, str]:
         "labels": row["needs labels"],
         "captions": row["captions"],
         "classes": "fitted" if row["classes"] != "any" else "any",
-        "embed with": " ".join([*needed, *(f"[{flag}]" for flag in used)]) or "-",
+        "embed with": " ".join([*needed, *([f"[{' '.join(used)}]"] if used else [])]) or "-",
         "reference": row["reference"],
         "what it is": row["what it is"],
         "cost": "" if row["cost"] == "none" else row["cost"],

@@ -155,7 +155,7 @@ class RelativeMahalanobis(Mahalanobis):
 
     name: ClassVar[str] = "relative_mahalanobis"
     summary: ClassVar[str] = "Mahalanobis distance to the predicted class less that to all images (Ren et al. 2021)"
-    reference: ClassVar[str] = "Ren et al., ICML workshop 2021"
+    reference: ClassVar[str] = "Ren et al., ICML workshop on uncertainty 2021"
 
     relative: bool = True
 

@@ -57,7 +57,7 @@ class KNNVote(LabelledBank):
 
     name: ClassVar[str] = "knn_vote"
     summary: ClassVar[str] = "share of the nearest training images not of the predicted class"
-    reference: ClassVar[str] = "Cover and Hart, IEEE T. Inf. Theory 1967"
+    reference: ClassVar[str] = "Cover and Hart, IEEE Trans. Inf. Theory 1967"
 
     k: Count = 20
     weighting: Literal["uniform", "similarity"] = "uniform"
