@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import threading
 import time
 import weakref
@@ -20,7 +21,9 @@ from vilu.datasets.images import ImageLimits, decode_image
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import host_hash
 from vilu.files.documents import write_json
+from vilu.files.places import entries
 from vilu.progress import reporting
+from vilu.store import ledger
 from vilu.store.embed import embed
 from vilu.store.parts import StoreLedger
 from vilu.store.reader import EmbeddingStore
@@ -56,6 +59,24 @@ def test_what_a_store_holds(tmp_path):
     assert (set(metadata["n_frames"]), set(metadata["flags"]), set(metadata["exif_orientation"])) == ({1}, {0}, {None})
     assert store.target.tolist() == [-1 if i in {4, 22} else i % 3 for i in range(23)]
     assert pq.read_table(tmp_path / "s/metadata/metadata_00000.parquet")["label"][4].as_py() is None
+
+
+def test_a_store_that_begins_while_its_place_is_looked_at_is_none_of_others(tmp_path, monkeypatch):
+    run(dataset(23), tmp_path / "made")
+    here = tmp_path / "here"
+    here.mkdir()
+
+    def then_it_begins(look):
+        def seen(root):
+            found = look(root)
+            shutil.copytree(tmp_path / "made", here, dirs_exist_ok=True)
+            return found
+
+        return seen
+
+    monkeypatch.setattr(ledger, "entries", then_it_begins(entries))
+    monkeypatch.setattr(StoreLedger, "has_begun", then_it_begins(StoreLedger.has_begun))
+    StoreLedger.check_place(here)
 
 
 def test_float32_keeps_every_bit(tmp_path):

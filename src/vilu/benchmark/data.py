@@ -246,7 +246,9 @@ class Workbench:
 
 
 def without_labels(source: EmbeddingSource) -> EmbeddingSource:
-    """All rows of a source, as if nothing were known of them."""
+    """All rows of a source, as if nothing were known of them; pairs as they are, which those methods refuse."""
+    if source.pool_size is not None:
+        return source
     rows = source.take(np.arange(len(source)))
     rows.target, rows.outside = torch.full((len(rows),), UNKNOWN), torch.zeros(len(rows), dtype=torch.bool)
     return rows

@@ -99,7 +99,8 @@ class Ledger(ABC, Generic[P, R]):
     @classmethod
     def check_place(cls, root: Path, *, overwrite: bool = False) -> None:
         """Refuse a folder with anything but a run of this kind; to be overwritten, also one with more than that."""
-        begun = cls.has_begun(root)
+        is_new = not root.is_dir() or not entries(root)  # seen before its run.json: another process may begin just now
+        begun = is_new or cls.has_begun(root)
         if not begun and (root / RUN).is_file():
             raise UsageError(f"{root / RUN} is of no {cls.what}, so nothing there is touched. Give a new folder.")
         claim_folder(root, cls.what, lambda _: False, same=begun)
