@@ -228,8 +228,7 @@ RULES: dict[object, tuple[Callable[[object, Any], bool], Callable[[Any], str]]] 
 }
 """Of a type: whether a value with the type's arguments is one, and how it is called."""
 
-TRIED = 100
-"""Elements of a list whose types are looked at."""
+TRIED = 100  # elements of a list whose types are looked at
 
 
 def found(value: object) -> str:

@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 
 from vilu.errors import MissingModelError
 
-REACH_TIMEOUT = 3.0
-"""Seconds the hub has to accept a connection; its own client would retry for 23 seconds per file."""
+REACH_TIMEOUT = 3.0  # seconds the hub has to accept a connection; its own client would retry for 23 seconds per file
 
 
 def import_extra(module: str, extra: str) -> ModuleType:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-NOTHING = "-"
-"""What stands where there is no number."""
-
-WIDEST = 120
-"""Signs of a cell of an aligned table."""
+NOTHING = "-"  # what stands where there is no number
+WIDEST = 120  # signs of a cell of an aligned table
 
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _CELL = str.maketrans({"|": r"\|"})

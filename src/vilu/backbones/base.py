@@ -158,8 +158,7 @@ def _unit(rows: Tensor) -> Tensor:
     return functional.normalize(rows.float(), dim=-1).cpu()
 
 
-ROUNDING = 1e-4
-"""Largest difference, of the largest entry, by which two orders of the same float32 sums may differ."""
+ROUNDING = 1e-4  # largest difference, of the largest entry, by which two orders of the same float32 sums may differ
 
 
 def detach_projection(network: nn.Module, paths: Sequence[str], run: Callable[[], Tensor]) -> Tensor | None:

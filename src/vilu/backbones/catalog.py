@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from vilu.backbones.base import Backbone
 
 
-SLOW = 2.0
-"""Seconds of silence from which on people want to know."""
+SLOW = 2.0  # seconds of silence from which on people want to know
 
 FORMATS = {"open_clip": "open_clip_config.json", "hf": "config.json"}
 """The libraries that load a named backbone, each with the file by which its folders are known."""
@@ -163,8 +162,7 @@ class BackboneKind:
     extra: str
 
 
-BACKBONES: dict[str, BackboneKind] = {}
-"""By name: ours, from ``assets/backbones.toml``, then those that were added."""
+BACKBONES: dict[str, BackboneKind] = {}  # by name: ours, from ``assets/backbones.toml``, then those that were added
 
 
 @checked

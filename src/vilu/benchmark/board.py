@@ -17,12 +17,10 @@ from vilu.metrics.bootstrap import Quantity
 from vilu.metrics.counts import Floats
 from vilu.text import span
 
-Bootstrap = Callable[[Cell], Floats]
-"""(M, B) bootstrap values of a cell that was run."""
+Bootstrap = Callable[[Cell], Floats]  # (M, B) bootstrap values of a cell that was run
 
 BEST = RANKED_BY[0]
-Place = tuple[str, str, str]
-"""Method, data set, setting."""
+Place = tuple[str, str, str]  # method, data set, setting
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from vilu.benchmark.views import AnyClaim, Better, Steeper, Trend
 from vilu.metrics.bootstrap import Interval, Quantity
 from vilu.metrics.catalog import METRICS
 
-LEAST_POINTS = 3
-"""Of a trend line whose slope is to say something."""
+LEAST_POINTS = 3  # of a trend line whose slope is to say something
 
 Ruling = Literal["holds", "does not hold", "open", "not tested"]
 

@@ -136,8 +136,7 @@ class Unseen(Setting):
 AnySetting = Annotated[Labels | Transfer | Unseen | Adapt | Union, Field(discriminator="kind")]
 
 
-MAX_EPOCHS = 300
-"""However few the training rows are; the heads' own limit."""
+MAX_EPOCHS = 300  # however few the training rows are; the heads' own limit
 
 
 class Method(Section):

@@ -30,8 +30,7 @@ from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.rows import overlap
 from vilu.store.reader import CaptionStore, EmbeddingStore, open_source
 
-DRAW, HALVES, DIVISION = 1, 2, 3
-"""What a generator is for: two draws of one seed must not go together."""
+DRAW, HALVES, DIVISION = 1, 2, 3  # what a generator is for: two draws of one seed must not go together
 
 
 def draw_rows(target: NDArray[np.int64], per_class: int, seed: int) -> NDArray[np.int64]:

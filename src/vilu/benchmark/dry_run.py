@@ -24,11 +24,8 @@ from vilu.files.documents import read_document
 from vilu.store.documents import Manifest
 from vilu.text import aligned
 
-COMPACT_WIDTHS = 768, 1280
-"""Of the compact model: embeddings and features."""
-
-HALF = 2
-"""Bytes of a stored number."""
+COMPACT_WIDTHS = 768, 1280  # of the compact model: embeddings and features
+HALF = 2  # bytes of a stored number
 
 
 @dataclass(frozen=True)

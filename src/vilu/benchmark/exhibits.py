@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from vilu.report.style import Figure
 
 
-Draw = Callable[[], "Figure"]
-"""Makes a figure."""
+Draw = Callable[[], "Figure"]  # makes a figure
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from vilu.benchmark.parts import ROLES, Data, hint_at
 from vilu.errors import StorageError, UsageError
 from vilu.predictors.parameters import parameters
 
-TABLES = ("data", "settings", "methods")
-"""What can be taken from an included file, entry by entry."""
+TABLES = ("data", "settings", "methods")  # what can be taken from an included file, entry by entry
 
 
 def load_config(path: Path) -> Config:

@@ -18,8 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Role = Literal["train", "validation", "test"]
 ROLES: tuple[Role, ...] = ("train", "validation", "test")
-RANKED_BY = ("auroc", "fpr95")
-"""Metrics that get intervals; methods are ranked by the first."""
+RANKED_BY = ("auroc", "fpr95")  # metrics that get intervals; methods are ranked by the first
 
 
 def require_known(what: str, names: Iterable[str], known: Collection[str]) -> None:

@@ -114,11 +114,8 @@ def _refusals(entrants: Sequence[Entrant]) -> list[str]:
     return [f"No result of {_named(refused, entrants)}: {reason}" for reason, refused in reasons.items()]
 
 
-MEAN = "mean"
-"""What stands for the data set where there is a mean over several."""
-
-ALPHA = 0.05
-"""From this p-value on two methods are not told apart."""
+MEAN = "mean"  # what stands for the data set where there is a mean over several
+ALPHA = 0.05  # from this p-value on two methods are not told apart
 
 
 @dataclass(frozen=True)

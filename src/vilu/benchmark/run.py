@@ -150,8 +150,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-_bench: dict[str, Workbench] = {}
-"""What a worker process has open."""
+_bench: dict[str, Workbench] = {}  # what a worker process has open
 
 
 def run_cells(bench: Workbench, cells: Sequence[Cell], root: Path, jobs: int, n_done: int) -> None:

@@ -49,8 +49,7 @@ def evenly_spaced(n: int, number: int) -> np.ndarray[tuple[int], np.dtype[np.int
 
 
 PACKAGE = "package:"
-Part = tuple[str, Role]
-"""A data set by name, and one of its parts."""
+Part = tuple[str, Role]  # a data set by name, and one of its parts
 
 
 def find_stores(config: Config, parts: Iterable[Part], data: Path, output: Path) -> dict[Part, Path]:

@@ -236,8 +236,7 @@ def _write_exhibit(one: Exhibit, folder: Path) -> None:
             save(one.draw(), figures / f"{one.name}{suffix}")
 
 
-DRAWN = (CurveView, ScatterView, HistogramView, GridView)
-"""Views that are drawn."""
+DRAWN = (CurveView, ScatterView, HistogramView, GridView)  # views that are drawn
 
 
 def run_studies(
@@ -271,12 +270,7 @@ def run_studies(
 
 
 def render_studies(
-    output: Path,
-    document: Path | None = None,
-    title: str = "Results",
-    intro: str = "",
-    *,
-    overwrite: bool = True,
+    output: Path, document: Path | None = None, title: str = "Results", intro: str = "", *, overwrite: bool = True
 ) -> list[Rendered]:
     """Write everything anew from the cells of a run folder, without data, embeddings or computation.
 

@@ -17,8 +17,7 @@ from vilu.benchmark.parts import RANKED_BY, Name, Names, Section, require_known
 from vilu.errors import DataError
 
 Axis = Literal["method", "data", "setting"]
-AXES = {"method": "method", "data": "data set", "setting": "setting"}
-"""What each is called in messages."""
+AXES = {"method": "method", "data": "data set", "setting": "setting"}  # what each is called in messages
 
 FIELDS = (*AXES, "metric")
 

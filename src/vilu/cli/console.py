@@ -35,8 +35,7 @@ LOG = logging.getLogger("vilu")
 LOG_EVERY = 10.0  # seconds between progress lines where there is no terminal
 MOST_SEED, MOST_RESAMPLES, MOST_WORKERS = 2**63 - 1, 10**6, 4096
 """Larger numbers on a command line are slips of the finger."""
-INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143
-"""Exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM."""
+INTERRUPTED, PIPE_CLOSED, TERMINATED = 130, 141, 143  # exit codes: 128 and the number of SIGINT, of SIGPIPE, of SIGTERM
 
 
 def complain(level: str, message: str) -> None:

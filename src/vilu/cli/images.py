@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vilu.cli import console
-from vilu.cli.console import (
-    MOST_SEED,
-    MOST_WORKERS,
-    Overwrite,
-    next_step,
-)
+from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -109,8 +104,7 @@ Who = Annotated[
     typer.Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
 ]
 Processes = Annotated[
-    int | None,
-    typer.Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]"),
+    int | None, typer.Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]")
 ]
 
 

@@ -10,17 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from vilu.cli import console
-from vilu.cli.console import (
-    MOST_SEED,
-    Data,
-    Json,
-    JsonFile,
-    Overwrite,
-    Predictor,
-    Reading,
-    next_step,
-    reads,
-)
+from vilu.cli.console import MOST_SEED, Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.text import printable
 
@@ -32,8 +22,7 @@ if TYPE_CHECKING:
     from vilu.report.explain.prompts import PromptGains
     from vilu.report.explain.risk import RiskMap
 
-ALARM = 8
-"""Exit code: the guarantee should no longer be relied on."""
+ALARM = 8  # exit code: the guarantee should no longer be relied on
 
 
 @reads
@@ -145,8 +134,7 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         float, typer.Option(min=0, max=1, help="Probability of any alarm without cause, however long one watches.")
     ] = 0.05,
     shuffle: Annotated[
-        bool,
-        typer.Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival."),
+        bool, typer.Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival.")
     ] = False,
     in_order: Annotated[
         bool, typer.Option("--in-order", help="The rows of each file did arrive in their order, sorted as they look.")

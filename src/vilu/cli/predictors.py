@@ -215,8 +215,7 @@ def score(
     predictor: Predictor,
     store: Data,
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="File, .parquet or .csv; or a folder, for any number of rows."),
+        Path, typer.Option("--output", "-o", help="File, .parquet or .csv; or a folder, for any number of rows.")
     ],
     *,
     reading: Reading,
@@ -445,12 +444,7 @@ def push(
     next_step(f"elsewhere: {console.shell('vilu', 'pull', repository, '-o', 'predictor')}")
 
 
-def pull(
-    repository: Repository,
-    output: Output,
-    revision: Revision = None,
-    overwrite: Overwrite = False,
-) -> None:
+def pull(repository: Repository, output: Output, revision: Revision = None, overwrite: Overwrite = False) -> None:
     """Copy a predictor from the model hub, or from a folder, and check it. Prints the folder of the predictor."""
     from vilu.predictors.hub import pull as pull_predictor
 

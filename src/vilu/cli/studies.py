@@ -150,8 +150,7 @@ PUBLISHED = "128,512,1024,2048,4096,8192,16384,32768"
 def pools(  # noqa: PLR0913 - one parameter per flag
     store: Data,
     predictors: Annotated[
-        list[str],
-        typer.Argument(help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin)."),
+        list[str], typer.Argument(help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin).")
     ],
     sizes: Annotated[str, typer.Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
     draws: Annotated[int, typer.Option(min=1, help="Drawings of the pools, which are averaged.")] = 1,

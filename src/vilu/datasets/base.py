@@ -258,8 +258,7 @@ def parse_split(split: str, available: Collection[str], source: str) -> tuple[st
 
 
 CAPTIONS_OR_CLASSES: Final = "captions take the place of classes. Give --captions or --classes, not both."
-SHOWN: Final = 10
-"""Values of a column that a message lists."""
+SHOWN: Final = 10  # values of a column that a message lists
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from vilu.datasets.files import ListingHash
 from vilu.datasets.images import CORRUPT
 from vilu.errors import DataError
 
-MAX_BYTES: Final = 256 * 2**20
-"""Larger pickles are refused; the largest of CIFAR has 155 MB."""
+MAX_BYTES: Final = 256 * 2**20  # larger pickles are refused; the largest of CIFAR has 155 MB
 
 
 MAX_TUPLES: Final = 64

@@ -15,8 +15,7 @@ from typing import Final
 
 from vilu.errors import StorageError
 
-MAX_FILE_BYTES: Final = 64 * 2**20
-"""Larger files are not read at all."""
+MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff"),

@@ -22,8 +22,7 @@ from vilu.datasets.images import decode_image
 from vilu.errors import UsageError
 
 SEVERITIES: Final = 5
-REFERENCE_SIDE: Final = 32
-"""Short side of a picture to which strengths in pixels refer."""
+REFERENCE_SIDE: Final = 32  # short side of a picture to which strengths in pixels refer
 
 Change = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 

@@ -21,15 +21,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vilu.datasets.base import (
-    CAPTIONS_OR_CLASSES,
-    Faults,
-    ImageDataset,
-    ImageRecord,
-    Selection,
-    bytes_of,
-    fault_of,
-)
+from vilu.datasets.base import CAPTIONS_OR_CLASSES, Faults, ImageDataset, ImageRecord, Selection, bytes_of, fault_of
 from vilu.datasets.classes import OUTSIDE_LABEL, ClassTable, class_table
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
@@ -45,8 +37,7 @@ KEY: Final = ("key",)
 CAPTION: Final = ("caption", "text")
 
 UNLABELLED: Final = -1
-CLASS_NAMES: Final = b"class_names"
-"""Entry of a schema's metadata: names, comma-joined."""
+CLASS_NAMES: Final = b"class_names"  # entry of a schema's metadata: names, comma-joined
 
 
 @dataclass(frozen=True)
@@ -235,11 +226,8 @@ def _is_string(kind: pa.DataType) -> bool:
 
 
 IMAGE: Final = "image"
-BATCH_ROWS: Final = 32
-"""Rows in memory at a time."""
-
-STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}
-"""Else a row group's column is read whole."""
+BATCH_ROWS: Final = 32  # rows in memory at a time
+STREAMED: Final = {"pre_buffer": False, "buffer_size": 2**20}  # else a row group's column is read whole
 
 
 def is_image_column(schema: pa.Schema) -> bool:

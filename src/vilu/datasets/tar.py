@@ -140,8 +140,7 @@ def _group(found: Iterable[Member], samples: dict[str, Sample]) -> None:
 
 LABEL: Final = "cls"
 MAX_LABEL_BYTES: Final = 32
-SHARD_SHIFT: Final = 32
-"""``ImageRecord.position`` is the shard's number times 2 to this, plus the sample's."""
+SHARD_SHIFT: Final = 32  # ``ImageRecord.position`` is the shard's number times 2 to this, plus the sample's
 
 
 class TarShards:

@@ -24,8 +24,7 @@ from vilu.predictors.record import claim, fit_fingerprint
 from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import load, write_card
 
-SAID = 3
-"""Groups of which a message says why nothing is accepted."""
+SAID = 3  # groups of which a message says why nothing is accepted
 
 logger = logging.getLogger(__name__)
 

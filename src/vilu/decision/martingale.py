@@ -22,17 +22,13 @@ BETAS: Final = tuple((a, b) for a in SHAPES for b in SHAPES if (a, b) != (1, 1))
 HISTOGRAMS: Final = ((10, 50.0), (10, 150.0), (30, 50.0), (30, 150.0))
 """Cells of the bets that learn, and for how many p-values their uniform beginning counts."""
 
-DECAY: Final = 1 - 1 / 400
-"""What is left of a learnt p-value one row later."""
+DECAY: Final = 1 - 1 / 400  # what is left of a learnt p-value one row later
 
 SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS), len(HISTOGRAMS)])
 """(K,) share of the wealth of every bet."""
 
-EVERY: Final = 50
-"""Rows between two starts."""
-
-BLOCK: Final = 4096
-"""Rows that are worked on at once."""
+EVERY: Final = 50  # rows between two starts
+BLOCK: Final = 4096  # rows that are worked on at once
 
 EPS: Final = 2.0**-53
 
@@ -223,17 +219,10 @@ def earlier(values: Floats) -> tuple[Ints, Ints]:
     return greater, equal
 
 
-SHUFFLES: Final = 999
-"""That must all be beaten, which exchangeable rows do with probability 1/1000, whatever they are."""
-
-CLEAR: Final = 4.0
-"""Standard deviations of the shuffles by which, too; of normal sums three in 100,000 are."""
-
-SAMPLED: Final = 4096
-"""Rows of a half that are looked at, evenly spaced."""
-
-FEWEST: Final = 20
-"""Rows below which no order is looked for."""
+SHUFFLES: Final = 999  # that must all be beaten, which exchangeable rows do with probability 1/1000, whatever they are
+CLEAR: Final = 4.0  # standard deviations of the shuffles by which, too; of normal sums three in 100,000 are
+SAMPLED: Final = 4096  # rows of a half that are looked at, evenly spaced
+FEWEST: Final = 20  # rows below which no order is looked for
 
 
 def grouped(codes: Ints) -> bool:

@@ -367,8 +367,7 @@ class _Order:
         return (scored.numpy(), scored) if part.start < n else (self.rest[part.start - n : part.stop - n], scored)
 
 
-SAMPLED = 256
-"""Rows whose embeddings are part of the fingerprint of a source."""
+SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
 
 
 def predictor_fingerprint(predictor: FailurePredictor) -> str:

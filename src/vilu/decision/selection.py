@@ -16,8 +16,7 @@ from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, real_vector
 from vilu.outcomes.outcomes import Outcomes
 
-MAX_ROWS = 10**6
-"""Of a calibration; more would not move a p-value visibly, and they all stand in ``risk.json``."""
+MAX_ROWS = 10**6  # of a calibration; more would not move a p-value visibly, and they all stand in ``risk.json``
 
 
 class BatchSelector(Model):

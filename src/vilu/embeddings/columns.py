@@ -18,8 +18,7 @@ IMAGE_COLUMNS = {
 }
 """One entry per image: number of dimensions and meaning."""
 
-ANY_NORM = frozenset({"features", "second_image"})
-"""Those of images that need not be of unit norm."""
+ANY_NORM = frozenset({"features", "second_image"})  # those of images that need not be of unit norm
 
 TEXT_COLUMNS = {
     "text_features": (2, "(K, F) output of the VLM's text encoder before its projection"),

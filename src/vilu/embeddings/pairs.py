@@ -25,8 +25,7 @@ Direction = Literal["image_to_text", "text_to_image"]
 HARD_ROWS = 2**17
 """Rows among which hard pools are sought; their captions are in memory together, 256 MiB at a width of 512."""
 
-NEAR_ROWS = 1024
-"""Rows whose likeness with as many others is looked at together."""
+NEAR_ROWS = 1024  # rows whose likeness with as many others is looked at together
 
 
 @checked_fields

@@ -20,23 +20,18 @@ from vilu.errors import BusyError, StorageError
 
 logger = logging.getLogger(__name__)
 
-LOCK = ".lock"
-"""Name of the lock of a folder."""
+LOCK = ".lock"  # name of the lock of a folder
 
 RUN, MANIFEST = "run.json", "manifest.json"
 """First and last document of a folder that a run fills (``vilu.store.ledger``)."""
 
-LOG = "log.jsonl"
-"""How long what took, a line of JSON each. Two runs differ in it, and no result is read from it."""
-
-CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}
-"""What network file systems answer that cannot sync a folder."""
+LOG = "log.jsonl"  # how long what took, a line of JSON each. Two runs differ in it, and no result is read from it
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP}  # what network file systems answer that cannot sync a folder
 
 TEMPORARY = re.compile(r"\.(?P<name>.+?)(?:\.(?P<host>[0-9a-f]{8}))?\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 """Names of files in the making: what they are to be, whose they are (before there were hosts: without), a number."""
 
-STALE = 24 * 3600.0
-"""Seconds after which a file in the making is one that nobody makes any more, whoever began it."""
+STALE = 24 * 3600.0  # seconds after which a file in the making is one that nobody makes any more, whoever began it
 
 
 @contextmanager

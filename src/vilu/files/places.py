@@ -40,16 +40,13 @@ HEADERS: dict[bytes, Kind] = {
 }
 """How our CSVs begin, which name nothing else."""
 
-INPUTS = "inputs"
-"""Key of the digest of what a file was made from."""
+INPUTS = "inputs"  # key of the digest of what a file was made from
 
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
-MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")
-"""Last line of a text of ours."""
+MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")  # last line of a text of ours
 
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.([0-9a-f]{32})", re.DOTALL)
-TAIL = 4096
-"""Bytes at either end of a file in which a mark is looked for."""
+TAIL = 4096  # bytes at either end of a file in which a mark is looked for
 
 
 def said_of(inputs: str | None) -> dict[str, str]:
@@ -62,8 +59,7 @@ def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
     write_json(path, {**content, **said_of(inputs)})
 
 
-Made = tuple[Kind, str]
-"""Kind of a file of ours, and the digest of its inputs; empty where it does not say."""
+Made = tuple[Kind, str]  # kind of a file of ours, and the digest of its inputs; empty where it does not say
 
 
 def mark(kind: str, inputs: str) -> str:

@@ -20,11 +20,8 @@ from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 from vilu.progress import track
 
-MAX_RESAMPLES = 1_000_000
-"""More do not change an interval."""
-
-CELLS = 2**18
-"""Counts held at a time: two megabytes per temporary array, about what a cache holds."""
+MAX_RESAMPLES = 1_000_000  # more do not change an interval
+CELLS = 2**18  # counts held at a time: two megabytes per temporary array, about what a cache holds
 
 
 class Interval(NamedTuple):

@@ -13,8 +13,7 @@ from vilu.metrics.counts import Floats, TieCounts, ratio, tie_counts
 
 Binning = Literal["width", "mass"]
 
-CERTAIN = 1e-12
-"""How near to 0 or 1 a probability may come in a logarithm."""
+CERTAIN = 1e-12  # how near to 0 or 1 a probability may come in a logarithm
 
 
 @checked
@@ -101,8 +100,7 @@ def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) ->
     return [one.reshape(*resamples, bins) for one in sums]
 
 
-CLEAR = 2.0
-"""Standard errors from which on a gap counts as one in the lower end of an interval."""
+CLEAR = 2.0  # standard errors from which on a gap counts as one in the lower end of an interval
 
 
 @dataclass(frozen=True)

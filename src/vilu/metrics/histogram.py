@@ -19,11 +19,8 @@ from vilu.metrics.bootstrap import CELLS, Interval, Quantity, block_sizes, check
 from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
-MAX_BINS = 2**20
-"""Occupied bins at most: 24 MB."""
-
-RESAMPLED_BINS = 2**14
-"""Groups of bins that a resample tells apart."""
+MAX_BINS = 2**20  # occupied bins at most: 24 MB
+RESAMPLED_BINS = 2**14  # groups of bins that a resample tells apart
 
 _TINY = 2.0**-512
 _ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # whole octaves, so that 0 and 1 begin a bin at every level

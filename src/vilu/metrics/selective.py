@@ -17,11 +17,8 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
 
 Convention = Literal["mean", "trapezoid"]
 
-_HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])
-"""Harmonic numbers H_0 ... H_65535."""
-
-TABLE = 2**21
-"""Of fewer rows harmonic numbers are looked up (16 MB), which is five times as fast as their logarithms."""
+_HARMONIC: Floats = np.concatenate([[0.0], np.cumsum(1 / np.arange(1.0, 2**16))])  # harmonic numbers H_0 ... H_65535
+TABLE = 2**21  # of fewer rows harmonic numbers are looked up (16 MB), which is five times as fast as their logarithms
 
 
 @checked

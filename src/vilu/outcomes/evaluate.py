@@ -18,8 +18,7 @@ from vilu.metrics.counts import tie_counts
 from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable
 
-FEW = 30
-"""With fewer wrong (or right) answers an interval says little."""
+FEW = 30  # with fewer wrong (or right) answers an interval says little
 
 
 @checked
@@ -141,13 +140,7 @@ class Comparison:
 
 @checked
 def compare(
-    a: Outcomes,
-    b: Outcomes,
-    *,
-    metric: str = "auroc",
-    n_resamples: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    a: Outcomes, b: Outcomes, *, metric: str = "auroc", n_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Comparison:
     """Difference of a metric between two methods on the same rows, by paired bootstrap.
 

@@ -21,8 +21,7 @@ from vilu.predictors.labelled import failure_log_odds
 from vilu.predictors.nn.train import Rows, steps_per_epoch
 from vilu.progress import track
 
-ROWS = 1_024
-"""Rows against all candidates at a time."""
+ROWS = 1_024  # rows against all candidates at a time
 
 
 def softmax_weights(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +169,7 @@ def cosine_moments(g: Tensor, g_variance: Tensor, h: Tensor, h_variance: Tensor)
     return mean, variance
 
 
-FARTHEST = 1e-2
-"""Largest distance of normalise(P phi) from the embedding; rounding both to float16 makes about 1e-3."""
+FARTHEST = 1e-2  # largest distance of normalise(P phi) from the embedding; rounding both to float16 makes about 1e-3
 
 
 @dataclass

@@ -13,8 +13,7 @@ from vilu.text import printable
 
 TAGS = ("failure-prediction", "uncertainty-estimation", "selective-classification", "vision-language-model")
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
-MAX_VALUE = 500
-"""Characters of a value that a card shows."""
+MAX_VALUE = 500  # characters of a value that a card shows
 
 SPACE = {
     "backbone": "backbone",
@@ -35,12 +34,7 @@ FIT = {
     "n_candidates": "classes",
     "classes": "hash of the class names, in their order",
 }
-GUARANTEE = {
-    "promise": "promise",
-    "n": "calibration rows",
-    "dataset": "from",
-    "split": "split",
-}
+GUARANTEE = {"promise": "promise", "n": "calibration rows", "dataset": "from", "split": "split"}
 
 
 class Described(Protocol):

@@ -10,11 +10,8 @@ from vilu.errors import UsageError
 from vilu.predictors.base import FailurePredictor
 from vilu.registry import ADDERS, entry_points, register
 
-PREDICTORS: dict[str, type[FailurePredictor]] = {}
-"""Every method by its name; ``vilu.predictors`` fills it."""
-
-GROUP = "vilu.predictors"
-"""Entry points of methods."""
+PREDICTORS: dict[str, type[FailurePredictor]] = {}  # every method by its name; ``vilu.predictors`` fills it
+GROUP = "vilu.predictors"  # entry points of methods
 
 
 def add_predictor(cls: object) -> bool:

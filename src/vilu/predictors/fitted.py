@@ -22,8 +22,7 @@ from vilu.predictors.base import CLASSES, FailurePredictor, Learnt, own_graph
 from vilu.predictors.labelled import Needs, class_texts, failure_log_odds
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
-LIMIT = math.log(100.0)
-"""Largest |log m|; an optimum outside is one that any data set would doubt."""
+LIMIT = math.log(100.0)  # largest |log m|; an optimum outside is one that any data set would doubt
 
 BINS = 15
 GRID = 41
@@ -274,8 +273,7 @@ def duo_terms(batch: Batch, multipliers: Tensor) -> Tensor:
     return torch.cat([value.sum()[None], torch.einsum("bk,bkm->m", weight, both)]).cpu()
 
 
-MAX_CLASSES = 10_000
-"""Of Rel-U: pairs of so many take 800 MB in float64."""
+MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
 
 
 @dataclass
@@ -346,8 +344,7 @@ def best_penalty(moment: Tensor) -> Tensor:
     return penalty
 
 
-MIN_DEVIATION = 1e-6
-"""Least standard deviation of the typicality: what float32 leaves of the norm of a unit vector."""
+MIN_DEVIATION = 1e-6  # least standard deviation of the typicality: what float32 leaves of the norm of a unit vector
 
 
 @dataclass

@@ -31,8 +31,7 @@ PLAYER_OF_PART = {"image": IMAGE, "attended": TEXTS, "caption": TEXTS, "mcm": ZE
 LOG_ODDS = "log-odds of failure"
 
 Scored = tuple[Batch, NDArray[np.float64]]
-Parts = dict[str, Tensor]
-"""Group -> (B, H) what its inputs add to the first hidden layer."""
+Parts = dict[str, Tensor]  # group -> (B, H) what its inputs add to the first hidden layer
 
 
 class Game(ABC):

@@ -125,8 +125,7 @@ def warn_few(failure: Tensor, name: str) -> None:
     if len(failure) < FEW:
         n, rows = len(failure), "row" if len(failure) == 1 else "rows"
         warnings.warn(
-            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little.",
-            stacklevel=3,
+            f"{name} is fitted on {n} {rows}: with fewer than {FEW} its probabilities say little.", stacklevel=3
         )
 
 
@@ -155,11 +154,7 @@ def fit_and_selection(
 
 
 def hold_out(
-    failure: Tensor,
-    fraction: float,
-    pool_size: int | None,
-    generator: torch.Generator,
-    groups: Tensor | None = None,
+    failure: Tensor, fraction: float, pool_size: int | None, generator: torch.Generator, groups: Tensor | None = None
 ) -> Tensor:
     """Sorted positions (H,) of a random part of rows with failures (M,): stratified by failure, or whole pools.
 
@@ -229,8 +224,7 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
     return torch.logaddexp(log_odds, outside.to(log_odds.device) + functional.softplus(log_odds))
 
 
-FOLDED_ROWS = 5_000
-"""Up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most."""
+FOLDED_ROWS = 5_000  # up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most
 
 FOLDS = 5
 

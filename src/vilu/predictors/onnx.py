@@ -119,8 +119,7 @@ TIE = 1e-4
 SIZES = ((1, 2), (2, 3), (7, 40), (64, 1_000), (300, 17))
 """Numbers of images and of candidates that an export is tried with."""
 
-MAX_ONNX_BYTES = 2**31 - 1
-"""A protocol buffer holds no more."""
+MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 
 
 Trial = dict[str, Tensor]

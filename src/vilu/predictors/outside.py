@@ -27,8 +27,7 @@ from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 logger = logging.getLogger(__name__)
 
-NEGATIVES = "negatives"
-"""The column of everyday words."""
+NEGATIVES = "negatives"  # the column of everyday words
 
 
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
@@ -112,35 +111,19 @@ class NegLabel(FailurePredictor):
         return torch.sigmoid(torch.logaddexp(others, words) - own)
 
 
-WORDS = 0.25
-"""Share of the words that counts, the farthest from the classes."""
-
-DIRECTION_ROWS = 100
-"""Fewer rows say nothing about which direction leads outside, or how much of them is."""
+WORDS = 0.25  # share of the words that counts, the farthest from the classes
+DIRECTION_ROWS = 100  # fewer rows say nothing about which direction leads outside, or how much of them is
 
 DIRECTION_VARIANCE, DIRECTION_WEIGHT = 0.1, 2.0
 """Prior variance of the direction that predicts the margin, and its weight beside the margin's one."""
 
-CLASS_ROWS = 5.0
-"""Rows that a class's own mean has to be worth against that of all."""
-
-BELIEF = 0.05
-"""Rows, as a share of all, that the expected mean of images outside is worth."""
-
-PRESENT = 0.02
-"""Smallest share of images outside from which on their direction is followed."""
-
-APART = 2.0
-"""Standard deviations between inside and outside below which words do not tell them apart."""
-
-ASSUMED = 0.1
-"""Share of images outside where all rows are known to be inside."""
-
-MOST_APART = 10.0
-"""Standard deviations that inside and outside are apart at most: few rows that agree prove no more."""
-
-CAUTION = 1.0
-"""What is taken from log-odds that no image outside has been shown for."""
+CLASS_ROWS = 5.0  # rows that a class's own mean has to be worth against that of all
+BELIEF = 0.05  # rows, as a share of all, that the expected mean of images outside is worth
+PRESENT = 0.02  # smallest share of images outside from which on their direction is followed
+APART = 2.0  # standard deviations between inside and outside below which words do not tell them apart
+ASSUMED = 0.1  # share of images outside where all rows are known to be inside
+MOST_APART = 10.0  # standard deviations that inside and outside are apart at most: few rows that agree prove no more
+CAUTION = 1.0  # what is taken from log-odds that no image outside has been shown for
 
 LABEL_VARIANCE, MARGIN_VARIANCE = 100.0, 10.0
 """Prior variances of the direction and of the margin's weight, where images outside are shown."""

@@ -15,10 +15,8 @@ from vilu.files.documents import Model
 from vilu.metrics.counts import Floats
 
 FOLDS = 10
-FEW_OF_A_KIND = 20
-"""With fewer failures, or fewer successes, the smoothest form is taken without a choice."""
-FEW_ROWS = 1000
-"""With fewer rows no isotonic regression, whose steps would follow the noise."""
+FEW_OF_A_KIND = 20  # with fewer failures, or fewer successes, the smoothest form is taken without a choice
+FEW_ROWS = 1000  # with fewer rows no isotonic regression, whose steps would follow the noise
 
 
 class Form(NamedTuple):

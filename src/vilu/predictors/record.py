@@ -30,8 +30,7 @@ ROWS = "calibration.parquet"
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN_BY: dict[Identity, str] = {"pictures": "seen.pictures", "embeddings": "seen.embeddings", "names": "seen"}
 """Tensors of the hashes of rows; older predictors know names alone."""
-FINGERPRINT = "fingerprint"
-"""The key of the digest of ``predictor.json``."""
+FINGERPRINT = "fingerprint"  # the key of the digest of ``predictor.json``
 REFIT, RECALIBRATE = "Run `vilu fit` again", "Run `vilu calibrate` again"
 
 logger = logging.getLogger(__name__)

@@ -58,11 +58,8 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
     return torch.cat([*parts, of_none]).sort().values
 
 
-SIZE = 1 << 14
-"""Hashes that a predictor keeps of the rows of its fit."""
-
-BLOCK = 1 << 20
-"""Rows whose hashes are in memory together."""
+SIZE = 1 << 14  # hashes that a predictor keeps of the rows of its fit
+BLOCK = 1 << 20  # rows whose hashes are in memory together
 
 MAX_SHARED = 0.01
 """Largest share of rows of two sets that may be the same and are left out, as real data hold some twice."""
@@ -168,8 +165,7 @@ def counted(n: int, n_rows: int, what: str, *, whole: bool) -> str:
     return f"{'' if whole else 'at least '}{n} of {n_rows} {what}{more}"
 
 
-Sketches = Mapping[Identity, RowSketch]
-"""What a set of rows is recognised by; empty where nothing is known of them."""
+Sketches = Mapping[Identity, RowSketch]  # what a set of rows is recognised by; empty where nothing is known of them
 
 
 def sketch(source: EmbeddingSource) -> Sketches:

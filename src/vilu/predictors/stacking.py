@@ -20,14 +20,9 @@ from vilu.predictors.parameters import parameters
 
 FREE = ("mcm", "entropy", "doctor", "gen", "max_logit", "margin", "prob_margin", "energy", "kl_uniform")
 LABEL_BASED = ("knn_vote", "trine", "class_gaussians", "mahalanobis", "trust_score", "linear_probe")
-CERTAIN = 1e-12
-"""Probabilities are clipped to this distance from zero and one."""
-
-FARTHEST = 5.0
-"""Standard deviations to which a score is clipped, so that one wild score cannot decide."""
-
-NO_SPREAD = 1e-9
-"""Standard deviation, relative to the largest value, that is rounding."""
+CERTAIN = 1e-12  # probabilities are clipped to this distance from zero and one
+FARTHEST = 5.0  # standard deviations to which a score is clipped, so that one wild score cannot decide
+NO_SPREAD = 1e-9  # standard deviation, relative to the largest value, that is rounding
 
 
 @dataclasses.dataclass

@@ -24,17 +24,13 @@ from vilu.store.parts import UNREADABLE_NPY
 UNREADABLE_NPZ = (*UNREADABLE_NPY, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 """What reading a damaged or hostile zip raises, beside what its arrays do (RuntimeError where it is encrypted)."""
 
-READ_BYTES = 2**24
-"""Read together where all of an array is looked at."""
+READ_BYTES = 2**24  # read together where all of an array is looked at
 
 MAX_PACKED, SMALL_BYTES = 100, 2**28
 """An array larger than the latter that was packed smaller than by the former is a bomb: embeddings hardly pack."""
 
-FIRST_SURROGATE, LAST_SURROGATE = 0xD800, 0xDFFF
-"""Codes that no text in UTF-8 has."""
-
-MAX_TEXT = 2**16
-"""Characters of a name."""
+FIRST_SURROGATE, LAST_SURROGATE = 0xD800, 0xDFFF  # codes that no text in UTF-8 has
+MAX_TEXT = 2**16  # characters of a name
 
 
 class StoredArray:

@@ -29,8 +29,7 @@ class StoreDocument(Document):
     again = "Run `vilu embed` (or `vilu import`) again"
 
 
-SMALLEST = 0.5
-"""Smallest share of the area that a view shows."""
+SMALLEST = 0.5  # smallest share of the area that a view shows
 
 
 class Views(Model):
@@ -77,11 +76,8 @@ TEXT: Final = "text_emb/classes.npy"
 IMAGE: Final = "img_emb"
 """The array of the image embeddings; those of columns have the names of the columns (``vilu.embeddings.columns``)."""
 
-CAPTION: Final = "text_emb"
-"""The array of the embeddings of the images' captions, where they have some."""
-
-MAX_PARTS = 1_000_000
-"""More files than a file system likes; also keeps a forged document from asking for endless work."""
+CAPTION: Final = "text_emb"  # the array of the embeddings of the images' captions, where they have some
+MAX_PARTS = 1_000_000  # more files than a file system likes; also keeps a forged document from asking for endless work
 
 SHARED = ("names", "folders", "templates", "features", "prompts", "negatives")
 """What the class table repeats of the run."""

@@ -36,11 +36,8 @@ from vilu.store.ledger import Vouched, content_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, read_classes, read_columns, write_classes
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
-PART_IMAGES, PART_SHARDS = 4096, 10
-"""Images or shards per part, unless somebody says otherwise."""
-
-OVERHEAD = 1.05
-"""Of metadata and receipts over the vectors."""
+PART_IMAGES, PART_SHARDS = 4096, 10  # images or shards per part, unless somebody says otherwise
+OVERHEAD = 1.05  # of metadata and receipts over the vectors
 
 PATIENCE = 600.0
 """Seconds that one of several drivers waits for another one, which may be embedding the texts of many classes."""
@@ -349,11 +346,8 @@ def seal(ledger: StoreLedger, budget: Budget) -> None:
     )
 
 
-BAD_SHARD = frozenset(get_args(OfShard))
-"""Kinds of errors that are of a whole shard."""
-
-NAMED = 5
-"""Bad shards that a message names."""
+BAD_SHARD = frozenset(get_args(OfShard))  # kinds of errors that are of a whole shard
+NAMED = 5  # bad shards that a message names
 
 
 def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:

@@ -19,11 +19,8 @@ from vilu.store.parts import or_damaged
 
 Fold = Literal["train", "validation", "test"]
 
-TRAIN, VALIDATION = 0.6, 0.7
-"""Ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test."""
-
-READ_ROWS = 2**16
-"""Captions read at a time."""
+TRAIN, VALIDATION = 0.6, 0.7  # ends of the folds in [0, 1): 60 % train, 10 % validation, 30 % test
+READ_ROWS = 2**16  # captions read at a time
 
 
 def fold_of(caption: str) -> Fold:

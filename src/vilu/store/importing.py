@@ -39,8 +39,7 @@ from vilu.store.embed import Budget, begin, describe_run, require_room, seal
 from vilu.store.parts import ErrorRow, LabelledRow, Part, PartRows, StoreLedger, has_shape
 from vilu.store.reader import EmbeddingStore
 
-PART_ROWS = 16_384
-"""Rows per part, unless somebody says otherwise."""
+PART_ROWS = 16_384  # rows per part, unless somebody says otherwise
 
 NAMES = ("image", "text", "target", "class_names", "ids", "logit_scale", "logit_bias", *COLUMNS)
 """Of the arrays that are read."""

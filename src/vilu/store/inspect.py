@@ -23,8 +23,7 @@ from vilu.store.ledger import require_hash
 from vilu.store.parts import ERRORS, Part, StoreLedger, holds_all, map_rows, metadata_schema, read_classes, read_columns
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
-CHUNK = 8192
-"""Rows looked at together."""
+CHUNK = 8192  # rows looked at together
 
 
 @dataclass

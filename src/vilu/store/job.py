@@ -25,8 +25,7 @@ from vilu.store.mapped import default_workers, in_threads
 from vilu.store.parts import SHARD, ErrorRow, Part, PartRows, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
 
-MAX_ATTEMPTS = 3
-"""Processes that may die in a part before it is given up."""
+MAX_ATTEMPTS = 3  # processes that may die in a part before it is given up
 
 MESSAGE = f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was given up"
 

@@ -32,8 +32,7 @@ from vilu.store.parts import open_npy, or_damaged
 FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
 """Folders of image and caption embeddings, as clip-retrieval and LAION name them."""
 
-FILES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))
-"""The same in one file each."""
+FILES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))  # the same in one file each
 
 METADATA = "metadata"
 
@@ -144,11 +143,8 @@ def _count_parquet(path: Path) -> int:
         return int(file.metadata.num_rows)
 
 
-CAPTIONS = ("caption", "TEXT")
-"""Columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's."""
-
-SCAN_CELLS = 2**20
-"""Numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache."""
+CAPTIONS = ("caption", "TEXT")  # columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's
+SCAN_CELLS = 2**20  # numbers looked at together when rows are checked; 4 MiB in float32 stay in the cache
 
 
 class LaionPairs(Reopened, MappedPairs):

@@ -70,17 +70,13 @@ def default_workers() -> int:
     return min(cores(), 16)
 
 
-OPEN_PARTS = 256
-"""Parts kept mapped at a time; each takes a file descriptor, of which a process often has 1024."""
+OPEN_PARTS = 256  # parts kept mapped at a time; each takes a file descriptor, of which a process often has 1024
 
 PAGE, MAX_RESIDENT = 4096, 2**28
 """Bytes that come with every row that is read, at least, and that may stay in memory of all that were."""
 
-BLOCK_ROWS = 2**17
-"""Rows that a pass of training reads together; 128 MiB in float16 at a width of 512."""
-
-GROUP_BLOCKS = 8
-"""Blocks whose rows are mixed; so many are read from at a time."""
+BLOCK_ROWS = 2**17  # rows that a pass of training reads together; 128 MiB in float16 at a width of 512
+GROUP_BLOCKS = 8  # blocks whose rows are mixed; so many are read from at a time
 
 READERS, AHEAD = 2, 2
 """Threads that read batches ahead, and how many: the disk works while a batch is used. Each computes on one core, since

@@ -39,8 +39,7 @@ from vilu.store.documents import (
 )
 from vilu.store.ledger import Ledger, require_hash_once, write_hashed
 
-SHARD = 2**32
-"""Positions of each shard: an image's is the number of its shard times this, plus its number there."""
+SHARD = 2**32  # positions of each shard: an image's is the number of its shard times this, plus its number there
 
 
 @dataclass(frozen=True)
@@ -181,8 +180,7 @@ METADATA = _schema(
 """Of each row. ``position`` is that of the image in the data set, not the number of the row: the latter depends on how
 many images fail in earlier parts, which a part that is written alone cannot know. The reader counts rows."""
 
-CAPTION_FIELD = pa.field("caption", STRING, nullable=False)
-"""Of each row too where images have captions."""
+CAPTION_FIELD = pa.field("caption", STRING, nullable=False)  # of each row too where images have captions
 
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)

@@ -27,8 +27,7 @@ from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, Part
 TEXT_TRUNCATED: Final = 1 << 16
 """Flag of a row whose caption is longer than the model reads; the flags below are ``ImageFlag``."""
 
-END: Final = None
-"""Stands in the stream of records, and of what becomes of them, after the last one of each part."""
+END: Final = None  # stands in the stream of records, and of what becomes of them, after the last one of each part
 
 
 @dataclass(frozen=True)

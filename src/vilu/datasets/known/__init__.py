@@ -20,8 +20,7 @@ from vilu.registry import ADDERS, load_plugins, toml_tables
 
 __all__ = ["KNOWN", "KnownDataset", "Presence", "add_dataset", "add_datasets", "check", "find_known", "open_known"]
 
-KNOWN: Final[dict[str, KnownDataset]] = {}
-"""By name: in the order of the paper, then in that in which they were added."""
+KNOWN: Final[dict[str, KnownDataset]] = {}  # by name: in the order of the paper, then in that in which they were added
 
 
 def find_known(name: str) -> KnownDataset:

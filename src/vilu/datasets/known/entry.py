@@ -12,8 +12,7 @@ from pydantic import Field, InstanceOf, PositiveInt
 from vilu.datasets.base import ImageDataset
 from vilu.errors import DataError, StorageError, UsageError
 
-SHOWN: Final = 5
-"""Missing files that are named."""
+SHOWN: Final = 5  # missing files that are named
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from vilu.progress import Task, track
 Entry = tuple[str, int, stat_result | None]
 """Path below the data set's folder, label, and status; None where the file is missing."""
 
-STEP: Final = 1000
-"""Images between two signs of life."""
+STEP: Final = 1000  # images between two signs of life
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,7 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 MAX_PATH: Final = 1024
 
 T = TypeVar("T")
-Parse = Callable[[T], tuple[str, int]]
-"""From an entry of a list to path and label; ValueError where it is none."""
+Parse = Callable[[T], tuple[str, int]]  # from an entry of a list to path and label; ValueError where it is none
 
 
 @dataclass

@@ -29,8 +29,7 @@ def cosine_margin(batch: Batch) -> Tensor:
     return (first - second) / batch.logit_scale
 
 
-SMALLEST = 1e-6
-"""Added to squared distances before the logarithm, as in the released code."""
+SMALLEST = 1e-6  # added to squared distances before the logarithm, as in the released code
 
 
 @dataclasses.dataclass

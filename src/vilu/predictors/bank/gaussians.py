@@ -23,8 +23,7 @@ from vilu.predictors.nn.train import SCORING_BATCH, Rows
 Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 """Rows -> positions and images (b, D), block by block; ``image_blocks``: those of unit norm."""
 
-NO_SPREAD = 1e-12
-"""Variance of unit vectors up to which they are the same image, up to rounding."""
+NO_SPREAD = 1e-12  # variance of unit vectors up to which they are the same image, up to rounding
 FLOOR = 1e-9
 """Added to a covariance before it is inverted, as a share of its mean variance: embeddings may span a subspace only."""
 
@@ -169,8 +168,7 @@ def gaussian(train: Rows, label: Tensor, n_classes: int) -> dict[str, Tensor]:
 
 Ridge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-ABSENT, POOLED = 0, 1
-"""Covariances that are no class's own: that of all images, and the mean one within classes."""
+ABSENT, POOLED = 0, 1  # covariances that are no class's own: that of all images, and the mean one within classes
 
 
 @dataclasses.dataclass

@@ -146,8 +146,7 @@ class TRINE(LabelledBank):
         return 1 - (mine - rival)
 
 
-FARTHEST = 2.0
-"""Largest distance of two unit vectors."""
+FARTHEST = 2.0  # largest distance of two unit vectors
 TINY = 1e-6
 
 

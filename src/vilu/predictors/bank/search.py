@@ -19,8 +19,7 @@ from torch.nn.functional import normalize
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 Count = Annotated[int, Field(ge=1)]
-Allowed = Callable[[slice, slice], Tensor]
-"""(some queries, some bank rows) -> (b, n) bool: which pairs count."""
+Allowed = Callable[[slice, slice], Tensor]  # (some queries, some bank rows) -> (b, n) bool: which pairs count
 
 QUERY_ROWS = 1_024
 BANK_ROWS = 8_192  # with QUERY_ROWS, 32 MiB of similarities at a time

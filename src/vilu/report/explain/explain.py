@@ -28,8 +28,7 @@ from vilu.report.explain.competitors import Neighbour, TrainingRows, Weights, we
 from vilu.report.explain.rows import Names, find_rows, scored_rows, truths
 from vilu.text import aligned, rest, shown
 
-SHOWN = 15
-"""Lines of a table; the rest is counted."""
+SHOWN = 15  # lines of a table; the rest is counted
 
 
 def require_json(path: str | Path) -> None:

@@ -20,11 +20,8 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NONE
 from vilu.predictors.nn.train import SCORING_BATCH
 
-ROWS = 1_024
-"""Rows looked at together, at most."""
-
-MAX_POOLS = 8
-"""Pools that rows are drawn from, at most, where candidates come in pools."""
+ROWS = 1_024  # rows looked at together, at most
+MAX_POOLS = 8  # pools that rows are drawn from, at most, where candidates come in pools
 
 
 def scored_rows(

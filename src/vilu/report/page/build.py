@@ -41,8 +41,7 @@ BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u
 HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Categories of characters that a page has no use for: controls, halves of characters, breaks of lines."""
 
-SHOWN, TOLD = 60, 300
-"""Characters of a name that are seen, and that a tooltip tells at most."""
+SHOWN, TOLD = 60, 300  # characters of a name that are seen, and that a tooltip tells at most
 
 NOTHING = "–"
 
@@ -61,14 +60,9 @@ TABLES = {
 }  # fmt: skip
 """Metrics in tables that fit on a sheet of paper, as far as there are some; ``ADDED`` takes those of others, too."""
 
-MAX_RISK = 0.05
-"""Error rate that is aimed at where no rule was calibrated."""
-
-MAX_POINTS = 500
-"""Operating points in a page at most, however many rows there are."""
-
-COMPETITORS = 3
-"""Of an answer, itself among them."""
+MAX_RISK = 0.05  # error rate that is aimed at where no rule was calibrated
+MAX_POINTS = 500  # operating points in a page at most, however many rows there are
+COMPETITORS = 3  # of an answer, itself among them
 
 
 @checked

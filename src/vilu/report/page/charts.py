@@ -119,11 +119,8 @@ def thin(x: ArrayLike, y: ArrayLike, limit: int) -> tuple[Floats, Floats]:
     return xs[kept], ys[kept]
 
 
-MAX_CLASSES = 100
-"""Lines of the table at most."""
-
-DELTA = 0.025
-"""On either side of a 95 % interval."""
+MAX_CLASSES = 100  # lines of the table at most
+DELTA = 0.025  # on either side of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -179,11 +176,8 @@ def class_rows(outcomes: Outcomes, choice: Choice) -> tuple[list[ClassRow], int]
 
 BINS = 30
 RELIABILITY_BINS = 15
-TOTAL_POINTS = 2000
-"""Of all lines of a chart; with many methods each has fewer."""
-
-RIGHT_LOOK, WRONG_LOOK, OUTSIDE_LOOK = -1, -2, -3
-"""Looks of answers; methods count from 0."""
+TOTAL_POINTS = 2000  # of all lines of a chart; with many methods each has fewer
+RIGHT_LOOK, WRONG_LOOK, OUTSIDE_LOOK = -1, -2, -3  # looks of answers; methods count from 0
 
 DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 

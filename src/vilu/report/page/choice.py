@@ -125,8 +125,7 @@ def read_calibrated(folder: str | Path) -> Calibrated:
     return Calibrated(found.rule, method, digest(found.model_dump(mode="json")), document)
 
 
-PREFERRED = ("vilu_plus", "vilu")
-"""Methods that a page is about if none is chosen, by how their names begin."""
+PREFERRED = ("vilu_plus", "vilu")  # methods that a page is about if none is chosen, by how their names begin
 
 
 def read_scores(path: str | Path) -> list[Outcomes]:

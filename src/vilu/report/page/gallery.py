@@ -19,8 +19,7 @@ from vilu.progress import track
 from vilu.report.page.choice import Choice
 
 PER_SECTION = 24
-SIDE = 128
-"""Longest side of a thumbnail in pixels."""
+SIDE = 128  # longest side of a thumbnail in pixels
 
 QUALITY = 70
 

@@ -139,17 +139,10 @@ class _Actor:
         return {"outcome": np.array([self._worker.outcome(int(part))], dtype=object)}
 
 
-MAX_FAILURES = 6
-"""Attempts at a part in a Spark of our own; a job sets a crashing part aside before that."""
-
-SUBMITTED = "PYSPARK_GATEWAY_PORT"
-"""Set by ``spark-submit``, which brings its own settings."""
-
-POLL = 0.05
-"""Seconds between looks at what has arrived."""
-
-_held: dict[str, Worker] = {}
-"""What this Python worker works on, by the hash of the job."""
+MAX_FAILURES = 6  # attempts at a part in a Spark of our own; a job sets a crashing part aside before that
+SUBMITTED = "PYSPARK_GATEWAY_PORT"  # set by ``spark-submit``, which brings its own settings
+POLL = 0.05  # seconds between looks at what has arrived
+_held: dict[str, Worker] = {}  # what this Python worker works on, by the hash of the job
 
 
 class SparkExecutor:

@@ -96,14 +96,9 @@ def take_gpu(number: int) -> None:
         torch.cuda.set_device(number % torch.cuda.device_count())
 
 
-MAX_DEATHS = 5
-"""Of processes over one part; a job sets a crashing part aside before that."""
-
-READY = b""
-"""What a worker says when it is up, and what the driver hears from a dead one: nothing to hand on."""
-
-GRACE = 5.0
-"""Seconds that a worker has to die when told to."""
+MAX_DEATHS = 5  # of processes over one part; a job sets a crashing part aside before that
+READY = b""  # what a worker says when it is up, and what the driver hears from a dead one: nothing to hand on
+GRACE = 5.0  # seconds that a worker has to die when told to
 
 logger = logging.getLogger(__name__)
 
