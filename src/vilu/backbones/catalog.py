@@ -34,42 +34,28 @@ USUAL = "open_clip"
 
 @dataclass(frozen=True)
 class NamedBackbone:
-    """A model that two libraries know, at one resolution.
+    """A model that two libraries know, at one resolution."""
 
-    Attributes:
-        title: For tables.
-        open_clip: NAME/TAG in open_clip's registry.
-        open_clip_hub: Repository of these weights for open_clip.
-        hf: Repository of the same weights for transformers.
-        embed_dim: Width D of the joint space.
-        feature_dim: Width F of the image features.
-        image_size: Pixels of a side.
-        context_length: Tokens of a text, the special ones included.
-        quick_gelu: Whether the weights want QuickGELU, x sigmoid(1.702 x), in place of GELU.
-        tanh_gelu: Whether they were trained with GELU's tanh approximation, Flax's default, as transformers has it;
-            open_clip has the exact function, unless it is told so.
-        image_gflop: 10^9 floating point operations of the image tower per image; None, as the rates, where not known.
-        image_rate: Images per second of the image tower in float32 on 2 CPU cores (``benchmarks/encode_rates.py``).
-        text_rate: Texts per second of the text tower, likewise.
-        a100_rate: Images per second on one A100, published in clip-retrieval's docs/distributed_clip_inference.md.
-        reference: Where the model comes from.
-    """
-
-    title: str
-    open_clip: str
-    open_clip_hub: str
-    hf: str
-    embed_dim: int
-    feature_dim: int
-    image_size: int
-    context_length: int
-    quick_gelu: bool
+    title: str  # for tables
+    open_clip: str  # NAME/TAG in open_clip's registry
+    open_clip_hub: str  # repository of these weights for open_clip
+    hf: str  # repository of the same weights for transformers
+    embed_dim: int  # width D of the joint space
+    feature_dim: int  # width F of the image features
+    image_size: int  # pixels of a side
+    context_length: int  # tokens of a text, the special ones included
+    quick_gelu: bool  # whether the weights want QuickGELU, x sigmoid(1.702 x), in place of GELU
+    # whether they were trained with GELU's tanh approximation, Flax's default, as transformers has it; open_clip has
+    # the exact function, unless it is told so
     tanh_gelu: bool
+    # 10^9 floating point operations of the image tower per image; None, as the rates, where not known
     image_gflop: float | None = None
+    # images per second of the image tower in float32 on 2 CPU cores (``benchmarks/encode_rates.py``)
     image_rate: float | None = None
-    text_rate: float | None = None
+    text_rate: float | None = None  # texts per second of the text tower, likewise
+    # images per second on one A100, published in clip-retrieval's docs/distributed_clip_inference.md
     a100_rate: float | None = None
-    reference: str = ""
+    reference: str = ""  # where the model comes from
 
 
 NAMED: dict[str, NamedBackbone] = {}
@@ -78,17 +64,11 @@ NAMED: dict[str, NamedBackbone] = {}
 
 @dataclass(frozen=True)
 class NamedSource:
-    """Where a named backbone is loaded from.
+    """Where a named backbone is loaded from."""
 
-    Attributes:
-        name: In embedding spaces: NAME by open_clip, NAME@hf by transformers, wherever the weights lie.
-        spec: KIND:ARGUMENT of the loader.
-        options: More for the loader.
-    """
-
-    name: str
-    spec: str
-    options: dict[str, bool]
+    name: str  # in embedding spaces: NAME by open_clip, NAME@hf by transformers, wherever the weights lie
+    spec: str  # KIND:ARGUMENT of the loader
+    options: dict[str, bool]  # more for the loader
 
 
 def find_named(spec: str, models: Path | None = None) -> NamedSource | None:
@@ -149,17 +129,11 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class BackboneKind:
-    """Where to find a kind of backbone, without importing it.
+    """Where to find a kind of backbone, without importing it."""
 
-    Attributes:
-        loader: "module:function", called with what follows the colon of the spec, the device and the precision.
-        description: For people.
-        extra: Optional dependency that it needs.
-    """
-
-    loader: str
-    description: str
-    extra: str
+    loader: str  # "module:function", called with what follows the colon of the spec, the device and the precision
+    description: str  # for people
+    extra: str  # optional dependency that it needs
 
 
 BACKBONES: dict[str, BackboneKind] = {}  # by name: ours, from ``assets/backbones.toml``, then those that were added

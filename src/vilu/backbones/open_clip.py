@@ -41,23 +41,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is.
+    """Where a model is."""
 
-    Attributes:
-        name: Of the backbone, free of local paths.
-        model: What open_clip calls it, with a schema where there is one.
-        tag: Pretraining tag of a model without schema.
-        repository: On the hub; None for a local folder.
-        fetch: Makes sure that the weights are on this machine; raises OSError where they are not.
-        quick_gelu: Whether the tag's weights want QuickGELU; open_clip only warns when the model has it not.
-    """
-
-    name: str
-    model: str
-    repository: str | None
-    fetch: Callable[[], object]
-    tag: str | None = None
-    quick_gelu: bool = False
+    name: str  # of the backbone, free of local paths
+    model: str  # what open_clip calls it, with a schema where there is one
+    repository: str | None  # on the hub; None for a local folder
+    fetch: Callable[[], object]  # makes sure that the weights are on this machine; raises OSError where they are not
+    tag: str | None = None  # pretraining tag of a model without schema
+    quick_gelu: bool = False  # whether the tag's weights want QuickGELU; open_clip only warns when the model has it not
 
 
 def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool = False) -> DualEncoder:

@@ -103,18 +103,12 @@ def fault_of(status: os.stat_result | OSError | None, path: Callable[[], str]) -
 
 @dataclass(frozen=True)
 class Faults:
-    """Which files of a listing cannot be read, as far as the listing shows it.
+    """Which files of a listing cannot be read, as far as the listing shows it."""
 
-    Attributes:
-        kinds: (N,) uint8.
-        folder: Where they are looked for.
-        path: Position -> path as it is listed.
-        rule: Positions of those that are out of bounds -> where files must lie, and what to do.
-    """
-
-    kinds: NDArray[np.uint8]
-    folder: Path
-    path: Callable[[int], str]
+    kinds: NDArray[np.uint8]  # (N,) uint8
+    folder: Path  # where they are looked for
+    path: Callable[[int], str]  # position -> path as it is listed
+    # positions of those that are out of bounds -> where files must lie, and what to do
     rule: Callable[[NDArray[np.int64]], str]
 
     def of(self, positions: Sequence[int]) -> Faults:
@@ -263,23 +257,15 @@ SHOWN: Final = 10  # values of a column that a message lists
 
 @dataclass(frozen=True)
 class Selection:
-    """What is asked of a table.
+    """What is asked of a table."""
 
-    Attributes:
-        split: Names of splits joined by ``+``; None for all rows.
-        classes: A classes file; None where the table names its classes itself.
-        captions: Whether captions are asked for even where there are labels.
-        where: Only rows that hold these values, by column; values are compared as text.
-        root: Folder that paths of images are relative to and stay below; None for the table's own.
-        outside: Names of classes, or labels beyond them, whose images are of none of the classes.
-    """
-
-    split: str | None = None
-    classes: Path | None = None
-    captions: bool = False
+    split: str | None = None  # names of splits joined by ``+``; None for all rows
+    classes: Path | None = None  # a classes file; None where the table names its classes itself
+    captions: bool = False  # whether captions are asked for even where there are labels
+    # only rows that hold these values, by column; values are compared as text
     where: Mapping[str, str] = field(default_factory=dict)
-    root: Path | None = None
-    outside: tuple[str, ...] = ()
+    root: Path | None = None  # folder that paths of images are relative to and stay below; None for the table's own
+    outside: tuple[str, ...] = ()  # names of classes, or labels beyond them, whose images are of none of the classes
 
     def bounds(self, table: Path) -> Bounds:
         """Where the files of a table may be."""

@@ -18,17 +18,11 @@ OUTSIDE_LABEL = -2
 
 @dataclass(frozen=True)
 class ClassTable:
-    """K classes in label order.
+    """K classes in label order."""
 
-    Attributes:
-        folders: Raw names: class folders, label strings, or names in the file's own table.
-        names: Names for prompts. Classes of one name are one answer wherever their texts are compared.
-        cleaned: Whether ``names`` were derived from ``folders`` by turning underscores into spaces.
-    """
-
-    folders: tuple[str, ...]
-    names: tuple[str, ...]
-    cleaned: bool = False
+    folders: tuple[str, ...]  # raw names: class folders, label strings, or names in the file's own table
+    names: tuple[str, ...]  # names for prompts. Classes of one name are one answer wherever their texts are compared
+    cleaned: bool = False  # whether ``names`` were derived from ``folders`` by turning underscores into spaces
 
     def __post_init__(self) -> None:
         if not self.folders or len(self.folders) != len(self.names):

@@ -268,23 +268,15 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A picture and what is worth recording about its file.
+    """A picture and what is worth recording about its file."""
 
-    Attributes:
-        image: RGB pixels of the first frame, as stored (EXIF orientation is not applied: CLIP's preprocessing doesn't).
-        width: Width in the file.
-        height: Height in the file.
-        n_frames: Number of frames (counting stops at ``MAX_FRAMES``).
-        exif_orientation: The EXIF (or TIFF) orientation tag, 1 to 8; None where there is none.
-        flags: What was done to the pixels, or noticed.
-    """
-
+    # RGB pixels of the first frame, as stored (EXIF orientation is not applied: CLIP's preprocessing doesn't)
     image: Image.Image
-    width: int
-    height: int
-    n_frames: int
-    exif_orientation: int | None
-    flags: ImageFlag
+    width: int  # width in the file
+    height: int  # height in the file
+    n_frames: int  # number of frames (counting stops at ``MAX_FRAMES``)
+    exif_orientation: int | None  # the EXIF (or TIFF) orientation tag, 1 to 8; None where there is none
+    flags: ImageFlag  # what was done to the pixels, or noticed
 
 
 DEFAULT_LIMITS: Final = ImageLimits()

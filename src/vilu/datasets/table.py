@@ -42,23 +42,15 @@ CLASS_NAMES: Final = b"class_names"  # entry of a schema's metadata: names, comm
 
 @dataclass(frozen=True)
 class TableRows:
-    """The rows of a table that were asked for, in order.
+    """The rows of a table that were asked for, in order."""
 
-    Attributes:
-        rows: (N,) int64 positions in the file.
-        labels: (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes.
-        keys: (N,) keys; the numbers of the rows where there is no key column.
-        classes: Class table of the whole file; None when unlabelled or captioned.
-        captions: (N,) bytes of the captions, null where there is none; None where captions are not asked for.
-        strays: Labels beyond the classes that are said to be of none of them.
-    """
-
-    rows: NDArray[np.int64]
-    labels: NDArray[np.int32]
-    keys: pa.Array
-    classes: ClassTable | None
+    rows: NDArray[np.int64]  # (N,) int64 positions in the file
+    labels: NDArray[np.int32]  # (N,) int32 labels, -1 where unknown, -2 where they are of none of the classes
+    keys: pa.Array  # (N,) keys; the numbers of the rows where there is no key column
+    classes: ClassTable | None  # class table of the whole file; None when unlabelled or captioned
+    # (N,) bytes of the captions, null where there is none; None where captions are not asked for
     captions: pa.Array | None
-    strays: frozenset[str] = frozenset()
+    strays: frozenset[str] = frozenset()  # labels beyond the classes that are said to be of none of them
 
 
 def find_column(names: Sequence[str], aliases: Sequence[str]) -> str | None:

@@ -34,19 +34,12 @@ COMPRESSED: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member that is whole.
+    """A member that is whole."""
 
-    Attributes:
-        name: Its name as text that UTF-8 can hold (``portable_name``).
-        start: Where its bytes begin in the file.
-        size: How many there are.
-        is_file: Whether it is a plain file: no link, no device, not sparse.
-    """
-
-    name: str
-    start: int
-    size: int
-    is_file: bool
+    name: str  # its name as text that UTF-8 can hold (``portable_name``)
+    start: int  # where its bytes begin in the file
+    size: int  # how many there are
+    is_file: bool  # whether it is a plain file: no link, no device, not sparse
 
 
 def members(file: BinaryIO, size: int) -> Iterator[Member]:

@@ -59,19 +59,12 @@ def lower_bound(wrong: int, n: int, delta: float, prior: Prior) -> float:
 
 @dataclass(frozen=True)
 class Audit:
-    """Audited answers, and what they say of the promised error rate.
+    """Audited answers, and what they say of the promised error rate."""
 
-    Attributes:
-        promise: The largest error rate that was promised, in (0, 1).
-        delta: Of each bound.
-        n: Audited answers.
-        wrong: How many of them are wrong.
-    """
-
-    promise: float
-    delta: float
-    n: int = 0
-    wrong: int = 0
+    promise: float  # the largest error rate that was promised, in (0, 1)
+    delta: float  # of each bound
+    n: int = 0  # audited answers
+    wrong: int = 0  # how many of them are wrong
 
     @property
     def prior(self) -> Prior:

@@ -33,28 +33,19 @@ Method = Literal["ltt", "sgr", "crc", "selection"]
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is to be promised.
+    """What is to be promised."""
 
-    Attributes:
-        max_risk: Largest error rate among accepted answers; None for probabilities alone, or for a coverage.
-        min_coverage: Least share to accept; None for any.
-        confidence: 1 - delta.
-        method: "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.decision.selection``).
-        per_class: A threshold for every predicted class with enough rows.
-        label_sets: "lac" or "aps"; None for none.
-        max_miss: Largest share of label sets without the right label.
-        outside_share: Share of pictures of none of the classes to be expected; None: as among the calibration rows.
-        class_shares: Shares of the classes among the others to be expected, by name; None: as there.
-    """
-
+    # largest error rate among accepted answers; None for probabilities alone, or for a coverage
     max_risk: float | None = None
-    min_coverage: float | None = None
-    confidence: float = 0.95
-    method: Method = "ltt"
-    per_class: bool = False
-    label_sets: Kind | None = None
-    max_miss: float = 0.1
+    min_coverage: float | None = None  # least share to accept; None for any
+    confidence: float = 0.95  # 1 - delta
+    method: Method = "ltt"  # "ltt", "sgr", "crc" (``vilu.calibrate``) or "selection" (``vilu.decision.selection``)
+    per_class: bool = False  # a threshold for every predicted class with enough rows
+    label_sets: Kind | None = None  # "lac" or "aps"; None for none
+    max_miss: float = 0.1  # largest share of label sets without the right label
+    # share of pictures of none of the classes to be expected; None: as among the calibration rows
     outside_share: float | None = None
+    # shares of the classes among the others to be expected, by name; None: as there
     class_shares: Mapping[str, float] | None = None
 
     def facts(self) -> dict[str, object]:

@@ -70,17 +70,13 @@ class Martingale:
 
     Bet j that started at row s has wealth prod f_j over the rows from s on. With L_t the sum of log f_j up to t, all
     starts of j together have exp(L_t) sum_s share_s exp(-L_{s-1}): two running sums in place of a number per start.
-
-    Attributes:
-        n: Rows so far.
-        growth: (K,) L_t.
-        started: (K,) log sum_s share_s exp(-L_{s-1}).
-        counts: Of each of ``HISTOGRAMS`` what it has learnt.
     """
 
-    n: int = 0
-    growth: Floats = field(default_factory=lambda: np.zeros(len(SHARES)))
+    n: int = 0  # rows so far
+    growth: Floats = field(default_factory=lambda: np.zeros(len(SHARES)))  # (K,) L_t
+    # (K,) log sum_s share_s exp(-L_{s-1})
     started: Floats = field(default_factory=lambda: np.full(len(SHARES), -np.inf))
+    # of each of ``HISTOGRAMS`` what it has learnt
     counts: list[Floats] = field(default_factory=lambda: [np.zeros(cells) for cells, _ in HISTOGRAMS])
 
     def update(self, p: Floats) -> Floats:

@@ -28,45 +28,29 @@ Rule = Selector | BatchSelector
 
 
 class Record(Document):
-    """The calibration of a predictor.
-
-    Attributes:
-        vilu: Version that made it.
-        predictor: Hash of the predictor, its weights and its calibrator; not of the vilu that loads it.
-        n_candidates: Number of candidates that the rows had; None for pools.
-        classes: Hash of their names; None where they have none.
-        pool_size: Pairs of a pool; None for classes.
-        source: Fingerprint of the calibration data.
-        dataset: Their name.
-        split: Name of their part.
-        n: Calibration rows with an uncertainty and a known failure.
-        rows_sha256: Of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``.
-        promise: What the rule promises, in words.
-        rule: Accepts or abstains; None when only probabilities were calibrated.
-        label_sets: Sets of labels; None without.
-        inputs: Digest of everything that it was made from; None where an earlier vilu made it.
-        texts: Sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older code.
-    """
+    """The calibration of a predictor."""
 
     again = RECALIBRATE
     fault = DataError
     later = frozenset({"inputs", "texts"})
 
     kind: Literal["risk"] = "risk"
-    vilu: str = version("vilu")
-    predictor: str
-    n_candidates: int | None
-    classes: str | None
-    pool_size: int | None
-    source: str
-    dataset: str | None
-    split: str | None
-    n: int = Field(ge=0)
-    rows_sha256: str
-    promise: str | None
+    vilu: str = version("vilu")  # version that made it
+    predictor: str  # hash of the predictor, its weights and its calibrator; not of the vilu that loads it
+    n_candidates: int | None  # number of candidates that the rows had; None for pools
+    classes: str | None  # hash of their names; None where they have none
+    pool_size: int | None  # pairs of a pool; None for classes
+    source: str  # fingerprint of the calibration data
+    dataset: str | None  # their name
+    split: str | None  # name of their part
+    n: int = Field(ge=0)  # calibration rows with an uncertainty and a known failure
+    rows_sha256: str  # of ``calibration.parquet``, the calibration rows as ``vilu.Outcomes``
+    promise: str | None  # what the rule promises, in words
+    # accepts or abstains; None when only probabilities were calibrated
     rule: Annotated[Rule, Field(discriminator="kind")] | None
-    label_sets: LabelSets | None = None
-    inputs: str | None = None
+    label_sets: LabelSets | None = None  # sets of labels; None without
+    inputs: str | None = None  # digest of everything that it was made from; None where an earlier vilu made it
+    # sketch of the candidates' texts (``candidates_of``); None for pools, and in records of older code
     texts: tuple[float, ...] | None = None
 
     def require_candidates(self, data: EmbeddingSource) -> None:

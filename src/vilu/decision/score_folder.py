@@ -34,35 +34,20 @@ class ScoreDocument(Document):
 
 
 class ScoreRun(ScoreDocument):
-    """Everything that decides what the folder holds; its hash is the fingerprint.
+    """Everything that decides what the folder holds; its hash is the fingerprint."""
 
-    Attributes:
-        kind: What this folder is.
-        predictor: Fingerprint of the predictor and its weights.
-        source: Fingerprint of the embeddings.
-        n_in: Rows of the embeddings.
-        n_candidate: How many of them are usable (and fill pools); the others come after them, without a score.
-        rows_per_part: Rows of a part: whole pools, or whole batches of scoring.
-        method: Name of the predictor.
-        dataset: Name of the data set.
-        split: Name of its part.
-        seed: Seed of the predictor.
-        is_probability: Whether the uncertainty is a probability of failure.
-        provenance: As in ``Outcomes``.
-    """
-
-    kind: Literal["scores"] = "scores"
-    predictor: str
-    source: str
-    n_in: Count
-    n_candidate: Count
-    rows_per_part: int = Field(ge=1)
-    method: str | None
-    dataset: str | None
-    split: str | None
-    seed: int | None
-    is_probability: bool
-    provenance: dict[str, Any]
+    kind: Literal["scores"] = "scores"  # what this folder is
+    predictor: str  # fingerprint of the predictor and its weights
+    source: str  # fingerprint of the embeddings
+    n_in: Count  # rows of the embeddings
+    n_candidate: Count  # how many of them are usable (and fill pools); the others come after them, without a score
+    rows_per_part: int = Field(ge=1)  # rows of a part: whole pools, or whole batches of scoring
+    method: str | None  # name of the predictor
+    dataset: str | None  # name of the data set
+    split: str | None  # name of its part
+    seed: int | None  # seed of the predictor
+    is_probability: bool  # whether the uncertainty is a probability of failure
+    provenance: dict[str, Any]  # as in ``Outcomes``
 
     @property
     def fingerprint(self) -> str:
@@ -119,23 +104,14 @@ class ScorePart(Model):
 
 
 class Counts(Model):
-    """What became of some rows.
+    """What became of some rows."""
 
-    Attributes:
-        n_in: Rows.
-        n_scored: How many of them have an uncertainty.
-        n_failures: How many of those are wrong.
-        n_unlabelled: For how many of those that is unknown.
-        unscored: The other rows, by reason.
-        n_seen: How many of the rows were used to fit the predictor.
-    """
-
-    n_in: Count
-    n_scored: Count
-    n_failures: Count
-    n_unlabelled: Count
-    unscored: dict[str, Count]
-    n_seen: Count
+    n_in: Count  # rows
+    n_scored: Count  # how many of them have an uncertainty
+    n_failures: Count  # how many of those are wrong
+    n_unlabelled: Count  # for how many of those that is unknown
+    unscored: dict[str, Count]  # the other rows, by reason
+    n_seen: Count  # how many of the rows were used to fit the predictor
 
     @property
     def n_unscored(self) -> int:
@@ -176,35 +152,21 @@ class Counts(Model):
 
 
 class ScoreReceipt(AnyReceipt, ScoreDocument):
-    """Vouches for the files of a part; a part exists if and only if its receipt does.
+    """Vouches for the files of a part; a part exists if and only if its receipt does."""
 
-    Attributes:
-        fingerprint: Of the run.
-        part: Which rows.
-        counts: What became of them.
-        files: Size and hash of each file.
-    """
-
-    fingerprint: str
-    part: ScorePart
-    counts: Counts
-    files: dict[str, FileInfo]
+    fingerprint: str  # of the run
+    part: ScorePart  # which rows
+    counts: Counts  # what became of them
+    files: dict[str, FileInfo]  # size and hash of each file
 
 
 class ScoreManifest(ScoreDocument):
-    """The seal of a complete folder.
+    """The seal of a complete folder."""
 
-    Attributes:
-        fingerprint: Of the run.
-        n_parts: Number of parts.
-        counts: Of all rows.
-        content: Hash over the hashes of all files.
-    """
-
-    fingerprint: str
-    n_parts: Count
-    counts: Counts
-    content: str
+    fingerprint: str  # of the run
+    n_parts: Count  # number of parts
+    counts: Counts  # of all rows
+    content: str  # hash over the hashes of all files
 
     @classmethod
     def of(cls, run: ScoreRun, receipts: list[ScoreReceipt]) -> Self:

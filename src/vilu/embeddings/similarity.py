@@ -22,17 +22,11 @@ KEY_COLUMNS = 8
 
 
 class ZeroShot(NamedTuple):
-    """What the logits say, without the logits.
+    """What the logits say, without the logits."""
 
-    Attributes:
-        prediction: (B,) int64 candidate of the largest logit; among equal ones the lowest.
-        max_logit: (B,) float32 largest logit.
-        log_norm: (B,) float32 log sum_j exp(logit_j).
-    """
-
-    prediction: Tensor
-    max_logit: Tensor
-    log_norm: Tensor
+    prediction: Tensor  # (B,) int64 candidate of the largest logit; among equal ones the lowest
+    max_logit: Tensor  # (B,) float32 largest logit
+    log_norm: Tensor  # (B,) float32 log sum_j exp(logit_j)
 
     @property
     def max_probability(self) -> Tensor:

@@ -34,19 +34,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Candidates:
-    """The texts that some rows are matched against.
+    """The texts that some rows are matched against."""
 
-    Attributes:
-        text: (K, D) float32 unit-norm candidates.
-        target: (B,) int64 rows of ``text`` that are right, -1 where unknown.
-        same: (K,) int64: for every candidate the first one that is the same answer (so an answer is right when it and
-            the target have the same number); None where all candidates are different answers.
-        members: (K,) int64 positions in the source that the candidates belong to; None where they are shared.
-    """
-
-    text: Tensor
-    target: Tensor
+    text: Tensor  # (K, D) float32 unit-norm candidates
+    target: Tensor  # (B,) int64 rows of ``text`` that are right, -1 where unknown
+    # (K,) int64: for every candidate the first one that is the same answer (so an answer is right when it and the
+    # target have the same number); None where all candidates are different answers
     same: Tensor | None = None
+    # (K,) int64 positions in the source that the candidates belong to; None where they are shared
     members: Tensor | None = None
 
 

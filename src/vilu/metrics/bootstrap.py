@@ -46,14 +46,10 @@ class Quantity:
     """A number with its bootstrap values, so that whatever is computed from it has an interval, too.
 
     Quantities of the same test rows share their resamples, so a difference of them is paired.
-
-    Attributes:
-        value: The number.
-        draws: (B,) its bootstrap values.
     """
 
-    value: float
-    draws: Floats
+    value: float  # the number
+    draws: Floats  # (B,) its bootstrap values
 
     @classmethod
     def over_seeds(cls, values: Floats, per_seed: Floats) -> Quantity:
@@ -196,17 +192,11 @@ def values_of(kernels: Mapping[str, Kernel], blocks: Iterable[TieCounts], n_resa
 
 @dataclass(frozen=True, eq=False)
 class ScoredRows:
-    """Rows with known failures.
+    """Rows with known failures."""
 
-    Attributes:
-        uncertainty: (N,) scores.
-        failure: (N,) 0 or 1.
-        note: What to say beside metrics of these rows.
-    """
-
-    uncertainty: Floats
-    failure: Ints
-    note: str | None = None
+    uncertainty: Floats  # (N,) scores
+    failure: Ints  # (N,) 0 or 1
+    note: str | None = None  # what to say beside metrics of these rows
 
     @property
     def n(self) -> int:

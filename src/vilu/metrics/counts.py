@@ -22,16 +22,11 @@ class TieCounts:
 
     Rows of equal uncertainty are one operating point, so nothing here depends on the order of the rows. Leading axes
     are bootstrap resamples; a score that no resampled row has counts zero and moves no metric.
-
-    Attributes:
-        value: (G,) distinct uncertainties, ascending.
-        correct: (..., G) number of correct answers at each.
-        wrong: (..., G) number of wrong answers at each.
     """
 
-    value: Floats
-    correct: Ints
-    wrong: Ints
+    value: Floats  # (G,) distinct uncertainties, ascending
+    correct: Ints  # (..., G) number of correct answers at each
+    wrong: Ints  # (..., G) number of wrong answers at each
 
     @cached_property
     def size(self) -> Ints:

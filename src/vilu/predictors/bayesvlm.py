@@ -56,17 +56,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Factors:
-    """Kronecker factors of the curvature of a last layer over n pairs, before the root of n divides them.
+    """Kronecker factors of the curvature of a last layer over n pairs, before the root of n divides them."""
 
-    Attributes:
-        inputs: (F, F) sum of phi phi^T.
-        outputs: (D, D) sum of the Gauss-Newton curvatures of the loss in g.
-        n: Number of pairs.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    n: int
+    inputs: Tensor  # (F, F) sum of phi phi^T
+    outputs: Tensor  # (D, D) sum of the Gauss-Newton curvatures of the loss in g
+    n: int  # number of pairs
 
     def __add__(self, other: Factors) -> Factors:
         return Factors(self.inputs + other.inputs, self.outputs + other.outputs, self.n + other.n)

@@ -119,17 +119,11 @@ def _marked(source: EmbeddingSource, by: Identity) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Which rows of a source are in another set, as far as that can be told.
+    """Which rows of a source are in another set, as far as that can be told."""
 
-    Attributes:
-        shared: (N,) bool, those that are known to be.
-        n_told: Rows of which it can be told.
-        whole: Whether all of the other set is known.
-    """
-
-    shared: NDArray[np.bool_]
-    n_told: int
-    whole: bool = True
+    shared: NDArray[np.bool_]  # (N,) bool, those that are known to be
+    n_told: int  # rows of which it can be told
+    whole: bool = True  # whether all of the other set is known
 
     def __len__(self) -> int:
         return int(np.count_nonzero(self.shared))

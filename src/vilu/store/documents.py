@@ -37,15 +37,11 @@ class Views(Model):
 
     A crop has the shape of the picture, so that the preprocessing treats it as it treats the picture: a share of the
     area uniform in [1/2, 1], at a uniform place. View v of an image depends on nothing but its key, v and the seed.
-
-    Attributes:
-        n: V.
-        seed: Of the views.
-        recipe: What is drawn; part of what a store is made from.
     """
 
-    n: Annotated[int, Field(ge=1)]
-    seed: int = 0
+    n: Annotated[int, Field(ge=1)]  # V
+    seed: int = 0  # of the views
+    # what is drawn; part of what a store is made from
     recipe: Literal["crop of 0.5 to 1 of the area, mirrored with probability 0.5"] = (
         "crop of 0.5 to 1 of the area, mirrored with probability 0.5"
     )
@@ -87,17 +83,12 @@ ImageColumn = Literal["features", "views", "second_image"]
 
 
 class Imported(Model):
-    """What is known of arrays that no model of ours made.
+    """What is known of arrays that no model of ours made."""
 
-    Attributes:
-        columns: What is kept of each row beside its embedding, with the shape of one row.
-        ids: Whether rows came with identifiers; else their keys are their numbers, which identify nothing.
-        source: Where they come from, as the user said it.
-    """
-
+    # what is kept of each row beside its embedding, with the shape of one row
     columns: dict[ImageColumn, tuple[Annotated[int, Field(ge=1)], ...]] = Field(default_factory=dict)
-    ids: bool
-    source: str | None = None
+    ids: bool  # whether rows came with identifiers; else their keys are their numbers, which identify nothing
+    source: str | None = None  # where they come from, as the user said it
 
 
 class Inputs(StoreDocument):
@@ -105,50 +96,31 @@ class Inputs(StoreDocument):
 
     Batch size, device and number of threads are not among them: they move a value by rounding only, and a run that
     ran out of memory must be able to go on with smaller batches.
-
-    Attributes:
-        dataset_fingerprint: Hash of the listing of the images, or of the names of the shards.
-        n_in: Number of images, readable or not; of shards 0, since only reading them tells (the manifest has it).
-        split: Name of the split, if any.
-        space: The embedding space, with all that is known about the model.
-        names: The K class names as they stand in the prompts; none where captions are the candidates.
-        folders: The K class names as the data set has them; None when it is unlabelled.
-        templates: Prompt templates; none where there are no classes.
-        limits: What an image may be (``ImageLimits``).
-        part_size: Images per part, or shards.
-        dtype: Number format of what is stored of the images.
-        features: Width F of the features that are kept of each image; None where they are not.
-        views: Augmented views whose embeddings are kept of each image, if any.
-        prompts: Templates in which the embedding of every class is kept.
-        negatives: Words, none of which need be a class, whose embedding is kept in ``templates``.
-        captions: Whether each image has a caption, whose embedding is kept, and there are no classes.
-        shards: Number of shards of which the parts are made; 0 where they are made of images.
-        outside: Names of folders or labels, as the data have them, that are none of the classes.
-        imported: Of embeddings that were imported; None where they were made.
     """
 
     later: ClassVar[frozenset[str]] = frozenset(
         {"features", "views", "prompts", "negatives", "captions", "shards", "outside", "imported"}
     )
 
-    dataset_fingerprint: str
-    n_in: Count
-    split: str | None
-    space: EmbeddingSpace
-    names: tuple[str, ...]
-    folders: tuple[str, ...] | None
-    templates: tuple[str, ...]
-    limits: dict[str, float]
-    part_size: Annotated[int, Field(ge=1)]
-    dtype: Literal["float16", "float32"]
+    dataset_fingerprint: str  # hash of the listing of the images, or of the names of the shards
+    n_in: Count  # number of images, readable or not; of shards 0, since only reading them tells (the manifest has it)
+    split: str | None  # name of the split, if any
+    space: EmbeddingSpace  # the embedding space, with all that is known about the model
+    names: tuple[str, ...]  # the K class names as they stand in the prompts; none where captions are the candidates
+    folders: tuple[str, ...] | None  # the K class names as the data set has them; None when it is unlabelled
+    templates: tuple[str, ...]  # prompt templates; none where there are no classes
+    limits: dict[str, float]  # what an image may be (``ImageLimits``)
+    part_size: Annotated[int, Field(ge=1)]  # images per part, or shards
+    dtype: Literal["float16", "float32"]  # number format of what is stored of the images
+    # width F of the features that are kept of each image; None where they are not
     features: Annotated[int, Field(ge=1)] | None = None
-    views: Views | None = None
-    prompts: tuple[str, ...] = ()
-    negatives: tuple[str, ...] = ()
-    captions: bool = False
-    shards: Count = 0
-    outside: tuple[str, ...] = ()
-    imported: Imported | None = None
+    views: Views | None = None  # augmented views whose embeddings are kept of each image, if any
+    prompts: tuple[str, ...] = ()  # templates in which the embedding of every class is kept
+    negatives: tuple[str, ...] = ()  # words, none of which need be a class, whose embedding is kept in ``templates``
+    captions: bool = False  # whether each image has a caption, whose embedding is kept, and there are no classes
+    shards: Count = 0  # number of shards of which the parts are made; 0 where they are made of images
+    outside: tuple[str, ...] = ()  # names of folders or labels, as the data have them, that are none of the classes
+    imported: Imported | None = None  # of embeddings that were imported; None where they were made
 
     @model_validator(mode="after")
     def _check_number_of_parts(self) -> Self:
@@ -203,21 +175,15 @@ class Inputs(StoreDocument):
 
 
 class Run(Inputs):
-    """``run.json``, written first.
-
-    Attributes:
-        fingerprint: Hash of the inputs.
-        dataset: Where the images came from, for people (base name only).
-        vilu: Version that began the run.
-        pictures: Whether the metadata hold a digest of every picture, by which rows are recognised. Older stores have
-            none, and go on without, so that all parts of a store are alike; no input, hence not in the fingerprint.
-    """
+    """``run.json``, written first."""
 
     later: ClassVar[frozenset[str]] = Inputs.later | {"pictures"}
 
-    fingerprint: str
-    dataset: str
-    vilu: str
+    fingerprint: str  # hash of the inputs
+    dataset: str  # where the images came from, for people (base name only)
+    vilu: str  # version that began the run
+    # whether the metadata hold a digest of every picture, by which rows are recognised. Older stores have none, and go
+    # on without, so that all parts of a store are alike; no input, hence not in the fingerprint
     pictures: bool = False
 
     @model_validator(mode="after")
@@ -249,58 +215,35 @@ class ArrayInfo(FileInfo):
 
 
 class Receipt(AnyReceipt, Counted):
-    """``receipts/00000.json``, written last of a part: the part exists if and only if this does and the sizes agree.
-
-    Attributes:
-        fingerprint: Fingerprint of the run.
-        part: Number of the part.
-        start: Position of its first image, or number of its first shard.
-        stop: Position after its last image, or number after its last shard.
-        files: Its files by name.
-        batch_size: Images per forward pass.
-        seconds: Wall time in receipts of earlier vilu; now it is in ``log.jsonl``.
-        source: Of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images.
-    """
+    """``receipts/00000.json``, written last of a part: the part exists if and only if this does and the sizes agree."""
 
     later: ClassVar[frozenset[str]] = frozenset({"seconds", "source"})
 
-    fingerprint: str
-    part: Count
-    start: Count
-    stop: Count
-    files: dict[str, FileInfo]
-    batch_size: Annotated[int, Field(ge=1)]
-    seconds: float = 0.0
-    source: str = ""
+    fingerprint: str  # fingerprint of the run
+    part: Count  # number of the part
+    start: Count  # position of its first image, or number of its first shard
+    stop: Count  # position after its last image, or number after its last shard
+    files: dict[str, FileInfo]  # its files by name
+    batch_size: Annotated[int, Field(ge=1)]  # images per forward pass
+    seconds: float = 0.0  # wall time in receipts of earlier vilu; now it is in ``log.jsonl``
+    source: str = ""  # of shards, ``ShardedDataset.shard_fingerprint`` before they were read; empty of images
 
 
 class StoredClasses(StoreDocument):
-    """``classes.json``: the K candidates and how their texts were made.
-
-    Attributes:
-        names: Class names as they stand in the prompts.
-        folders: Class names as the data set has them.
-        templates: Prompt templates; the K texts are their mean, normalised.
-        tokenizer: Description of the tokenizer.
-        text_emb: File of the (K, D) float32 text embeddings.
-        text_file: Its size and hash.
-        features: Width of the image features, as in the run.
-        prompts: Templates of the column ``prompts``.
-        negatives: Words of the column ``negatives``.
-        columns: What else is kept of the classes and the model, each in ``columns/NAME.npy``.
-    """
+    """``classes.json``: the K candidates and how their texts were made."""
 
     later: ClassVar[frozenset[str]] = frozenset({"features", "prompts", "negatives", "columns"})
 
-    names: tuple[str, ...]
-    folders: tuple[str, ...] | None
-    templates: tuple[str, ...]
-    tokenizer: str | None
-    text_emb: Literal["text_emb/classes.npy"] = TEXT
-    text_file: FileInfo
-    features: int | None = None
-    prompts: tuple[str, ...] = ()
-    negatives: tuple[str, ...] = ()
+    names: tuple[str, ...]  # class names as they stand in the prompts
+    folders: tuple[str, ...] | None  # class names as the data set has them
+    templates: tuple[str, ...]  # prompt templates; the K texts are their mean, normalised
+    tokenizer: str | None  # description of the tokenizer
+    text_emb: Literal["text_emb/classes.npy"] = TEXT  # file of the (K, D) float32 text embeddings
+    text_file: FileInfo  # its size and hash
+    features: int | None = None  # width of the image features, as in the run
+    prompts: tuple[str, ...] = ()  # templates of the column ``prompts``
+    negatives: tuple[str, ...] = ()  # words of the column ``negatives``
+    # what else is kept of the classes and the model, each in ``columns/NAME.npy``
     columns: dict[ClassColumn, ArrayInfo] = Field(default_factory=dict)
     hash: str
 
@@ -327,17 +270,11 @@ class StoredClasses(StoreDocument):
 
 
 class Manifest(Counted, Run):
-    """``manifest.json``, written at the end: the store is complete and within its error budget.
+    """``manifest.json``, written at the end: the store is complete and within its error budget."""
 
-    Attributes:
-        parts: Number of parts.
-        classes: Hash of the class table; empty where captions are the candidates.
-        content: Hash over the SHA-256 of every file of every part.
-    """
-
-    parts: Count
-    classes: str
-    content: str
+    parts: Count  # number of parts
+    classes: str  # hash of the class table; empty where captions are the candidates
+    content: str  # hash over the SHA-256 of every file of every part
 
 
 logger = logging.getLogger(__name__)

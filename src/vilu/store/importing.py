@@ -140,23 +140,14 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
 
 @dataclass
 class Given:
-    """What a source holds, checked: what is of rows by its header, all else read.
+    """What a source holds, checked: what is of rows by its header, all else read."""
 
-    Attributes:
-        arrays: All that is used, by our names.
-        target: (N,) int64 classes of the store, -1 where unknown, -2 of none.
-        names: Of the K classes.
-        text: (K, D) float32 unit-norm texts.
-        class_columns: What else there is of the classes and of the model.
-        outside: Names that are none of the classes.
-    """
-
-    arrays: dict[str, StoredArray]
-    target: NDArray[np.int64]
-    names: tuple[str, ...]
-    text: Tensor
-    class_columns: dict[ClassColumn, Tensor]
-    outside: tuple[str, ...]
+    arrays: dict[str, StoredArray]  # all that is used, by our names
+    target: NDArray[np.int64]  # (N,) int64 classes of the store, -1 where unknown, -2 of none
+    names: tuple[str, ...]  # of the K classes
+    text: Tensor  # (K, D) float32 unit-norm texts
+    class_columns: dict[ClassColumn, Tensor]  # what else there is of the classes and of the model
+    outside: tuple[str, ...]  # names that are none of the classes
     norms: Norms = field(default_factory=Norms)  # of the rows that were read
 
     @property

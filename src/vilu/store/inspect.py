@@ -28,39 +28,24 @@ CHUNK = 8192  # rows looked at together
 
 @dataclass
 class StoreReport:
-    """Findings of ``inspect``.
+    """Findings of ``inspect``."""
 
-    Attributes:
-        store: Name of the folder.
-        sealed: Whether it is complete and within its error budget, so that it can be read.
-        run: What it was made from.
-        parts: Parts in all.
-        parts_done: Parts that are there.
-        n_in: Images in the parts that are there.
-        n_ok: Rows.
-        n_error: Images that failed.
-        errors: The same by kind.
-        labels: Rows of one of the classes ("inside"), of none ("outside"), and of unknown label.
-        columns: What is kept beside the embeddings, with its shape: of one image, of all classes, or of the model.
-        bytes: Size of the parts on disk.
-        deep: Whether every byte was looked at.
-        problems: What is wrong, one sentence each; empty if nothing is.
-    """
-
-    store: str
-    sealed: bool
-    run: Run
-    parts: int
-    deep: bool
-    parts_done: int = 0
-    n_in: int = 0
-    n_ok: int = 0
-    n_error: int = 0
-    errors: Counter[str] = field(default_factory=Counter)
+    store: str  # name of the folder
+    sealed: bool  # whether it is complete and within its error budget, so that it can be read
+    run: Run  # what it was made from
+    parts: int  # parts in all
+    deep: bool  # whether every byte was looked at
+    parts_done: int = 0  # parts that are there
+    n_in: int = 0  # images in the parts that are there
+    n_ok: int = 0  # rows
+    n_error: int = 0  # images that failed
+    errors: Counter[str] = field(default_factory=Counter)  # the same by kind
+    # rows of one of the classes ("inside"), of none ("outside"), and of unknown label
     labels: Counter[str] = field(default_factory=Counter)
+    # what is kept beside the embeddings, with its shape: of one image, of all classes, or of the model
     columns: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    bytes: int = 0  # size of the parts on disk
+    problems: list[str] = field(default_factory=list)  # what is wrong, one sentence each; empty if nothing is
 
     def add(self, receipt: Receipt) -> None:
         """Count a part."""

@@ -116,30 +116,19 @@ MEBIBYTE: Final = 2**20
 
 @dataclass(frozen=True)
 class Presence:
-    """What there is of one data set.
+    """What there is of one data set."""
 
-    Attributes:
-        name: Of the data set.
-        title: For people.
-        folder: Where it is; None where it is not.
-        origin: Which list of splits is in use; "" where it is not there.
-        splits: What there is of each split.
-        archives: Archives and files with published checksums that were seen: present, or if checked right or wrong.
-        problem: Why nothing more can be said; None where nothing is wrong.
-        state: "complete"; "present" where nothing is wrong, and nothing lists what there should be; "incomplete";
-            "absent".
-        advice: What to do.
-    """
-
-    name: str
-    title: str
-    folder: Path | None
-    origin: str = ""
-    splits: Mapping[str, Count] = field(default_factory=dict)
+    name: str  # of the data set
+    title: str  # for people
+    folder: Path | None  # where it is; None where it is not
+    origin: str = ""  # which list of splits is in use; "" where it is not there
+    splits: Mapping[str, Count] = field(default_factory=dict)  # what there is of each split
+    # archives and files with published checksums that were seen: present, or if checked right or wrong
     archives: Mapping[str, ArchiveState] = field(default_factory=dict)
-    problem: str | None = None
+    problem: str | None = None  # why nothing more can be said; None where nothing is wrong
+    # "complete"; "present" where nothing is wrong, and nothing lists what there should be; "incomplete"; "absent"
     state: State = "absent"
-    advice: str = ""
+    advice: str = ""  # what to do
 
     def to_dict(self) -> dict[str, object]:
         """As plain JSON."""

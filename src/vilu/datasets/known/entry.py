@@ -17,21 +17,13 @@ SHOWN: Final = 5  # missing files that are named
 
 @dataclass(frozen=True)
 class Count:
-    """Images of one split, or of several whose sum alone is published.
+    """Images of one split, or of several whose sum alone is published."""
 
-    Attributes:
-        found: Files that are there; None where they were not counted.
-        listed: Files that should be, by the list in use; None where nothing lists them.
-        expected: Files that should be, as published; None where that is not known of this list.
-        missing: The first of those that are not there.
-        problem: Why nothing can be said; None where something can.
-    """
-
-    found: int | None
-    listed: int | None
-    expected: int | None = None
-    missing: tuple[str, ...] = ()
-    problem: str | None = None
+    found: int | None  # files that are there; None where they were not counted
+    listed: int | None  # files that should be, by the list in use; None where nothing lists them
+    expected: int | None = None  # files that should be, as published; None where that is not known of this list
+    missing: tuple[str, ...] = ()  # the first of those that are not there
+    problem: str | None = None  # why nothing can be said; None where something can
 
     @classmethod
     def sum(cls, counts: Iterable[Count], expected: int | None) -> Count:
@@ -55,16 +47,11 @@ class Count:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a reader finds.
+    """What a reader finds."""
 
-    Attributes:
-        origin: Which list of splits is in use, for people.
-        counts: By split.
-        binding: Whether the published sizes must be met; not where the list is the user's own, or links have died.
-    """
-
-    origin: str
-    counts: Mapping[str, Count]
+    origin: str  # which list of splits is in use, for people
+    counts: Mapping[str, Count]  # by split
+    # whether the published sizes must be met; not where the list is the user's own, or links have died
     binding: bool = True
 
 
@@ -78,19 +65,12 @@ NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a data set.
+    """What is asked of a data set."""
 
-    Attributes:
-        split: Names of splits joined by ``+``; None for all.
-        raw_names: Whether class names stay as the data have them.
-        classes: A classes file; None where the data name their classes.
-        outside: Names of classes that will be taken out: the file may leave them out.
-    """
-
-    split: str | None = None
-    raw_names: bool = False
-    classes: Path | None = None
-    outside: tuple[str, ...] = ()
+    split: str | None = None  # names of splits joined by ``+``; None for all
+    raw_names: bool = False  # whether class names stay as the data have them
+    classes: Path | None = None  # a classes file; None where the data name their classes
+    outside: tuple[str, ...] = ()  # names of classes that will be taken out: the file may leave them out
 
     def unfit(self) -> list[str]:
         """Names of the options that only data with classes and splits have."""
@@ -165,16 +145,11 @@ class KnownDataset:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a data set lies.
+    """Where a data set lies."""
 
-    Attributes:
-        entry: Which data set.
-        folder: Its folder; keys are paths below it.
-        around: Where else lists of its splits may lie: the folders above it in its layout, and the one that was given.
-    """
-
-    entry: KnownDataset
-    folder: Path
+    entry: KnownDataset  # which data set
+    folder: Path  # its folder; keys are paths below it
+    # where else lists of its splits may lie: the folders above it in its layout, and the one that was given
     around: tuple[Path, ...]
 
     def find(self, *names: str) -> Path | None:

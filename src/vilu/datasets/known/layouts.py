@@ -42,21 +42,14 @@ SORT: Final = (
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images in folders of classes; iterating lists them, class by class.
+    """Images in folders of classes; iterating lists them, class by class."""
 
-    Attributes:
-        root: The data set's folder.
-        part: The folder below it that holds the classes; "" for itself.
-        labels: Labels by name of class folder.
-        choose: Which of a class's images are taken, given the class folder and its images.
-        flat: What to do where the images lie there without class folders.
-    """
-
-    root: Path
-    part: str
-    labels: Mapping[str, int]
+    root: Path  # the data set's folder
+    part: str  # the folder below it that holds the classes; "" for itself
+    labels: Mapping[str, int]  # labels by name of class folder
+    # which of a class's images are taken, given the class folder and its images
     choose: Callable[[str, Files], Files] = lambda _, files: files
-    flat: str = UNPACK
+    flat: str = UNPACK  # what to do where the images lie there without class folders
 
     def __iter__(self) -> Iterator[Entry]:
         folder = self.root / self.part
@@ -85,12 +78,9 @@ class ClassFolders:
 
 @dataclass(frozen=True)
 class SplitFolders:
-    """A folder per split and in it one per class, whose labels follow their names, sorted by bytes, over all splits.
+    """A folder per split and in it one per class, whose labels follow their names, sorted by bytes, over all splits."""
 
-    Attributes:
-        splits: Folder by split, "" for the data set's own; empty where splits are called as their folders.
-    """
-
+    # folder by split, "" for the data set's own; empty where splits are called as their folders
     splits: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, place: Place) -> Listing:

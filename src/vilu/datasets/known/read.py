@@ -323,15 +323,10 @@ def shipped_list(dataset: str) -> SplitLists | None:
 
 @dataclass(frozen=True)
 class CoopListing:
-    """Listing of a data set by CoOp's list: the user's own where there is one, else the shipped one.
+    """Listing of a data set by CoOp's list: the user's own where there is one, else the shipped one."""
 
-    Attributes:
-        file: Name of the user's list.
-        images: Folder of the images; "" where paths in the list begin at the data set's folder.
-    """
-
-    file: str
-    images: str = ""
+    file: str  # name of the user's list
+    images: str = ""  # folder of the images; "" where paths in the list begin at the data set's folder
 
     def __call__(self, place: Place) -> Listing:
         """What the list says."""

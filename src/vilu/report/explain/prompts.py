@@ -173,17 +173,11 @@ class _Means:
 
 
 class Rivals(NamedTuple):
-    """What a class has to beat to be the answer when its text is replaced: the strongest of the others.
+    """What a class has to beat to be the answer when its text is replaced: the strongest of the others."""
 
-    Attributes:
-        place: (B, K) the strongest candidate beside each: the answer, or for the answer the next.
-        logit: (B, K) its logit.
-        right: (B, 1) whether the answer is right now.
-    """
-
-    place: Tensor
-    logit: Tensor
-    right: Tensor
+    place: Tensor  # (B, K) the strongest candidate beside each: the answer, or for the answer the next
+    logit: Tensor  # (B, K) its logit
+    right: Tensor  # (B, 1) whether the answer is right now
 
     @classmethod
     def of(cls, batch: Batch) -> Rivals:

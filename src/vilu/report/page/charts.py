@@ -57,12 +57,7 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """Lines between two axes, the last on top.
-
-    Attributes:
-        marker: (x, y) of the operating point, (x, None) for a vertical line; None where it cannot be shown.
-        guide: (x0, y0, x1, y1) and the text of a line to compare with.
-    """
+    """Lines between two axes, the last on top."""
 
     key: str
     title: str
@@ -70,7 +65,9 @@ class Chart:
     x: Axis
     y: Axis
     lines: tuple[Line, ...]
+    # (x, y) of the operating point, (x, None) for a vertical line; None where it cannot be shown
     marker: tuple[float, float | None] | None = None
+    # (x0, y0, x1, y1) and the text of a line to compare with
     guide: tuple[tuple[float, float, float, float], str] | None = None
 
     def px(self, value: float) -> str:

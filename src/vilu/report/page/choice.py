@@ -29,40 +29,27 @@ from vilu.report.figures import known
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What ``vilu calibrate`` left beside a predictor.
+    """What ``vilu calibrate`` left beside a predictor."""
 
-    Attributes:
-        rule: What accepts.
-        method: Name of the predictor that it belongs to; None where that is not known.
-        risk: Fingerprint of the record, which scores carry that it decided; None where there is no record.
-        facts: What is recorded of the calibration: fingerprints, data set, version.
-    """
-
-    rule: Rule
-    method: str | None = None
+    rule: Rule  # what accepts
+    method: str | None = None  # name of the predictor that it belongs to; None where that is not known
+    # fingerprint of the record, which scores carry that it decided; None where there is no record
     risk: str | None = None
+    # what is recorded of the calibration: fingerprints, data set, version
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The operating point of a page.
+    """The operating point of a page."""
 
-    Attributes:
-        accepted: (N,) whether each row is accepted.
-        threshold: Accept where the uncertainty is at most this; None: by another rule than one threshold, or nothing.
-        max_risk: Error rate that was aimed at; None where another thing was.
-        promise: What is promised of later answers, in words; None where nothing is.
-        certificates: Per group, if the rule has them.
-        facts: What is recorded of the calibration.
-    """
-
-    accepted: NDArray[np.bool_] = field(repr=False)
+    accepted: NDArray[np.bool_] = field(repr=False)  # (N,) whether each row is accepted
+    # accept where the uncertainty is at most this; None: by another rule than one threshold, or nothing
     threshold: float | None
-    max_risk: float | None
-    promise: str | None = None
-    certificates: Mapping[str, Certificate] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    max_risk: float | None  # error rate that was aimed at; None where another thing was
+    promise: str | None = None  # what is promised of later answers, in words; None where nothing is
+    certificates: Mapping[str, Certificate] = field(default_factory=dict)  # per group, if the rule has them
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what is recorded of the calibration
 
 
 def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
