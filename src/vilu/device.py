@@ -12,11 +12,7 @@ from vilu.errors import UsageError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is the first of cuda, mps, cpu at hand.
-
-    Raises:
-        UsageError: If the name is not one of these or the device is not there.
-    """
+    """The device called "auto", "cpu", "cuda", "cuda:N" or "mps"; "auto" is the first of cuda, mps, cpu at hand."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(kind for kind, here in available.items() if here))

@@ -20,11 +20,7 @@ TABLES = ("data", "settings", "methods")  # what can be taken from an included f
 
 
 def load_config(path: Path) -> Config:
-    """Read and check a benchmark file; its name is that of the file unless it says another.
-
-    Raises:
-        UsageError: If it or what it includes cannot be read, is not TOML, or says something that cannot be.
-    """
+    """Read and check a benchmark file; its name is that of the file unless it says another."""
     return parse_config({"name": path.stem, **_with_included(_read(path), path)}, path.name)
 
 

@@ -49,10 +49,6 @@ def over_pool_sizes(
 
     Returns:
         Rows whose data set reads "NAME, pool SIZE".
-
-    Raises:
-        UsageError: If ``draws`` cannot be, or a predictor does not work on captions.
-        DataError: If no size fits the pairs.
     """
     if draws < 1:
         raise UsageError(f"draws must be at least 1. Got {draws} instead.")

@@ -249,12 +249,7 @@ def run_studies(
     share: Share | None = None,
     embed_only: bool = False,
 ) -> list[Rendered]:
-    """Run some benchmarks and write what they show; arguments and errors as ``vilu.benchmark.run.run_all``.
-
-    Raises:
-        MissingModelError: Also if there are figures to draw and no matplotlib, before anything runs.
-        UsageError: Also if ``output`` holds something else than benchmarks.
-    """
+    """Run some benchmarks and write what they show; arguments and errors as ``vilu.benchmark.run.run_all``."""
     begun = any((output / name).is_dir() for name in ("stores", "cells"))
     if not begun:
         claim_folder(output, "benchmark", lambda path: path.name in {"smoke", LOG}, overwrite=True)
@@ -274,17 +269,7 @@ def render_studies(
 ) -> list[Rendered]:
     """Write everything anew from the cells of a run folder, without data, embeddings or computation.
 
-    Args:
-        output: The run folder.
-        document: A Markdown file for all studies together, its figures in a folder of its name beside it.
-        title: Of the document.
-        intro: Its first paragraph.
-        overwrite: Replace a document of other studies.
-
-    Raises:
-        DataError: If the folder holds no study, or cells are missing.
-        UsageError: If something else lies where the document is to be.
-        StorageError: If the file system refuses.
+    A ``document`` is a Markdown file for all studies together, its figures in a folder of its name beside it.
     """
     boards, inputs, there = load_studies(output), "", False
     if document is not None:

@@ -44,11 +44,7 @@ class Artefact(NamedTuple):
 
 
 def check(path: Path) -> Iterator[Artefact]:
-    """The artefacts at a path, each checked as by those who read it, and of every file of a run its bytes.
-
-    Raises:
-        ViLUError: That names the file which is damaged, and how to mend it; DataError also where nothing of ours is.
-    """
+    """The artefacts at a path, each checked as by those who read it, and of every file of a run its bytes."""
     if not path.exists():
         raise StorageError(f"{path} does not exist.")
     if path.is_file():

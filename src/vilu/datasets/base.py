@@ -188,9 +188,6 @@ class WithOutside:
         images: The whole; labels beyond its classes that it takes for outside are its ``strays``.
         outside: Names of classes, as the data have them or as prompts do, or labels beyond the classes.
 
-    Attributes:
-        outside: The names, sorted; part of what a store is made from.
-
     Raises:
         UsageError: If there is no such class or label, or no class would be left.
     """

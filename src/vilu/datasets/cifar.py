@@ -182,9 +182,6 @@ class CifarDataset:
         classes: A classes file, in label order.
         raw_names: Whether names for prompts keep their underscores.
         outside: Classes that the classes file may leave out.
-
-    Attributes:
-        classes: Raw and prompt names.
     """
 
     def __init__(

@@ -94,12 +94,6 @@ class ShiftedImages(Chosen):
         images: The whole ones.
         kinds: Names of ``KINDS``.
         severity: 1 to 5.
-
-    Attributes:
-        source: As of the whole ones, with the damage named.
-        class_names: As of the whole ones.
-        captioned: As of the whole ones.
-        fingerprint: Hash of the whole ones' and the damage.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:

@@ -85,14 +85,7 @@ def listing_columns(schema: pa.Schema, selection: Selection, source: str) -> lis
 
 
 def table_rows(table: pa.Table, source: str, selection: Selection, *, default_key: str | None = None) -> TableRows:
-    """Check the columns of a whole table, then choose the rows.
-
-    Args:
-        table: Its columns without the images.
-        source: Its name, for messages.
-        selection: Which rows, and what of them.
-        default_key: The column that is the key where there is no key column.
-    """
+    """Check the columns of a whole table, then choose the rows."""
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions = None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
     (table if caption is None else table.drop_columns([caption])).validate(full=True)
@@ -233,11 +226,7 @@ def is_image_column(schema: pa.Schema) -> bool:
 
 
 class _RowsOfTable:
-    """The rows of a table without what reads their images.
-
-    Attributes:
-        classes: Raw and prompt names; None when unlabelled or captioned.
-    """
+    """The rows of a table without what reads their images."""
 
     def __init__(self, source: Path, listing: TableRows) -> None:
         self.source = str(source)
@@ -263,10 +252,6 @@ class ParquetDataset(_RowsOfTable):
     ``records`` streams: memory holds two pages of the file (writers put up to about a thousand images into one) and a
     batch of ``BATCH_ROWS`` images, whatever the size of file and row groups. A part that begins where the last one
     ended goes on reading there; another one first reads past the beginning of its row group.
-
-    Args:
-        source: The file.
-        selection: Which rows, and what of them.
     """
 
     def __init__(self, source: Path, selection: Selection) -> None:
@@ -374,14 +359,6 @@ class PathTable(_RowsOfTable):
     Paths are relative to the table's folder and stay below it; with ``selection.root`` they are relative to that, and
     those that are absolute or climb (from the table's folder) may end below it, too. Any other, also by a link, is a
     read error of its row. Keys are the ``key`` column, else the paths. The listing costs two system calls per image.
-
-    Attributes:
-        faults: What cannot be read.
-
-    Args:
-        source: The table's file.
-        table: Its columns.
-        selection: Which rows, and what of them.
     """
 
     def __init__(self, source: Path, table: pa.Table, selection: Selection) -> None:

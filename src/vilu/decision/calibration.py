@@ -111,14 +111,6 @@ def calibrate_predictor(
 
     Warns:
         If some rows were used to fit; they are left out.
-
-    Raises:
-        DataError: If more than 1 % of the rows were used to fit, or none has an uncertainty and a known failure.
-        InfeasibleError: If these rows cannot support the target.
-        ProvenanceError: If the rows come from another embedding space.
-        UsageError: If the target cannot be, or there is another calibration that is not to be overwritten.
-        StorageError: If the file system refuses.
-        BusyError: If another process calibrates the same predictor.
     """
     target.check(load(folder), data)  # what is refused leaves no lock behind
     claim(folder, same=True)

@@ -75,13 +75,7 @@ class BatchSelector(Model):
 
 
 def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
-    """Conformal selection from calibration outcomes, of the first million; see ``BatchSelector``.
-
-    Raises:
-        UsageError: If ``max_risk`` is not in (0, 1).
-        InfeasibleError: If there are fewer than 1 / max_risk - 1 rows: nothing could ever be selected.
-        DataError: If no row has both an uncertainty and a known failure.
-    """
+    """Conformal selection from calibration outcomes, of the first million; see ``BatchSelector``."""
     require_between("max_risk", max_risk)
     rows = np.flatnonzero(evaluable(outcomes))[:MAX_ROWS]
     fewest = rows_for_mean(max_risk)

@@ -334,11 +334,7 @@ def _tell(message: str) -> None:
 
 
 def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
-    """(K,) int64: for every candidate (K, D) the first that is the same answer: of an equal text, or an equal name.
-
-    Raises:
-        DataError: If classes of one name have different texts (a cosine below ``SAME_TEXT``).
-    """
+    """(K,) int64: for every candidate (K, D) the first that is the same answer: of an equal text, or an equal name."""
     first = first_equal(text)
     if names is None or len(set(names)) == len(names):
         return first

@@ -60,9 +60,6 @@ class EmbeddingSpace:
 
         Bare arrays carry no provenance: against them only width, scale and bias are compared; and of imported ones what
         both sides know.
-
-        Raises:
-            ProvenanceError: If the spaces differ.
         """
         fields = ["embed_dim", "logit_scale", "logit_bias"]
         if not (self.anonymous or other.anonymous):

@@ -40,9 +40,6 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     The bytes go to a temporary file in the same folder, are synced to the disk, and are then renamed. After an
     exception or a crash ``path`` is what it was before. What crashes left of earlier tries at ``path`` is removed.
-
-    Raises:
-        StorageError: If the file system refuses (no such folder, read-only, disk full).
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")

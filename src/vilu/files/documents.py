@@ -92,12 +92,7 @@ class _Version(BaseModel):
 
 
 def read_document(path: Path, kind: type[D], of: Path | None = None) -> D:
-    """A document of ours, checked as any file from elsewhere; ``of`` as for ``read_json``, by default its folder.
-
-    Raises:
-        StorageError: If it cannot be read; the document's own ``fault`` if it is missing, too large, or damaged.
-        ProvenanceError: If another version of vilu wrote it in a schema that this one does not know.
-    """
+    """A document of ours, checked as any file from elsewhere; ``of`` as for ``read_json``, by default its folder."""
     content = read_json(path, kind.again, kind.fault, of=of or path.parent)
     try:
         version = _Version.model_validate(content).schema_version

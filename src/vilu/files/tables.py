@@ -122,12 +122,6 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
     Args:
         path: The file.
         text_columns: Columns that hold text, whatever their content looks like.
-
-    Raises:
-        UsageError: If the suffix is neither ``.parquet`` nor ``.csv``.
-        StorageError: If the file cannot be opened.
-        DataError: If it is not such a table.
-        ProvenanceError: If a newer version of vilu wrote it.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -199,11 +193,7 @@ def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.C
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
-    """The names of the columns of a CSV file, of which no more than a bounded beginning is read.
-
-    Raises:
-        DataError: If there are too many.
-    """
+    """The names of the columns of a CSV file, of which no more than a bounded beginning is read."""
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         # not strict: a text that is not UTF-8 is the error of its row, and the first block is decoded with the names
         names = next(csv.reader(_short_lines(file, path), delimiter=delimiter), [])

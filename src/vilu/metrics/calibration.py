@@ -57,11 +57,7 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
 
 
 def probability_counts(probability: ArrayLike, failure: ArrayLike) -> TieCounts:
-    """Counts per distinct probability.
-
-    Raises:
-        DataError: If a probability is not in [0, 1], or as ``tie_counts``.
-    """
+    """Counts per distinct probability."""
     counts = tie_counts(probability, failure)
     low, high = counts.value[0], counts.value[-1]
     if low < 0 or high > 1:

@@ -74,12 +74,7 @@ class TieCounts:
 
 
 def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDArray[np.bool_]]:
-    """Uncertainty (N,) as float64 and failure (N,) as bool.
-
-    Raises:
-        DataError: If they are not two vectors of one length of at least one, an uncertainty is not finite, or a
-            failure is not 0 or 1.
-    """
+    """Uncertainty (N,) as float64 and failure (N,) as bool."""
     given = _real(uncertainty, "uncertainty"), _real(failure, "failure")
     scores, failures = (values.astype(np.float64, copy=False) for values in given)
     require_same_length(scores, failures)
@@ -110,11 +105,7 @@ def require_same_length(scores: Floats, failures: Floats) -> None:
 
 
 def real_vector(values: ArrayLike, name: str) -> Floats:
-    """A vector of real numbers as float64, a copy.
-
-    Raises:
-        DataError: If it is anything else.
-    """
+    """A vector of real numbers as float64, a copy."""
     return _real(values, name).astype(np.float64)
 
 
@@ -131,11 +122,7 @@ def _real(values: ArrayLike, name: str) -> NDArray[Any]:
 
 
 def tie_counts(uncertainty: ArrayLike, failure: ArrayLike) -> TieCounts:
-    """Counts (G,) per distinct uncertainty.
-
-    Raises:
-        DataError: As ``check_pair``.
-    """
+    """Counts (G,) per distinct uncertainty."""
     scores, failures = check_pair(uncertainty, failure)
     starts = range(0, len(scores), BLOCK_ROWS)
     blocks = [_counts(scores[i : i + BLOCK_ROWS], failures[i : i + BLOCK_ROWS]) for i in starts]

@@ -87,11 +87,7 @@ class Histogram:
 
     @classmethod
     def of(cls, uncertainty: ArrayLike, failure: ArrayLike) -> Histogram:
-        """Of the rows of two vectors.
-
-        Raises:
-            DataError: If the vectors differ in length or hold anything else than finite scores and 0 or 1.
-        """
+        """Of the rows of two vectors."""
         if not np.size(uncertainty) and not np.size(failure):
             return cls.empty()
         scores, failures = check_pair(uncertainty, failure)
@@ -168,11 +164,7 @@ class Histogram:
         return float((self.correct * self.wrong).sum()) / pairs if pairs else math.nan
 
     def counts(self) -> TieCounts:
-        """What every metric is computed from.
-
-        Raises:
-            DataError: If there is no row.
-        """
+        """What every metric is computed from."""
         if not len(self.bins):
             raise DataError("a metric needs at least one row. Got none.")
         return TieCounts(self.values, self.correct, self.wrong)
@@ -185,10 +177,6 @@ class Histogram:
         A resample draws as many correct and as many wrong answers as there are, by multinomials over the bins: with as
         few distinct scores as ``RESAMPLED_BINS`` the distribution of the bootstrap over rows. With more, neighbouring
         bins go together in groups of about equal size, and the ends move by what that does to the metric itself.
-
-        Raises:
-            DataError: If there is no row.
-            UsageError: If a setting cannot be.
         """
         check_settings(n_resamples, confidence)
         whole, grouped = self.counts(), self._grouped()

@@ -353,9 +353,6 @@ class Outcomes:
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
-
-        Raises:
-            DataError: If a text is not valid Unicode.
         """
         import pyarrow as pa
         import pyarrow.compute as pc

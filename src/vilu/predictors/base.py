@@ -262,11 +262,7 @@ class FailurePredictor(ABC):
         return self._learn(train, failure, validation)
 
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
-        """Hold what was learned.
-
-        Raises:
-            DataError: If it has other names or shapes than what this method learns.
-        """
+        """Hold what was learned."""
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
         is_constant = self.learns_failure and tensors.keys() == {CONSTANT}

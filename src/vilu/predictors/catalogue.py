@@ -44,11 +44,7 @@ def method_names() -> list[str]:
 
 
 def find_method(name: str) -> type[FailurePredictor]:
-    """The class of a method; one of an entry point is imported now.
-
-    Raises:
-        UsageError: If there is none of this name (the nearest is named), or it cannot be imported.
-    """
+    """The class of a method; one of an entry point is imported now."""
     if name in PREDICTORS:
         return PREDICTORS[name]
     known = method_names()

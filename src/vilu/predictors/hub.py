@@ -154,12 +154,6 @@ def push(
         private: Whether a repository that is made can be seen by its owner alone; None: as the owner's settings say.
         revision: Branch of the repository; by default main.
         overwrite: Replace another predictor in a folder; the hub keeps what was there.
-
-    Raises:
-        UsageError: If the repository is neither, there is no token, it may not write there, or the folder is taken.
-        DataError: If the folder holds no predictor, or a damaged one.
-        MissingModelError: If huggingface_hub is not installed, or the hub is offline or refuses.
-        StorageError: If the file system refuses.
     """
     local = local_folder(repository, revision)
     if local is not None:
@@ -179,14 +173,6 @@ def pull(repository: str, folder: str | Path, *, revision: str | None = None, ov
         folder: Where to put it.
         revision: Branch, tag or commit of the repository; by default main.
         overwrite: Replace another predictor in ``folder``.
-
-    Raises:
-        UsageError: If the repository is neither, or the folder is taken.
-        DataError: If the repository holds no predictor, or a damaged one, or a file is too large.
-        ProvenanceError: If a newer vilu wrote it.
-        MissingModelError: If huggingface_hub is not installed, or there is no such repository or revision, or it is
-            not in the cache and the hub is offline.
-        StorageError: If the file system refuses.
     """
     claim_folder(folder, "predictor", is_ours, overwrite=True)
     source = local_folder(repository, revision) or _download(repository, revision)

@@ -32,12 +32,6 @@ def initialise(
         cls: The method to fit.
         fitted: A fitted predictor of that method.
         values: Parameters, possibly as strings (``--set key=value``).
-
-    Raises:
-        UsageError: If the method does not begin from weights, or a parameter is unknown or does not fit.
-        NotFittedError: If ``fitted`` is not.
-        DataError: If it is a constant.
-        ProvenanceError: If it is of another method or architecture.
     """
     if not issubclass(cls, HeadPredictor):
         raise UsageError(

@@ -139,13 +139,6 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     Args:
         folder: A saved predictor.
         path: The file; another export that lies there is replaced, and no other file.
-
-    Raises:
-        MissingModelError: If onnx, onnxscript or onnxruntime is not installed.
-        UsageError: If the method cannot be exported, nothing says which embedding space it is for, or another file
-            lies there.
-        DataError: If the folder holds no predictor, or the file would not say what the predictor says.
-        StorageError: If the file system refuses.
     """
     for module in ("onnx", "onnxscript"):  # torch imports them
         import_extra(module, "onnx")

@@ -225,11 +225,7 @@ class SeesOutside(ABC):
 
 
 def learn_outside(train: Rows) -> Outside:
-    """What rows known to be inside say, with examples of images outside, or with words, and rows without labels.
-
-    Raises:
-        DataError: If there are rows without labels, which say nothing without words.
-    """
+    """What rows known to be inside say, with examples of images outside, or with words, and rows without labels."""
     if train.unlabelled is not None and NEGATIVES not in train.columns:
         raise DataError(
             "rows without labels say which images are of none of the classes only beside everyday words, the column "

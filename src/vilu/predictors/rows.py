@@ -30,10 +30,6 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
         source: Rows with shared candidates.
         n: Rows per class.
         seed: Of the choice. A larger ``n`` only adds rows, and the other classes do not matter.
-
-    Raises:
-        UsageError: If the source has captions, which have no classes to take rows of, or ``n`` is not positive.
-        DataError: If no row has a label.
     """
     if n < 1:
         raise UsageError(f"shots must be at least 1. Got {n} instead.")
@@ -135,14 +131,7 @@ class Overlap:
     def others(
         self, source: EmbeddingSource, what: str, where: str, remedy: str, then: str = "they are left out"
     ) -> NDArray[np.bool_]:
-        """(N,) the rows of the source that are not shared.
-
-        Warns:
-            If some are; how many, and a few keys.
-
-        Raises:
-            DataError: If these are more than 1 % of the rows that can be told.
-        """
+        """(N,) the rows of the source that are not shared; warns of those that are, with keys: a DataError above 1 %."""
         if len(self):
             keys = ", ".join(repr(source.ids[row]) for row in np.flatnonzero(self.shared)[:SHOWN].tolist())
             found = f"{self.said(what)} {where} ({keys}{', ...' if len(self) > SHOWN else ''})"

@@ -142,12 +142,7 @@ def or_unreadable(place: str) -> Iterator[None]:
 
 
 class Arrays:
-    """The arrays of a file or a folder by the names that they have there; files are open until it is left.
-
-    Raises:
-        DataError: If there is no such file or folder, or it is none.
-        StorageError: If it may not be read.
-    """
+    """The arrays of a file or a folder by the names that they have there; files are open until it is left."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._files = path, ExitStack()

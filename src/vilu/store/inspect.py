@@ -107,11 +107,6 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     Args:
         path: The folder.
         deep: Also read every byte: hashes, norms, labels, keys, and that every image is a row or an error.
-
-    Raises:
-        DataError: If the folder is no store.
-        StorageError: If ``run.json`` cannot be read.
-        ProvenanceError: If another schema wrote it.
     """
     root = Path(path)
     StoreLedger.require_begun(root)

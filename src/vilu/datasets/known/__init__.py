@@ -42,21 +42,7 @@ def open_known(
     classes: Path | None = None,
     outside: tuple[str, ...] = (),
 ) -> ImageDataset:
-    """Open a data set of the catalogue. ``source`` says which list of splits is in use.
-
-    Args:
-        name: Its name, a key of ``KNOWN``.
-        root: The folder that holds all data sets, or the data set's own.
-        split: Names of splits joined by ``+`` ("train+validation"); None for all.
-        raw_names: Whether class names stay as the data have them; else they are cleaned for prompts.
-        classes: A classes file that names the classes instead, in label order or as ``raw<TAB>name``.
-        outside: Names of classes that will be taken out (``WithOutside``): the file may leave them out.
-
-    Raises:
-        UsageError: If the name or the split is unknown, an option does not fit, or ``root`` is no folder.
-        DataError: If the data set is not there, or contradicts itself.
-        StorageError: If a folder cannot be listed.
-    """
+    """Open a data set of the catalogue. ``source`` says which list of splits is in use."""
     entry = find_known(name)
     if raw_names and classes is not None:
         raise UsageError("raw names and a classes file both name the classes. Give --raw-names or --classes.")
@@ -142,10 +128,6 @@ def check(root: Path | str, names: list[str] | None = None, *, deep: bool = Fals
         root: The folder that holds all data sets, or one's own.
         names: Which; None for all.
         deep: Also compare archives with their published checksums, and list the members of tars.
-
-    Raises:
-        UsageError: If a name is unknown, or ``root`` is no folder.
-        StorageError: If it cannot be looked into, or an archive cannot be read.
     """
     entries = list(KNOWN.values()) if names is None else [find_known(name) for name in names]
     return [check_entry(entry, Path(root), named=names is not None, deep=deep) for entry in entries]

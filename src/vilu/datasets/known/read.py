@@ -85,14 +85,6 @@ class ListedDataset(ListedFiles):
     """Images that a data set lists; a listed file that is missing is the read error of its row.
 
     Keys are paths below the data set's folder; labels follow its one class table, whatever the splits.
-
-    Args:
-        place: Where it lies.
-        listing: What it says of itself.
-        request: What is asked of it.
-
-    Attributes:
-        classes: What the data call the classes, and names for prompts.
     """
 
     def __init__(self, place: Place, listing: Listing, request: Request) -> None:

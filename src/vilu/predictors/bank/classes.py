@@ -32,11 +32,7 @@ class ClosedSet(FailurePredictor):
     device: str = "auto"
 
     def classes_of(self, text: Tensor) -> Tensor:
-        """(K,) position of every candidate (K, D) among the learned ``classes``, found by the text's embedding.
-
-        Raises:
-            ProvenanceError: If a candidate is none of the fitted classes, or two are the same one.
-        """
+        """(K,) position of every candidate (K, D) among the learned ``classes``, found by the text's embedding."""
         cosine, match = nearest(text, self.tensor(CLASSES, text.device))
         unknown, twice = int((cosine < SAME_TEXT).sum()), len(match) - len(match.unique())
         if unknown or twice:

@@ -94,13 +94,7 @@ def _require_match(outcomes: Outcomes, calibrated: Calibrated) -> None:
 
 
 def read_calibrated(folder: str | Path) -> Calibrated:
-    """The rule that ``vilu calibrate`` wrote into the folder of a predictor.
-
-    Raises:
-        DataError: If there is none, or it is damaged.
-        ProvenanceError: If a newer vilu wrote it.
-        StorageError: If a file cannot be read.
-    """
+    """The rule that ``vilu calibrate`` wrote into the folder of a predictor."""
     found = record.load(folder)
     if found.rule is None:
         raise DataError(
@@ -119,11 +113,6 @@ def read_scores(path: str | Path) -> list[Outcomes]:
     """The methods that were scored: every ``*.parquet`` of a folder by name, one file, or one folder of parts.
 
     A method that has no name, or one that another file has too, is called after its file.
-
-    Raises:
-        UsageError: If a file has another suffix, or the folder is that of a predictor.
-        StorageError: If a file cannot be opened.
-        DataError: If there is nothing, or a file holds no scores.
     """
     root = Path(path)
     if (root / PREDICTOR).is_file():

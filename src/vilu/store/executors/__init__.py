@@ -22,10 +22,6 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
         name: "local" (processes of this machine), "ray", "spark", or "rank" (this is one of several processes that
             torchrun or Slurm started).
         processes: Number of workers; by default one per core of this machine, or as many as the cluster has room for.
-
-    Raises:
-        UsageError: If there is none of this name, or the number of processes cannot be.
-        MissingModelError: If it needs a package that is not installed.
     """
     if name not in EXECUTORS:
         raise UsageError(f"executor must be one of {', '.join(EXECUTORS)}. Got {name!r} instead.")
