@@ -131,7 +131,7 @@ class Overlap:
     def others(
         self, source: EmbeddingSource, what: str, where: str, remedy: str, then: str = "they are left out"
     ) -> NDArray[np.bool_]:
-        """(N,) the rows of the source that are not shared; warns of those that are, with keys: a DataError above 1 %."""
+        """(N,) the rows of the source that are not shared; warns of those that are, with keys: DataError above 1 %."""
         if len(self):
             keys = ", ".join(repr(source.ids[row]) for row in np.flatnonzero(self.shared)[:SHOWN].tolist())
             found = f"{self.said(what)} {where} ({keys}{', ...' if len(self) > SHOWN else ''})"
