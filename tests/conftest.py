@@ -18,7 +18,8 @@ from hypothesis import settings
 
 from vilu.embeddings.checks import RowNumbers
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
-from vilu.embeddings.source import OUTSIDE, EmbeddingSource
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import OUTSIDE
 from vilu.metrics.histogram import Histogram
 
 # The same examples on every machine, and no limit of time, which is one of the machine; `make test-fuzz` draws others.

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from vilu.embeddings.memory import PairEmbeddings as PairEmbeddings
     from vilu.embeddings.pairs import Pools as Pools
     from vilu.embeddings.pairs import PseudoCaptions as PseudoCaptions
-    from vilu.embeddings.source import OUTSIDE as OUTSIDE
     from vilu.embeddings.source import Batch as Batch
     from vilu.embeddings.source import EmbeddingSource as EmbeddingSource
     from vilu.embeddings.space import EmbeddingSpace as EmbeddingSpace
     from vilu.embeddings.two_models import TwoModels as TwoModels
+    from vilu.errors import OUTSIDE as OUTSIDE
     from vilu.outcomes.evaluate import compare as compare
     from vilu.outcomes.evaluate import evaluate as evaluate
     from vilu.outcomes.outcomes import Outcomes as Outcomes
@@ -65,8 +65,9 @@ _NAMES = {
     "vilu.embeddings.memory": "Embeddings PairEmbeddings",
     "vilu.embeddings.two_models": "TwoModels",
     "vilu.embeddings.pairs": "Pools PseudoCaptions",
-    "vilu.embeddings.source": "OUTSIDE Batch EmbeddingSource",
+    "vilu.embeddings.source": "Batch EmbeddingSource",
     "vilu.embeddings.space": "EmbeddingSpace",
+    "vilu.errors": "OUTSIDE",
     "vilu.outcomes.evaluate": "compare evaluate",
     "vilu.outcomes.outcomes": "Outcomes",
     "vilu.outcomes.results": "ResultTable",

@@ -1,6 +1,6 @@
 """Every error that vilu raises on purpose, each with the exit code of the command line; checks of settings.
 
-A message says what was found, what was expected, and how to mend it.
+A message says what was found, what was expected, and how to mend it. Here too: the codes of what has no class, which every room reads.
 """
 
 from __future__ import annotations
@@ -12,6 +12,12 @@ from functools import cache, wraps
 from numbers import Integral, Real
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, ClassVar, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+
+UNKNOWN = -1
+"""A label, an answer or a failure that is not known."""
+
+OUTSIDE = -2
+"""Label, in files and where data come in, of a picture of none of the classes; inside, ``outside`` says so."""
 
 
 class ViLUError(Exception):

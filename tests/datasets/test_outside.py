@@ -15,7 +15,6 @@ from tests.builders.tar_files import tar_bytes
 from tests.datasets.test_cifar import cifar
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.catalog import open_dataset
-from vilu.datasets.classes import OUTSIDE_LABEL
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
@@ -50,10 +49,6 @@ def table(root: Path, values: list, name: str = "t.parquet") -> Path:
 def classes(root: Path, *lines: str) -> Path:
     (root / "classes.txt").write_text("\n".join(lines))
     return root / "classes.txt"
-
-
-def test_the_label_is_the_one_of_the_boundary() -> None:
-    assert OUTSIDE_LABEL == vilu.OUTSIDE
 
 
 def test_a_folder(tmp_path: Path) -> None:

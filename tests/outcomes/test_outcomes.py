@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vilu.errors import DataError
-from vilu.outcomes.outcomes import OUTSIDE, Outcomes
+from vilu.errors import OUTSIDE, DataError
+from vilu.outcomes.outcomes import Outcomes
 
 FIELDS = tuple(Outcomes.__dataclass_fields__)
 

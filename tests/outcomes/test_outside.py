@@ -11,9 +11,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from vilu.errors import ProvenanceError
+from vilu.errors import OUTSIDE, ProvenanceError
 from vilu.outcomes.evaluate import compare, evaluate
-from vilu.outcomes.outcomes import OUTSIDE, Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 
 QUESTIONS = ("auroc", "fpr95", "auroc_within", "fpr95_within", "auroc_outside", "fpr95_outside")

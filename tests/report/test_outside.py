@@ -15,8 +15,8 @@ from tests.conftest import variant
 from tests.contract.test_outside_rows import N_OUTSIDE, strangers
 from vilu.decision.label_sets import fit_label_sets
 from vilu.embeddings.memory import Embeddings
-from vilu.errors import DataError
-from vilu.outcomes.outcomes import OUTSIDE, Outcomes
+from vilu.errors import OUTSIDE, DataError
+from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.charts import histogram
 
 

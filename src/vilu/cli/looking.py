@@ -95,7 +95,7 @@ def _summary(
 ) -> tuple[RiskMap, PromptGains | None]:
     """The risk map and, where there are labels, what better texts would gain."""
     from vilu.decision.score import score
-    from vilu.embeddings.source import UNKNOWN
+    from vilu.errors import UNKNOWN
     from vilu.report.explain.competitors import strongest_competitor
     from vilu.report.explain.prompts import prompt_gains
     from vilu.report.explain.risk import risk_map

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vilu.datasets.classes import OUTSIDE_LABEL, ClassTable
+from vilu.datasets.classes import ClassTable
 from vilu.datasets.files import Bounds, OutsideError
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import OUTSIDE, DataError, StorageError, UsageError
 from vilu.files.documents import digest
 
 log = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ class WithOutside:
             if record.label is None:
                 yield record
             else:
-                yield replace(record, label=self._label.get(record.label, OUTSIDE_LABEL))
+                yield replace(record, label=self._label.get(record.label, OUTSIDE))
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:

@@ -12,9 +12,6 @@ from typing import overload
 from vilu.datasets.files import portable_name, read_file
 from vilu.errors import DataError, StorageError, UsageError
 
-OUTSIDE_LABEL = -2
-"""Of an image of none of the classes; ``vilu.OUTSIDE``, for rooms without vectors."""
-
 
 @dataclass(frozen=True)
 class ClassTable:

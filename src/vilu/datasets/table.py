@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vilu.datasets.base import CAPTIONS_OR_CLASSES, Faults, ImageDataset, ImageRecord, Selection, bytes_of, fault_of
-from vilu.datasets.classes import OUTSIDE_LABEL, ClassTable, class_table
+from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import OUTSIDE, DataError, StorageError, UsageError
 from vilu.files.documents import digest
 from vilu.files.tables import csv_names, require_width
 from vilu.progress import track
@@ -141,7 +141,7 @@ def _without_strays(numbers: pa.Array, n_classes: int, outside: Sequence[str]) -
     there = [label for label in pc.unique(numbers).to_pylist() if label is not None and str(label) in outside]
     strays = [label for label in there if not 0 <= label < n_classes]
     apart = pc.fill_null(pc.is_in(numbers, value_set=pa.array(strays, numbers.type)), False)
-    return pc.if_else(apart, pa.scalar(OUTSIDE_LABEL, numbers.type), numbers), frozenset(map(str, strays))
+    return pc.if_else(apart, pa.scalar(OUTSIDE, numbers.type), numbers), frozenset(map(str, strays))
 
 
 def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
@@ -170,7 +170,7 @@ def _whole_numbers(column: pa.Array, where: str) -> pa.Array:
 
 def _require_in_range(numbers: pa.Array, n_classes: int, source: str) -> None:
     beyond = pc.or_(pc.less(numbers, 0), pc.greater_equal(numbers, n_classes))
-    row = pc.index(pc.and_(beyond, pc.not_equal(numbers, OUTSIDE_LABEL)), True).as_py()
+    row = pc.index(pc.and_(beyond, pc.not_equal(numbers, OUTSIDE)), True).as_py()
     if row >= 0:
         raise DataError(
             f"{source} row {row} (counting from 0) has label {numbers[row]}; the class table has {n_classes} names, so "

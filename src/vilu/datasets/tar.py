@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Final, Literal, NoReturn
 
 from vilu.datasets.base import ImageRecord
-from vilu.datasets.classes import OUTSIDE_LABEL, class_table
+from vilu.datasets.classes import class_table
 from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
 from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
 from vilu.datasets.tar_members import Member, members
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import OUTSIDE, DataError, StorageError, UsageError
 
 IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 CAPTION: Final = "txt"
@@ -228,8 +228,8 @@ class TarShards:
             text = _read_at(path, member.start, min(member.size, MAX_LABEL_BYTES + 1)).strip()
         except OSError as error:
             raise BadImage("text", "read_error", f"cannot read the label: {error.strerror}") from error
-        if text.decode("latin-1") in {str(OUTSIDE_LABEL), *self.strays}:
-            return OUTSIDE_LABEL
+        if text.decode("latin-1") in {str(OUTSIDE), *self.strays}:
+            return OUTSIDE
         label = int(text) if text.isdigit() and len(text) <= MAX_LABEL_BYTES else -1
         if not 0 <= label < n_classes:
             raise BadImage("text", "bad_label", f"the label must be 0 to {n_classes - 1}, or -2. Found {text!r}")

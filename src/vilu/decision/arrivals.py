@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.decision.martingale import grouped, in_blocks, rising
-from vilu.errors import DataError, ProvenanceError
+from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 FEW_DISTINCT: Final = 16
 """Fewer different uncertainties without identifiers could come again by chance: they are not taken for a repetition."""

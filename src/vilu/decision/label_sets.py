@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.decision.thresholds import rows_for_mean
-from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
-from vilu.errors import DataError, InfeasibleError, UsageError, require_between
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError, require_between
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats
 from vilu.predictors.base import FailurePredictor

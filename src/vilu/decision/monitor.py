@@ -21,12 +21,12 @@ from vilu.decision.calibrate import Selector, group_names
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
 from vilu.decision.record import Rule
 from vilu.decision.status import Acceptance, Audited, Status, Test, conclude
-from vilu.errors import DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
+from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
 from vilu.files.documents import Model, digest, explain
 from vilu.files.places import claim_file
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.outcomes.outcomes import Outcomes
 
 if TYPE_CHECKING:
     import pyarrow as pa

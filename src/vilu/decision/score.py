@@ -25,10 +25,10 @@ from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.two_models import TwoModels
-from vilu.errors import DataError, UsageError, checked, require_at_least
+from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_at_least
 from vilu.files.documents import digest
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.outside import SeesOutside

@@ -17,8 +17,8 @@ from torch import Tensor
 from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal
-from vilu.embeddings.source import UNKNOWN, Candidates, EmbeddingSource
-from vilu.errors import DataError, UsageError, checked, checked_fields, require_at_least, require_one_of
+from vilu.embeddings.source import Candidates, EmbeddingSource
+from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least, require_one_of
 
 Direction = Literal["image_to_text", "text_to_image"]
 

@@ -19,12 +19,7 @@ from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, che
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import ZeroShot, first_equal, float64, of_logits, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, UsageError, checked
-
-UNKNOWN = -1  # target of a row whose label is not known, and its failure
-
-OUTSIDE = -2
-"""Target, where data come in, of a picture of none of the classes; inside, the Boolean ``outside`` says so."""
+from vilu.errors import UNKNOWN, DataError, UsageError, checked
 
 HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
 SAME_TEXT = 0.999  # cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6

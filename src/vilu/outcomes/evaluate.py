@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.errors import DataError, ProvenanceError, UsageError, checked, found, require_at_least
+from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError, checked, found, require_at_least
 from vilu.metrics.bootstrap import Interval, OwnInterval, paired_bootstrap
 from vilu.metrics.catalog import Kernel, Metric, Question, evaluated_metrics, get_metric
 from vilu.metrics.counts import tie_counts
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes, Scores, Tallied, Tally, facts_of
+from vilu.outcomes.outcomes import Outcomes, Scores, Tallied, Tally, facts_of
 from vilu.outcomes.results import ResultRow, ResultTable
 
 FEW = 30  # with fewer wrong (or right) answers an interval says little

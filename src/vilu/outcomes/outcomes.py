@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import DataError, checked
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked
 from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
@@ -22,13 +22,6 @@ from vilu.metrics.histogram import Histogram
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-UNKNOWN = -1
-"""A failure, prediction or target that is not known."""
-
-OUTSIDE = -2
-"""Target, in files and where arrays come in, of a picture of none of the classes."""
 
 
 def check_codes(values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN) -> NDArray[np.int64]:

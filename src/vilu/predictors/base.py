@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from vilu.device import as_usual, each_as_usual, resolve_device
 from vilu.embeddings.columns import HOW
-from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, NotFittedError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError, checked
 from vilu.metrics.counts import real_vector, require_same_length
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame

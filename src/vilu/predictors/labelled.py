@@ -15,8 +15,8 @@ from torch.nn import functional
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
-from vilu.errors import DataError
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.rows import candidates_of, overlap, same_candidates

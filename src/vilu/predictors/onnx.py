@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.similarity import ZeroShot, of_logits
-from vilu.embeddings.source import UNKNOWN, Batch
+from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, UsageError
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra, quiet
 from vilu.files.disk import atomic_write
 from vilu.files.places import claim_file

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
-from vilu.embeddings.source import UNKNOWN, EmbeddingSource
-from vilu.errors import DataError, UsageError
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.files.documents import digest
 
 

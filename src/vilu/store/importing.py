@@ -28,9 +28,9 @@ from vilu.embeddings.checks import (
     require_usable,
 )
 from vilu.embeddings.columns import ANY_NORM, COLUMNS, IMAGE_COLUMNS, TEXT_COLUMNS, check_columns
-from vilu.embeddings.source import OUTSIDE, UNKNOWN, first_same
+from vilu.embeddings.source import first_same
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, UsageError, checked
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked
 from vilu.files.documents import digest
 from vilu.progress import Task, track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of

@@ -14,8 +14,7 @@ import torch
 
 from vilu.embeddings.checks import NORM_TOLERANCE
 from vilu.embeddings.columns import ANY_NORM
-from vilu.embeddings.source import OUTSIDE, UNKNOWN
-from vilu.errors import ViLUError
+from vilu.errors import OUTSIDE, UNKNOWN, ViLUError
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import read_document
 from vilu.store.documents import CAPTION, IMAGE, Receipt, Run

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers
 from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
-from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import UNKNOWN
 
 T = TypeVar("T")
 R = TypeVar("R")

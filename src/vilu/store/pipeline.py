@@ -18,8 +18,7 @@ from vilu.backbones.base import Backbone
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import BadImage, ImageLimits, read_caption, read_image
 from vilu.embeddings.checks import NONFINITE, STATUS, VALID, unit_rows
-from vilu.embeddings.source import OUTSIDE
-from vilu.errors import DataError, ProvenanceError
+from vilu.errors import OUTSIDE, DataError, ProvenanceError
 from vilu.progress import Task
 from vilu.store.documents import CAPTION, IMAGE, Run, Views
 from vilu.store.parts import MESSAGE_LENGTH, PICTURE_BYTES, ErrorRow, Part, PartRows, Row, positions

@@ -17,8 +17,8 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import HASH_BYTES, Identity, RowNumbers, hash_names, hash_of_each
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
-from vilu.embeddings.source import OUTSIDE, UNKNOWN, EmbeddingSource
-from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, ProvenanceError, StorageError, UsageError, checked
 from vilu.files.disk import MANIFEST, RUN
 from vilu.files.documents import digest, read_document
 from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, StoredClasses

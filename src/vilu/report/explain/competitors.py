@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import Identity
-from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource, log_posterior
-from vilu.errors import UsageError
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.errors import UNKNOWN, UsageError
 from vilu.predictors.bank.search import image_blocks, nearest
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.heads.head import HeadPredictor

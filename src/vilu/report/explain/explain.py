@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from vilu.device import as_usual
-from vilu.embeddings.source import UNKNOWN, EmbeddingSource, log_posterior
-from vilu.errors import DataError, UsageError, checked
+from vilu.embeddings.source import EmbeddingSource, log_posterior
+from vilu.errors import UNKNOWN, DataError, UsageError, checked
 from vilu.files.documents import SCHEMA_VERSION, write_json
 from vilu.files.places import claim_file
 from vilu.predictors.bank.search import leaders

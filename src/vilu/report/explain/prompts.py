@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vilu.device import as_usual
-from vilu.embeddings.source import UNKNOWN, Batch, EmbeddingSource
-from vilu.errors import DataError, UsageError, checked
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import UNKNOWN, DataError, UsageError, checked
 from vilu.predictors.bank.search import leaders
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines

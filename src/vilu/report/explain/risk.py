@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import DataError, UsageError, checked
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked
 from vilu.metrics.counts import Floats, Ints
-from vilu.outcomes.outcomes import OUTSIDE, UNKNOWN, Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.report.explain.explain import Findings, first_lines
 from vilu.report.explain.rows import class_name
 from vilu.report.figures import probability

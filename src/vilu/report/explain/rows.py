@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
 from vilu.embeddings.similarity import ZeroShot
-from vilu.embeddings.source import OUTSIDE, UNKNOWN, Batch, EmbeddingSource
-from vilu.errors import DataError
+from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.errors import OUTSIDE, UNKNOWN, DataError
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.games import NONE
 from vilu.predictors.nn.train import SCORING_BATCH

@@ -20,11 +20,11 @@ from numpy.typing import ArrayLike
 from vilu.datasets.base import ImageDataset
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked
+from vilu.errors import UNKNOWN, MissingModelError, ProvenanceError, UsageError, checked
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.outcomes.results import ResultTable
 from vilu.report.figures import known
 from vilu.report.page import charts

@@ -11,9 +11,9 @@ import numpy as np
 
 from vilu.datasets.base import ImageDataset, ImageRecord
 from vilu.datasets.images import BadImage, read_image
-from vilu.errors import DataError
+from vilu.errors import UNKNOWN, DataError
 from vilu.metrics.counts import Ints
-from vilu.outcomes.outcomes import UNKNOWN, Outcomes
+from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.games import NONE
 from vilu.progress import track
 from vilu.report.page.choice import Choice
