@@ -44,9 +44,7 @@ def list_known(as_json: AsJson = False) -> None:
 
 @datasets.command("check")
 def check_known(
-    path: Annotated[
-        Path, typer.Argument(help="Folder that holds data sets, or one data set's own.", callback=console.existing)
-    ],
+    path: Annotated[Path, console.path_argument("Folder that holds data sets, or one data set's own.")],
     names: Annotated[
         list[str] | None,
         typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=console.complete_datasets),
@@ -118,7 +116,7 @@ def _counts(split: Count) -> str:
 
 def list_catalogue(
     what: Annotated[Literal["predictors", "backbones", "datasets", "metrics"], typer.Argument(help="Which catalogue.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What there is: predictors, backbones, metrics or data set layouts (data sets by name: `vilu datasets list`).
 

@@ -257,6 +257,16 @@ def existing(given: Any) -> Any:  # noqa: ANN401 - a path, several, or None, as 
     return given
 
 
+def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
+    """A path, or several, that a command reads, with its line of help."""
+    return typer.Argument(help=text, metavar=metavar, callback=existing)
+
+
+def path_option(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
+    """The same as a flag."""
+    return typer.Option(help=text, metavar=metavar, callback=existing)
+
+
 STORE, PREDICTOR, SCORES, STUDIES = "a store of embeddings", "a predictor", "scores", "the output of a benchmark"
 PAIR = {"predictor": PREDICTOR, "store": STORE}
 BOTH = {**PAIR, "second": STORE}
@@ -349,13 +359,10 @@ def complete_datasets(incomplete: str) -> list[str]:
     return [name for name in KNOWN if name.startswith(incomplete)]
 
 
-Predictor = Annotated[Path, typer.Argument(help="Folder that `vilu fit` or `vilu convert` wrote.", callback=existing)]
+Predictor = Annotated[Path, path_argument("Folder that `vilu fit` or `vilu convert` wrote.")]
 Data = Annotated[
     Path,
-    typer.Argument(
-        help="Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as LAION's.",
-        callback=existing,
-    ),
+    path_argument("Store that `vilu embed` or `vilu import` wrote, or precomputed embeddings in shards as LAION's."),
 ]
 Overwrite = Annotated[
     bool,
@@ -390,10 +397,7 @@ class Reading:
         typer.Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
     ] = None
     second: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="STORE", help="The same images embedded by a second model, for method duo.", callback=existing
-        ),
+        Path | None, path_option("The same images embedded by a second model, for method duo.", metavar="STORE")
     ] = None
 
     @property

@@ -33,11 +33,7 @@ Backbone = Annotated[
 ]
 Models = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR",
-        help="Folder with a sub-folder for each named backbone, in place of the model hub.",
-        callback=console.existing,
-    ),
+    console.path_option("Folder with a sub-folder for each named backbone, in place of the model hub.", metavar="DIR"),
 ]
 Named = Annotated[
     str | None,
@@ -48,10 +44,7 @@ Named = Annotated[
     ),
 ]
 Classes = Annotated[
-    Path | None,
-    typer.Option(
-        help="Class names, one a line, or folder<TAB>name; needed where data have none.", callback=console.existing
-    ),
+    Path | None, console.path_option("Class names, one a line, or folder<TAB>name; needed where data have none.")
 ]
 Outside = Annotated[
     list[str] | None,
@@ -83,11 +76,7 @@ Prompts = Annotated[
 ]
 Words = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="The words of --negatives, one a line, in place of vilu's own; implies it.",
-        callback=console.existing,
-    ),
+    console.path_option("The words of --negatives, one a line, in place of vilu's own; implies it.", metavar="FILE"),
 ]
 Workers = Annotated[
     int | None,

@@ -30,11 +30,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     predictor: Predictor,
     store: Data,
     train: Annotated[
-        Path | None,
-        typer.Option(
-            help="Labelled store that the predictor was fitted on: for the nearest rows in it.",
-            callback=console.existing,
-        ),
+        Path | None, console.path_option("Labelled store that the predictor was fitted on: for the nearest rows in it.")
     ] = None,
     key: Annotated[list[str] | None, typer.Option(help="Explain the row with this key; repeatable.")] = None,
     row: Annotated[list[int] | None, typer.Option(min=0, help="Explain the row of this number; repeatable.")] = None,
@@ -109,23 +105,14 @@ def _summary(
 
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[
-        Path,
-        typer.Argument(help="Folder of a predictor that `vilu calibrate` has calibrated.", callback=console.existing),
-    ],
+    predictor: Annotated[Path, console.path_argument("Folder of a predictor that `vilu calibrate` has calibrated.")],
     scores: Annotated[
         list[Path] | None,
-        typer.Argument(
-            help="Files or folders that `vilu score` wrote, in the order in which the rows arrived.",
-            callback=console.existing,
-        ),
+        console.path_argument("Files or folders that `vilu score` wrote, in the order in which the rows arrived."),
     ] = None,
     late_labels: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Scores of rows monitored before, with failures that were not known then; repeatable.",
-            callback=console.existing,
-        ),
+        console.path_option("Scores of rows monitored before, with failures that were not known then; repeatable."),
     ] = None,
     state: Annotated[
         Path | None, typer.Option(help="File, .parquet: go on from it if it is there, and leave the new state in it.")
@@ -245,21 +232,13 @@ def _scores(path: Path) -> Outcomes:
 
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    run: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder of .parquet files that `vilu score` wrote, or one of them.", callback=console.existing
-        ),
-    ],
+    run: Annotated[Path, console.path_argument("Folder of .parquet files that `vilu score` wrote, or one of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page, .html.")],
     main: Annotated[
         str | None, typer.Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]")
     ] = None,
     predictor: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of a calibrated predictor: its rule accepts and abstains.", callback=console.existing
-        ),
+        Path | None, console.path_option("Folder of a calibrated predictor: its rule accepts and abstains.")
     ] = None,
     max_risk: Annotated[
         float, typer.Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
@@ -270,10 +249,7 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
     root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
-        Path | None,
-        typer.Option(
-            help="Store that was scored, for the classes that compete with an answer.", callback=console.existing
-        ),
+        Path | None, console.path_option("Store that was scored, for the classes that compete with an answer.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Of the page. [data set and split]")] = None,
     overwrite: Overwrite = False,

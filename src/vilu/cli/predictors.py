@@ -42,9 +42,8 @@ Revision = Annotated[str | None, typer.Option(help="On the hub. [main]")]
 def fit(  # noqa: PLR0913 - one parameter per flag
     stores: Annotated[
         list[Path],
-        typer.Argument(
-            help="Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo.",
-            callback=console.existing,
+        console.path_argument(
+            "Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo."
         ),
     ],
     output: Output,
@@ -52,10 +51,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         str, typer.Option(help="See `vilu list predictors`.", autocompletion=console.complete_methods)
     ] = "vilu_plus",
     validation: Annotated[
-        Path | None,
-        typer.Option(
-            help="Store to select on; without it a part of the training rows is held out.", callback=console.existing
-        ),
+        Path | None, console.path_option("Store to select on; without it a part of the training rows is held out.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     settings: Annotated[
@@ -67,17 +63,12 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     reading: Reading,
     unlabelled: Annotated[
         Path | None,
-        typer.Option(
-            metavar="STORE",
-            help="More rows, no label of which is looked at; some methods learn from them.",
-            callback=console.existing,
+        console.path_option(
+            "More rows, no label of which is looked at; some methods learn from them.", metavar="STORE"
         ),
     ] = None,
     init: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PREDICTOR", help="Begin with the weights of a fitted predictor.", callback=console.existing
-        ),
+        Path | None, console.path_option("Begin with the weights of a fitted predictor.", metavar="PREDICTOR")
     ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="Only so many labelled rows of each class.")] = None,
     pseudo: Annotated[
@@ -259,9 +250,7 @@ def score(
 
 
 def evaluate(
-    scores: Annotated[
-        list[Path], typer.Argument(help="Files or folders that `vilu score` wrote.", callback=console.existing)
-    ],
+    scores: Annotated[list[Path], console.path_argument("Files or folders that `vilu score` wrote.")],
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
@@ -283,9 +272,7 @@ def evaluate(
 
 
 def convert(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint (.ckpt) of the reference implementation.", callback=console.existing)
-    ],
+    checkpoint: Annotated[Path, console.path_argument("Checkpoint (.ckpt) of the reference implementation.")],
     output: Output,
     logit_scale: Annotated[float, typer.Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
     embed_dim: Annotated[
@@ -313,10 +300,7 @@ def convert(
 
 @reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[
-        Path,
-        typer.Argument(help="Folder of a fitted predictor; the result is written into it.", callback=console.existing),
-    ],
+    predictor: Annotated[Path, console.path_argument("Folder of a fitted predictor; the result is written into it.")],
     store: Data,
     max_risk: Annotated[
         float | None, typer.Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05.")
@@ -354,11 +338,10 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     class_shares: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="CSV with the columns class and share: what part of the pictures of the classes each is to be, 0 "
+        console.path_option(
+            "CSV with the columns class and share: what part of the pictures of the classes each is to be, 0 "
             "where it is not named. [those of the calibration rows]",
-            callback=console.existing,
+            metavar="FILE",
         ),
     ] = None,
     *,

@@ -8,27 +8,24 @@ from typing import Annotated, Literal
 
 import typer
 
-from vilu.cli.console import Overwrite, existing, next_step, pairs_of
+from vilu.cli.console import Overwrite, next_step, pairs_of, path_argument, path_option
 from vilu.cli.images import Outside, embedded
 from vilu.errors import UsageError
 from vilu.text import printable
 
 Arrays = Annotated[
     Path,
-    typer.Argument(
-        metavar="SOURCE",
-        help="An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), target (N), ids, "
+    path_argument(
+        "An .npz file, or a folder of .npy files: image (N, D), text (K, D), class_names (K), target (N), ids, "
         "logit_scale, logit_bias, negatives (M, D), views, features, prompts, ...; the first three there must be.",
-        callback=existing,
+        metavar="SOURCE",
     ),
 ]
 Keys = Annotated[
     list[str] | None,
     typer.Option("--key", metavar="NAME=KEY", help="Array NAME is called KEY there (text=text_single); repeatable."),
 ]
-Classes = Annotated[
-    Path | None, typer.Option(help="Class names, one a line, in place of class_names.", callback=existing)
-]
+Classes = Annotated[Path | None, path_option("Class names, one a line, in place of class_names.")]
 Dtype = Annotated[
     Literal["float16", "float32"] | None,
     typer.Option(help="Numbers in the store. [float16 where image is, else float32]"),
@@ -92,11 +89,7 @@ def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 def inspect(
     path: Annotated[
-        Path,
-        typer.Argument(
-            help="What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...",
-            callback=existing,
-        ),
+        Path, path_argument("What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...")
     ],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
     seal: Annotated[

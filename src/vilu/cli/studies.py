@@ -22,6 +22,8 @@ from vilu.cli.console import (
     existing,
     keeping,
     next_step,
+    path_argument,
+    path_option,
     reads,
 )
 from vilu.errors import UsageError
@@ -34,11 +36,7 @@ if TYPE_CHECKING:
 def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     configs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="CONFIG.toml...",
-            help="Files such as configs/here/*.toml (see docs/benchmark.md).",
-            callback=existing,
-        ),
+        path_argument("Files such as configs/here/*.toml (see docs/benchmark.md).", metavar="CONFIG.toml..."),
     ],
     data: Annotated[Path, typer.Option(help="Folder that the paths in the files are relative to.")] = Path(
         "../shared/data"
@@ -48,8 +46,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = Path("benchmark-output"),
     jobs: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")] = 1,
     models: Annotated[
-        Path | None,
-        typer.Option(help="Folder with named backbones, in place of the model hub's cache.", callback=existing),
+        Path | None, path_option("Folder with named backbones, in place of the model hub's cache.")
     ] = None,
     shard: Annotated[
         str | None,
@@ -94,9 +91,7 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def render(
-    run: Annotated[
-        Path, typer.Argument(help="Output folder of `vilu benchmark`; its stores are not needed.", callback=existing)
-    ],
+    run: Annotated[Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")],
     document: Annotated[
         Path | None, typer.Option(help="Also write all studies as one Markdown file, figures in a folder beside it.")
     ] = None,
