@@ -5,6 +5,7 @@ A message says what was found, what was expected, and how to mend it. Here too: 
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -72,6 +73,12 @@ class BusyError(ViLUError):
     """Another process holds the lock; trying again later can succeed."""
 
     exit_code = 75
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The question whether the nearest of the known names was meant; "" where none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def require_at_least(name: str, value: int, least: int) -> None:

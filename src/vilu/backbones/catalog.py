@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import logging
@@ -14,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked
+from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked, nearest
 from vilu.files.documents import fill
 from vilu.registry import load_plugins, toml_tables
 
@@ -164,8 +163,7 @@ def load_backbone(
     kind, _, argument = (source.spec if source else spec).partition(":")
     if kind not in BACKBONES:
         known = [*BACKBONES, *NAMED]
-        near = difflib.get_close_matches(kind.partition("@")[0], known, n=1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = nearest(kind.partition("@")[0], known, cutoff=0.5)
         raise UsageError(f"there is no backbone {spec!r}; known are {', '.join(known)}.{hint}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Got {precision!r} instead.")

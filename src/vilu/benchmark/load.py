@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from vilu.backbones.zeroshot import named_templates
 from vilu.benchmark.config import AnySetting, Config, Method, Union
-from vilu.benchmark.parts import ROLES, Data, hint_at
-from vilu.errors import StorageError, UsageError
+from vilu.benchmark.parts import ROLES, Data
+from vilu.errors import StorageError, UsageError, nearest
 from vilu.predictors.parameters import parameters
 
 TABLES = ("data", "settings", "methods")  # what can be taken from an included file, entry by entry
@@ -68,8 +68,8 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
         chosen = use.get(table, list(given))
         for entry in chosen:
             if entry not in given:
-                hint = hint_at(str(entry), given, "It has")
-                raise UsageError(f"{path.name}: {name} has no {entry!r} in its {table}. {hint}")
+                hint = nearest(str(entry), given) or f" It has: {', '.join(given)}"
+                raise UsageError(f"{path.name}: {name} has no {entry!r} in its {table}.{hint}")
         merged[table] = {entry: given[entry] for entry in chosen} | content.get(table, {})
     return {key: value for key, value in merged.items() if value or key not in TABLES}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterable
 from typing import Annotated, Any, Literal, Self
 
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from vilu.datasets.known import KNOWN
 from vilu.datasets.shift import KINDS, SEVERITIES
+from vilu.errors import nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 """Of a data set, a setting or a method; it becomes a part of file names."""
@@ -25,13 +25,8 @@ def require_known(what: str, names: Iterable[str], known: Collection[str]) -> No
     """Refuse an unknown name with a ValueError that names the nearest, or all."""
     for name in names:
         if name not in known:
-            raise ValueError(f"there is no {what} {name!r}. {hint_at(str(name), known, 'There are')}")
-
-
-def hint_at(name: str, known: Collection[str], otherwise: str) -> str:
-    """The nearest of the known names, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"{otherwise}: {', '.join(known)}"
+            hint = nearest(str(name), known) or f" There are: {', '.join(known)}"
+            raise ValueError(f"there is no {what} {name!r}.{hint}")
 
 
 class Section(BaseModel):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import logging
 import os
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from vilu.datasets.classes import ClassTable
 from vilu.datasets.files import Bounds, OutsideError
-from vilu.errors import OUTSIDE, DataError, StorageError, UsageError
+from vilu.errors import DataError, OUTSIDE, StorageError, UsageError, nearest
 from vilu.files.documents import digest
 
 log = logging.getLogger(__name__)
@@ -202,8 +201,7 @@ class WithOutside:
         there = list(dict.fromkeys([*(name for both in names for name in both), *sorted(strays)]))
         unknown = next((name for name in outside if name not in there), None)
         if unknown is not None:
-            nearest = difflib.get_close_matches(unknown, there, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            hint = nearest(unknown, there, cutoff=0.5)
             shown = _listed([folder for folder, _ in names])
             raise UsageError(f"{images.source} has no class or label {unknown!r} for --outside; it has {shown}.{hint}")
         kept = [label for label, both in enumerate(names) if set(outside).isdisjoint(both)]
@@ -243,8 +241,7 @@ def parse_split(split: str, available: Collection[str], source: str) -> tuple[st
         return names
     if not available:
         raise UsageError(f"{source} has no splits. Leave --split {split} out.")
-    nearest = difflib.get_close_matches(unknown, available, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    hint = nearest(unknown, available, cutoff=0.5)
     raise UsageError(f"{source} has no split {unknown!r}; it has {', '.join(sorted(available))}.{hint}")
 
 

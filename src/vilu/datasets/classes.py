@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import overload
 
 from vilu.datasets.files import portable_name, read_file
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ def _match(
     """Refuse a file whose names are not exactly those of the data, each written once; but for those outside."""
     unknown = [name for name in given if name not in known]
     if unknown:
-        nearest = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f" Did you mean {nearest[0]!r} for {unknown[0]!r}?" if nearest else ""
+        question = nearest(unknown[0], known)
+        hint = question and f"{question[:-1]} for {unknown[0]!r}?"
         raise DataError(f"{file} names classes that the data does not have: {_listed(unknown)}.{hint}")
     counts = Counter(known[name] for name in given)
     repeated = [name for name, count in counts.items() if count > 1]

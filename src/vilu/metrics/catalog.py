@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from vilu.errors import UsageError
+from vilu.errors import UsageError, nearest
 from vilu.metrics.calibration import BinnedError, brier_kernel, log_loss_kernel
 from vilu.metrics.counts import Floats, TieCounts
 from vilu.metrics.ranking import aupr_kernel, auroc_kernel, fpr_at_tpr_kernel
@@ -177,9 +176,7 @@ def get_metric(name: str) -> Metric:
         UsageError: If there is none, naming the nearest.
     """
     if name not in METRICS:
-        near = difflib.get_close_matches(name, METRICS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"no metric is called {name!r}.{hint} There are: {', '.join(METRICS)}.")
+        raise UsageError(f"no metric is called {name!r}.{nearest(name, METRICS)} There are: {', '.join(METRICS)}.")
     return METRICS[name]
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 
-from vilu.errors import UsageError
+from vilu.errors import UsageError, nearest
 from vilu.predictors.base import FailurePredictor
 from vilu.registry import ADDERS, entry_points, register
 
@@ -49,9 +48,7 @@ def find_method(name: str) -> type[FailurePredictor]:
         return PREDICTORS[name]
     known = method_names()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"there is no method {name!r}; known are {', '.join(known)}.{hint}")
+        raise UsageError(f"there is no method {name!r}; known are {', '.join(known)}.{nearest(name, known)}")
     entry = entry_points(GROUP)[name]
     try:
         found = register(entry.load())

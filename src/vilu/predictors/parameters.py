@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast, get_type_hints
@@ -11,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Protocol, TypeVar, cast, get_type_h
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from vilu.errors import LARGEST_SEED, UsageError
+from vilu.errors import LARGEST_SEED, UsageError, nearest
 
 
 class Parametrised(Protocol):
@@ -46,8 +45,7 @@ def require_known(cls: type[Parametrised], names: Iterable[str]) -> None:
     known = parameters(cls)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(known) or 'none'}."
+            hint = nearest(name, known) or f" It has: {', '.join(known) or 'none'}."
             raise UsageError(f"{cls.name} has no parameter {name!r}.{hint}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,7 +12,7 @@ from typing import Any, Final, Literal
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, Survey, find_place, require_place
 from vilu.datasets.known.layouts import ShardReader, make_reader
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError, nearest
 from vilu.files.documents import fill
 from vilu.progress import track
 from vilu.registry import ADDERS, load_plugins, toml_tables
@@ -28,9 +27,8 @@ def find_known(name: str) -> KnownDataset:
     load_plugins()
     if name in KNOWN:
         return KNOWN[name]
-    near = difflib.get_close_matches(name.lower().replace("-", "_"), KNOWN, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(KNOWN)}."
-    raise UsageError(f"there is no data set {name!r}. {hint}")
+    hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5) or f" There are: {', '.join(KNOWN)}."
+    raise UsageError(f"there is no data set {name!r}.{hint}")
 
 
 def open_known(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from vilu.decision import record
 from vilu.decision.calibrate import Certificate, Selector, group_names
 from vilu.decision.record import Rule
 from vilu.decision.score_folder import ScoreFolder
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, ProvenanceError, UsageError, nearest
 from vilu.files.disk import RUN
 from vilu.files.documents import digest
 from vilu.metrics.counts import tie_counts
@@ -153,8 +152,7 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
         require_same_rows(outcomes[0], one)
     if main is not None:
         if main not in names:
-            near = difflib.get_close_matches(main, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = nearest(main, names)
             raise UsageError(f"no method here is called {main!r}.{hint} There are: {', '.join(names):.500}.")
         return outcomes[names.index(main)]
     preferred = (i for start in PREFERRED for i, name in enumerate(names) if name.startswith(start))
