@@ -17,9 +17,10 @@ from tests.builders.store_fakes import NAMES, FakeBackbone, FakeDataset, picture
 from tests.conftest import toy_embeddings, toy_pairs, variant
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.pairs import Pools, PseudoCaptions
+from vilu.embeddings.source import say_once
 from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.rows import SIZE, RowSketch, say_once, sketch
+from vilu.predictors.rows import SIZE, RowSketch, sketch
 from vilu.store import embed as embedding
 from vilu.store.reader import CaptionStore
 

@@ -187,7 +187,7 @@ class EmbeddingSource(ABC):
         names = self.class_names or tuple(f"class {i}" for i in range(len(candidate)))
         pairs = [f"{names[i]!r} ({i}) is {names[kept[candidate[i]]]!r} ({int(kept[candidate[i]])})" for i in gone[:5]]
         more = f" and {len(gone) - 5} more" if len(gone) > 5 else ""
-        _tell(
+        say_once(
             f"{len(gone)} of {len(candidate)} classes have the text of an earlier one: {', '.join(pairs)}{more}. Equal "
             f"candidates are one answer, so there are {len(kept)}, numbered anew."
         )
@@ -323,8 +323,8 @@ class EmbeddingSource(ABC):
 
 
 @cache
-def _tell(message: str) -> None:
-    """Once a process: stores are opened again and again."""
+def say_once(message: str) -> None:
+    """Warn, once a process: stores are opened again and again."""
     logger.warning(message)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -92,17 +94,24 @@ def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
 
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:
-    """The log m of the least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS."""
+    """The log m of the least mean negative log-likelihood of ``n`` labelled rows."""
+    return most_likely(lambda batch, at: likelihood_terms(batch.to(device), at[0]), train, n, [0.0], (-LIMIT, LIMIT))[0]
+
+
+def most_likely(
+    terms: Callable[[Batch, list[float]], Tensor], train: Rows, n: int, start: list[float], limits: tuple[float, float]
+) -> list[float]:
+    """The least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS; a batch's terms are sums."""
     from scipy.optimize import minimize
 
-    def objective(point: list[float]) -> tuple[float, list[float]]:
-        terms = [likelihood_terms(batch.to(device), float(point[0])) for batch in train.batches(SCORING_BATCH)]
-        value, slope = (torch.stack(terms).sum(dim=0) / n).tolist()
-        return value, [slope]
+    def objective(point: NDArray[np.float64]) -> tuple[float, list[float]]:
+        found = [terms(batch, point.tolist()) for batch in train.batches(SCORING_BATCH)]
+        value, *slopes = (torch.stack(found).sum(dim=0) / n).tolist()
+        return value, slopes
 
-    limits, precision = [(-LIMIT, LIMIT)], {"ftol": 1e-15, "gtol": 1e-8}
-    found = minimize(objective, [0.0], jac=True, method="L-BFGS-B", bounds=limits, options=precision)
-    return float(found.x[0])
+    bounds, precision = [limits] * len(start), {"ftol": 1e-15, "gtol": 1e-8}
+    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=precision).x
+    return list(map(float, best))
 
 
 def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
@@ -245,19 +254,12 @@ def two_logits(batch: Batch) -> Tensor:
 
 
 def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
-    """T_L and T_S of the least mean negative log-likelihood of ``n`` labelled rows, by bounded LBFGS."""
-    from scipy.optimize import minimize
+    """T_L and T_S of the least mean negative log-likelihood of ``n`` labelled rows."""
 
-    def objective(point: list[float]) -> tuple[float, list[float]]:
-        at = torch.tensor(point, dtype=torch.float64, device=device)
-        terms = [duo_terms(batch.to(device), at) for batch in train.batches(SCORING_BATCH)]
-        value, *slopes = (torch.stack(terms).sum(dim=0) / n).tolist()
-        return value, slopes
+    def terms(batch: Batch, at: list[float]) -> Tensor:
+        return duo_terms(batch.to(device), torch.tensor(at, dtype=torch.float64, device=device))
 
-    limits, precision = [(0.0, math.exp(LIMIT))] * 2, {"ftol": 1e-15, "gtol": 1e-8}
-    found = minimize(objective, [0.5, 0.5], jac=True, method="L-BFGS-B", bounds=limits, options=precision)
-    multipliers: list[float] = found.x.tolist()
-    return multipliers
+    return most_likely(terms, train, n, [0.5, 0.5], (0.0, math.exp(LIMIT)))
 
 
 def duo_terms(batch: Batch, multipliers: Tensor) -> Tensor:

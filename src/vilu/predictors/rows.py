@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, get_args
 
 import numpy as np
@@ -16,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
-from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.embeddings.source import EmbeddingSource, UNKNOWN, say_once
+from vilu.errors import DataError, UNKNOWN, UsageError
 from vilu.files.documents import digest
 
 
@@ -61,8 +59,6 @@ MAX_SHARED = 0.01
 """Largest share of rows of two sets that may be the same and are left out, as real data hold some twice."""
 
 SHOWN = 3
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -176,12 +172,6 @@ def common_identity(
             "not. To mend it, embed both with this vilu (--overwrite) and fit again."
         )
     return by
-
-
-@cache
-def say_once(text: str) -> None:
-    """Warn, once a process."""
-    logger.warning(text)
 
 
 def overlap(first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]) -> Overlap | None:

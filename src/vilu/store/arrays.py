@@ -9,17 +9,16 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.errors import DataError, StorageError, UsageError, ViLUError
-from vilu.store.parts import UNREADABLE_NPY
+from vilu.errors import DataError, UsageError
+from vilu.store.parts import UNREADABLE_NPY, or_damaged
 
 UNREADABLE_NPZ = (*UNREADABLE_NPY, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
 """What reading a damaged or hostile zip raises, beside what its arrays do (RuntimeError where it is encrypted)."""
@@ -128,34 +127,21 @@ READERS: Mapping[tuple[int, int], Callable[[IO[bytes]], tuple[tuple[int, ...], b
 """Of the headers of plain arrays, by version."""
 
 
-@contextmanager
-def or_unreadable(place: str) -> Iterator[None]:
+def or_unreadable(place: str) -> AbstractContextManager[None]:
     """A block in which what a damaged file raises becomes a ``DataError`` that names it."""
-    try:
-        yield
-    except ViLUError:
-        raise
-    except PermissionError as error:
-        raise StorageError(f"cannot read {place}: permission denied.") from error
-    except UNREADABLE_NPZ as error:
-        raise DataError(f"{place} is damaged, or no array: {error}. Write it again with numpy.save.") from error
+    return or_damaged(place, "Write it again with numpy.save.", UNREADABLE_NPZ, DataError, "damaged, or no array")
 
 
-class Arrays:
+class Arrays(ExitStack):
     """The arrays of a file or a folder by the names that they have there; files are open until it is left."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._files = path, ExitStack()
+        super().__init__()
+        self.path = path
         with or_unreadable(str(path)):
             folder = path.is_dir()
             self._members = _files(path) if folder else _members(path)
-            self._zip = None if folder else self._files.enter_context(zipfile.ZipFile(path))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._files.close()
+            self._zip = None if folder else self.enter_context(zipfile.ZipFile(path))
 
     @property
     def names(self) -> list[str]:
@@ -168,11 +154,11 @@ class Arrays:
         place = f"{self.path / f'{name}.npy'}" if isinstance(member, Path) else f"{self.path}, array {name!r}"
         with or_unreadable(place):
             if isinstance(member, Path):
-                handle: IO[bytes] = self._files.enter_context(member.open("rb"))
+                handle: IO[bytes] = self.enter_context(member.open("rb"))
                 return StoredArray(place, handle, member.stat().st_size)
             if self._zip is None or member.flag_bits & 1:
                 raise DataError(f"{place} is encrypted. Write it again without a password.")
-            return StoredArray(place, self._files.enter_context(self._zip.open(member)), member.file_size)
+            return StoredArray(place, self.enter_context(self._zip.open(member)), member.file_size)
 
     def require_small(self, name: str) -> None:
         """Refuse an array of embeddings, or of names, that is far too large for the bytes that it was packed into."""

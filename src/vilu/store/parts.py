@@ -210,8 +210,14 @@ def metadata_schema(run: Run) -> pa.Schema:
 
 
 @contextmanager
-def or_damaged(path: Path, hint: str, kinds: tuple[type[Exception], ...] = UNREADABLE_PARQUET) -> Iterator[None]:
-    """A block in which exceptions of these kinds become a ``StorageError`` that says so of the file."""
+def or_damaged(
+    path: Path | str,
+    hint: str,
+    kinds: tuple[type[Exception], ...] = UNREADABLE_PARQUET,
+    fault: type[ViLUError] = StorageError,
+    said: str = "damaged",
+) -> Iterator[None]:
+    """A block in which exceptions of these kinds become a fault that says so of the file."""
     try:
         yield
     except ViLUError:
@@ -219,7 +225,7 @@ def or_damaged(path: Path, hint: str, kinds: tuple[type[Exception], ...] = UNREA
     except PermissionError as error:
         raise StorageError(f"cannot read {path}: permission denied.") from error
     except kinds as error:
-        raise StorageError(f"{path} is damaged: {error}. {hint}") from error
+        raise fault(f"{path} is {said}: {error}. {hint}") from error
 
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
