@@ -1,6 +1,7 @@
 """Every error that vilu raises on purpose, each with the exit code of the command line; checks of settings.
 
-A message says what was found, what was expected, and how to mend it. Here too: the codes of what has no class, which every room reads.
+A message says what was found, what was expected, and how to mend it. Here too: the codes of what has no class, which
+every room reads.
 """
 
 from __future__ import annotations

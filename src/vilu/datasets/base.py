@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vilu.datasets.classes import ClassTable
 from vilu.datasets.files import Bounds, OutsideError
-from vilu.errors import DataError, OUTSIDE, StorageError, UsageError, nearest
+from vilu.errors import OUTSIDE, DataError, StorageError, UsageError, nearest
 from vilu.files.documents import digest
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
-from vilu.embeddings.source import EmbeddingSource, UNKNOWN, say_once
-from vilu.errors import DataError, UNKNOWN, UsageError
+from vilu.embeddings.source import EmbeddingSource, say_once
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.files.documents import digest
 
 
