@@ -157,7 +157,8 @@ def run_cells(bench: Workbench, cells: Sequence[Cell], root: Path, jobs: int, n_
     """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
     groups = sharing_a_fit(bench.config, cells)
     started = time.monotonic()
-    running = _in_workers(bench, groups, root, jobs) if jobs > 1 else _here(bench, groups, root)
+    here = (cell for cells in groups for cell in run_group(bench, cells, root))
+    running = _in_workers(bench, groups, root, jobs) if jobs > 1 else here
     with track("benchmark", n_done + len(cells), "cells") as task, closing(running):
         task.advance(n_done)
         for number, cell in enumerate(running, start=1):
@@ -166,13 +167,8 @@ def run_cells(bench: Workbench, cells: Sequence[Cell], root: Path, jobs: int, n_
             task.advance(1, f"{60 / pace:.0f} a minute, {left} left; {cell}")
 
 
-def _here(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path) -> Generator[Cell]:
-    for cells in groups:
-        yield from run_group(bench, cells, root)
-
-
 def _in_workers(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path, jobs: int) -> Generator[Cell]:
-    """The same in a pool of processes, which are ended at once where it is closed or fails before its end."""
+    """Run cells in a pool of processes, which are ended at once where it is closed or fails before its end."""
     others = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
     start = bench.config, dict(bench.folders), dict(bench.seconds)

@@ -24,7 +24,7 @@ from vilu.benchmark.ranking import summarise, times_table
 from vilu.benchmark.result import AGAIN, load_bootstrap, load_result, load_times
 from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
-from vilu.benchmark.views import AnyView, CurveView, GridView, HistogramView, RankingView, ScatterView
+from vilu.benchmark.views import CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
 from vilu.files.disk import LOG, make_folder, write_text
 from vilu.files.documents import explain, read_json, write_json
@@ -178,7 +178,7 @@ def render(board: Board, output: Path) -> Rendered:
     with what a clock decides.
     """
     config, folder = board.config, output / STUDIES / board.config.name
-    exhibits = tuple(exhibit(board, view, output) for view in views_of(config))
+    exhibits = tuple(exhibit(board, view, output) for view in config.views or [DEFAULT])
     verdicts = tuple(decide(board, claim) for claim in config.claims)
     text = "\n\n".join(
         [*(one.body if isinstance(one.body, str) else to_text(one.body) for one in exhibits), *_in_words(verdicts)]
@@ -207,11 +207,6 @@ def write_document(studies: Sequence[Rendered], document: Path, title: str, intr
     write_text(document, "\n".join(parts) + "\n" + mark("study", inputs))
 
 
-def views_of(config: Config) -> tuple[AnyView, ...]:
-    """The views of a study; a ranking where it names none."""
-    return config.views or (RankingView(kind="ranking", name="ranking", title="Every method, best first"),)
-
-
 def _in_words(verdicts: Sequence[Verdict]) -> list[str]:
     lines = [f"{verdict.ruling.upper()}: {verdict.claim.says} ({verdict.what})" for verdict in verdicts]
     return ["\n".join(["claims:", *lines])] if lines else []
@@ -235,6 +230,9 @@ def _write_exhibit(one: Exhibit, folder: Path) -> None:
         for suffix in FIGURE_SUFFIXES:
             save(one.draw(), figures / f"{one.name}{suffix}")
 
+
+DEFAULT = RankingView(kind="ranking", name="ranking", title="Every method, best first")
+"""View of a study that names none."""
 
 DRAWN = (CurveView, ScatterView, HistogramView, GridView)  # views that are drawn
 

@@ -306,12 +306,13 @@ def bytes_of(column: pa.ChunkedArray, where: str) -> pa.Array:
         raise DataError(f"{where}: text is expected, one per row. Found {kind}. Write one row for each.")
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type)
-    if not _is_binary(column.type):
+    if not is_binary(column.type):
         column = column.cast(pa.large_string())
     return column.cast(pa.large_binary()).combine_chunks()
 
 
-def _is_binary(kind: pa.DataType) -> bool:
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether cells are bytes, in any of the three layouts."""
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 

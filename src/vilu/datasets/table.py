@@ -21,7 +21,16 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vilu.datasets.base import CAPTIONS_OR_CLASSES, Faults, ImageDataset, ImageRecord, Selection, bytes_of, fault_of
+from vilu.datasets.base import (
+    CAPTIONS_OR_CLASSES,
+    Faults,
+    ImageDataset,
+    ImageRecord,
+    Selection,
+    bytes_of,
+    fault_of,
+    is_binary,
+)
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
@@ -222,7 +231,7 @@ def is_image_column(schema: pa.Schema) -> bool:
     kind = schema.field(IMAGE).type
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+    return is_binary(kind)
 
 
 class _RowsOfTable:

@@ -205,7 +205,10 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
         payloads = {
             part.scores: parquet_bytes(*outcomes.table(rows)),
             part.histogram: histogram_bytes(
-                *(_histogram(outcomes, rows) for rows in (known, known & outcomes.outside))
+                *(
+                    Histogram.of(outcomes.uncertainty[rows], outcomes.failure[rows])
+                    for rows in (known, known & outcomes.outside)
+                )
             ),
         }
         counts, run = Counts.of(outcomes, n_seen), self.fingerprint
@@ -221,10 +224,6 @@ def read_run(root: Path) -> ScoreRun:
 
 
 COLUMNS = ("bin", "correct", "wrong")
-
-
-def _histogram(outcomes: Outcomes, rows: NDArray[np.bool_]) -> Histogram:
-    return Histogram.of(outcomes.uncertainty[rows], outcomes.failure[rows])
 
 
 def histogram_bytes(histogram: Histogram, outside: Histogram) -> memoryview:
@@ -365,7 +364,8 @@ class ScoreFolder(Reopened):
         paths = [files(receipt.part.scores) for receipt in self._receipts]
         with vouched():
             parts = [Outcomes.load(path) for path in paths]
-            row_id = np.concatenate([_row_ids(path) for path in paths])
+            ids = [read_column(path, read_table(path, ())[0], "row_id", "int64").to_numpy() for path in paths]
+            row_id = np.concatenate(ids)
         order = np.argsort(row_id, kind="stable")
         if not np.array_equal(row_id[order], np.arange(len(self))):
             raise DataError(f"the parts of {self.path} do not hold the rows 0 to {len(self) - 1} once each. {AGAIN}.")
@@ -385,11 +385,6 @@ class ScoreFolder(Reopened):
     def verify(self) -> None:
         """Read every byte, and compare it with what was written; StorageError names the file that is damaged."""
         self._ledger.verify()
-
-
-def _row_ids(path: Path) -> NDArray[np.int64]:
-    table, _ = read_table(path, ())
-    return np.asarray(read_column(path, table, "row_id", "int64").to_numpy(), dtype=np.int64)
 
 
 def _joined(parts: list[Outcomes], name: str, kind: str, order: NDArray[np.int64]) -> Any:  # noqa: ANN401 - by its kind

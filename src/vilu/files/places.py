@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from vilu.errors import DataError, StorageError, UsageError, ViLUError
 from vilu.files.disk import MANIFEST, RUN, file_hash, or_refuse
-from vilu.files.documents import MAX_DOCUMENT_BYTES, SEAL, digest, parse_json, read_bounded, read_json, write_json
+from vilu.files.documents import SEAL, digest, parse_json, read_bounded, read_json, write_json
 from vilu.files.tables import METADATA_KEY, read_table
 
 logger = logging.getLogger("vilu")
@@ -58,6 +58,8 @@ def write_said(path: Path, content: dict[str, object], inputs: str) -> None:
     """Write a document with the digest of its inputs."""
     write_json(path, {**content, **said_of(inputs)})
 
+
+PASSING = re.compile(r"\.tmp\Z|\.lock")  # in the names, after a dot, of files in the making and of locks
 
 Made = tuple[Kind, str]  # kind of a file of ours, and the digest of its inputs; empty where it does not say
 
@@ -136,7 +138,8 @@ def claim_folder(
 def entries(root: Path) -> list[Path]:
     """What lies in a folder, but for locks and files in the making."""
     with or_refuse(f"read {root}"):
-        return sorted(path for path in root.iterdir() if not (path.name.startswith(".") and _passing(path)))
+        found = [path for path in root.iterdir() if not path.name.startswith(".") or not PASSING.search(path.name)]
+    return sorted(found)
 
 
 def require_no_others(root: Path, what: str, others: Iterable[Path]) -> None:
@@ -155,9 +158,11 @@ def made(path: Path) -> Made | None:
         return None
     with or_refuse(f"read {path}"):
         suffix = path.suffix.lower()
-        if suffix == ".json":
-            return _made_of_json(path)
-        return _made_of_parquet(path) if suffix == ".parquet" else _made_of_ends(path)
+        if suffix not in {".json", ".parquet"}:
+            return _made_of_ends(path)
+        said = _metadata(path) if suffix == ".parquet" else _content(path)
+    kind = KINDS.get(str((said or {}).get("kind")))
+    return None if said is None or kind is None else (kind, str(said.get(INPUTS) or ""))
 
 
 def inputs_of(*paths: Path, **settings: object) -> str:
@@ -182,28 +187,18 @@ def content_of(path: Path) -> object:
 
 def _said(path: Path) -> object:
     """What a document says, whichever vilu wrote and sealed it; of a damaged one the hash."""
-    try:
-        found = parse_json(read_bounded(path, "Make it again", DataError))
-    except (ValueError, RecursionError):
+    found = _content(path)
+    if found is None:
         return file_hash(path)
     return {key: value for key, value in found.items() if key not in {"vilu", "fingerprint", SEAL}}
 
 
-def _passing(path: Path) -> bool:
-    return path.name.endswith(".tmp") or ".lock" in path.name
-
-
-def _made_of_json(path: Path) -> Made | None:
+def _content(path: Path) -> dict[str, Any] | None:
+    """What a JSON document says; None of any other file."""
     try:
-        found = parse_json(read_bounded(path, "Make it again", DataError, MAX_DOCUMENT_BYTES))
+        return parse_json(read_bounded(path, "Make it again", DataError))
     except (ValueError, RecursionError):
         return None
-    return _made_of(found)
-
-
-def _made_of_parquet(path: Path) -> Made | None:
-    said = _metadata(path)
-    return None if said is None else _made_of(said)
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
@@ -216,11 +211,6 @@ def _metadata(path: Path) -> dict[str, Any] | None:
         return None if said is None else parse_json(said)
     except (pa.ArrowException, ValueError, RecursionError):
         return None
-
-
-def _made_of(found: dict[str, object]) -> Made | None:
-    kind = KINDS.get(str(found.get("kind")))
-    return None if kind is None else (kind, str(found.get(INPUTS) or ""))
 
 
 def _made_of_ends(path: Path) -> Made | None:

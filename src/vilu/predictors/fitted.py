@@ -429,19 +429,9 @@ def log_gap_msp(log_p: Tensor) -> Tensor:
     return torch.logsumexp(log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1)
 
 
-def log_gap_entropy(log_p: Tensor) -> Tensor:
-    """(B,) log H(p)."""
-    return torch.logsumexp(log_p + torch.log(-log_p), dim=-1)
-
-
-def log_gap_doctor(log_p: Tensor) -> Tensor:
-    """(B,) log(1 - sum_j p_j^2) = log sum_j p_j (1 - p_j)."""
-    return torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1)
-
-
 DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
     "msp": log_gap_msp,
-    "entropy": log_gap_entropy,
-    "doctor": log_gap_doctor,
+    "entropy": lambda log_p: torch.logsumexp(log_p + torch.log(-log_p), dim=-1),  # log H(p)
+    "doctor": lambda log_p: torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1),  # log sum_j p_j (1 - p_j)
 }
 """log(S1_max - S1) of (B, K) log p, by the name of the confidence."""

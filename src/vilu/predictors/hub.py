@@ -103,11 +103,6 @@ def _check_calibration(folder: Path, name: Path) -> None:
         raise DataError(f"{folder / ROWS} does not hold the rows that {RISK} names. {RECALIBRATE}.")
 
 
-def same_files(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same of a predictor."""
-    return all(_hash(one / name) == _hash(other / name) for name in FILES)
-
-
 def _hash(path: Path) -> str | None:
     return file_hash(path) if path.is_file() else None
 
@@ -200,7 +195,8 @@ def _place_copy(source: Path, target: Path, *, links: bool, overwrite: bool) -> 
     place_at = target.resolve()
     with beside(place_at) as staged:
         copy_files(source, staged, links=links)
-        if claim_folder(target, "predictor", is_ours, same=same_files(staged, place_at), overwrite=overwrite):
+        same = all(_hash(staged / name) == _hash(place_at / name) for name in FILES)
+        if claim_folder(target, "predictor", is_ours, same=same, overwrite=overwrite):
             logger.info("%s holds that predictor already: there is nothing to do", target)
         else:
             place(staged, place_at)

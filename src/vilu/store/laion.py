@@ -57,7 +57,8 @@ class Shard:
         shapes = {path: map_matrix(path).shape for path in (self.image, self.text)}
         counts = {path: shape[0] for path, shape in shapes.items()}
         if self.metadata is not None:
-            counts[self.metadata] = _count_parquet(self.metadata)
+            with or_damaged(self.metadata, "Fetch it again."), pq.ParquetFile(self.metadata) as file:
+                counts[self.metadata] = file.metadata.num_rows
         if len(set(counts.values())) > 1:
             found = ", ".join(f"{path} has {count}" for path, count in counts.items())
             raise ProvenanceError(f"partners must have the same number of rows. {found}. Embed or fetch them again.")
@@ -136,11 +137,6 @@ def _entries(folder: Path) -> list[Path]:
         raise DataError(f"{folder} is no folder. Expected a store, or {LAYOUTS}.")
     with or_refuse(f"read {folder}"):
         return sorted(folder.iterdir())
-
-
-def _count_parquet(path: Path) -> int:
-    with or_damaged(path, "Fetch it again."), pq.ParquetFile(path) as file:
-        return int(file.metadata.num_rows)
 
 
 CAPTIONS = ("caption", "TEXT")  # columns of the metadata that may hold the captions: clip-retrieval's name, and LAION's

@@ -136,7 +136,9 @@ class Encoder:
                 if code == VALID:
                     content.rows.append(row)
                 else:
-                    bad.append(_unusable(image, STATUS[code]))
+                    told = "the model gave an embedding that has no direction"
+                    position, n_bytes = image.row.position, image.bytes
+                    bad.append(ErrorRow(image.row.key, position, "encode", STATUS[code], None, told, n_bytes))
         if bad and self.strict:
             first = min(bad, key=lambda error: error.position)
             raise DataError(
@@ -195,8 +197,3 @@ def _unit(rows: Tensor, kind: str) -> tuple[Tensor, NDArray[np.uint8]]:
         return unit_rows(rows, kind)
     each, status = zip(*(unit_rows(view.contiguous(), kind) for view in rows.unbind(1)), strict=True)
     return torch.stack(each, dim=1), np.maximum.reduce(status)
-
-
-def _unusable(image: Decoded, kind: str) -> ErrorRow:
-    message = "the model gave an embedding that has no direction"
-    return ErrorRow(image.row.key, image.row.position, "encode", kind, None, message, image.bytes)
