@@ -244,6 +244,7 @@ def test_settings_that_cannot_be(settings: dict, message: str) -> None:
         ({}, "a source, or the name of a known dataset, or stores"),
         ({"source": "x", "captions": True, "classes": ["a", "b"]}, "captions have no classes"),
         ({"source": "x", "captions": True, "validation": 0.1}, "captions have no classes"),
+        ({"source": "x", "captions": True, "negatives": True}, "captions have no classes"),
         ({"source": "x", "captions": True, "limit": {"train": 3}}, "their limit is one number"),
         ({"source": "x", "shift": {"kinds": ["blurr"]}}, "no kind of shift 'blurr'. Did you mean 'blur'"),
         ({"source": "x", "shift": {"severity": 6}}, "less than or equal to 5"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.builders.bench_fakes import config
-from tests.builders.store_fakes import FakeBackbone, dataset
+from tests.builders.store_fakes import DIM, FakeBackbone, dataset, picture
 from tests.builders.tar_files import pair, tar_bytes, write_shard
 from vilu.benchmark import stores
 from vilu.benchmark.load import shrink
@@ -16,6 +17,7 @@ from vilu.benchmark.stores import make_stores, open_images, thinned
 from vilu.datasets.base import ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.errors import ProvenanceError, UsageError
+from vilu.store.reader import EmbeddingStore
 
 
 def test_evenly_spaced_images() -> None:
@@ -56,6 +58,20 @@ def test_a_small_run_reads_one_tar_file(tmp_path: Path) -> None:
         open_images(shifted, "train", tmp_path),
     ):
         pass
+
+
+def test_everyday_words_are_kept_where_they_are_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        (tmp_path / "data" / "train" / name / "a.png").write_bytes(picture(0))
+    monkeypatch.setattr(stores, "load_backbone", lambda _name, models: FakeBackbone())
+    monkeypatch.setattr(stores, "everyday_words", lambda: ("sofa", "bus", "moon"))
+    made = {}
+    for negatives in (False, True):
+        chosen = config(data={"one": {"source": "data", "negatives": negatives}}, settings={"all": {"kind": "labels"}})
+        (made[negatives],) = make_stores(chosen, [("one", "train")], tmp_path, tmp_path / "out").values()
+    assert "negatives" not in EmbeddingStore(made[False]).columns
+    assert EmbeddingStore(made[True]).column("negatives", torch.arange(3)).shape == (3, DIM)
 
 
 def test_embeddings_of_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

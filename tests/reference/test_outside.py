@@ -333,6 +333,13 @@ def test_vilu_plus_learns_outside_from_words_and_rows_without_labels() -> None:
     assert fitted.notes_["outside_share"] == pytest.approx(0.2, abs=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures")
+def test_rows_without_labels_count_as_seen_where_they_are_looked_at() -> None:
+    unlabelled = variant(strangers(17, 60, 20), target=None)
+    assert len(plus(strangers(18, 90, 0), unlabelled).seen(unlabelled)) == 80
+    assert len(plus(strangers(18, 90, 30), unlabelled).seen(unlabelled)) == 0
+
+
 @pytest.mark.filterwarnings("ignore:.*rows are left out", "ignore:only .* failures", "ignore:.*were used to fit")
 def test_the_outcome_is_explained_and_not_exported(tmp_path) -> None:
     data = strangers(16, 90, 30)

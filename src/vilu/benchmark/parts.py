@@ -102,6 +102,7 @@ class Data(Section):
     features: bool = True  # whether to store features
     views: Annotated[int, Field(ge=0)] = 4  # augmented views per test image; 0 for none
     prompts: Names = ("ensemble",)  # prompts to keep apart, or named sets of them, as for ``vilu embed --prompts``
+    negatives: bool = False  # whether to keep everyday words, as ``vilu embed --negatives`` does
     limit: Count | Limits | None = None  # only so many images of each split, evenly spaced
     # of images in tar files, which are not counted before: only those in the first so many files
     shards: Count | None = None
@@ -117,14 +118,16 @@ class Data(Section):
         if self.stores is None and self.source is None and self.dataset is None:
             raise ValueError("a data set has either a source, or the name of a known dataset, or stores")
         require_known("known data set", filter(None, [self.dataset]), KNOWN)
-        if self.captions and (self.classes is not None or isinstance(self.validation, float)):
-            raise ValueError("captions have no classes, and their validation set is the fold of that name")
-        if self.captions and self.second is not None:
-            raise ValueError("a second model is for classes, not for captions")
-        if self.captions and isinstance(self.limit, Limits):
-            raise ValueError("captions are in one store, so their limit is one number")
-        if self.captions and self.stores is not None and self.limit is not None:
-            raise ValueError("a ready-made store of captions is taken whole, without limit")
+        no_classes = "captions have no classes, and their validation set is the fold of that name"
+        for wrong, message in (
+            (self.classes is not None or isinstance(self.validation, float), no_classes),
+            (self.negatives, "captions have no classes, so no image is of none of them: leave negatives out"),
+            (self.second is not None, "a second model is for classes, not for captions"),
+            (isinstance(self.limit, Limits), "captions are in one store, so their limit is one number"),
+            (self.stores and self.limit, "a ready-made store of captions is taken whole, without limit"),
+        ):
+            if self.captions and wrong:
+                raise ValueError(message)
         if self.fit_share is not None and not self._is_one_set():
             raise ValueError(
                 "fit_share divides one set of rows: train and test must be the same store or split, under one limit, "

@@ -13,7 +13,7 @@ import numpy as np
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
-from vilu.backbones.zeroshot import named_templates
+from vilu.backbones.zeroshot import everyday_words, named_templates
 from vilu.benchmark.config import Config
 from vilu.benchmark.parts import Data, Role, StorePaths
 from vilu.datasets.base import Chosen, ImageDataset, ShardedDataset
@@ -98,7 +98,7 @@ def store_of(part: Part, entry: Data, data: Path, output: Path) -> Path:
     if entry.stores is not None:
         return _named(name, "stores", entry.stores, role, data)
     with open_images(entry, role, data) as images:
-        recipe = images.fingerprint, entry.backbone, _names(entry, images), _columns(entry, role)
+        recipe = [images.fingerprint, entry.backbone, _names(entry, images), _columns(entry, role), *_words(entry)]
     hashed = digest([importlib.metadata.version("vilu"), *recipe])[:8]
     stem = entry.dataset or Path(str(entry.source).removeprefix(PACKAGE)).stem  # so that entries of one recipe share it
     return output / "stores" / f"{stem}-{'pairs' if entry.captions else role}-{hashed}"
@@ -128,6 +128,7 @@ def _embed(entry: Data, role: Role, data: Path, folder: Path, backbone: Backbone
             features=features,
             views=views,
             prompts=() if entry.captions else prompts,
+            negatives=[word for words in _words(entry) for word in words],
             split=None if entry.captions else getattr(entry, role),
         )
 
@@ -136,6 +137,11 @@ def _columns(entry: Data, role: Role) -> tuple[bool, int, tuple[str, ...]]:
     """Features, views and prompts to store beside the embeddings."""
     views = entry.views if role == "test" and not entry.captions else 0  # of training images they would be all the time
     return entry.features, views, tuple(named_templates(entry.prompts))
+
+
+def _words(entry: Data) -> list[tuple[str, ...]]:
+    """Everyday words to keep, if any are wanted."""
+    return [everyday_words()] if entry.negatives else []
 
 
 def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:

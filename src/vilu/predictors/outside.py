@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from vilu.embeddings.columns import HOW
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
@@ -219,9 +219,18 @@ class SeesOutside(ABC):
     def outcome_of(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds of an image of none of the classes."""
 
+    def unlabelled_of(self, train: Rows) -> EmbeddingSource | None:
+        """The rows without labels that a fit looks at: none where there are examples."""
+        return None if has_examples(train) else train.unlabelled
+
     def outside_probability(self, batch: Batch) -> Tensor | None:
         """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
         return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
+
+
+def has_examples(train: Rows) -> bool:
+    """Whether there are images known to be of none of the classes."""
+    return train.source.pool_size is None and len(train.outside) > 0
 
 
 def learn_outside(train: Rows) -> Outside:
@@ -231,7 +240,7 @@ def learn_outside(train: Rows) -> Outside:
             "rows without labels say which images are of none of the classes only beside everyday words, the column "
             f"{NEGATIVES!r}. Make it with `{HOW[NEGATIVES]}`, or leave these rows out."
         )
-    if train.source.pool_size is None and len(train.outside):
+    if has_examples(train):
         if train.unlabelled is not None:
             logger.warning("there are examples of images of none of the classes: rows without labels are not looked at")
         return from_examples(train, train.outside)
