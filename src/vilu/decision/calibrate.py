@@ -33,30 +33,21 @@ Promise = Literal["ltt", "sgr", "crc"]
 
 
 class Certificate(Model):
-    """A threshold and the calibration rows behind it.
-
-    Attributes:
-        threshold: Accept where the uncertainty is at most this; None: accept nothing.
-        n: Calibration rows.
-        n_accepted: How many of them the threshold accepts.
-        n_wrong: How many of those are wrong.
-        risk_bound: What is promised; None where nothing is accepted.
-        why: Why nothing is accepted.
-        n_needed: So many calibration rows are needed at least, where there are fewer; else None. How many would be
-            enough depends on how many of them are accepted and right.
-        floor: Abstain where the uncertainty is at most this, too: too many of the most trusted answers are wrong. None:
-            no answer is too trusted.
-    """
+    """A threshold and the calibration rows behind it."""
 
     later = frozenset({"floor"})
 
-    threshold: float | None
-    n: int = Field(ge=0)
-    n_accepted: int = Field(ge=0)
-    n_wrong: int = Field(ge=0)
-    risk_bound: float | None
-    why: str | None = None
+    threshold: float | None  # accept where the uncertainty is at most this; None: accept nothing
+    n: int = Field(ge=0)  # calibration rows
+    n_accepted: int = Field(ge=0)  # how many of them the threshold accepts
+    n_wrong: int = Field(ge=0)  # how many of those are wrong
+    risk_bound: float | None  # what is promised; None where nothing is accepted
+    why: str | None = None  # why nothing is accepted
+    # so many calibration rows are needed at least, where there are fewer; else None. How many would be enough depends
+    # on how many of them are accepted and right
     n_needed: int | None = None
+    # abstain where the uncertainty is at most this, too: too many of the most trusted answers are wrong. None: no
+    # answer is too trusted
     floor: float | None = None
 
     @property

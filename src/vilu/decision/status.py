@@ -30,24 +30,18 @@ RECALIBRATE = (
 
 
 class Test(Model):
-    """One test of the calibration's guarantee.
-
-    Attributes:
-        name: "scores", "acceptance" and "answers" ask whether the rows are still like those of the calibration, "audit"
-            whether accepted answers are wrong too often, "outside" and "abstained" whether the present shares are those
-            that a promise was stated for.
-        level: Probability of a false alarm, ever.
-        log_wealth: Evidence now; the alarm is at log(1/level).
-        peak: Largest evidence so far.
-        raised_at: Row at which the alarm was raised, 0 = the first row monitored; None without.
-    """
+    """One test of the calibration's guarantee."""
 
     __test__ = False  # for pytest, which takes the name for its own
 
+    # "scores", "acceptance" and "answers" ask whether the rows are still like those of the calibration, "audit" whether
+    # accepted answers are wrong too often, "outside" and "abstained" whether the present shares are those that a
+    # promise was stated for
     name: TestName
-    level: float = Field(gt=0, lt=1)
-    log_wealth: float = 0.0
-    peak: float = 0.0
+    level: float = Field(gt=0, lt=1)  # probability of a false alarm, ever
+    log_wealth: float = 0.0  # evidence now; the alarm is at log(1/level)
+    peak: float = 0.0  # largest evidence so far
+    # row at which the alarm was raised, 0 = the first row monitored; None without
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, rows: Ints) -> Test:
@@ -66,41 +60,24 @@ class Test(Model):
 
 
 class Acceptance(Model):
-    """Shares of accepted answers.
+    """Shares of accepted answers."""
 
-    Attributes:
-        calibration: Of the calibration rows.
-        since: Of the rows monitored; None before the first.
-        n: Rows monitored that have an uncertainty.
-    """
-
-    calibration: float
-    since: float | None
-    n: int
+    calibration: float  # of the calibration rows
+    since: float | None  # of the rows monitored; None before the first
+    n: int  # rows monitored that have an uncertainty
 
 
 class Audited(Model):
-    """What the labels that have arrived say.
+    """What the labels that have arrived say."""
 
-    Attributes:
-        n: Audited accepted answers.
-        wrong: How many of them are wrong.
-        promise: The largest error rate that was promised.
-        lower: Bound of the error rate from below, at all times together; ``confidence`` is of each bound.
-        upper: The same from above.
-        confidence: 1 - delta.
-        verdict: "holds so far", "not enough audited answers" or "broken".
-        n_needed: About how many more audited answers would tell; None where no number is known to.
-    """
-
-    n: int
-    wrong: int
-    promise: float
-    lower: float
-    upper: float
-    confidence: float
-    verdict: AuditVerdict
-    n_needed: int | None
+    n: int  # audited accepted answers
+    wrong: int  # how many of them are wrong
+    promise: float  # the largest error rate that was promised
+    lower: float  # bound of the error rate from below, at all times together; ``confidence`` is of each bound
+    upper: float  # the same from above
+    confidence: float  # 1 - delta
+    verdict: AuditVerdict  # "holds so far", "not enough audited answers" or "broken"
+    n_needed: int | None  # about how many more audited answers would tell; None where no number is known to
 
     @classmethod
     def from_audit(cls, audit: Audit) -> Audited:
@@ -116,35 +93,21 @@ class Audited(Model):
 
 
 class Status(Model):
-    """The state of a guarantee after some rows.
-
-    Attributes:
-        verdict: "holds" (no alarm so far), "shifted: guarantee void", or "broken".
-        raised_at: First row at which an alarm was raised, 0 = the first row monitored; None without.
-        reason: Why, in words.
-        advice: What to do next.
-        rows: Rows monitored.
-        unscored: How many of them have no uncertainty; they are left out.
-        false_alarm: Probability that any of the tests ever raises an alarm without cause is at most this.
-        tests: Each with its share of that.
-        acceptance: Shares of accepted answers; None without a rule for single rows.
-        audit: What the labels say; None without a promise.
-        present: What they say of the share of strangers, in words; None where none was stated.
-    """
+    """The state of a guarantee after some rows."""
 
     later = frozenset({"present"})
 
-    verdict: Verdict
-    raised_at: int | None
-    reason: str
-    advice: str
-    rows: int
-    unscored: int
-    false_alarm: float
-    tests: tuple[Test, ...]
-    acceptance: Acceptance | None
-    audit: Audited | None
-    present: str | None = None
+    verdict: Verdict  # "holds" (no alarm so far), "shifted: guarantee void", or "broken"
+    raised_at: int | None  # first row at which an alarm was raised, 0 = the first row monitored; None without
+    reason: str  # why, in words
+    advice: str  # what to do next
+    rows: int  # rows monitored
+    unscored: int  # how many of them have no uncertainty; they are left out
+    false_alarm: float  # probability that any of the tests ever raises an alarm without cause is at most this
+    tests: tuple[Test, ...]  # each with its share of that
+    acceptance: Acceptance | None  # shares of accepted answers; None without a rule for single rows
+    audit: Audited | None  # what the labels say; None without a promise
+    present: str | None = None  # what they say of the share of strangers, in words; None where none was stated
 
     @property
     def alarm(self) -> bool:

@@ -89,37 +89,21 @@ def _tallies(outcomes: Tallied | Iterable[object]) -> list[Tally]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A metric of two methods on the same rows, and the paired bootstrap of its difference; NaN where undefined.
+    """A metric of two methods on the same rows, and the paired bootstrap of its difference; NaN where undefined."""
 
-    Attributes:
-        metric: Name of the metric.
-        method_a: Name of one method.
-        method_b: Name of the other.
-        value_a: Its metric.
-        value_b: The other's.
-        difference: ``value_a - value_b``.
-        ci_low: Lower end of its interval.
-        ci_high: Upper end.
-        p_value: Two-sided, of no difference.
-        n: Number of rows.
-        n_failures: How many of them are wrong; of the question "outside", of none of the classes.
-        convention: What was chosen where the literature differs.
-        why: Why the metric is undefined, if it is.
-    """
-
-    metric: str
-    method_a: str | None
-    method_b: str | None
-    value_a: float
-    value_b: float
-    difference: float
-    ci_low: float
-    ci_high: float
-    p_value: float
-    n: int
-    n_failures: int
-    convention: str
-    why: str | None = None
+    metric: str  # name of the metric
+    method_a: str | None  # name of one method
+    method_b: str | None  # name of the other
+    value_a: float  # its metric
+    value_b: float  # the other's
+    difference: float  # ``value_a - value_b``
+    ci_low: float  # lower end of its interval
+    ci_high: float  # upper end
+    p_value: float  # two-sided, of no difference
+    n: int  # number of rows
+    n_failures: int  # how many of them are wrong; of the question "outside", of none of the classes
+    convention: str  # what was chosen where the literature differs
+    why: str | None = None  # why the metric is undefined, if it is
 
     def __str__(self) -> str:
         metric = get_metric(self.metric)

@@ -138,22 +138,14 @@ class Outside:
 
     a is the zero-shot answer among the classes of the fit, or any other candidate (the last entry of ``slope`` and
     ``offset``). Where g is zero no words are looked at. Empty tensors: nothing is known, and P(outside) is zero.
-
-    Attributes:
-        weight: (D,) w; or (0,), nothing known.
-        bias: () b.
-        words: () g, the weight of the margin m.
-        slope: (1,), or one per class of the fit and one for others; (0,), nothing known.
-        offset: As ``slope``.
-        notes: For people, as plain JSON.
     """
 
-    weight: Tensor
-    bias: Tensor
-    words: Tensor
-    slope: Tensor
-    offset: Tensor
-    notes: Mapping[str, Any] = field(default_factory=dict)
+    weight: Tensor  # (D,) w; or (0,), nothing known
+    bias: Tensor  # () b
+    words: Tensor  # () g, the weight of the margin m
+    slope: Tensor  # (1,), or one per class of the fit and one for others; (0,), nothing known
+    offset: Tensor  # as ``slope``
+    notes: Mapping[str, Any] = field(default_factory=dict)  # for people, as plain JSON
 
     names: ClassVar[tuple[str, ...]] = tuple(f"outside.{x}" for x in ("weight", "bias", "words", "slope", "offset"))
 

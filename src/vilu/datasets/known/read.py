@@ -29,23 +29,16 @@ STEP: Final = 1000  # images between two signs of life
 
 @dataclass(frozen=True)
 class Listing:
-    """What a data set says of itself.
+    """What a data set says of itself."""
 
-    Attributes:
-        classes: What its files or lists call the classes, in label order.
-        splits: The images by split; iterating may list folders, and raises DataError where a split cannot be listed.
-        origin: Where the splits come from, for people.
-        names: Names for prompts, cleaned; None for ``classes`` with underscores turned into spaces.
-        raw: Names as the data have them; None for ``classes``.
-        binding: Whether the published sizes must be met.
-    """
-
-    classes: tuple[str, ...]
+    classes: tuple[str, ...]  # what its files or lists call the classes, in label order
+    # the images by split; iterating may list folders, and raises DataError where a split cannot be listed
     splits: Mapping[str, Iterable[Entry]]
-    origin: str
+    origin: str  # where the splits come from, for people
+    # names for prompts, cleaned; None for ``classes`` with underscores turned into spaces
     names: tuple[str, ...] | None = None
-    raw: tuple[str, ...] | None = None
-    binding: bool = True
+    raw: tuple[str, ...] | None = None  # names as the data have them; None for ``classes``
+    binding: bool = True  # whether the published sizes must be met
 
 
 @dataclass(frozen=True)

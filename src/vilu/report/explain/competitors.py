@@ -86,19 +86,12 @@ def strongest_competitor(predictor: FailurePredictor, data: EmbeddingSource) -> 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A labelled training row.
+    """A labelled training row."""
 
-    Attributes:
-        key: Its identifier.
-        cosine: Of its image embedding with the explained one.
-        answer: The zero-shot answer to it.
-        truth: The right answer, or that there is none.
-    """
-
-    key: str
-    cosine: float
-    answer: str
-    truth: str
+    key: str  # its identifier
+    cosine: float  # of its image embedding with the explained one
+    answer: str  # the zero-shot answer to it
+    truth: str  # the right answer, or that there is none
 
 
 Own = tuple[Identity, NDArray[np.uint64]]

@@ -66,75 +66,45 @@ def first_lines(heading: Sequence[str], rows: Sequence[Sequence[str]], what: str
 
 @dataclass(frozen=True)
 class Competitor:
-    """A candidate.
+    """A candidate."""
 
-    Attributes:
-        name: Of the class; of a caption the key of its pair.
-        weight: That the method gives it (``Explanations.weights``).
-        posterior: Its zero-shot probability.
-    """
-
-    name: str
-    weight: float
-    posterior: float
+    name: str  # of the class; of a caption the key of its pair
+    weight: float  # that the method gives it (``Explanations.weights``)
+    posterior: float  # its zero-shot probability
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why one answer is suspicious, or not.
+    """Why one answer is suspicious, or not."""
 
-    Attributes:
-        row: Position in the data.
-        key: Identifier.
-        answer: The zero-shot answer.
-        posterior: Its zero-shot probability.
-        uncertainty: Of the method, higher = more likely wrong.
-        truth: The right answer, None where unknown; "none of the classes" where there is none.
-        wrong: Whether the answer is wrong, None where unknown.
-        competitors: Candidates of the largest weights, falling.
-        failures: The training rows most like it whose answers are wrong; None where no training rows were given.
-        successes: The same of right answers.
-        attribution: What moved the score; None where the method has none.
-    """
-
-    row: int
-    key: str
-    answer: str
-    posterior: float
-    uncertainty: float
-    truth: str | None
-    wrong: bool | None
-    competitors: tuple[Competitor, ...]
+    row: int  # position in the data
+    key: str  # identifier
+    answer: str  # the zero-shot answer
+    posterior: float  # its zero-shot probability
+    uncertainty: float  # of the method, higher = more likely wrong
+    truth: str | None  # the right answer, None where unknown; "none of the classes" where there is none
+    wrong: bool | None  # whether the answer is wrong, None where unknown
+    competitors: tuple[Competitor, ...]  # candidates of the largest weights, falling
+    # the training rows most like it whose answers are wrong; None where no training rows were given
     failures: tuple[Neighbour, ...] | None
-    successes: tuple[Neighbour, ...] | None
-    attribution: Attribution | None
+    successes: tuple[Neighbour, ...] | None  # the same of right answers
+    attribution: Attribution | None  # what moved the score; None where the method has none
 
 
 @dataclass(frozen=True)
 class Explanations(Findings):
-    """Explained rows, and what their numbers mean.
-
-    Attributes:
-        rows: One explanation each, the most uncertain first where nobody chose.
-        method: Label of the predictor.
-        is_probability: Whether the uncertainty is a probability of failure.
-        weights: What the weights of the competitors are.
-        unit: What the attribution shares out; None where there is none.
-        attribution: How it is defined, or why there is none.
-        neighbours: Where the neighbours are from, or why there are none.
-        n_seen: How many of the rows were used to fit the predictor, as far as is known.
-    """
+    """Explained rows, and what their numbers mean."""
 
     kind: ClassVar[str] = "explanations"
 
-    rows: tuple[Explanation, ...]
-    method: str
-    is_probability: bool
-    weights: str
-    unit: str | None
-    attribution: str
-    neighbours: str
-    n_seen: int
+    rows: tuple[Explanation, ...]  # one explanation each, the most uncertain first where nobody chose
+    method: str  # label of the predictor
+    is_probability: bool  # whether the uncertainty is a probability of failure
+    weights: str  # what the weights of the competitors are
+    unit: str | None  # what the attribution shares out; None where there is none
+    attribution: str  # how it is defined, or why there is none
+    neighbours: str  # where the neighbours are from, or why there are none
+    n_seen: int  # how many of the rows were used to fit the predictor, as far as is known
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -177,19 +147,12 @@ def _neighbour_text(row: Neighbour) -> str:
 
 
 class Depth(NamedTuple):
-    """How much is said.
+    """How much is said."""
 
-    Attributes:
-        candidates: Competitors of an answer.
-        neighbours: Training failures, and successes.
-        background: Rows that an attribution compares with.
-        seed: Of their draw.
-    """
-
-    candidates: int = 5
-    neighbours: int = 3
-    background: int = 128
-    seed: int = 0
+    candidates: int = 5  # competitors of an answer
+    neighbours: int = 3  # training failures, and successes
+    background: int = 128  # rows that an attribution compares with
+    seed: int = 0  # of their draw
 
 
 DEFAULT = Depth()

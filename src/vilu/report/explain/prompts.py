@@ -31,27 +31,16 @@ NORMAL_95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class PromptGain:
-    """What a better text for one class would gain, all others staying as they are.
+    """What a better text for one class would gain, all others staying as they are."""
 
-    Attributes:
-        name: Of the class.
-        n: Labelled rows of the class.
-        failures: How many of them are answered wrong now.
-        saved: Rows (of any class) that become right.
-        lost: Rows that become wrong.
-        gain: (saved - lost) / N, in accuracy.
-        low: Lower end of a 95 % interval of the gain.
-        high: Upper end.
-    """
-
-    name: str
-    n: int
-    failures: int
-    saved: int
-    lost: int
-    gain: float
-    low: float
-    high: float
+    name: str  # of the class
+    n: int  # labelled rows of the class
+    failures: int  # how many of them are answered wrong now
+    saved: int  # rows (of any class) that become right
+    lost: int  # rows that become wrong
+    gain: float  # (saved - lost) / N, in accuracy
+    low: float  # lower end of a 95 % interval of the gain
+    high: float  # upper end
 
     def cells(self) -> tuple[str, ...]:
         """What a table says of it."""
@@ -61,21 +50,14 @@ class PromptGain:
 
 @dataclass(frozen=True)
 class PromptGains(Findings):
-    """Classes by the gain of a better text, falling.
-
-    Attributes:
-        rows: One per class.
-        n: N, labelled rows.
-        accuracy: Zero-shot accuracy on them now.
-        folds: Of the cross-validation.
-    """
+    """Classes by the gain of a better text, falling."""
 
     kind: ClassVar[str] = "prompt_gains"
 
-    rows: tuple[PromptGain, ...]
-    n: int
-    accuracy: float
-    folds: int
+    rows: tuple[PromptGain, ...]  # one per class
+    n: int  # N, labelled rows
+    accuracy: float  # zero-shot accuracy on them now
+    folds: int  # of the cross-validation
 
     def __str__(self) -> str:
         head = (

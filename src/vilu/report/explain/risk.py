@@ -19,26 +19,17 @@ from vilu.report.figures import probability
 
 @dataclass(frozen=True)
 class Confusion:
-    """Answers of one kind that are wrong in one way.
+    """Answers of one kind that are wrong in one way."""
 
-    Attributes:
-        answer: What was answered.
-        instead: What was true, or that the pictures were of none of the classes; without labels the strongest
-            competitor.
-        failures: How many; without labels the sum of the probabilities of failure.
-        share: Of all failures.
-        uncertainty: Mean of their uncertainties, each row counting as much as it is a failure.
-        accepted: How many of them are among the accepted answers; of tied rows at the threshold the expected number.
-        risk: ``accepted`` over the number of accepted answers: what they add to the selective risk.
-    """
-
-    answer: str
+    answer: str  # what was answered
+    # what was true, or that the pictures were of none of the classes; without labels the strongest competitor
     instead: str
-    failures: float
-    share: float
-    uncertainty: float
+    failures: float  # how many; without labels the sum of the probabilities of failure
+    share: float  # of all failures
+    uncertainty: float  # mean of their uncertainties, each row counting as much as it is a failure
+    # how many of them are among the accepted answers; of tied rows at the threshold the expected number
     accepted: float
-    risk: float
+    risk: float  # ``accepted`` over the number of accepted answers: what they add to the selective risk
 
     def cells(self) -> tuple[str, ...]:
         """What a table says of it."""
@@ -48,29 +39,18 @@ class Confusion:
 
 @dataclass(frozen=True)
 class RiskMap(Findings):
-    """Confusions, the costliest first.
-
-    Attributes:
-        rows: By ``risk``, falling, then by ``failures``.
-        coverage: Share of the answers that are accepted, the most trusted ones.
-        threshold: Largest uncertainty among them.
-        n: Rows counted.
-        failures: Of all of them: their number, or the sum of the probabilities.
-        risk: Selective risk at that coverage: the sum of ``risk`` over all confusions.
-        labelled: Whether failures were counted; else they are expected ones, and as good as the probabilities.
-        n_left_out: Rows without score, or without label where others have one.
-    """
+    """Confusions, the costliest first."""
 
     kind: ClassVar[str] = "risk_map"
 
-    rows: tuple[Confusion, ...]
-    coverage: float
-    threshold: float
-    n: int
-    failures: float
-    risk: float
-    labelled: bool
-    n_left_out: int
+    rows: tuple[Confusion, ...]  # by ``risk``, falling, then by ``failures``
+    coverage: float  # share of the answers that are accepted, the most trusted ones
+    threshold: float  # largest uncertainty among them
+    n: int  # rows counted
+    failures: float  # of all of them: their number, or the sum of the probabilities
+    risk: float  # selective risk at that coverage: the sum of ``risk`` over all confusions
+    labelled: bool  # whether failures were counted; else they are expected ones, and as good as the probabilities
+    n_left_out: int  # rows without score, or without label where others have one
 
     def __str__(self) -> str:
         kind = "failures" if self.labelled else "expected failures"
