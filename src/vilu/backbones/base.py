@@ -167,13 +167,8 @@ def detach_projection(network: nn.Module, paths: Sequence[str], run: Callable[[]
     A map counts only if it is linear without bias and what the tower gives on a probe is its image: nothing in a
     library says that a member called ``proj`` is applied last.
 
-    Args:
-        network: The model; changed in place where a map is found.
-        paths: Where the map may be, as dotted names: a matrix (F, D) applied from the right, or an ``nn.Linear``.
-        run: The tower on a probe, (1, D).
-
-    Returns:
-        The map (D, F); None where there is no such map, and the network is as it was.
+    ``paths`` say where it may be, as dotted names: a matrix (F, D) applied from the right, or an ``nn.Linear``; ``run``
+    is the tower on a probe, (1, D). Returned is the map (D, F); None where there is none, and the network is as it was.
     """
     modules = dict(network.named_modules())
     for path in paths:

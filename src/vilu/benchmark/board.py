@@ -102,14 +102,7 @@ class Mean:
 
 
 class Board:
-    """All results of a benchmark whose every cell has one.
-
-    Args:
-        config: The benchmark.
-        cells: Its cells.
-        results: Those of the cells that are run.
-        bootstrap: Reads bootstrap values.
-    """
+    """All results of a benchmark whose every cell has one, and how their bootstrap values are read."""
 
     def __init__(
         self, config: Config, cells: Sequence[Cell], results: Mapping[Cell, CellResult], bootstrap: Bootstrap

@@ -88,13 +88,7 @@ class Truth:
 
 
 class Workbench:
-    """Opens each store once and cuts the sets of a cell from it.
-
-    Args:
-        config: The benchmark.
-        folders: Complete stores by data set and role.
-        seconds: Those of a second model, where there are some.
-    """
+    """Opens each store once and cuts the sets of a cell from it; ``seconds`` are those of a second model."""
 
     def __init__(
         self, config: Config, folders: Mapping[Part, Path], seconds: Mapping[Part, Path] = MappingProxyType({})

@@ -231,13 +231,6 @@ def keeping(
     output: Path | None, kind: Kind, read: Iterable[Path], *, overwrite: bool, **settings: object
 ) -> Callable[[Callable[[Path, str], None]], None]:
     """Claim the file for a copy of what a command prints, if one is asked for, and give what has it written.
-
-    Args:
-        output: The file.
-        kind: What it is to hold.
-        read: What the command reads.
-        overwrite: As the flag.
-        settings: Of the command.
     """
     if output is None:
         return lambda _: None

@@ -146,10 +146,8 @@ def require_files(images: ImageDataset, budget: float) -> None:
 class Chosen:
     """Some images of a data set, or its first shards; source, names and captions are the whole's.
 
-    Args:
-        images: The whole.
-        positions: Which, ascending; of a ``ShardedDataset``, whose records carry their positions, the first ones.
-        mark: What sets them apart, for the fingerprint.
+    ``positions`` ascend; of a ``ShardedDataset``, whose records carry their positions, they are the first ones.
+    ``mark`` is what sets them apart, for the fingerprint.
     """
 
     def __init__(self, images: ImageDataset, positions: Sequence[int], mark: Mapping[str, object]) -> None:

@@ -175,13 +175,8 @@ def find_layout(source: Path) -> tuple[Layout, Path] | None:
 class CifarDataset:
     """32 x 32 pictures out of pickled arrays; keys are ``file/row``; each is handed over as a PNG, which loses nothing.
 
-    Args:
-        folder: The folder of the files.
-        layout: Which data set it is.
-        split: "train", "test", or "train+test"; None for both.
-        classes: A classes file, in label order.
-        raw_names: Whether names for prompts keep their underscores.
-        outside: Classes that the classes file may leave out.
+    ``split`` is "train", "test", or "train+test"; None for both. A classes file is in label order, and may leave out
+    the classes of ``outside``. With ``raw_names`` names for prompts keep their underscores.
     """
 
     def __init__(

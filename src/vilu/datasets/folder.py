@@ -73,17 +73,10 @@ class FolderDataset(ListedFiles):
     Labels follow the class folders sorted by bytes, over all splits; images are in the byte order of their paths. The
     listing costs one stat and about a hundred bytes per image.
 
-    Args:
-        root: The folder.
-        split: Names of split folders joined by ``+``; None where there are none.
-        classes: A classes file; its names are matched with the class folders.
-        beside: Another folder that links to files may lead into; others are read errors.
-        outside: Classes that the classes file may leave out.
-
-    Attributes:
-        classes: Raw and prompt names; None when unlabelled.
-        ignored: Number of files and folders passed over, by reason (see ``files.walk_images``; "outside_class" lie
-            beside the class folders).
+    ``split`` names split folders, joined by ``+``. The names of a classes file are matched with the class folders, but
+    for those of ``outside``. Links to files may lead into the folder or into ``beside``; others are read errors.
+    ``ignored`` counts files and folders passed over, by reason (``files.walk_images``; "outside_class" lie beside the
+    class folders).
     """
 
     def __init__(

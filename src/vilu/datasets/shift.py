@@ -89,11 +89,6 @@ class ShiftedImages(Chosen):
     """A data set whose every picture is damaged, each in one way that a hash of its key chooses.
 
     A picture and its damaged form are known to be the same row. What comes out is a PNG.
-
-    Args:
-        images: The whole ones.
-        kinds: Names of ``KINDS``.
-        severity: 1 to 5.
     """
 
     def __init__(self, images: ImageDataset, kinds: Sequence[str], severity: int) -> None:

@@ -159,12 +159,8 @@ def score_rows(
 ) -> Outcomes:
     """What is said of some rows, in one pass over those of them that can be scored.
 
-    Args:
-        decider: What scores and decides.
-        source: Where the rows are.
-        facts: What the outcomes say of themselves.
-        rows: (M,) their places, each once; by default all of the source.
-        scored: (S,) those that get a score, in the order of scoring; by default all that are usable.
+    ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those that get a score, in
+    the order of scoring, by default all that are usable. ``facts`` is what the outcomes say of themselves.
     """
     places = np.arange(len(source)) if rows is None else rows
     order = np.argsort(places, kind="stable")

@@ -160,12 +160,8 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, wh
     Some network file systems give one lock to several machines at once. What is written part by part does not rely on
     it (every writer of a part writes the same bytes); a lock file that still names another machine is worth a line.
 
-    Args:
-        folder: The folder.
-        doing: What another process that holds it does, for the message: "embedding into".
-        patience: Seconds to wait for another process.
-        name: Of the lock, where a folder has several.
-        who: The other one, for the message.
+    For ``patience`` seconds another process is waited for; the message calls it ``who`` and says what it is ``doing``
+    ("embedding into"). ``name`` is of the lock, where a folder has several.
     """
     from filelock import FileLock, Timeout
 

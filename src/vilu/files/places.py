@@ -72,11 +72,7 @@ def mark(kind: str, inputs: str) -> str:
 def claim_file(path: str | os.PathLike[str], kind: Kind, inputs: str | None = None, *, overwrite: bool = False) -> bool:
     """Whether a file is there that was made from the same inputs; refuses any other, before the work begins.
 
-    Args:
-        path: Where the file is to be.
-        kind: What it is to be.
-        inputs: Digest of what it is made from; None where nobody compares.
-        overwrite: Make it anew, whatever gave a file of this kind that is there.
+    Without ``inputs`` (their digest) nobody compares; with ``overwrite`` any file of its kind is made anew.
 
     Raises:
         UsageError: If another file is there, or no folder for it.
@@ -111,12 +107,8 @@ def claim_folder(
 ) -> bool:
     """Whether a folder holds what the same inputs made; refuses one with anything else, before the work begins.
 
-    Args:
-        path: The folder.
-        what: What it is to hold, for the message.
-        ours: Whether a path in it is of ``what``; files in the making and locks are not asked about.
-        same: Whether it was made from the same inputs.
-        overwrite: Make it anew, whatever made what is there.
+    ``ours`` tells whether a path in it is of ``what``; files in the making and locks are not asked about. ``same`` says
+    that the same inputs made what is there; with ``overwrite`` it is made anew whatever did.
 
     Raises:
         UsageError: If it is no folder, or something else lies there, or what other inputs made.

@@ -33,13 +33,7 @@ MAX_TEXT = 2**16  # characters of a name
 
 
 class StoredArray:
-    """An array in a file, known by its header: nothing of it is in memory but the rows that are asked for.
-
-    Attributes:
-        place: Where it is, for messages.
-        shape: Of the array.
-        dtype: Of its numbers, in any byte order; never Python objects.
-    """
+    """An array in a file, known by its header: nothing of it is in memory but the rows that are asked for."""
 
     def __init__(self, place: str, handle: IO[bytes], n_bytes: int) -> None:
         self.place, self._handle = place, handle

@@ -250,26 +250,13 @@ def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) ->
 class CaptionStore(Reopened, StoredRows, MappedPairs):
     """The sealed store of images with captions, the same to every predictor as ``PairEmbeddings`` in memory.
 
-    Everything but the bytes of the vectors is checked on opening: documents, sizes, shapes, numbers of rows.
-    The bytes of a part are compared with the SHA-256 in its receipt when a row of it is first read in this process.
-    What happens to a file after that, while it is open, is not seen. Pickled, a store is its path: it is opened again
-    where it arrives, and refused there (ProvenanceError) if it has changed.
+    What is checked when, what a pickled one is, and the errors are as of ``EmbeddingStore``; here a DataError is one of
+    classes.
 
     Args:
         path: The folder that ``vilu embed`` wrote.
         pools: What is matched against what.
-        fold: Only the rows whose caption is in this fold ("train", "validation" or "test", ``folds.fold_of``); None
-            for all.
-
-    Attributes:
-        path: The folder.
-        manifest: What made it.
-
-    Raises:
-        DataError: If the folder is no store, one that is not complete, or one of classes.
-        StorageError: If a file is missing or damaged; the message names it.
-        ProvenanceError: If files do not belong together, or another schema wrote them.
-        UsageError: If the fold is unknown.
+        fold: Only the rows whose caption is in this fold (``folds.fold_of``); None for all.
     """
 
     @checked

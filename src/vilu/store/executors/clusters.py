@@ -35,9 +35,7 @@ class RayExecutor:
     on this machine and shut down at the end. Exactly-once comes from the parts' files, not from Ray: an actor that dies
     is restarted and its part done again. Nothing here counts deaths, the job sets aside a part that keeps crashing.
 
-    Args:
-        processes: Number of actors; by default one per core of this machine, or on a cluster one per GPU, or per core
-            where it has none.
+    By default there is one actor per core of this machine, or on a cluster one per GPU, or per core where it has none.
     """
 
     name = "ray"
