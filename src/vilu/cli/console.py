@@ -230,8 +230,7 @@ def nothing_to_do(output: Path) -> None:
 def keeping(
     output: Path | None, kind: Kind, read: Iterable[Path], *, overwrite: bool, **settings: object
 ) -> Callable[[Callable[[Path, str], None]], None]:
-    """Claim the file for a copy of what a command prints, if one is asked for, and give what has it written.
-    """
+    """Claim the file for a copy of what a command prints, if one is asked for, and give what has it written."""
     if output is None:
         return lambda _: None
     from vilu.files.places import claim_file, inputs_of  # late: `vilu --help` does without pydantic
