@@ -21,7 +21,7 @@ from vilu.progress import reporting
 from vilu.store import embed as embed_module
 from vilu.store.embed import begin, describe, embed, encode_classes
 from vilu.store.inspect import inspect
-from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob, ShardTask, process_shard
+from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob
 from vilu.store.parts import SHARD, StoreLedger
 
 BAD = {2: b"", 15: b"<html>"}
@@ -68,7 +68,7 @@ class InTurn:
     def run(self, job, parts):
         for part in reversed(parts):
             self.calls += 1
-            yield process_shard(pickle.loads(pickle.dumps(ShardTask(job, part))))
+            yield pickle.loads(pickle.dumps(job)).process(part)
 
 
 @dataclass
@@ -98,7 +98,7 @@ def test_a_part_that_is_there_is_not_computed_again(tmp_path):
     job = job_of(data, tmp_path, backbone)
     first = job.process(1)
     done, reads = backbone.n_images, len(data.reads)
-    assert process_shard(ShardTask(job, 1)) == first
+    assert job.process(1) == first
     assert list(job.process_all([1, 1])) == [first, first]
     assert (backbone.n_images, len(data.reads)) == (done, reads) == (6, 6)
     data.versions[3] += 1

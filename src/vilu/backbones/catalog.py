@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked, nearest
+from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked, nearest, require_one_of
 from vilu.files.documents import fill
 from vilu.registry import load_plugins, toml_tables
 
@@ -165,8 +165,7 @@ def load_backbone(
         known = [*BACKBONES, *NAMED]
         hint = nearest(kind.partition("@")[0], known, cutoff=0.5)
         raise UsageError(f"there is no backbone {spec!r}; known are {', '.join(known)}.{hint}")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Got {precision!r} instead.")
+    require_one_of("precision", precision, PRECISIONS)
     module, _, function = BACKBONES[kind].loader.partition(":")
     log.info("loading %s ...", spec)
     begun = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from vilu.decision.score import score
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, require_at_least
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.results import ResultRow, ResultTable
 from vilu.predictors.base import FailurePredictor
@@ -50,8 +50,7 @@ def over_pool_sizes(
     Returns:
         Rows whose data set reads "NAME, pool SIZE".
     """
-    if draws < 1:
-        raise UsageError(f"draws must be at least 1. Got {draws} instead.")
+    require_at_least("draws", draws, 1)
     pools = pools or Pools()
     n = len(open_pairs(dataclasses.replace(pools, size=min(sizes))))
     fitting = [size for size in sizes if size <= n]

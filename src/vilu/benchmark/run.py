@@ -28,7 +28,7 @@ from vilu.benchmark.result import CellResult, Refusal, Timing, load_bootstrap, l
 from vilu.benchmark.stores import Part, find_seconds, make_stores, require_stores
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
-from vilu.errors import ProvenanceError, UsageError
+from vilu.errors import ProvenanceError, UsageError, require_at_least
 from vilu.files.disk import is_leftover, locked, make_folder, or_refuse
 from vilu.files.documents import digest, log
 from vilu.outcomes.evaluate import evaluate
@@ -245,8 +245,7 @@ def run_all(
     Interrupt it at any moment: finished cells stay, and the next run does the others. A cell whose method, data,
     parameters or code have changed is run again. Progress is shown through ``vilu.progress``.
     """
-    if jobs < 1:
-        raise UsageError(f"jobs must be at least 1. Got {jobs} instead.")
+    require_at_least("jobs", jobs, 1)
     share = share or Share()
     with locked(make_folder(output), "at work in", name=share.lock, who="benchmark"):
         remove_leftovers(output)

@@ -13,7 +13,7 @@ from vilu.datasets.folder import FolderDataset
 from vilu.datasets.known import open_known
 from vilu.datasets.table import open_table
 from vilu.datasets.tar import SUFFIX, TarShards, find_shards
-from vilu.errors import DataError, StorageError, UsageError, checked
+from vilu.errors import DataError, StorageError, UsageError, checked, require_at_least
 from vilu.files.disk import or_refuse
 
 DATASETS: Final[dict[str, str]] = {
@@ -81,8 +81,7 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
 
 
 def _first(images: ImageDataset, limit: int) -> ImageDataset:
-    if limit < 1:
-        raise UsageError(f"--limit must be at least 1. Got {limit} instead.")
+    require_at_least("--limit", limit, 1)
     if isinstance(images, ShardedDataset):
         raise UsageError("--limit cannot be had of tar files, whose images are not counted before. Give fewer shards.")
     return Chosen(images, range(limit), {"limit": limit}) if limit < len(images) else images

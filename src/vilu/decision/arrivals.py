@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Self
 
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.decision.martingale import grouped, in_blocks, rising
+from vilu.embeddings.checks import hash_of_each
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -63,13 +63,13 @@ class Seen:
             rows = (
                 key.encode(errors="surrogatepass") + content[16 * i : 16 * i + 16] for i, key in enumerate(outcomes.ids)
             )
-            hashes = _hashes(rows)
+            hashes = hash_of_each(rows).view(np.int64)
             first = np.zeros(n, dtype=np.bool_)
             first[np.unique(hashes, return_index=True)[1]] = True
             return hashes, first & ~self._holds(hashes)
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
-        whole = _hashes([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()])
+        whole = hash_of_each([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()]).view(np.int64)
         return whole, np.full(n, not self._holds(whole).all())
 
     def _holds(self, hashes: Ints) -> NDArray[np.bool_]:
@@ -77,11 +77,6 @@ class Seen:
         for run in self.runs:
             found |= run[np.searchsorted(run, hashes).clip(max=len(run) - 1)] == hashes
         return found
-
-
-def _hashes(contents: Iterable[bytes]) -> Ints:
-    digests = b"".join(hashlib.blake2b(content, digest_size=8).digest() for content in contents)
-    return np.frombuffer(digests, dtype="<i8").astype(np.int64)
 
 
 def _is_numbered(ids: Sequence[str]) -> bool:

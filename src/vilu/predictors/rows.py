@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identity
 from vilu.embeddings.source import EmbeddingSource, say_once
-from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.errors import UNKNOWN, DataError, UsageError, require_at_least
 from vilu.files.documents import digest
 
 
@@ -29,8 +29,7 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
         n: Rows per class.
         seed: Of the choice. A larger ``n`` only adds rows, and the other classes do not matter.
     """
-    if n < 1:
-        raise UsageError(f"shots must be at least 1. Got {n} instead.")
+    require_at_least("shots", n, 1)
     if source.pool_size is not None:
         raise UsageError("shots are rows per class, and image-caption pairs have no classes. Leave shots out.")
     rows = source.usable_rows[source.target[source.usable_rows] != UNKNOWN].sort().values

@@ -26,7 +26,7 @@ from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits, OfShard
 from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, require_usable
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, StorageError, UsageError, ViLUError, checked
+from vilu.errors import DataError, StorageError, UsageError, ViLUError, checked, require_at_least
 from vilu.files.disk import RUN
 from vilu.files.documents import digest, explain, read_document
 from vilu.progress import track
@@ -207,9 +207,8 @@ def _work(job: EmbedJob, executor: Executor | None, missing: Sequence[Part], don
 
 
 def _check_settings(batch_size: int, workers: int | None, max_error_rate: float, on_error: str) -> None:
-    for name, value in (("batch_size", batch_size), ("workers", 1 if workers is None else workers)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1. Got {value} instead.")
+    require_at_least("batch_size", batch_size, 1)
+    require_at_least("workers", 1 if workers is None else workers, 1)
     if not 0 <= max_error_rate <= 1:
         raise UsageError(f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead.")
     if on_error not in {"skip", "raise"}:

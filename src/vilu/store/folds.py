@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import DataError, StorageError, UsageError, require_one_of
 from vilu.progress import track
 from vilu.store.parts import or_damaged
 
@@ -39,8 +39,7 @@ def rows_of_fold(
     files: Iterable[tuple[Path, int]], names: tuple[str, ...], fold: Fold, n_rows: int
 ) -> NDArray[np.int64]:
     """(M,) ascending numbers of the rows of a fold, in metadata files of so many rows each."""
-    if fold not in get_args(Fold):
-        raise UsageError(f"fold must be one of {', '.join(get_args(Fold))}. Got {fold!r} instead.")
+    require_one_of("fold", fold, get_args(Fold))
     found, start = [np.empty(0, np.int64)], 0
     with track("Sorting captions into folds", n_rows, "rows") as task:
         for block in chain.from_iterable(read_captions(path, names, n) for path, n in files):

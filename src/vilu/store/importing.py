@@ -32,7 +32,7 @@ from vilu.embeddings.source import first_same
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked
 from vilu.files.documents import digest
-from vilu.progress import Task, track
+from vilu.progress import track
 from vilu.store.arrays import MAX_TEXT, Arrays, StoredArray, texts_of
 from vilu.store.documents import IMAGE, ClassColumn, ImageColumn, Imported, Run
 from vilu.store.embed import Budget, begin, describe_run, require_room, seal
@@ -468,20 +468,16 @@ def _drive(root: Path, run: Run, given: Given, budget: Budget, *, overwrite: boo
             logger.info("%s is complete: there is nothing to do", root)
         with track("import", run.n_in, "rows") as task:
             task.advance(sum(receipt.n_in for receipt in done))
-            _write(ledger, missing, given, task)
+            n_errors = 0
+            for part in missing:
+                content = given.rows(part)
+                content.arrays = {
+                    name: [block.to(getattr(torch, run.dtype)) for block in blocks]
+                    for name, blocks in content.arrays.items()
+                }
+                receipt = ledger.write_rows(part, content, len(part), "")
+                n_errors += receipt.n_error
+                task.advance(len(part), f"{n_errors} errors")
+            given.norms.warn("image", stacklevel=7)
         ledger.clean()
         seal(ledger, budget)
-
-
-def _write(ledger: StoreLedger, parts: Sequence[Part], given: Given, task: Task) -> None:
-    n_errors = 0
-    for part in parts:
-        content = given.rows(part)
-        content.arrays = {
-            name: [block.to(getattr(torch, ledger.run.dtype)) for block in blocks]
-            for name, blocks in content.arrays.items()
-        }
-        receipt = ledger.write_rows(part, content, len(part), "")
-        n_errors += receipt.n_error
-        task.advance(len(part), f"{n_errors} errors")
-    given.norms.warn("image", stacklevel=8)

@@ -233,19 +233,6 @@ class EmbedJob:
         return receipt
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """One part of a job, for whoever schedules it."""
-
-    job: EmbedJob
-    part: int
-
-
-def process_shard(task: ShardTask) -> Receipt:
-    """Do a part; as ``EmbedJob.process``, for engines that want a function."""
-    return task.job.process(task.part)
-
-
 class Executor(Protocol):
     """Decides where and when the parts of a job are done; what becomes of them is the job's own matter.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vilu.datasets.files import MISSING, ListingHash
 from vilu.device import as_usual
-from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, row_status
+from vilu.embeddings.checks import NORM_TOLERANCE, VALID, RowNumbers, normalised, row_status
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, checked
@@ -209,11 +209,7 @@ class LaionPairs(Reopened, MappedPairs):
 
     def _take(self, name: str, index: Tensor) -> Tensor:
         rows = super()._take(name, index)
-        if self._all_unit:
-            return rows
-        status, norms = row_status(rows)
-        off = torch.from_numpy(status == VALID) & ((norms - 1).abs() > NORM_TOLERANCE)
-        return torch.where(off[:, None], (rows / norms[:, None]).float(), rows) if bool(off.any()) else rows
+        return rows if self._all_unit else normalised(rows)[0]
 
     @cached_property
     def _row_status(self) -> NDArray[np.uint8]:

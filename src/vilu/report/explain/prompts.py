@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from vilu.device import as_usual
 from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.errors import UNKNOWN, DataError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_at_least
 from vilu.predictors.bank.search import leaders
 from vilu.progress import Task, track
 from vilu.report.explain.explain import Findings, first_lines
@@ -116,8 +116,7 @@ def _labelled(data: EmbeddingSource, folds: int) -> tuple[Tensor, Tensor, Tensor
     """Usable labelled rows (N,), and per class (K,) how many there are and how many are answered wrong."""
     if data.pool_size is not None:
         raise UsageError("captions have no classes whose texts could be improved. Give class data.")
-    if folds < MIN_FOLDS:
-        raise UsageError(f"folds must be at least {MIN_FOLDS}. Got {folds} instead.")
+    require_at_least("folds", folds, MIN_FOLDS)
     if data.n_candidates < 2:
         raise DataError("with one candidate every answer is the same, so no text can be better.")
     rows = data.usable_rows[data.target[data.usable_rows] != UNKNOWN]

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError, checked, require_between
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.explain.explain import Findings, first_lines
@@ -86,8 +86,7 @@ def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverag
     """
     if outcomes.provenance.get("pool_size") is not None:
         raise UsageError("captions have no classes to confuse, so there is no risk map of them. Give class data.")
-    if not 0 < coverage <= 1:
-        raise UsageError(f"coverage must be in (0, 1]. Got {coverage} instead.")
+    require_between("coverage", coverage, "(0, 1]")
     if outcomes.prediction is None:
         raise DataError("a risk map needs the answers, and these outcomes have none. Score again with vilu score.")
     scored = np.isfinite(outcomes.uncertainty) & (outcomes.prediction != UNKNOWN)

@@ -16,7 +16,7 @@ from vilu.decision import record
 from vilu.decision.calibrate import Certificate, Selector, group_names
 from vilu.decision.record import Rule
 from vilu.decision.score_folder import ScoreFolder
-from vilu.errors import DataError, ProvenanceError, UsageError, nearest
+from vilu.errors import DataError, ProvenanceError, UsageError, nearest, require_between
 from vilu.files.disk import RUN
 from vilu.files.documents import digest
 from vilu.metrics.counts import tie_counts
@@ -53,8 +53,7 @@ class Choice:
 
 def by_hindsight(outcomes: Outcomes, max_risk: float) -> Choice:
     """The largest t with (wrong with u <= t) / (all with u <= t) <= max_risk on these rows. Promises nothing."""
-    if not 0 < max_risk < 1:
-        raise UsageError(f"max_risk must be in (0, 1). Got {max_risk} instead.")
+    require_between("max_risk", max_risk)
     counts = tie_counts(*known(outcomes))
     meets = np.flatnonzero(counts.accepted_wrong <= max_risk * counts.accepted)
     threshold = float(counts.value[meets[-1]]) if len(meets) else None

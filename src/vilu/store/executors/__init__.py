@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vilu.errors import UsageError
+from vilu.errors import UsageError, require_one_of
 
 if TYPE_CHECKING:
     from vilu.store.job import Executor
@@ -23,8 +23,7 @@ def make_executor(name: str, processes: int | None = None) -> Executor:
             torchrun or Slurm started).
         processes: Number of workers; by default one per core of this machine, or as many as the cluster has room for.
     """
-    if name not in EXECUTORS:
-        raise UsageError(f"executor must be one of {', '.join(EXECUTORS)}. Got {name!r} instead.")
+    require_one_of("executor", name, EXECUTORS)
     if name in {"ray", "spark"}:
         from vilu.store.executors.clusters import RayExecutor, SparkExecutor
 
