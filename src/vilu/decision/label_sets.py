@@ -46,22 +46,14 @@ class LabelSets(Model):
 
     Source: Sadinle et al. (2019), least ambiguous sets; Romano et al. (2020), adaptive sets, whose last label is here
     always in and not by chance, so that a set is a function of the row. The posterior q is ours.
-
-    Attributes:
-        method: "lac" or "aps".
-        max_miss: Largest share of sets without the right label.
-        limit: c, in [0, 1].
-        n: Calibration rows.
-        mean_size: Mean size of their sets.
-        empirical_miss: Share of their sets without the right label.
     """
 
-    method: Kind
-    max_miss: float = Field(gt=0, lt=1)
-    limit: float = Field(ge=0, le=2)
-    n: int = Field(ge=1)
-    mean_size: float = Field(ge=0)
-    empirical_miss: float = Field(ge=0, le=1)
+    method: Kind  # "lac" or "aps"
+    max_miss: float = Field(gt=0, lt=1)  # largest share of sets without the right label
+    limit: float = Field(ge=0, le=2)  # c, in [0, 1]
+    n: int = Field(ge=1)  # calibration rows
+    mean_size: float = Field(ge=0)  # mean size of their sets
+    empirical_miss: float = Field(ge=0, le=1)  # share of their sets without the right label
 
     def of(self, predictor: FailurePredictor, batch: Batch, uncertainty: Floats) -> Tensor:
         """(B, K) bool, the sets of a batch with uncertainties (B,) of the predictor."""

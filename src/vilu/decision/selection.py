@@ -31,20 +31,15 @@ class BatchSelector(Model):
     Source: Jin & Candès, Selection by Prediction with Conformal p-values (2023), with "the answer is wrong" for null
     and their clipped score. With 1 + #wrong for 1 + n (Bates et al. 2023) the bound is max_risk times the share of
     wrong answers, and less is accepted.
-
-    Attributes:
-        max_risk: Level of the false discovery rate.
-        n: Calibration rows.
-        wrong: Uncertainties of the wrong ones, ascending.
     """
 
     kind: Literal["selection"] = "selection"
     needs_batch: ClassVar[bool] = True
     grouped_by: ClassVar[None] = None
 
-    max_risk: float = Field(gt=0, lt=1)
-    n: int = Field(ge=1)
-    wrong: tuple[float, ...]
+    max_risk: float = Field(gt=0, lt=1)  # level of the false discovery rate
+    n: int = Field(ge=1)  # calibration rows
+    wrong: tuple[float, ...]  # uncertainties of the wrong ones, ascending
 
     def p_values(self, uncertainty: ArrayLike) -> Floats:
         """(N,) conformal p-values; NaN where there is no uncertainty."""

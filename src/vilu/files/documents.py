@@ -67,15 +67,10 @@ class Model(BaseModel):
 
 
 class Document(Model):
-    """A JSON file of ours.
+    """A JSON file of ours."""
 
-    Attributes:
-        again: How it is made again, for messages.
-        fault: Error where it is missing or damaged.
-    """
-
-    again: ClassVar[str]
-    fault: ClassVar[type[ViLUError]] = StorageError
+    again: ClassVar[str]  # how it is made again, for messages
+    fault: ClassVar[type[ViLUError]] = StorageError  # error where it is missing or damaged
 
     schema_version: Literal[1] = SCHEMA_VERSION
 

@@ -62,22 +62,14 @@ class Histogram:
 
     Up to ``MAX_BINS`` distinct scores it is exact. Beyond, scores of one bin count as tied: the error of AUROC is at
     most ``tied_pairs`` / 2, in practice far less.
-
-    Attributes:
-        bins: (G,) int64, ascending: codes without their lowest ``level`` bits.
-        correct: (G,) number of correct answers in each.
-        wrong: (G,) number of wrong answers in each.
-        level: Bits dropped.
-        low: Smallest score; infinity without any.
-        high: Largest score.
     """
 
-    bins: Ints
-    correct: Ints
-    wrong: Ints
-    level: int = 0
-    low: float = math.inf
-    high: float = -math.inf
+    bins: Ints  # (G,) int64, ascending: codes without their lowest ``level`` bits
+    correct: Ints  # (G,) number of correct answers in each
+    wrong: Ints  # (G,) number of wrong answers in each
+    level: int = 0  # bits dropped
+    low: float = math.inf  # smallest score; infinity without any
+    high: float = -math.inf  # largest score
 
     @classmethod
     def empty(cls) -> Histogram:

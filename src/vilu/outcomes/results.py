@@ -26,46 +26,27 @@ if TYPE_CHECKING:
 class ResultRow:
     """One metric of one method on one data set.
 
-    Attributes:
-        method: Name of the predictor.
-        dataset: Name of the data set.
-        split: Name of its part.
-        seed: Seed of the predictor.
-        metric: Name of the metric, as in ``vilu.metrics.METRICS``.
-        value: The metric, None where it is undefined.
-        ci_low: Lower end of its interval, None where there is none.
-        ci_high: Upper end.
-        n: Number of rows with an uncertainty and a known failure.
-        n_failures: How many of them are wrong.
-        accuracy: Share of right answers of the frozen model.
-        n_unlabelled: Rows left out because their failure is unknown.
-        n_unusable: Rows left out because they have no uncertainty.
-        convention: What was chosen where the literature differs.
-        interval: How the interval was made, None where there is none.
-        why: Why ``value`` is None.
-        n_outside: How many of the wrong ones are answers for pictures of none of the classes.
-
     Raises:
         DataError: If a number is NaN or infinite (what is undefined is None), or a count has more than 64 bits.
     """
 
-    method: str | None
-    dataset: str | None
-    split: str | None
-    seed: int | None
-    metric: str
-    value: float | None
-    ci_low: float | None
-    ci_high: float | None
-    n: int
-    n_failures: int
-    accuracy: float
-    n_unlabelled: int
-    n_unusable: int
-    convention: str
-    interval: str | None = None
-    why: str | None = None
-    n_outside: int = 0
+    method: str | None  # name of the predictor
+    dataset: str | None  # name of the data set
+    split: str | None  # name of its part
+    seed: int | None  # seed of the predictor
+    metric: str  # name of the metric, as in ``vilu.metrics.METRICS``
+    value: float | None  # the metric, None where it is undefined
+    ci_low: float | None  # lower end of its interval, None where there is none
+    ci_high: float | None  # upper end
+    n: int  # number of rows with an uncertainty and a known failure
+    n_failures: int  # how many of them are wrong
+    accuracy: float  # share of right answers of the frozen model
+    n_unlabelled: int  # rows left out because their failure is unknown
+    n_unusable: int  # rows left out because they have no uncertainty
+    convention: str  # what was chosen where the literature differs
+    interval: str | None = None  # how the interval was made, None where there is none
+    why: str | None = None  # why ``value`` is None
+    n_outside: int = 0  # how many of the wrong ones are answers for pictures of none of the classes
 
     def __post_init__(self) -> None:
         for name in ("value", "ci_low", "ci_high", "accuracy"):
