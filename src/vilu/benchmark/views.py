@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -63,6 +63,8 @@ def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) ->
 class View(Section):
     """A table or a figure."""
 
+    with_intervals: ClassVar[bool] = False  # whether metrics without an interval cannot be shown
+
     name: Name
     title: str
     methods: Names | None = None  # only these, in this order
@@ -95,6 +97,8 @@ class View(Section):
             raise ValueError(f"means_only needs a mean, as mean = [data sets] {self.where}")
         if self.mean and not self.averages:
             raise ValueError(f"means are for tables, and for curves over something else than data sets {self.where}")
+        if self.with_intervals:
+            require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
     def places(self, known: Known, axis: str) -> dict[str, Placed]:
         """What is shown along an axis."""
@@ -146,6 +150,7 @@ class TableView(View):
 class CurveView(View):
     """A metric against a number, a line for every method (or data set, or setting), with its interval."""
 
+    with_intervals: ClassVar[bool] = True
     kind: Literal["curve"]
     x: Axis = "setting"  # whose ``x`` is the axis
     line: Axis = "method"  # what a line stands for
@@ -166,9 +171,8 @@ class CurveView(View):
         return self
 
     def check(self, known: Known) -> None:
-        """Also refuse a metric without interval, and points without place."""
+        """Also refuse points without place."""
         super().check(known)
-        require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
         if all(place.x is None for place in self.places(known, self.x).values()):
             raise ValueError(f"no {self.x} has an x to stand on the axis {self.where}")
 
@@ -176,12 +180,8 @@ class CurveView(View):
 class ScatterView(View):
     """A metric against the zero-shot accuracy, a point a data set and setting, a trend line a method."""
 
+    with_intervals: ClassVar[bool] = True
     kind: Literal["scatter"]
-
-    def check(self, known: Known) -> None:
-        """Also refuse a metric without interval."""
-        super().check(known)
-        require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
 
 class HistogramView(View):

@@ -123,9 +123,7 @@ class Selector(Model):
         Raises:
             UsageError: If every group has its own.
         """
-        if self.grouped_by is not None:
-            raise UsageError("this selector has a threshold per group: see its certificates.")
-        return self.certificates[ALL].threshold
+        return self._only("threshold").threshold
 
     @property
     def floor(self) -> float | None:
@@ -134,9 +132,12 @@ class Selector(Model):
         Raises:
             UsageError: If every group has its own.
         """
+        return self._only("floor").floor
+
+    def _only(self, what: str) -> Certificate:
         if self.grouped_by is not None:
-            raise UsageError("this selector has a floor per group: see its certificates.")
-        return self.certificates[ALL].floor
+            raise UsageError(f"this selector has a {what} per group: see its certificates.")
+        return self.certificates[ALL]
 
     def limits(self, n: int, groups: Sequence[str] | None) -> tuple[Floats, Floats]:
         """(N,) floor and (N,) threshold of every row, both -inf where its group accepts nothing.

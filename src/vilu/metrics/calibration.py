@@ -37,11 +37,7 @@ def ece(probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Bin
 
 
 def brier(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Mean squared error of a failure probability, (1/N) Σ (p - failure)²; a constant 1/2 scores 1/4.
-
-    Raises:
-        DataError: If a probability is not in [0, 1], or as for every metric.
-    """
+    """Mean squared error of a failure probability, (1/N) Σ (p - failure)²; a constant 1/2 scores 1/4."""
     return float(brier_kernel(probability_counts(probability, failure)))
 
 
@@ -49,9 +45,6 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
     """Mean negative log-likelihood, -(1/N) Σ ln(p of what happened), in nats; a constant 1/2 scores ln 2.
 
     Probabilities nearer to 0 or 1 than 1e-12 count as this far away: a row that was certain and wrong costs 27.6.
-
-    Raises:
-        DataError: If a probability is not in [0, 1], or as for every metric.
     """
     return float(log_loss_kernel(probability_counts(probability, failure)))
 

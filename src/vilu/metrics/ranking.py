@@ -61,7 +61,6 @@ def fpr_at_tpr(
             exact only on all points, which are used here.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
         UsageError: If ``level``, ``positive`` or ``rule`` is none of the above.
     """
     return float(fpr_at_tpr_kernel(tie_counts(uncertainty, failure), level, positive, rule))
@@ -71,9 +70,6 @@ def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Average precision of finding wrong answers, the most uncertain first: Σ_g (recall_g - recall_{g-1}) precision_g.
 
     NaN if no answer is wrong. Its chance level is the failure rate.
-
-    Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "failure"))
 
@@ -83,9 +79,6 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     NaN if no answer is correct. Its chance level is the accuracy. TrustVLM's
     code integrates by trapezoids instead, which is optimistic.
-
-    Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "correct"))
 
@@ -99,7 +92,6 @@ def roc_curve_points(
     NaN throughout if there is only one class.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
         UsageError: If ``positive`` is neither "correct" nor "failure".
     """
     _check_choice("positive", positive, get_args(Positive))

@@ -36,7 +36,6 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
         convention: "mean" or "trapezoid".
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
         UsageError: If ``convention`` is neither.
 
     Example:
@@ -50,9 +49,6 @@ def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """AURC less that of the best order, (1/N) Σ_i max(0, i - N_correct) / i; 0 is perfect.
 
     The finite sum is used; the usual r + (1 - r) ln(1 - r) is its limit and off by .001 at N = 100.
-
-    Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
     """
     return float(excess_aurc_kernel(tie_counts(uncertainty, failure)))
 
@@ -61,9 +57,6 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Excess AURC over that of a random order, whose AURC is the failure rate: 0 perfect, 1 random.
 
     NaN if there is only one class.
-
-    Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
     """
     return float(naurc_kernel(tie_counts(uncertainty, failure)))
 
@@ -73,9 +66,6 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     The generalised risk is the share of all N answers that are kept and wrong. With accuracy a it is
     (1 - AUROC) a (1 - a) + (1 - a)² / 2; random order (1 - a) / 2, best order (1 - a)² / 2.
-
-    Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
     """
     return float(augrc_kernel(tie_counts(uncertainty, failure)))
 
@@ -85,7 +75,6 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
     """Selective risk of the ⌈N · coverage⌉ most trusted answers, in expectation over the order of tied rows.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
         UsageError: If ``coverage`` is not in (0, 1].
     """
     return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
@@ -99,18 +88,13 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
     data (see ``vilu.calibrate``).
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
         UsageError: If ``risk`` is not in [0, 1].
     """
     return float(coverage_at_risk_kernel(tie_counts(uncertainty, failure), risk))
 
 
 def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Floats]:
-    """Coverage (G,) and selective risk (G,) of every threshold, one per distinct uncertainty, ascending.
-
-    Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
-    """
+    """Coverage (G,) and selective risk (G,) of every threshold, one per distinct uncertainty, ascending."""
     counts = tie_counts(uncertainty, failure)
     return counts.accepted / counts.n, counts.accepted_wrong / counts.accepted
 
