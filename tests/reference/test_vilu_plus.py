@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
+from vilu.benchmark.data import without_labels
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.predictors.heads.vilu_plus import POOL_SD, ViLUPlus, fit_pool
@@ -65,7 +68,7 @@ def test_temperature_is_the_most_probable_one(data: Embeddings) -> None:
     grid = np.exp(np.linspace(-3, 3, 6001))
     loss = [-log_softmax(a * logits, axis=1)[range(200), target].sum() + np.log(a) ** 2 / 0.5 for a in grid]
     # the grid has steps of one part in a thousand
-    assert fit_temperature(rows_of(data), CPU) == pytest.approx(grid[np.argmin(loss)], rel=2e-3)
+    assert fit_temperature(attention_of(data), rows_of(data), CPU) == pytest.approx(grid[np.argmin(loss)], rel=2e-3)
 
 
 @pytest.mark.parametrize("n", [200, 12, 3])
@@ -124,13 +127,17 @@ def test_no_class_is_rarer_where_all_have_labels() -> None:
     assert class_log_prior(torch.tensor([], dtype=torch.long), 3).tolist() == [0, 0, 0]
 
 
-def problem_of(data: Embeddings, variance: float) -> Problem:
+def attention_of(data: Embeddings) -> SupervisedAttention:
     """At a temperature of one, with texts as they are."""
     inputs = ImageInputs(data.space.embed_dim, 0)
     inputs.fit(rows_of(data))
     attention = SupervisedAttention(inputs, data.space.embed_dim, len(data.text), SHARING)
     attention.classes.copy_(data.text)
-    return Problem(attention, rows_of(data), variance)
+    return attention
+
+
+def problem_of(data: Embeddings, variance: float) -> Problem:
+    return Problem(attention_of(data), rows_of(data), variance)
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])
@@ -224,6 +231,46 @@ def test_one_label_a_class_tells_which_classes_occur() -> None:
     test = whole.take(torch.arange(1_000, 2_000))
     fit = ViLUPlus().fit(whole.take(torch.arange(8)))
     assert auroc_of(fit, test) > auroc_of(vilu.MCM().fit(test), test) + 0.05
+
+
+@pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
+@pytest.mark.parametrize("features", [False, True])
+def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None:
+    """With nothing to learn from labels but the temperature, q is ``ViLUZero``'s posterior, tempered."""
+    whole = simulated(3, 1_200, 8, 8, 2.0)
+    if features:
+        whole = variant(whole, columns={"features": torch.randn(1_200, 5, generator=torch.Generator().manual_seed(0))})
+    few, images, test = (whole.take(torch.arange(*ends)) for ends in ((0, 24), (24, 800), (800, 1_200)))
+    zero = vilu.PREDICTORS["vilu_zero"]().fit(without_labels(images))
+    assert (zero.notes_["absent"], zero.notes_["share"] > 0.1) == (0.0, True)
+    plus = ViLUPlus(variance=1e-9).fit(few, unlabelled=without_labels(images))
+    assert plus.notes_["unlabelled"].items() <= zero.notes_.items()
+    logits, target = zero.parts(next(few.batches(24))).logits, few.target[:, None]
+    grid = torch.exp(torch.linspace(-3, 3, 6_001, dtype=torch.float64))
+    loss = [a.log() ** 2 / 0.5 - (a * logits).log_softmax(1).gather(1, target).sum() for a in grid]
+    temperature = grid[torch.stack(loss).argmin()]
+    batch = next(test.batches(400, columns=test.columns))
+    expected = (temperature * zero.parts(batch).logits).log_softmax(1)
+    # the grid's steps of one part in a thousand, of logits that differ by up to 40; float32 beside
+    assert torch.allclose(plus.log_posterior(batch), expected, atol=0.05)
+    other = dataclasses.replace(batch, text=torch.nn.functional.normalize(torch.randn_like(batch.text), dim=1))
+    foreign = plus.experts.attention(other, plus.experts.attention.match(other.text))
+    assert torch.allclose(
+        foreign, temperature ** float(plus.experts.attention.match(other.text).reach.mean()) * other.logits, atol=0.05
+    )
+
+
+@pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
+@pytest.mark.parametrize("labels", [8, 40])
+def test_images_without_labels_help_a_few_labels(labels: int) -> None:
+    gains = []
+    for seed in range(3):
+        whole = simulated(seed, 2_000, 40, 8, 2.0)
+        few, rest, test = (whole.take(torch.arange(*ends)) for ends in ((0, labels), (0, 1_000), (1_000, 2_000)))
+        images = without_labels(rest)
+        best = max(auroc_of(fit, test) for fit in (ViLUPlus().fit(few), vilu.PREDICTORS["vilu_zero"]().fit(images)))
+        gains.append(auroc_of(ViLUPlus().fit(few, unlabelled=images), test) - best)
+    assert np.mean(gains) > 0, gains
 
 
 def test_other_candidates_get_only_what_is_shared(data: Embeddings, attention) -> None:

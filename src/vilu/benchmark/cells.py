@@ -50,6 +50,7 @@ class Origin:
     # whether the parts of a union, or a fit and the one that it begins from, may be of different picture sizes
     across_preprocessing: bool = False
     pool_size: int | None = None  # of a union: captions that an image has to choose from
+    unlabelled: bool = False  # whether all rows go with them without labels
     start: Origin | None = None  # where the weights come from that the fit begins with; None: from nothing
 
     @property
@@ -82,6 +83,7 @@ def origin_of(config: Config, cell: Cell) -> Origin:
         rows_seed=None if isinstance(budget, str) else cell.seed,
         halves_seed=cell.seed if isinstance(setting, Unseen) else None,
         division_seed=_division_seed(config, cell),
+        unlabelled=config.entries[cell.method].unlabelled,
     )
     match setting:
         case Adapt():

@@ -150,6 +150,8 @@ class Method(Section):
     # in place of ``epochs``: as many epochs as make about so many steps on the training rows at hand
     steps: Count | None = None
     deterministic: bool = False  # whether scores depend on the seed through the training rows alone
+    # whether all rows of the training set are given beside, without labels, those that the budget leaves out, too
+    unlabelled: bool = False
     title: str | None = None  # for tables and figures, instead of the label
     x: float | None = None  # where the method stands on the axis of a curve
     published: str | None = None  # what publications call it
@@ -197,6 +199,8 @@ class Config(Section):
             require_known(f"data set (methods.{label})", method.data or (), self.data)
             if method.steps and ("epochs" in method.params or not is_trained(method.method or label)):
                 raise ValueError(f"methods.{label}: steps are for a method with epochs, and in place of them")
+            if method.unlabelled and not find_method(method.method or label).uses_unlabelled:
+                raise ValueError(f"methods.{label}: {method.method or label} learns nothing from rows without labels")
         require_known("setting (trained)", self.trained.settings or (), self.settings)
         require_known("method (deterministic)", self.deterministic, self.entries)
         return self

@@ -177,10 +177,17 @@ class Workbench:
             if origin.across_preprocessing:
                 sources = [across_preprocessing(source, space) for source in sources]
             return PseudoCaptions(sources, origin.pool_size, origin.train)
-        source = self._divided(origin.train[0], origin.division_seed, 0, self.source(origin.train[0], "train"))
+        source = self._whole(origin)
         if origin.halves_seed is not None or not isinstance(origin.budget, str):
             source = self._some_rows(source, origin, columns)
         return without_labels(source) if origin.budget == "none" else source
+
+    def _whole(self, origin: Origin) -> EmbeddingSource:
+        return self._divided(origin.train[0], origin.division_seed, 0, self.source(origin.train[0], "train"))
+
+    def unlabelled_set(self, origin: Origin) -> EmbeddingSource | None:
+        """All rows of the training set without labels, where the method is given them beside."""
+        return without_labels(self._whole(origin)) if origin.unlabelled else None
 
     def _some_rows(self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """Of training rows those that the budget and the classes leave."""

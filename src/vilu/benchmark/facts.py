@@ -142,5 +142,6 @@ def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:
         **_division(bench, origin.train[0], origin.division_seed),
         "across_preprocessing": origin.across_preprocessing,
         "pool_size": origin.pool_size,
+        **({"unlabelled": True} if origin.unlabelled else {}),
         "start": None if origin.start is None else _rows_of(bench, origin.start),
     }

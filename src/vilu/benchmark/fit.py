@@ -62,7 +62,7 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
                 predictor = _going_on(start.predictor, train, across_preprocessing=origin.across_preprocessing)
             else:
                 predictor = _trained_for(bench.config, cell.method, predictor, train)
-            predictor.fit(train, validation)
+            predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
         except REFUSALS as error:
             refused = refusal(error)
     return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(said))

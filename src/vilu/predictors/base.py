@@ -244,15 +244,10 @@ class FailurePredictor(ABC):
         rows, failure = trainable_rows(source, "training", self.needs)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
-        looked_at = (source, validation, self.unlabelled_of(train))
-        self.seen_ = reduce(join, [sketch(one) for one in looked_at if one is not None])
+        self.seen_ = reduce(join, [sketch(one) for one in (source, validation, train.unlabelled) if one is not None])
         self.similarity_ = similarity_range(source)
         counts = {"n_train": len(failure), "n_failures": int((failure == 1).sum())}
         self.notes_ = {**counts, **candidates_of(source), **found.notes}
-
-    def unlabelled_of(self, train: Rows) -> EmbeddingSource | None:
-        """The rows without labels that a fit looks at."""
-        return train.unlabelled
 
     def learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None = None) -> Learnt:
         """As ``_learn``, or the constant of a method that learns from failures where there is nothing to learn."""

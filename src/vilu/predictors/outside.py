@@ -6,7 +6,6 @@ log sum_c exp l_c(x): log-odds of words against classes under the zero-shot soft
 
 from __future__ import annotations
 
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -18,14 +17,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.embeddings.columns import HOW
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, EmbeddingSource
-from vilu.errors import DataError
+from vilu.embeddings.source import Batch
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
-
-logger = logging.getLogger(__name__)
 
 NEGATIVES = "negatives"  # the column of everyday words
 
@@ -211,30 +206,14 @@ class SeesOutside(ABC):
     def outcome_of(self, batch: Batch) -> Tensor:
         """(B,) float64 log-odds of an image of none of the classes."""
 
-    def unlabelled_of(self, train: Rows) -> EmbeddingSource | None:
-        """The rows without labels that a fit looks at: none where there are examples."""
-        return None if has_examples(train) else train.unlabelled
-
     def outside_probability(self, batch: Batch) -> Tensor | None:
         """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
         return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
 
 
-def has_examples(train: Rows) -> bool:
-    """Whether there are images known to be of none of the classes."""
-    return train.source.pool_size is None and len(train.outside) > 0
-
-
 def learn_outside(train: Rows) -> Outside:
     """What rows known to be inside say, with examples of images outside, or with words, and rows without labels."""
-    if train.unlabelled is not None and NEGATIVES not in train.columns:
-        raise DataError(
-            "rows without labels say which images are of none of the classes only beside everyday words, the column "
-            f"{NEGATIVES!r}. Make it with `{HOW[NEGATIVES]}`, or leave these rows out."
-        )
-    if has_examples(train):
-        if train.unlabelled is not None:
-            logger.warning("there are examples of images of none of the classes: rows without labels are not looked at")
+    if train.source.pool_size is None and len(train.outside):
         return from_examples(train, train.outside)
     if NEGATIVES not in train.columns:
         return Outside.nothing()

@@ -20,8 +20,9 @@ from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor, Learnt, NotExportable
 from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.heads.head import Count, NonNegative, Positive
-from vilu.predictors.labelled import cross_fitting, failure_log_odds, with_outside
-from vilu.predictors.nn.attention import FEATURES, ImageInputs, SupervisedAttention, fit_attention
+from vilu.predictors.heads.vilu_zero import Classes, ViLUZero, learn_classes
+from vilu.predictors.labelled import class_texts, cross_fitting, failure_log_odds, with_outside
+from vilu.predictors.nn.attention import FEATURES, ImageInputs, Start, SupervisedAttention, fit_attention
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, steps_per_epoch, train_adamw
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
@@ -71,7 +72,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     labels, so no failure is needed. w comes from rows that they were not fitted on (cross-fitted, or ``validation``),
     with a prior at the attention alone, which makes q a calibrated probability. With fewer than ten labels a class
     there is the attention alone, and the fewer they are the nearer it stays to the zero-shot posterior. Candidates that
-    are not all training classes are scored by the attention alone; captions have no other expert.
+    are not all training classes are scored by the attention alone; captions have no other expert. With rows without
+    labels the start is not the zero-shot posterior but that of ``ViLUZero``.
 
     With examples of images of none of the classes, or with everyday words (the column "negatives"), there is one more
     outcome, "outside": u = 1 - (1 - P(outside)) q_t̂ (``vilu.predictors.outside``). Rows without labels, with words, say
@@ -139,17 +141,27 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         weights, kinds = torch.ones(1, dtype=torch.float64), self._kinds(train)
+        classes = self._classes(train)
+        start = None if classes is None else classes.start(class_texts(train), train.source.space.logit_scale)
         if kinds:
             parts = [
-                log_posteriors(self._fit_experts(rows, kinds, weights), held_out, self.device_)
+                log_posteriors(self._fit_experts(rows, kinds, weights, start), held_out, self.device_)
                 for rows, held_out in cross_fitting(train, failure, validation, self.seed)
             ]
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
-        state = self._fit_experts(train, kinds, weights).state_dict()
+        state = self._fit_experts(train, kinds, weights, start).state_dict()
         outside = learn_outside(train)
         tensors = {**{n: t.cpu() for n, t in state.items()}, POOL: weights, **(outside.tensors() if outside else {})}
-        return Learnt(tensors, {"pool": weights.tolist(), **outside.notes})
+        seen = {} if classes is None else {"unlabelled": classes.notes}
+        return Learnt(tensors, {"pool": weights.tolist(), **seen, **outside.notes})
+
+    def _classes(self, train: Rows) -> Classes | None:
+        """What rows without labels say of the classes, where there are some."""
+        source = train.unlabelled
+        if source is None:
+            return None
+        return learn_classes(Rows(source, source.usable_rows), ViLUZero.share, self.seed, self.device_)
 
     def _kinds(self, train: Rows) -> tuple[str, ...]:
         """The companions that the training set is large enough, and small enough, for."""
@@ -158,11 +170,13 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             return ()
         return ("adapter", "memory") if n <= MEMORY_ROWS else ("adapter",)
 
-    def _fit_experts(self, rows: Rows, kinds: tuple[str, ...], weights: Tensor) -> Experts:
+    def _fit_experts(self, rows: Rows, kinds: tuple[str, ...], weights: Tensor, start: Start | None) -> Experts:
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim(rows))
         inputs.fit(rows)
-        attention = fit_attention(inputs, rows, n_classes, self.variance, self.sharing, self.device_, is_few=not kinds)
+        attention = fit_attention(
+            inputs, rows, n_classes, self.variance, self.sharing, self.device_, start=start, is_few=not kinds
+        )
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
         return Experts(attention, companions, weights).eval().requires_grad_(requires_grad=False)

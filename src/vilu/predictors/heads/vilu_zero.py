@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from vilu.predictors.bank.search import Count, draw_rows
 from vilu.predictors.base import CLASSES, Learnt
 from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.labelled import FEW, class_texts, failure_log_odds, with_outside
+from vilu.predictors.nn.attention import Start
 from vilu.predictors.nn.experts import Pooled
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, from_words
@@ -118,23 +119,14 @@ class ViLUZero(SeesOutside, ClosedSet):
         return self.outcome.columns
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        text = class_texts(train)
-        share, trust, known, occurrence, notes = 0.0, 0.0, Classifier.nothing(text), torch.zeros(len(text)).double(), {}
-        outside = Outside.nothing()
-        if len(train.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
-            few, _ = draw_rows(train, self.max_bank, self.seed)
-            pool = Pool(few, self.seed, self.device_)
-            occurrence, absent = pool.occurrence()
-            share, trust, known = pool.prototypes(
-                occurrence, self.share * sufficiency(len(few.index), len(text) * (1 - absent))
-            )
-            shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
-            outside = from_words(few, known_inside=False) if few.columns else outside
-            notes = {"absent": absent, "share": share, **shown, **outside.notes}
-        scale = torch.tensor(1 - share, dtype=torch.float64)
-        weight, bias = share * trust * known.weight, share * trust * known.bias
-        learned = {"scale": scale, "centre": known.centre, "weight": weight, "bias": bias + occurrence, CLASSES: text}
-        return Learnt(learned | outside.tensors(), notes)
+        few, _ = draw_rows(train, self.max_bank, self.seed)
+        found = learn_classes(few, self.share, self.seed, self.device_)
+        is_judged = few.columns and len(few.index) >= FEW
+        outside = from_words(few, known_inside=False) if is_judged else Outside.nothing()
+        scale = torch.tensor(1 - found.share, dtype=torch.float64)
+        parts = scale, found.centre, found.weight, found.bias + found.occurrence, class_texts(train)
+        learned = dict(zip(self.tensors, parts, strict=False))
+        return Learnt(learned | outside.tensors(), {**found.notes, **outside.notes})
 
     def parts(self, batch: Batch) -> Pooled:
         """The pooled logits l' in their parts; ``texts`` is what is added at the mean image."""
@@ -159,6 +151,41 @@ class ViLUZero(SeesOutside, ClosedSet):
     def game(self) -> Game:
         """Of the parts of the pooled logits."""
         return PoolGame(self.parts, self.outcome_of if self.outcome else None)
+
+
+class Classes(NamedTuple):
+    """What rows without labels say: l'_c = (1 - share) l_c + (z - centre) weight_c + bias_c + occurrence_c.
+
+    Of unit images z and zero-shot logits l of K classes; all float64, (D,), (K, D), (K,) and (K,).
+    """
+
+    share: float
+    centre: Tensor
+    weight: Tensor
+    bias: Tensor
+    occurrence: Tensor
+    notes: dict[str, Any]
+
+    def start(self, text: Tensor, logit_scale: float) -> Start:
+        """The same about the zero-shot logits themselves, of texts (K, D)."""
+        less = self.share * logit_scale * float64(text).cpu()
+        return Start(self.centre, self.weight - less, self.bias - less @ self.centre, self.occurrence)
+
+
+def learn_classes(rows: Rows, most: float, seed: int, device: torch.device) -> Classes:
+    """Which classes occur among rows, and where they lie; ``most`` is the largest share in the pool."""
+    text = class_texts(rows)
+    share, trust, known, occurrence = 0.0, 0.0, Classifier.nothing(text), torch.zeros(len(text)).double()
+    notes: dict[str, Any] = {}
+    if len(rows.index) >= FEW:  # else nothing can be judged on a half, and the score is MCM's
+        pool = Pool(rows, seed, device)
+        occurrence, absent = pool.occurrence()
+        most = most * sufficiency(len(rows.index), len(text) * (1 - absent))
+        share, trust, known = pool.prototypes(occurrence, most)
+        shown = {"trust": trust, "slope": known.slope, "anchor": known.anchor, "apart": known.apart}
+        notes = {"absent": absent, "share": share, **shown}
+    weighed = share * trust
+    return Classes(share, known.centre, weighed * known.weight, weighed * known.bias, occurrence, notes)
 
 
 class SoftMembers(NamedTuple):

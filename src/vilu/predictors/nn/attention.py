@@ -102,6 +102,19 @@ class Match(NamedTuple):
     reach: Tensor
 
 
+class Start(NamedTuple):
+    """What is known of K classes before labels: logits l_c + (z - centre) weight_c + bias_c of unit images z.
+
+    ``centre`` (D,), ``weight`` (K, D) and ``bias`` (K,) are float64, and ``occurrence`` (K,), at most 0, is the log
+    probability that a class occurs at all.
+    """
+
+    centre: Tensor
+    weight: Tensor
+    bias: Tensor
+    occurrence: Tensor
+
+
 class SupervisedAttention(nn.Module):
     """Logits of K candidates: the zero-shot logits, tempered, plus a bilinear form in image and text.
 
@@ -109,7 +122,7 @@ class SupervisedAttention(nn.Module):
     standardised texts. v_j belongs to class j of the training set and is zero for every other candidate, so any
     candidates can be scored; A is what they have in common. It and the temperature count for other candidates as much
     as their texts are like those of classes (``Match.reach``), so that foreign ones have their zero-shot logits. Starts
-    at the tempered zero-shot logits (A = v = 0).
+    at the tempered zero-shot logits (A = v = 0), or at what images without labels say (``start_from``).
 
     Args:
         inputs: Fitted.
@@ -126,6 +139,23 @@ class SupervisedAttention(nn.Module):
         self.classes = nn.Buffer(torch.zeros(n_classes, dim))
         self.shared = nn.Parameter(torch.zeros(inputs.width + 1, dim))
         self.own = nn.Parameter(torch.zeros(n_classes, inputs.width + 1))
+
+    def start_from(self, start: Start) -> None:
+        """Take the logits of a ``Start`` as those of the classes."""
+        image, dim = self.inputs.image, self.text.mean.shape[0]
+        own = torch.zeros(self.own.shape, dtype=torch.float64)
+        own[:, :dim] = start.weight * float(image.norm) * (math.sqrt(2) if self.inputs.on_features else 1)
+        own[:, -1] = start.bias + (image.mean.double() - start.centre) @ start.weight.T
+        self.own.data.copy_(own / math.sqrt(1 - self.sharing))
+
+    def begin(self, batch: Batch) -> Tensor:
+        """(B, K) logits of the classes before any label is learned from."""
+        logits, unit = self.offset(batch), math.sqrt(1 - self.sharing)
+        if not len(self.own):
+            return logits
+        if bool(self.own[:, :-1].any()):
+            logits = logits + self.inputs(batch) @ (unit * self.own[:, :-1]).T
+        return logits + unit * self.own[:, -1]
 
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits without the bias that all share; the more foreign, the less tempered."""
@@ -163,20 +193,28 @@ def fit_attention(
     sharing: float,
     device: torch.device,
     *,
+    start: Start | None = None,
     is_few: bool = False,
 ) -> SupervisedAttention:
-    """The attention of largest posterior for labelled rows, drawn towards zero-shot as far as they do not hold.
+    """The attention of largest posterior for labelled rows, drawn towards its start as far as they do not hold.
 
-    A convex problem. With C = ``variance`` x ``zero_shot_variance`` the prior of what is learned is N(0, C) for the
-    weights of x and N(0, C / 50) for a class's bias, about ``class_log_prior``. Of what n rows say n / (n + 8) is kept,
+    The start is tempered: zero-shot logits, or those of ``start``. A convex problem. With C = ``variance`` x
+    ``zero_shot_variance`` the prior of what is learned is N(0, C) for the weights of x and N(0, C / 50) for a class's
+    bias, about ``class_log_prior``, or ``start.occurrence`` where that is less. Of what n rows say n / (n + 8) is kept,
     and where they are few (``is_few``) the share of it that ``held_out_share`` finds.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
+    target = rows.source.target[rows.index]
+    prior = class_log_prior(target, n_classes)
+    if start is not None:
+        attention.start_from(start)
+        has_labels = torch.bincount(target, minlength=n_classes) > 0
+        prior = torch.where(has_labels, 0.0, torch.minimum(prior, start.occurrence.float()))
     attention.to(device)
-    attention.temperature.fill_(fit_temperature(rows, device))
-    prior = class_log_prior(rows.source.target[rows.index], n_classes).to(device)
-    attention.own.data[:, -1] = prior / math.sqrt(1 - sharing)
+    temperature = fit_temperature(attention, rows, device)
+    attention.temperature.mul_(temperature)
+    attention.own.data.mul_(temperature)[:, -1].add_(prior.to(device) / math.sqrt(1 - sharing))
     problem = Problem(attention, rows, variance * zero_shot_variance(attention, rows, device))
     n = len(rows.index)
     share = held_out_share(problem) if is_few and problem.held is not None else 1.0
@@ -241,9 +279,7 @@ class Problem:
             with torch.no_grad():
                 image = functional.pad(attention.inputs(moved), (0, 1), value=1.0) * self.scale
                 text = math.sqrt(attention.sharing) * attention.text(moved.text)
-                offset = attention.offset(moved)
-                if len(attention.own):
-                    offset = offset + self.own_scale * attention.own[:, -1]
+                offset = attention.begin(moved)
             yield Block(moved, image, text, offset)
 
     def solve(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -371,15 +407,16 @@ def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
     attention.text.fit(texts)
 
 
-def fit_temperature(rows: Rows, device: torch.device) -> float:
-    """A > 0 of largest posterior for labels drawn from softmax(a l0), log a ~ N(0, 0.5^2): one for few labels."""
+def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
+    """A > 0 of largest posterior for labels drawn from softmax(a l), log a ~ N(0, 0.5^2): one for few labels."""
     from scipy.optimize import minimize_scalar
 
     def objective(log_a: float) -> float:
         total = log_a**2 / (2 * TEMPERATURE_SD**2)
         for batch in rows.batches(SCORING_BATCH):
             moved = batch.to(device)
-            total -= float(moved.log_probability(math.exp(log_a) * moved.logits, moved.target).sum())
+            with torch.no_grad():
+                total -= float(moved.log_probability(math.exp(log_a) * attention.begin(moved), moved.target).sum())
         return total
 
     return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))
