@@ -329,6 +329,28 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
     assert "0 different" not in benchmark(chosen, data, tmp_path).text  # and it is there when asked again
 
 
+@pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
+def test_rows_that_the_budget_leaves_out_go_beside_without_labels(data: Path, tmp_path: Path) -> None:
+    methods = {"bare": {"method": "vilu_plus"}, "beside": {"method": "vilu_plus", "unlabelled": True}}
+    settings = {"few": {"kind": "labels", "budget": 2}}
+    chosen = made(data={"one": ONE_SET}, settings=settings, methods=methods)
+    bench = bench_of(chosen, data)
+    bare, beside = (origin_of(chosen, Cell(label, "one", "few", 0)) for label in methods)
+    few, rest = bench.train_set(beside, ()), bench.unlabelled_set(beside)
+    assert bench.unlabelled_set(bare) is None
+    assert rest is not None
+    assert (rest.target == -1).all()
+    assert set(few.ids) < set(rest.ids)
+    assert set(rest.ids).isdisjoint(bench.test_set(Cell("beside", "one", "few", 0), ()).ids)
+    benchmark(chosen, data, tmp_path)
+    expected = [vilu.PREDICTORS["vilu_plus"]().fit(few, unlabelled=more) for more in (None, rest)]
+    test = bench.test_set(Cell("beside", "one", "few", 0), ())
+    for label, fit in zip(methods, expected, strict=True):
+        assert scores(tmp_path, "one", "few", label, 0) == pytest.approx(fit.predict_uncertainty(test), abs=1e-6)
+    with pytest.raises(UsageError, match="learns nothing from rows without labels"):
+        made(data={"one": ONE_SET}, settings=settings, methods={"mcm": {"unlabelled": True}})
+
+
 @pytest.mark.usefixtures("unlabelled")
 def test_without_labels_only_methods_run_that_need_none(data: Path, tmp_path: Path) -> None:
     settings = {"none": {"kind": "labels", "budget": "none"}, "few": {"kind": "labels", "budget": 2}}
