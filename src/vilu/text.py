@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 NOTHING = "-"  # what stands where there is no number
 WIDEST = 120  # signs of a cell of an aligned table
-
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
 _CELL = str.maketrans({"|": r"\|"})
 _LATEX = str.maketrans(

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from tests.builders.image_files import encode, picture
 from tests.builders.tar_files import PICTURE, entry, outcomes, pair, tar_bytes, write_shard
 from vilu.datasets import images, tar
-from vilu.datasets.base import ShardedDataset
+from vilu.datasets.base import SHARD, ShardedDataset
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage
-from vilu.datasets.tar import SHARD_SHIFT, TarShards, expand_braces, split_name
+from vilu.datasets.tar import TarShards, expand_braces, split_name
 from vilu.errors import UsageError
 
 
@@ -177,9 +177,7 @@ def test_the_order_and_position_of_a_shard_do_not_depend_on_the_part(tmp_path):
     whole = [(record.key, record.position) for record in dataset.records(0, 5)]
     parts = [(record.key, record.position) for i in range(5) for record in dataset.records(i, i + 1)]
     assert whole == parts
-    assert [position for _, position in whole] == [(i << SHARD_SHIFT) + j for i in range(4) for j in range(i)] + [
-        4 << 32
-    ]
+    assert [position for _, position in whole] == [(i * SHARD) + j for i in range(4) for j in range(i)] + [4 << 32]
     assert len(dict(whole)) == len(whole)
 
 
@@ -261,7 +259,7 @@ def test_ten_thousand_shards_are_listed_without_touching_one():
     assert len(dataset) == 10_000
     assert peak < 50e6
     (record,) = dataset.records(9_999, 10_000)
-    assert (record.key, record.position) == ("09999.tar", 9_999 << SHARD_SHIFT)
+    assert (record.key, record.position) == ("09999.tar", 9_999 * SHARD)
 
 
 def test_what_shards_cannot_be_asked_for(tmp_path):

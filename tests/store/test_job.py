@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset, shards, tree
+from vilu.datasets.base import SHARD
 from vilu.datasets.images import DEFAULT_LIMITS
 from vilu.embeddings.checks import VALID
 from vilu.errors import BusyError, DataError, ProvenanceError, StorageError, UsageError
@@ -22,7 +23,7 @@ from vilu.store import embed as embed_module
 from vilu.store.embed import begin, describe, embed, encode_classes
 from vilu.store.inspect import inspect
 from vilu.store.job import MAX_ATTEMPTS, BackboneSpec, EmbedJob
-from vilu.store.parts import SHARD, StoreLedger
+from vilu.store.parts import StoreLedger
 
 BAD = {2: b"", 15: b"<html>"}
 LENGTHS = (3, 2, 5, 1, 4)

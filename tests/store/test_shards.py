@@ -13,11 +13,11 @@ import pytest
 
 from tests.builders.store_fakes import NAMES, FakeBackbone, picture, shards, tree
 from tests.store.test_inspect import vouch
+from vilu.datasets.base import SHARD
 from vilu.errors import DataError, ProvenanceError
 from vilu.progress import reporting
 from vilu.store.embed import embed
 from vilu.store.inspect import inspect
-from vilu.store.parts import SHARD
 from vilu.store.reader import EmbeddingStore
 
 LENGTHS = (3, 0, 5, 1, 7)

@@ -22,7 +22,6 @@ from vilu.extras import import_extra
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pth")
-
 IMAGE_PROJECTIONS = ("visual.proj", "visual.head.proj")
 TEXT_PROJECTIONS = ("text_projection", "text.text_projection", "text.proj")
 """Where the towers of open_clip keep their last map."""

@@ -32,7 +32,6 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 """Named sets of prompt templates."""
 
 NEAR_DUPLICATE = 0.999  # cosine of two candidates above which the image hardly decides between them
-
 BLOCK = 1024
 
 

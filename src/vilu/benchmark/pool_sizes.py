@@ -19,7 +19,6 @@ from vilu.text import aligned
 logger = logging.getLogger(__name__)
 
 PUBLISHED = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # pool sizes of the published table
-
 METRICS = ("auroc", "fpr95", "aupr_failure", "augrc", "aurc")
 
 

@@ -18,7 +18,6 @@ from vilu.errors import DataError
 
 Axis = Literal["method", "data", "setting"]
 AXES = {"method": "method", "data": "data set", "setting": "setting"}  # what each is called in messages
-
 FIELDS = (*AXES, "metric")
 
 

@@ -68,6 +68,9 @@ class ImageDataset(Protocol):
         """The images at positions start ... stop - 1, in order; of a ``ShardedDataset``, those in these shards."""
 
 
+SHARD: Final = 2**32  # positions of each shard: an image's is the number of its shard times this, plus its number there
+
+
 @runtime_checkable
 class ShardedDataset(ImageDataset, Protocol):
     """Images in shards (tar files), of which only reading tells how many each holds; a part is some whole shards.

@@ -24,13 +24,10 @@ from vilu.datasets.files import (
     subfolders,
     walk_images,
 )
-from vilu.errors import DataError, UsageError
+from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.progress import Task, track
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
-
-UNLABELLED = -1
-
 OUT_OF_FOLDER = "A link may lead to a file below the folder of images, or below one that --root DIR names."
 
 
@@ -55,7 +52,7 @@ class ListedFiles:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for path, label in zip(self._paths[start:stop], self._labels[start:stop], strict=True):
-            yield ImageRecord(portable_name(path), None if label == UNLABELLED else label, self._reader(path))
+            yield ImageRecord(portable_name(path), None if label == UNKNOWN else label, self._reader(path))
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(read_below, self._folder, path)
@@ -126,7 +123,7 @@ class FolderDataset(ListedFiles):
                 continue
             path = f"{part}/{below}" if part else below
             found = OutsideError(OUT_OF_FOLDER) if status is None else status
-            self._add(path, labels[first] if slash else UNLABELLED, found, listing)
+            self._add(path, labels[first] if slash else UNKNOWN, found, listing)
             task.advance(1)
 
 

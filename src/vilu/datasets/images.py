@@ -101,7 +101,6 @@ OPENERS: dict[str, Callable[[BytesIO], ImageFile.ImageFile]] = {
 """The formats that are decoded."""
 
 MAX_FRAMES = 10_000  # counting stops here: a hostile file can hold millions of empty frames
-
 _TABLE = resources.files("vilu").joinpath("assets", "image_signatures.csv").read_text(encoding="utf-8")
 _SIGNATURES = [
     (int(row["offset"]), bytes.fromhex(row["bytes"]), row["format"]) for row in csv.DictReader(_TABLE.splitlines())

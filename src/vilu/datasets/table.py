@@ -34,7 +34,7 @@ from vilu.datasets.base import (
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
-from vilu.errors import OUTSIDE, DataError, StorageError, UsageError
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.files.documents import digest
 from vilu.files.tables import csv_names, require_width
 from vilu.progress import track
@@ -44,8 +44,6 @@ LABEL: Final = ("label", "class", "target")
 SPLIT: Final = ("split",)
 KEY: Final = ("key",)
 CAPTION: Final = ("caption", "text")
-
-UNLABELLED: Final = -1
 CLASS_NAMES: Final = b"class_names"  # entry of a schema's metadata: names, comma-joined
 
 
@@ -98,7 +96,7 @@ def table_rows(table: pa.Table, source: str, selection: Selection, *, default_ke
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions = None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
     (table if caption is None else table.drop_columns([caption])).validate(full=True)
-    listed = _Labels(np.full(len(table), UNLABELLED, dtype=np.int32), None)
+    listed = _Labels(np.full(len(table), UNKNOWN, dtype=np.int32), None)
     if caption is None:
         listed = _labels(table, source, selection)
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
@@ -122,7 +120,7 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
     name = find_column(table.column_names, LABEL)
     raw = _names_in_schema(table.schema, name, source)
     if name is None:
-        unknown = np.full(len(table), UNLABELLED, dtype=np.int32)
+        unknown = np.full(len(table), UNKNOWN, dtype=np.int32)
         return _Labels(unknown, class_table(raw, classes, by_position=True, outside=outside))
     column = table[name].combine_chunks()
     if pa.types.is_dictionary(column.type):
@@ -133,7 +131,7 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
     numbers = _whole_numbers(column, f"{source}, column {name!r}")
     table_of_classes = class_table(raw, classes, by_position=True, outside=outside)
     if table_of_classes is None and numbers.null_count == len(numbers):
-        return _Labels(np.full(len(table), UNLABELLED, dtype=np.int32), None)
+        return _Labels(np.full(len(table), UNKNOWN, dtype=np.int32), None)
     if table_of_classes is None:
         raise DataError(
             f"{source}: column {name!r} holds numbers, and nothing says which classes they mean. "
@@ -141,7 +139,7 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
         )
     numbers, strays = _without_strays(numbers, len(table_of_classes.names), outside)
     _require_in_range(numbers, len(table_of_classes.names), source)
-    labels = pc.fill_null(numbers, UNLABELLED).to_numpy(zero_copy_only=False).astype(np.int32)
+    labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
     return _Labels(labels, table_of_classes, strays)
 
 
@@ -161,7 +159,7 @@ def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
     order = sorted(range(len(names)), key=names.__getitem__)
     rank = np.empty(len(names) + 1, dtype=np.int32)
     rank[order] = np.arange(len(names))
-    rank[-1] = UNLABELLED
+    rank[-1] = UNKNOWN
     return rank[pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)], [names[i] for i in order]
 
 
@@ -252,7 +250,7 @@ class _RowsOfTable:
         """``n`` rows from ``start`` on, each with the next of ``readers``."""
         rows, captions = slice(start, start + n), caption_readers(self._captions, start, start + n)
         for key, label, read, caption in zip(self._keys[rows], self._labels[rows], readers, captions, strict=True):
-            yield ImageRecord(key.as_py(), None if label == UNLABELLED else int(label), read, caption)
+            yield ImageRecord(key.as_py(), None if label == UNKNOWN else int(label), read, caption)
 
 
 class ParquetDataset(_RowsOfTable):

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Final, Literal, NoReturn
 
-from vilu.datasets.base import ImageRecord
+from vilu.datasets.base import SHARD, ImageRecord
 from vilu.datasets.classes import class_table
 from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
 from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
@@ -140,7 +140,6 @@ def _group(found: Iterable[Member], samples: dict[str, Sample]) -> None:
 
 LABEL: Final = "cls"
 MAX_LABEL_BYTES: Final = 32
-SHARD_SHIFT: Final = 32  # ``ImageRecord.position`` is the shard's number times 2 to this, plus the sample's
 
 
 class TarShards:
@@ -157,18 +156,10 @@ class TarShards:
     and what ``decode_caption`` and ``decode_image`` find. A shard that ends early or cannot be read (on) is one record
     more, of kind "truncated_shard" or "bad_shard"; the sample at the break is part of it unless nothing of that lacks.
 
-    Args:
-        source: Where it came from, for people.
-        paths: The shards, in order.
-        classes: A classes file, in label order.
-        outside: Names of classes, or labels beyond them, of images of none of the classes, as -2 always is.
+    A classes file is in label order. ``outside`` names classes, or labels beyond them (``strays``: only reading the
+    tars would tell whether they occur), of images of none of the classes, as -2 always is.
 
-    Attributes:
-        classes: Raw and prompt names; None when captioned.
-        strays: The labels beyond the classes: only reading the tars would tell whether they occur.
-
-    Reference:
-        https://github.com/webdataset/webdataset (the layout).
+    Source: https://github.com/webdataset/webdataset (the layout).
     """
 
     def __init__(
@@ -194,7 +185,7 @@ class TarShards:
         """The samples of shards start ... stop - 1, each shard's own trouble after its samples."""
         for number in range(len(self))[start:stop]:
             samples, trouble = list_samples(self._paths[number], CAPTION if self.captioned else LABEL)
-            first = number << SHARD_SHIFT
+            first = number * SHARD
             for position, sample in enumerate(samples, first):
                 yield self._record(number, sample, position)
             if trouble is not None:

@@ -15,7 +15,6 @@ BLOCK: Final = tarfile.BLOCKSIZE
 MAX_HEADER_BYTES: Final = 2**20  # larger extension headers are refused; honest ones hold a name and a few times
 MAX_NAME_BYTES: Final = 1024
 MAX_MEMBERS: Final = 500_000  # the list of one shard is in memory: about 400 bytes a member
-
 FILES: Final = frozenset({tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE})
 NO_DATA: Final = frozenset(tarfile.SUPPORTED_TYPES) - frozenset(tarfile.REGULAR_TYPES)
 """Links, devices, folders: their size says nothing of what follows. Types that nobody knows are followed by data."""

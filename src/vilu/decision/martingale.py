@@ -29,7 +29,6 @@ SHARES: Final = np.repeat([0.5 / len(BETAS), 0.5 / len(HISTOGRAMS)], [len(BETAS)
 
 EVERY: Final = 50  # rows between two starts
 BLOCK: Final = 4096  # rows that are worked on at once
-
 EPS: Final = 2.0**-53
 
 

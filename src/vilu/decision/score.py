@@ -38,7 +38,6 @@ from vilu.progress import track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 ROWS_PER_PART = 2**17
-
 ACCEPT, ABSTAIN = "accept", "abstain"
 
 ABOVE, OUTSIDE_REASON = "above_threshold", "outside"

@@ -288,14 +288,6 @@ class ScoreFolder(Reopened):
     Opening reads the documents and checks that every file is there with its size. The bytes of a file are compared with
     its receipt when it is first read; ``verify`` reads all. Pickled, it is its path, as a store is.
 
-    Args:
-        path: The folder.
-
-    Attributes:
-        path: The folder.
-        run: What made it.
-        counts: What became of the rows.
-
     Raises:
         DataError: If the folder holds no scores, or is not complete.
         StorageError: If a file is missing or damaged; the message names it.
@@ -313,7 +305,7 @@ class ScoreFolder(Reopened):
         self._receipts = self._ledger.receipts()
         if manifest != ScoreManifest.of(self.run, self._receipts):
             raise ProvenanceError(f"{self.path / MANIFEST} seals other parts than the folder holds. {AGAIN}.")
-        self.counts: Counts = manifest.counts
+        self.counts: Counts = manifest.counts  # what became of the rows
         self.seal = digest(manifest.model_dump(mode="json"))
 
     def __len__(self) -> int:

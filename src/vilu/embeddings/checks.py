@@ -22,7 +22,6 @@ STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
 """Meaning of the status codes of rows; "short_pool": a good embedding, but not one of a full pool."""
 
 NORM_TOLERANCE = 1e-3  # rounding to float16 moves a unit norm by less than this
-
 SAFE_NORMS = 1e-15, 1e15  # between these no square of a float32 number is lost in a sum of squares in float32
 SAFE_VALUES = 1e-30, 1e30  # between these the largest number of a row keeps its direction in float32
 

@@ -40,7 +40,6 @@ def digest(value: object) -> str:
 logger = logging.getLogger("vilu")
 
 SEAL: Final = "digest"  # last key of a document of ours: ``digest`` of all that stands before it
-
 SCHEMA_VERSION: Final = 1
 MAX_DOCUMENT_BYTES = 64 * 2**20  # no document of ours comes near; a larger one is not read
 

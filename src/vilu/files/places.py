@@ -41,10 +41,8 @@ HEADERS: dict[bytes, Kind] = {
 """How our CSVs begin, which name nothing else."""
 
 INPUTS = "inputs"  # key of the digest of what a file was made from
-
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
 MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")  # last line of a text of ours
-
 ONNX_MARK = re.compile(rb"vilu\.fingerprint\x12.([0-9a-f]{32})", re.DOTALL)
 TAIL = 4096  # bytes at either end of a file in which a mark is looked for
 

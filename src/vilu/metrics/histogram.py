@@ -21,7 +21,6 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20  # occupied bins at most: 24 MB
 RESAMPLED_BINS = 2**14  # groups of bins that a resample tells apart
-
 _TINY = 2.0**-512
 _ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # whole octaves, so that 0 and 1 begin a bin at every level
 _HALF = np.float64(0.5).view(np.int64).item() - _ZERO

@@ -25,7 +25,6 @@ from vilu.predictors.labelled import Needs, class_texts, failure_log_odds
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 
 LIMIT = math.log(100.0)  # largest |log m|; an optimum outside is one that any data set would doubt
-
 BINS = 15
 GRID = 41
 TOLERANCE = 1e-3

@@ -225,7 +225,6 @@ def with_outside(log_odds: Tensor, outside: Tensor) -> Tensor:
 
 
 FOLDED_ROWS = 5_000  # up to so many rows are cross-fitted; of more, one fifth is held out, and so many rows at most
-
 FOLDS = 5
 
 

@@ -15,18 +15,17 @@ import torch
 
 from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
-from vilu.datasets.base import ImageDataset, ImageRecord
+from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
 from vilu.files.disk import RUN, or_refuse
 from vilu.files.documents import log
 from vilu.progress import Silence, Task
 from vilu.store.documents import Receipt, Run
 from vilu.store.mapped import default_workers, in_threads
-from vilu.store.parts import SHARD, ErrorRow, Part, PartRows, StoreLedger, positions
+from vilu.store.parts import ErrorRow, Part, PartRows, StoreLedger, positions
 from vilu.store.pipeline import END, Decoder, Encoder, place_records
 
 MAX_ATTEMPTS = 3  # processes that may die in a part before it is given up
-
 MESSAGE = f"{MAX_ATTEMPTS} processes died while they worked on the part of this image, so the part was given up"
 
 

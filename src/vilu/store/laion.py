@@ -33,7 +33,6 @@ FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
 """Folders of image and caption embeddings, as clip-retrieval and LAION name them."""
 
 FILES = (("img_emb.npy", "text_emb.npy"), ("images.npy", "texts.npy"))  # the same in one file each
-
 METADATA = "metadata"
 
 LAYOUTS = (

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.datasets.base import ImageDataset, ShardedDataset
+from vilu.datasets.base import SHARD, ImageDataset, ShardedDataset
 from vilu.embeddings.checks import require_usable
 from vilu.embeddings.columns import COLUMNS
 from vilu.errors import DataError, ProvenanceError, StorageError, ViLUError
@@ -38,8 +38,6 @@ from vilu.store.documents import (
     StoredClasses,
 )
 from vilu.store.ledger import Ledger, require_hash_once, write_hashed
-
-SHARD = 2**32  # positions of each shard: an image's is the number of its shard times this, plus its number there
 
 
 @dataclass(frozen=True)
@@ -181,7 +179,6 @@ METADATA = _schema(
 many images fail in earlier parts, which a part that is written alone cannot know. The reader counts rows."""
 
 CAPTION_FIELD = pa.field("caption", STRING, nullable=False)  # of each row too where images have captions
-
 PICTURE_BYTES = 16
 PICTURE_FIELD = pa.field("picture", pa.binary(PICTURE_BYTES), nullable=False)
 """Of each row too but of old stores: the first half of the SHA-256 of the picture's bytes (``ImageRecord.content``)."""

@@ -130,7 +130,6 @@ def _showing(entries: Iterable[Entry], task: Task) -> Iterator[Entry]:
 
 
 MAX_PATH: Final = 1024
-
 T = TypeVar("T")
 Parse = Callable[[T], tuple[str, int]]  # from an entry of a list to path and label; ValueError where it is none
 

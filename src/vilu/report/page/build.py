@@ -42,9 +42,7 @@ HARMFUL = frozenset({"Cc", "Cs", "Zl", "Zp"})
 """Categories of characters that a page has no use for: controls, halves of characters, breaks of lines."""
 
 SHOWN, TOLD = 60, 300  # characters of a name that are seen, and that a tooltip tells at most
-
 NOTHING = "–"
-
 ADDED = "What a threshold would do, and probabilities"
 TABLES = {
     "How well right and wrong answers are told apart": (

@@ -175,7 +175,6 @@ BINS = 30
 RELIABILITY_BINS = 15
 TOTAL_POINTS = 2000  # of all lines of a chart; with many methods each has fewer
 RIGHT_LOOK, WRONG_LOOK, OUTSIDE_LOOK = -1, -2, -3  # looks of answers; methods count from 0
-
 DASHES = {"-": "", "--": "7 4", "-.": "8 3 2 3", ":": "2 3"}
 
 

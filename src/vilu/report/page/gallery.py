@@ -20,7 +20,6 @@ from vilu.report.page.choice import Choice
 
 PER_SECTION = 24
 SIDE = 128  # longest side of a thumbnail in pixels
-
 QUALITY = 70
 
 
