@@ -35,19 +35,8 @@ def over_pool_sizes(
     """Metrics of every predictor at every pool size: the same pairs, matched against more and more captions.
 
     A predictor is fitted once, at whatever size, and not told the size. Sizes for which there are too few pairs are
-    left out with a log message.
-
-    Args:
-        predictors: Fitted, or free of fitting, by the names of their lines.
-        open_pairs: Gives the pairs in these pools.
-        sizes: Pool sizes.
-        pools: The other choices of the pools; its size does not count.
-        draws: Drawings of the pools, by seeds from 0; they become the seeds of the rows.
-        dataset: Name of the pairs.
-        n_resamples: Bootstrap resamples behind the interval of a draw; 0 for none.
-
-    Returns:
-        Rows whose data set reads "NAME, pool SIZE".
+    left out with a log message. ``pools`` are the other choices of the pools; its size does not count. The ``draws`` of
+    pools are by seeds from 0, which become those of the rows; their data set reads "NAME, pool SIZE".
     """
     require_at_least("draws", draws, 1)
     pools = pools or Pools()

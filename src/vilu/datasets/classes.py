@@ -60,13 +60,10 @@ def class_table(
 ) -> ClassTable | None:
     """The class table of a data set, from what the data says and what the user says.
 
-    Args:
-        raw: Names in the data, in label order; None where it has none.
-        file: A classes file: one name per line, or ``folder<TAB>name``; None for the default prompt names.
-        by_position: Whether a file of one name per line is in label order (whole-number labels); else its lines are
-            matched with ``raw``. Tabbed lines are always matched, except where there is no ``raw``.
-        names: Default prompt names; None for ``raw`` with underscores turned into spaces.
-        outside: Names of classes that will be taken out (``WithOutside``): a file that is matched may leave them out.
+    ``raw`` are the names in the data, in label order, ``names`` those of the prompts without a file (by default ``raw``
+    with underscores turned into spaces). A classes file has one name per line, or ``folder<TAB>name``. Its lines are in
+    label order ``by_position`` (whole-number labels), else matched with ``raw``; tabbed lines always are, except
+    where there is no ``raw``. A file that is matched may leave out classes that will be taken out (``WithOutside``).
     """
     if file is None and names is not None:
         return ClassTable(tuple(raw or ()), tuple(names))

@@ -111,13 +111,9 @@ def read_json(
 ) -> dict[str, Any]:
     """What a JSON document of ours says, without its seal; nothing of it is believed before the seal is.
 
-    Args:
-        path: The file.
-        again: How it is made again, for messages.
-        fault: Error where it is missing or damaged.
-        seal: Key of the digest; that of ``predictor.json`` is the predictor's fingerprint.
-        always: Whether every vilu sealed such documents, so that one without a seal is damaged.
-        of: The artefact that it belongs to, of which one line says that it is not sealed; by default itself.
+    ``again`` says how it is made again, ``fault`` is what is raised where it is missing or damaged. ``seal`` is the key
+    of the digest; that of ``predictor.json`` is the predictor's fingerprint. ``always``: every vilu sealed such
+    documents, so one without a seal is damaged; else a line says so of the artefact that it is ``of``.
     """
     content = read_bounded(path, again, fault)
     try:

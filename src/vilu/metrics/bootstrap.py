@@ -274,21 +274,8 @@ def paired_bootstrap(
     The p-value is twice the smaller share of resamples whose difference is not above, or not below, zero, with one
     added to count and total, so that it is never 0.
 
-    Args:
-        metric: A name of ``METRICS``, or a kernel that maps ``TieCounts`` (B, G) to values (B,).
-        uncertainty_a: (N,) scores of one method.
-        uncertainty_b: (N,) scores of the other, same rows.
-        failure: (N,) 1 where the answer is wrong, else 0.
-        n_resamples: Number of resamples.
-        confidence: Coverage of the interval, in (0, 1).
-        seed: Seed of the resampling.
-
-    Returns:
-        Metric of a less metric of b, lower and upper end, p-value; all NaN where the metric is undefined.
-
-    Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
-        UsageError: If the metric is unknown or a setting cannot be.
+    Arguments and errors are as of ``bootstrap_interval``, with two uncertainties (N,). Returned is the metric of a less
+    that of b, lower and upper end, and p-value; all NaN where the metric is undefined.
     """
     check_settings(n_resamples, confidence)
     kernel = _kernel(metric)

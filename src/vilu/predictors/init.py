@@ -26,12 +26,8 @@ def initialise(
 ) -> HeadPredictor:
     """A predictor whose ``fit`` begins with the weights of another fit.
 
-    Its parameters are those of the other fit, but for ``FINE_TUNING`` and ``values``.
-
-    Args:
-        cls: The method to fit.
-        fitted: A fitted predictor of that method.
-        values: Parameters, possibly as strings (``--set key=value``).
+    Its parameters are those of the other fit, of the same method, but for ``FINE_TUNING`` and ``values``, which may be
+    strings (``--set key=value``).
     """
     if not issubclass(cls, HeadPredictor):
         raise UsageError(

@@ -24,10 +24,7 @@ def shots(source: EmbeddingSource, n: int, seed: int = 0) -> Tensor:
 
     Rows of none of the classes are not counted by class, so all usable ones stay.
 
-    Args:
-        source: Rows with shared candidates.
-        n: Rows per class.
-        seed: Of the choice. A larger ``n`` only adds rows, and the other classes do not matter.
+    A larger ``n`` only adds rows, and the other classes do not matter to which ones ``seed`` chooses.
     """
     require_at_least("shots", n, 1)
     if source.pool_size is not None:

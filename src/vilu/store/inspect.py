@@ -103,9 +103,7 @@ class StoreReport:
 def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
     """Describe a store, complete or not; what is wrong with it is reported, not raised.
 
-    Args:
-        path: The folder.
-        deep: Also read every byte: hashes, norms, labels, keys, and that every image is a row or an error.
+    ``deep`` also reads every byte: hashes, norms, labels, keys, and that every image is a row or an error.
     """
     root = Path(path)
     StoreLedger.require_begun(root)

@@ -122,10 +122,8 @@ class Presence:
 def check(root: Path | str, names: list[str] | None = None, *, deep: bool = False) -> list[Presence]:
     """What is present of which data sets, what is missing, and how to get it.
 
-    Args:
-        root: The folder that holds all data sets, or one's own.
-        names: Which; None for all.
-        deep: Also compare archives with their published checksums, and list the members of tars.
+    ``root`` holds all data sets, or is one's own. ``deep`` also compares archives with their published checksums, and
+    lists the members of tars.
     """
     entries = list(KNOWN.values()) if names is None else [find_known(name) for name in names]
     return [check_entry(entry, Path(root), named=names is not None, deep=deep) for entry in entries]

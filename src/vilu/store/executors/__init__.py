@@ -16,12 +16,10 @@ __all__ = ["EXECUTORS", "make_executor"]
 
 
 def make_executor(name: str, processes: int | None = None) -> Executor:
-    """The executor of a name.
+    """The executor of a name: "local" (processes of this machine), "ray", "spark", or "rank".
 
-    Args:
-        name: "local" (processes of this machine), "ray", "spark", or "rank" (this is one of several processes that
-            torchrun or Slurm started).
-        processes: Number of workers; by default one per core of this machine, or as many as the cluster has room for.
+    "rank": this is one of several processes that torchrun or Slurm started. By default there is a worker per core of
+    this machine, or as many as the cluster has room for.
     """
     require_one_of("executor", name, EXECUTORS)
     if name in {"ray", "spark"}:
