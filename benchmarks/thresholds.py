@@ -3,7 +3,7 @@
 Mean coverage of the certified threshold over 150 calibrations of seven simulated predictors, for several beginnings
 (shares of the calibration rows, with their shares of delta). One list of beginnings has to do for all: predictors whose
 most trusted answers hold some wrong ones, those that reach the target at a small coverage only, and models that are
-good enough as a whole. ``vilu.decision.thresholds.STARTS`` is the list that is in use.
+good enough as a whole. ``vilu.decision.thresholds.STARTS`` and ``WHOLE`` are in use.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ PREDICTORS: dict[str, Rate] = {
 """Failure rate at the quantile u of the uncertainty."""
 
 BEGINNINGS = {
-    "where possible": ((0.0, 1.0),),
-    "1/4": ((1 / 4, 1.0),),
-    "1/16, 1/4": ((1 / 16, 0.5), (1 / 4, 0.5)),
-    "1/8, 1/2": ((1 / 8, 0.5), (1 / 2, 0.5)),
-    "1/16, 1/4, all": thresholds.STARTS,
-    "even weights": ((1 / 16, 1 / 3), (1 / 4, 1 / 3), (1.0, 1 / 3)),
+    "where possible": (((0.0, 1.0),), 0.0),
+    "1/4": (((1 / 4, 1.0),), 0.0),
+    "1/16, 1/4": (((1 / 16, 0.5), (1 / 4, 0.5)), 0.0),
+    "1/8, 1/2": (((1 / 8, 0.5), (1 / 2, 0.5)), 0.0),
+    "1/16, 1/4, all": (thresholds.STARTS, thresholds.WHOLE),
+    "even weights": (((1 / 16, 0.5), (1 / 4, 0.5)), 1 / 3),
 }
+"""``STARTS``, and ``WHOLE``."""
 
 
 def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
@@ -48,7 +49,7 @@ def mean_coverage(rate: Rate, *, tied: bool, n: int, max_risk: float) -> float:
         u = rng.random(n)
         counts = tie_counts(np.floor(10 * u) if tied else u, (rng.random(n) < rate(u)).astype(int))
         point = thresholds.learn_then_test(counts, max_risk, DELTA)
-        found.append(0.0 if point is None else float(counts.accepted[point.index]) / n)
+        found.append(0.0 if point is None else float(counts.size[point.floor + 1 : point.index + 1].sum()) / n)
     return float(np.mean(found))
 
 
@@ -59,8 +60,8 @@ def main() -> None:
         for n in (100, 400, 2000, 10_000):
             for max_risk in (0.05, 0.1):
                 cells = []
-                for starts in BEGINNINGS.values():
-                    with mock.patch.object(thresholds, "STARTS", starts):
+                for starts, whole in BEGINNINGS.values():
+                    with mock.patch.multiple(thresholds, STARTS=starts, WHOLE=whole):
                         cells.append(mean_coverage(rate, tied=name == "tied", n=n, max_risk=max_risk))
                 print(f"{name:12} {n:6} {max_risk:5.2f}  " + "  ".join(f"{cell:15.3f}" for cell in cells), flush=True)
 

@@ -140,7 +140,7 @@ def build(root: Path) -> list[Artefact]:
         warnings.simplefilter("ignore")
         vilu.ViLU(hidden=(8,), epochs=2).fit(vilu.open_source(root / "train")).save(root / "head")
     vilu.MCM().save(root / "mcm")
-    target = Target(max_risk=0.9, confidence=0.9, label_sets="aps", max_miss=0.5)
+    target = Target(max_risk=0.8, confidence=0.9, label_sets="aps", max_miss=0.5)
     calibrate_predictor(root / "head", vilu.open_source(root / "calibration"), target)
     do = partial(command, cwd=root)
     do("score", "head", "new", "-o", "scores.parquet")

@@ -71,20 +71,37 @@ def test_rows_for_mean(risk: float, rows: int) -> None:
     assert 1 / rows > risk
 
 
-def by_hand_fallback(labels: list[list[int]], starts, risk: float, delta: float) -> int:
-    """How many scores above a floor one threshold at a time certifies; ``labels``: of the rows at each score."""
-    n, tested = sum(map(len, labels)), {}
+def by_hand_beginnings(n: int, starts, whole: float, risk: float, level: float) -> list[tuple[int, int, float]]:
+    """Rows with which sequences begin, at least and at best; for enough rows to begin near every place."""
+
+    def most(m: int, at: float) -> int:
+        return max((k for k in range(m) if stats.binom.cdf(k, m, risk) <= at), default=-1)
+
+    most_of_all = most(n - 1, whole * level)
+    found = [(n, n, stats.binom.cdf(most_of_all, n - 1, risk))] if most_of_all > 0 else []
+    left = level - sum(one for *_, one in found)
     for at, share in starts:
-        fewest = next(m for m in range(1, 10_000) if (1 - risk) ** m <= delta * share) + 1
-        begins = max(min(int(np.ceil(n * at)) + 1, n), fewest)
-        place = next(i for i, m in enumerate(accumulate(map(len, labels))) if m >= begins)
-        tested[place] = tested.get(place, 0) + share * delta
+        least = next(m for m in range(int(np.ceil(n * at)) - 1, n) if most(m, left * share) >= 0)
+        best = next(m for m in range(least, n) if most(m, left * share) > most(m - 1, left * share))
+        found.append((least + 1, best + 1, left * share))
+    return found
+
+
+def by_hand_fallback(labels: list[list[int]], starts, whole: float, risk: float, delta: float) -> int:
+    """How many scores above a floor one threshold at a time certifies; ``labels``: of the rows at each score."""
+    tested = {}
+    ends = list(accumulate(map(len, labels)))
+    for least, best, share in by_hand_beginnings(ends[-1], starts, whole, risk, delta):
+        place = min((i for i, m in enumerate(ends) if m >= least), key=lambda i: (abs(ends[i] - best), -i))
+        tested[place] = tested.get(place, 0) + share
     certified, level, accepted, wrong = 0, 0.0, 0, 0
     for place, rows in enumerate(labels):
         accepted, wrong = accepted + len(rows), wrong + sum(rows)
-        trials = accepted - (place in tested)  # the row at which a sequence begins is none
         level += tested.get(place, 0.0)
-        if level and (wrong >= trials or stats.binom.cdf(wrong, trials, risk) > level):
+        if place in tested and stats.binom.cdf(wrong - all(rows), accepted - 1, risk) > level:
+            level = 0.0  # the row at which a sequence begins is no trial
+        certified = place + 1 if place in tested and level else certified
+        if level and (wrong >= accepted or stats.binom.cdf(wrong, accepted, risk) > level):
             level = 0.0
         certified = place + 1 if level else certified
     return certified
@@ -94,11 +111,11 @@ def by_hand_ltt(u, f, risk: float, delta: float) -> tuple[float, float] | None:
     """The interval that accepts most, in lists; for enough rows to begin everywhere."""
     scores = sorted(set(u.tolist()))
     labels = [f[u == score].astype(int).tolist() for score in scores]
-    first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.5), (1, 0.2)), risk, 0.96 * delta)
+    first = by_hand_fallback(labels, ((1 / 16, 0.3), (1 / 4, 0.7)), 1 / 4, risk, 0.96 * delta)
     found = [(sum(map(len, labels[:first])), -np.inf, scores[first - 1])] if first else []
     for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4):
         floor = next(i for i, m in enumerate(accumulate(map(len, labels))) if m >= np.ceil(len(u) * share))
-        rest = by_hand_fallback(labels[floor + 1 :], ((1 / 4, 0.5), (1 / 2, 0.5)), risk, 0.01 * delta)
+        rest = by_hand_fallback(labels[floor + 1 :], ((1 / 4, 0.5), (1 / 2, 0.5)), 0, risk, 0.01 * delta)
         inside = labels[floor + 1 : floor + 1 + rest]
         found += [(sum(map(len, inside)), scores[floor], scores[floor + rest])] if rest else []
     return max(found, key=lambda one: one[0])[1:] if found else None
@@ -121,7 +138,15 @@ def test_learn_then_test_against_one_threshold_at_a_time(seed: int) -> None:
 def test_few_rows_have_one_sequence_at_full_level() -> None:
     assert learn_then_test(counts([(1, 0)] * 59), 0.05, 0.05) is None  # 60 are needed: the last is no random row
     assert learn_then_test(counts([(1, 0)] * 60), 0.05, 0.05).index == 59
-    assert learn_then_test(counts([(1, 0)] * 59 + [(0, 1)] + [(1, 0)] * 5), 0.05, 0.05) is None
+    assert learn_then_test(counts([(1, 0)] * 58 + [(0, 1)] + [(1, 0)] * 6), 0.05, 0.05) is None
+    # 59 are right: where the 60th is, R is shown, whatever the label of that row; with it, no laxer threshold is
+    last_wrong = counts([(1, 0)] * 59 + [(0, 1)] + [(1, 0)] * 5)
+    assert learn_then_test(last_wrong, 0.05, 0.05).index == 59
+    rows = Outcomes(np.arange(65), np.r_[np.zeros(59), 1, np.zeros(5)])
+    rule = vilu.calibrate(rows, max_risk=0.05)
+    assert (rule.n_accepted, rule.n_wrong) == (60, 1)
+    assert contradiction(rule, rows) is None
+    assert contradiction(rule, Outcomes(np.arange(65), np.r_[np.zeros(58), 1, 1, np.zeros(5)])) is not None
 
 
 def test_a_tied_block_is_accepted_or_left_out() -> None:

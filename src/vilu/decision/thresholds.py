@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,8 @@ from scipy import special
 from vilu.metrics.counts import Floats, Ints, TieCounts
 
 MAX_ROWS = 2**40
+
+Starts = tuple[tuple[float, float], ...]
 
 
 def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
@@ -64,8 +67,14 @@ def some_enough(enough: Callable[[int], bool], high: int) -> int | None:
     return high
 
 
-STARTS = ((1 / 16, 0.3), (1 / 4, 0.5), (1.0, 0.2))
-"""Where fixed sequences begin, as shares of the rows, and their shares of the level."""
+STARTS = ((1 / 16, 0.3), (1 / 4, 0.7))
+"""Where fixed sequences begin, as shares of the rows, and their shares of the level that ``WHOLE`` leaves."""
+
+WHOLE = 1 / 4
+"""At most this share of the level is for all rows at once."""
+
+NEAR = 2 / 3
+"""A sequence that cannot begin at its place, nor before this share of the next one's, begins with the next."""
 
 FLOORS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
 """Shares of the most trusted rows that are abstained from, too, where no answer is to be accepted because of them."""
@@ -75,6 +84,9 @@ FLOOR_SHARE = 0.01
 
 FLOOR_STARTS = ((1 / 4, 0.5), (1 / 2, 0.5))
 """As ``STARTS``, of the rows above a floor."""
+
+FLOOR_ROWS = 500
+"""Fewer rows have no floors: a mistake or two among the most trusted are bad luck as well, and delta is scarce."""
 
 BLOCK = 2**14
 """P-values that are computed together."""
@@ -101,27 +113,29 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point |
     H_t: R(t) > max_risk is rejected at level a where P[Bin(m_t, max_risk) <= k_t] <= a. From strict to lax every t is
     tested at the same level until one is not rejected; R need not be monotone. A sequence has to begin where enough is
     accepted for a rejection to be possible, and one unlucky wrong answer near the beginning ends it; so there are
-    three beginnings, at 1/16, 1/4 and all of the rows, with 0.3, 0.5 and 0.2 of the level, and a sequence that reaches
-    the next one's beginning hands its level on (the fallback procedure).
+    three beginnings, near 1/16 and 1/4 of the rows and at all of them, and a sequence that reaches the next one's
+    beginning hands its level on (the fallback procedure). Binomial tails have steps, and no level is left between two:
+    a sequence begins where one more wrong answer has just become admissible, and all rows take the largest level
+    below 1/4 that their tail has, with a wrong answer at least. Few rows have one sequence, with all of delta.
 
-    All of them fail where the most trusted answers hold many wrong ones. So the same is done with what lies above a
-    floor l (the error rate of l < u <= t is above max_risk), at 1/32, 1/16, 1/8 and 1/4 of the rows, with 0.01 of delta
-    each. Where the rows are too few to begin at these places there are fewer floors, and without any there is one
-    sequence with all of delta, which begins where a rejection is just possible.
+    All of them fail where the most trusted answers hold many wrong ones. So from 500 rows on the same is done with what
+    lies above a floor l (the error rate of l < u <= t is above max_risk), at 1/32, 1/16, 1/8 and 1/4 of the rows, with
+    0.01 of delta each, where the rows above it are enough to begin.
 
     Why it holds, for scores without ties: places are ranks, so the scores alone decide on them. The ranges of t where
     R(t) > max_risk begin and end at R(t) = max_risk; so given how many rows lie in each, Bin(m, max_risk) of the m rows
     before a range are wrong, and these numbers say in which range a sequence meets its first true H_t, and its level
-    there, which bounds the probability to reject it. (Where that is the sequence's own beginning, the row at t is no
-    random one: it counts as wrong if it is, and not as a trial.) A level that was handed on has met none, so the levels
+    there, which bounds the probability to reject the last H_t before the range, as the sequence must. Where it begins
+    in a range, the row at t is no random one: of the m - 1 others, given t, Bin(m - 1, max_risk) are wrong, or more. So
+    there these alone are tested, and to go on all m as well. A level that was handed on has met none, so the levels
     that meet one add up to delta at most. Given a floor, the rows above it are independent draws; floors share delta.
     Scores with ties are simulated in the tests. Other places were tried: ``benchmarks/thresholds.py``.
 
     Source: Angelopoulos et al., Learn then Test (2021), Sec. 2; Wiens, A fixed sequence Bonferroni procedure (2003).
     """
     floors = _floors(counts.accepted, max_risk, delta)
-    found = [_fallback(counts, -1, STARTS, max_risk, delta * (1 - FLOOR_SHARE * len(floors)))]
-    found += [_fallback(counts, floor, FLOOR_STARTS, max_risk, delta * FLOOR_SHARE) for floor in floors]
+    found = [_fallback(counts, -1, STARTS, WHOLE, max_risk, delta * (1 - FLOOR_SHARE * len(floors)))]
+    found += [_fallback(counts, floor, FLOOR_STARTS, 0.0, max_risk, delta * FLOOR_SHARE) for floor in floors]
 
     def n_accepted(one: Point) -> int:
         return int(counts.accepted[one.index] - (counts.accepted[one.floor] if one.floor >= 0 else 0))
@@ -132,6 +146,8 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point |
 def _floors(accepted: Ints, max_risk: float, delta: float) -> list[int]:
     """Positions of the floors above which a sequence can begin where it is to."""
     n, (at, share) = int(accepted[-1]), FLOOR_STARTS[0]
+    if n < FLOOR_ROWS:
+        return []
     rows = rows_without_error(max_risk, delta * FLOOR_SHARE * share) + 1
     ranks = [math.ceil(n * floor) for floor in FLOORS]
     return [int(np.searchsorted(accepted, rank)) for rank in ranks if (n - rank) * at >= rows]
@@ -143,26 +159,31 @@ def _above(cumulated: Ints, floor: int) -> Ints:
 
 
 def _fallback(
-    counts: TieCounts, floor: int, starts: Sequence[tuple[float, float]], max_risk: float, delta: float
+    counts: TieCounts, floor: int, starts: Starts, whole: float, max_risk: float, delta: float
 ) -> Point | None:
     """The laxest t above a floor that the sequences certify."""
     accepted, wrong = _above(counts.accepted, floor), _above(counts.accepted_wrong, floor)
-    levels = _beginnings(accepted, starts, max_risk, delta)
-    begins = sorted(levels)
+    levels = dict[int, float]()
+    for least, rows, level in beginnings(int(accepted[-1]) if len(accepted) else 0, starts, whole, max_risk, delta):
+        begin = int(np.searchsorted(accepted, rows))
+        if begin and least <= accepted[begin - 1] and rows - accepted[begin - 1] < accepted[begin] - rows:
+            begin -= 1
+        levels[begin] = levels.get(begin, 0.0) + level
     carried, best = 0.0, None
-    for begin, end in pairwise([*begins, len(accepted)]):
-        level = carried + levels[begin]
-        last = _first_kept(wrong, accepted, max_risk, level, begin, end)
-        best = last - 1 if last > begin else best
-        carried = 0.0 if last < end else level
+    for begin, end in pairwise([*sorted(levels), len(accepted)]):
+        level, kept = carried + levels[begin], begin
+        before = (accepted[begin - 1], wrong[begin - 1]) if begin else (0, 0)
+        own = accepted[begin] - before[0] == wrong[begin] - before[1]  # the row at t is wrong if all of this score are
+        if tail(wrong[begin] - own, accepted[begin] - 1, max_risk) <= level:
+            kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
+            best = max(kept - 1, begin)
+        carried = level if kept == end else 0.0
     return None if best is None else Point(floor + 1 + best, max_risk, floor)
 
 
 def _first_kept(wrong: Ints, accepted: Ints, max_risk: float, level: float, begin: int, end: int) -> int:
     """First position from ``begin`` on whose hypothesis is not rejected; ``end`` where all are."""
-    if tail(wrong[begin], accepted[begin] - 1, max_risk) > level:
-        return begin
-    for start in range(begin + 1, end, BLOCK):
+    for start in range(begin, end, BLOCK):
         block = slice(start, min(start + BLOCK, end))
         kept = np.flatnonzero(tail(wrong[block], accepted[block], max_risk) > level)
         if len(kept):
@@ -170,23 +191,36 @@ def _first_kept(wrong: Ints, accepted: Ints, max_risk: float, level: float, begi
     return end
 
 
-def _beginnings(
-    accepted: Ints, starts: Sequence[tuple[float, float]], max_risk: float, delta: float
-) -> dict[int, float]:
-    """Positions where sequences begin, and their levels; empty where no rejection is possible.
+@lru_cache
+def beginnings(
+    n: int, starts: Starts, whole: float, max_risk: float, delta: float
+) -> tuple[tuple[int, int, float], ...]:
+    """How many rows sequences begin with, at least and (without ties) at best, and their levels.
 
-    Each has one row more than the fewest that can be rejected, since the last row is not a random one.
+    None where no rejection is possible. Each has one row more than its test, since the last row is not a random one.
     """
-    n, levels = int(accepted[-1]) if len(accepted) else 0, dict[int, float]()
-    places = [(min(math.ceil(n * at) + 1, n), delta * share) for at, share in starts]
-    wanted = [(max(rows, rows_without_error(max_risk, level) + 1), level) for rows, level in places]
-    if any(rows > n for rows, _ in wanted):
-        wanted = [(rows_without_error(max_risk, delta) + 1, delta)]
-    for rows, level in wanted:
-        if rows <= n:
-            begin = int(np.searchsorted(accepted, rows))
-            levels[begin] = levels.get(begin, 0.0) + level
-    return levels
+    found = list[tuple[int, int, float]]()
+    if (wrong := admissible(n - 1, max_risk, whole * delta)) > 0:
+        found.append((n, n, float(tail(np.asarray(wrong), np.asarray(n - 1), max_risk))))
+    left, carried = delta - sum(level for *_, level in found), 0.0
+    for (at, share), (following, more) in pairwise([*starts, (0.0, 0.0)]):
+        level = carried + left * share
+        place, fewest = math.ceil(n * at) - 1, rows_without_error(max_risk, level)
+        after = max(math.ceil(n * following), rows_without_error(max_risk, level + left * more) + 1)
+        if following and place < fewest and fewest + 1 > NEAR * after:
+            carried = level
+            continue
+        least = max(place, fewest)
+        rows = accepted_needed(admissible(least - 1, max_risk, level) + 1, max_risk, level) or least
+        carried = 0.0
+        if least < n:
+            found.append((least + 1, min(rows + 1, n), level))
+    return tuple(found)
+
+
+def admissible(rows: int, max_risk: float, level: float) -> int:
+    """Largest k with P[Bin(rows, max_risk) <= k] <= level; -1 where there is none."""
+    return bisect_right(range(rows), level, key=lambda k: float(tail(np.asarray(k), np.asarray(rows), max_risk))) - 1
 
 
 def selection_with_guaranteed_risk(counts: TieCounts, max_risk: float, delta: float) -> Point | None:
