@@ -14,11 +14,21 @@ from torch.nn import functional
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
+from vilu.embeddings.similarity import ZeroShot, zero_shot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.predictors.nn.head import ATTENTION, FailureHead
 from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, bce_loss, weighted_bce, weighted_mse
-from vilu.predictors.nn.train import HeadTrainer, Plan, Rows, TrainConfig, auroc_standard_error, schedule
+from vilu.predictors.nn.train import (
+    HeadTrainer,
+    Plan,
+    Rows,
+    TrainConfig,
+    auroc_standard_error,
+    default_batch,
+    default_epochs,
+    schedule,
+)
 
 CONFIG = TrainConfig(
     epochs=3,
@@ -210,6 +220,31 @@ def test_the_default_freeze_is_an_epoch_or_a_thousand_steps_within_half_of_the_r
     assert Plan.of(steps, epochs, 1.0, 7).frozen == 7
 
 
+@pytest.mark.parametrize(
+    ("n_rows", "batch", "epochs"),
+    # 300 epochs at most, 1,000 steps, forty epochs, 6,000 steps, ten epochs at least
+    [(50, 32, 300), (640, 32, 50), (1_287, 32, 40), (10_000, 128, 40), (50_000, 128, 16), (1_000_000, 128, 10)],
+)
+def test_default_lengths(n_rows: int, batch: int, epochs: int) -> None:
+    assert default_batch(n_rows) == batch
+    assert default_epochs(math.ceil(n_rows / batch)) == epochs
+
+
+def test_a_small_set_is_trained_in_small_steps() -> None:
+    """600 rows: steps of 32, and the loss of 1,000 steps."""
+    rows, config = Rows(toy_embeddings(), torch.arange(600)), dataclasses.replace(CONFIG, epochs=None, batch_size=None)
+    steps = []
+    weight = FailureWeight("batch", 0.3)
+
+    def loss(batch: Batch, logit: torch.Tensor) -> torch.Tensor:
+        steps.append(len(batch.index))
+        return bce_loss(weight)(batch, logit)
+
+    history = HeadTrainer(make_head(), loss, config).run(rows, None)
+    assert steps[:19] == [32] * 18 + [24]
+    assert (len(history.loss), len(steps)) == (53, 53 * 19)
+
+
 def test_training_is_deterministic_and_seeded() -> None:
     first, again = trained(CONFIG, make_head()), trained(CONFIG, make_head())
     other = trained(dataclasses.replace(CONFIG, seed=1), make_head())
@@ -231,6 +266,34 @@ def test_selection_keeps_the_best_epoch_and_patience_stops() -> None:
     # The weights are those of that epoch.
     logit = trainer.head(next(validation.batches(200))).detach().double().numpy()
     assert vilu.metrics.auroc(logit, next(validation.batches(200)).failure.numpy()) == aurocs[kept]
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_answers_of_fixed_classes_are_computed_once_a_fit(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    computed = []
+
+    def counted(image: torch.Tensor, *rest: object) -> ZeroShot:
+        computed.append(len(image))
+        return zero_shot(image, *rest)
+
+    monkeypatch.setattr("vilu.embeddings.source.zero_shot", counted)
+    data, validation = toy_embeddings(), toy_embeddings(seed=5, n=200)
+    chosen = torch.arange(400).flip(0)
+    trainer = HeadTrainer(
+        make_head(mcm=True), bce_loss(FailureWeight("batch", 0.3)), dataclasses.replace(CONFIG, epochs=epochs)
+    )
+    trainer.run(Rows(data, chosen), Rows(validation, torch.arange(200)))
+    assert computed == [400, 200]
+
+
+def test_answers_computed_once_are_those_of_the_rows() -> None:
+    data, device = toy_embeddings(), torch.device("cpu")
+    rows = Rows(data, torch.arange(500, 20, -3)).answered(device)
+    for batch in rows.steps(32, torch.Generator().manual_seed(0)):
+        known, again = batch.rows(slice(3, 9)).to(device).zero_shot, data.steps(6, rows=batch.index[3:9])
+        for ours, fresh in zip(known, next(again).zero_shot, strict=True):
+            assert torch.allclose(ours, fresh, atol=1e-5)  # float32 sums of 16 products up to 20, in another block
+    assert Rows(toy_pairs(), torch.arange(64)).answered(device).answers is None  # another pool, another answer
 
 
 def test_standard_error_of_an_auroc() -> None:

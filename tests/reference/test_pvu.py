@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
@@ -103,6 +106,20 @@ def test_loop_is_torchs_adamw_under_a_cosine() -> None:
     for mine, torchs in zip(ours.parameters(), theirs.parameters(), strict=True):
         # float32; the fused kernel rounds in another order, over 12 steps of 0.01.
         assert torch.allclose(mine, torchs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "steps", "epochs"), [(64, 1, 300), (1_000, 16, 20), (4_000, 20, 20)])
+def test_default_length_is_300_steps_or_20_epochs(n: int, steps: int, epochs: int) -> None:
+    config = dataclasses.replace(CONFIG, epochs=None, batch_size=None)
+    rows, sizes = Rows(toy_embeddings(n=n), torch.arange(n)), []
+
+    def loss(batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(batch.index))
+        return output.mean()
+
+    assert len(train_adamw(network(), loss, rows, config)) == epochs
+    assert len(sizes) == steps * epochs
+    assert max(sizes) == min(max(2 * (n // 40), 64), 256)
 
 
 def test_loop_refuses_what_it_cannot_train_on() -> None:

@@ -334,6 +334,17 @@ def test_companions_come_with_enough_labels(data: Embeddings) -> None:
     assert len(many.notes_["pool"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("n", "fits"), [(200, [160] * 5 + [200]), (1_000, [800] * 2 + [1_000]), (1_400, [1_120, 1_400])]
+)
+def test_no_more_folds_are_fitted_than_the_pool_needs(monkeypatch: pytest.MonkeyPatch, n: int, fits: list[int]) -> None:
+    sizes = []
+    fitted = ViLUPlus._fit_experts
+    monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given))
+    ViLUPlus(**QUICK).fit(toy_embeddings(n=n, k=4, d=8))
+    assert sizes == fits
+
+
 def test_probabilities_are_calibrated(data: Embeddings) -> None:
     test = toy_embeddings(n=2000, k=4, d=8, seed=5)
     predictor = ViLUPlus(**QUICK).fit(data)

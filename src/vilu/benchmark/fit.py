@@ -18,6 +18,7 @@ from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.init import initialise
+from vilu.predictors.nn.train import default_batch
 from vilu.predictors.parameters import parameters
 
 REFUSALS = (UsageError, DataError, ProvenanceError)
@@ -81,7 +82,7 @@ def _trained_for(config: Config, label: str, predictor: FailurePredictor, train:
     if config.entries[label].steps is None:
         return predictor
     values: dict[str, Any] = {name: getattr(predictor, name) for name in parameters(predictor)}
-    epochs = config.epochs_for(label, train.pool_size or values["batch_size"], len(train))
+    epochs = config.epochs_for(label, train.pool_size or values["batch_size"] or default_batch(len(train)), len(train))
     return type(predictor)(**values | {"epochs": epochs})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import compress
@@ -136,14 +136,24 @@ class Batch:
         tensors = {name: getattr(self, name) for name in ("image", "text", "target", "index", "same", "outside")}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}
-        return replace(self, **moved, columns=columns)
+        return self._taken(replace(self, **moved, columns=columns), lambda answers: answers.to(device))
 
     def rows(self, part: slice | Tensor) -> Batch:
         """Some of the rows, by a slice or their places, against all candidates."""
         columns = {name: rows[part] if name in IMAGE_COLUMNS else rows for name, rows in self.columns.items()}
         own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
         outside = None if self.outside is None else self.outside[part]
-        return replace(self, **own, columns=columns, outside=outside)
+        return self._taken(replace(self, **own, columns=columns, outside=outside), lambda answers: answers[part])
+
+    def answered(self, answers: ZeroShot) -> Batch:
+        """This batch, with zero-shot answers that were computed before."""
+        self.__dict__["zero_shot"] = answers
+        return self
+
+    def _taken(self, taken: Batch, take: Callable[[Tensor], Tensor]) -> Batch:
+        """What was taken of this batch, with its answers, where they were computed."""
+        computed = "zero_shot" in self.__dict__
+        return taken.answered(ZeroShot(*map(take, self.zero_shot))) if computed else taken
 
 
 class EmbeddingSource(ABC):

@@ -144,7 +144,7 @@ class ProbVLM(NetworkPredictor):
     name: ClassVar[str] = "probvlm"
     summary: ClassVar[str] = "spread of the distribution that an adapter puts around the image's embedding (ProbVLM)"
     reference: ClassVar[str] = "Upadhyay et al., ICCV 2023"
-    cost: ClassVar[str] = "fit: 6,000 steps of two MLPs; score: 4 MFLOP a row, cross_modal K D powers"
+    cost: ClassVar[str] = "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP a row, cross_modal K D powers"
 
     weight_decay: NonNegative = 0.0
     width: Count = 256

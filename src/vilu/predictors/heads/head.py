@@ -43,8 +43,9 @@ class HeadPredictor(FailurePredictor):
     Args:
         validation_fraction: Share of the training rows held out for selection when ``fit`` gets no validation set.
         hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
-        epochs: Passes over the training rows; None: as many as make about 6,000 steps, between 10 and 300.
-        batch_size: Rows per step.
+        epochs: Passes over the training rows; None: 40, or as many as make 1,000 steps of few rows, or 6,000 steps of
+            many, but between 10 and 300.
+        batch_size: Rows per step; None: a fortieth of the training rows, between 32 and 128.
         learning_rate: Peak; linear warm-up, then a cosine to zero.
         momentum: Of SGD.
         weight_decay: Of SGD.
@@ -65,7 +66,7 @@ class HeadPredictor(FailurePredictor):
     validation_fraction: float = 0.1
     hidden: tuple[Count, ...] = HIDDEN
     epochs: Count | None = None
-    batch_size: Count = 128
+    batch_size: Count | None = None
     learning_rate: Positive = 0.03
     momentum: NonNegative = 0.9
     weight_decay: NonNegative = 2e-3

@@ -24,7 +24,7 @@ from vilu.predictors.heads.vilu_zero import Classes, ViLUZero, learn_classes
 from vilu.predictors.labelled import class_texts, cross_fitting, failure_log_odds, with_outside
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, Start, SupervisedAttention, fit_attention
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
-from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, steps_per_epoch, train_adamw
+from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, train_adamw
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
 
 POOL_SD = 0.2
@@ -55,7 +55,9 @@ MEMORY_ROWS = 4_096
 FEW_LABELS = 10
 """Per class on average; with fewer, folds lack classes and companions learn nothing that lasts."""
 
-MIN_STEPS, MIN_EPOCHS = 300, 20
+ENOUGH = 250
+"""Held-out rows that suffice for the pool, which has three weights: no more folds are fitted than make so many."""
+
 POOL, CLASSES, FEATURE_MEAN = "pool", "attention.classes", "attention.inputs.features.mean"
 ADAPTER, BANK = "companions.adapter.first.weight", "companions.memory.bank"
 
@@ -88,7 +90,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         width: Hidden width of the network.
         dropout: Of the network.
         epochs: Passes over the rows in training the network; None: 20, or as many as make 300 steps.
-        batch_size: Of the network.
+        batch_size: Of the network; None: a twentieth of the rows, between 64 and 256.
         learning_rate: Of the network (AdamW, cosine).
         weight_decay: Of the network.
 
@@ -110,7 +112,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     width: Count = 512
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     epochs: Count | None = None
-    batch_size: Count = 256
+    batch_size: Count | None = None
     learning_rate: Positive = 2e-3
     weight_decay: NonNegative = 0.2
     device: str = "auto"
@@ -144,9 +146,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         classes = self._classes(train)
         start = None if classes is None else classes.start(class_texts(train), train.source.space.logit_scale)
         if kinds:
+            folds = cross_fitting(train, failure, validation, self.seed)
             parts = [
                 log_posteriors(self._fit_experts(rows, kinds, weights, start), held_out, self.device_)
-                for rows, held_out in cross_fitting(train, failure, validation, self.seed)
+                for rows, held_out in folds[: math.ceil(ENOUGH / len(folds[0][1].index))]
             ]
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
@@ -185,11 +188,10 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         def loss(batch: Batch, residual: Tensor) -> Tensor:
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
-        epochs = self.epochs or max(MIN_EPOCHS, math.ceil(MIN_STEPS / steps_per_epoch(rows, self.batch_size)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             adapter = Adapter(attention.inputs, len(attention.classes), self.width, self.dropout)
-            train_adamw(adapter, loss, rows, self._settings(AdamWConfig, epochs=epochs))
+            train_adamw(adapter, loss, rows, self._settings(AdamWConfig))
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
@@ -19,7 +20,8 @@ from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.processes import World, current_world
 from vilu.progress import Task, track
 
-DEFAULT_STEPS = 6_000
+FEWEST_STEPS, MOST_STEPS = 1_000, 6_000
+EPOCHS = 40
 FREEZE_STEPS = 1_000
 
 
@@ -31,8 +33,19 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 
 def default_epochs(steps: int) -> int:
-    """As many epochs of ``steps`` steps as make about 6,000 steps, between 10 and 300."""
-    return min(max(math.ceil(DEFAULT_STEPS / steps), 10), 300)
+    """Forty, or as many epochs of ``steps`` steps as make 1,000 steps, or 6,000, but between 10 and 300."""
+    fewest, most = (math.ceil(n / steps) for n in (FEWEST_STEPS, MOST_STEPS))
+    return min(max(min(max(EPOCHS, fewest), most), 10), 300)
+
+
+def default_adamw_epochs(steps: int) -> int:
+    """Twenty epochs of ``steps`` steps, or as many as make 300 steps."""
+    return max(20, math.ceil(300 / steps))
+
+
+def default_batch(n_rows: int) -> int:
+    """A fortieth of the rows, between 32 and 128: of few rows small steps, whose noise finds as good weights sooner."""
+    return min(max(n_rows // 40, 32), 128)
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,7 @@ class Rows:
         columns: Names of those that batches bring along.
         unlabelled: Rows of the same kind without labels.
         examples: (E,) int64 positions of rows of none of the classes; None: all in the source that are known to be.
+        answers: (N,) zero-shot answers of all rows of the source, where ``answered`` has computed them of these.
     """
 
     source: EmbeddingSource
@@ -81,6 +95,7 @@ class Rows:
     columns: tuple[str, ...] = ()
     unlabelled: EmbeddingSource | None = None
     examples: Tensor | None = None
+    answers: ZeroShot | None = None
 
     @property
     def outside(self) -> Tensor:
@@ -90,13 +105,30 @@ class Rows:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """The rows in order, in batches whose logits fit into memory (``EmbeddingSource.batches``)."""
-        return self.source.batches(size, rows=self.index, columns=self.columns)
+        return map(self._with_answers, self.source.batches(size, rows=self.index, columns=self.columns))
 
     def steps(self, size: int, generator: torch.Generator | None = None, first: int = 0) -> Iterator[Batch]:
         """Batches of one training step each, in order or, with a generator, shuffled; from step ``first`` on."""
         order = self.index if generator is None else self.source.shuffled(self.index, generator)
         done = first * (self.source.pool_size or size)
-        return self.source.steps(size, rows=order[done:], columns=self.columns)
+        return map(self._with_answers, self.source.steps(size, rows=order[done:], columns=self.columns))
+
+    def answered(self, device: torch.device) -> Rows:
+        """With the answers of shared candidates, which so are computed once a fit; pools have others in every pass."""
+        if self.source.pool_size is not None or self.answers is not None:
+            return self
+        world, found = current_world(), []
+        for batch in self.batches(SCORING_BATCH):
+            mine = batch.rows(world.mine(len(batch.index))).to(device).zero_shot
+            found.append([world.gather(part).cpu() for part in mine])
+        places = (torch.cat(parts) for parts in zip(*found, strict=True))
+        of_all = (part.new_zeros(len(self.source)).index_put((self.index,), part) for part in places)
+        return replace(self, answers=ZeroShot(*of_all))
+
+    def _with_answers(self, batch: Batch) -> Batch:
+        return (
+            batch if self.answers is None else batch.answered(ZeroShot(*(part[batch.index] for part in self.answers)))
+        )
 
 
 @dataclass(frozen=True)
@@ -104,7 +136,7 @@ class TrainConfig:
     """How a head is trained: parameters of ``HeadPredictor``, and the device."""
 
     epochs: int | None
-    batch_size: int
+    batch_size: int | None
     learning_rate: float
     momentum: float
     weight_decay: float
@@ -181,9 +213,10 @@ class HeadTrainer:
         Kept is the latest epoch whose validation AUROC is within one standard error of the best so far: a few hundred
         validation rows cannot tell such epochs apart, and the cosine schedule makes later ones better.
         """
-        config = self.config
-        require_shares(train.source.pool_size or config.batch_size, self.world)
-        steps = steps_per_epoch(train, config.batch_size)
+        config, size = self.config, self.config.batch_size or default_batch(len(train.index))
+        require_shares(train.source.pool_size or size, self.world)
+        train, validation = train.answered(config.device), validation and validation.answered(config.device)
+        steps = steps_per_epoch(train, size)
         plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
         at = self._begin(plan)
         with track("train", plan.epochs * plan.steps, "steps") as task:
@@ -191,7 +224,8 @@ class HeadTrainer:
             while at.epoch < plan.epochs and not self._is_out_of_patience(at):
                 if at.epoch >= plan.frozen:
                     self.thaw()
-                self._epoch(train, plan, at, task)
+                self.generator.set_state(at.order)
+                self._epoch(train.steps(size, self.generator, at.step), plan, at, task)
                 self._end_epoch(validation, plan, at)
                 self._save(at)
         self.head.load_state_dict(at.kept)
@@ -221,11 +255,9 @@ class HeadTrainer:
         patience = self.config.patience
         return patience is not None and at.epoch - 1 - at.history.kept_epoch >= patience
 
-    def _epoch(self, train: Rows, plan: Plan, at: Position, task: Task) -> None:
+    def _epoch(self, batches: Iterator[Batch], plan: Plan, at: Position, task: Task) -> None:
         """The rest of one pass."""
         self.head.train()
-        self.generator.set_state(at.order)
-        batches = train.steps(self.config.batch_size, self.generator, at.step)
         for batch, rate in zip(batches, plan.rates(at.epoch, at.step), strict=True):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * rate
@@ -291,7 +323,7 @@ class AdamWConfig:
     """How a network is trained: parameters of ``NetworkPredictor``, and the device."""
 
     epochs: int | None
-    batch_size: int
+    batch_size: int | None
     learning_rate: float
     weight_decay: float
     seed: int
@@ -300,8 +332,9 @@ class AdamWConfig:
 
 def train_adamw(network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig) -> list[float]:
     """Train a network of a batch to (B,) in place, and return the mean loss of every epoch."""
-    steps = steps_per_epoch(rows, config.batch_size)
-    epochs = config.epochs or default_epochs(steps)
+    size = config.batch_size or 2 * default_batch(len(rows.index))
+    steps = steps_per_epoch(rows, size)
+    epochs = config.epochs or default_adamw_epochs(steps)
     generator = torch.Generator().manual_seed(config.seed)
     parameters = network.to(config.device).parameters()
     optimizer = torch.optim.AdamW(
@@ -312,7 +345,7 @@ def train_adamw(network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig)
     with track("train", epochs * steps, "steps") as task:
         for _ in range(epochs):
             total = torch.zeros((), device=config.device)
-            for batch in rows.steps(config.batch_size, generator):
+            for batch in rows.steps(size, generator):
                 moved = batch.to(config.device)
                 value = loss(moved, network(moved))
                 optimizer.zero_grad(set_to_none=True)

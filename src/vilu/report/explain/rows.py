@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, STATUS, VALID
-from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import OUTSIDE, UNKNOWN, DataError
 from vilu.predictors.base import FailurePredictor
@@ -49,9 +48,8 @@ def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:
 
 def select(batch: Batch, places: Tensor) -> Batch:
     """The rows at some places of a batch, with their zero-shot answers, against all of its candidates."""
-    selected = batch.rows(places)
-    selected.__dict__["zero_shot"] = ZeroShot(*(of_rows[places] for of_rows in batch.zero_shot))
-    return selected
+    _ = batch.zero_shot  # of all its rows, so that those taken keep theirs
+    return batch.rows(places)
 
 
 def whole_steps(data: EmbeddingSource, rows: Tensor, size: int) -> Tensor:
