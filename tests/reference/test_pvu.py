@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.heads.networks import PVU, ImageNetwork, ranking_loss
-from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
+from vilu.predictors.nn.train import AdamWConfig, Rows, default_epochs, few_epochs, train_adamw
 
 CONFIG = AdamWConfig(epochs=3, batch_size=64, learning_rate=0.01, weight_decay=0.1, seed=5, device=torch.device("cpu"))
 
@@ -108,18 +109,25 @@ def test_loop_is_torchs_adamw_under_a_cosine() -> None:
         assert torch.allclose(mine, torchs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "steps", "epochs"), [(64, 1, 300), (1_000, 16, 20), (4_000, 20, 20)])
-def test_default_length_is_300_steps_or_20_epochs(n: int, steps: int, epochs: int) -> None:
+@pytest.mark.parametrize(
+    ("n", "length", "batch", "epochs"),
+    [
+        (64, default_epochs, 32, 300),
+        (640, default_epochs, 32, 50),
+        (640, few_epochs, 32, 20),
+        (96, few_epochs, 32, 100),
+    ],
+)
+def test_default_lengths(n: int, length: Callable[[int], int], batch: int, epochs: int) -> None:
     config = dataclasses.replace(CONFIG, epochs=None, batch_size=None)
     rows, sizes = Rows(toy_embeddings(n=n), torch.arange(n)), []
 
-    def loss(batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(batch.index))
+    def loss(found: Batch, output: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(found.index))
         return output.mean()
 
-    assert len(train_adamw(network(), loss, rows, config)) == epochs
-    assert len(sizes) == steps * epochs
-    assert max(sizes) == min(max(2 * (n // 40), 64), 256)
+    assert len(train_adamw(network(), loss, rows, config, length)) == epochs
+    assert sizes == [batch] * (n // batch * epochs)
 
 
 def test_loop_refuses_what_it_cannot_train_on() -> None:

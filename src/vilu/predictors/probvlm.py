@@ -17,6 +17,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.heads.head import Count, NonNegative
 from vilu.predictors.heads.networks import NetworkPredictor
 from vilu.predictors.labelled import failure_log_odds
+from vilu.predictors.nn.train import few_epochs
 
 SMALLEST = 1e-6  # for a shape below one the density has a cusp, and its slope no bound, where the deviation is zero
 
@@ -128,6 +129,7 @@ class ProbVLM(NetworkPredictor):
     poor predictors of failure.
 
     Args:
+        epochs: Passes over the training rows; None: 20, or as many as make 300 steps.
         width: Hidden width of the adapters.
         dropout: Share of hidden units that a step leaves out.
         cross_weight: Weight of the cross-modal terms.
@@ -146,6 +148,7 @@ class ProbVLM(NetworkPredictor):
     reference: ClassVar[str] = "Upadhyay et al., ICCV 2023"
     cost: ClassVar[str] = "fit: 300 steps or 20 epochs of two MLPs; score: 4 MFLOP a row, cross_modal K D powers"
 
+    batch_size: Count | None = 128  # a step is long, most of it however few rows it has
     weight_decay: NonNegative = 0.0
     width: Count = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -159,6 +162,9 @@ class ProbVLM(NetworkPredictor):
 
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:  # noqa: ARG002 - the network saw the batch
         return output.mean()
+
+    def _length(self, steps: int) -> int:
+        return few_epochs(steps)
 
     def _score(self, batch: Batch) -> Tensor:
         score: Tensor = self.network(batch)

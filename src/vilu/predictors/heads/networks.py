@@ -22,7 +22,7 @@ from vilu.predictors.base import FailurePredictor, Learnt, own_graph
 from vilu.predictors.heads.head import Count, NonNegative, Positive
 from vilu.predictors.labelled import Needs
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.nn.train import AdamWConfig, Rows, train_adamw
+from vilu.predictors.nn.train import AdamWConfig, Rows, default_epochs, train_adamw
 
 
 @dataclasses.dataclass
@@ -30,15 +30,15 @@ class NetworkPredictor(FailurePredictor):
     """A predictor with a network that gives one number per row, trained by AdamW; the last epoch is kept.
 
     Args:
-        epochs: Passes over the training rows; None: 20, or as many as make 300 steps.
-        batch_size: Rows per step.
+        epochs: Passes over the training rows; None: as many as a head's (``HeadPredictor``).
+        batch_size: Rows per step; None: as a head's.
         learning_rate: At the start; a cosine takes it to zero.
         weight_decay: Of AdamW.
     """
 
     seed: int = 0
     epochs: Count | None = None
-    batch_size: Count = 128
+    batch_size: Count | None = None
     learning_rate: Positive = 1e-3
     weight_decay: NonNegative = 1e-4
     device: str = "auto"
@@ -47,11 +47,15 @@ class NetworkPredictor(FailurePredictor):
     def _loss(self, batch: Batch, output: Tensor) -> Tensor:
         """The training loss of the network's output (B,)."""
 
+    def _length(self, steps: int) -> int:
+        """How many epochs of ``steps`` steps by default."""
+        return default_epochs(steps)
+
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             network = cast("nn.Module", self.module({}, train.source.space))
-        history = train_adamw(network, self._loss, train, self._settings(AdamWConfig))
+        history = train_adamw(network, self._loss, train, self._settings(AdamWConfig), self._length)
         weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         return Learnt(weights, {"history": {"loss": history}})
 
@@ -80,7 +84,7 @@ class PVU(NetworkPredictor):
         loss: "ranking" or "mse".
 
     Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. Pretrained there on ImageNet-21k, here fitted to
-    the rows at hand: 20 passes, or 300 steps, not 32 passes over 200,000 images, with the same AdamW (learning rate
+    the rows at hand: for 1,000 to 6,000 steps, not 32 passes over 200,000 images, with the same AdamW (learning rate
     1e-3, betas 0.8 and 0.95, decay 1e-4) and cosine. Embeddings have unit norm and go in times sqrt(D), so that their
     coordinates have the size of features. The losses are float64, which keeps sure rows apart.
     """
@@ -88,7 +92,7 @@ class PVU(NetworkPredictor):
     name: ClassVar[str] = "pvu"
     summary: ClassVar[str] = "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
     reference: ClassVar[str] = "Kirchhof et al., 2024"
-    cost: ClassVar[str] = "fit: 300 steps or 20 epochs of an MLP; score: 1 MFLOP a row"
+    cost: ClassVar[str] = "fit: 1,000 to 6,000 steps of an MLP; score: 1 MFLOP a row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
 
     hidden: tuple[Count, ...] = (512, 512)
@@ -178,7 +182,7 @@ class LMN(NetworkPredictor):
     name: ClassVar[str] = "lmn"
     summary: ClassVar[str] = "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
     reference: ClassVar[str] = "Huang et al., ICLR 2026"
-    cost: ClassVar[str] = "fit: 300 steps or 20 epochs of a small MLP; score: 40 kFLOP a row"
+    cost: ClassVar[str] = "fit: 1,000 to 6,000 steps of a small MLP; score: 40 kFLOP a row"
 
     hidden: tuple[Count, ...] = (16,)
     n_logits: Annotated[int, Field(ge=2)] = 16

@@ -24,7 +24,7 @@ from vilu.predictors.heads.vilu_zero import Classes, ViLUZero, learn_classes
 from vilu.predictors.labelled import class_texts, cross_fitting, failure_log_odds, with_outside
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, Start, SupervisedAttention, fit_attention
 from vilu.predictors.nn.experts import Adapter, Experts, Memory, pool
-from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, train_adamw
+from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, default_batch, few_epochs, train_adamw
 from vilu.predictors.outside import NEGATIVES, Outside, SeesOutside, learn_outside
 
 POOL_SD = 0.2
@@ -188,10 +188,11 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         def loss(batch: Batch, residual: Tensor) -> Tensor:
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
+        size = self.batch_size or 2 * default_batch(len(rows.index))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             adapter = Adapter(attention.inputs, len(attention.classes), self.width, self.dropout)
-            train_adamw(adapter, loss, rows, self._settings(AdamWConfig))
+            train_adamw(adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs)
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:

@@ -38,7 +38,7 @@ def default_epochs(steps: int) -> int:
     return min(max(min(max(EPOCHS, fewest), most), 10), 300)
 
 
-def default_adamw_epochs(steps: int) -> int:
+def few_epochs(steps: int) -> int:
     """Twenty epochs of ``steps`` steps, or as many as make 300 steps."""
     return max(20, math.ceil(300 / steps))
 
@@ -330,11 +330,13 @@ class AdamWConfig:
     device: torch.device
 
 
-def train_adamw(network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig) -> list[float]:
-    """Train a network of a batch to (B,) in place, and return the mean loss of every epoch."""
-    size = config.batch_size or 2 * default_batch(len(rows.index))
+def train_adamw(
+    network: nn.Module, loss: Loss, rows: Rows, config: AdamWConfig, length: Callable[[int], int] = default_epochs
+) -> list[float]:
+    """Train a network of a batch to (B,) in place; mean losses of all epochs, by default ``length`` of their steps."""
+    size = config.batch_size or default_batch(len(rows.index))
     steps = steps_per_epoch(rows, size)
-    epochs = config.epochs or default_adamw_epochs(steps)
+    epochs = config.epochs or length(steps)
     generator = torch.Generator().manual_seed(config.seed)
     parameters = network.to(config.device).parameters()
     optimizer = torch.optim.AdamW(
