@@ -184,9 +184,8 @@ class Chosen:
 class WithOutside:
     """A data set without some of its classes, whose images are of none of those that are left.
 
-    Args:
-        images: The whole; labels beyond its classes that it takes for outside are its ``strays``.
-        outside: Names of classes, as the data have them or as prompts do, or labels beyond the classes.
+    ``outside`` names classes, as the data have them or as prompts do, or labels beyond the classes; those that the
+    data set takes for outside are its ``strays``.
 
     Raises:
         UsageError: If there is no such class or label, or no class would be left.

@@ -222,10 +222,8 @@ CORRUPT: Final = (
 class BadImage(DataError):  # noqa: N818  the name of a kind of input, as the error table calls it
     """An image that cannot be used; one row of the error table, never the end of a run.
 
-    Attributes:
-        stage: Where it failed: "open" (bytes and header), "geometry" (size), "decode" (pixels), "text" (caption,
-            label).
-        kind: What was wrong, for counting.
+    It failed in a stage: "open" (bytes and header), "geometry" (size), "decode" (pixels), "text" (caption, label). The
+    kind says what was wrong, for counting.
     """
 
     def __init__(self, stage: Stage, kind: Kind, message: str) -> None:

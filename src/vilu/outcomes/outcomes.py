@@ -320,13 +320,9 @@ class Outcomes:
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.parquet`` (complete) or ``.csv`` (the rows only), atomically; see ``table``.
 
-        Other scores that lie there are replaced, and no other file.
-
-        In a CSV, text that a spreadsheet would run as a formula gets an apostrophe in front.
-
-        Args:
-            path: The file.
-            inputs: Digest of what the scores were made from, to be recorded (``vilu.files.places``).
+        Other scores that lie there are replaced, and no other file. In a CSV, text that a spreadsheet would run as a
+        formula gets an apostrophe in front. ``inputs`` is the digest of what the scores were made from
+        (``vilu.files.places``).
 
         Raises:
             UsageError: If the suffix is another, or something else than scores lies there.

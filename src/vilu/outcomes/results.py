@@ -162,11 +162,8 @@ class ResultTable:
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
         """Write ``.json``, ``.parquet`` or ``.csv`` atomically; what is undefined is null.
 
-        Other results that lie there are replaced, and no other file.
-
-        Args:
-            path: The file.
-            inputs: Digest of what they were made from, to be recorded (``vilu.files.places``).
+        Other results that lie there are replaced, and no other file. ``inputs`` is the digest of what they were made
+        from (``vilu.files.places``).
 
         Raises:
             UsageError: If the suffix is another, or something else than results lies there.

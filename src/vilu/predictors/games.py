@@ -80,10 +80,8 @@ class HeadGame(Game):
     attended text and the predicted caption, "zero-shot score" the MCM input. The first layer is a sum over parts, so
     swapping a part is swapping its summand.
 
-    Args:
-        heads: Of one embedding width and the same parts.
-        link: What is averaged over heads: the identity for one head's logit, the sigmoid for an ensemble.
-        unit: What that is.
+    The heads are of one embedding width and the same parts; the link is the identity for one head's logit, the sigmoid
+    for an ensemble.
     """
 
     def __init__(self, heads: list[FailureHead], link: Callable[[Tensor], Tensor], unit: str) -> None:
@@ -147,10 +145,8 @@ class PoolGame(Game):
     on average gets nothing. Inputs are not swapped between images here: residuals of one image on the zero-shot logits
     of another have no meaning, since each of them speaks of classes.
 
-    Args:
-        parts: The parts of the pooled logits of a batch.
-        outside: Log-odds (B,) of an image of none of the classes, one more player: f(S) with it counts it as one more
-            wrong answer. None: there is no such outcome.
+    ``outside`` gives the log-odds (B,) of an image of none of the classes, one more player: f(S) with it counts it as
+    one more wrong answer.
     """
 
     unit = LOG_ODDS

@@ -87,10 +87,7 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     Temperature and beta are tried where the scores are log-odds, isotonic regression with at least 1,000 rows. With
     fewer than 20 failures or successes there is nothing to choose by: temperature, or Platt for other scores.
 
-    Args:
-        score: (N,) finite scores, higher = more likely wrong; log-odds of failure where the method gives probabilities.
-        failure: (N,) 0 or 1.
-        is_log_odds: Which of the two.
+    The scores (N,) are finite, higher = more likely wrong; log-odds of failure where the method gives probabilities.
 
     Example:
         >>> calibrator = fit_calibrator(np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True)

@@ -162,12 +162,8 @@ class LaionPairs(Reopened, MappedPairs):
     Nothing vouches for these files as receipts do for a store's: other numbers in them are not seen. Pickled, it is its
     path, as a store is; a shard of another size or time of modification is a change.
 
-    Args:
-        path: The folder.
-        pools: What is matched against what.
-        logit_scale: Multiplier of the cosine: 100 for OpenAI's CLIP.
-        logit_bias: Added to every logit.
-        fold: Only the rows whose caption is in this fold (``folds.fold_of``); takes metadata with captions.
+    Arguments are as of ``CaptionStore``; ``logit_scale`` multiplies the cosine (100 for OpenAI's CLIP), ``logit_bias``
+    is added to every logit, and a fold takes metadata with captions.
 
     Raises:
         DataError: If the folder has another layout, a file has no partner or does not hold a matrix of floats.

@@ -136,13 +136,9 @@ Parse = Callable[[T], tuple[str, int]]  # from an entry of a list to path and la
 
 @dataclass
 class SplitLists:
-    """Paths and labels by split, no image twice; labels are 0 ... K-1 and each has one name.
+    """Paths and labels by split, no image twice; labels are 0 ... K-1 and each has one name."""
 
-    Attributes:
-        splits: Pairs of path and label, by split.
-    """
-
-    splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    splits: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # pairs of path and label, by split
     _names: dict[int, str] = field(default_factory=dict)
     _labels: dict[str, int] = field(default_factory=dict)
     _seen: set[str] = field(default_factory=set)

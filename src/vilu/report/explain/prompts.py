@@ -87,13 +87,8 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     What it says is a bound for work on prompts rather than a promise: these texts are made from images, and no wording
     need reach them. That the gain of a class is small does say that its text is not what is wrong.
 
-    Args:
-        data: Labelled rows with shared candidates.
-        folds: At least 3.
-        seed: Of the folds.
-
     Raises:
-        UsageError: If the data are image-caption pairs, or there are too few folds.
+        UsageError: If the data are image-caption pairs, or there are less than 3 folds.
         DataError: If fewer rows than folds have a label, or there is one candidate.
     """
     rows, n, failures = _labelled(data, folds)
