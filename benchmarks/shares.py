@@ -10,7 +10,8 @@ is broken
 - without any stranger among them, as a warning.
 
 And a world at the edge, whose error rate is just above 5 % everywhere, so that every certificate is a broken promise;
-and one of confident mistakes, beside the thresholds of MAPIE (``pip install 'vilu[mapie]'``).
+and with ``--compare ltt sgr bonferroni_holm ...`` the worlds without strangers, among them one of confident mistakes,
+by our procedures and by those of MAPIE (``pip install 'vilu[mapie]'``).
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 import vilu
+from benchmarks.thresholds import PREDICTORS, Rate
 from vilu.decision.calibrate import Selector, interval
-from vilu.decision.thresholds import METHODS, upper_bound
+from vilu.decision.thresholds import METHODS, lower_bound, upper_bound
 from vilu.metrics.counts import Floats, Ints, tie_counts
 from vilu.outcomes.outcomes import Outcomes
 
@@ -130,17 +132,17 @@ def line(name: str, pot: Pot, share: float, draws: int, seed: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def mistakes(rng: np.random.Generator, n: int) -> tuple[Floats, Ints]:
+def confident(u: Floats) -> Floats:
     """Of the 4 % most trusted half are wrong, of the next 60 % one in a hundred, of the others half."""
-    u = rng.random(n)
-    return u, (rng.random(n) < np.where(u < 0.04, 0.5, np.where(u < 0.64, 0.01, 0.5))).astype(int)
+    return np.where(u < 0.04, 0.5, np.where(u < 0.64, 0.01, 0.5))
 
 
-def mistaken(low: float, high: float) -> float:
-    """Error rate of that world between two uncertainties."""
-    edges = np.array([0.0, 0.04, 0.64, 1.0])
-    wrong = np.interp([low, high], edges, np.concatenate([[0.0], np.cumsum([0.02, 0.006, 0.18])]))
-    return float((wrong[1] - wrong[0]) / (high - low))
+RATES: dict[str, Rate] = {
+    **PREDICTORS,
+    "confident mistakes": confident,
+    "at the edge": lambda u: np.full_like(u, 0.0501),
+}
+"""Error rates at the quantile of the uncertainty: those of ``benchmarks.thresholds``, and two more."""
 
 
 def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
@@ -167,17 +169,30 @@ def certified(method: str, u: Floats, f: Ints) -> tuple[float, float] | None:
     return (0.0, float(1 - valid.min())) if len(valid) else None
 
 
-def confident(draws: int, methods: tuple[str, ...]) -> None:
-    """Print mean coverage and broken promises in the world of confident mistakes."""
-    for n in (2000, 10_000):
-        for method in methods:
+def compare(draws: int, method: str) -> None:
+    """Print mean coverage and broken promises of a procedure in every world of ``RATES``, at 5 % and delta 0.1."""
+    grid = (np.arange(1_000_000) + 0.5) / 1_000_000
+    for name, rate in RATES.items():
+        sums = np.concatenate([[0.0], np.cumsum(rate(grid))]) / len(grid)
+        for n in (150, 600, 2000, 10_000):
             rng, coverage, broken = np.random.default_rng(n), [], 0
             for _ in range(draws):
-                found = certified(method, *mistakes(rng, n))
-                coverage.append(0.0 if found is None else found[1] - found[0])
-                broken += found is not None and mistaken(*found) > RISK
+                u = rng.random(n)
+                f = (rng.random(n) < rate(u)).astype(int)
+                ends = certified(method, (np.floor(10 * u) + 1) / 10 if name == "tied" else u, f) or (0.0, 0.0)
+                if name == "tied":  # a score stands for the tenth that it ends
+                    ends = tuple(np.floor(10 * np.array(ends) + 1e-6) / 10)
+                low, high = (round(min(end, 1.0) * len(grid)) for end in ends)
+                coverage.append((high - low) / len(grid))
+                broken += bool(high > low and sums[high] - sums[low] > RISK * coverage[-1])
+            bounds = lower_bound(broken, draws, 0.025), upper_bound(broken, draws, 0.025)
             error = np.std(coverage) / np.sqrt(draws)
-            print(f"| {n:,} | {method} | {np.mean(coverage):.1%} ± {error:.1%} | {broken / draws:.2%} |", flush=True)
+            print(
+                f"| {name} | {n:,} | {method} | {draws:,} | {broken / draws:.1%} "
+                f"({bounds[0]:.1%} to {bounds[1]:.1%}) | "
+                f"{np.mean(coverage):.1%} ± {error:.1%} |",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -185,10 +200,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whether promises hold where some pictures are strangers.")
     parser.add_argument("arrays", nargs="?", type=Path)
     parser.add_argument("--draws", type=int, default=2000)
-    parser.add_argument("--confident", nargs="*", help="only this world, with these procedures")
+    parser.add_argument("--compare", nargs="+", help="only the worlds without strangers, with these procedures")
     options = parser.parse_args()
-    if options.confident is not None:
-        confident(options.draws, tuple(options.confident) or ("ltt", "sgr", "bonferroni_holm", "fixed_sequence"))
+    if options.compare:
+        for method in options.compare:
+            compare(options.draws, method)
         return
     rng = np.random.default_rng(0)
     worlds: dict[str, Callable[[float], Pot]] = {

@@ -104,7 +104,7 @@ def _shift(holder: Any, key: Any, draw: random.Random) -> None:
     elif isinstance(value, list):
         value.reverse()
     else:
-        holder[key] = list(value.items())
+        holder[key] = [list(pair) for pair in value.items()]  # as JSON has them, for a further edit
 
 
 def _rename(holder: Any, key: Any, draw: random.Random) -> None:

@@ -346,3 +346,14 @@ def test_mapie_agrees_on_clear_cases(calibration: vilu.Outcomes, rule: vilu.Sele
     assert found.audit.lower >= reference.audit.lower  # a bound made for Bernoulli numbers is no looser here
     with pytest.raises(UsageError, match="keep no state"):
         theirs.save(tmp_path / "state.parquet")
+
+
+def test_strata_are_part_of_the_fingerprint() -> None:
+    """Rules for stated shares that differ only in which rows are strangers watch for other rates."""
+    u, f = np.linspace(0, 1, 400), np.r_[np.zeros(200, int), np.ones(200, int)]
+    found = set()
+    for outside in (np.arange(400) >= 300, np.arange(400) % 4 == 3):
+        rows = vilu.Outcomes(u, np.where(outside, 1, f), outside=outside)
+        rule = vilu.calibrate(vilu.Outcomes(u, f, outside=np.arange(400) >= 300), max_risk=0.3, outside_share=0.2)
+        found.add(vilu.Monitor(rows, rule).fingerprint)
+    assert len(found) == 2

@@ -166,8 +166,12 @@ def test_the_promise_is_for_the_classes_as_they_are_stated() -> None:
     assert few.coverage > 0.9  # 1.5 % wrong at these shares
     assert "at the stated shares of 3 classes" in str(few)
     assert not vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.4, "cup": 0.4, "dog": 0.2}).feasible
-    rare = vilu.calibrate(classes_of(rng, [900, 900, 3]), max_risk=RISK, class_shares={"cat": 0.5, "dog": 0.5})
+    rare = vilu.calibrate(
+        classes_of(rng, [900, 900, 3]), max_risk=RISK, class_shares={"cat": 0.5, "dog": 0.5, "cup": 0}
+    )
     assert "dog has 3 and needs" in str(rare.certificates[""].why)
+    with pytest.raises(UsageError, match=r"no share is stated of 1 of the 3 classes: 'cup'\."):
+        vilu.calibrate(rows, max_risk=RISK, class_shares={"cat": 0.5, "dog": 0.5})
     assert contradiction(few, rows) is None
     assert contradiction(few.model_copy(update={"class_shares": {"cat": 0.4, "cup": 0.4, "dog": 0.2}}), rows)
     assert type(few).model_validate_json(few.model_dump_json()) == few

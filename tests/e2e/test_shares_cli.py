@@ -27,7 +27,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save(root / f"{name}.npz", made)
         run("import", f"{name}.npz", "-o", name, cwd=root)
     run("fit", "cal", "-o", "predictor", "--method", "mcm", cwd=root)
-    (root / "shares.csv").write_text("class,share\ncat,0.7\ndog,0.1\ncup,0.2\n")
+    (root / "shares.csv").write_text("class,share\ncat,0.7\ndog,0.1\ncup,0.2\nsea,0\n")
     return root
 
 
@@ -35,19 +35,18 @@ def test_a_promise_for_stated_shares(place: Path) -> None:
     asked = ("calibrate", "predictor", "cal", "--max-risk", str(RISK), "--outside-share", "0.3")
     asked = (*asked, "--class-shares", "shares.csv")
     said = run(*asked, cwd=place)
-    assert "for up to 30.0% of strangers like those shown and at the stated shares of 3 classes" in said.stdout
+    assert "for up to 30.0% of strangers like those shown and at the stated shares of 4 classes" in said.stdout
     assert "calibrated so already" in run(*asked, cwd=place).stderr
     rule = json.loads((place / "predictor" / "risk.json").read_text())["rule"]
     assert rule["outside_share"] == 0.3
-    assert rule["class_shares"] == {"cat": 0.7, "dog": 0.1, "cup": 0.2}
+    assert rule["class_shares"] == {"cat": 0.7, "dog": 0.1, "cup": 0.2, "sea": 0.0}
     assert "already" in run(*asked[:-2], code=2, cwd=place).stderr  # another promise takes --overwrite
 
     run("score", "predictor", "new", "-o", "scores.parquet", cwd=place)
     scores = vilu.Outcomes.load(place / "scores.parquet")
     accepted, known = np.array(scores.decision) == "accept", scores.evaluable
     assert set(np.array(scores.decision_reason, dtype=object)[~accepted & known]) == {"above_threshold"}
-    shares = {**rule["class_shares"], "sea": 0.0}
-    strata = [(0.7 * shares[name], known & (scores.target == place)) for place, name in enumerate(NAMES)]
+    strata = [(0.7 * rule["class_shares"][name], known & (scores.target == place)) for place, name in enumerate(NAMES)]
     strata.append((0.3, scores.outside))
     wrong = sum(share * np.mean(accepted[rows] & (scores.failure[rows] == 1)) for share, rows in strata)
     taken = sum(share * np.mean(accepted[rows]) for share, rows in strata)
@@ -65,6 +64,7 @@ def test_what_cannot_be_promised(place: Path) -> None:
     for content, code, message in (
         ("class,share\ncat,0.7\n", 2, "must add up to 1"),
         ("class,share\ncow,1\n", 2, "'cow', which is none of the 4 classes"),
+        ("class,share\ncat,0.7\ncup,0.3\n", 2, "no share is stated of 2 of the 4 classes: 'dog', 'sea'"),
         ("name,share\ncat,1\n", 3, "must have the columns class and share"),
     ):
         (place / "wrong.csv").write_text(content)

@@ -22,6 +22,7 @@ from vilu.errors import DataError, ProvenanceError
 from vilu.files.documents import write_json
 from vilu.predictors import fitted
 from vilu.predictors.fitted import MCMTS, Duo, duo_terms
+from vilu.predictors.stacking import Stacking
 
 COLUMNS = ("second_image", "second_text")
 
@@ -166,6 +167,16 @@ def test_it_remembers_the_second_model(tmp_path: Path, train: Embeddings, test: 
         with pytest.raises(ProvenanceError, match="second model"):
             vilu.score(refusing, part)
     assert duo.fit(two(train, other)).second_space_ == other
+
+
+def test_a_stack_remembers_the_second_model_of_its_members(tmp_path: Path, train: Embeddings, test: Embeddings) -> None:
+    first = EmbeddingSpace(8, 30.0, backbone="small", weights="aa")
+    Stacking(members=("mcm", "duo")).fit(two(train, first)).save(tmp_path)
+    stack = vilu.load(tmp_path)
+    assert np.isfinite(stack.predict_uncertainty(two(test, first))).all()
+    with pytest.raises(ProvenanceError, match=r"\(the second model of the fitted stacking\) against 'bb'"):
+        stack.predict_uncertainty(two(test, dataclasses.replace(first, weights="bb")))
+    assert "second" not in Stacking(members=("mcm", "margin")).fit(two(train, first)).notes_
 
 
 def test_damaged_notes_of_the_second_model_are_refused(tmp_path: Path, train: Embeddings) -> None:

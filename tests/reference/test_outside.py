@@ -100,7 +100,9 @@ def test_logit_bias_and_equal_answers_count() -> None:
 
 def test_what_neglabel_cannot_do() -> None:
     bare = variant(toy_embeddings(n=20), columns=None)
-    with pytest.raises(DataError, match=r"neglabel needs the column 'negatives'.*`vilu embed --negatives`"):
+    with pytest.raises(
+        DataError, match=r"neglabel needs .*'negatives'.*`vilu embed --negatives`, or give it to `vilu import`"
+    ):
         PREDICTORS["neglabel"]().predict_uncertainty(bare)
     with pytest.raises(UsageError, match="does not work on image-caption pairs: words are chosen"):
         PREDICTORS["neglabel"]().predict_uncertainty(toy_pairs())

@@ -93,6 +93,13 @@ def test_again_does_nothing_and_other_inputs_are_refused(tmp_path: Path) -> None
     assert again.ids[0] == "img/1-0.png"
 
 
+def test_a_store_that_is_not_complete_names_what_began_it(tmp_path: Path) -> None:
+    imported(tmp_path, arrays())
+    (tmp_path / "store" / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"not complete\. Run the same `vilu import` again"):
+        vilu.open_source(tmp_path / "store")
+
+
 def test_a_part_that_is_lost_is_done_again(tmp_path: Path) -> None:
     store = imported(tmp_path, arrays(), part_size=7)
     whole = files(store.path)

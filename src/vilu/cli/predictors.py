@@ -339,8 +339,8 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     class_shares: Annotated[
         Path | None,
         console.path_option(
-            "CSV with the columns class and share: what part of the pictures of the classes each is to be, 0 "
-            "where it is not named. [those of the calibration rows]",
+            "CSV with the columns class and share, a line for every class: what part of the pictures of the classes "
+            "it is to be. [those of the calibration rows]",
             metavar="FILE",
         ),
     ] = None,

@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from vilu.decision.shares import Strata, check_shares, in_words, weighted_learn_then_test, why_nothing
+from vilu.decision.shares import (
+    Strata,
+    check_shares,
+    in_words,
+    require_every_class,
+    weighted_learn_then_test,
+    why_nothing,
+)
 from vilu.decision.thresholds import (
     METHODS,
     accepted_needed,
@@ -253,7 +260,7 @@ def calibrate(
         outside_share: Share of pictures of none of the classes to be expected, in [0, 1), where it is not that of the
             calibration rows; those that are ``outside`` there stand for them. The promise holds for every smaller share
             of pictures like them, too. "ltt" alone, without groups.
-        class_shares: Shares of the classes among all others, by name, to be expected; a class without one has none.
+        class_shares: Shares of the classes among all others, by name, to be expected: of every class, 0 where it is.
 
     Raises:
         UsageError: If neither target is given or one is out of range.
@@ -291,6 +298,7 @@ def _reweighted(
 ) -> Selector:
     """``calibrate`` for stated shares."""
     strata, delta, wrong = Strata(rows, *shares), 1 - confidence, rows.failure == 1
+    require_every_class(rows, shares[1])
     point = None
     if not strata.lacking(max_risk, delta):
         value, point = weighted_learn_then_test(rows.uncertainty, wrong, strata.weight, max_risk, delta)

@@ -20,6 +20,7 @@ from vilu.decision.audit import Audit, TestName, rates_of, strangers_in_words
 from vilu.decision.calibrate import Selector, group_names
 from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
 from vilu.decision.record import Rule
+from vilu.decision.shares import Strata
 from vilu.decision.status import Acceptance, Audited, Status, Test, conclude
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
 from vilu.files.documents import Model, digest, explain
@@ -398,6 +399,9 @@ class Monitor:
                 content.update(column.tobytes())
         if not self.watches:
             content.update(self.calibration.uncertainty.tobytes())
+        if self.rule is not None and self.rule.reweighted:  # the rates depend on which rows are in which stratum
+            rows = self.calibration.take(self.calibration.evaluable)
+            content.update(Strata(rows, self.rule.outside_share, self.rule.class_shares).stratum.tobytes())
         rule = None if self.rule is None else self.rule.model_dump(mode="json")
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 

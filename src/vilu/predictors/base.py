@@ -17,7 +17,7 @@ from scipy import special
 from torch import Tensor, nn
 
 from vilu.device import as_usual, each_as_usual, resolve_device
-from vilu.embeddings.columns import HOW
+from vilu.embeddings.columns import HOW, SECOND
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
@@ -407,7 +407,8 @@ class FailurePredictor(ABC):
             raise UsageError(f"{self.name} does not work on image-caption pairs: {self.no_captions}.")
         for column in columns:
             if column not in data.columns:
-                raise DataError(f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`.")
+                given = "" if column in SECOND else ", or give it to `vilu import`"
+                raise DataError(f"{self.name} needs the column {column!r}. Make it with `{HOW[column]}`{given}.")
 
     def _check_ready(self, data: EmbeddingSource) -> None:
         check_parameters(self)

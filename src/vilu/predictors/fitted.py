@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from vilu.embeddings.columns import SECOND
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
@@ -178,8 +179,34 @@ OBJECTIVES: dict[str, Callable[[Rows, int, torch.device], float]] = {"nll": best
 """How log m is found, by the name of the objective."""
 
 
+class WithSecondModel(FailurePredictor):
+    """A method that may need what a second model says: it remembers which, and refuses another."""
+
+    def second_notes(self, source: EmbeddingSource) -> dict[str, Any]:
+        """What is remembered of the second model of the training rows, if a score needs one."""
+        needed = source.second is not None and SECOND & set(self.columns_to_score)
+        return {"second": dataclasses.asdict(source.second.space)} if needed and source.second is not None else {}
+
+    @property
+    def second_space_(self) -> EmbeddingSpace | None:
+        """Embedding space of the second model of the fit; None where it was not known."""
+        return EmbeddingSpace(**self.notes_["second"]) if "second" in self.notes_ else None
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """As every method's; refuses notes of the second model that describe no space."""
+        super().restore(state)
+        _ = self.second_space_
+
+    def _check_ready(self, data: EmbeddingSource) -> None:
+        super()._check_ready(data)
+        known = self.second_space_
+        if known is not None and data.second is not None:
+            names = {"mine": f"the second model of the fitted {self.name}", "theirs": "the second model of the data"}
+            known.require_match(data.second.space, **names)
+
+
 @dataclass
-class Duo(FailurePredictor):
+class Duo(WithSecondModel):
     """Asymmetric duo: u = 1 - softmax(T_L l + T_S s)_c, l the logits of the VLM, s those of a second model.
 
     c is the answer of the VLM alone, the larger model as a rule, so the failures to be predicted stay the same. T_L and
@@ -218,27 +245,8 @@ class Duo(FailurePredictor):
                 "takes the mean of the two models' logits.",
                 stacklevel=7,
             )
-        second = train.source.second
-        notes = {} if second is None else {"second": dataclasses.asdict(second.space)}
         tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
-        return Learnt(tensors, {"large": multipliers[0], "small": multipliers[1], **notes})
-
-    @property
-    def second_space_(self) -> EmbeddingSpace | None:
-        """Embedding space of the second model of the fit; None where it was not known."""
-        return EmbeddingSpace(**self.notes_["second"]) if "second" in self.notes_ else None
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """As every method's; refuses notes of the second model that describe no space."""
-        super().restore(state)
-        _ = self.second_space_
-
-    def _check_ready(self, data: EmbeddingSource) -> None:
-        super()._check_ready(data)
-        known = self.second_space_
-        if known is not None and data.second is not None:
-            names = {"mine": f"the second model of the fitted {self.name}", "theirs": "the second model of the data"}
-            known.require_match(data.second.space, **names)
+        return Learnt(tensors, {"large": multipliers[0], "small": multipliers[1], **self.second_notes(train.source)})
 
     def _score(self, batch: Batch) -> Tensor:
         both = torch.einsum("bkm,m->bk", two_logits(batch), self.tensor("multipliers", batch.image.device))

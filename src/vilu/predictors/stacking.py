@@ -14,6 +14,7 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, UsageError
 from vilu.predictors.base import CONSTANT, FailurePredictor, Learnt
 from vilu.predictors.catalogue import find_method
+from vilu.predictors.fitted import WithSecondModel
 from vilu.predictors.labelled import cross_fitting
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
 from vilu.predictors.parameters import parameters
@@ -26,7 +27,7 @@ NO_SPREAD = 1e-9  # standard deviation, relative to the largest value, that is r
 
 
 @dataclasses.dataclass
-class Stacking(FailurePredictor):
+class Stacking(WithSecondModel):
     """u = P(failure) = sigmoid(b + sum_m w_m x_m), a logistic regression of the failure on the scores of its members.
 
     x_m is the score of member m (its log-odds where it estimates a probability, clipped at 1e-12), standardised and
@@ -103,7 +104,8 @@ class Stacking(FailurePredictor):
                     failed.append(batch.failure)
         stack = self._regress(torch.cat(scores), torch.cat(failed))
         notes = {"coefficients": dict(zip(self.members, stack["coefficients"].tolist(), strict=True))}
-        return Learnt(stack | member_tensors(self._fit_members(train)), notes)
+        self.members_ = self._fit_members(train)
+        return Learnt(stack | member_tensors(self.members_), notes | self.second_notes(train.source))
 
     def _fit_members(self, rows: Rows) -> dict[str, FailurePredictor]:
         members = self._new_members()

@@ -137,7 +137,13 @@ class Ledger(ABC, Generic[P, R]):
         """Refuse a folder of something else, or one that is not complete."""
         cls.require_begun(root)
         if not (root / MANIFEST).is_file():
-            raise DataError(f"{root} is not complete. Run the same `{cls.command}` again: it goes on where it stopped.")
+            made = cls.made_by(root)
+            raise DataError(f"{root} is not complete. Run the same `{made}` again: it goes on where it stopped.")
+
+    @classmethod
+    def made_by(cls, root: Path) -> str:  # noqa: ARG003 - where several commands make such folders, it is asked
+        """The command that has begun a folder."""
+        return cls.command
 
     def begin(self, run: Document, folders: Iterable[str]) -> None:
         """Leave what the run is, unless it is there, and the sub-folders, without what killed processes left."""

@@ -120,6 +120,11 @@ class StoreLedger(Ledger[Part, Receipt]):
         super().__init__(root, run.fingerprint, plan(run), Receipt)
         self.run, self.data = run, data
 
+    @classmethod
+    def made_by(cls, root: Path) -> str:
+        """The command that has begun the store, as its ``run.json`` says."""
+        return "vilu embed" if read_document(root / RUN, Run).imported is None else "vilu import"
+
     def said(self, part: Part, receipt: Receipt) -> tuple[tuple[object, ...], tuple[object, ...]]:
         """Number, bounds and images; how many images shards hold, only the receipt knows."""
         n_in = receipt.n_in if self.run.shards else len(part)
