@@ -20,7 +20,7 @@ from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.processes import World, current_world
 from vilu.progress import Task, track
 
-FEWEST_STEPS, MOST_STEPS = 1_000, 6_000
+FEWEST_STEPS, MOST_STEPS = 1_800, 6_000
 EPOCHS = 40
 FREEZE_STEPS = 1_000
 
@@ -33,7 +33,7 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 
 def default_epochs(steps: int) -> int:
-    """Forty, or as many epochs of ``steps`` steps as make 1,000 steps, or 6,000, but between 10 and 300."""
+    """Forty, or as many epochs of ``steps`` steps as make 1,800 steps, or 6,000, but between 10 and 300."""
     fewest, most = (math.ceil(n / steps) for n in (FEWEST_STEPS, MOST_STEPS))
     return min(max(min(max(EPOCHS, fewest), most), 10), 300)
 
