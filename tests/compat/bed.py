@@ -125,7 +125,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 LATER = {"kind", "repeated", "forgotten", "texts", "inputs"}
-LATER |= {"settings", "columns", "labels", "fit_share", "second", "mean", "means_only", "ticks"}
+LATER |= {"settings", "columns", "labels", "fit_share", "second", "mean", "means_only", "ticks", "negatives"}
+LATER |= {"unlabelled"}
 """Keys that documents of then did not have."""
 
 
