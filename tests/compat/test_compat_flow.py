@@ -191,8 +191,9 @@ def test_rows_of_then_are_recognised_by_their_names(kept: Open, caplog: pytest.L
 def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: str) -> None:
     """``risk.json``, the calibration rows, the calibrator and the card, from the predictor that is in the folder.
 
-    But where a sequence begins the last row is no trial any more, and one wrong among the first five dogs, at a risk of
-    60 % and a confidence of 50 % / 4, is one too many: P[Bin(4, 0.6) <= 1] = 0.18.
+    But where a sequence begins the row at the threshold is no trial any more. Three cats and three dogs below a fourth
+    are right, and at a risk of 60 % and a confidence of 50 % / 4 that is enough, whatever the fourth is: 0.4^3 = 0.064.
+    It is wrong, and there the sequences end, since P[Bin(4, 0.6) <= 1] = 0.18; then more dogs were accepted.
     """
     shutil.copytree(kept("rules") / label, tmp_path / label)
     made = json.loads(
@@ -205,8 +206,9 @@ def test_rules_are_calibrated_as_they_were(kept: Open, tmp_path: Path, label: st
     assert made.pop("inputs")
     assert list(made) == list(expected)
     if label == "per_class":
-        stricter = made["rule"]["certificates"].pop("dog")
-        assert (stricter["threshold"], expected["rule"]["certificates"].pop("dog")["n_accepted"]) == (None, 7)
+        few = [[rule["certificates"].pop(name) for name in ("cat", "dog")] for rule in (made["rule"], expected["rule"])]
+        accepted = [[(one["n_accepted"], one["n_wrong"]) for one in pair] for pair in few]
+        assert accepted == [[(4, 1), (4, 1)], [(0, 0), (7, 2)]]
     for rule in (made["rule"], expected["rule"]):
         for group in (rule or {}).get("certificates", {}).values():
             assert (group.pop("why") is None) == (group["threshold"] is not None)  # in words of today

@@ -154,9 +154,7 @@ def test_a_hundredth_of_the_rows_may_be_shared(train: Embeddings) -> None:
         UserWarning, match=r"^1 of 100 calibration rows were used to fit this lvu \('row-1000'\); they are"
     ):
         made = predictor.calibrate(one).calibrator_
-    other = predictor.calibrate(new.take(np.arange(1, 100))).calibrator_
-    assert made.n == other.n == 99
-    assert made.weights == pytest.approx(other.weights, rel=1e-6)  # 99 rows may round otherwise than 100
+    assert made == predictor.calibrate(new.take(np.arange(1, 100))).calibrator_
     with pytest.raises(DataError, match=r"2 of 100 calibration rows .* \('row-1000', 'row-1001'\), more than 1%"):
         predictor.calibrate(two)
     with pytest.warns(UserWarning, match="1 of 100 validation rows are in the training set"):

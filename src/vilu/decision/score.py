@@ -33,7 +33,7 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.outside import SeesOutside
 from vilu.predictors.record import describe, seen_tensors
-from vilu.predictors.rows import candidates_of, counted, same_candidates
+from vilu.predictors.rows import candidates_of, counted, same_candidates, scored_of
 from vilu.progress import track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
@@ -146,7 +146,8 @@ def score_fresh(
 ) -> Outcomes:
     """As ``score``, of the rows ``fresh`` (N,) that ``fit`` has not seen; captions keep the pools of all rows."""
     decider = _checked(Decider(predictor), data)
-    return score_rows(decider, data, _facts(decider, data, (dataset, split), n_seen_in_fit=0)).take(fresh)
+    facts = _facts(decider, data, (dataset, split), n_seen_in_fit=0)
+    return score_rows(decider, data, facts, scored=scored_of(data, fresh)).take(fresh)
 
 
 def score_rows(

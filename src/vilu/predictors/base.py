@@ -36,6 +36,7 @@ from vilu.predictors.rows import (
     candidates_of,
     common_identity,
     join,
+    scored_of,
     similarity_range,
     sketch,
     warn_of_other_space,
@@ -463,7 +464,7 @@ class FailurePredictor(ABC):
         """
         fresh = self.unseen(calibration, "calibration")
         uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
-        for batch, scores in self.scored(calibration):
+        for batch, scores in self.scored(calibration, scored_of(calibration, fresh)):
             rows = batch.index.numpy(force=True)
             uncertainty[rows], failure[rows] = scores, batch.failure.numpy(force=True)
         return self.calibrate_scores(uncertainty[fresh], failure[fresh])

@@ -170,6 +170,14 @@ def common_identity(
     return by
 
 
+def scored_of(data: EmbeddingSource, fresh: NDArray[np.bool_]) -> Tensor | None:
+    """Usable rows (S,) of those that are ``fresh`` (N,), so that the others do not change their blocks.
+
+    None with captions, whose rows keep the pools of all.
+    """
+    return None if data.pool_size is not None else data.usable_rows[torch.from_numpy(fresh)[data.usable_rows]]
+
+
 def overlap(first: EmbeddingSource, second: EmbeddingSource, names: tuple[str, str]) -> Overlap | None:
     """The rows of the second source that are in the first; None where nothing tells."""
     by = common_identity(first.identified_by, second.identified_by, names)
