@@ -224,7 +224,7 @@ def measure(modules: list[Module]) -> tuple[list[Bar], dict[str, list[str]]]:
     small = [module for module in modules if 0 < len(module.code) < FEW and module.path not in SMALL]
     bars = [
         Bar("source files", len(modules), 180),
-        Bar("lines", sum(module.lines for module in counted), 36_700),
+        Bar("lines", sum(module.lines for module in counted), 36_800),
         Bar("lines of code", code, 24_450),
         Bar("import lines, % of the lines of code", 100 * sum(map(import_lines, counted)) / code, 12),
         Bar("folders directly below src/vilu", len(folders), 12),

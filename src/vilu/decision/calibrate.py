@@ -67,6 +67,17 @@ class Selector(Model):
     """Accepts answers whose uncertainty is at most a threshold, one for all rows or one per group.
 
     And above a floor, where a certificate has one.
+
+    Attributes:
+        method: "ltt", "sgr" or "crc".
+        max_risk: The target; None where a coverage was asked for alone.
+        min_coverage: Least coverage asked for; None for any.
+        confidence: 1 - delta; with several groups the promises hold for all of them together with it.
+        grouped_by: "prediction" (the zero-shot answer), "groups" (given by the caller), or None.
+        certificates: Per group; one group "" without groups.
+        outside_share: Share of pictures of none of the classes up to which the promise holds; None: that of the
+            calibration rows.
+        class_shares: Shares of the classes, among the others, at which it holds; None: those of the calibration rows.
     """
 
     later = frozenset({"outside_share", "class_shares"})
@@ -74,17 +85,13 @@ class Selector(Model):
     kind: Literal["threshold"] = "threshold"
     needs_batch: ClassVar[bool] = False
 
-    method: Promise  # "ltt", "sgr" or "crc"
-    max_risk: float | None = Field(ge=0, le=1)  # the target; None where a coverage was asked for alone
-    min_coverage: float | None = Field(gt=0, le=1)  # least coverage asked for; None for any
-    # 1 - delta; with several groups the promises hold for all of them together with it
+    method: Promise
+    max_risk: float | None = Field(ge=0, le=1)
+    min_coverage: float | None = Field(gt=0, le=1)
     confidence: float = Field(gt=0, lt=1)
-    # "prediction" (the zero-shot answer), "groups" (given by the caller), or None
     grouped_by: Literal["prediction", "groups"] | None = None
-    certificates: dict[str, Certificate]  # per group; one group "" without groups
-    # share of pictures of none of the classes up to which the promise holds; None: that of the calibration rows
+    certificates: dict[str, Certificate]
     outside_share: float | None = Field(default=None, ge=0, lt=1)
-    # shares of the classes, among the others, at which it holds; None: those of the calibration rows
     class_shares: dict[str, float] | None = None
 
     @property

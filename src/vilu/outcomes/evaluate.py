@@ -128,7 +128,15 @@ def compare(
 ) -> Comparison:
     """Difference of a metric between two methods on the same rows, by paired bootstrap.
 
-    Rows that either method could not score are left out for both. Arguments are as of ``evaluate``.
+    Rows that either method could not score are left out for both.
+
+    Args:
+        a: Outcomes of one method.
+        b: Outcomes of the other, same rows.
+        metric: A name of ``vilu.metrics.METRICS``.
+        n_resamples: Bootstrap resamples.
+        confidence: Coverage of the interval, in (0, 1).
+        seed: Seed of the resampling.
 
     Raises:
         ProvenanceError: If the rows are not the same: other number, ids, or failures.
