@@ -10,6 +10,7 @@ NAMES = (
     "startup",
     "memory",
     "head_training",
+    "small_fits",
     "bf16_quality",
     "embed_throughput",
     "stream_scores",

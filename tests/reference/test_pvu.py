@@ -113,7 +113,7 @@ def test_loop_is_torchs_adamw_under_a_cosine() -> None:
     ("n", "length", "batch", "epochs"),
     [
         (64, default_epochs, 32, 300),
-        (640, default_epochs, 32, 90),
+        (640, default_epochs, 32, 70),
         (640, few_epochs, 32, 20),
         (96, few_epochs, 32, 100),
     ],

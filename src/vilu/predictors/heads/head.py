@@ -43,7 +43,7 @@ class HeadPredictor(FailurePredictor):
     Args:
         validation_fraction: Share of the training rows held out for selection when ``fit`` gets no validation set.
         hidden: Hidden widths of the MLP; depth is ``len(hidden) + 1``.
-        epochs: Passes over the training rows; None: 40, or as many as make 1,800 steps of few rows, or 6,000 steps of
+        epochs: Passes over the training rows; None: 35, or as many as make 1,400 steps of few rows, or 6,000 steps of
             many, but between 10 and 300.
         batch_size: Rows per step; None: a fortieth of the training rows, between 32 and 128.
         learning_rate: Peak; linear warm-up, then a cosine to zero.

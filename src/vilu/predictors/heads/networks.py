@@ -84,7 +84,7 @@ class PVU(NetworkPredictor):
         loss: "ranking" or "mse".
 
     Source: Kirchhof et al., "Pretrained Visual Uncertainties", 2024. Pretrained there on ImageNet-21k, here fitted to
-    the rows at hand: for 1,800 to 6,000 steps, not 32 passes over 200,000 images, with the same AdamW (learning rate
+    the rows at hand: for 1,400 to 6,000 steps, not 32 passes over 200,000 images, with the same AdamW (learning rate
     1e-3, betas 0.8 and 0.95, decay 1e-4) and cosine. Embeddings have unit norm and go in times sqrt(D), so that their
     coordinates have the size of features. The losses are float64, which keeps sure rows apart.
     """
@@ -92,7 +92,7 @@ class PVU(NetworkPredictor):
     name: ClassVar[str] = "pvu"
     summary: ClassVar[str] = "image-only head that ranks the VLM's own losses (Pretrained Visual Uncertainties)"
     reference: ClassVar[str] = "Kirchhof et al., 2024"
-    cost: ClassVar[str] = "fit: 1,800 to 6,000 steps of an MLP; score: 1 MFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
 
     hidden: tuple[Count, ...] = (512, 512)
@@ -182,7 +182,7 @@ class LMN(NetworkPredictor):
     name: ClassVar[str] = "lmn"
     summary: ClassVar[str] = "MCM at a temperature that a small network gives each image (LMN, ICLR 2026)"
     reference: ClassVar[str] = "Huang et al., ICLR 2026"
-    cost: ClassVar[str] = "fit: 1,800 to 6,000 steps of a small MLP; score: 40 kFLOP a row"
+    cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP a row"
 
     hidden: tuple[Count, ...] = (16,)
     n_logits: Annotated[int, Field(ge=2)] = 16

@@ -20,8 +20,8 @@ from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.processes import World, current_world
 from vilu.progress import Task, track
 
-FEWEST_STEPS, MOST_STEPS = 1_800, 6_000
-EPOCHS = 40
+FEWEST_STEPS, MOST_STEPS = 1_400, 6_000
+EPOCHS = 35
 FREEZE_STEPS = 1_000
 
 
@@ -33,7 +33,7 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 
 def default_epochs(steps: int) -> int:
-    """Forty, or as many epochs of ``steps`` steps as make 1,800 steps, or 6,000, but between 10 and 300."""
+    """Thirty-five, or as many epochs of ``steps`` steps as make 1,400 steps, or 6,000, but between 10 and 300."""
     fewest, most = (math.ceil(n / steps) for n in (FEWEST_STEPS, MOST_STEPS))
     return min(max(min(max(EPOCHS, fewest), most), 10), 300)
 
