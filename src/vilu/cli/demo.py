@@ -35,7 +35,7 @@ from vilu.store.reader import EmbeddingStore
 BACKBONE = "compact"
 SPLITS = ("train", "validation", "test")
 PROMPT_NAMES = ("dress", "hat", "sweater", "coat", "jeans", "shirt", "shoe", "shorts", "skirt", "t-shirt")
-TRAINING: dict[str, object] = {"epochs": 100, "learning_rate": 0.1, "weight_decay": 0.005}
+TRAINING: dict[str, object] = {"epochs": 100, "batch_size": 128, "learning_rate": 0.1, "weight_decay": 0.005}
 """Chosen by cross-validation on training photos (docs/methods/vilu.md)."""
 
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
