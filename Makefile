@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-processors lint format bench audit release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-engines test-processors lint format bench audit release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -42,6 +42,10 @@ TRIALS ?= 5
 test-faults: .venv/.dev
 	seed=$${SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "SEED=$$seed"; \
 		SEED=$$seed TRIALS=$(TRIALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
+
+# What starts Ray and, where Java is, Spark; in every run of the tests there is only one of these.
+test-engines: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -rs tests/executors $(ARGS)
 
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)

@@ -17,7 +17,7 @@ Exit code 1 if a bar is missed; with --report the same is printed, and the exit 
 - sizes: the bars were 170 files, 32,500 lines and 19,800 of code when the house was put in order; what makes its
   promises hold (digests, places, identities of rows, checked arguments, arrivals) added to them, and so did the world
   outside the classes (arrays as a source, predictors without labels, strangers, stated shares, rows by two models).
-  Then the whole was reread and became 1,400 lines shorter, and the bars came down with it.
+  Then the whole was reread and became 1,400 lines shorter, and the bars came down with it; speed added 200.
 - functions: from ``def`` to the last line, docstring included, decorators not; a nested one also by itself. The 95th
   percentile is the shortest length that at least 95 % of all do not exceed.
 """
@@ -224,8 +224,8 @@ def measure(modules: list[Module]) -> tuple[list[Bar], dict[str, list[str]]]:
     small = [module for module in modules if 0 < len(module.code) < FEW and module.path not in SMALL]
     bars = [
         Bar("source files", len(modules), 180),
-        Bar("lines", sum(module.lines for module in counted), 36_800),
-        Bar("lines of code", code, 24_450),
+        Bar("lines", sum(module.lines for module in counted), 37_000),
+        Bar("lines of code", code, 24_640),
         Bar("import lines, % of the lines of code", 100 * sum(map(import_lines, counted)) / code, 12),
         Bar("folders directly below src/vilu", len(folders), 12),
         Bar("modules directly below src/vilu", len(files), 7),

@@ -17,6 +17,22 @@ PYTHONPATH = os.pathsep.join(map(str, (ROOT / "src", ROOT)))
 """For processes that need the fakes, and this source whatever is installed."""
 
 
+IN_EVERY_RUN = {
+    "test_the_same_bytes_for_any_number_of_workers[ray-2]",
+    "test_a_missing_package_is_named_with_its_command[ray-ray]",
+    "test_a_missing_package_is_named_with_its_command[spark-pyspark]",
+}
+"""Of the tests that are about Ray or Spark; all others start them, and are ``make test-engines``."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        engine = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if engine in {"ray", "spark"} and item.name not in IN_EVERY_RUN:
+            item.add_marker(pytest.mark.engine)
+
+
 @pytest.fixture(scope="module")
 def engines():
     """Starts the engine of a name, once; all are stopped at the end."""
