@@ -9,12 +9,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -150,46 +151,65 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-_bench: dict[str, Workbench] = {}  # what a worker process has open
+Opening = tuple[Config, Mapping[Part, Path], Mapping[Part, Path]]
+"""What a workbench is made of."""
 
 
-def run_cells(bench: Workbench, cells: Sequence[Cell], root: Path, jobs: int, n_done: int) -> None:
-    """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
-    groups = sharing_a_fit(bench.config, cells)
-    started = time.monotonic()
-    here = (cell for cells in groups for cell in run_group(bench, cells, root))
-    running = _in_workers(bench, groups, root, jobs) if jobs > 1 else here
-    with track("benchmark", n_done + len(cells), "cells") as task, closing(running):
-        task.advance(n_done)
-        for number, cell in enumerate(running, start=1):
-            pace = (time.monotonic() - started) / number
-            left = timedelta(seconds=round(pace * (len(cells) - number)))
-            task.advance(1, f"{60 / pace:.0f} a minute, {left} left; {cell}")
+class Crew:
+    """What runs the cells of several benchmarks, one benchmark after the other: this process, or so many others.
 
+    The others start with the first cell, stay for all benchmarks, and are ended at once where the block is left early.
+    """
 
-def _in_workers(bench: Workbench, groups: Sequence[Sequence[Cell]], root: Path, jobs: int) -> Generator[Cell]:
-    """Run cells in a pool of processes, which are ended at once where it is closed or fails before its end."""
-    others = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
-    start = bench.config, dict(bench.folders), dict(bench.seconds)
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, start)
-    through = False
-    try:
-        running = [pool.submit(_run_in_worker, cells, root) for cells in groups]
-        for future in concurrent.futures.as_completed(running):
-            yield from future.result()
-        through = True
-    finally:
-        pool.shutdown(wait=through, cancel_futures=True)
-        for worker in () if through else set(multiprocessing.active_children()) - others:
+    def __init__(self, benches: Sequence[Workbench], jobs: int) -> None:
+        self._benches, self._pool = benches, None
+        self._others = set(multiprocessing.active_children())
+        if jobs > 1:
+            context = multiprocessing.get_context("spawn")  # a fork would copy the locks of torch's threads
+            benchmarks: list[Opening] = [(one.config, dict(one.folders), dict(one.seconds)) for one in benches]
+            self._pool = concurrent.futures.ProcessPoolExecutor(jobs, context, _start_worker, (benchmarks,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._pool is None:
+            return
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        for worker in () if kind is None else set(multiprocessing.active_children()) - self._others:
             worker.terminate()
             worker.join()
 
+    def run(self, number: int, groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[Cell]:
+        """Cells of a benchmark in groups that share a fit, each when its file is written."""
+        if self._pool is None:
+            for cells in groups:
+                yield from run_group(self._benches[number], cells, root)
+            return
+        running = [self._pool.submit(_run_in_worker, number, cells, root) for cells in groups]
+        for future in concurrent.futures.as_completed(running):
+            yield from future.result()
 
-def _start_worker(config: Config, *stores: Mapping[Part, Path]) -> None:
+
+def run_cells(crew: Crew, number: int, groups: Sequence[Sequence[Cell]], root: Path, n_done: int) -> None:
+    """Run cells and write their files, showing progress; those that are finished stay when it is interrupted."""
+    started, n_cells = time.monotonic(), sum(map(len, groups))
+    with track("benchmark", n_done + n_cells, "cells") as task:
+        task.advance(n_done)
+        for done, cell in enumerate(crew.run(number, groups, root), start=1):
+            pace = (time.monotonic() - started) / done
+            left = timedelta(seconds=round(pace * (n_cells - done)))
+            task.advance(1, f"{60 / pace:.0f} a minute, {left} left; {cell}")
+
+
+_benchmarks: list[Opening] = []  # what a worker process may be asked for
+_open: dict[int, Workbench] = {}  # the one that it has open, by its number
+
+
+def _start_worker(benchmarks: list[Opening]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_follow_parent, daemon=True).start()
-    _bench["mine"] = Workbench(config, *stores)
+    _benchmarks[:] = benchmarks
 
 
 def _follow_parent() -> None:
@@ -200,8 +220,11 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _run_in_worker(cells: Sequence[Cell], root: Path) -> list[Cell]:
-    return list(run_group(_bench["mine"], cells, root))
+def _run_in_worker(number: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
+    if number not in _open:
+        _open.clear()  # benchmarks follow one another
+        _open[number] = Workbench(*_benchmarks[number])
+    return list(run_group(_open[number], cells, root))
 
 
 LOCK = ".lock"
@@ -255,8 +278,9 @@ def run_all(
         for work in works:
             work.bench.check()
         refuse_contradictions(works)
-        for work in works:
-            work.run(output, share, jobs)
+        with Crew([work.bench for work in works], jobs) as crew:
+            for number, work in enumerate(works):
+                work.run(crew, number, output, share)
         return [] if share.of > 1 else [work.board(output) for work in works]
 
 
@@ -274,8 +298,8 @@ class _Work:
         folders = make_stores(*where, models=models) if make else require_stores(*where)
         return cls(cells, Workbench(config, folders, find_seconds(config, folders, data)))
 
-    def run(self, output: Path, share: Share, jobs: int) -> None:
-        """Run the cells that are missing of a share."""
+    def run(self, crew: Crew, number: int, output: Path, share: Share) -> None:
+        """Run the cells that are missing of a share, the benchmark being the crew's of that number."""
         groups = sharing_a_fit(self.bench.config, own_results(self.cells))
         mine = [cell for group in groups[share.number :: share.of] for cell in group]
         found = finished(self.bench, mine, output)
@@ -286,7 +310,7 @@ class _Work:
         if stale:
             name = self.bench.config.name
             logger.info("%s: %d cells are of older code, or other data or parameters: again", name, stale)
-        run_cells(self.bench, missing, output, jobs, len(found))
+        run_cells(crew, number, sharing_a_fit(self.bench.config, missing), output, len(found))
 
     def board(self, output: Path) -> Board:
         """All results."""
