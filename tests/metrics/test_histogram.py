@@ -158,7 +158,7 @@ def test_intervals_are_those_of_the_bootstrap_over_rows(kind: str, groups: int) 
     r = 2000
     rows = bootstrap_intervals(kernels, u, failure, n_resamples=r, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(histogram, "RESAMPLED_BINS", groups)
+        patch.setattr(bootstrap, "RESAMPLED_GROUPS", groups)
         found = Histogram.of(u, failure).intervals(kernels, n_resamples=r, confidence=0.95, seed=2)
     for name in names:
         assert found[name].value == pytest.approx(rows[name].value, abs=1e-12)
@@ -181,7 +181,7 @@ def test_intervals_are_seeded_and_do_not_see_the_order_of_merging() -> None:
 
 
 def test_resamples_keep_the_numbers_of_both_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(histogram, "CELLS", 4000)
+    monkeypatch.setattr(bootstrap, "CELLS", 4000)
     u, failure = made("entropy", 1000)
     seen: list[np.ndarray] = []
 

@@ -3,7 +3,7 @@
 Resampling is stratified: every resample has as many wrong and as many correct answers as the sample, so no metric
 becomes undefined. The intervals are conditional on the accuracy of the frozen model, which is not what is compared.
 The rows are sorted once; a resample is a vector of counts over the sorted scores, and a metric takes a block of them
-at a time. Time is of order rows · resamples, memory is bounded.
+at a time. Of many distinct scores, neighbours are resampled in groups, so that time is of order resamples · groups.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 from vilu.progress import track
 
 MAX_RESAMPLES = 1_000_000  # more do not change an interval
+RESAMPLED_GROUPS = 2**13  # of more distinct scores, groups of neighbours are resampled
 CELLS = 2**18  # counts held at a time: two megabytes per temporary array, about what a cache holds
 
 
@@ -154,12 +155,57 @@ def bootstrap_intervals(
 ) -> dict[str, Interval]:
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
+    counts = tie_counts(uncertainty, failure)
+    if len(counts.value) > RESAMPLED_GROUPS:
+        return counted_intervals(kernels, counts, n_resamples, confidence, seed)
     scores = SortedScores(*check_pair(uncertainty, failure))
-    own, others = own_intervals(kernels, tie_counts(uncertainty, failure), n_resamples, confidence, seed)
+    own, others = own_intervals(kernels, counts, n_resamples, confidence, seed)
     observed, draws = scores.observed(), resampled(others, scores, n_resamples, seed) if others else {}
     return own | {
         name: Quantity(float(kernel(observed)[0]), draws[name]).interval(confidence) for name, kernel in others.items()
     }
+
+
+def counted_intervals(
+    kernels: Mapping[str, Kernel], counts: TieCounts, n_resamples: int, confidence: float, seed: int
+) -> dict[str, Interval]:
+    """Metrics with stratified percentile bootstrap intervals, from counts (G,) of any number of rows.
+
+    A resample draws as many correct and as many wrong answers as there are, by multinomials over the scores: with as
+    few distinct ones as ``RESAMPLED_GROUPS`` the distribution of the bootstrap over rows. With more, neighbouring
+    scores go together in groups of about equal size, and the ends move by what that does to the metric itself.
+    """
+    group = grouped(counts)
+    intervals, kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
+    rng, sizes = np.random.default_rng(seed), block_sizes(n_resamples, CELLS // len(group.value))
+    blocks = (TieCounts(group.value, *(_drawn(rng, n, size) for n in (group.correct, group.wrong))) for size in sizes)
+    draws = values_of(kernels, blocks, n_resamples) if kernels else {}
+    for name, kernel in kernels.items():
+        value = float(kernel(counts))
+        shift = value - float(kernel(group))
+        _, low, high = Quantity(value, draws[name]).interval(confidence)
+        intervals[name] = Interval(value, low + shift, high + shift)
+    return intervals
+
+
+def grouped(counts: TieCounts) -> TieCounts:
+    """Counts (G,) in at most ``RESAMPLED_GROUPS`` groups of neighbouring scores, each with their mean."""
+    if len(counts.value) <= RESAMPLED_GROUPS:
+        return counts
+    group = (counts.accepted - counts.size) * RESAMPLED_GROUPS // counts.n
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    size, correct, wrong = (np.add.reduceat(x, starts) for x in (counts.size, counts.correct, counts.wrong))
+    return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
+
+
+def _drawn(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
+    """(B, G) of as many rows as counts (G,) have, drawn with repetition."""
+    drawn = np.zeros((n_resamples, len(counts)), np.int64)
+    occupied = np.flatnonzero(counts)
+    if len(occupied):
+        n = int(counts.sum())
+        drawn[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=n_resamples)
+    return drawn
 
 
 def own_intervals(

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vilu.errors import DataError
-from vilu.metrics.bootstrap import CELLS, Interval, Quantity, block_sizes, check_settings, own_intervals, values_of
+from vilu.metrics.bootstrap import Interval, check_settings, counted_intervals
 from vilu.metrics.catalog import Kernel
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair
 
 MAX_BINS = 2**20  # occupied bins at most: 24 MB
-RESAMPLED_BINS = 2**14  # groups of bins that a resample tells apart
 _TINY = 2.0**-512
 _ZERO = np.float64(_TINY).view(np.int64).item() - 2**52  # whole octaves, so that 0 and 1 begin a bin at every level
 _HALF = np.float64(0.5).view(np.int64).item() - _ZERO
@@ -163,36 +162,9 @@ class Histogram:
     def intervals(
         self, kernels: Mapping[str, Kernel], *, n_resamples: int, confidence: float, seed: int
     ) -> dict[str, Interval]:
-        """Metrics with stratified percentile bootstrap intervals.
-
-        A resample draws as many correct and as many wrong answers as there are, by multinomials over the bins: with as
-        few distinct scores as ``RESAMPLED_BINS`` the distribution of the bootstrap over rows. With more, neighbouring
-        bins go together in groups of about equal size, and the ends move by what that does to the metric itself.
-        """
+        """Metrics with their intervals; see ``counted_intervals``."""
         check_settings(n_resamples, confidence)
-        whole, grouped = self.counts(), self._grouped()
-        intervals, kernels = own_intervals(kernels, whole, n_resamples, confidence, seed)
-        rng, sizes = np.random.default_rng(seed), block_sizes(n_resamples, CELLS // len(grouped.value))
-        blocks = (
-            TieCounts(grouped.value, *(_draw(rng, n, size) for n in (grouped.correct, grouped.wrong))) for size in sizes
-        )
-        draws = values_of(kernels, blocks, n_resamples) if kernels else {}
-        for name, kernel in kernels.items():
-            value = float(kernel(whole))
-            shift = value - float(kernel(grouped))
-            _, low, high = Quantity(value, draws[name]).interval(confidence)
-            intervals[name] = Interval(value, low + shift, high + shift)
-        return intervals
-
-    def _grouped(self) -> TieCounts:
-        """The counts in at most ``RESAMPLED_BINS`` groups of neighbouring bins."""
-        counts = self.counts()
-        if len(counts.value) <= RESAMPLED_BINS:
-            return counts
-        group = (counts.accepted - counts.size) * RESAMPLED_BINS // counts.n
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
-        size, correct, wrong = (np.add.reduceat(x, starts) for x in (counts.size, counts.correct, counts.wrong))
-        return TieCounts(np.add.reduceat(counts.value * counts.size, starts) / size, correct, wrong)
+        return counted_intervals(kernels, self.counts(), n_resamples, confidence, seed)
 
     @staticmethod
     def _joined(histograms: list[Histogram]) -> Histogram:
@@ -215,13 +187,3 @@ class Histogram:
             bins, level = bins >> 1, level + 1
         correct, wrong = (np.add.reduceat(x[order], starts) if len(x) else x for x in (self.correct, self.wrong))
         return Histogram(bins[starts], correct, wrong, level, self.low, self.high)
-
-
-def _draw(rng: np.random.Generator, counts: Ints, n_resamples: int) -> Ints:
-    """(B, G) of as many rows as there are, drawn with repetition."""
-    drawn = np.zeros((n_resamples, len(counts)), np.int64)
-    occupied = np.flatnonzero(counts)
-    if len(occupied):
-        n = int(counts.sum())
-        drawn[:, occupied] = rng.multinomial(n, counts[occupied] / n, size=n_resamples)
-    return drawn
