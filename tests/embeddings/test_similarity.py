@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vilu.embeddings import similarity
-from vilu.embeddings.similarity import first_equal, of_logits, row_blocks, zero_shot
+from vilu.embeddings.similarity import Others, first_equal, row_blocks, zero_shot
 from vilu.embeddings.source import Batch
 
 
@@ -86,7 +86,7 @@ def test_no_rows_and_no_candidates() -> None:
     text = unit(3, 4, 0)
     for found in (
         zero_shot(torch.empty(0, 4), text, first_equal(text), 1.0),
-        of_logits(torch.empty(0, 3), torch.arange(3)),
+        Others.of(torch.empty(0, 3)).zero_shot(torch.arange(3)),
     ):
         assert [len(part) for part in found] == [0, 0, 0]
         assert found.prediction.dtype == torch.int64

@@ -56,7 +56,7 @@ def test_looks_that_are_all_the_original(method: type[TTA], statistic: str) -> N
     same = variant(data, columns={"views": data.image[:, None].repeat(1, 3, 1), "prompts": data.text[:, None]})
     found = method(statistic=statistic).predict_uncertainty(same)
     expected = vilu.MCM().predict_uncertainty(data) if statistic == "mean" else np.zeros(len(data))
-    np.testing.assert_allclose(found, expected, atol=1e-15, rtol=1e-12)
+    np.testing.assert_allclose(found, expected, atol=1e-15, rtol=2e-6)  # MCM sums in float32
 
 
 def test_by_hand() -> None:

@@ -73,7 +73,9 @@ def test_gaps_are_sorted_cut_and_padded() -> None:
 def test_it_starts_as_mcm() -> None:
     data = toy_embeddings()
     predictor = LMN(epochs=1, learning_rate=1e-12).fit(data)
-    assert np.allclose(predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data), rtol=1e-9)
+    assert np.allclose(
+        predictor.predict_uncertainty(data), vilu.MCM().predict_uncertainty(data), rtol=2e-6
+    )  # MCM sums in float32
 
 
 def test_uncertainty_is_that_of_the_scaled_posterior() -> None:

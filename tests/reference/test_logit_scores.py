@@ -13,10 +13,14 @@ from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.errors import UsageError
-from vilu.predictors.zero_shot import GEN, Energy, Entropy, KLUniform, MaxLogit, ProbMargin
+from vilu.predictors.zero_shot import GEN, MCM, Doctor, Energy, Entropy, KLUniform, MaxLogit, ProbMargin
 
 RTOL = 1e-12
 """Both sides are float64 functions of the same float32 logits; a few roundings of 1e-16 at K = 40."""
+
+OF_SUMS = 2e-6
+"""Exponentials of the other candidates are of float32 differences, and summed in it: relative errors of 6e-8 times the
+size of what is subtracted, and of the sum."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def test_log_posterior(batch: Batch, logits: np.ndarray, temperature: object) ->
 
 def test_prob_margin(batch: Batch, logits: np.ndarray) -> None:
     p = np.sort(special.softmax(logits, axis=1), axis=1)
-    assert np.allclose(score(ProbMargin(), batch), 1 - (p[:, -1] - p[:, -2]), rtol=RTOL, atol=1e-15)
+    assert np.allclose(score(ProbMargin(), batch), 1 - (p[:, -1] - p[:, -2]), rtol=OF_SUMS)
 
 
 def test_prob_margin_keeps_sure_rows_apart() -> None:
@@ -55,7 +59,30 @@ def test_prob_margin_keeps_sure_rows_apart() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 7.0])
 def test_energy(batch: Batch, logits: np.ndarray, temperature: float) -> None:
     expected = -temperature * special.logsumexp(logits / temperature, axis=1)
-    assert np.allclose(score(Energy(temperature), batch), expected, rtol=RTOL)
+    assert np.allclose(score(Energy(temperature), batch), expected, rtol=OF_SUMS)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize(("k", "spread"), [(2, 1.0), (40, 0.3), (1_000, 0.1)])
+def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None:
+    """Against float64 of the same logits, the largest apart so that nothing cancels, and where 1 - p is tiny."""
+    logits = torch.randn(300, k, generator=torch.Generator().manual_seed(k)) * spread * scale
+    exact = np.sort(logits.double().numpy(), axis=1)[:, ::-1]
+    below = exact[:, 1:] - exact[:, :1]
+    e = np.exp(below)
+    s, t, q = e.sum(axis=1), -(e * below).sum(axis=1), np.square(e).sum(axis=1)
+    expected = {
+        MCM: s / (1 + s),
+        Entropy: (np.log1p(s) + t / (1 + s)) / math.log(k),
+        Doctor: (s * (2 + s) - q) / (1 + q),
+        ProbMargin: (s + e[:, 0]) / (1 + s),
+        Energy: -(exact[:, 0] + np.log1p(s)),
+    }
+    batch = batch_of(logits.tolist())
+    for kind, values in expected.items():
+        # an energy may be near zero by chance
+        assert np.allclose(score(kind(), batch), values, rtol=OF_SUMS, atol=1e-7 if kind is Energy else 0), kind
+    assert batch.zero_shot.log_norm.numpy() == pytest.approx(special.logsumexp(exact, axis=1), rel=1e-6, abs=1e-6)
 
 
 def test_energy_of_a_low_temperature_is_the_largest_logit(batch: Batch) -> None:

@@ -248,7 +248,12 @@ def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[s
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     """Identifiers of rows, looked up in ascending ``order``: a store reads them part by part."""
-    keys = {row: source.ids[row] for row in rows[order].tolist()}
+    ascending = rows[order]
+    first, last = (int(ascending[0]), int(ascending[-1])) if len(rows) else (0, -1)
+    if last - first + 1 == len(rows):  # as a rule the rows of a part follow one another
+        found = list(source.ids[first : last + 1])
+        return [found[row - first] for row in rows.tolist()]
+    keys = {row: source.ids[row] for row in ascending.tolist()}
     return [keys[row] for row in rows.tolist()]
 
 

@@ -16,6 +16,7 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import check_class_names, check_ids, check_targets, require_usable, unit_rows
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import PairSource, Pools
+from vilu.embeddings.similarity import rows_at
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, checked
@@ -87,7 +88,7 @@ class Embeddings(EmbeddingSource):
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``image``."""
-        return self.image[index]
+        return rows_at(self.image, index)
 
     @staticmethod
     def pairs(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ MAX_CELLS = 2**24
 
 TILE_CELLS = 2**22
 """Similarities held at a time where nobody asked for them: 16 MiB, and what is read twice is still in the cache."""
+
+CACHED_CELLS = 2**20
+"""Logits of a batch of which nothing else is looked at: 4 MiB, and what is made of them stays near the processor."""
 
 KEY_COLUMNS = 8
 
@@ -37,25 +42,87 @@ class ZeroShot(NamedTuple):
 def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, logit_bias: float = 0.0) -> ZeroShot:
     """Answer, largest logit and log-normaliser of logit_scale * image . text + logit_bias, tile by tile, in float32.
 
-    Memory above the input (B, D), (K, D) and the result is one tile of ``TILE_CELLS`` numbers. ``first`` (K,) is of
-    ``first_equal``: a matrix product may round the same sum differently at the edge of a block, so that of equal
+    Memory above the input (B, D), (K, D) and the result is a tile of ``TILE_CELLS`` numbers at most. ``first`` (K,) is
+    of ``first_equal``: a matrix product may round the same sum differently at the edge of a block, so that of equal
     candidates not the first one would win, but one that the size of the block favours.
     """
     if not len(text):
         raise ValueError("there is no candidate")
-    columns = min(len(text), TILE_CELLS)
-    rows = TILE_CELLS // columns
+    rows = min(cached_rows(len(text)), TILE_CELLS)
+    columns = min(len(text), TILE_CELLS // rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         parts = [_rows(block, text, logit_scale, logit_bias, columns) for block in image.split(rows)]
     place, largest, norm = (torch.cat(part) for part in zip(*parts, strict=True))
     return ZeroShot(first[place], largest, norm)
 
 
-def of_logits(logits: Tensor, first: Tensor) -> ZeroShot:
-    """The same from logits (B, K) that are there; ``first`` as from ``first_equal`` of the candidates."""
-    # not torch.max(dim): of equal values it documents no order
-    place = logits.argmax(dim=1)
-    return ZeroShot(first[place], logits.gather(1, place[:, None]).squeeze(1), logits.logsumexp(dim=1))
+@dataclass(frozen=True, eq=False)
+class Others:
+    """What the candidates beside the answer weigh, from logits l (B, K), K > 1, in their precision.
+
+    With a reference r their weights are e_j = exp(l_j - r), and the odds of another answer, (1 - p) / p, are
+    exp(gap) sum_j e_j: no bit of a small 1 - p is lost. The reference is the largest logit, which is there already, or
+    the largest of the others where else the sum would vanish.
+    """
+
+    logits: Tensor  # (B, K)
+    answer: Tensor  # (B, 1) int64
+    own: Tensor  # (B,) the answer's logit
+    reference: Tensor  # (B, 1) r
+    weight: Tensor  # (B, K) e_j; of the answer 0
+    total: Tensor  # (B,) their sum
+    temperature: float = 1.0  # what the logits are divided by, ``own`` aside
+
+    @classmethod
+    def of(cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0) -> Others:
+        """Those beside the answers (B, 1), by default the first of the largest logits."""
+        # not torch.max(dim): of equal values it documents no order
+        place = logits.argmax(dim=1, keepdim=True) if answer is None else answer
+        own = logits.gather(1, place)
+
+        def about(reference: Tensor) -> Others:
+            weight = logits - reference
+            weight = weight.exp_() if temperature == 1 else weight.div_(temperature).exp_()
+            weight = weight.scatter_(1, place, 0.0)
+            return cls(logits, place, own.squeeze(1), reference, weight, weight.sum(dim=1), temperature)
+
+        if not torch.compiler.is_exporting():
+            found = about(own if answer is None else logits.amax(dim=1, keepdim=True))
+            if not bool((found.total < VANISHING).any()):
+                return found
+        return about(logits.scatter(1, place, NEGLIGIBLE).amax(dim=1, keepdim=True))
+
+    @cached_property
+    def gap(self) -> Tensor:
+        """(B,) float64 reference less the answer's logit."""
+        return (float64(self.reference.squeeze(1)) - float64(self.own)) / self.temperature
+
+    @property
+    def log_odds(self) -> Tensor:
+        """(B,) float64, without rounding where p is near zero or one."""
+        return self.gap + float64(self.total).log()
+
+    @cached_property
+    def odds(self) -> Tensor:
+        """(B,) float64."""
+        return self.gap.exp() * float64(self.total)
+
+    @property
+    def doubt(self) -> Tensor:
+        """(B,) float64 1 - p of the answer."""
+        return self.odds / (1 + self.odds)
+
+    def zero_shot(self, first: Tensor) -> ZeroShot:
+        """What the logits say, where the answers are the largest; ``first`` as from ``first_equal``."""
+        log_norm = self.own + torch.log1p(self.odds).to(self.own)
+        return ZeroShot(first[self.answer.squeeze(1)], self.own, log_norm)
+
+
+VANISHING = 1e-30
+"""Sums below it may have lost bits to numbers that float32 has not."""
+
+NEGLIGIBLE = torch.finfo(torch.float32).min / 2
+"""A logit below all others."""
 
 
 def first_equal(rows: Tensor) -> Tensor:
@@ -70,6 +137,20 @@ def first_equal(rows: Tensor) -> Tensor:
         _, same = torch.unique(rows[unsure], dim=0, return_inverse=True)
         first[unsure] = torch.full_like(unsure, len(rows)).scatter_reduce(0, same, unsure, "amin")[same]
     return first
+
+
+def rows_at(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows (B, ...) at the positions ``index`` (B,) of rows (N, ...): a view where they follow one another."""
+    n = len(index)
+    if n and int(index[-1]) - int(index[0]) == n - 1 and bool((index.diff() == 1).all()):
+        start = int(index[0])
+        return rows[start : start + n] if start >= 0 else rows[index]
+    return rows[index]
+
+
+def cached_rows(n_candidates: int) -> int:
+    """Rows whose logits stay near the processor, but enough of them for a product."""
+    return min(max(CACHED_CELLS // max(n_candidates, 1), 256), 4_096)
 
 
 def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
@@ -99,7 +180,7 @@ def _rows(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) 
 
 
 def _of_tile(logits: Tensor, first: int) -> ZeroShot:
-    """As ``of_logits``, of the candidates ``first`` and following; in the memory of the logits."""
+    """Of the candidates ``first`` and following, in the memory of their logits."""
     place = logits.argmax(dim=1)
     largest = logits.gather(1, place[:, None])
     norm = logits.sub_(largest).exp_().sum(dim=1).log_()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, check_places, hash_names, hash_rows
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
-from vilu.embeddings.similarity import ZeroShot, first_equal, float64, of_logits, row_blocks, zero_shot
+from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError, checked
 
@@ -73,14 +73,20 @@ class Batch:
     def logits(self) -> Tensor:
         """(B, K) float32 zero-shot logits: logit_scale * cosine + logit_bias, never under autocast."""
         with torch.autocast(self.image.device.type, enabled=False):
-            return (self.image @ self.text.T).mul_(self.logit_scale).add_(self.logit_bias)
+            scaled = (self.image @ self.text.T).mul_(self.logit_scale)
+            return scaled.add_(self.logit_bias) if self.logit_bias else scaled
 
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """Answers, largest logits and log-normalisers, in bounded memory."""
         if "logits" in self.__dict__:
-            return of_logits(self.logits, self.first_equal)
+            return self.others.zero_shot(self.first_equal)
         return zero_shot(self.image, self.text, self.first_equal, self.logit_scale, self.logit_bias)
+
+    @cached_property
+    def others(self) -> Others:
+        """What the other candidates weigh beside the answer."""
+        return Others.of(self.logits)
 
     @cached_property
     def first_equal(self) -> Tensor:
@@ -133,6 +139,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
+        if self.image.device == torch.device(device):
+            return self
         tensors = {name: getattr(self, name) for name in ("image", "text", "target", "index", "same", "outside")}
         moved = {name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None}
         columns = {name: tensor.to(device) for name, tensor in self.columns.items()}

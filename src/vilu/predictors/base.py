@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vilu.device import as_usual, each_as_usual, resolve_device
 from vilu.embeddings.columns import HOW, SECOND
+from vilu.embeddings.similarity import cached_rows
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
@@ -347,7 +348,8 @@ class FailurePredictor(ABC):
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
         self._check_ready(data)
         device = self.device_
-        for found in data.batches(SCORING_BATCH, rows=rows, columns=self.columns_to_score):
+        size = cached_rows(data.n_candidates) if self.looks_at == {"logits"} else SCORING_BATCH
+        for found in data.batches(size, rows=rows, columns=self.columns_to_score):
             batch = found.to(device)
             if data.n_candidates < 2:
                 yield batch, np.full(len(batch.index), np.nan)

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.columns import SECOND
-from vilu.embeddings.similarity import float64
+from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UsageError
@@ -90,7 +90,7 @@ class MCMTS(FailurePredictor):
 
 def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
     """(B,) float64 one minus the largest probability at the multiplier exp(``log_multiplier``)."""
-    return -torch.expm1(log_posterior(batch, math.exp(-log_multiplier)).amax(dim=-1))
+    return Others.of(batch.logits, temperature=math.exp(-log_multiplier)).doubt
 
 
 def best_likelihood(train: Rows, n: int, device: torch.device) -> float:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
-from vilu.embeddings.similarity import float64
+from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.nn.processes import current_world
@@ -210,6 +210,8 @@ def failure_log_odds(logits: Tensor, batch: Batch) -> Tensor:
 
     Without rounding where p is near zero or one; the largest logit may be at another candidate than the answer.
     """
+    if batch.same is None:
+        return Others.of(logits, batch.prediction[:, None].to(logits.device)).log_odds
     logits = float64(logits)
     alike = batch.alike(batch.prediction).to(logits.device)
     others, own = (logits.masked_fill(mask, -torch.inf).logsumexp(dim=-1) for mask in (alike, ~alike))

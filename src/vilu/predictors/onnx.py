@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.memory import Embeddings
-from vilu.embeddings.similarity import ZeroShot, of_logits
+from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
@@ -44,7 +44,7 @@ class GraphBatch(Batch):
     @cached_property
     def zero_shot(self) -> ZeroShot:
         """From the logits."""
-        return of_logits(self.logits, self.first_equal)
+        return self.others.zero_shot(self.first_equal)
 
     @cached_property
     def first_equal(self) -> Tensor:

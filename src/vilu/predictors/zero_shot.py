@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from vilu.embeddings.similarity import float64
+from vilu.embeddings.similarity import Others, float64
 from vilu.embeddings.source import Batch, log_posterior
 from vilu.predictors.base import FailurePredictor, own_graph
-from vilu.predictors.nn.head import Graph
 
 LOGITS = frozenset({"logits"})
 
@@ -34,7 +32,7 @@ class MCM(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return -torch.expm1(log_posterior(batch).amax(dim=-1))
+        return batch.others.doubt
 
 
 @dataclass
@@ -51,20 +49,18 @@ class Entropy(FailurePredictor):
     reference: ClassVar[str] = "Shannon, 1948"
     looks_at: ClassVar[frozenset[str]] = LOGITS
 
-    def _score(self, batch: Batch) -> Tensor:
-        log_p = log_posterior(batch)
-        return -(log_p.exp() * log_p).sum(dim=-1) / math.log(log_p.shape[-1])
+    graph = own_graph
 
-    def graph(self) -> nn.Module:
-        """With log K of a K that stays open."""
-        return Graph(open_entropy)
+    def _score(self, batch: Batch) -> Tensor:
+        return entropy(batch) / log_count(batch)
 
 
 @dataclass
 class Doctor(FailurePredictor):
     """DOCTOR, alpha form: u = (1 - g) / g with g = sum_j p_j^2.
 
-    1 - g is summed as p_j (1 - p_j), without cancellation. No input perturbation, since embeddings are frozen.
+    With e_j = p_j / max_i p_i, and sums over all but the answer, it is (s (2 + s) - q) / (1 + q), s = sum e_j and
+    q = sum e_j^2 <= s: nothing cancels. No input perturbation, since embeddings are frozen.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
     """
@@ -77,9 +73,9 @@ class Doctor(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        log_p = log_posterior(batch)
-        p = log_p.exp()
-        return -(p * torch.expm1(log_p)).sum(dim=-1) / p.square().sum(dim=-1)
+        odds, share = batch.others.odds, batch.others.gap.exp()
+        squares = share**2 * float64(batch.others.weight.square().sum(dim=1))
+        return (odds * (2 + odds) - squares) / (1 + squares)
 
 
 @dataclass
@@ -139,8 +135,9 @@ class ProbMargin(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        first, second = log_posterior(batch).topk(2, dim=-1).values.unbind(dim=-1)
-        return second.exp() - torch.expm1(first)
+        others = batch.others
+        second = others.gap.exp() * float64(others.weight.amax(dim=1))
+        return (second + others.odds) / (1 + others.odds)
 
 
 @dataclass
@@ -163,7 +160,8 @@ class Energy(FailurePredictor):
     graph = own_graph
 
     def _score(self, batch: Batch) -> Tensor:
-        return -self.temperature * torch.logsumexp(float64(batch.logits) / self.temperature, dim=-1)
+        others = Others.of(batch.logits, temperature=self.temperature)
+        return -(float64(others.own) + self.temperature * torch.log1p(others.odds))
 
 
 @dataclass
@@ -209,27 +207,24 @@ class KLUniform(FailurePredictor):
     reference: ClassVar[str] = "Lee et al., ICLR 2018"
     looks_at: ClassVar[frozenset[str]] = LOGITS
 
+    graph = own_graph
+
     def _score(self, batch: Batch) -> Tensor:
-        log_p = log_posterior(batch)
-        return log_p.mean(dim=-1) + math.log(log_p.shape[-1])
-
-    def graph(self) -> nn.Module:
-        """With log K of a K that stays open."""
-        return Graph(open_divergence)
+        return log_posterior(batch).mean(dim=-1) + log_count(batch)
 
 
-def open_entropy(batch: Batch) -> Tensor:
-    """As ``Entropy``."""
-    log_p = log_posterior(batch)
-    return -(log_p.exp() * log_p).sum(dim=-1) / log_count(log_p)
+def entropy(batch: Batch) -> Tensor:
+    """(B,) float64 in nats: log Z + sum_j e_j (l - l_j) / Z with Z = 1 + sum_j e_j; no part is negative.
+
+    l is the largest logit, e_j = exp(l_j - l), and sums are over all but the answer.
+    """
+    others = batch.others
+    odds = others.odds
+    below = (others.logits - others.reference).mul_(others.weight).sum(dim=1)
+    spread = others.gap.exp() * float64(below) + others.gap * odds
+    return torch.log1p(odds) - spread / (1 + odds)
 
 
-def open_divergence(batch: Batch) -> Tensor:
-    """As ``KLUniform``."""
-    log_p = log_posterior(batch)
-    return log_p.mean(dim=-1) + log_count(log_p)
-
-
-def log_count(rows: Tensor) -> Tensor:
-    """Log K of rows (N, K), K staying open."""
-    return torch.ones_like(rows[0]).sum().log()
+def log_count(batch: Batch) -> Tensor:
+    """() float64 log K, of a K that a graph leaves open."""
+    return float64(torch.ones_like(batch.text[:, 0])).sum().log()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vilu.embeddings.similarity import float64, nearest
-from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource, log_posterior
+from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.errors import ProvenanceError
 from vilu.predictors.bank.search import Count, draw_rows, gather, labels
 from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
@@ -154,8 +154,7 @@ class TrustVLM(ClosedSet):
                 f"{features.shape[1]}. Embed both with the same second encoder."
             )
         similarity = (features * prototypes[answer]).sum(dim=1)
-        failure = -torch.expm1(log_posterior(batch).amax(dim=1))
-        return failure + self.weight * (1 - float64(similarity))
+        return batch.others.doubt + self.weight * (1 - float64(similarity))
 
 
 def few_per_class(label: Tensor, most: int, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.bank.search import Count, image_blocks, labels
 from vilu.predictors.base import CLASSES, Learnt
@@ -228,8 +228,7 @@ class ClassDensity(ClosedSet):
 
 def mean_of_both(batch: Batch, odds: Tensor) -> Tensor:
     """(B,) float64 1 - (p_max + s_d) / 2, s_d the share of the answer's density, from its log-odds (B,)."""
-    failure = -torch.expm1(log_posterior(batch).amax(dim=1))
-    return (failure.to(odds.device) + torch.sigmoid(odds)) / 2
+    return (batch.others.doubt.to(odds.device) + torch.sigmoid(odds)) / 2
 
 
 @dataclasses.dataclass
