@@ -145,15 +145,17 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         weights, kinds = torch.ones(1, dtype=torch.float64), self._kinds(train)
         classes = self._classes(train)
         start = None if classes is None else classes.start(class_texts(train), train.source.space.logit_scale)
+        experts, rows = None, None
         if kinds:
-            folds = cross_fitting(train, failure, validation, self.seed)
-            parts = [
-                log_posteriors(self._fit_experts(rows, kinds, weights, start), held_out, self.device_)
-                for rows, held_out in folds[: math.ceil(ENOUGH / len(folds[0][1].index))]
-            ]
+            folds, parts = cross_fitting(train, failure, validation, self.seed), []
+            for rows, held_out in folds[: math.ceil(ENOUGH / len(folds[0][1].index))]:
+                experts = self._fit_experts(rows, kinds, weights, start, experts)
+                parts.append(log_posteriors(experts, held_out, self.device_))
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
-        state = self._fit_experts(train, kinds, weights, start).state_dict()
+        if experts is None or rows is not train:  # with a validation set they are fitted to all rows
+            experts = self._fit_experts(train, kinds, weights, start, experts)
+        state = experts.state_dict()
         outside = learn_outside(train)
         tensors = {**{n: t.cpu() for n, t in state.items()}, POOL: weights, **(outside.tensors() if outside else {})}
         seen = {} if classes is None else {"unlabelled": classes.notes}
@@ -173,12 +175,22 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             return ()
         return ("adapter", "memory") if n <= MEMORY_ROWS else ("adapter",)
 
-    def _fit_experts(self, rows: Rows, kinds: tuple[str, ...], weights: Tensor, start: Start | None) -> Experts:
+    def _fit_experts(
+        self, rows: Rows, kinds: tuple[str, ...], weights: Tensor, start: Start | None, near: Experts | None
+    ) -> Experts:
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
         inputs = ImageInputs(rows.source.space.embed_dim, feature_dim(rows))
         inputs.fit(rows)
         attention = fit_attention(
-            inputs, rows, n_classes, self.variance, self.sharing, self.device_, start=start, is_few=not kinds
+            inputs,
+            rows,
+            n_classes,
+            self.variance,
+            self.sharing,
+            self.device_,
+            start=start,
+            is_few=not kinds,
+            near=None if near is None else near.attention,
         )
         fits = {"adapter": self._fit_adapter, "memory": Memory.of}
         companions = {kind: fits[kind](attention, rows) for kind in kinds}
@@ -196,7 +208,9 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         return adapter.eval()
 
     def _score(self, batch: Batch) -> Tensor:
-        log_odds = failure_log_odds(self.experts(batch), batch)
+        answered = batch.answered(batch.zero_shot)  # of all rows at once, for whoever asks next
+        blocks = self.experts.blocks(answered)
+        log_odds = torch.cat([failure_log_odds(logits, rows) for rows, logits in blocks])
         if self.outcome:
             log_odds = with_outside(log_odds, self.outcome_of(batch))
         return torch.sigmoid(log_odds)
@@ -208,7 +222,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     def log_posterior(self, batch: Batch) -> Tensor:
         """(B, K) float64, of the pooled experts."""
-        return cast("Tensor", self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
+        return float64(self.experts.to(batch.image.device)(batch)).log_softmax(dim=-1)
 
     def graph(self) -> nn.Module:
         """The experts and their pool."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -26,7 +27,11 @@ CAUTION = 8
 MISSED = 0.1
 """Share of images of classes without labels, where no class has two labels and so nothing tells."""
 
-LBFGS_STEPS = 150
+STEPS = 150
+STREAMED_ROWS = 1_024  # what is made of so few stays near the processor
+SOME_ROWS = 4_096  # from which a number for all rows is taken
+CHANGE, STREAMED_CHANGE = 1e-9, 3e-5
+"""Of the loss of a row, below which a step is the last one; where rows are streamed the next fifty gain no AUROC."""
 FEATURES = "features"
 TINY = 1e-6
 
@@ -150,12 +155,25 @@ class SupervisedAttention(nn.Module):
 
     def begin(self, batch: Batch) -> Tensor:
         """(B, K) logits of the classes before any label is learned from."""
-        logits, unit = self.offset(batch), math.sqrt(1 - self.sharing)
-        if not len(self.own):
-            return logits
-        if bool(self.own[:, :-1].any()):
-            logits = logits + self.inputs(batch) @ (unit * self.own[:, :-1]).T
-        return logits + unit * self.own[:, -1]
+        return self.queries(batch) @ self.begin_keys(batch).T
+
+    def begin_keys(self, batch: Batch) -> Tensor:
+        """(K, D + F + 1) what the queries meet there."""
+        keys = self.offset_keys(batch)
+        return keys + math.sqrt(1 - self.sharing) * self.own if len(self.own) else keys
+
+    def offset_keys(self, batch: Batch) -> Tensor:
+        """(K, D + F + 1) those of the ``offset`` for classes: zero-shot logits are linear in the image, too."""
+        image, dim = self.inputs.image, batch.text.shape[1]
+        scaled = self.temperature * batch.logit_scale * batch.text
+        keys = torch.zeros(len(batch.text), self.inputs.width + 1, device=scaled.device)
+        keys[:, :dim] = image.norm * (math.sqrt(2) if self.inputs.on_features else 1) * scaled
+        keys[:, -1] = scaled @ image.mean
+        return keys
+
+    def queries(self, batch: Batch) -> Tensor:
+        """(B, D + F + 1) the ``ImageInputs``, and a one."""
+        return functional.pad(self.inputs(batch), (0, 1), value=1.0)
 
     def offset(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) tempered zero-shot logits without the bias that all share; the more foreign, the less tempered."""
@@ -175,17 +193,21 @@ class SupervisedAttention(nn.Module):
 
     def forward(self, batch: Batch, match: Match | None = None) -> Tensor:
         """(B, K) logits; ``match`` as from ``match``, None where the candidates are the training classes in order."""
-        keys = math.sqrt(self.sharing) * (self.text(batch.text) @ self.shared.T)
+        learned: Tensor = self.queries(batch) @ self.learned_keys(batch.text, match).T
+        return self.offset(batch, match) + learned
+
+    def learned_keys(self, text: Tensor, match: Match | None) -> Tensor:
+        """(K, D + F + 1) what the queries meet beside the ``offset``."""
+        keys: Tensor = math.sqrt(self.sharing) * (self.text(text) @ self.shared.T)
         if match is not None:
             keys = keys * match.reach[:, None]
         if len(self.own):
             own = self.own if match is None else self.own[match.row] * match.known[:, None]
             keys = keys + math.sqrt(1 - self.sharing) * own
-        learned: Tensor = functional.pad(self.inputs(batch), (0, 1), value=1.0) @ keys.T
-        return self.offset(batch, match) + learned
+        return keys
 
 
-def fit_attention(
+def fit_attention(  # noqa: PLR0913 - what it is fitted on, its prior, and where to begin
     inputs: ImageInputs,
     rows: Rows,
     n_classes: int,
@@ -195,13 +217,15 @@ def fit_attention(
     *,
     start: Start | None = None,
     is_few: bool = False,
+    near: SupervisedAttention | None = None,
 ) -> SupervisedAttention:
     """The attention of largest posterior for labelled rows, drawn towards its start as far as they do not hold.
 
     The start is tempered: zero-shot logits, or those of ``start``. A convex problem. With C = ``variance`` x
     ``zero_shot_variance`` the prior of what is learned is N(0, C) for the weights of x and N(0, C / 50) for a class's
     bias, about ``class_log_prior``, or ``start.occurrence`` where that is less. Of what n rows say n / (n + 8) is kept,
-    and where they are few (``is_few``) the share of it that ``held_out_share`` finds.
+    and where they are few (``is_few``) the share of it that ``held_out_share`` finds. A fit to most of the rows that is
+    ``near`` saves steps.
     """
     attention = SupervisedAttention(inputs, rows.source.space.embed_dim, n_classes, sharing)
     _take_texts(attention, rows)
@@ -218,31 +242,46 @@ def fit_attention(
     problem = Problem(attention, rows, variance * zero_shot_variance(attention, rows, device))
     n = len(rows.index)
     share = held_out_share(problem) if is_few and problem.held is not None else 1.0
-    shared, own = problem.full(*problem.solve())
-    kept = share * n / (n + CAUTION)
-    attention.shared.data.add_(kept * shared)
-    attention.own.data.add_(kept * own)
+    found, kept = problem.full(problem.solve(near=near)), share * n / (n + CAUTION)
+    attention.shared.data.add_(kept * found.shared)
+    attention.own.data.add_(kept * found.own)
     return attention.eval().requires_grad_(requires_grad=False)
 
 
 class Block(NamedTuple):
-    """Labelled rows as the convex problem sees them; their logits are offset + image @ (text @ A^T + V)^T.
+    """Labelled rows as the convex problem sees them; their logits are image @ (before + text @ A^T + V)^T.
 
     Attributes:
         batch: The rows.
         image: (B, P) inputs times their prior standard deviations, so that A and V are N(0, 1) and N(0, 1 - rho).
         text: (K, Q) sqrt(rho) times the standardised texts.
-        offset: (B, K) logits when nothing is learned.
+        before: (K, P) keys when nothing is learned.
     """
 
     batch: Batch
     image: Tensor
     text: Tensor
-    offset: Tensor
+    before: Tensor
 
     def losses(self, logits: Tensor) -> Tensor:
         """(B,) cross-entropy."""
         return -self.batch.log_probability(logits, self.batch.target)
+
+    def slopes(self, logits: Tensor) -> Tensor:
+        """(B, K) of the ``losses`` in the logits, softmax less the share of each right candidate; in their memory."""
+        target = self.batch.target[:, None]
+        if self.batch.same is None:
+            right = torch.ones_like(logits[:, :1])
+            return torch.softmax(logits, dim=1, out=logits).scatter_add_(1, target, -right)
+        alike = self.batch.alike(self.batch.target)
+        return logits.softmax(dim=1).sub_(logits.masked_fill_(~alike, -torch.inf).softmax(dim=1))
+
+
+class Solution(NamedTuple):
+    """What is learned, in the coordinates of a ``Problem``."""
+
+    shared: Tensor  # (P, Q)
+    own: Tensor  # (K, P)
 
 
 class Problem:
@@ -266,62 +305,87 @@ class Problem:
         if len(attention.own):  # pairs have no classes
             self.has_labels[rows.source.target[rows.index].unique()] = 1.0
         self.held: Block | None = None
-        n_classes = len(attention.classes)
-        if n_classes and self.n <= min(SCORING_BATCH, MAX_CELLS // n_classes):
+        if (k := len(attention.classes)) and self.n <= min(SCORING_BATCH, MAX_CELLS // k):
             (whole,) = self._streamed()
             self.of_image, self.of_text = basis(whole.image), basis(whole.text)
-            self.held = whole._replace(image=whole.image @ self.of_image, text=whole.text @ self.of_text)
+            image, text = whole.image @ self.of_image, whole.text @ self.of_text
+            self.held = whole._replace(image=image, text=text, before=whole.before @ self.of_image)
 
     def _streamed(self) -> Iterator[Block]:
-        attention = self.attention
-        for batch in self.rows.batches(SCORING_BATCH):
+        attention, last = self.attention, None
+        size = SCORING_BATCH if self.held is None and self.n <= SCORING_BATCH else STREAMED_ROWS
+        for batch in self.rows.batches(size):
             moved = batch.to(self.device)
             with torch.no_grad():
-                image = functional.pad(attention.inputs(moved), (0, 1), value=1.0) * self.scale
-                text = math.sqrt(attention.sharing) * attention.text(moved.text)
-                offset = attention.begin(moved)
-            yield Block(moved, image, text, offset)
+                image = attention.queries(moved) * self.scale
+                if last is None or not len(attention.classes):  # classes are the same in every batch
+                    text = math.sqrt(attention.sharing) * attention.text(moved.text)
+                    last = text, attention.begin_keys(moved) / self.scale
+            yield Block(moved, image, *last)
 
-    def solve(self, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A (P, Q) and V (K, P) of largest posterior; ``weight`` (N,) is how often each of the rows held counts."""
+    def solve(self, weight: Tensor | None = None, near: SupervisedAttention | None = None) -> Solution:
+        """The solution of largest posterior; ``weight`` (N,) is how often each of the rows held counts.
+
+        Streamed rows begin where an attention that is fitted to most of them ended (``near``).
+        """
         first = self.held or next(self._streamed())
-        shared = torch.zeros(first.image.shape[1], first.text.shape[1], device=self.device, requires_grad=True)
-        own = torch.zeros(len(self.attention.own), first.image.shape[1], device=self.device, requires_grad=True)
+        shared = torch.zeros(first.image.shape[1], first.text.shape[1], device=self.device)
+        own = torch.zeros(len(self.attention.own), first.image.shape[1], device=self.device)
+        if near is not None and self.held is None:
+            shared = near.shared.detach() / self.scale[:, None]
+            own = (near.own.detach() - self.attention.own.detach()) / self.scale
         parameters = [shared, own] if len(own) else [shared]
         optimizer = torch.optim.LBFGS(
             parameters,
-            max_iter=LBFGS_STEPS,
+            max_iter=STEPS,
             history_size=10,
             tolerance_grad=1e-7,
-            tolerance_change=1e-9,
+            tolerance_change=STREAMED_CHANGE if self.held is None else CHANGE,
             line_search_fn="strong_wolfe",
         )
+        optimizer.step(lambda: self._slope(shared, own, weight))
+        return Solution(shared, own)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            penalty = torch.stack([parameter.square().sum() for parameter in parameters]).sum() / (2 * self.n)
-            penalty.backward()
-            total = penalty.detach()
-            for block in self._streamed() if self.held is None else (self.held,):
-                losses = block.losses(block.offset + self.learned(block, shared, own))
-                loss = (losses if weight is None else losses * weight).sum() / self.n
-                loss.backward()
-                total = total + loss.detach()
-            return total
+    @torch.no_grad()
+    def _slope(self, shared: Tensor, own: Tensor, weight: Tensor | None) -> Tensor:
+        """The loss of a row with its share of the penalty; its gradient is left with the two."""
+        total = torch.stack([part.square().sum() for part in (shared, own)]).sum() / (2 * self.n)
+        of_shared, of_own = shared / self.n, own / self.n
+        texts: list[tuple[Tensor, Tensor, Tensor]] = []  # the last ones, their keys, and the slope of these
 
-        optimizer.step(closure)
-        return shared.detach(), own.detach()
+        def pass_on() -> None:
+            """From the keys to what they are made of: once for classes, in every pool."""
+            for text, _, slope in texts:
+                of_shared.add_(slope.T @ text)
+                if len(own):
+                    of_own.add_(self.own_scale * self.has_labels * slope)
+            texts.clear()
 
-    def learned(self, block: Block, shared: Tensor, own: Tensor) -> Tensor:
-        """(B, K) what is added to the offset."""
+        for block in self._streamed() if self.held is None else (self.held,):
+            if not texts or block.text is not texts[0][0]:
+                pass_on()
+                keys = block.before + self.keys(block, shared, own)
+                texts.append((block.text, keys, torch.zeros_like(keys)))
+            _, keys, slope = texts[0]
+            share = torch.full_like(block.image[:, 0], 1 / self.n) if weight is None else weight / self.n
+            logits = block.image @ keys.T
+            total += (block.losses(logits) * share).sum()
+            slope.addmm_((block.slopes(logits) * share[:, None]).T, block.image)
+        pass_on()
+        shared.grad, own.grad = of_shared, of_own
+        return total
+
+    def keys(self, block: Block, shared: Tensor, own: Tensor) -> Tensor:
+        """(K, P) what is added to those before."""
         keys = block.text @ shared.T
-        return block.image @ (keys + self.own_scale * self.has_labels * own if len(own) else keys).T
+        return keys + self.own_scale * self.has_labels * own if len(own) else keys
 
-    def full(self, shared: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    def full(self, found: Solution) -> Solution:
         """The solution for the attention's own coordinates: (D + F + 1, D) and (K, D + F + 1)."""
+        shared, own = found
         if self.held is not None:
             shared, own = self.of_image @ shared @ self.of_text.T, own @ self.of_image.T
-        return self.scale[:, None] * shared, self.scale * own
+        return Solution(self.scale[:, None] * shared, self.scale * own)
 
 
 def basis(rows: Tensor) -> Tensor:
@@ -350,17 +414,18 @@ def held_out_share(problem: Problem) -> float:
     block, n = cast("Block", problem.held), problem.n
     if n == 1:
         return 1.0
+    before = block.image @ block.before.T
     fold = torch.empty(n, dtype=torch.long, device=problem.device)
     fold[block.batch.target.argsort(stable=True)] = torch.arange(n, device=problem.device) % FOLDS
     n_folds = min(math.ceil(FOLDS * HELD_OUT / n), FOLDS, n)
-    learned = torch.zeros_like(block.offset)
+    learned = torch.zeros_like(before)
     for k in range(n_folds):
-        solution = problem.solve((fold != k).to(block.offset))
-        learned = torch.where((fold == k)[:, None], problem.learned(block, *solution), learned)
+        keys = problem.keys(block, *problem.solve((fold != k).to(before)))
+        learned = torch.where((fold == k)[:, None], block.image @ keys.T, learned)
     was_held_out = fold < n_folds
 
     def objective(share: float) -> float:
-        losses = block.losses(block.offset + share * learned)
+        losses = block.losses(before + share * learned)
         return (share - 1) ** 2 / (2 * SHARE_SD**2) + float(losses[was_held_out].double().sum())
 
     return float(minimize_scalar(objective, bounds=(0, 1), method="bounded").x)
@@ -388,12 +453,20 @@ def class_log_prior(target: Tensor, n_classes: int) -> Tensor:
 
 
 def zero_shot_variance(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """Variance of the tempered zero-shot logits among a row's candidates, mean over the rows."""
+    """Variance of the tempered zero-shot logits among a row's candidates, mean over ``some`` rows."""
     total, n = 0.0, 0
-    for batch in rows.batches(SCORING_BATCH):
+    for batch in some(rows).batches(SCORING_BATCH):
         total += float(attention.offset(batch.to(device)).var(dim=1, correction=0).double().sum())
         n += len(batch.index)
     return max(total / n, TINY)
+
+
+def some(rows: Rows) -> Rows:
+    """At most ``SOME_ROWS`` of them, evenly spaced, or all where they make pools."""
+    if rows.source.pool_size is not None:
+        return rows
+    step = math.ceil(len(rows.index) / SOME_ROWS)
+    return replace(rows, index=rows.index[::step])
 
 
 def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
@@ -408,15 +481,20 @@ def _take_texts(attention: SupervisedAttention, rows: Rows) -> None:
 
 
 def fit_temperature(attention: SupervisedAttention, rows: Rows, device: torch.device) -> float:
-    """A > 0 of largest posterior for labels drawn from softmax(a l), log a ~ N(0, 0.5^2): one for few labels."""
+    """A > 0 of largest posterior for labels drawn from softmax(a l), log a ~ N(0, 0.5^2): one for few labels.
+
+    Of many rows ``some`` are looked at, for all.
+    """
     from scipy.optimize import minimize_scalar
 
+    few = some(rows)
+
     def objective(log_a: float) -> float:
-        total = log_a**2 / (2 * TEMPERATURE_SD**2)
-        for batch in rows.batches(SCORING_BATCH):
+        total = 0.0
+        for batch in few.batches(SCORING_BATCH):
             moved = batch.to(device)
             with torch.no_grad():
                 total -= float(moved.log_probability(math.exp(log_a) * attention.begin(moved), moved.target).sum())
-        return total
+        return log_a**2 / (2 * TEMPERATURE_SD**2) + total * len(rows.index) / len(few.index)
 
     return math.exp(float(minimize_scalar(objective, bounds=(-3, 3), method="bounded").x))

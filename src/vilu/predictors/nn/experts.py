@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.embeddings.similarity import float64
+from vilu.embeddings.similarity import CACHED_CELLS, cached_rows, float64, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.predictors.nn.attention import FEATURES, ImageInputs, Match, SupervisedAttention
 from vilu.predictors.nn.train import Rows
@@ -52,14 +52,20 @@ class Memory(nn.Module):
         self.bank = nn.Buffer(torch.zeros(n_rows, inputs.width))
         self.values = nn.Buffer(torch.zeros(n_rows, n_classes))
 
-    def kernel(self, rows: Tensor) -> Tensor:
-        """(N, M) float64 of inputs (N, D + F) with the bank, on the CPU where the device has no float64.
+    @staticmethod
+    def kernel(rows: Tensor, bank: Tensor) -> Tensor:
+        """(N, M) exp of the products of what ``apart`` makes of inputs (N, D + F) and of a bank (M, D + F).
 
         Values of both signs and a size of ten cancel to what the rows are told apart by: in float32 an error of 1e-4.
         """
-        x, bank = float64(rows), float64(self.bank)
-        squares = x.square().sum(dim=1)[:, None] + bank.square().sum(dim=1) - 2 * x @ bank.T
-        return torch.exp(-squares.clamp_min(0) / 2)
+        return (rows @ bank.T).exp_()
+
+    @staticmethod
+    def apart(rows: Tensor, *, is_bank: bool) -> Tensor:
+        """(N, D + F + 2) float64 whose product of a row and one of the bank is -|x - x'|^2 / 2."""
+        double = float64(rows)
+        less, one = -double.square().sum(dim=1, keepdim=True) / 2, torch.ones_like(double[:, :1])
+        return torch.cat([double, one, less] if is_bank else [double, less, one], dim=1)
 
     @classmethod
     def of(cls, attention: SupervisedAttention, rows: Rows) -> Memory:
@@ -68,15 +74,27 @@ class Memory(nn.Module):
         memory = cls(attention.inputs, len(batch.index), len(batch.text)).to(attention.classes.device)
         memory.bank.copy_(attention.inputs(batch))
         missing = functional.one_hot(batch.target, len(batch.text)) - attention.offset(batch).softmax(dim=-1)
-        gram = memory.kernel(memory.bank).cpu()
+        gram = memory.kernel(*(cls.apart(memory.bank.cpu(), is_bank=is_bank) for is_bank in (False, True)))
         gram.diagonal().add_(RIDGE)
         memory.values.copy_(GAIN * torch.cholesky_solve(missing.cpu().double(), torch.linalg.cholesky(gram)))
         return memory
 
     def forward(self, batch: Batch) -> Tensor:
         """(B, K) for the training classes in their order."""
-        rows = self.inputs(batch)
-        return (self.kernel(rows) @ float64(self.values)).to(rows)
+        return self.ready()(batch)
+
+    def ready(self) -> Callable[[Batch], Tensor]:
+        """What ``forward`` does, for several batches: what they have in common is computed once."""
+        bank, values = self.apart(self.bank, is_bank=True), float64(self.values)
+
+        def of(batch: Batch) -> Tensor:
+            rows = self.apart(self.inputs(batch), is_bank=False)
+            if torch.compiler.is_exporting():
+                return (self.kernel(rows, bank) @ values).to(self.bank)
+            blocks = rows.split(max(CACHED_CELLS // len(bank), 256))
+            return torch.cat([self.kernel(block, bank) @ values for block in blocks]).to(self.bank)
+
+        return of
 
 
 class Pooled(NamedTuple):
@@ -108,8 +126,32 @@ class Experts(nn.Module):
         self.weights = weights  # no buffer: some devices have no float64
 
     def forward(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities, pooled, up to a constant of every row."""
-        return pool(self.log_posteriors(batch), self.weights)
+        """(B, K) logits of the pool, sum_m w_m l_m."""
+        return torch.cat([logits for _, logits in self.blocks(batch)])
+
+    def blocks(self, batch: Batch) -> Iterator[tuple[Batch, Tensor]]:
+        """Rows of a batch with the logits of the pool, so few at a time that these stay near the processor.
+
+        Of what is linear in the image there is one product, whose keys are made once a batch.
+        """
+        attention, match = self.attention, self.attention.match(batch.text)
+        all_known = bool(match.known.all())
+        weights = self.weights.tolist() if all_known else [1.0]
+        keys = weights[0] * attention.learned_keys(batch.text, match)
+        if all_known:
+            keys = keys + sum(weights) * attention.offset_keys(batch)
+        in_order = len(match.row) == len(attention.classes) and bool((match.row.diff() == 1).all())
+        ready = [one.ready() if isinstance(one, Memory) else one for one in self.companions.values()]
+        for part in row_blocks(len(batch.image), len(batch.text), cached_rows(len(batch.text))):
+            rows = batch.rows(part)
+            logits = attention.queries(rows) @ keys.T
+            if not all_known:
+                logits = logits + attention.offset(rows, match)
+            else:
+                for weight, companion in zip(weights[1:], ready, strict=True):
+                    found = companion(rows)
+                    logits = logits.add_(found if in_order else found[:, match.row], alpha=weight)
+            yield rows, logits
 
     def log_posteriors(self, batch: Batch) -> Tensor:
         """(B, M, K) float64 log probabilities of the experts."""
