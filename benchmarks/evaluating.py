@@ -1,0 +1,107 @@
+"""Metrics and intervals: 100,000 rows with 1,000 resamples, ten million rows, and the metrics of others beside ours.
+
+Intervals are of all default metrics. Others are scikit-learn, and torch-uncertainty where it is installed (it is no
+dependency of this project); they take the same million rows in turn, and of each the least time counts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+import vilu
+from vilu.metrics.histogram import Histogram
+from vilu.outcomes.outcomes import Tally
+
+
+def rows(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct probabilities and failures of n rows."""
+    rng = np.random.default_rng(0)
+    failure = rng.random(n) < 0.3
+    return 1 / (1 + np.exp(1 - 1.5 * failure - rng.normal(size=n))), failure.astype(np.int64)
+
+
+@dataclass
+class Counted:
+    """Rows that were counted part by part, as a folder of scores is."""
+
+    uncertainty: np.ndarray
+    failure: np.ndarray
+    part: int = 2**20
+
+    def tally(self) -> Tally:
+        """Their histogram."""
+        starts = range(0, len(self.failure), self.part)
+        parts = (slice(start, start + self.part) for start in starts)
+        whole = Histogram.total(Histogram.of(self.uncertainty[part], self.failure[part]) for part in parts)
+        return Tally(whole, whole, Histogram.empty(), 0, 0, whole)
+
+
+def seconds(run: Callable[[], object], repeats: int = 1) -> float:
+    """The least of several runs."""
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def others(
+    uncertainty: np.ndarray, failure: np.ndarray
+) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Ours and theirs, by what is computed."""
+    from sklearn import metrics as theirs
+
+    ours = vilu.metrics
+    pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+        "auroc, scikit-learn": (
+            lambda: ours.auroc(uncertainty, failure),
+            lambda: theirs.roc_auc_score(failure, uncertainty),
+        ),
+        "aupr_failure, scikit-learn": (
+            lambda: ours.aupr_failure(uncertainty, failure),
+            lambda: theirs.average_precision_score(failure, uncertainty),
+        ),
+    }
+    if importlib.util.find_spec("torch_uncertainty"):
+        import torch
+        from torch_uncertainty import metrics as uncertain  # type: ignore[import-not-found, unused-ignore]
+
+        probability, right = torch.from_numpy(1 - uncertainty), torch.from_numpy(1 - failure)
+        for name, kind, of in (("aurc", uncertain.AURC, ours.aurc), ("augrc", uncertain.AUGRC, ours.augrc)):
+
+            def run(kind: type = kind) -> object:
+                metric = kind()
+                metric.update(probability, right)
+                return metric.compute()
+
+            pairs[f"{name}, torch-uncertainty"] = (lambda of=of: of(uncertainty, failure), run)  # type: ignore[misc]
+    return pairs
+
+
+def main() -> dict[str, float]:
+    """Print and return seconds, and how many times as long others take."""
+    warnings.simplefilter("ignore")
+    figures: dict[str, float] = {}
+    uncertainty, failure = rows(10**5)
+    outcomes = vilu.Outcomes(uncertainty, failure, is_probability=True)
+    figures["evaluate_1e5_seconds"] = seconds(lambda: vilu.evaluate(outcomes, n_resamples=1_000))
+    print(f"evaluate, 100,000 rows, default metrics, 1,000 resamples: {figures['evaluate_1e5_seconds']:.1f} s")
+    many = Counted(*rows(10**7))
+    figures["evaluate_1e7_seconds"] = seconds(lambda: vilu.evaluate(many, n_resamples=1_000))
+    print(f"the same of 10,000,000 rows, counted and evaluated: {figures['evaluate_1e7_seconds']:.1f} s")
+    for name, (ours, theirs) in others(*rows(10**6)).items():
+        mine, other = seconds(ours, 3), seconds(theirs, 3)
+        figures[f"times_{name.replace(', ', '_')}"] = other / mine
+        print(f"{name}, 1,000,000 rows: {other:.2f} s, ours {mine:.2f} s: {other / mine:.1f} times")
+    return figures
+
+
+if __name__ == "__main__":
+    main()

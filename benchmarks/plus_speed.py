@@ -1,0 +1,119 @@
+"""``vilu_plus`` beside the products that it needs: scores (one thread), and fits of 50,000 rows (all threads).
+
+Every figure is a ratio of times taken in turn in one run, the least of several for scores. A score needs: the zero-shot
+product (D x K), one product for all that is linear in the image ((D + 1) x K), the network's two (D x H, H x K), and
+with a memory of M rows, in float64, D x M and M x K.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+import vilu
+from vilu.embeddings.memory import Embeddings
+from vilu.predictors.parameters import build
+
+D, HIDDEN, MEMORY, REPEATS = 512, 512, 4_000, 5
+FITS = (12_500, 25_000, 50_000)
+CLASSES = 1_000
+
+
+def data(k: int, n: int, seed: int, spread: float = 0.4) -> Embeddings:
+    """Images off their class's text by what the class has in common, and by more of their own."""
+    shared, rng = np.random.default_rng(0), np.random.default_rng(seed)
+    text, common = shared.normal(size=(2, k, D)) / np.sqrt(D)
+    target = rng.integers(k, size=n)
+    noise = spread * np.sqrt(D) * rng.uniform(0.3, 1.2, size=(n, 1)) * rng.normal(size=(n, D)) / np.sqrt(D)
+    image = text[target] + 0.6 * common[target] + noise
+    return Embeddings(image.astype(np.float32), text.astype(np.float32), target, 60.0)
+
+
+def least(work: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each, taken in turn."""
+    seconds = dict.fromkeys(work, np.inf)
+    for _ in range(REPEATS):
+        for name, run in work.items():
+            start = time.perf_counter()
+            run()
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
+
+
+def products(test: Embeddings) -> None:
+    """Those of a score without a memory."""
+    keys, first, last = torch.randn(len(test.text), D), torch.randn(HIDDEN, D), torch.randn(len(test.text), HIDDEN)
+    for block in test.image.split(1_024):
+        _ = block @ test.text.T, block @ keys.T, (block @ first.T) @ last.T
+
+
+def memory(test: Embeddings) -> None:
+    """The float64 arithmetic of a score with one."""
+    bank, values = torch.randn(MEMORY, D).double(), torch.randn(MEMORY, len(test.text)).double()
+    for block in test.image.double().split(256):
+        _ = (block @ bank.T).exp_() @ values
+
+
+def softmax(test: Embeddings) -> None:
+    """What MCM needs."""
+    for block in test.image.split(1_024):
+        (block @ test.text.T).softmax(dim=1)
+
+
+def scores() -> dict[str, float]:
+    """Shares of the rate of the products alone, K = 10 with a memory and K = 1,000 without."""
+    torch.set_num_threads(1)
+    figures: dict[str, float] = {}
+    for k, n, floor in ((10, MEMORY, memory), (CLASSES, 12_000, products)):
+        predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": "cpu", "epochs": 2}).fit(data(k, n, 1))
+        test = data(k, 8_192, 2)
+        work = {"ours": predictor.predict_uncertainty, "floor": floor, "softmax": softmax}
+        seconds = least({name: partial(run, test) for name, run in work.items()})
+        share = figures[f"score_vilu_plus_k{k}"] = seconds["floor"] / seconds["ours"]
+        print(
+            f"  scores, K = {k:,}: {8_192 / seconds['ours']:,.0f} rows/s, {share:.2f} of its {floor.__name__}, "
+            f"{seconds['softmax'] / seconds['ours']:.3f} of product and softmax"
+        )
+    return figures
+
+
+def fits() -> dict[str, float]:
+    """Seconds of a fit, all threads, in products of N x D x K timed in the same run, and beside the linear probe."""
+    threads = torch.get_num_threads()
+    image, text = torch.randn(8_192, D), torch.randn(CLASSES, D)
+    product = least({"one": lambda: image @ text.T})["one"] / len(image)
+    test, figures = data(CLASSES, 20_000, 3), {}
+    failure = torch.cat([batch.failure for batch in test.batches(4_096)]).numpy()
+    for method, sizes in {"vilu_plus": FITS, "linear_probe": FITS[-1:]}.items():
+        for n in sizes:
+            train = data(CLASSES, n, 1)
+            start = time.perf_counter()
+            predictor = build(vilu.PREDICTORS[method], {"device": "cpu"}).fit(train)
+            seconds = time.perf_counter() - start
+            auroc = 100 * vilu.metrics.auroc(predictor.predict_uncertainty(test), failure)
+            figures[f"fit_{method}_{n}_products"] = seconds / (n * product)
+            print(
+                f"  {method}, {n:,} x {D}, K = {CLASSES:,}, {threads} threads: {seconds:.0f} s, "
+                f"{seconds / (n * product):,.0f} products of its rows with its texts; AUROC {auroc:.2f}",
+                flush=True,
+            )
+    return figures
+
+
+def main() -> dict[str, float]:
+    """Print tables; return ratios."""
+    warnings.simplefilter("ignore")
+    threads = torch.get_num_threads()
+    print("vilu_plus")
+    figures = scores()
+    torch.set_num_threads(threads)
+    return figures | fits()
+
+
+if __name__ == "__main__":
+    main()
