@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-engines test-processors lint format bench audit release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-processors lint format bench bench-gpu audit release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -30,7 +30,7 @@ fuzz: .venv/.fuzz
 test-corruption: .venv/.dev
 	SEED=$${SEED:-0} DAMAGES=$${DAMAGES:-1200} USES=$${USES:-99} EDITS=$${EDITS:-1000} OMP_NUM_THREADS=1 \
 		CORRUPTION_LOG=$${CORRUPTION_LOG:-build/corruption.jsonl} \
-		$(BIN)/python -m pytest -n 2 --show-capture=no tests/corruption $(ARGS)
+		$(BIN)/python -m pytest -n 2 -m slow --show-capture=no tests/corruption $(ARGS)
 
 # The whole demo in a network of its own, in which there is nothing but this machine.
 test-offline: .venv/.demo
@@ -42,6 +42,10 @@ TRIALS ?= 5
 test-faults: .venv/.dev
 	seed=$${SEED:-$$(od -An -N3 -tu4 /dev/urandom | tr -d ' ')}; echo "SEED=$$seed"; \
 		SEED=$$seed TRIALS=$(TRIALS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -rs tests/faults $(ARGS)
+
+# Proofs that take more than ten seconds each: every study in miniature, killed and distributed fits, promises simulated.
+test-slow: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 # What starts Ray and, where Java is, Spark; in every run of the tests there is only one of these.
 test-engines: .venv/.dev
@@ -62,6 +66,9 @@ format: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python -m benchmarks
+
+bench-gpu: .venv/.dev
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 # Known faults of what is installed; asks the network. Builds of torch are audited as the release that they are of.
 audit: .venv/.release

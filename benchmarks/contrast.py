@@ -49,15 +49,15 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return normed
 
 
-def config(pool: int) -> TrainConfig:
+def config(pool: int, device: str) -> TrainConfig:
     """One pool a step; a rate at which the repeated step of a benchmark changes little."""
-    return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device("cpu"))
+    return TrainConfig(1, pool, 1e-3, 0.9, 5e-4, 1, 0, None, "fp32", 0, torch.device(device))
 
 
-def ours(data: PairEmbeddings) -> Callable[[], float]:
+def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
     """A training step of the library: batch, answers, head, weighted BCE, backward, SGD. Returns the loss."""
     torch.manual_seed(0)
-    trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data)))
+    trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data), device))
     trainer.thaw()
     rows = Rows(data, torch.arange(len(data)))
     return lambda: float(trainer._step(next(rows.steps(len(data)))))

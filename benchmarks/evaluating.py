@@ -73,7 +73,9 @@ def others(
         import torch
         from torch_uncertainty import metrics as uncertain  # type: ignore[import-not-found, unused-ignore]
 
-        probability, right = torch.from_numpy(1 - uncertainty), torch.from_numpy(1 - failure)
+        # class 0 is the answer of every row, the more probable the less uncertain, and right where there is no failure
+        doubt = torch.from_numpy(uncertainty / 2)
+        probability, right = torch.stack([1 - doubt, doubt], dim=1), torch.from_numpy(failure)
         for name, kind, of in (("aurc", uncertain.AURC, ours.aurc), ("augrc", uncertain.AUGRC, ours.augrc)):
 
             def run(kind: type = kind) -> object:

@@ -11,6 +11,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +49,12 @@ def executed(b: int) -> list[Shape]:
     return [*attention, *values, *caption, (b, D, h), (h, b, D), *mlp_tail(b)]
 
 
-def products(shapes: list[Shape], times: int) -> Callable[[], None]:
+def products(
+    shapes: list[Shape], times: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """Runs all products so many times, into memory that is already there."""
-    made = [(torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in shapes]
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    made = [(torch.randn(m, k, **where), torch.randn(k, n, **where), torch.empty(m, n, **where)) for m, k, n in shapes]
 
     def run() -> None:
         for _ in range(times):
@@ -60,7 +64,7 @@ def products(shapes: list[Shape], times: int) -> Callable[[], None]:
     return run
 
 
-def training(b: int, precision: str) -> Callable[[], None]:
+def training(b: int, precision: str, device: str = "cpu") -> Callable[[], None]:
     """Runs one epoch of 8,192 rows through the real training loop."""
     rng = np.random.default_rng(0)
     unit = [
@@ -68,7 +72,7 @@ def training(b: int, precision: str) -> Callable[[], None]:
         for rows in (rng.normal(size=(8192, D)), rng.normal(size=(K, D)))
     ]
     data = Embeddings(unit[0], unit[1], rng.integers(K, size=8192))
-    config = TrainConfig(1, b, 1e-3, 0.9, 5e-4, 1, 0, None, precision, 0, torch.device("cpu"))
+    config = TrainConfig(1, b, 1e-3, 0.9, 5e-4, 1, 0, None, precision, 0, torch.device(device))
     torch.manual_seed(0)
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.9)), config)
     trainer.thaw()

@@ -1,0 +1,100 @@
+"""``make bench-gpu``: what an accelerator makes of it, each beside plain products of the same shapes, and its memory.
+
+    python -m benchmarks.gpu [DEVICE] [--small]
+
+Not part of ``make bench``. With ``--small`` and the device "cpu" it shows that it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+
+import vilu
+from benchmarks import contrast, head_training, plus_speed
+from vilu.predictors.parameters import build
+
+REPEATS = 5
+
+
+def seconds(run: Callable[[], object], device: str) -> float:
+    """The least of several runs, each until the device is done."""
+    found = []
+    for _ in range(REPEATS + 1):
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        found.append(time.perf_counter() - start)
+    return min(found[1:])
+
+
+def wait(device: str) -> None:
+    """Until it is done."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def say(what: str, found: float, floor: float, device: str) -> float:
+    """Print and return the share of the floor's rate."""
+    memory = f", {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MB at most" if device.startswith("cuda") else ""
+    print(f"  {what}: {found * 1e3:,.2f} ms, {floor / found:.2f} of its products{memory}", flush=True)
+    return floor / found
+
+
+def heads(device: str) -> dict[str, float]:
+    """Training steps of the head in float32, in TF32 and in bfloat16."""
+    figures: dict[str, float] = {}
+    for b in (128, 1_024, 8_192):
+        steps = 8_192 // b
+        for name, precision, allowed in (("fp32", "fp32", False), ("tf32", "fp32", True), ("bf16", "bf16", False)):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            dtype = torch.bfloat16 if name == "bf16" else torch.float32
+            floor = head_training.products(head_training.executed(b), steps, device, dtype)
+            step = head_training.training(b, precision, device)
+            figures[f"gpu_head_{name}_{b}"] = say(
+                f"head, batch {b:,}, {name}, {steps} steps", seconds(step, device), seconds(floor, device), device
+            )
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return figures
+
+
+def plus(device: str, n: int, k: int) -> dict[str, float]:
+    """Scores of ``vilu_plus``, and a fit of it; scores of the logits alone stay on the processor."""
+    test, train = plus_speed.data(k, n, 2), plus_speed.data(k, n // 4, 1)
+    start = time.perf_counter()
+    predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": device}).fit(train)
+    print(f"  vilu_plus, fit of {n // 4:,} rows, K = {k:,}: {time.perf_counter() - start:.1f} s")
+    d, h = plus_speed.D, plus_speed.HIDDEN
+    floor = seconds(head_training.products([(n, d, k), (n, d + 1, k), (n, d, h), (n, h, k)], 1, device), device)
+    run = seconds(lambda: predictor.predict_uncertainty(test), device)
+    return {"gpu_score_vilu_plus": say(f"vilu_plus, scores of {n:,} rows, K = {k:,}", run, floor, device)}
+
+
+def pool(device: str, n: int) -> dict[str, float]:
+    """A step of one pool of captions, beside its six products of pool x pool: of the answers, and of the attention."""
+    step = contrast.ours(contrast.pairs(n), device)
+    floor = seconds(head_training.products([(n, contrast.D, n)] * 6, 1, device), device)
+    return {"gpu_pool": say(f"pool of {n:,}, one step", seconds(step, device), floor, device)}
+
+
+def main(arguments: list[str]) -> dict[str, float]:
+    """Print tables; return shares of floors."""
+    warnings.simplefilter("ignore")
+    device = next((a for a in arguments if not a.startswith("-")), "cuda")
+    small = "--small" in arguments
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("bench-gpu: torch sees no CUDA device. Run it where there is one, or try `cpu --small`.")
+    card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "no accelerator"
+    print(f"{card}, torch {torch.__version__}")
+    figures = {} if small else heads(device)
+    figures |= plus(device, 8_000 if small else 200_000, 20 if small else 1_000)
+    return figures | pool(device, 512 if small else 32_768)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
