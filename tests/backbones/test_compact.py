@@ -131,6 +131,7 @@ def test_without_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None
         load_backbone("compact", device="cpu")
 
 
+@pytest.mark.slow
 def test_put_together_inside_an_encoder_it_is_the_same_model() -> None:
     """The first encode may run under bfloat16 autocast, which must not reach the class texts."""
     files, cpu = compact._find_files(), torch.device("cpu")

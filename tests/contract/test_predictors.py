@@ -396,6 +396,7 @@ def everything_set() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_neither_equal_texts_nor_settings_of_torch_change_a_number(
     fitted: dict[str, vilu.FailurePredictor], train: Embeddings, test: Embeddings
 ) -> None:

@@ -101,7 +101,7 @@ def test_own_posterior_of_vilu_plus(train: Embeddings, test: Embeddings) -> None
     own = learned.log_posterior(batch)
     assert own.exp().sum(dim=1).tolist() == pytest.approx([1.0] * len(rows))
     at_answer = own.gather(1, batch.prediction[:, None])[:, 0].exp()
-    assert (1 - at_answer).tolist() == pytest.approx(u.tolist(), abs=1e-9)
+    assert (1 - at_answer).tolist() == pytest.approx(u.tolist(), abs=1e-6)  # of sums in float32
     sizes = []
     for predictor in (learned, vilu.MCM()):
         sets = fit_label_sets(predictor, rows, max_miss=0.1, method="lac")

@@ -124,7 +124,7 @@ def by_hand_ltt(u, f, risk: float, delta: float) -> tuple[float, float] | None:
 @pytest.mark.parametrize("seed", range(8))
 def test_learn_then_test_against_one_threshold_at_a_time(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    n = int(rng.integers(600, 1000))
+    n = int(rng.integers(500, 600))
     u = np.round(rng.beta(0.6, 1.5, n), 2 if seed % 2 else 9)
     rate = u if seed % 4 < 2 else np.where(u <= np.quantile(u, 0.05), 0.9, 0.6 * u)
     f = rng.random(n) < rate

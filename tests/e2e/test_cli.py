@@ -287,7 +287,9 @@ def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
     assert {Path(row["key"]).name for row in errors} == {"cut.webp", "page.jpg", "empty.png"}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_interrupted_and_resumed(work: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     """Ctrl-C or SIGTERM in the middle: a clean exit code, and the second run ends with the bytes of the first store."""
     args = ["embed", PHOTOS, "-o", tmp_path / "s", "--backbone", "compact:64", "--classes", work / "names.txt"]

@@ -103,7 +103,9 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
+)
 def test_stopped_in_the_middle(tmp_path: Path, stop: signal.Signals) -> None:
     """The same command goes on, and ends in the bytes of an undisturbed run."""
     folder = save(tmp_path / "arrays", arrays(4000))

@@ -18,7 +18,6 @@ PYTHONPATH = os.pathsep.join(map(str, (ROOT / "src", ROOT)))
 
 
 IN_EVERY_RUN = {
-    "test_the_same_bytes_for_any_number_of_workers[ray-2]",
     "test_a_missing_package_is_named_with_its_command[ray-ray]",
     "test_a_missing_package_is_named_with_its_command[spark-pyspark]",
 }

@@ -230,6 +230,7 @@ def test_default_lengths(n_rows: int, batch: int, epochs: int) -> None:
     assert default_epochs(math.ceil(n_rows / batch)) == epochs
 
 
+@pytest.mark.slow
 def test_a_small_set_is_trained_in_small_steps() -> None:
     """600 rows: steps of 32, for 1,400 steps."""
     rows, config = Rows(toy_embeddings(), torch.arange(600)), dataclasses.replace(CONFIG, epochs=None, batch_size=None)

@@ -387,6 +387,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_large_folder_is_never_in_memory(tmp_path: Path) -> None:
     """200 MiB in parts of 4 MiB cost the labels and a few parts, not the whole."""
     for name, n in (("small", 10_000), ("large", 200_000)):
