@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,10 @@ import vilu
 from tests.builders.array_files import arrays, save
 from tests.builders.store_fakes import picture
 from tests.command import command, run
+from tests.faults.bed import FRAME, plugged
 from tests.store.test_importing import files
 from vilu.files.disk import locked
 
-FRAME = ("--plugin", "tests.faults.plugin")
 GIVEN = ("--logit-scale", "50", "--logit-bias", "0")
 
 
@@ -137,6 +138,13 @@ def photos(root: Path) -> None:
         path.write_bytes(picture(i))
 
 
+@pytest.fixture
+def _plugged() -> Iterator[None]:
+    with plugged():
+        yield
+
+
+@pytest.mark.usefixtures("_plugged")
 def test_folders_of_no_class(tmp_path: Path) -> None:
     photos(tmp_path)
     line = (*FRAME, "embed", "photos", "-o", "store", "--backbone", "fake")

@@ -23,10 +23,13 @@ from tests.builders.bench_fakes import make_store
 from tests.builders.store_fakes import picture
 from tests.command import run
 from tests.faults.saboteur import FAULTS, FILLER, MS_BIND, MS_REMOUNT, SIGNALS, mount_flags
+from vilu.backbones.catalog import BACKBONES
 from vilu.files.disk import host_hash
+from vilu.registry import PLUGINS
 
 HERE = Path(__file__).parent
-FRAME = ("--plugin", "tests.faults.plugin")
+PLUGIN = "tests.faults.plugin"
+FRAME = ("--plugin", PLUGIN)
 BENCH = """
 name = "small"
 seeds = 2
@@ -46,6 +49,21 @@ UNBOUND = {"log.jsonl", "times.txt", FILLER}
 
 ERRNOS = {"nospace": errno.ENOSPC, "readonly": errno.EROFS, "denied": errno.EACCES, "ioerror": errno.EIO}
 CODES = {"sigkill": -signal.SIGKILL, "sigterm": 143, "sigint": 130}
+
+
+@contextmanager
+def plugged() -> Iterator[None]:
+    """What the plug-in of ``FRAME`` registers is gone afterwards, and comes again where it is asked for again."""
+    backbones, environment = dict(BACKBONES), os.environ.get(PLUGINS)
+    try:
+        yield
+    finally:
+        BACKBONES.clear()
+        BACKBONES.update(backbones)
+        os.environ.pop(PLUGINS, None)
+        if environment is not None:
+            os.environ[PLUGINS] = environment
+        sys.modules.pop(PLUGIN, None)
 
 
 @dataclass(frozen=True)

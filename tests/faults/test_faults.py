@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.command import run, run_process
-from tests.faults.bed import CANNOT, COMMANDS, UNBOUND, Bed, can_mount, contents, summary
+from tests.faults.bed import CANNOT, COMMANDS, UNBOUND, Bed, can_mount, contents, plugged, summary
 from tests.faults.saboteur import FAULTS
-from vilu.backbones.catalog import BACKBONES
 from vilu.predictors.nn.checkpoint import FolderSession
 
 SEED = int(os.environ.get("SEED", "0"))
@@ -45,14 +44,12 @@ def bed() -> Iterator[Bed]:
     """Not below pytest's folder, which other users may not enter."""
     folder = Path(tempfile.mkdtemp(prefix="vilu-faults-"))
     log = Path(os.environ.get("OUT", folder / "trials.jsonl"))
-    before = dict(BACKBONES)
     made = Bed(folder, log.absolute())
     try:
-        yield made
+        with plugged():
+            yield made
     finally:
         made.close()
-        BACKBONES.clear()  # of the model that its plug-in adds
-        BACKBONES.update(before)
         print(f"\n{summary(made.rows)}\n{len(made.rows)} trials, SEED={SEED}")  # noqa: T201
         shutil.rmtree(folder)
 
