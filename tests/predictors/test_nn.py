@@ -27,6 +27,7 @@ from vilu.predictors.nn.train import (
     auroc_standard_error,
     default_batch,
     default_epochs,
+    few_epochs,
     schedule,
 )
 
@@ -228,6 +229,12 @@ def test_the_default_freeze_is_an_epoch_or_a_thousand_steps_within_half_of_the_r
 def test_default_lengths(n_rows: int, batch: int, epochs: int) -> None:
     assert default_batch(n_rows) == batch
     assert default_epochs(math.ceil(n_rows / batch)) == epochs
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(1, 300), (10, 30), (15, 20), (98, 20), (196, 11), (781, 10)])
+def test_many_rows_need_fewer_epochs(steps: int, epochs: int) -> None:
+    """At least 300 steps and at most 2,000, but 20 epochs of few rows and 10 of many."""
+    assert few_epochs(steps) == epochs
 
 
 @pytest.mark.slow

@@ -39,8 +39,8 @@ def default_epochs(steps: int) -> int:
 
 
 def few_epochs(steps: int) -> int:
-    """Twenty epochs of ``steps`` steps, or as many as make 300 steps."""
-    return max(20, math.ceil(300 / steps))
+    """Twenty epochs of ``steps`` steps, or as many as make 300 steps, or no more than make 2,000, but ten."""
+    return min(max(20, math.ceil(300 / steps)), max(math.ceil(2_000 / steps), 10))
 
 
 def default_batch(n_rows: int) -> int:
