@@ -7,7 +7,6 @@ float32 logits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 import vilu
+from benchmarks.plus_speed import least
 from vilu.embeddings.memory import Embeddings
 
-D, REPEATS = 512, 7
+D = 512
 SHAPES = {1_000: 20_000, 10: 400_000}
 EXACT = ("mcm", "entropy", "doctor")
 METHODS = (*EXACT, "max_logit", "margin", "prob_margin", "energy", "gen", "kl_uniform")
@@ -65,23 +65,18 @@ def measure(k: int, n: int) -> dict[str, float]:
     }
     predictors = {name: vilu.PREDICTORS[name]() for name in METHODS}
     work |= {name: partial(predictor.predict_uncertainty, source) for name, predictor in predictors.items()}
-    seconds = dict.fromkeys(work, np.inf)
-    for _ in range(REPEATS):
-        for name, run in work.items():
-            start = time.perf_counter()
-            run()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    least = min(value for name, value in seconds.items() if name.startswith("floor"))
-    print(f"K = {k:,}, D = {D}, {n:,} rows, one thread; product and softmax: {n / least:,.0f} rows/s")
+    seconds = least(work)
+    floor_seconds = min(value for name, value in seconds.items() if name.startswith("floor"))
+    print(f"K = {k:,}, D = {D}, {n:,} rows, one thread; product and softmax: {n / floor_seconds:,.0f} rows/s")
     few = source.image[:2_000]
     logits = (few @ source.text.T).mul_(100.0)
     for name, value in seconds.items():
-        line = f"  {name:14} {n / value:12,.0f} rows/s, {least / value:.2f} of it"
+        line = f"  {name:14} {n / value:12,.0f} rows/s, {floor_seconds / value:.2f} of it"
         if name in EXACT:
             found = predictors[name].predict_uncertainty(Embeddings(few, source.text))
             line += f", relative error {np.abs(found / exact(name, logits).numpy() - 1).max():.1e}"
         print(line)
-    return {f"score_{name}_k{k}": least / value for name, value in seconds.items() if name in predictors}
+    return {f"score_{name}_k{k}": floor_seconds / value for name, value in seconds.items() if name in predictors}
 
 
 def main() -> dict[str, float]:
