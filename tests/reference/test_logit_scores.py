@@ -85,6 +85,18 @@ def test_scores_that_sum_in_float32(k: int, spread: float, scale: float) -> None
     assert batch.zero_shot.log_norm.numpy() == pytest.approx(special.logsumexp(exact, axis=1), rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("kind", [MCM, Entropy, Doctor, ProbMargin, Energy])
+def test_a_sure_row_changes_no_bit_of_another(kind: type) -> None:
+    """Its sum of float32 exponentials vanishes, so that it is taken about another logit; the others' are not."""
+    rows = (torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 5).tolist()
+    sure = [500.0] + [float(i % 7) for i in range(39)]
+    together = score(kind(), batch_of([sure, *rows]))
+    assert np.array_equal(together[1:], score(kind(), batch_of(rows)))
+    assert together[0] == pytest.approx(score(kind(), batch_of([sure]))[0], rel=1e-12)
+    if kind is not Energy:
+        assert together[0] > 0  # e^-494 is a float64
+
+
 def test_energy_of_a_low_temperature_is_the_largest_logit(batch: Batch) -> None:
     # -max l - T log K <= u <= -max l.
     difference = score(MaxLogit(), batch) - score(Energy(1e-6), batch)

@@ -349,6 +349,14 @@ def test_no_more_folds_are_fitted_than_the_pool_needs(monkeypatch: pytest.Monkey
     assert sizes == fits
 
 
+def test_with_a_validation_set_experts_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    fitted = ViLUPlus._fit_experts
+    monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *given: sizes.append(len(given[1].index)) or fitted(*given))
+    ViLUPlus(**QUICK).fit(toy_embeddings(n=300, k=4, d=8), toy_embeddings(n=200, k=4, d=8, seed=3, ids_from=500))
+    assert sizes == [300]
+
+
 def test_probabilities_are_calibrated(data: Embeddings) -> None:
     test = toy_embeddings(n=2000, k=4, d=8, seed=5)
     predictor = ViLUPlus(**QUICK).fit(data)
