@@ -6,6 +6,7 @@ concatenation, one linear layer. Ours never has a matrix of pool x pool.
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.floor import per_step, products
 from benchmarks.memory import peak_mb
 from vilu.embeddings.memory import PairEmbeddings
+from vilu.embeddings.similarity import TILE_CELLS, TILE_ROWS
 from vilu.predictors.nn.head import HIDDEN, FailureHead, attend
 from vilu.predictors.nn.losses import FailureWeight, bce_loss, weighted_bce
 from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
@@ -66,8 +69,9 @@ def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
 class Dense(nn.Module):
     """The same head with the same weights, as the paper writes it."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float) -> None:
         super().__init__()
+        self.scale = scale
         torch.manual_seed(0)
         head = FailureHead(D)
         self.query, self.key = nn.Parameter(torch.eye(D)), nn.Parameter(torch.eye(D))
@@ -80,16 +84,16 @@ class Dense(nn.Module):
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B,) failure logits, and the zero-shot answers."""
         with torch.no_grad():
-            answer = (SCALE * image @ text.T).softmax(dim=1).argmax(dim=1)
+            answer = (self.scale * image @ text.T).softmax(dim=1).argmax(dim=1)
         key = text @ self.key.T
-        attended = torch.softmax(SCALE * (image @ self.query.T) @ key.T, dim=1) @ key
+        attended = torch.softmax(self.scale * (image @ self.query.T) @ key.T, dim=1) @ key
         logit: Tensor = self.rest(self.first(torch.cat([image, attended, text[answer]], dim=1)))
         return logit.squeeze(1), answer
 
 
 def dense(data: PairEmbeddings) -> Callable[[], float]:
     """A training step of the dense head. Returns the loss."""
-    head, weight, target = Dense(), FailureWeight("batch", 0.5), torch.arange(len(data))
+    head, weight, target = Dense(SCALE), FailureWeight("batch", 0.5), torch.arange(len(data))
     optimizer = torch.optim.SGD(head.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, fused=True)
 
     def step() -> float:
@@ -105,7 +109,11 @@ def dense(data: PairEmbeddings) -> Callable[[], float]:
 
 
 def child(what: str) -> None:
-    """Make the data, note the resident size, run once, print the seconds and the peak above the data."""
+    """Make the data, note the resident size, run once, print seconds, peak above the data, and seconds of the products.
+
+    Those of a step: similarities for the answers, for the attention, and again for its gradient; averages of texts,
+    gradients of weights, of queries: six of pool x D x pool, here in tiles.
+    """
     import vilu
 
     small, data = pairs(1024), pairs(LARGE)  # the small pool warms thread pools and libraries up
@@ -120,7 +128,11 @@ def child(what: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before, start = peak_mb(), time.perf_counter()
     runs[what](data)
-    print(time.perf_counter() - start, peak_mb() - before)
+    seconds, peak = time.perf_counter() - start, peak_mb() - before
+    rows, columns = TILE_ROWS, TILE_CELLS // TILE_ROWS
+    tiles = [*[(rows, D, columns)] * 4, *[(rows, columns, D)] * 2]
+    floor = per_step(products(tiles, LARGE**2 // TILE_CELLS), 1) if what == "step" else math.nan
+    print(seconds, peak, floor)
 
 
 def memory() -> dict[str, float]:
@@ -129,9 +141,16 @@ def memory() -> dict[str, float]:
     for what, name in (("step", "training step"), ("vilu", "scoring by ViLU"), ("mcm", "scoring by MCM")):
         command = f"from benchmarks.contrast import child; child({what!r})"
         done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-        seconds, peak = map(float, done.stdout.split())
-        print(f"  pool {LARGE:,}, {name}: {seconds:.1f} s, {peak:,.0f} MB above the data (at most {LIMIT_MB:,})")
+        seconds, peak, floor = map(float, done.stdout.split())
+        share = (
+            ""
+            if math.isnan(floor)
+            else f", {floor / seconds:.2f} of its products, {6 * LARGE**2 * D * 2e-12:.1f} TFLOP"
+        )
+        print(f"  pool {LARGE:,}, {name}: {seconds:.1f} s{share}, {peak:,.0f} MB above the data (at most {LIMIT_MB:,})")
         figures[f"contrast_{what}_mb"] = peak
+        if what == "step":
+            figures["contrast_step_products"] = floor / seconds
     return figures
 
 

@@ -16,6 +16,7 @@ import torch
 
 import vilu
 from benchmarks import contrast, head_training, plus_speed
+from benchmarks.floor import products
 from vilu.predictors.parameters import build
 
 REPEATS = 5
@@ -49,13 +50,14 @@ def say(what: str, found: float, floor: float, device: str) -> float:
 def heads(device: str) -> dict[str, float]:
     """Training steps of the head in float32, in TF32 and in bfloat16."""
     figures: dict[str, float] = {}
+    data, k = head_training.embeddings(10), 10
     for b in (128, 1_024, 8_192):
         steps = 8_192 // b
         for name, precision, allowed in (("fp32", "fp32", False), ("tf32", "fp32", True), ("bf16", "bf16", False)):
             torch.backends.cuda.matmul.allow_tf32 = allowed
             dtype = torch.bfloat16 if name == "bf16" else torch.float32
-            floor = head_training.products(head_training.executed(b), steps, device, dtype)
-            step = head_training.training(b, precision, device)
+            floor = products(head_training.executed(b, k), steps, device, dtype)
+            step = head_training.training(data, b, precision, device)
             figures[f"gpu_head_{name}_{b}"] = say(
                 f"head, batch {b:,}, {name}, {steps} steps", seconds(step, device), seconds(floor, device), device
             )
@@ -70,7 +72,7 @@ def plus(device: str, n: int, k: int) -> dict[str, float]:
     predictor = build(vilu.PREDICTORS["vilu_plus"], {"device": device}).fit(train)
     print(f"  vilu_plus, fit of {n // 4:,} rows, K = {k:,}: {time.perf_counter() - start:.1f} s")
     d, h = plus_speed.D, plus_speed.HIDDEN
-    floor = seconds(head_training.products([(n, d, k), (n, d + 1, k), (n, d, h), (n, h, k)], 1, device), device)
+    floor = seconds(products([(n, d, k), (n, d + 1, k), (n, d, h), (n, h, k)], 1, device), device)
     run = seconds(lambda: predictor.predict_uncertainty(test), device)
     return {"gpu_score_vilu_plus": say(f"vilu_plus, scores of {n:,} rows, K = {k:,}", run, floor, device)}
 
@@ -78,7 +80,7 @@ def plus(device: str, n: int, k: int) -> dict[str, float]:
 def pool(device: str, n: int) -> dict[str, float]:
     """A step of one pool of captions, beside its six products of pool x pool: of the answers, and of the attention."""
     step = contrast.ours(contrast.pairs(n), device)
-    floor = seconds(head_training.products([(n, contrast.D, n)] * 6, 1, device), device)
+    floor = seconds(products([(n, contrast.D, n)] * 6, 1, device), device)
     return {"gpu_pool": say(f"pool of {n:,}, one step", seconds(step, device), floor, device)}
 
 

@@ -224,8 +224,8 @@ def measure(modules: list[Module]) -> tuple[list[Bar], dict[str, list[str]]]:
     small = [module for module in modules if 0 < len(module.code) < FEW and module.path not in SMALL]
     bars = [
         Bar("source files", len(modules), 180),
-        Bar("lines", sum(module.lines for module in counted), 37_000),
-        Bar("lines of code", code, 24_640),
+        Bar("lines", sum(module.lines for module in counted), 37_200),
+        Bar("lines of code", code, 24_760),
         Bar("import lines, % of the lines of code", 100 * sum(map(import_lines, counted)) / code, 12),
         Bar("folders directly below src/vilu", len(folders), 12),
         Bar("modules directly below src/vilu", len(files), 7),

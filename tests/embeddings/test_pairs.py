@@ -259,3 +259,37 @@ def test_every_method_that_takes_captions_scores_pictures_of_equal_ones(
     monkeypatch.setattr(similarity, "MAX_CELLS", 32 * 5)
     assert np.allclose(made.predict_uncertainty(test), uncertainty, rtol=1e-4, atol=1e-5)
     assert isinstance(made, vilu.FailurePredictor)
+
+
+LOGITS = [name for name in SCORING if PREDICTORS[name].looks_at == {"logits"} and not PREDICTORS[name].needs_fit]
+
+
+@BOTH
+@pytest.mark.parametrize("equal", [0, 1, 20])
+def test_pools_together_are_the_pools_one_at_a_time(direction: str, equal: int) -> None:
+    """Bit by bit, in the same order; pools with equal captions or pictures come alone."""
+    text, n = unit(12 * 16, 16, 0), 12 * 16
+    image = noisy(text, n, 1)
+    text[20 : 20 + equal], image[100 : 100 + equal] = text[19].clone(), image[99].clone()
+    source = PairEmbeddings(image, text, Pools(16, direction, seed=None), 20.0)
+    alone, together = list(source.batches(64)), list(source.many(64))
+    assert len(alone) == 12
+    assert len(together) < 12
+    parts = [pool for batch in together for _, pool in batch.by_pool()]
+    for name in ("image", "text", "target", "index", "logits", "prediction", "failure"):
+        for one, other in zip(alone, parts, strict=True):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for name in ("index", "prediction", "failure"):
+        assert torch.equal(*(torch.cat([getattr(batch, name) for batch in batches]) for batches in (alone, together)))
+    known = [torch.cat([batch.target_log_probability for batch in batches]) for batches in (alone, together)]
+    assert torch.allclose(*known, atol=1e-5)  # a logit is off by 2^-24 of 20, its norm by as much
+    for method in LOGITS:
+        predictor = PREDICTORS[method]()
+        scores = torch.cat([predictor.score_batch(batch) for batch in alone]).double().numpy()
+        np.testing.assert_array_equal(predictor.predict_uncertainty(source), scores)
+
+
+def test_pools_come_alone_where_more_than_logits_is_looked_at() -> None:
+    source = PairEmbeddings(unit(96, 16, 0), unit(96, 16, 1), Pools(16, near_duplicates=0.9), 20.0)
+    assert [len(batch.index) for batch in source.many(64)] == [16] * 6
+    assert [len(batch.index) for batch in source.many(31, rows=torch.arange(40))] == [16] * 2

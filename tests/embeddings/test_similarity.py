@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vilu.embeddings import similarity
-from vilu.embeddings.similarity import Others, first_equal, row_blocks, zero_shot
+from vilu.embeddings.similarity import Others, first_equal, first_largest, row_blocks, zero_shot
 from vilu.embeddings.source import Batch
 
 
@@ -132,3 +132,15 @@ def test_log_probability_of_the_target(monkeypatch: pytest.MonkeyPatch, grouped:
     wrong = [int(number[p] != number[t]) for p, t in zip(posterior.argmax(dim=1), batch.target, strict=True)]
     assert batch.failure.tolist() == wrong
     assert 0 < sum(wrong) < 33
+
+
+@pytest.mark.parametrize("k", [2, 64, 65, 1_000])
+def test_first_largest_is_the_first_of_the_largest(k: int) -> None:
+    logits = torch.randint(4, (50, k), generator=torch.Generator().manual_seed(k)).float()
+    logits[0], logits[1, -1], logits[2, 0] = -torch.inf, 9.0, 9.0
+    place, largest = first_largest(logits)
+    rows = logits.tolist()
+    assert place.squeeze(1).tolist() == [row.index(max(row)) for row in rows]
+    assert largest.squeeze(1).tolist() == [max(row) for row in rows]
+    clear = logits + torch.rand(50, k, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first_largest(clear)[0], clear.argmax(dim=1, keepdim=True))

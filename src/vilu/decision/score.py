@@ -240,8 +240,10 @@ def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
 def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[str | None]:
     """Per row why it has no score, or None."""
     missing = np.isnan(uncertainty)
-    if source.n_candidates < 2 or not missing.any():
-        return ["k<2" if gone else None for gone in missing.tolist()]
+    if not missing.any():
+        return [None] * len(rows)
+    if source.n_candidates < 2:
+        return ["k<2"] * len(rows)
     why = ["short_pool" if code == VALID else STATUS[code] for code in source.status[rows]]
     return [text if gone else None for text, gone in zip(why, missing.tolist(), strict=True)]
 
@@ -252,7 +254,7 @@ def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:
     first, last = (int(ascending[0]), int(ascending[-1])) if len(rows) else (0, -1)
     if last - first + 1 == len(rows):  # as a rule the rows of a part follow one another
         found = list(source.ids[first : last + 1])
-        return [found[row - first] for row in rows.tolist()]
+        return found if np.array_equal(rows, ascending) else [found[row - first] for row in rows.tolist()]
     keys = {row: source.ids[row] for row in ascending.tolist()}
     return [keys[row] for row in rows.tolist()]
 

@@ -209,7 +209,10 @@ class Identifiers(Sequence[str]):
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
         rows = range(len(self))[index]
-        return [self._of(row) for row in rows] if isinstance(rows, range) else self._of(rows)
+        return self._several(rows) if isinstance(rows, range) else self._of(rows)
+
+    def _several(self, rows: range) -> list[str]:
+        return [self._of(row) for row in rows]
 
 
 class RowNumbers(Identifiers):
@@ -217,6 +220,9 @@ class RowNumbers(Identifiers):
 
     def _of(self, row: int) -> str:
         return str(row)
+
+    def _several(self, rows: range) -> list[str]:
+        return list(map(str, rows))
 
 
 Identity = Literal["pictures", "embeddings", "names"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
-from vilu.embeddings.similarity import first_equal
-from vilu.embeddings.source import Candidates, EmbeddingSource
+from vilu.embeddings.similarity import first_equal, row_keys
+from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
 from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least, require_one_of
 
 Direction = Literal["image_to_text", "text_to_image"]
@@ -113,6 +114,38 @@ class PairSource(EmbeddingSource):
         distinct, target = torch.unique(first, return_inverse=True)
         return Candidates(caption[distinct], target, None, index[distinct])
 
+    def many(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+        """As every source's; a pool in which rows may be equal comes alone."""
+        n = size // self.pools.size * self.pools.size
+        if n <= self.pools.size or columns or self.pools.near_duplicates is not None:
+            yield from self.batches(size, rows=rows, columns=columns)
+            return
+        rows = self.usable_rows if rows is None else rows
+        whole = rows[: len(rows) // self.pools.size * self.pools.size]
+        for batches in self._made(self._pooled, whole.split(n) if len(whole) else ()):
+            yield from batches
+
+    def _pooled(self, index: Tensor) -> list[Batch]:
+        """Batches of pools that follow one another, of those whose rows differ."""
+        shape = (-1, self.pools.size)
+        both = [self.picture_rows(index), self.caption_rows(index)]
+        compared = both[1:] if self.pools.direction == "image_to_text" else both
+        keys = [row_keys(rows).view(shape).sort(dim=1).values for rows in compared]
+        alike = torch.stack([(key[:, 1:] == key[:, :-1]).any(dim=1) for key in keys]).any(dim=0)
+        image, text = both if self.pools.direction == "image_to_text" else both[::-1]
+        found: list[Batch] = []
+        for first, last, is_alike in runs(alike.tolist()):
+            part = slice(first * self.pools.size, last * self.pools.size)
+            mine = index[part]
+            if is_alike:
+                found += [self._batch(pool, ()) for pool in mine.split(self.pools.size)]
+                continue
+            target = torch.arange(self.pools.size).repeat(last - first)
+            pools = text[part].view(last - first, *shape[1:], -1)
+            scale, bias = self.space.logit_scale, self.space.logit_bias
+            found.append(PooledBatch(image[part], pools, target, mine, scale, bias, outside=self.outside[mine]))
+        return found
+
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
         """The source with pools of the other rows; what is left out, or fills no last pool, is "short_pool"."""
         if not rows.any():
@@ -141,6 +174,15 @@ class PairSource(EmbeddingSource):
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         blocks = rows.split(max(HARD_ROWS // self.pools.size, 1) * self.pools.size)
         return torch.cat([block[hard_order(self.caption_rows(block), self.pools.size, generator)] for block in blocks])
+
+
+def runs(values: Sequence[bool]) -> Iterator[tuple[int, int, bool]]:
+    """Where equal values follow one another: first place, the one after the last, and the value."""
+    first = 0
+    for value, group in itertools.groupby(values):
+        last = first + len(list(group))
+        yield first, last, value
+        first = last
 
 
 class PseudoCaptions(PairSource):

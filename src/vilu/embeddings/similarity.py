@@ -20,6 +20,9 @@ MAX_CELLS = 2**24
 TILE_CELLS = 2**22
 """Similarities held at a time where nobody asked for them: 16 MiB, and what is read twice is still in the cache."""
 
+TILE_ROWS = 1_024
+"""Rows of a tile of many candidates: a product of a nearly square tile is half as fast again as one of a long one."""
+
 CACHED_CELLS = 2**20
 """Logits of a batch of which nothing else is looked at: 4 MiB, and what is made of them stays near the processor."""
 
@@ -48,7 +51,8 @@ def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, lo
     """
     if not len(text):
         raise ValueError("there is no candidate")
-    rows = min(cached_rows(len(text)), TILE_CELLS)
+    rows = max(cached_rows(len(text)), min(TILE_ROWS, len(text) // 4))
+    rows = min(rows, TILE_CELLS)
     columns = min(len(text), TILE_CELLS // rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         parts = [_rows(block, text, logit_scale, logit_bias, columns) for block in image.split(rows)]
@@ -76,27 +80,29 @@ class Others:
     @classmethod
     def of(cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0) -> Others:
         """Those beside the answers (B, 1), by default the first of the largest logits."""
-        # not torch.max(dim): of equal values it documents no order
-        place = logits.argmax(dim=1, keepdim=True) if answer is None else answer
-        own = logits.gather(1, place)
+        place, own = first_largest(logits) if answer is None else (answer, logits.gather(1, answer))
 
-        def about(reference: Tensor) -> Others:
+        def about(logits: Tensor, place: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             weight = logits - reference
             weight = weight.exp_() if temperature == 1 else weight.div_(temperature).exp_()
             weight = weight.scatter_(1, place, 0.0)
-            return cls(logits, place, own.squeeze(1), reference, weight, weight.sum(dim=1), temperature)
+            return reference, weight, weight.sum(dim=1)
 
-        def second() -> Tensor:
+        def second(logits: Tensor, place: Tensor) -> Tensor:
             return logits.scatter(1, place, NEGLIGIBLE).amax(dim=1, keepdim=True)
 
         if torch.compiler.is_exporting():
-            return about(second())
-        found = about(own if answer is None else logits.amax(dim=1, keepdim=True))
-        vanishes = found.total < VANISHING
-        if not bool(vanishes.any()):
-            return found
-        # row by row: what a row is worth does not depend on those beside it
-        return about(torch.where(vanishes[:, None], second(), found.reference))
+            found = about(logits, place, second(logits, place))
+        else:
+            found = about(logits, place, own if answer is None else logits.amax(dim=1, keepdim=True))
+            # row by row: what a row is worth does not depend on those beside it
+            rows = (found[2] < VANISHING).nonzero().squeeze(1)
+            if len(rows):
+                few, places = logits[rows], place[rows]
+                reference, *again = about(few, places, second(few, places))
+                weight, total = (whole.index_copy_(0, rows, part) for whole, part in zip(found[1:], again, strict=True))
+                found = found[0].index_copy(0, rows, reference), weight, total
+        return cls(logits, place, own.squeeze(1), *found, temperature)
 
     @cached_property
     def gap(self) -> Tensor:
@@ -124,6 +130,28 @@ class Others:
         return ZeroShot(first[self.answer.squeeze(1)], self.own, log_norm)
 
 
+def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Place (B, 1) int64 and value (B, 1) of the largest of (B, K), at equal ones the first.
+
+    Where it is there once, its place is the product of what equals it, zeros and ones, with 0 ... K - 1, exact in
+    float32; of long rows near the processor that takes half the time of ``argmax``.
+    """
+    n = logits.shape[1]
+    short = n < SHORT or logits.numel() > 2 * CACHED_CELLS
+    if not (torch.compiler.is_exporting() or short or logits.dtype != torch.float32):
+        with torch.no_grad():
+            largest = logits.amax(dim=1, keepdim=True)
+            equal = torch.eq(logits, largest, out=torch.empty_like(logits))
+            place = equal @ torch.arange(n, dtype=equal.dtype, device=equal.device)
+            if bool((equal.sum(dim=1) == 1).all()):
+                return place.long()[:, None], largest
+    # not torch.max(dim): of equal values it documents no order
+    first = logits.argmax(dim=1, keepdim=True)
+    return first, logits.gather(1, first)
+
+
+SHORT = 64
+
 VANISHING = 1e-14
 """Below it all others are more than 32 under the reference, where a float32 difference is off by 2e-6 and more."""
 
@@ -133,16 +161,20 @@ NEGLIGIBLE = torch.finfo(torch.float32).min / 2
 
 def first_equal(rows: Tensor) -> Tensor:
     """(N,) int64: for every row (N, D) float32 the first that equals it; as by ``torch.unique``, but fast."""
-    # Equal rows have equal keys, made of few columns; only rows of equal keys are compared in full.
-    bits = (rows[:, :KEY_COLUMNS] + 0.0).contiguous().view(torch.int32).long()  # + 0: -0 equals 0
-    key = (bits * 31 ** torch.arange(bits.shape[1], device=rows.device)).sum(dim=1)
-    _, group, count = torch.unique(key, return_inverse=True, return_counts=True)
+    # only rows of equal keys are compared in full
+    _, group, count = torch.unique(row_keys(rows), return_inverse=True, return_counts=True)
     unsure = (count[group] > 1).nonzero().squeeze(1)
     first = torch.arange(len(rows), device=rows.device)
     if len(unsure):
         _, same = torch.unique(rows[unsure], dim=0, return_inverse=True)
         first[unsure] = torch.full_like(unsure, len(rows)).scatter_reduce(0, same, unsure, "amin")[same]
     return first
+
+
+def row_keys(rows: Tensor) -> Tensor:
+    """(N,) int64 made of a few columns of (N, D) float32: equal rows have equal ones."""
+    bits = (rows[:, :KEY_COLUMNS] + 0.0).contiguous().view(torch.int32).long()  # + 0: -0 equals 0
+    return (bits * 31 ** torch.arange(bits.shape[1], device=rows.device)).sum(dim=1)
 
 
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
@@ -156,7 +188,7 @@ def rows_at(rows: Tensor, index: Tensor) -> Tensor:
 
 def cached_rows(n_candidates: int) -> int:
     """Rows whose logits stay near the processor, but enough of them for a product."""
-    return min(max(CACHED_CELLS // max(n_candidates, 1), 256), 4_096)
+    return min(max(CACHED_CELLS // max(n_candidates, 1), 256), 16_384)
 
 
 def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
@@ -187,10 +219,9 @@ def _rows(image: Tensor, text: Tensor, scale: float, bias: float, columns: int) 
 
 def _of_tile(logits: Tensor, first: int) -> ZeroShot:
     """Of the candidates ``first`` and following, in the memory of their logits."""
-    place = logits.argmax(dim=1)
-    largest = logits.gather(1, place[:, None])
+    place, largest = first_largest(logits)
     norm = logits.sub_(largest).exp_().sum(dim=1).log_()
-    return ZeroShot(place + first, largest.squeeze(1), norm + largest.squeeze(1))
+    return ZeroShot(place.squeeze(1) + first, largest.squeeze(1), norm + largest.squeeze(1))
 
 
 def _merge(left: ZeroShot, right: ZeroShot) -> ZeroShot:

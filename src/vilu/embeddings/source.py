@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import compress
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
 SAME_TEXT = 0.999  # cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6
 
 logger = logging.getLogger(__name__)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,10 @@ class Batch:
         outside = None if self.outside is None else self.outside[part]
         return self._taken(replace(self, **own, columns=columns, outside=outside), lambda answers: answers[part])
 
+    def by_pool(self) -> Iterator[tuple[slice, Batch]]:
+        """Its rows by the candidates that they have in common: all of them."""
+        yield slice(0, len(self.index)), self
+
     def answered(self, answers: ZeroShot) -> Batch:
         """This batch, with zero-shot answers that were computed before."""
         self.__dict__["zero_shot"] = answers
@@ -162,6 +167,47 @@ class Batch:
         """What was taken of this batch, with its answers, where they were computed."""
         computed = "zero_shot" in self.__dict__
         return taken.answered(ZeroShot(*map(take, self.zero_shot))) if computed else taken
+
+
+@dataclass(frozen=True)
+class PooledBatch(Batch):
+    """Several pools of one size, one after another: ``text`` is (P, K, D), and a target counts those of its own pool.
+
+    For those who look at logits alone, which are bit by bit those of the pools one at a time. No two candidates of a
+    pool are equal.
+    """
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, K) float32 zero-shot logits, of every row with its own pool."""
+        size = self.text.shape[1]
+        with torch.autocast(self.image.device.type, enabled=False):
+            found = self.image.new_empty(len(self.image), size)
+            for image, text, out in zip(self.image.split(size), self.text, found.split(size), strict=True):
+                torch.mm(image, text.T, out=out)
+            found.mul_(self.logit_scale)
+            return found.add_(self.logit_bias) if self.logit_bias else found
+
+    @cached_property
+    def zero_shot(self) -> ZeroShot:
+        """Answers, each among the candidates of its pool."""
+        return self.others.zero_shot(torch.arange(self.text.shape[1], device=self.text.device))
+
+    def _target_log_probability(self) -> Tensor:
+        return self.logits.gather(1, self.target.clamp(min=0)[:, None]).squeeze(1) - self.zero_shot.log_norm
+
+    def by_pool(self) -> Iterator[tuple[slice, Batch]]:
+        """The pools, with their answers."""
+        size = self.text.shape[1]
+        for number, text in enumerate(self.text):
+            part = slice(number * size, (number + 1) * size)
+            own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
+            outside = None if self.outside is None else self.outside[part]
+            scale, bias = self.logit_scale, self.logit_bias
+            pool = Batch(**own, text=text, logit_scale=scale, logit_bias=bias, outside=outside)
+            if "zero_shot" in self.__dict__:
+                pool = pool.answered(ZeroShot(*(answers[part] for answers in self.zero_shot)))
+            yield part, pool
 
 
 class EmbeddingSource(ABC):
@@ -327,9 +373,16 @@ class EmbeddingSource(ABC):
         """Batches as a step of training takes them: ``size`` rows, or with in-batch candidates whole pools."""
         rows = self.usable_rows if rows is None else rows
         size = self.pool_size or size
-        end = len(rows) // size * size if self.pool_size else len(rows)
-        for start in range(0, end, size):
-            yield self._batch(rows[start : start + size], columns)
+        parts = rows[: len(rows) // size * size if self.pool_size else len(rows)].split(size)
+        yield from self._made(lambda part: self._batch(part, columns), parts if len(rows) else ())
+
+    def many(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
+        """As ``batches``, for those who look at logits alone: small pools come several at a time (``PooledBatch``)."""
+        return self.batches(size, rows=rows, columns=columns)
+
+    def _made(self, make: Callable[[Tensor], Made], parts: Sequence[Tensor]) -> Iterator[Made]:
+        """What is made of each part of the rows, in order."""
+        return map(make, parts)
 
     def _batch(self, index: Tensor, columns: Sequence[str]) -> Batch:
         found = self.candidates(index)

@@ -58,7 +58,8 @@ def check_texts(
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
-    for row, text in enumerate(texts):
+    plain = {str, type(None)} if optional else {str}
+    for row, text in enumerate(() if plain.issuperset(map(type, texts)) else texts):
         if not (isinstance(text, str) or (optional and text is None)):
             raise DataError(f"{name} must hold texts. Got {text!r} in row {row} instead.")
     return texts

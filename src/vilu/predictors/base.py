@@ -348,8 +348,9 @@ class FailurePredictor(ABC):
     ) -> Generator[tuple[Batch, NDArray[np.float64]], None, None]:
         self._check_ready(data)
         device = self.device_
-        size = cached_rows(data.n_candidates) if self.looks_at == {"logits"} else SCORING_BATCH
-        for found in data.batches(size, rows=rows, columns=self.columns_to_score):
+        only_logits = self.looks_at == {"logits"}
+        take, size = (data.many, cached_rows(data.n_candidates)) if only_logits else (data.batches, SCORING_BATCH)
+        for found in take(size, rows=rows, columns=self.columns_to_score):
             batch = found.to(device)
             if data.n_candidates < 2:
                 yield batch, np.full(len(batch.index), np.nan)

@@ -74,7 +74,7 @@ class Doctor(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         odds, share = batch.others.odds, batch.others.gap.exp()
-        squares = share**2 * float64(batch.others.weight.square().sum(dim=1))
+        squares = (share * float64(torch.linalg.vector_norm(batch.others.weight, dim=1))).square()
         return (odds * (2 + odds) - squares) / (1 + squares)
 
 
@@ -227,4 +227,4 @@ def entropy(batch: Batch) -> Tensor:
 
 def log_count(batch: Batch) -> Tensor:
     """() float64 log K, of a K that a graph leaves open."""
-    return float64(torch.ones_like(batch.text[:, 0])).sum().log()
+    return float64(batch.text.new_ones(batch.text.shape[-2])).sum().log()

@@ -258,6 +258,9 @@ class ChosenNumbers(RowNumbers):
     def _of(self, row: int) -> str:
         return str(self._rows[row])
 
+    def _several(self, rows: range) -> list[str]:
+        return list(map(str, self._rows[rows].tolist()))
+
 
 def _listing(root: Path, shards: list[Shard]) -> str:
     """Hash of names, sizes and times of modification."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers
 from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN
 
@@ -140,16 +140,13 @@ class MappedParts:
 class MappedSource(EmbeddingSource):
     """A source whose rows are in files: what is near by number is near on the disk."""
 
-    def steps(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
-        """As every source's, but read ahead by threads, at most ``AHEAD`` batches."""
-        rows = self.usable_rows if rows is None else rows
-        size = self.pool_size or size
-        parts = rows[: len(rows) // size * size if self.pool_size else len(rows)].split(size)
-        if len(rows) <= size:
-            yield from super().steps(size, rows=rows, columns=columns)
+    def _made(self, make: Callable[[Tensor], R], parts: Sequence[Tensor]) -> Iterator[R]:
+        """As every source's, but ahead, by threads, at most ``AHEAD`` of them."""
+        if len(parts) < 2:
+            yield from map(make, parts)
             return
-        with in_threads(lambda part: self._batch(part, columns), parts, READERS, AHEAD) as batches:
-            yield from batches
+        with in_threads(make, parts, READERS, AHEAD) as made:
+            yield from made
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training.

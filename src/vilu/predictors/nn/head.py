@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.embeddings.similarity import TILE_CELLS, row_blocks
+from vilu.embeddings.similarity import TILE_CELLS, TILE_ROWS, row_blocks
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError
 from vilu.predictors.nn.processes import current_world
@@ -48,16 +47,31 @@ class Dropout(nn.Module):
         return keep / (1 - self.rate)
 
 
+def texts_first(n_rows: int, n_texts: int, dim: int) -> bool:
+    """Whether attention and its gradient take fewer operations when texts are projected before they are averaged.
+
+    By the products of a step: 8 of K x D x D and 5 of B x K x D, against 4 of B x K x D, with the cheaper of 11 of
+    B x D x D, or 6 of D x D x D and 5 of B x D x D.
+    """
+    averaged_first = 4 * n_rows * n_texts + dim * min(11 * n_rows, 6 * dim + 5 * n_rows)
+    return n_texts * (8 * dim + 5 * n_rows) < averaged_first
+
+
 class CrossAttention(nn.Module, ABC):
     """Texts averaged by how much an image attends to them."""
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:
-        """(B, H): sum_j alpha_j W_V t_j, times a matrix that follows. The weights alpha are computed in float32.
+        """(B, H): sum_j alpha_j W_V t_j, times a matrix that follows; arguments as of ``factors``."""
+        left, right = self.factors(image, text, logit_scale, after)
+        return left @ right
 
-        Up to ``TILE_CELLS`` weights the chain weights @ text @ W_V.T @ after.T is multiplied in its cheapest order:
-        with K candidates fewer than B rows nothing of size (B, D) has to be projected at all, and the weights are kept
-        for the gradient. More are never there together, so that a pool of N pairs takes no N x N matrix: texts are
-        averaged by ``attend``, which computes the weights again for the gradient, and the averages are projected.
+    def factors(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is ``forward``. The weights alpha are computed in float32.
+
+        Few texts are projected one by one, keys and values together where they have one matrix: nothing of size (B, D)
+        is projected at all. Otherwise, up to ``TILE_CELLS`` weights, texts are averaged first, and the weights are kept
+        for the gradient. More are never there together, so that a pool of N pairs takes no N x N matrix: the average is
+        ``attend``, which computes the weights again for the gradient.
 
         Args:
             image: (B, D) unit-norm embeddings.
@@ -67,12 +81,17 @@ class CrossAttention(nn.Module, ABC):
         """
         with torch.autocast(image.device.type, enabled=False):
             query, key, value, scale = self.projections(logit_scale)
+            if texts_first(len(image), *text.shape):
+                keys = text @ key.T
+                values = keys if value is key else text @ value.T
+                return torch.softmax(scale * (image @ (keys @ query).T), dim=-1), values @ after.T
             if len(image) * len(text) > TILE_CELLS:
-                chain = [attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)]
+                attended = attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)
             else:
                 logits = scale * torch.linalg.multi_dot([image, query.T, key, text.T])
-                chain = [torch.softmax(logits, dim=-1), text]
-        return cast("Tensor", torch.linalg.multi_dot([*chain, value.T, after.T]))
+                attended = torch.softmax(logits, dim=-1) @ text
+            few = 2 * len(image) < text.shape[1]
+            return (attended @ value.T, after.T) if few else (attended, value.T @ after.T)
 
     @abstractmethod
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -94,7 +113,7 @@ class _Attend(torch.autograd.Function):
 
         P = softmax(scale * query @ text.T), dP = gradient @ text.T, d query = scale * P (dP - (P * dP).sum) @ text,
 
-    made here in blocks of rows with ``TILE_CELLS`` weights.
+    made here in tiles of ``TILE_CELLS`` weights.
     """
 
     @staticmethod
@@ -111,15 +130,24 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401 - torch gives it no type
-        """Of the query; (P * dP).sum is gradient . result."""
+        """Of the query; (P * dP).sum is gradient . result, and the sum that P is over comes with its numerators."""
         query, text, result = ctx.saved_tensors
-        change, rows = torch.empty_like(query), max(TILE_CELLS // len(text), 1)
-        blocks = (x.split(rows) for x in (query, gradients[0], result, change))
+        change, columns = torch.empty_like(query), max(TILE_CELLS // TILE_ROWS, 1)
+        blocks = (x.split(TILE_ROWS) for x in (query, gradients[0], result, change))
         with torch.autocast(query.device.type, enabled=False):
             for part, gradient, average, out in zip(*blocks, strict=True):
-                weights = torch.softmax((part @ text.T).mul_(ctx.scale), dim=-1)
-                towards = (gradient @ text.T).sub_((gradient * average).sum(dim=1, keepdim=True))
-                torch.mm(towards.mul_(weights), text, out=out)
+                mean = (gradient * average).sum(dim=1, keepdim=True)
+                largest, total = torch.full_like(mean, -torch.inf), torch.zeros_like(mean)
+                out.zero_()
+                for texts in text.split(columns):
+                    weights = (part @ texts.T).mul_(ctx.scale * math.log2(math.e))
+                    higher = torch.maximum(largest, weights.amax(dim=1, keepdim=True))
+                    shrunk, weights = (largest - higher).exp2_(), weights.sub_(higher).exp2_()
+                    towards = (gradient @ texts.T).sub_(mean).mul_(weights)
+                    out.mul_(shrunk).addmm_(towards, texts)
+                    total.mul_(shrunk).add_(weights.sum(dim=1, keepdim=True))
+                    largest = higher
+                out.div_(total)
         return change.mul_(ctx.scale), None, None
 
 
@@ -171,10 +199,9 @@ class FoldedAttention(nn.Module):
         self.query = nn.Buffer((scale * (query.double().T @ key.double())).detach().float())
         self.value = nn.Buffer((after.double() @ value.double()).detach().float())
 
-    def forward(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> Tensor:  # noqa: ARG002
-        """As ``CrossAttention``; scale and matrix are those that it was made with."""
-        weights = torch.softmax(image @ self.query @ text.T, dim=-1)
-        return weights @ text @ self.value.T
+    def factors(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """As of ``CrossAttention``; scale and matrix are those that it was made with."""
+        return torch.softmax(image @ self.query @ text.T, dim=-1) @ text, self.value.T
 
 
 ATTENTION: dict[str, type[OfficialAttention] | type[PaperAttention]] = {
@@ -232,7 +259,7 @@ class FailureHead(nn.Module):
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
             nn.init.zeros_(linear.bias)
         between = [] if dropout is None else [dropout]
-        self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(), *between, linear)))
+        self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(inplace=True), *between, linear)))
         self.attention: CrossAttention | None = ATTENTION[attention](dim) if attention else None
 
     def forward(self, batch: Batch) -> Tensor:
@@ -249,32 +276,40 @@ class FailureHead(nn.Module):
 
     def first_layer(self, batch: Batch) -> Tensor:
         """(B, H) first hidden layer before its activation: all of the head that sees more than the MLP's input."""
-        return functools.reduce(torch.add, self.parts(batch, self.first_bias).values())
+        image, *others = self.factors(batch).values()
+        total = torch.addmm(self.first_bias, *image)
+        for factors in others:
+            total = total.addmm_(*(factor.to(total.dtype) for factor in factors))  # in place: no memory but its own
+        return total
 
-    def parts(self, batch: Batch, bias: Tensor | None = None) -> dict[str, Tensor]:
-        """What each part of z adds to the first hidden layer, (B, H) each, in their order; the image's with a bias."""
+    def parts(self, batch: Batch) -> dict[str, Tensor]:
+        """What each part of z adds to the first hidden layer, (B, H) each, in their order; the bias aside."""
+        return {part: left @ right for part, (left, right) in self.factors(batch).items()}
+
+    def factors(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Two matrices for each part of z, whose product is what it adds to the first hidden layer."""
         # The first layer is a sum over the parts of z, each with a matrix of its own. Texts are projected before they
-        # are averaged over or picked: K rows instead of B.
-        image = self.first["image"].T
-        found = {"image": batch.image @ image if bias is None else torch.addmm(bias, batch.image, image)}
+        # are averaged over or picked, where they are few: K rows instead of B.
+        found = {"image": (batch.image, self.first["image"].T)}
         if self.attention is not None:
-            found["attended"] = self.attention(batch.image, batch.text, batch.logit_scale, self.first["attended"])
+            after = self.first["attended"]
+            found["attended"] = self.attention.factors(batch.image, batch.text, batch.logit_scale, after)
         if "caption" in self.first:
-            found["caption"] = project_rows(batch.text, batch.prediction, self.first["caption"])
+            found["caption"] = picked(batch.text, batch.prediction, self.first["caption"])
         if "mcm" in self.first:
-            found["mcm"] = batch.zero_shot.max_probability[:, None] * self.first["mcm"].T
+            found["mcm"] = batch.zero_shot.max_probability[:, None], self.first["mcm"].T
         return found
 
 
-def project_rows(text: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
-    """(B, H): ``text[rows] @ weight.T``, projecting each of K texts once where that takes fewer operations.
+def picked(text: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Two matrices whose product is ``text[rows] @ weight.T``: each of K texts is projected once where that is cheaper.
 
     They are then picked by a product with one-hot rows, since the gradient of an indexing is many times slower.
     """
     # a graph has one form for all sizes
     if torch.compiler.is_exporting() or len(text) * (1 + len(rows) / text.shape[1]) > len(rows):
-        return text[rows] @ weight.T
-    return functional.one_hot(rows, len(text)).to(text.dtype) @ (text @ weight.T)
+        return text[rows], weight.T
+    return functional.one_hot(rows, len(text)).to(text.dtype), text @ weight.T
 
 
 def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:

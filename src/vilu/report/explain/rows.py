@@ -33,9 +33,10 @@ def scored_rows(
     looked at, no other rows are scored.
     """
     for batch, scores in predictor.scored(data, whole_steps(data, rows, step)):
-        for places in torch.isin(batch.index.cpu(), rows).nonzero().squeeze(1).split(ROWS):
-            if len(places):
-                yield select(batch, places.to(batch.index.device)), scores[places.numpy()]
+        for part, pool in batch.by_pool():
+            for places in torch.isin(pool.index.cpu(), rows).nonzero().squeeze(1).split(ROWS):
+                if len(places):
+                    yield select(pool, places.to(pool.index.device)), scores[part][places.numpy()]
 
 
 def plain_rows(data: EmbeddingSource, rows: Tensor) -> Iterator[Batch]:

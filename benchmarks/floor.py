@@ -1,0 +1,34 @@
+"""Plain matrix products, beside which work is timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Shape = tuple[int, int, int]
+"""(rows, inner, columns) of a product."""
+
+
+def products(
+    shapes: list[Shape], times: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], None]:
+    """Runs all products so many times, into memory that is already there."""
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    made = [(torch.randn(m, k, **where), torch.randn(k, n, **where), torch.empty(m, n, **where)) for m, k, n in shapes]
+
+    def run() -> None:
+        for _ in range(times):
+            for a, b, out in made:
+                torch.mm(a, b, out=out)
+
+    return run
+
+
+def per_step(run: Callable[[], None], steps: int) -> float:
+    """Seconds per step of one call."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) / steps
