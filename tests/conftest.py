@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,11 @@ def refuse_network() -> None:
 
 
 refuse_network()
+
+
+def few(values: Iterable[object], n: int) -> list[object]:
+    """Parameters of which the first ``n`` are in every run of the tests, and the others in `make test-slow`."""
+    return [value if i < n else pytest.param(value, marks=pytest.mark.slow) for i, value in enumerate(values)]
 
 
 def toy_embeddings(

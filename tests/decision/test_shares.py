@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 import vilu
+from tests.conftest import few
 from vilu.decision.record import contradiction
 from vilu.decision.shares import BETS, Strata, fewest_rows, main_level, read_shares, weighted_learn_then_test
 from vilu.decision.thresholds import upper_bound
@@ -55,7 +56,7 @@ def three_binomials(u, wrong, outside, t: float, share: float, delta: float) -> 
     return (share * foreign + (1 - share) * bad) / (share * foreign + (1 - share) * (bad + good))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", few(range(6), 2))
 def test_evidence_is_the_mean_of_products_one_row_at_a_time(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = rows_of(rng, 150, 50)
@@ -85,8 +86,8 @@ def test_evidence_is_the_mean_of_products_one_row_at_a_time(seed: int) -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5])
-@pytest.mark.parametrize("drawn", [0.2, 0.4])
+@pytest.mark.parametrize("share", few([0.3, 0.1, 0.5], 1))
+@pytest.mark.parametrize("drawn", few([0.2, 0.4], 1))
 def test_the_promise_for_a_stated_share_of_strangers_holds(share: float, drawn: float) -> None:
     """And accepts most of what the best threshold accepts; without rows outside the same calibration breaks it."""
     rng, n = np.random.default_rng(int(100 * share + 10 * drawn)), 2000
@@ -110,7 +111,7 @@ def test_the_promise_for_a_stated_share_of_strangers_holds(share: float, drawn: 
     assert f"for up to {share:.1%} of strangers" in str(rule)
 
 
-@pytest.mark.parametrize("n_outside", [50, 400])
+@pytest.mark.parametrize("n_outside", few([50, 400], 1))
 def test_at_the_edge_a_stated_share_is_rarely_certified(n_outside: int) -> None:
     """Scores that say nothing, a reweighted error rate just above the target: every certificate is wrong."""
     rng, share, certified = np.random.default_rng(n_outside), 0.03, 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.builders.bench_fakes import make_store
 from tests.command import run_process
 
 
+@pytest.mark.slow
 def test_commands_need_no_home(tmp_path: Path) -> None:
     """Libraries below us keep caches in the home folder: none of these commands may need one."""
     store, nowhere = make_store(tmp_path / "store", 60, 0), "/nonexistent"

@@ -17,6 +17,7 @@ import vilu
 from tests.builders.array_files import arrays, save
 from tests.builders.store_fakes import picture
 from tests.command import command, run
+from tests.conftest import few
 from tests.faults.bed import FRAME, plugged
 from tests.store.test_importing import files
 from vilu.files.disk import locked
@@ -104,9 +105,7 @@ def test_exit_codes(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    "stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
-)
+@pytest.mark.parametrize("stop", few([signal.SIGKILL, signal.SIGINT, signal.SIGTERM], 1))
 def test_stopped_in_the_middle(tmp_path: Path, stop: signal.Signals) -> None:
     """The same command goes on, and ends in the bytes of an undisturbed run."""
     folder = save(tmp_path / "arrays", arrays(4000))

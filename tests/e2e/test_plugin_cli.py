@@ -93,6 +93,7 @@ def test_a_method_from_outside_is_listed_fitted_and_scored(run, tmp_path: Path) 
     assert "Give --plugin runner_up" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_method_gets_the_rows_without_labels_that_it_asks_for(run, tmp_path: Path) -> None:
     for name, n in (("data", 80), ("more", 50)):
         embed(dataset(n, unlabelled=range(50) if name == "more" else ()), FakeBackbone(), tmp_path / name, names=NAMES)

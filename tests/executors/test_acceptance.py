@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.builders.store_fakes import FakeBackbone, tree
+from tests.conftest import few
 from tests.executors.conftest import PYTHONPATH
 from tests.executors.fakes import BAD, N_PARTS, PER_PART, SETTINGS, Clumsy, pictures, pictures_seen
 from vilu.errors import BusyError, DataError, ProvenanceError
@@ -80,7 +81,8 @@ def log(tmp_path):
 @pytest.mark.parametrize(
     ("name", "workers"),
     [
-        *((name, n) for name in ("local", "ray", "rank") for n in (1, 2, 4)),
+        *((name, n) for name in ("local", "ray", "rank") for n in (1, 2)),
+        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in ("local", "ray", "rank")),
         ("spark", 2),
     ],  # a context has its own number
 )
@@ -115,7 +117,7 @@ def test_ranks_killed_while_they_decode_encode_and_rename(tmp_path, log, undistu
 
 @pytest.mark.parametrize(
     "name",
-    ["local", "rank", pytest.param("ray", marks=pytest.mark.slow), pytest.param("spark", marks=pytest.mark.slow)],
+    few(["local", "rank", "ray", "spark"], 1),
 )
 def test_a_killed_driver_costs_only_what_was_missing(engines, tmp_path, log, undisturbed, name):
     engines(name)
@@ -170,6 +172,7 @@ def test_a_part_that_always_kills_is_set_aside(engines, tmp_path, log, undisturb
     assert len(store) == N_PARTS * PER_PART - N_BAD - GOOD[POISON]
 
 
+@pytest.mark.slow
 def test_a_part_that_always_kills_its_rank_is_set_aside(tmp_path, log, undisturbed):
     ends = json.loads(drive("ranks", "rank", tmp_path / "s", log, ACCIDENTS=json.dumps({"poison": POISON})).stdout)
     assert ends[:4] == [-9, -9, -9, 3]

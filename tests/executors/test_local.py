@@ -32,11 +32,13 @@ def test_a_dead_workers_part_is_done_by_another_one(tmp_path):
     assert {tuple(line.split()[1:]) for part in range(6) for line in calls(tmp_path, part)} == {(str(threads),) * 2}
 
 
+@pytest.mark.slow
 def test_a_worker_without_work_takes_over_from_a_dead_one(tmp_path):
     """Part 1 is done long before the process of part 0 dies."""
     assert done(FileJob(tmp_path, kill={0: 1}), [0, 1]) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_part_that_kills_without_end_is_given_up_and_the_others_stay(tmp_path, monkeypatch):
     assert local.MAX_DEATHS > MAX_ATTEMPTS + 1  # a job has set the part aside before that
     monkeypatch.setattr(local, "MAX_DEATHS", 2)
@@ -54,6 +56,7 @@ def test_an_error_keeps_its_type(tmp_path, error):
     assert ("process" in notes) == isinstance(error, KeyError)  # a bug comes with its traceback
 
 
+@pytest.mark.slow
 def test_an_error_that_cannot_travel_comes_as_text(tmp_path):
     with pytest.raises(UnicodeDecodeError):
         done(FileJob(tmp_path, fail={0: UnicodeDecodeError("utf-8", b"x", 0, 1, "odd")}), [0], processes=1)
@@ -61,6 +64,7 @@ def test_an_error_that_cannot_travel_comes_as_text(tmp_path):
         done(FileJob(tmp_path, fail={0: "stubborn"}), [0], processes=1)
 
 
+@pytest.mark.slow
 def test_a_job_that_cannot_travel_is_refused(tmp_path):
     with pytest.raises(DataError, match="this job cannot travel"):
         done(FileJob(tmp_path, broken=True), range(2), processes=1)
@@ -72,6 +76,7 @@ def test_no_parts_need_no_process():
     assert done(EmptyJob(), []) == []
 
 
+@pytest.mark.slow
 def test_workers_are_stopped_when_the_driver_loses_interest(tmp_path):
     receipts = make_executor("local", 2).run(FileJob(tmp_path, slow=0.1), range(100))
     next(receipts)
@@ -79,6 +84,7 @@ def test_workers_are_stopped_when_the_driver_loses_interest(tmp_path):
     assert [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())] == []
 
 
+@pytest.mark.slow
 def test_ten_thousand_parts_need_little_memory():
     driver = psutil.Process()
     receipts = make_executor("local", 2).run(EmptyJob(), range(10_000))

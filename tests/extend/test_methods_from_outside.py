@@ -212,6 +212,7 @@ def test_they_are_members_of_a_stack(stranger, train, test, tmp_path: Path) -> N
     assert "stranger" in stack.modules
 
 
+@pytest.mark.slow
 def test_they_are_benchmarked_and_reported(fitted, test, tmp_path: Path) -> None:
     chosen = config(methods={"mcm": {}, "narrow": {}, "ridge": {}}, settings={"all": {"kind": "labels"}}, seeds=1)
     found = benchmark(chosen, make_stores(tmp_path / "stores"), tmp_path / "out", jobs=2)  # in other processes, too
@@ -224,6 +225,7 @@ def test_they_are_benchmarked_and_reported(fitted, test, tmp_path: Path) -> None
     assert all(f">{name}<" in page for name in fitted)
 
 
+@pytest.mark.slow
 def test_saved_ones_load_in_another_process_that_has_the_plugin(folder, fitted, test, tmp_path: Path) -> None:
     fitted["ridge"].save(tmp_path / "ridge")
     np.savez(tmp_path / "test.npz", image=test.image.numpy(), text=test.text.numpy())
