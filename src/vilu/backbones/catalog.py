@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vilu.errors import MissingModelError, ProvenanceError, UsageError, checked, nearest, require_one_of
 from vilu.files.documents import fill
+from vilu.progress import track
 from vilu.registry import load_plugins, toml_tables
 
 log = logging.getLogger(__name__)
@@ -169,8 +170,9 @@ def load_backbone(
     module, _, function = BACKBONES[kind].loader.partition(":")
     log.info("loading %s ...", spec)
     begun = time.monotonic()
-    load = getattr(importlib.import_module(module), function)
-    backbone: Backbone = load(argument, resolve_device(device), precision, **(source.options if source else {}))
+    with track(f"load {spec}", None, "steps"):
+        load = getattr(importlib.import_module(module), function)
+        backbone: Backbone = load(argument, resolve_device(device), precision, **(source.options if source else {}))
     if (seconds := time.monotonic() - begun) > SLOW:
         log.info("%s loaded in %.1f s", spec, seconds)
     if source:

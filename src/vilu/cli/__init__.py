@@ -7,7 +7,10 @@ busy, 130 Ctrl-C, 141 nobody reads stdout any more, 143 SIGTERM; anything else i
 
 from __future__ import annotations
 
+import atexit
 import io
+import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -24,8 +27,26 @@ MISUSE: type[Any] = typer.BadParameter.__bases__[0]
 """What typer raises for a command line that cannot be; it gives it no name."""
 
 
+def entry() -> None:
+    """The command as a process, which ends with its work: to take the libraries down would take up to a second more."""
+    code = 1
+
+    def leave() -> None:
+        logging.shutdown()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)
+
+    atexit.register(leave)  # threads have been waited for then, and what is registered later has been done
+    try:
+        main()
+    except SystemExit as left:
+        code = int(left.code or 0)
+        raise
+
+
 def main() -> None:
-    """Entry point of the ``vilu`` command."""
+    """The command line of this process; raises SystemExit with the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
     with careful_output():
         code = _run()

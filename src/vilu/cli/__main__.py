@@ -1,5 +1,5 @@
 """``python -m vilu.cli``."""
 
-from vilu.cli import main
+from vilu.cli import entry
 
-main()
+entry()

@@ -142,8 +142,8 @@ class PairSource(EmbeddingSource):
                 continue
             target = torch.arange(self.pools.size).repeat(last - first)
             pools = text[part].view(last - first, *shape[1:], -1)
-            scale, bias = self.space.logit_scale, self.space.logit_bias
-            found.append(PooledBatch(image[part], pools, target, mine, scale, bias, outside=self.outside[mine]))
+            scale = self.space.logit_scale, self.space.logit_bias
+            found.append(PooledBatch(image[part], pools, target, mine, *scale, outside=self.outside[mine]))
         return found
 
     def without(self, rows: NDArray[np.bool_]) -> PairSource:

@@ -51,8 +51,7 @@ def zero_shot(image: Tensor, text: Tensor, first: Tensor, logit_scale: float, lo
     """
     if not len(text):
         raise ValueError("there is no candidate")
-    rows = max(cached_rows(len(text)), min(TILE_ROWS, len(text) // 4))
-    rows = min(rows, TILE_CELLS)
+    rows = min(max(cached_rows(len(text)), min(TILE_ROWS, len(text) // 4)), TILE_CELLS)
     columns = min(len(text), TILE_CELLS // rows)
     with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
         parts = [_rows(block, text, logit_scale, logit_bias, columns) for block in image.split(rows)]

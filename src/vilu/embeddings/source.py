@@ -203,8 +203,7 @@ class PooledBatch(Batch):
             part = slice(number * size, (number + 1) * size)
             own = {name: getattr(self, name)[part] for name in ("image", "target", "index")}
             outside = None if self.outside is None else self.outside[part]
-            scale, bias = self.logit_scale, self.logit_bias
-            pool = Batch(**own, text=text, logit_scale=scale, logit_bias=bias, outside=outside)
+            pool = Batch(**own, text=text, logit_scale=self.logit_scale, logit_bias=self.logit_bias, outside=outside)
             if "zero_shot" in self.__dict__:
                 pool = pool.answered(ZeroShot(*(answers[part] for answers in self.zero_shot)))
             yield part, pool
