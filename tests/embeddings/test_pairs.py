@@ -293,3 +293,18 @@ def test_pools_come_alone_where_more_than_logits_is_looked_at() -> None:
     source = PairEmbeddings(unit(96, 16, 0), unit(96, 16, 1), Pools(16, near_duplicates=0.9), 20.0)
     assert [len(batch.index) for batch in source.many(64)] == [16] * 6
     assert [len(batch.index) for batch in source.many(31, rows=torch.arange(40))] == [16] * 2
+
+
+@pytest.mark.parametrize("method", ["mcm", "entropy", "vilu"])
+def test_a_pool_of_one_caption_has_no_score(method: str) -> None:
+    """And says why; the others have theirs."""
+    text, image = unit(96, 16, 0), noisy(unit(96, 16, 0), 96, 1)
+    fitted = PREDICTORS[method](**(QUICK if method == "vilu" else {}))
+    if method == "vilu":
+        fitted.fit(PairEmbeddings(image.clone(), text.clone(), Pools(16, seed=None), 2.0))
+    text[32:48] = text[32].clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # most rows were in the fit
+        outcomes = vilu.score(fitted, PairEmbeddings(image, text, Pools(16, seed=None), 2.0))
+    assert np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist() == list(range(32, 48))
+    assert [reason for reason in outcomes.reason or () if reason] == ["k<2"] * 16

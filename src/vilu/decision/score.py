@@ -166,16 +166,16 @@ def score_rows(
     order = np.argsort(places, kind="stable")
     uncertainty, target = np.full(len(places), np.nan), source.target.numpy()[places]
     prediction, failure = (np.full(len(places), UNKNOWN) for _ in range(2))
-    strangers = np.zeros(len(places), np.bool_)
+    strangers, alone = np.zeros((2, len(places)), np.bool_)
     sets: list[str | None] = [None] * len(places)
     for batch, scores in decider.predictor.scored(source, scored):
         at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
         uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
         prediction[at], failure[at] = batch.prediction.numpy(force=True), batch.failure.numpy(force=True)
-        strangers[at] = decider.strangers(batch, scores)
+        strangers[at], alone[at] = decider.strangers(batch, scores), batch.text.shape[-2] < 2
         for row, found in zip(at.tolist(), decider.label_sets(batch, scores, source.class_names) or (), strict=False):
             sets[row] = found
-    reasons = _reasons(source, places, uncertainty)
+    reasons = _reasons(source, places, uncertainty, alone)
     outcomes = Outcomes(
         uncertainty=uncertainty,
         failure=failure,
@@ -237,15 +237,18 @@ def _warn_seen(said: str, predictor: FailurePredictor, n_seen: int) -> None:
         warnings.warn(f"{said} were used to fit this {predictor.name}.", stacklevel=5)
 
 
-def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats) -> list[str | None]:
-    """Per row why it has no score, or None."""
+def _reasons(source: EmbeddingSource, rows: Ints, uncertainty: Floats, alone: NDArray[np.bool_]) -> list[str | None]:
+    """Per row why it has no score, or None; ``alone`` are those with one candidate."""
     missing = np.isnan(uncertainty)
     if not missing.any():
         return [None] * len(rows)
     if source.n_candidates < 2:
         return ["k<2"] * len(rows)
-    why = ["short_pool" if code == VALID else STATUS[code] for code in source.status[rows]]
-    return [text if gone else None for text, gone in zip(why, missing.tolist(), strict=True)]
+    codes = zip(source.status[rows].tolist(), alone.tolist(), missing.tolist(), strict=True)
+    return [
+        None if not gone else "k<2" if one else "short_pool" if code == VALID else STATUS[code]
+        for code, one, gone in codes
+    ]
 
 
 def _keys(source: EmbeddingSource, rows: Ints, order: Ints) -> list[str]:

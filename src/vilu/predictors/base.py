@@ -352,7 +352,7 @@ class FailurePredictor(ABC):
         take, size = (data.many, cached_rows(data.n_candidates)) if only_logits else (data.batches, SCORING_BATCH)
         for found in take(size, rows=rows, columns=self.columns_to_score):
             batch = found.to(device)
-            if data.n_candidates < 2:
+            if batch.text.shape[-2] < 2:  # also a pool of equal captions
                 yield batch, np.full(len(batch.index), np.nan)
                 continue
             with torch.no_grad():
