@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import logging
 import socket
 import sys
@@ -26,12 +25,6 @@ def import_extra(module: str, extra: str) -> ModuleType:
             return importlib.import_module(module)
     except ImportError as error:
         raise MissingModelError(f"this needs: pip install 'vilu[{extra}]' ({error}).") from error
-
-
-def require_extra(module: str, extra: str) -> None:
-    """As ``import_extra`` where it is missing, without the seconds that importing it takes."""
-    if importlib.util.find_spec(module) is None:
-        raise MissingModelError(f"this needs: pip install 'vilu[{extra}]' (no module named {module!r}).")
 
 
 @contextmanager

