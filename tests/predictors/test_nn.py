@@ -325,7 +325,9 @@ def test_bf16_trains_to_about_the_same_scores() -> None:
     assert np.corrcoef(a, b)[0, 1] > 0.999
 
 
-@pytest.mark.parametrize(("has", "precision", "said"), [("AVX2", "bf16", 1), ("AVX512", "bf16", 0), ("AVX2", "fp32", 0)])
+@pytest.mark.parametrize(
+    ("has", "precision", "said"), [("AVX2", "bf16", 1), ("AVX512", "bf16", 0), ("AVX2", "fp32", 0)]
+)
 def test_bf16_that_the_processor_has_not_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, has: str, precision: str, said: int
 ) -> None:
