@@ -136,14 +136,14 @@ def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     float32; of long rows near the processor that takes half the time of ``argmax``.
     """
     n = logits.shape[1]
-    short = n < SHORT or logits.numel() > 2 * CACHED_CELLS
-    if not (torch.compiler.is_exporting() or short or logits.dtype != torch.float32):
-        with torch.no_grad():
-            largest = logits.amax(dim=1, keepdim=True)
-            equal = torch.eq(logits, largest, out=torch.empty_like(logits))
-            place = equal @ torch.arange(n, dtype=equal.dtype, device=equal.device)
-            if bool((equal.sum(dim=1) == 1).all()):
-                return place.long()[:, None], largest
+    plain = (logits.dtype, logits.device.type, logits.requires_grad) == (torch.float32, "cpu", False)
+    if plain and n >= SHORT and logits.numel() <= 2 * CACHED_CELLS and not torch.compiler.is_exporting():
+        largest = logits.amax(dim=1, keepdim=True)
+        equal = torch.eq(logits, largest, out=torch.empty_like(logits))
+        place = (equal @ torch.arange(n, dtype=torch.float32)).long().clamp_(0, n - 1)[:, None]
+        # the second: products may have been allowed fewer bits
+        if bool((equal.sum(dim=1) == 1).all()) and bool(equal.gather(1, place).all()):
+            return place, largest
     # not torch.max(dim): of equal values it documents no order
     first = logits.argmax(dim=1, keepdim=True)
     return first, logits.gather(1, first)

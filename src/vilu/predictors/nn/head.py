@@ -68,10 +68,10 @@ class CrossAttention(nn.Module, ABC):
     def factors(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> tuple[Tensor, Tensor]:
         """Two matrices whose product is ``forward``. The weights alpha are computed in float32.
 
-        Few texts are projected one by one, keys and values together where they have one matrix: nothing of size (B, D)
-        is projected at all. Otherwise, up to ``TILE_CELLS`` weights, texts are averaged first, and the weights are kept
-        for the gradient. More are never there together, so that a pool of N pairs takes no N x N matrix: the average is
-        ``attend``, which computes the weights again for the gradient.
+        Up to ``TILE_CELLS`` weights are kept for the gradient. Few texts are projected one by one, keys and values
+        together where they have one matrix, so that nothing of size (B, D) is projected; of more the average is. More
+        weights are never there together, so that a pool of N pairs takes no N x N matrix: the average is ``attend``,
+        which computes the weights again for the gradient.
 
         Args:
             image: (B, D) unit-norm embeddings.
@@ -81,11 +81,12 @@ class CrossAttention(nn.Module, ABC):
         """
         with torch.autocast(image.device.type, enabled=False):
             query, key, value, scale = self.projections(logit_scale)
-            if texts_first(len(image), *text.shape):
+            large = len(image) * len(text) > TILE_CELLS
+            if not large and texts_first(len(image), *text.shape):
                 keys = text @ key.T
                 values = keys if value is key else text @ value.T
                 return torch.softmax(scale * (image @ (keys @ query).T), dim=-1), values @ after.T
-            if len(image) * len(text) > TILE_CELLS:
+            if large:
                 attended = attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)
             else:
                 logits = scale * torch.linalg.multi_dot([image, query.T, key, text.T])
