@@ -129,6 +129,7 @@ def test_every_study_runs_from_images_to_tables(miniature: tuple[Path, Path], tm
     assert {path: path.stat().st_mtime_ns for path in (output / "cells").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_dry_run_knows_the_miniature(miniature: tuple[Path, Path], tmp_path: Path) -> None:
     plans = json.loads(run(*words(miniature, tmp_path, "--dry-run", "--json")).stdout)
     assert [plan["name"] for plan in plans] == [path.stem for path in CONFIGS]

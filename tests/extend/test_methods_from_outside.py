@@ -176,6 +176,7 @@ def test_they_are_explained(fitted, test) -> None:
             assert attribution.parts[player] == pytest.approx(attribution.score - attribution.baseline)
 
 
+@pytest.mark.slow
 def test_they_are_exported(fitted, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     for name, predictor in fitted.items():
