@@ -126,7 +126,8 @@ class FailurePredictor(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.needs_fit = cls._learn is not FailurePredictor._learn
-        cls.__repr__ = vars(cls).get("__repr__", shown)  # type: ignore[method-assign] # else the dataclass writes one
+        # before the dataclass writes one of its own, and mypy takes no method that is assigned
+        cls.__repr__ = vars(cls).get("__repr__", shown)  # type: ignore[method-assign]
 
     get_params, set_params, __sklearn_tags__ = get_params, set_params, is_no_estimator
 
