@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "predictors": BASE | {"embeddings", "metrics", "backbones"},
     "decision": BASE | {"embeddings", "metrics", "store", "outcomes", "predictors"},
     "report": BASE | {"embeddings", "metrics", "datasets", "outcomes", "predictors", "decision"},
+    "triage": BASE
+    | {"embeddings", "metrics", "datasets", "backbones", "store", "outcomes", "predictors", "decision", "report"},
     "benchmark": None,
     "cli": None,
 }

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from vilu.store.importing import import_arrays as import_arrays
     from vilu.store.reader import EmbeddingStore as EmbeddingStore
     from vilu.store.reader import open_source as open_source
+    from vilu.triage.guard import Answer as Answer
+    from vilu.triage.guard import Guard as Guard
 
     __version__: str
 
@@ -82,6 +84,7 @@ _NAMES = {
     "vilu.store.embed": "embed",
     "vilu.store.importing": "import_arrays",
     "vilu.store.reader": "EmbeddingStore open_source",
+    "vilu.triage.guard": "Answer Guard",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 

@@ -20,7 +20,7 @@ from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.selection import select
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.report.page import build
-from vilu.report.page.build import _csp_hash, operating_points
+from vilu.report.page.build import csp_hash, operating_points
 from vilu.report.page.charts import Rate, class_rows, round_ticks, thin
 from vilu.report.page.choice import Calibrated, by_hindsight, by_rule, choose_main, read_calibrated, read_scores
 from vilu.report.page.gallery import pick_rows
@@ -273,8 +273,8 @@ def test_nothing_is_loaded_from_anywhere(page: str) -> None:
     assert policy.startswith("default-src 'none'; img-src data:;")
     style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
     script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
-    assert f"style-src '{_csp_hash(style)}'" in policy
-    assert [f"script-src '{_csp_hash(one)}'" in policy for one in script] == [True]
+    assert f"style-src '{csp_hash(style)}'" in policy
+    assert [f"script-src '{csp_hash(one)}'" in policy for one in script] == [True]
 
 
 def test_the_same_scores_give_the_same_small_page(page: str) -> None:

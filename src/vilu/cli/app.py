@@ -16,6 +16,7 @@ from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.stores import import_, inspect
 from vilu.cli.studies import benchmark, demo, pools, render
+from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.progress import reporting
 from vilu.registry import load_plugin
 
@@ -82,13 +83,13 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
 
 def name_of(command: Callable[..., None]) -> str:
     """What a command is called; a keyword of the language has a line after it."""
-    return command.__name__.removesuffix("_")
+    return command.__name__.removesuffix("_").replace("_", "-")
 
 
 def _afterwards(name: str, values: dict[str, Any]) -> str:
     """What of the work of a stopped command is kept."""
     output: Path | None = values.get("output")
-    if name in {"embed", "import", "benchmark", "demo"} or (name == "score" and output and not output.suffix):
+    if name in {"embed", "import", "benchmark", "demo", "triage"} or (name == "score" and output and not output.suffix):
         return f"what is finished is in {output}; the same command goes on with the rest."
     if name == "fit" and (kept := Path(f"{output}.checkpoints")).is_dir():
         return f"the same command goes on from the last checkpoint in {kept}."
@@ -96,8 +97,8 @@ def _afterwards(name: str, values: dict[str, Any]) -> str:
 
 
 ON_DATA = (
-    *(demo, embed, import_, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools, benchmark),
-    render,
+    *(triage, demo, embed, import_, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools),
+    *(benchmark, render, next_, review, labels, audit_labels),
 )
 for command in ON_DATA:
     app.command(name_of(command))(told(command))

@@ -6,7 +6,7 @@ import errno
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -125,6 +125,50 @@ class FolderDataset(ListedFiles):
             found = OutsideError(OUT_OF_FOLDER) if status is None else status
             self._add(path, labels[first] if slash else UNKNOWN, found, listing)
             task.advance(1)
+
+
+Listed = tuple[str, os.stat_result | OSError]
+"""Path of an image below a folder, and its status, or why there is none."""
+
+
+def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
+    """All images below a folder, at any depth, in the byte order of their paths, whatever its folders are called.
+
+    Raises:
+        DataError: If there are fewer than ``least``.
+        StorageError: If a folder cannot be listed.
+    """
+    ignored: Counter[str] = Counter()
+    with track(f"listing {root.name}", None, "images") as task:
+        found: list[Listed] = []
+        for path, status in walk_images(root, ignored, Bounds(root)):
+            found.append((path, OutsideError(OUT_OF_FOLDER) if status is None else status))
+            task.advance(1)
+    if len(found) < least:
+        told = ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
+        raise DataError(f"no image in {root}. Found: {told}. Expected photos, in folders of any kind.")
+    return found
+
+
+class PhotoFiles(ListedFiles):
+    """Some photos of a folder, none of which has a label; those that lie ``elsewhere`` by now are read there."""
+
+    def __init__(
+        self, root: Path, photos: Sequence[Listed], names: Sequence[str], elsewhere: Mapping[str, Path] | None = None
+    ) -> None:
+        super().__init__(root)
+        self._elsewhere = elsewhere or {}
+        self._bounds = Bounds(root)
+        self.source, self.captioned = str(root), False
+        self.class_names: tuple[str, ...] | None = tuple(names)
+        listing = ListingHash()
+        for path, status in photos:
+            self._add(path, UNKNOWN, status, listing)
+        self.fingerprint = listing.hexdigest()
+
+    def _reader(self, path: str) -> Callable[[], bytes]:
+        place = self._elsewhere.get(path)
+        return partial(self._bounds.read, path) if place is None else partial(read_file, place)
 
 
 def _split_folders(root: Path, split: str | None) -> tuple[Sequence[str], Sequence[str]]:

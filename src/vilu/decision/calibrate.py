@@ -36,7 +36,7 @@ from vilu.outcomes.outcomes import Outcomes
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""
 
-Promise = Literal["ltt", "sgr", "crc"]
+Promise = Literal["ltt", "sgr", "crc", "anytime"]
 
 
 class Certificate(Model):
@@ -69,7 +69,7 @@ class Selector(Model):
     And above a floor, where a certificate has one.
 
     Attributes:
-        method: "ltt", "sgr" or "crc".
+        method: "ltt", "sgr", "crc", or "anytime" (``vilu.decision.anytime``): looked at again and again.
         max_risk: The target; None where a coverage was asked for alone.
         min_coverage: Least coverage asked for; None for any.
         confidence: 1 - delta; with several groups the promises hold for all of them together with it.
@@ -212,6 +212,7 @@ class Selector(Model):
         what = "of all answers are accepted and wrong" if self.method == "crc" else "of the accepted answers are wrong"
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
         found += ", whose shares are others" if self.reweighted else ""
+        found += ", at whatever moment one looks" if self.method == "anytime" else ""
         floors = any(one.floor is not None for one in self.certificates.values())
         but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
         shares = f" {in_words(self.outside_share, self.class_shares)}" if self.reweighted else ""

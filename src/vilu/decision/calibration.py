@@ -23,6 +23,8 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.record import claim, fit_fingerprint
 from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import load, write_card
+from vilu.predictors.vocabulary import Vocabulary
+from vilu.store.reader import EmbeddingStore
 
 SAID = 3  # groups of which a message says why nothing is accepted
 
@@ -154,6 +156,8 @@ def _calibrate(
         label_sets=sets,
         inputs=inputs,
     )
+    if isinstance(data, EmbeddingStore):  # what a new image needs beside the model (``vilu.Guard``)
+        Vocabulary.of(data, data.manifest.dtype).save(folder)
     write_card(folder)
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import Field
 
+from vilu.decision.anytime import log_evidence
 from vilu.decision.calibrate import ALL, OTHER, Certificate, Selector, describe, group_names, interval
 from vilu.decision.label_sets import LabelSets
 from vilu.decision.selection import MAX_ROWS, BatchSelector
@@ -138,7 +140,9 @@ def contradiction(rule: Rule, rows: Outcomes) -> str | None:
     counted = [np.bincount(group[chosen], minlength=len(limit)) for chosen in (group >= 0, accepted, accepted & wrong)]
     for index, (name, one) in enumerate(certificates):
         found, said = tuple(int(count[index]) for count in counted), (one.n, one.n_accepted, one.n_wrong)
-        ends = (last[index], below[index]) == (limit[index], floor[index])
+        # thresholds of a grid were fixed before the labels, so they need not be the score of one
+        reached = last[index] <= limit[index] if rule.method == "anytime" else last[index] == limit[index]
+        ends = reached and below[index] == floor[index]
         if found != said or not ends or not _is_borne_out(rule, one):
             of = f" for {name!r}" if name else ""
             return f"{describe(one)}{of}"
@@ -154,6 +158,10 @@ def _is_borne_out(rule: Selector, one: Certificate) -> bool:
         return one.threshold is None and one.risk_bound is None
     if rule.method == "crc" and rule.max_risk is not None:
         return (one.n_wrong + 1) / (one.n + 1) <= rule.max_risk == one.risk_bound
+    if rule.method == "anytime":
+        enough = -math.log(1 - rule.confidence) - 1e-9
+        shown_by_labels = bool(log_evidence(one.n_wrong, one.n_accepted, one.risk_bound) >= enough)
+        return one.risk_bound == rule.max_risk and shown_by_labels
     if rule.reweighted:
         return one.risk_bound == rule.max_risk  # and ``_shares_bear_out``
     aside = min(one.n_wrong, 1)  # the row at the threshold may be no trial, as in ``learn_then_test``

@@ -19,7 +19,9 @@ from vilu.files.tables import METADATA_KEY, read_table
 
 logger = logging.getLogger("vilu")
 
-Kind = Literal["scores", "results", "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"]
+Kind = Literal[
+    "scores", "results", "explanation", "monitor report", "monitor state", "page", "study", "ONNX export", "labels"
+]
 """What a file of ours is, in a message."""
 
 KINDS: dict[str, Kind] = {
@@ -37,6 +39,7 @@ KINDS: dict[str, Kind] = {
 HEADERS: dict[bytes, Kind] = {
     b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name": "scores",
     b"method,dataset,split,seed,metric,value,ci_low,ci_high,n,n_failures,accuracy,": "results",
+    b"path,label,answer,failure_probability,stream,probability,predictor,asked": "labels",
 }
 """How our CSVs begin, which name nothing else."""
 

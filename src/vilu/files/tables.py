@@ -31,19 +31,24 @@ _DEFUSED = r"^'('*[=+\-@\t\r])"
 
 def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> None:
     """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without)."""
-    import pyarrow as pa
-    import pyarrow.csv
-
     if table_suffix(path) == ".parquet":
         content = parquet_bytes(columns, metadata)
         with atomic_write(path) as handle:
             handle.write(content)
         return
-    table = _replaced(pa.table(dict(columns)), None, _FORMULA, r"'\1")
     with atomic_write(path) as handle:
-        handle.write((",".join(table.column_names) + "\n").encode())
-        options = pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed")
-        pyarrow.csv.write_csv(table, handle, options)
+        handle.write(csv_bytes(columns))
+
+
+def csv_bytes(columns: Mapping[str, pa.Array]) -> memoryview:
+    """Columns of one length as a CSV that a spreadsheet may open: no cell is a formula."""
+    import pyarrow as pa
+    import pyarrow.csv
+
+    table, content = _replaced(pa.table(dict(columns)), None, _FORMULA, r"'\1"), BytesIO()
+    content.write((",".join(table.column_names) + "\n").encode())
+    pyarrow.csv.write_csv(table, content, pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed"))
+    return content.getbuffer()
 
 
 def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> memoryview:

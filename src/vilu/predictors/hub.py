@@ -27,6 +27,7 @@ from vilu.predictors.record import (
     RECALIBRATE,
     RISK,
     ROWS,
+    VOCABULARY,
     WEIGHTS,
     fit_fingerprint,
     is_ours,
@@ -36,7 +37,14 @@ from vilu.predictors.storage import load
 
 logger = logging.getLogger(__name__)
 
-FILES = {WEIGHTS: 4 << 30, PREDICTOR: MAX_DOCUMENT_BYTES, CARD: 1 << 20, RISK: MAX_DOCUMENT_BYTES, ROWS: 1 << 30}
+FILES = {
+    WEIGHTS: 4 << 30,
+    PREDICTOR: MAX_DOCUMENT_BYTES,
+    CARD: 1 << 20,
+    RISK: MAX_DOCUMENT_BYTES,
+    ROWS: 1 << 30,
+    VOCABULARY: 1 << 30,
+}
 """All that is shared of a predictor's folder, with the most bytes of each; no pickle, no code."""
 
 

@@ -27,6 +27,9 @@ from vilu.predictors.rows import RowSketch, Sketches
 SCHEMA = 1
 PREDICTOR, WEIGHTS, CARD, RISK = "predictor.json", "weights.safetensors", "README.md", "risk.json"
 ROWS = "calibration.parquet"
+VOCABULARY, VOCABULARY_KEY = "vocabulary.safetensors", "vilu.vocabulary"
+"""What answers are chosen from (``vilu.predictors.vocabulary``), and the key of what the file says of itself."""
+
 NOT_SAVED = {"device"}  # belongs to the machine, not to the predictor
 SEEN_BY: dict[Identity, str] = {"pictures": "seen.pictures", "embeddings": "seen.embeddings", "names": "seen"}
 """Tensors of the hashes of rows; older predictors know names alone."""
@@ -74,18 +77,20 @@ def save(predictor: Saved, folder: str | Path) -> str:
 
 def claim(folder: str | Path, *, same: bool = False) -> None:
     """Refuse a folder with anything but a predictor; where the ``same`` fit lies, only what stands in the way."""
-    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS}
+    names = {PREDICTOR, WEIGHTS, CARD, RISK, ROWS, VOCABULARY}
     claim_folder(folder, "predictor", lambda path: is_ours(path) or (same and path.name not in names), overwrite=True)
 
 
 def _drop_calibration(path: Path) -> None:
     """Take away, and say so, what vouches for another predictor than the one that is to lie here."""
-    stale = [path / name for name in (RISK, ROWS) if (path / name).exists()]
+    stale = [path / name for name in (RISK, ROWS, VOCABULARY) if (path / name).exists()]
     if not stale:
         return
     with or_refuse(f"remove the old calibration in {path}"):
         for file in stale:
             file.unlink()
+    if stale == [path / VOCABULARY]:
+        return
     logger.warning("%s: the calibration of the predictor that lay here is gone with it: calibrate the new one", path)
 
 
@@ -109,15 +114,17 @@ def is_ours(path: Path) -> bool:
     if not path.is_file():
         return False
     beside = (path.with_name(name) for name in (PREDICTOR, WEIGHTS) if path.with_name(name).is_file())
-    return _says_ours(path) or (path.name in {PREDICTOR, WEIGHTS, RISK, ROWS} and any(map(_says_ours, beside)))
+    return _says_ours(path) or (
+        path.name in {PREDICTOR, WEIGHTS, RISK, ROWS, VOCABULARY} and any(map(_says_ours, beside))
+    )
 
 
 def _says_ours(path: Path) -> bool:
     try:
         with or_refuse(f"read {path}"), path.open("rb") as handle:
-            if path.name == WEIGHTS:
-                names = parse_json(handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES)))
-                return all(name in {*SEEN_BY.values(), "__metadata__"} or name.startswith("state.") for name in names)
+            if path.name in {VOCABULARY, WEIGHTS}:
+                header = parse_json(handle.read(min(int.from_bytes(handle.read(8), "little"), MAX_DOCUMENT_BYTES)))
+                return _holds_ours(path.name, header)
             if path.name == CARD:
                 return b'library_name: "vilu"' in handle.read(200)
             if path.name == PREDICTOR:
@@ -127,6 +134,13 @@ def _says_ours(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return path.name == ROWS and (made(path) or [""])[0] == "scores"
+
+
+def _holds_ours(name: str, header: dict[str, Any]) -> bool:
+    """Whether a file of tensors is one of ours, by its header."""
+    if name == VOCABULARY:
+        return VOCABULARY_KEY in dict(header.get("__metadata__") or {})
+    return all(key in {*SEEN_BY.values(), "__metadata__"} or key.startswith("state.") for key in header)
 
 
 def describe(predictor: Saved) -> dict[str, Any]:

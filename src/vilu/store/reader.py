@@ -26,7 +26,17 @@ from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import Reopened, Vouched, content_hash
 from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
-from vilu.store.parts import REDO, Part, StoreLedger, column_path, map_rows, metadata_schema, read_classes, read_columns
+from vilu.store.parts import (
+    ERRORS,
+    REDO,
+    Part,
+    StoreLedger,
+    column_path,
+    map_rows,
+    metadata_schema,
+    read_classes,
+    read_columns,
+)
 
 
 @checked
@@ -85,7 +95,7 @@ class Sealed(Reopened):
         self.require_seal(content_hash(receipts) == self.manifest.content)
         for count in ("n_in", "n_ok", "n_error"):
             self.require_seal(sum(getattr(receipt, count) for receipt in receipts) == getattr(self.manifest, count))
-        self.files = Vouched.of(path, receipts)
+        self.files, self.n_errors = Vouched.of(path, receipts), [receipt.n_error for receipt in receipts]
         starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
         self.rows = MappedParts(starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files))
         for part in self.parts:
@@ -113,6 +123,13 @@ class Sealed(Reopened):
     def keys(self, rows: NDArray[np.int64] | None = None) -> PartStrings:
         """Keys of some rows, ascending, by default of all."""
         return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
+
+    def bad_images(self) -> Iterator[tuple[str, str]]:
+        """Key and kind of every image without a row."""
+        for part, n_error in zip(self.parts, self.n_errors, strict=True):
+            if n_error:
+                table = read_columns(self.files(part.errors), ERRORS, ["key", "kind"], n_error)
+                yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def identities(self, by: Identity, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """(M,) hashes of keys, or of pictures (and captions), each part of the rows read once."""
@@ -216,6 +233,10 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
             return self._sealed.rows.take(name, index)
         values = self._class_column(name)
         return values if self._kept is None or name not in TEXT_COLUMNS else values[self._kept]
+
+    def bad_images(self) -> Iterator[tuple[str, str]]:
+        """Key of every image that has no row, and what was wrong with it ("truncated", "bomb", ...)."""
+        return self._sealed.bad_images()
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
         labels: pa.Array = self._sealed.metadata("label", part.number)

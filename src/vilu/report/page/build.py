@@ -33,7 +33,7 @@ from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, c
 from vilu.report.page.gallery import Card, make_card, pick_rows, thumbnails
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Template
 
 BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that turn the order of what stands around them; joiners, which scripts and emoji need, are not among."""
@@ -96,20 +96,16 @@ def report_page(
         ProvenanceError: If the outcomes, the rule or the embeddings are not of the same rows and method.
         MissingModelError: If the extra ``report`` is not installed.
     """
-    template = _environment().get_template("page.html.jinja")
+    template = find_template("page.html.jinja")
     about = choose_main(outcomes, main if main is not None or calibrated is None else calibrated.method)
     methods = [about, *(one for one in outcomes if one is not about)]
     table = evaluate(methods)  # refuses rows without labels before anything else needs them
     choice = by_hindsight(about, max_risk) if calibrated is None else by_rule(about, calibrated)
     n_accepted = int(choice.accepted[about.evaluable].sum())
     points = operating_points(*known(about), choice.threshold, n_accepted)
-    style, script = _asset("page.css"), _asset("page.js")
-    return template.render(
-        style=style,
-        script=script,
-        style_hash=_csp_hash(style),
-        script_hash=_csp_hash(script),
-        version=importlib.metadata.version("vilu"),
+    return render(
+        template,
+        script=asset("page.js"),
         title=title or _title(about),
         main=about,
         methods=methods,
@@ -133,7 +129,21 @@ def report_page(
     )
 
 
-def _environment() -> Environment:
+def render(template: Template, *, script: str = "", **values: object) -> str:
+    """A page of ours: one style, one script, and by its security policy nothing else."""
+    style = asset("page.css")
+    return template.render(
+        style=style,
+        script=script,
+        style_hash=csp_hash(style),
+        script_hash=csp_hash(script),
+        version=importlib.metadata.version("vilu"),
+        **values,
+    )
+
+
+def find_template(name: str) -> Template:
+    """A template with the filters of the pages; MissingModelError without the extra ``report``."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined
     except ImportError as error:
@@ -148,14 +158,15 @@ def _environment() -> Environment:
     environment.filters.update(
         short=shortened, tip=partial(shortened, most=TOLD), pct=percent, count="{:,}".format, score=score, goal=goal
     )
-    return environment
+    return environment.get_template(name)
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """The text of a style or a script."""
     return resources.files("vilu.report.page").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _csp_hash(content: str) -> str:
+def csp_hash(content: str) -> str:
     """What a Content-Security-Policy calls an inline script or style by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 

@@ -1,0 +1,144 @@
+"""What labels buy: ``python -m benchmarks.labels STORE... [--seeds 20] [--out build/labels.csv]``.
+
+Of every store, whose labels are hidden until they are asked for: the share of all rows that are accepted at a certified
+risk of 5 % (confidence 95 %), against the number of labels, for
+
+- ``next``: what ``vilu triage`` asks for, round after round, with its promise, which is looked at in every round;
+- ``random``: as many labels picked at random, half to fit ``vilu_plus`` on, half for a promise of the same kind;
+- ``uncertain``: half at random for the promise; of the other half, to fit on, a half at random and the rows that a
+  predictor fitted on these trusts least;
+- ``random, once``: as ``random``, with the exact test of ``vilu calibrate``, which is good for one look alone.
+
+One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vilu.decision.anytime import Looks, grid_of, level_of
+from vilu.decision.calibrate import calibrate
+from vilu.embeddings.source import EmbeddingSource
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors import ViLUPlus
+from vilu.store.job import BackboneSpec
+from vilu.store.reader import EmbeddingStore
+from vilu.triage.labels import LabelBook
+from vilu.triage.photos import Embedding, Photos
+from vilu.triage.triage import Job, Workshop
+
+SIZES = (200, 300, 400, 600, 800, 1_200, 1_600, 2_000)
+ROUND, LATER, MANY = 50, 100, 400
+"""Labels of a round, and of those after so many."""
+MAX_RISK, DELTA = 0.05, 0.05
+
+
+def failures(source: EmbeddingSource) -> Ints:
+    """(N,) whether the zero-shot answer is wrong."""
+    found = np.zeros(len(source), dtype=np.int64)
+    for batch in source.batches(4096):
+        found[batch.index.numpy()] = batch.failure.numpy()
+    return found
+
+
+def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
+    """(N,) uncertainty of all rows by a predictor fitted on some."""
+    return ViLUPlus(seed=seed).fit(source.take(rows)).predict_uncertainty(source)
+
+
+def at_once(source: EmbeddingSource, wrong: Ints, seed: int, n: int, arm: str) -> tuple[float, float]:
+    """Coverage and error rate of the arms whose labels are all there at once."""
+    order = np.random.default_rng([seed, n]).permutation(len(source))
+    fit, rest = order[: n // 2], order[n // 2 :]
+    if arm == "uncertain":
+        u = fitted_scores(source, fit[: n // 4], seed)
+        others = np.setdiff1d(order, fit[: n // 4])
+        doubtful = others[np.argsort(-u[others], kind="stable")][: n // 2 - n // 4]
+        fit = np.concatenate([fit[: n // 4], doubtful])
+        rest = order[~np.isin(order, fit)]
+    u = fitted_scores(source, fit, seed)
+    held_out = rest[: n - n // 2]
+    if arm == "random, once":
+        return judged(calibrate(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong)
+    looks = Looks(grid_of(u, float(np.median(u))), MAX_RISK, level_of(1, DELTA))
+    at = looks.certified(u[held_out], wrong[held_out])
+    return judged(u <= (-np.inf if at is None else looks.grid[at]), wrong)
+
+
+def judged(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 - an array of truth values
+    """Share that is accepted, and error rate among it."""
+    return float(accepted.mean()), float(wrong[accepted].mean()) if accepted.any() else 0.0
+
+
+def by_triage(store: EmbeddingStore, wrong: Ints, seed: int, most: int) -> Iterator[tuple[int, float, float]]:
+    """Labels, coverage and error rate after every round of what is asked for."""
+    photos = Photos([(store, np.arange(len(store)))], {})
+    names = list(store.class_names or ())
+    truth = {key: names[place] for key, place in zip(photos.ids, store.target.tolist(), strict=True)}
+    how = Embedding(BackboneSpec("none"), tuple(names), None, ())
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(Path(folder), how, max_risk=MAX_RISK, n_next=ROUND, seed=seed)
+        workshop, book = Workshop(Path(folder) / "out", job), LabelBook()
+        workshop.root.mkdir()
+        while True:
+            if len(book.labels) >= MANY:
+                workshop.job = replace(job, n_next=LATER)
+            found = workshop.decide(photos, book, 0)
+            rule = None if found.rule is None else found.rule.threshold
+            yield len(book.labels), *judged(found.outcomes.uncertainty <= (-np.inf if rule is None else rule), wrong)
+            asked = [one.path for one in found.asked][: most - len(book.labels)]
+            if not asked:
+                return
+            book.answer({path: truth[path] for path in asked})
+
+
+def lines(path: Path, seeds: int) -> Iterator[dict[str, object]]:
+    """The results on one store."""
+    store = EmbeddingStore(path)
+    if int((store.target < 0).sum()):
+        sys.exit(f"{path} must have a label for every row.")
+    wrong = failures(store)
+    sizes = [n for n in SIZES if n <= 0.7 * len(store)]
+    for seed in range(seeds):
+        for n, coverage, risk in by_triage(store, wrong, seed, max(sizes)):
+            yield {"store": path.name, "arm": "next", "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
+        for n in sizes:
+            for arm in ("random", "uncertain", "random, once"):
+                coverage, risk = at_once(store, wrong, seed, n, arm)
+                yield {"store": path.name, "arm": arm, "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
+
+
+def main() -> None:
+    """Write the lines as they come."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("build/labels.csv"))
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("vilu").setLevel(logging.ERROR)
+    given.out.parent.mkdir(exist_ok=True, parents=True)
+    with given.out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ["store", "arm", "seed", "labels", "coverage", "risk"])
+        if not file.tell():
+            writer.writeheader()
+        for path in given.stores:
+            for line in lines(path, given.seeds):
+                writer.writerow(line)
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()

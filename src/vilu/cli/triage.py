@@ -1,0 +1,230 @@
+"""Commands on photos of one's own: from a folder to decisions, and the loop of labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vilu.cli import console
+from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step
+from vilu.cli.images import Backbone, Models, Template
+from vilu.errors import UsageError
+
+Names = Annotated[Path, console.path_option("The class names, one a line.", metavar="FILE")]
+Labels = Annotated[
+    list[Path] | None,
+    console.path_option(
+        "CSV with the columns path and label, of photos that were picked at random; or next_labels.csv, filled in. May "
+        "be repeated.",
+        metavar="FILE",
+    ),
+]
+NotAClass = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="A label that says: none of the classes. May be repeated."),
+]
+Risk = Annotated[float, typer.Option(min=0, max=1, help="Largest error rate among accepted answers.")]
+Confidence = Annotated[float, typer.Option(min=0, max=1, help="With which that is promised.")]
+HowMany = Annotated[int, typer.Option("-n", "--next", min=0, max=100_000, help="How many labels to ask for.")]
+
+
+def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    photos: Annotated[Path, console.path_argument("Folder of photos, in sub-folders of any kind.")],
+    classes: Names,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all that is made, kept for the next run.")],
+    labels: Labels = None,
+    outside: NotAClass = None,
+    max_risk: Risk = 0.05,
+    confidence: Confidence = 0.95,
+    n_next: HowMany = 50,
+    backbone: Backbone = "compact",
+    models: Models = None,
+    template: Template = None,
+    link: Annotated[
+        bool, typer.Option("--link", help="Sort links to the photos into accepted/CLASS, review and outside.")
+    ] = False,
+    move: Annotated[bool, typer.Option("--move", help="The same with the photos themselves.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """From a folder of photos to a decision about each: accept the model's answer, or have a person look.
+
+    Prints the folder. It holds decisions.csv, report.html, next_labels.csv (fill in its column label, and give it back
+    with --labels) and predictor/ for vilu.Guard. Run again with more photos or labels: only what is new is done. Half
+    of the photos, by a hash of the picture, teach; labels of the other half vouch for the promise, which may be looked
+    at after every label. Labels that do not come from next_labels.csv are taken for a random pick.
+    """
+    if link and move:
+        raise UsageError("--link and --move exclude one another. Give one of them.")
+    from vilu.backbones.zeroshot import everyday_words, named_templates
+    from vilu.datasets.classes import read_classes
+    from vilu.store.job import BackboneSpec
+    from vilu.triage.outputs import triage_photos
+    from vilu.triage.photos import Embedding
+    from vilu.triage.triage import Job
+
+    templates = tuple(named_templates(template)) if template else None
+    spec = BackboneSpec(backbone, device, precision, models and models.absolute())
+    how = Embedding(spec, read_classes(classes)[1], templates, everyday_words(), batch_size, workers)
+    job = Job(photos, how, tuple(outside or ()), max_risk, confidence, n_next, seed)
+    told = triage_photos(
+        job, output, labels or (), sort="move" if move else "link" if link else None, overwrite=overwrite
+    )
+    typer.echo(output)
+    for line in told:
+        next_step(line)
+    if waiting := told.n_asked:
+        again = console.shell("vilu", "triage", photos, "--classes", classes, "-o", output)
+        next_step(
+            f"next: fill in the column label of {output / 'next_labels.csv'} ({waiting} photos), then {again} "
+            f"--labels {console.shell(output / 'next_labels.csv')}"
+        )
+
+
+def next_(
+    store: Annotated[Path, console.path_argument("Store of the images to choose from; labels that it has are known.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File, .csv.")],
+    predictor: Annotated[Path, console.path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
+    n_next: HowMany = 50,
+    labels: Annotated[
+        list[Path] | None,
+        console.path_option("What this command asked for before, filled in or not. May be repeated.", metavar="FILE"),
+    ] = None,
+    max_risk: Risk = 0.05,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the sides and the order of the draw.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Which images to label next: half of them teach, half vouch for a promise. Prints the file.
+
+    Those that teach are doubtful and different from one another. Those that vouch are drawn from what could be
+    accepted, of the half of the images (by a hash) of which none may teach; a promise rests on all of them together.
+    `vilu triage` does this by itself, and keeps the book.
+    """
+    from vilu.files.places import claim_file, inputs_of
+    from vilu.predictors.storage import load
+    from vilu.store.reader import EmbeddingStore
+    from vilu.triage.ask import next_of_store, write_next
+
+    inputs = inputs_of(store, predictor, *(labels or ()), n=n_next, max_risk=max_risk, seed=seed)
+    claim_file(output, "labels", inputs, overwrite=overwrite)
+    asked, rows = next_of_store(EmbeddingStore(store), load(predictor), labels or (), n_next, max_risk, seed)
+    write_next(output, asked, rows)
+    typer.echo(output)
+    next_step(f"{len(asked):,} images are asked for; fill in the column label")
+
+
+def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    source: Annotated[Path, console.path_argument("Folder of `vilu triage`, or scores that `vilu score` wrote.")],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File of tasks; for fiftyone a folder; with --serve a CSV of labels."),
+    ],
+    to: Annotated[
+        Literal["label-studio", "fiftyone", "csv"], typer.Option(help="The tool that takes the tasks.")
+    ] = "csv",
+    which: Annotated[
+        Literal["asked", "review", "all"],
+        typer.Option(help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not accepted."),
+    ] = "asked",
+    n_most: Annotated[int | None, typer.Option("-n", min=1, help="At most so many. [all]")] = None,
+    photos: Annotated[
+        Path | None, console.path_option("Folder that the paths are relative to. [a triage knows]", metavar="DIR")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="Label Studio: before every path, e.g. /data/local-files/?d=photos/.")
+    ] = "",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Show the photos on a page on this machine, to be labelled by keyboard.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page. [a free one]")] = 0,
+) -> None:
+    """Hand photos to people: as tasks for a tool, or on a page of our own. Prints what was written, or the address.
+
+    On the page every answer is kept at once in OUTPUT; the same command goes on where it stopped. Finished tasks of a
+    tool come back by `vilu labels`.
+    """
+    import dataclasses
+
+    from vilu.triage.review import open_review, write_review
+
+    found = open_review(source, which, n_most)
+    if photos is not None:
+        found = dataclasses.replace(found, photos=photos)
+    if not found.tasks:
+        raise UsageError(f"{source} has nothing to look at ({which}). Choose others with --which.")
+    if not serve:
+        for path in write_review(found, to, output, prefix=prefix):
+            typer.echo(path)
+        next_step(
+            f"{len(found.tasks):,} tasks; afterwards: {console.shell('vilu', 'labels', 'DONE', '-o', 'labels.csv')}"
+        )
+        return
+    from vilu.triage.serve import ReviewSession, serve_page
+
+    if output.suffix.lower() != ".csv":
+        raise UsageError(f"labels are kept in a file that ends in .csv. Got {output} instead.")
+    session = ReviewSession(found, output)
+    next_step(f"{len(found.tasks):,} photos; open this address, and stop with Ctrl-C when you are done")
+    serve_page(session, port, typer.echo)
+    next_step(f"{len(session.answers):,} answers are in {output}")
+
+
+def labels(
+    done: Annotated[
+        Path, console.path_argument("Label Studio's export (JSON), a FiftyOne data set on disk, or a CSV.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File, .csv; with --scores .parquet or .csv.")],
+    scores: Annotated[
+        Path | None,
+        console.path_option(
+            "Write these scores with their failures, for `vilu monitor --late-labels`.", metavar="FILE"
+        ),
+    ] = None,
+) -> None:
+    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file."""
+    from vilu.triage.review import read_done, write_labels
+
+    found = read_done(done)
+    n = write_labels(found, output, scores)
+    typer.echo(output)
+    next_step(f"{n:,} labels")
+
+
+def audit_labels(
+    store: Annotated[Path, console.path_argument("Store with labels.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Table, .csv or .parquet.")],
+    predictor: Annotated[
+        Path | None,
+        console.path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]"),
+    ] = None,
+    images: Annotated[
+        Path | None, console.path_option("The images, as given to `vilu embed`, for --sheet.", metavar="PATH")
+    ] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet of the worst and the best, .png.")] = None,
+    split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
+    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the folds.")] = 0,
+) -> None:
+    """Which labels are probably wrong, the worst first (cleanlab's confident learning). Prints the table's file."""
+    if (sheet is None) != (images is None):
+        raise UsageError("--sheet shows --images: give both, or none.")
+    from vilu.datasets.catalog import open_dataset
+    from vilu.predictors.storage import load
+    from vilu.store.reader import EmbeddingStore
+    from vilu.triage.label_errors import contact_sheet, find_label_errors
+
+    found = find_label_errors(EmbeddingStore(store), None if predictor is None else load(predictor), seed=seed)
+    found.save(output)
+    typer.echo(output)
+    if images is not None and sheet is not None:
+        contact_sheet(found, open_dataset(images, split=split, root=root), sheet)
+        typer.echo(sheet)
+    next_step(f"{int(found.is_error.sum()):,} of {len(found.keys):,} labels are probably wrong")

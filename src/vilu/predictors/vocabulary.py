@@ -1,0 +1,101 @@
+"""What the answers of a predictor are chosen from, kept beside it: with the model, all that a new image needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
+from torch import Tensor
+
+from vilu.embeddings.checks import check_class_names, require_usable
+from vilu.embeddings.columns import IMAGE_COLUMNS, check_columns
+from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import DataError
+from vilu.files.disk import atomic_write, or_refuse
+from vilu.files.documents import digest, parse_json, plain_json
+from vilu.predictors.record import RECALIBRATE, VOCABULARY, VOCABULARY_KEY
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """K classes with their texts, as a store has them, and how its rows were made.
+
+    Attributes:
+        names: K names.
+        text: (K, D) float32 unit-norm texts.
+        space: Of the embeddings.
+        dtype: Number format in which image embeddings are kept, to which new ones are rounded.
+        columns: What else there is of the classes and of the model, by name (``vilu.embeddings.columns``).
+    """
+
+    names: tuple[str, ...]
+    text: Tensor
+    space: EmbeddingSpace
+    dtype: str
+    columns: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, source: EmbeddingSource, dtype: str) -> Vocabulary:
+        """Those of a source with shared candidates."""
+        nothing = torch.empty(0, dtype=torch.int64)
+        columns = {name: source.column(name, nothing) for name in sorted(source.columns - IMAGE_COLUMNS.keys())}
+        return cls(tuple(source.class_names or ()), source.text, source.space, dtype, columns)
+
+    def save(self, folder: Path) -> None:
+        """Write ``vocabulary.safetensors``, whose metadata carry a digest of all of it."""
+        tensors = {"text": self.text, **{f"columns.{name}": values for name, values in self.columns.items()}}
+        said = {
+            "names": list(self.names),
+            "space": dataclasses.asdict(self.space),
+            "dtype": self.dtype,
+            "tensors": {name: _hash(tensor) for name, tensor in sorted(tensors.items())},
+        }
+        metadata = {VOCABULARY_KEY: plain_json(said | {"digest": digest(said)}).decode()}
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with atomic_write(folder / VOCABULARY) as handle:
+            handle.write(safetensors_torch.save(plain, metadata))
+
+    @classmethod
+    def load(cls, folder: Path) -> Vocabulary:
+        """Read them back.
+
+        Raises:
+            DataError: If they are not there, or damaged.
+        """
+        path = folder / VOCABULARY
+        if not path.is_file():
+            raise DataError(
+                f"{folder} does not say what its answers are chosen from: {path} is missing. {RECALIBRATE} on a store "
+                "that `vilu embed` made; this writes it."
+            )
+        try:
+            with or_refuse(f"read {path}"), safe_open(path, "pt") as file:
+                said = parse_json((file.metadata() or {})[VOCABULARY_KEY].encode())
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+            return cls._checked(said, tensors)
+        except (DataError, KeyError, RecursionError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+            raise DataError(f"{path} is damaged ({error}). {RECALIBRATE}.") from error
+
+    @classmethod
+    def _checked(cls, said: dict[str, Any], tensors: dict[str, Tensor]) -> Vocabulary:
+        seal = said.pop("digest", None)
+        hashes = {name: _hash(tensor) for name, tensor in sorted(tensors.items())}
+        if seal != digest(said) or hashes != said["tensors"]:
+            raise DataError("its content is not what its digest says")
+        text = require_usable(tensors.pop("text"), "text")
+        names = check_class_names(tuple(said["names"]), len(text)) or ()
+        columns = {name.removeprefix("columns."): values for name, values in tensors.items()}
+        space = EmbeddingSpace(**said["space"])
+        return cls(names, text, space, said["dtype"], check_columns(columns, 0, len(text)))
+
+
+def _hash(tensor: Tensor) -> str:
+    content = tensor.contiguous().numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + content).hexdigest()

@@ -1,0 +1,81 @@
+"""What to label next: photos that teach, and, apart from them, photos that vouch.
+
+*Teach*: doubtful and different from one another. k-means on the embeddings, every photo weighted by its uncertainty,
+and of each of k clusters the photo next to its centre (Prabhu et al., Active Domain Adaptation via Clustering
+Uncertainty-weighted Embeddings, ICCV 2021, with our probability of failure for the entropy).
+
+*Vouch*: a draw from what may be accepted, u <= limit. Given acceptance the labels are independent, so every threshold
+up to the limit can be tested on them, and none is spent on photos that would be abstained from anyway. The limit is
+chosen from scores alone: the laxest one at which so many labels are expected to show the risk.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+import torch
+
+from vilu.decision.anytime import log_evidence
+from vilu.embeddings.source import EmbeddingSource
+from vilu.metrics.counts import Floats, Ints
+
+POOL: Final = 20_000
+"""Of more photos half of so many are looked at, the most doubtful, and a random half of so many of the others."""
+
+ITERATIONS: Final = 20
+
+HOPE: Final = 0.6
+"""Share of the predicted risk that is counted on in choosing the limit: too lax a limit wastes some labels, too strict
+a one keeps thresholds from ever being tested."""
+
+SHARE, FEWEST = 1 / 8, 100
+"""Of the most trusted photos, so large a share, and at least so many, lie below any limit."""
+
+
+def to_teach(source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, seed: int) -> Ints:
+    """At most ``n`` of the ``rows`` (M,), by the uncertainties (N,) of all rows; the most doubtful first."""
+    from sklearn.cluster import KMeans
+
+    rows = _pool(rows[np.isfinite(uncertainty[rows])], uncertainty, seed)
+    if len(rows) <= n:
+        return _doubtful_first(rows, uncertainty)
+    image = source.image_rows(torch.from_numpy(rows)).numpy()
+    weight = uncertainty[rows] - np.nanmin(uncertainty)
+    weight = weight / max(float(weight.max()), 1e-12) + 1e-3
+    centres = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed).fit(image, sample_weight=weight)
+    distance = centres.transform(image)
+    chosen = np.empty(n, dtype=np.int64)
+    free = np.ones(len(rows), dtype=np.bool_)
+    for cluster in range(n):
+        place = int(np.where(free, distance[:, cluster], np.inf).argmin())
+        chosen[cluster], free[place] = place, False
+    return _doubtful_first(rows[chosen], uncertainty)
+
+
+def _pool(rows: Ints, uncertainty: Floats, seed: int) -> Ints:
+    if len(rows) <= POOL:
+        return rows
+    order = rows[np.argsort(-uncertainty[rows], kind="stable")]
+    rest = np.random.default_rng(seed).permutation(order[POOL // 2 :])[: POOL // 2]
+    return np.sort(np.concatenate([order[: POOL // 2], rest]))
+
+
+def _doubtful_first(rows: Ints, uncertainty: Floats) -> Ints:
+    return rows[np.argsort(-uncertainty[rows], kind="stable")]
+
+
+def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> tuple[float, bool]:
+    """The laxest u up to which ``n`` labels can be expected to show the risk, by probabilities of failure (N,) alone.
+
+    And whether there is one; if not, an eighth of the photos (at least 100) lies below the limit.
+    """
+    ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
+    if not len(ordered):
+        return -math.inf, False
+    risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1) * HOPE
+    shown = np.flatnonzero(log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk) >= -math.log(delta))
+    least = min(max(math.ceil(SHARE * len(ordered)), FEWEST), len(ordered)) - 1
+    last = int(shown[-1]) if len(shown) else -1
+    return float(ordered[max(last, least)]), last >= least

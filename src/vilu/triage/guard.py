@@ -1,0 +1,257 @@
+"""Images in, decisions out: a predictor with its model behind one call."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Final
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vilu.backbones.base import Backbone
+from vilu.datasets.base import ImageRecord
+from vilu.datasets.files import read_file
+from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.decision.score import ABSTAIN, Decider, score_rows
+from vilu.device import as_usual
+from vilu.embeddings.columns import IMAGE_COLUMNS
+from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
+from vilu.errors import UNKNOWN, ProvenanceError, UsageError, checked, require_at_least
+from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.storage import load
+from vilu.predictors.vocabulary import Vocabulary
+from vilu.progress import Silence
+from vilu.store.documents import IMAGE
+from vilu.store.job import BackboneSpec
+from vilu.store.mapped import default_workers, in_threads
+from vilu.store.parts import ErrorRow, PartRows
+from vilu.store.pipeline import END, Decoded, Decoder, Encoder
+
+RUNNERS_UP: Final = 2
+"""Answers that are named beside the first."""
+
+RunnersUp = tuple[tuple[str, float], ...]
+"""Names with their zero-shot probabilities."""
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image
+"""A path, encoded bytes, or a picture of Pillow."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said of one image.
+
+    Attributes:
+        key: Its path, or its place among the images as text.
+        label: The model's answer; None where the image could not be read.
+        failure_probability: How likely that is wrong; of a predictor whose scores are no probabilities, and which is
+            not calibrated, None.
+        uncertainty: The score of the predictor, higher = more likely wrong; None without an answer.
+        decision: "accept" or "abstain"; None where the predictor carries no rule.
+        reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is wrong with the
+            image: "truncated", "bomb", "read_error", ...); None where it is.
+        runners_up: The next answers with their zero-shot probabilities, the most likely first.
+    """
+
+    key: str
+    label: str | None
+    failure_probability: float | None
+    uncertainty: float | None
+    decision: str | None
+    reason: str | None
+    runners_up: RunnersUp = ()
+
+
+class Arrived(EmbeddingSource):
+    """Embeddings of images that have just been read, against the candidates of a predictor."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.space, self.text, self.class_names = vocabulary.space, vocabulary.text, vocabulary.names
+        self._columns: dict[str, Tensor] = dict(vocabulary.columns)
+        self.take_in({IMAGE: torch.empty(0, vocabulary.space.embed_dim)}, [])
+
+    def take_in(self, arrays: dict[str, Tensor], keys: Sequence[str]) -> None:
+        """Hold these rows in place of those before."""
+        self.image, self.ids = arrays[IMAGE], list(keys)
+        self._columns |= {name: rows for name, rows in arrays.items() if name in IMAGE_COLUMNS}
+        self.columns = frozenset(self._columns)
+        self.target = torch.full((len(self.image),), UNKNOWN)
+        for name in ("status", "outside", "usable_rows"):  # they are of the rows before
+            self.__dict__.pop(name, None)
+
+    def image_rows(self, index: Tensor) -> Tensor:
+        """(B, D) rows."""
+        return self.image[index]
+
+
+class Guard:
+    """Answers for images with the probability that they are wrong, and whether to accept them.
+
+    The folder holds a predictor and what its answers are chosen from, as ``vilu triage`` and ``vilu calibrate`` leave
+    it. The model is the one that the predictor was fitted on: weights, preprocessing and prompts are compared by their
+    fingerprints. Images are decoded in threads and embedded in batches, in memory that does not grow with their number;
+    their numbers are those of ``vilu embed`` and ``vilu score``, but for the order of sums in batches of another size.
+    A bad image is an answer with a reason. Where a rule judges whole batches (``--method selection``) there is no
+    decision about one image, so that is refused.
+
+    Args:
+        predictor: The folder.
+        models: Folder with a sub-folder for each named backbone, in place of the model hub.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        batch_size: Images per forward pass.
+        workers: Decoding threads; by default one per core.
+        limits: What an image may be.
+        backbone: A model that is loaded already, or one by another name or path with the same weights.
+
+    Raises:
+        DataError: If the folder holds no predictor, or not its candidates.
+        UsageError: If its rule needs all images at once, or it looks at several views of an image.
+        ProvenanceError: If the model is another than the predictor's.
+        MissingModelError: If the model is not on this machine.
+    """
+
+    @checked
+    @as_usual()
+    def __init__(
+        self,
+        predictor: str | os.PathLike[str],
+        *,
+        models: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        batch_size: int = 32,
+        workers: int | None = None,
+        limits: ImageLimits = DEFAULT_LIMITS,
+        backbone: Backbone | None = None,
+    ) -> None:
+        require_at_least("batch_size", batch_size, 1)
+        folder = Path(predictor)
+        self.predictor = load(folder)
+        self.decider = Decider.of_folder(self.predictor, folder)
+        self.decider.require_streaming()
+        self.vocabulary = Vocabulary.load(folder)
+        self._source = Arrived(self.vocabulary)
+        self._check(folder)
+        wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
+        if wanted - {"features"}:
+            raise UsageError(
+                f"this {self.predictor.name} looks at {', '.join(sorted(wanted - {'features'}))}, which no image alone "
+                "gives. Embed and score with `vilu embed` and `vilu score`."
+            )
+        self.backbone = backbone or self._load(models, device)
+        self.vocabulary.space.require_match(
+            self.backbone.space, mine=str(folder), theirs=f"the model {self.backbone.space.backbone}"
+        )
+        self.batch_size, self.workers = batch_size, workers or default_workers()
+        arrays = {IMAGE: (self.vocabulary.space.embed_dim,)}
+        if "features" in wanted:
+            arrays["features"] = (self.backbone.feature_dim,)
+        dtype = self.vocabulary.dtype
+        self._encoder = Encoder(self.backbone, batch_size, strict=False, task=Silence(), arrays=arrays, dtype=dtype)
+        self._decoder = Decoder(self.backbone.preprocess, limits, len(self.vocabulary.names))
+
+    def _check(self, folder: Path) -> None:
+        """Refuse candidates of another predictor."""
+        if self.decider.record is not None:
+            self.decider.record.require_candidates(self._source)
+        fitted, here = self.predictor.space_, self.vocabulary.space
+        if fitted is not None:
+            fitted.require_match(here, mine=f"the predictor in {folder}", theirs="its candidates")
+
+    def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
+        space = self.vocabulary.space
+        if space.backbone is None:
+            raise ProvenanceError(
+                "this predictor was fitted on arrays of a model that is not named, so no image can be embedded for it. "
+                "Give the model: vilu.Guard(folder, backbone=...)."
+            )
+        at = None if models is None else Path(models).absolute()
+        return BackboneSpec(space.backbone, device, space.precision or "fp32", at).load()
+
+    def __call__(self, images: Iterable[ImageLike]) -> list[Answer]:
+        """The answers for some images, in their order."""
+        if isinstance(images, str | bytes | os.PathLike | Image.Image):
+            raise UsageError("give a list of images, also of a single one: guard([image]).")
+        return list(self.stream(images))
+
+    def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
+        """The same for any number of images, one answer after another, as batches are done."""
+        records = enumerate(map(_record, count(), images))
+        with in_threads(self._decoder, records, self.workers, self.batch_size + self.workers) as decoded:
+            while batch := list(islice(decoded, self.batch_size)):
+                yield from self._judge(batch)
+
+    def _judge(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
+        content = self._encoder.part(iter([*batch, END]))
+        answers = {error.position: self._refused(error.key, error.kind) for error in content.errors}
+        positions = [row.position for row in content.rows]
+        answers |= zip(positions, self._answered(content, [row.key for row in content.rows]), strict=True)
+        return [answers[position] for position in sorted(answers)]
+
+    @as_usual()
+    def _answered(self, content: PartRows, keys: Sequence[str]) -> list[Answer]:
+        if not keys:
+            return []
+        self._source.take_in({name: torch.cat(blocks).float() for name, blocks in content.arrays.items()}, keys)
+        outcomes = score_rows(self.decider, self._source, {"is_probability": self.predictor.is_probability})
+        names = self.vocabulary.names
+        near = [row for batch in self._source.batches(len(keys)) for row in runners_up_of(batch, names)]
+        return [self._answer(outcomes, row, near[row]) for row in range(len(keys))]
+
+    def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
+        key, u = self._source.ids[row], float(outcomes.uncertainty[row])
+        if math.isnan(u):
+            return self._refused(key, None if outcomes.reason is None else outcomes.reason[row])
+        probability = outcomes.failure_probability
+        p = float(probability[row]) if probability is not None else u if outcomes.is_probability else None
+        decision = None if outcomes.decision is None else outcomes.decision[row]
+        reason = None if outcomes.decision_reason is None else outcomes.decision_reason[row]
+        label = self.vocabulary.names[int(outcomes.prediction[row])] if outcomes.prediction is not None else None
+        return Answer(key, label, p, u, decision, reason, runners_up)
+
+    def _refused(self, key: str, reason: str | None) -> Answer:
+        """What is said of an image without a score."""
+        has_rule = self.decider.record is not None and self.decider.record.rule is not None
+        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
+
+    def __repr__(self) -> str:
+        rule = None if self.decider.record is None else self.decider.record.promise
+        return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule or 'no rule'})"
+
+
+def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
+    """Per row the next answers after the first, with their zero-shot probabilities."""
+    if len(batch.text) < 2 or not len(batch.index):
+        return [()] * len(batch.index)
+    posterior = log_posterior(batch).exp()
+    answer = batch.prediction.to(posterior.device)[:, None]
+    found = posterior.scatter(1, answer, -1.0).topk(min(RUNNERS_UP, posterior.shape[1] - 1), dim=1)
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [tuple((names[i], p) for i, p in zip(*row, strict=True)) for row in pairs]
+
+
+def _record(place: int, image: ImageLike) -> ImageRecord:
+    """An image as data sets give it."""
+    if isinstance(image, str | os.PathLike):
+        path = Path(image)
+        return ImageRecord(str(path), None, lambda: read_file(path))
+    if isinstance(image, bytes):
+        return ImageRecord(str(place), None, lambda: image)
+    if isinstance(image, Image.Image):
+        return ImageRecord(str(place), None, lambda: _encoded(image))
+    raise UsageError(
+        f"an image is a path, encoded bytes or a picture of Pillow. Got {type(image).__name__} at place {place}."
+    )
+
+
+def _encoded(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    plain = image if image.mode in {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"} else image.convert("RGB")
+    plain.save(content, "PNG", compress_level=0)  # it goes the way that all images go, and is judged as they are
+    return content.getvalue()

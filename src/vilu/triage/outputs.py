@@ -1,0 +1,326 @@
+"""What a triage leaves for people: decisions, the next labels, a page, and the photos sorted."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from vilu.datasets.files import portable_name
+from vilu.decision.anytime import log_evidence
+from vilu.decision.score import ACCEPT, OUTSIDE_REASON
+from vilu.device import as_usual
+from vilu.embeddings.source import EmbeddingSource
+from vilu.errors import UsageError, checked, require_between
+from vilu.files.disk import make_folder, or_refuse, write_text
+from vilu.files.tables import write_table
+from vilu.predictors.nn.train import SCORING_BATCH
+from vilu.report.page.build import find_template, render
+from vilu.report.page.gallery import Thumbnail, thumbnails
+from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
+from vilu.triage.guard import RunnersUp, runners_up_of
+from vilu.triage.labels import SKIPPED, check_names, match_photos, read_labels
+from vilu.triage.photos import PhotoFolder
+from vilu.triage.triage import DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop, moved_photos
+
+SHOWN, LINES = 24, 20
+"""Photos in a section of the page, and thresholds in its table."""
+
+NO_NAME: Final = re.compile(r"[^\w .()+-]")
+"""What no folder's name should hold."""
+
+RISKS: Final = np.arange(1, 1000) / 1000
+
+
+def decisions_of(found: Triage) -> list[Decision]:
+    """One for every photo that was listed: scored, labelled or unreadable."""
+    outcomes, labels = found.outcomes, found.book.labels
+    near = runners_up(found.photos)
+    rows = [decision_of(outcomes, row, labels.get(path), near[row]) for row, path in enumerate(found.photos.ids)]
+    rows += [Decision(path, None, None, REVIEW, kind) for path, kind in found.photos.bad.items()]
+    return sorted(rows, key=lambda one: one.path)
+
+
+def runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
+    """Per row the next answers; none of rows that cannot be scored."""
+    found: list[RunnersUp] = [()] * len(photos)
+    for batch in photos.batches(SCORING_BATCH):
+        for row, near in zip(batch.index.tolist(), runners_up_of(batch, photos.class_names or ()), strict=True):
+            found[row] = near
+    return found
+
+
+def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None:
+    """``decisions.csv`` for people, ``decisions.parquet`` as ``vilu score`` writes it, with the runner-up beside it."""
+    text = ("path", "answer", "decision", "reason", "runner_up")
+    columns = {
+        name: pa.array([getattr(one, name) for one in rows], pa.string() if name in text else pa.float64())
+        for name in ("path", "answer", "failure_probability", "decision", "reason", "runner_up")
+    }
+    write_table(root / f"{DECISIONS}.csv", columns, {})
+    found.outcomes.save(root / f"{DECISIONS}.parquet")
+
+
+def sort_photos(root: Path, photos: Path, rows: Sequence[Decision], how: Literal["link", "move"]) -> int:
+    """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``; how many photos were put there.
+
+    A photo that is moved is noted with its new place before it goes, so that later runs find it there; nothing is ever
+    overwritten, and of what lies in ``sorted`` only links are removed.
+    """
+    home, moved = root / SORTED, moved_photos(root)
+    places = {one.path: home / _place(one) / one.path.replace("/", "__") for one in rows}
+    with or_refuse(f"sort photos into {home}"):
+        for old in home.rglob("*"):
+            if old.is_symlink():
+                old.unlink()
+        if how == "move":
+            _note(root, {path: target.relative_to(root).as_posix() for path, target in places.items()})
+        for path, target in places.items():
+            source = moved.get(path, photos / path)
+            make_folder(target.parent)
+            if source == target or target.exists():
+                continue
+            if how == "link":
+                target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
+            elif source.exists():
+                shutil.move(source, target)
+    return len(rows)
+
+
+def _note(root: Path, places: Mapping[str, str]) -> None:
+    columns = {"path": pa.array(list(places), pa.string()), "place": pa.array(list(places.values()), pa.string())}
+    write_table(root / MOVED, columns, {"kind": "moved"})
+
+
+def _place(one: Decision) -> str:
+    if one.decision in {ACCEPT, LABELLED} and one.answer is not None:
+        return f"accepted/{NO_NAME.sub('_', one.answer).strip('. ') or '_'}"
+    return "outside" if one.reason == OUTSIDE_REASON else "review"
+
+
+@dataclass(frozen=True)
+class Level:
+    """What labels say of one threshold."""
+
+    coverage: float  # share of the photos without a label
+    threshold: float
+    accepted: int
+    wrong: int
+    bound: float | None  # the least risk that is certified there, by itself; None: none below one
+    expected: float  # mean probability of failure of the photos that it accepts
+    certified: bool
+
+
+def levels_of(found: Triage) -> list[Level]:
+    """Some thresholds of the grid; without one, those of equal parts of the photos, with nothing certified."""
+    free = np.array([path not in found.book.labels for path in found.photos.ids], dtype=np.bool_)
+    u = found.in_play.uncertainty[free & np.isfinite(found.in_play.uncertainty)]
+    standing, rule = found.standing, found.rule
+    if not len(u):
+        return []
+    if standing is None:
+        grid, wrong, accepted = np.quantile(u, np.arange(1, 11) / 10), *np.zeros((2, 10), np.int64)
+    else:
+        grid = standing.looks.grid
+        wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
+    decides = standing is not None and not found.has_candidate and rule is not None
+    certified = rule.threshold if decides and rule is not None and rule.threshold is not None else -math.inf
+    return [
+        Level(
+            coverage=float((u <= grid[place]).mean()),
+            threshold=float(grid[place]),
+            accepted=int(accepted[place]),
+            wrong=int(wrong[place]),
+            bound=None
+            if standing is None
+            else least_risk(int(wrong[place]), int(accepted[place]), standing.looks.delta),
+            expected=float(u[u <= grid[place]].mean()) if (u <= grid[place]).any() else 0.0,
+            certified=bool(grid[place] <= certified),
+        )
+        for place in np.unique(np.linspace(0, len(grid) - 1, LINES).round().astype(int)).tolist()
+    ]
+
+
+def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
+    """The least risk, in steps of 0.001, that so many labels show at one threshold, at whatever moment one looks."""
+    if not accepted:
+        return None
+    evidence = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS])
+    shown = evidence >= -np.log(delta)
+    return float(RISKS[int(np.argmax(shown))]) if shown.any() else None
+
+
+def counts_of(rows: Sequence[Decision]) -> dict[str, int]:
+    """How many photos have which decision; of those to review, those that cannot be read, and those of no class."""
+    unread = sum(one.answer is None for one in rows)
+    return {
+        "photos": len(rows),
+        "accepted": sum(one.decision == ACCEPT for one in rows),
+        "labelled": sum(one.decision == LABELLED for one in rows),
+        "outside": sum(one.reason == OUTSIDE_REASON for one in rows),
+        "unreadable": unread,
+        "review": sum(one.decision == REVIEW for one in rows) - unread,
+    }
+
+
+def promise_in_words(found: Triage, max_risk: float, confidence: float) -> str:
+    """Where the promise stands, in a sentence or two."""
+    standing, goal = (
+        found.standing,
+        f"at most {max_risk:.1%} wrong among the accepted, with {confidence:.0%} confidence",
+    )
+    if standing is None:
+        few = len(found.book.labels)
+        return (
+            f"Nothing is promised ({goal}): there are {few} labels that could teach or vouch. The photos are ranked by "
+            "what the model alone makes likely."
+        )
+    if found.rule is not None:
+        return (
+            f"Promised: {goal}, at whatever moment one looks. {found.rule.n_wrong} of {found.rule.n_accepted} labels "
+            "up to the threshold are wrong. It is a promise about photos like these, drawn as these were."
+        )
+    wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
+    if len(standing.missing):
+        return (
+            f"Not promised yet ({goal}): {len(standing.missing):,} of the labels that were asked for are missing. The "
+            f"promise rests on all of them; a photo that nobody can name has the label {SKIPPED}."
+        )
+    k, m = int(wrong[standing.looks.last]), int(accepted[standing.looks.last])
+    told = f"Not promised yet ({goal}): {k} of {m} labels that may vouch are wrong."
+    if standing.more is None:
+        return f"{told} With so many wrong ones more labels of this kind would not help: let more of them teach."
+    return f"{told} About {standing.more:,} more would do, if errors go on as so far."
+
+
+def write_page(root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[Decision], job: Job) -> None:
+    """``report.html``: what was decided, what is promised, and photos worth a look."""
+    template = find_template("triage.html.jinja")
+    place = {path: row for row, path in enumerate(found.photos.ids)}
+    doubt = [one for one in rows if one.decision == REVIEW and one.failure_probability is not None]
+    doubt.sort(key=lambda one: -(one.failure_probability or 0.0))
+    trusted = sorted((one for one in rows if one.decision == ACCEPT), key=lambda one: -(one.failure_probability or 0.0))
+    asked = {one.path for one in found.asked}
+    sections = {
+        "Label these next": [one for one in rows if one.path in asked][:SHOWN],
+        "To review, the most doubtful first": doubt[:SHOWN],
+        "Accepted, the least trusted first": trusted[:SHOWN],
+    }
+    wanted = sorted({place[one.path] for shown in sections.values() for one in shown if one.path in place})
+    drawn = _pictures(listing, found, wanted)
+    page = render(
+        template,
+        title=f"Photos in {job.photos.name}",
+        counts=counts_of(rows),
+        promise=promise_in_words(found, job.max_risk, job.confidence),
+        levels=levels_of(found),
+        sections={
+            heading: [(one, drawn.get(place.get(one.path, -1))) for one in shown] for heading, shown in sections.items()
+        },
+        bad=sorted(found.photos.bad.items())[:SHOWN],
+        n_bad=len(found.photos.bad),
+        method=found.predictor.label,
+        backbone=job.how.backbone.name,
+        n_fit=found.n_fit,
+        has_candidate=found.has_candidate,
+        n_vouch=0 if found.standing is None else len(found.standing.rows),
+        max_risk=job.max_risk,
+    )
+    write_text(root / REPORT, page)
+
+
+def _pictures(listing: PhotoFolder, found: Triage, wanted: Sequence[int]) -> dict[int, Thumbnail]:
+    """Thumbnails of some rows."""
+    return thumbnails(found.outcomes, wanted, listing.some({found.photos.ids[row] for row in wanted})) if wanted else {}
+
+
+class Told(list[str]):
+    """What a run has to tell, line by line."""
+
+    n_asked: int = 0
+
+
+@checked
+@as_usual()
+def triage_photos(
+    job: Job,
+    output: Path,
+    labels: Sequence[Path] = (),
+    *,
+    sort: Literal["link", "move"] | None = None,
+    overwrite: bool = False,
+) -> Told:
+    """Do the whole job, or what of it is new, into a folder; returns what there is to tell.
+
+    Args:
+        job: What is asked for.
+        output: New, empty, or the folder of an earlier run of the same job.
+        labels: Files of labels (``labels.read_labels``).
+        sort: Also sort the photos, or links to them.
+        overwrite: Begin anew, whatever was there, labels included; photos that were moved stay where they are.
+
+    Raises:
+        UsageError: If a setting cannot be, or is another than in earlier runs.
+        DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
+        BusyError: If another process works in the folder.
+        StorageError: If the file system refuses; run again, what is done stays done.
+    """
+    check_job(job)
+    read = {file: read_labels(file) for file in labels}
+    for file, (found, _) in read.items():
+        check_names(found, job.how.names, job.outside, file)
+    workshop = Workshop(output, job, overwrite=overwrite)
+    listing = workshop.listing()
+    paths = [portable_name(path) for path, _ in listing.listing]
+    answers, streams = dict[str, str](), dict[str, str]()
+    for file, (found, said) in read.items():
+        place = match_photos(found, paths, job.photos, file)
+        answers |= {place[name]: label for name, label in found.items() if name in place}
+        streams |= {place[name]: stream for name, stream in said.items() if name in place}
+    result = workshop.run(answers, streams, listing)
+    rows = decisions_of(result)
+    write_decisions(output, result, rows)
+    write_next(output / NEXT, result.asked, rows)
+    write_page(output, listing, result, rows, job)
+    if sort is not None:
+        sort_photos(output, job.photos, rows, sort)
+    told = Told(_lines(result, rows, job))
+    told.n_asked = len(result.asked)
+    return told
+
+
+def check_job(job: Job) -> None:
+    """Refuse what cannot be, before anything slow."""
+    require_between("max_risk", job.max_risk)
+    require_between("confidence", job.confidence)
+    names = job.how.names
+    if len(set(names)) < 2:
+        raise UsageError(f"there must be two classes at least to choose from. Got {len(names)}: {', '.join(names)}.")
+    both = sorted(set(job.outside) & set(names))
+    if both:
+        raise UsageError(
+            f"{both[0]!r} is one of the classes, so it cannot stand for none of them. Leave one of them out."
+        )
+
+
+def _lines(found: Triage, rows: Sequence[Decision], job: Job) -> list[str]:
+    n = counts_of(rows)
+    parts = [f"{n[name]:,} {word}" for name, word in COUNTED.items() if n[name] or name in {"accepted", "review"}]
+    new = f" ({found.n_new:,} of them new)" if found.n_new else ""
+    return [f"{n['photos']:,} photos{new}: {', '.join(parts)}", promise_in_words(found, job.max_risk, job.confidence)]
+
+
+COUNTED: Final = {
+    "accepted": "accepted",
+    "review": "to review",
+    "labelled": "labelled",
+    "unreadable": "unreadable",
+}

@@ -1,0 +1,159 @@
+"""What labels say of a predictor that something is to be promised of: which ones count, and where it may accept."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from vilu.decision.anytime import Looks, grid_of, level_of
+from vilu.decision.calibrate import ALL, Certificate, Selector
+from vilu.files.documents import Model
+from vilu.metrics.counts import Floats, Ints
+from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.choose import choose_limit
+from vilu.triage.labels import SKIPPED, LabelBook, side_of
+from vilu.triage.photos import Photos
+
+PLANNED: Final = 200
+"""Labels that vouch, for which the limit is chosen: with so many a risk of 1 % shows that it is below 5 %."""
+
+ORDER: Final = 2**63
+"""Places in the random order."""
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Of every photo: whether it can be used, vouches (else teaches), and its place in the random order.
+
+    And what is known of it: whether its label was given or skipped, or is there at all.
+    """
+
+    usable: Mask
+    vouches: Mask
+    place: Ints
+    labelled: Mask  # a class, or one that is outside
+    answered: Mask  # that, or skipped
+    skipped: Mask
+    given: Mask  # unasked
+
+    @classmethod
+    def of(cls, photos: Photos, book: LabelBook, seed: int) -> Sides:
+        """Of photos whose labels were set; of equal pictures the first one counts."""
+        vouches, order = side_of(photos.pictures, seed)
+        usable, first = np.zeros((2, len(photos)), np.bool_)
+        usable[photos.usable_rows.numpy()] = True
+        first[np.unique(order, return_index=True)[1]] = True
+        entries = [book.entries.get(path) for path in photos.ids]
+        answered = np.array([one is not None and one.label is not None for one in entries], np.bool_)
+        skipped = np.array([one is not None and one.label == SKIPPED for one in entries], np.bool_)
+        given = np.array([one is not None and one.stream == "given" for one in entries], np.bool_)
+        place = (order >> np.uint64(1)).astype(np.int64)
+        return cls(usable & first, vouches, place, answered & ~skipped, answered, skipped, given & answered)
+
+    @property
+    def voucher(self) -> Mask:
+        """(N,) photos whose labels may vouch."""
+        return self.usable & self.vouches
+
+    @property
+    def teacher(self) -> Mask:
+        """(N,) photos whose labels may teach."""
+        return self.usable & ~self.vouches
+
+
+class Trial(Model):
+    """A predictor that is tried: the thresholds that it may get, and how far labels may speak for it."""
+
+    n_fit: int = Field(ge=0)  # labels that it was fitted on
+    grid: tuple[float, ...]  # thresholds, ascending
+    limit: float  # only photos up to this uncertainty have labels that speak for it
+    likely: bool  # whether its own probabilities let one hope for a promise there
+    attempt: int = Field(default=0, ge=0)  # its number among those of which labels could certify something; 0: not yet
+
+    @classmethod
+    def plan(cls, n_fit: int, scores: Floats, n: int, risk: tuple[float, float], least: float = 0.0) -> Trial:
+        """A new one: from the scores (M,) of photos that vouch, and how many of their labels there may be.
+
+        ``risk`` is the error rate and its level; at least a share ``least`` of the photos lies below the limit.
+        """
+        limit, likely = choose_limit(scores, min(n, len(scores)), *risk)
+        lowest = float(np.quantile(scores, least, method="higher"))
+        limit, likely = max(limit, lowest), likely and limit >= lowest
+        grid = tuple(grid_of(scores, limit).tolist())
+        return cls(n_fit=n_fit, grid=grid, limit=limit, likely=likely)
+
+
+@dataclass(frozen=True)
+class PromiseProgress:
+    """How far a promise is.
+
+    Attributes:
+        looks: Thresholds, risk and level.
+        rows: Photos whose labels count.
+        outcomes: What is said of them; a photo that nobody could name counts as answered wrong.
+        missing: Photos whose labels are lacking before anything more can be said, in their order.
+        certified: Place of the threshold that is certified; None where none is.
+        more: About how many more labels would certify something; None where none would.
+    """
+
+    looks: Looks
+    rows: Ints
+    outcomes: Outcomes
+    missing: Ints
+    certified: int | None
+    more: int | None
+
+    @property
+    def threshold(self) -> float:
+        """What is certified; -inf where nothing is."""
+        return -math.inf if self.certified is None else float(self.looks.grid[self.certified])
+
+    def rule(self, max_risk: float, confidence: float) -> Selector:
+        """The promise, or what it lacks."""
+        wrong, accepted = self.looks.counts(self.outcomes.uncertainty, self.outcomes.failure)
+        n, at = len(self.rows), self.certified
+        if at is None:
+            last = self.looks.last
+            why = (
+                f"of {int(accepted[last])} labels up to the limit {int(wrong[last])} are wrong, and these scores do "
+                f"not single out answers with an error rate below {max_risk:.2%}"
+                if self.more is None
+                else f"about {self.more:,} more labels of the kind that vouches are needed, if errors go on as so far"
+            )
+            one = Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why)
+        else:
+            k, m = int(wrong[at]), int(accepted[at])
+            one = Certificate(threshold=self.threshold, n=n, n_accepted=m, n_wrong=k, risk_bound=max_risk)
+        return Selector(
+            method="anytime", max_risk=max_risk, min_coverage=None, confidence=confidence, certificates={ALL: one}
+        )
+
+
+def stand(
+    trial: Trial, outcomes: Outcomes, sides: Sides, risk: tuple[float, float], up_to: int, tried: int
+) -> PromiseProgress:
+    """What the labels of photos up to a place in the order say of a predictor, as soon as all of them are there.
+
+    ``outcomes`` are of all photos by that predictor, ``risk`` the error rate and the level, ``tried`` the number of
+    predictors that were tried before it.
+    """
+    u = outcomes.uncertainty
+    region = sides.voucher & (u <= trial.limit)
+    drawn = region & (sides.place < up_to)
+    missing = np.flatnonzero(drawn & ~sides.answered)
+    rows = np.flatnonzero((drawn | (region & sides.given)) & ~(len(missing) > 0))
+    max_risk, delta = risk
+    looks = Looks(np.array(trial.grid), max_risk, level_of(trial.attempt or tried + 1, delta), trial.limit)
+    taken = outcomes.take(rows)
+    taken = dataclasses.replace(taken, failure=np.where(sides.skipped[rows], 1, taken.failure))
+    certified = looks.certified(taken.uncertainty, taken.failure)
+    more = looks.more_needed(taken.uncertainty, taken.failure)
+    return PromiseProgress(looks, rows, taken, missing[np.argsort(sides.place[missing])], certified, more)

@@ -1,0 +1,234 @@
+"""A page on which one person goes through photos with the keyboard; an answer is on the disk before the next photo."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
+
+import pyarrow as pa
+
+from vilu.datasets.files import Bounds
+from vilu.datasets.images import BadImage, decode_image
+from vilu.errors import DataError, UsageError
+from vilu.files.tables import write_table
+from vilu.report.page.build import csp_hash
+from vilu.triage.labels import SKIPPED, read_labels
+from vilu.triage.review import Review
+
+LOOPBACK: Final = "127.0.0.1"
+SIDE: Final = 1600
+"""Longest side of a photo as it is shown, in pixels."""
+
+MAX_BODY: Final = 10_000
+"""Bytes of an answer at most."""
+
+
+@dataclass
+class ReviewSession:
+    """Photos, the answers so far, and where they are kept.
+
+    Args:
+        review: What to look at; its folder of photos must be known.
+        output: CSV of labels; one that is there is gone on with.
+
+    Raises:
+        UsageError: If there is nothing to look at, or the folder of photos is not known.
+        DataError: If the file of labels cannot be read, or is of other photos.
+    """
+
+    review: Review
+    output: Path
+    answers: dict[str, str] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        if self.review.photos is None:
+            raise UsageError("to show photos the folder is needed that their paths are relative to. Give --photos DIR.")
+        if not self.review.tasks:
+            raise UsageError("there is no photo to look at.")
+        self.bounds = Bounds(self.review.photos)
+        if self.output.exists():
+            self.answers = read_labels(self.output)[0]
+            known = {one.path for one in self.review.tasks}
+            if self.answers and not known & self.answers.keys():
+                raise DataError(f"{self.output} holds labels of other photos. Give another file.")
+
+    def answer(self, place: object, label: object) -> None:
+        """Set the label of a photo, or take it back (None), and keep all of them; DataError where they cannot be."""
+        if type(place) is not int or not 0 <= place < len(self.review.tasks):
+            raise DataError(f"there is no photo number {place!r}.")
+        if label is not None and label not in {*self.review.names, SKIPPED}:
+            raise DataError(f"{label!r} is none of the names to choose from.")
+        path = self.review.tasks[place].path
+        with self.lock:
+            if label is None:
+                self.answers.pop(path, None)
+            else:
+                self.answers[path] = str(label)
+            self._save()
+
+    def _save(self) -> None:
+        rows = sorted(self.answers.items())
+        streams = {one.path: one.stream for one in self.review.tasks}
+        columns = {
+            "path": pa.array([path for path, _ in rows], pa.string()),
+            "label": pa.array([label for _, label in rows], pa.string()),
+            "stream": pa.array([streams.get(path) for path, _ in rows], pa.string()),
+        }
+        write_table(self.output, columns, {})
+
+    def picture(self, place: int) -> bytes:
+        """A photo as WebP, decoded with all that is done against hostile files; BadImage or OSError where it is bad."""
+        image = decode_image(self.bounds.read(self.review.tasks[place].path)).image
+        image.thumbnail((SIDE, SIDE))
+        content = BytesIO()
+        image.save(content, "WEBP", quality=85, method=2)
+        return content.getvalue()
+
+    def tasks(self) -> dict[str, Any]:
+        """What the page shows."""
+        return {
+            "names": list(self.review.names),
+            "skip": SKIPPED,
+            "tasks": [
+                {
+                    "path": one.path,
+                    "answer": one.answer,
+                    "p": one.failure_probability,
+                    "second": one.runner_up,
+                    "label": self.answers.get(one.path),
+                }
+                for one in self.review.tasks
+            ],
+        }
+
+
+def serve_page(session: ReviewSession, port: int = 0, ready: Callable[[str], None] = print) -> None:
+    """Serve the page on this machine alone until interrupted; ``ready`` gets its address, which holds a key."""
+    key = secrets.token_urlsafe(16)
+
+    class Handler(PageHandler):
+        of = session
+        token = key
+
+    with PageServer((LOOPBACK, port), Handler) as server:
+        ready(f"http://{LOOPBACK}:{server.server_port}/?key={key}")
+        with suppress(KeyboardInterrupt):
+            server.serve_forever(poll_interval=0.2)
+
+
+class PageServer(ThreadingHTTPServer):
+    """One thread per connection, none of which keeps the command from ending."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that goes away in the middle is no error of ours."""
+        if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]  # as the library's own
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    """Answers to the page; to nobody without the key, and to no other name of this machine."""
+
+    of: ReviewSession
+    token: str
+    protocol_version = "HTTP/1.1"
+    timeout = 30
+
+    def do_GET(self) -> None:
+        """The page, its tasks, a photo."""
+        url = urlsplit(self.path)
+        if not self._allowed(parse_qs(url.query).get("key", [""])[0]):
+            return
+        kind, _, number = url.path.strip("/").partition("/")
+        if not kind:
+            self._page()
+        elif kind == "tasks":
+            self._send(HTTPStatus.OK, json.dumps(self.of.tasks()).encode(), "application/json")
+        elif kind == "photo" and number.isdigit() and int(number) < len(self.of.review.tasks):
+            self._photo(int(number))
+        else:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is nothing here")
+
+    def do_POST(self) -> None:
+        """An answer: {"place": 3, "label": "cat"}; null takes it back."""
+        url = urlsplit(self.path)
+        if not self._allowed(parse_qs(url.query).get("key", [""])[0]):
+            return
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"an answer has at most {MAX_BODY} bytes")
+            return
+        try:
+            given = json.loads(self.rfile.read(int(length)))
+            self.of.answer(given["place"], given["label"])
+        except (DataError, KeyError, RecursionError, TypeError, ValueError) as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, str(error))
+            return
+        self._send(HTTPStatus.OK, b"{}", "application/json")
+
+    def _allowed(self, key: str) -> bool:
+        port = self.connection.getsockname()[1]
+        host = self.headers.get("Host", "")
+        if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:  # a page of elsewhere that points its name here
+            self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this page is for this machine alone")
+            return False
+        if not hmac.compare_digest(key.encode(), self.token.encode()):
+            self._refuse(HTTPStatus.FORBIDDEN, "the address must hold the key that the command printed")
+            return False
+        return True
+
+    def _page(self) -> None:
+        folder = resources.files("vilu.triage").joinpath("templates")
+        style, script, page = (
+            folder.joinpath(f"review.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html")
+        )
+        policy = (
+            f"default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src '{csp_hash(style)}'; "
+            f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        content = page.replace("{{style}}", style).replace("{{script}}", script)
+        self._send(HTTPStatus.OK, content.encode(), "text/html; charset=utf-8", policy)
+
+    def _photo(self, place: int) -> None:
+        try:
+            content = self.of.picture(place)
+        except (BadImage, OSError) as error:
+            self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+            return
+        self._send(HTTPStatus.OK, content, "image/webp")
+
+    def _send(self, status: HTTPStatus, content: bytes, kind: str, policy: str = "default-src 'none'") -> None:
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", str(len(content))),
+            ("Content-Security-Policy", policy),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def _refuse(self, status: HTTPStatus, why: str) -> None:
+        self.close_connection = True
+        self._send(status, json.dumps({"status": int(status), "detail": why}).encode(), "application/problem+json")
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - http.server's name
+        """Nothing: the terminal is for what the command says."""

@@ -1,0 +1,153 @@
+"use strict";
+const key = new URLSearchParams(location.search).get("key") || "";
+const at = (id) => document.getElementById(id);
+const state = { tasks: [], names: [], skip: "", place: 0, past: [] };
+
+const ask = async (path, body) => {
+  const answer = await fetch(`${path}?key=${encodeURIComponent(key)}`, body === undefined ? {} : {
+    method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+  });
+  const found = await answer.json();
+  if (!answer.ok) throw new Error(found.detail || answer.statusText);
+  return found;
+};
+
+const outsideName = () => state.names[state.names.length - 1];
+const percent = (p) => `${(100 * p).toFixed(p < 0.1 ? 1 : 0)} % likely wrong`;
+
+const showClasses = () => {
+  const typed = at("filter").value.trim().toLowerCase();
+  const task = state.tasks[state.place];
+  const fitting = state.names.filter((name) => name.toLowerCase().includes(typed));
+  fitting.sort((a, b) => b.toLowerCase().startsWith(typed) - a.toLowerCase().startsWith(typed));
+  at("classes").replaceChildren(...fitting.slice(0, 200).map((name, i) => {
+    const item = document.createElement("li");
+    item.role = "option";
+    item.textContent = name;
+    item.setAttribute("aria-selected", String(task && task.label === name));
+    if (typed && i === 0) item.className = "first";
+    item.addEventListener("click", () => give(name));
+    return item;
+  }));
+  return fitting;
+};
+
+const show = () => {
+  const task = state.tasks[state.place];
+  const answered = state.tasks.filter((one) => one.label !== null).length;
+  at("progress").textContent = `${answered} of ${state.tasks.length} answered; photo ${state.place + 1}`;
+  at("bar").value = answered / state.tasks.length;
+  at("done").hidden = answered < state.tasks.length;
+  at("photo").hidden = false;
+  at("missing").hidden = true;
+  at("photo").src = `photo/${state.place}?key=${encodeURIComponent(key)}`;
+  at("photo").alt = task.answer === null ? "Photo" : `Photo, which the model calls ${task.answer}`;
+  at("path").textContent = task.path;
+  at("said").replaceChildren(task.answer === null ? "The model gives no answer." : `The model says: ${task.answer}`);
+  if (task.p !== null) {
+    const small = document.createElement("small");
+    small.textContent = percent(task.p);
+    at("said").append(small);
+  }
+  at("accept").disabled = task.answer === null;
+  at("accept-text").textContent = task.answer === null ? "No answer" : `Right: ${task.answer}`;
+  at("second").hidden = task.second === null;
+  at("second-text").textContent = task.second || "";
+  at("undo").disabled = state.past.length === 0;
+  for (const [id, label] of [["accept", task.answer], ["second", task.second], ["outside", outsideName()], ["skip", state.skip]])
+    at(id).setAttribute("aria-pressed", String(label !== null && task.label === label));
+  at("filter").value = "";
+  showClasses();
+  const next = state.tasks[state.place + 1];
+  if (next) new Image().src = `photo/${state.place + 1}?key=${encodeURIComponent(key)}`;
+};
+
+const go = (place) => {
+  state.place = Math.max(0, Math.min(state.tasks.length - 1, place));
+  show();
+};
+
+const forward = () => {
+  const open = (i) => state.tasks[i].label === null;
+  const order = [...state.tasks.keys()];
+  const next = order.slice(state.place + 1).find(open) ?? order.find(open);
+  go(next === undefined ? state.place : next);
+};
+
+// One answer at a time: the next photo is shown when the answer is on the disk, and until then no key counts, since it
+// would be for a photo that nobody has seen.
+let busy = false;
+const inTurn = async (work) => {
+  if (busy) return;
+  busy = true;
+  try {
+    await work();
+  } catch (error) {
+    at("error").textContent = `Not kept: ${error.message}`;
+  } finally {
+    busy = false;
+  }
+};
+
+const give = (label) => inTurn(async () => {
+  const place = state.place, task = state.tasks[place];
+  if (label === null) return;
+  await ask("answer", { place, label });
+  at("error").textContent = "";
+  state.past.push([place, task.label]);
+  task.label = label;
+  forward();
+});
+
+const undo = () => inTurn(async () => {
+  const last = state.past[state.past.length - 1];
+  if (last === undefined) return;
+  await ask("answer", { place: last[0], label: last[1] });
+  state.past.pop();
+  state.tasks[last[0]].label = last[1];
+  go(last[0]);
+});
+
+at("accept").addEventListener("click", () => give(state.tasks[state.place].answer));
+at("second").addEventListener("click", () => give(state.tasks[state.place].second));
+at("outside").addEventListener("click", () => give(outsideName()));
+at("skip").addEventListener("click", () => give(state.skip));
+at("undo").addEventListener("click", undo);
+at("filter").addEventListener("input", showClasses);
+at("photo").addEventListener("error", () => {
+  at("photo").hidden = true;
+  at("missing").hidden = false;
+  at("missing").textContent = "This photo cannot be shown.";
+});
+
+document.addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || !state.tasks.length) return;
+  const task = () => state.tasks[state.place];
+  if (event.target === at("filter")) {
+    if (event.key === "Enter") {
+      const fitting = showClasses();
+      if (at("filter").value.trim() && fitting.length) { at("filter").blur(); give(fitting[0]); }
+    } else if (event.key === "Escape") {
+      at("filter").value = "";
+      at("filter").blur();
+      showClasses();
+    } else return;
+    event.preventDefault();
+    return;
+  }
+  if (event.target instanceof HTMLButtonElement && (event.key === "Enter" || event.key === " ")) return;
+  const keys = {
+    Enter: () => give(task().answer), a: () => give(task().answer), 2: () => give(task().second),
+    o: () => give(outsideName()), s: () => give(state.skip), u: undo, Backspace: undo,
+    ArrowRight: () => inTurn(() => go(state.place + 1)), ArrowLeft: () => inTurn(() => go(state.place - 1)),
+    "/": () => at("filter").focus(),
+  };
+  const act = keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+  if (act) { event.preventDefault(); act(); }
+});
+
+ask("tasks").then((found) => {
+  Object.assign(state, found);
+  const first = state.tasks.findIndex((one) => one.label === null);
+  go(first < 0 ? 0 : first);
+}).catch((error) => { at("error").textContent = error.message; });

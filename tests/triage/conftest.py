@@ -1,0 +1,89 @@
+"""A model that needs no weights, and a folder of photos with some labels."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.builders.photo_folders import write_photos
+from tests.builders.store_fakes import NAMES, FakeBackbone
+from vilu.store.job import BackboneSpec
+from vilu.triage.outputs import triage_photos
+from vilu.triage.photos import Embedding
+from vilu.triage.triage import Job
+
+Folder = tuple[Path, dict[str, str]]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fill_in(output: Path, truth: dict[str, str], to: Path) -> Path:
+    """What was asked for, with its labels."""
+    asked = rows(output / "next_labels.csv")
+    with to.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(asked[0]))
+        writer.writeheader()
+        writer.writerows({**row, "label": truth[row["path"]]} for row in asked)
+    return to
+
+
+def job_on(photos: Path) -> Job:
+    return Job(photos, Embedding(BackboneSpec("fake"), NAMES, None, ()), max_risk=0.1, n_next=60)
+
+
+@pytest.fixture(autouse=True, scope="package")
+def fake_model() -> Iterator[FakeBackbone]:
+    """Whatever model is asked for, it is this one."""
+    model = FakeBackbone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BackboneSpec, "load", lambda self: model)
+        yield model
+
+
+@pytest.fixture(scope="package")
+def begun(tmp_path_factory: pytest.TempPathFactory, fake_model: FakeBackbone) -> tuple[Path, dict[str, str]]:
+    """A folder with 400 photos and a triage of them that was answered until something was promised."""
+    home = tmp_path_factory.mktemp("begun")
+    truth, labels = write_photos(home / "photos", 400), list[Path]()
+    for _ in range(8):
+        triage_photos(job_on(home / "photos"), home / "out", labels)
+        if any(row["decision"] == "accept" for row in rows(home / "out" / "decisions.csv")):
+            return home, truth
+        if (home / "half").exists():
+            shutil.rmtree(home / "half")
+        shutil.copytree(home / "out", home / "half")  # the run before the promise
+        labels = [fill_in(home / "out", truth, home / "filled.csv")]
+    pytest.fail("nothing was promised")
+
+
+@pytest.fixture
+def promised(begun: tuple[Path, dict[str, str]], tmp_path: Path) -> Folder:
+    """A copy of it, photos and all."""
+    shutil.copytree(begun[0] / "photos", tmp_path / "photos", copy_function=shutil.copy2)
+    shutil.copytree(begun[0] / "out", tmp_path / "out")
+    return tmp_path, begun[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """200 photos and their right names."""
+    return tmp_path / "photos", write_photos(tmp_path / "photos", 200)
+
+
+@pytest.fixture
+def job(folder: Folder) -> Job:
+    return job_on(folder[0])
+
+
+@pytest.fixture
+def changed(job: Job) -> Callable[..., Job]:
+    """The same job with other settings."""
+    return lambda **settings: replace(job, **settings)

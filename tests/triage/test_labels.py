@@ -1,0 +1,110 @@
+"""The book of labels, the files that they come in, and the two sides."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vilu.errors import DataError, UsageError
+from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels, side_of
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
+    book = LabelBook()
+    book.ask(["a", "b"], "promise", predictor="p1", probability=0.25)
+    book.ask(["c"], "fit", predictor="p1")
+    assert book.answer({"a": "cat", "c": "dog", "d": "cat", "e": "cat"}, {"e": "fit"}) == 4
+    assert book.answer({"a": "cat"}) == 0
+    assert book.answer({"a": "dog"}) == 1
+    book.save(tmp_path / "book.parquet")
+    found = LabelBook.load(tmp_path / "book.parquet")
+    assert {one.path: (one.label, one.stream) for one in found} == {
+        "a": ("dog", "promise"),
+        "b": (None, "promise"),
+        "c": ("dog", "fit"),
+        "d": ("cat", "given"),
+        "e": ("cat", "fit"),
+    }
+    assert found.entries["b"].probability == 0.25
+    assert math.isnan(found.entries["c"].probability)
+    assert found.entries["d"].asked == 0 < found.entries["d"].answered
+    assert [one.path for one in found.waiting()] == ["b"]
+    found.forget(lambda one: one.predictor == "p1")
+    assert "b" not in found.entries
+    assert "a" in found.entries  # it has a label
+    assert len(LabelBook.load(tmp_path / "none.parquet")) == 0
+
+
+def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
+    book = LabelBook()
+    book.answer({"a": "cat"})
+    path = tmp_path / "book.parquet"
+    book.save(path)
+    table = pq.read_table(path)
+    label = table.column_names.index("label")
+    pq.write_table(table.set_column(label, "label", pa.array(["dog"])), path)  # as an editor of tables would
+    with pytest.raises(DataError, match="its rows are not what its digest says"):
+        LabelBook.load(path)
+
+
+@pytest.mark.parametrize("key", ["path", "file", "image"])
+def test_files_of_labels(tmp_path: Path, key: str) -> None:
+    path = write(
+        tmp_path / "l.csv", f"note,{key},label,stream", "x,a.jpg, cat ,fit", "y,b.jpg,,promise", "z,c.jpg,dog,"
+    )
+    assert read_labels(path) == ({"a.jpg": "cat", "c.jpg": "dog"}, {"a.jpg": "fit"})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["name,label", "a,b"], "must have the columns path"),
+        (["path,label", "a,cat", "a,dog"], "line 3: 'a' has the labels 'cat' and 'dog'"),
+        (["path,label", ",cat"], "line 2: it names no photo"),
+    ],
+)
+def test_files_that_cannot_be(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_labels(write(tmp_path / "l.csv", *lines))
+
+
+def test_photos_are_found_by_path_by_full_path_and_by_a_name_that_is_unique(tmp_path: Path) -> None:
+    photos = ["x/1.jpg", "y/1.jpg", "y/2.jpg"]
+    names = ["x/1.jpg", "./y/1.jpg", str(tmp_path / "y" / "2.jpg"), "2.jpg"]
+    assert list(match_photos(names, photos, tmp_path, tmp_path).values()) == [
+        "x/1.jpg",
+        "y/1.jpg",
+        "y/2.jpg",
+        "y/2.jpg",
+    ]
+    with pytest.raises(UsageError, match="the name of 2 photos"):
+        match_photos(["1.jpg"], photos, tmp_path, tmp_path)
+    with pytest.raises(DataError, match=r"names no photo .* Did you mean 'y/2.jpg'"):
+        match_photos(["y/3.jpg"], photos, tmp_path, tmp_path)
+
+
+def test_a_label_that_is_no_class_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    check_names({"a": "cat", "b": "other", "c": SKIPPED}, ["cat", "dog"], ["other"], tmp_path)
+    with pytest.raises(DataError, match=r"'dgo' \(of a\) is none of the 2 classes. Did you mean 'dog'"):
+        check_names({"a": "dgo"}, ["cat", "dog"], [], tmp_path)
+
+
+def test_sides_are_of_the_picture_and_of_even_size() -> None:
+    pictures = [bytes([i % 251, i // 251, 7]) for i in range(4_000)]
+    vouches, order = side_of(pictures, 0)
+    assert abs(vouches.mean() - 0.5) < 4 * 0.5 / np.sqrt(4_000)
+    again, same = side_of([pictures[5], pictures[5]], 0)
+    assert again.tolist() == [vouches[5]] * 2
+    assert same.tolist() == [order[5]] * 2
+    assert (side_of(pictures, 1)[0] != vouches).any()
+    assert abs(np.corrcoef(vouches, order.astype(float))[0, 1]) < 4 / np.sqrt(4_000)

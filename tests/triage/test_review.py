@@ -1,0 +1,273 @@
+"""Tasks for people and back: formats by the letter, round trips, and the page that is ours."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import threading
+from contextlib import closing
+from pathlib import Path
+from urllib.parse import urlsplit
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.conftest import few
+from tests.triage.conftest import Folder, rows
+from vilu.errors import DataError, UsageError
+from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.labels import SKIPPED
+from vilu.triage.review import open_review, read_done, write_labels, write_review
+from vilu.triage.serve import ReviewSession, serve_page
+
+
+@pytest.fixture
+def half(begun: Folder) -> Path:
+    """A triage that asks for labels."""
+    return begun[0] / "half"
+
+
+def test_a_triage_says_what_it_asks_for_and_what_is_to_be_reviewed(half: Path, begun: Folder) -> None:
+    asked = open_review(half)
+    assert [one.path for one in asked.tasks] == [row["path"] for row in rows(half / "next_labels.csv")]
+    assert asked.names == ("cat", "dog", "car", "(outside)")
+    assert asked.photos == begun[0] / "photos"
+    review = open_review(half, "review", 5)
+    assert len(review.tasks) == 5
+    assert len(open_review(half, "all").tasks) == 400
+    of_scores = open_review(half / "decisions.parquet", n=3)
+    doubts = [one.failure_probability or 0 for one in of_scores.tasks]
+    assert doubts == sorted(doubts, reverse=True)
+
+
+def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
+    review = open_review(half, n=4)
+    files = write_review(review, "label-studio", tmp_path / "tasks.json", prefix="/data/local-files/?d=")
+    assert [file.name for file in files] == ["tasks.json", "tasks.xml"]
+    tasks = json.loads(files[0].read_text())
+    first = review.tasks[0]
+    assert tasks[0]["data"]["path"] == first.path
+    assert tasks[0]["data"]["image"] == f"/data/local-files/?d={first.path.replace(' ', '%20')}"
+    (prediction,) = tasks[0]["predictions"]
+    assert prediction["score"] == pytest.approx(1 - (first.failure_probability or 0))
+    choice = {"from_name": "label", "to_name": "image", "type": "choices", "value": {"choices": [first.answer]}}
+    assert prediction["result"] == [choice]
+    config = ElementTree.parse(files[1]).getroot()  # noqa: S314 - our own file
+    assert [one.get("value") for one in config.iter("Choice")] == ["cat", "dog", "car", "(outside)", SKIPPED]
+    answer = [{**choice, "value": {"choices": ["dog"]}}]
+    tasks[0]["annotations"] = [{"result": [], "was_cancelled": False}, {"result": answer, "was_cancelled": False}]
+    tasks[1]["annotations"] = [{"result": [], "was_cancelled": True}]
+    tasks[2]["annotations"] = []
+    del tasks[3]["data"]["path"]  # then the address of the image tells
+    tasks[3]["annotations"] = [{"result": answer}]
+    (tmp_path / "done.json").write_text(json.dumps(tasks))
+    paths = [one.path for one in review.tasks]
+    assert read_done(tmp_path / "done.json") == {paths[0]: "dog", paths[1]: SKIPPED, paths[3]: "dog"}
+    small = [{"id": 1, "path": paths[0], "image": "x", "label": "cat"}, {"id": 2, "path": paths[1], "image": "y"}]
+    (tmp_path / "min.json").write_text(json.dumps(small))
+    assert read_done(tmp_path / "min.json") == {paths[0]: "cat"}
+
+
+def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
+    review = open_review(half, n=2)
+    files = write_review(review, "fiftyone", tmp_path / "set")
+    assert write_review(review, "fiftyone", tmp_path / "set") == files  # the same bytes
+    samples, metadata = (
+        json.loads((tmp_path / "set" / f"{name}.json").read_text()) for name in ("samples", "metadata")
+    )
+    fields = {one["name"]: one["ftype"] for one in metadata["sample_fields"]}
+    assert samples["samples"][0].keys() - {"_id", "_media_type", "_rand"} <= fields.keys()
+    assert metadata["version"]
+    assert samples["samples"][0]["vilu"]["label"] == review.tasks[0].answer
+    assert len(samples["samples"][0]["_id"]["$oid"]) == 24
+    samples["samples"][1]["ground_truth"] = {"_cls": "Classification", "label": "car"}
+    (tmp_path / "set" / "samples.json").write_text(json.dumps(samples))
+    assert read_done(tmp_path / "set") == {review.tasks[1].path: "car"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "is no list of tasks"),
+        ("[3]", "is no list of tasks"),
+        ('[{"data": {"text": 1}}]', "does not say which photo"),
+        ('[{"path": "a", "label": ["x", "y"]}]', "where one name is expected"),
+        ('[{"path": "a", "label": "x"}, {"path": "a", "label": "y"}]', "has the labels 'x' and 'y'"),
+        ('{"samples": 3}', "is no FiftyOne data set"),
+    ],
+)
+def test_finished_tasks_that_cannot_be(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "done.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_done(tmp_path / "done.json")
+
+
+def test_labels_become_failures_of_scores(half: Path, begun: Folder, tmp_path: Path) -> None:
+    scores = Outcomes.load(half / "decisions.parquet")
+    assert scores.ids is not None
+    truth = {path: begun[1][path] for path in scores.ids[:30]} | {scores.ids[30]: "(outside)", scores.ids[31]: SKIPPED}
+    assert write_labels(truth, tmp_path / "late.parquet", half / "decisions.parquet") == 31
+    late = Outcomes.load(tmp_path / "late.parquet")
+    assert late.ids is not None
+    assert late.outside.tolist() == [False] * 30 + [True]
+    assert late.failure[30] == 1
+    names, said = late.class_names or (), late.prediction
+    assert said is not None
+    wrong = [names[said[row]] != begun[1][late.ids[row]] for row in range(30)]
+    assert late.failure[:30].tolist() == [int(one) for one in wrong]
+    with pytest.raises(DataError, match="'bird' is no class"):
+        write_labels({scores.ids[0]: "bird"}, tmp_path / "x.parquet", half / "decisions.parquet")
+    with pytest.raises(DataError, match="none of the 1 labels is of a row"):
+        write_labels({"nobody": "cat"}, tmp_path / "x.parquet", half / "decisions.parquet")
+
+
+def test_somebodys_work_is_never_replaced(half: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path,label\na.jpg,cat\n")
+    with pytest.raises(UsageError, match="holds something else, so it is left alone"):
+        write_labels({"b.jpg": "dog"}, tmp_path / "labels.csv")
+    with pytest.raises(UsageError, match=r"ends in \.json"):
+        write_review(open_review(half), "label-studio", tmp_path / "tasks.csv")
+
+
+class Client:
+    """Asks the page as a browser does."""
+
+    def __init__(self, url: str) -> None:
+        self.url = urlsplit(url)
+        self.key = self.url.query
+
+    def ask(
+        self, path: str, body: object = None, *, key: str | None = None, host: str | None = None
+    ) -> tuple[int, bytes]:
+        with closing(http.client.HTTPConnection(self.url.hostname or "", self.url.port or 0, timeout=10)) as connection:
+            return self._ask(connection, path, body, key, host)
+
+    def _ask(
+        self, connection: http.client.HTTPConnection, path: str, body: object, key: str | None, host: str | None
+    ) -> tuple[int, bytes]:
+        content = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        address = f"{path}?{self.key if key is None else key}"
+        connection.request("POST" if content else "GET", address, content, {"Host": host or self.url.netloc})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+@pytest.fixture
+def page(half: Path, tmp_path: Path) -> tuple[Client, ReviewSession, Path]:
+    session = ReviewSession(open_review(half), tmp_path / "labels.csv")
+    addresses: list[str] = []
+    ready = threading.Event()
+
+    def tell(url: str) -> None:
+        addresses.append(url)
+        ready.set()
+
+    threading.Thread(target=serve_page, args=(session, 0, tell), daemon=True).start()
+    assert ready.wait(10)
+    return Client(addresses[0]), session, tmp_path / "labels.csv"
+
+
+def test_every_answer_is_on_the_disk_at_once_and_can_be_taken_back(
+    page: tuple[Client, ReviewSession, Path], half: Path
+) -> None:
+    client, session, kept = page
+    status, content = client.ask("/tasks")
+    tasks = json.loads(content)["tasks"]
+    assert (status, len(tasks)) == (200, len(session.review.tasks))
+    assert client.ask("/answer", {"place": 1, "label": "dog"}) == (200, b"{}")
+    assert rows(kept) == [{"path": tasks[1]["path"], "label": "dog", "stream": "promise"}]
+    assert client.ask("/answer", {"place": 0, "label": SKIPPED})[0] == 200
+    assert client.ask("/answer", {"place": 1, "label": None})[0] == 200
+    assert [row["label"] for row in rows(kept)] == [SKIPPED]
+    again = ReviewSession(open_review(half), kept)  # it goes on where it stopped
+    assert again.answers == {tasks[0]["path"]: SKIPPED}
+    kept.write_text("path,label\nelsewhere.jpg,cat\n")
+    with pytest.raises(DataError, match="labels of other photos"):
+        ReviewSession(open_review(half), kept)
+
+
+def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSession, Path]) -> None:
+    client, _, kept = page
+    assert client.ask("/")[0] == 200
+    assert client.ask("/photo/0")[1][8:12] == b"WEBP"
+    for path, body, more, expected in (
+        ("/", None, {"key": "key=wrong"}, 403),
+        ("/answer", {"place": 0, "label": "cat"}, {"key": ""}, 403),
+        ("/tasks", None, {"host": "evil.example"}, 421),
+        ("/photo/99999", None, {}, 404),
+        ("/photo/..%2f..%2fetc", None, {}, 404),
+        ("/secret", None, {}, 404),
+        ("/answer", {"place": 0, "label": "bird"}, {}, 400),
+        ("/answer", {"place": -1, "label": "cat"}, {}, 400),
+        ("/answer", {"place": True, "label": "cat"}, {}, 400),
+        ("/answer", {"label": "cat"}, {}, 400),
+        ("/answer", b"[" * 9000, {}, 400),
+        ("/answer", b"x" * 20_000, {}, 413),
+    ):
+        status, content = client.ask(path, body, **more)
+        assert status == expected, path
+        assert json.loads(content)["status"] == expected
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("n", few([30, 200], 1))
+def test_photos_by_keyboard(begun: Folder, tmp_path: Path, n: int) -> None:
+    """The page in a real browser: accept, another class, none of them, skip, undo, at both widths."""
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    review = open_review(begun[0] / "half", "all", n)
+    session, address, ready = ReviewSession(review, tmp_path / "labels.csv"), list[str](), threading.Event()
+
+    def tell(url: str) -> None:
+        address.append(url)
+        ready.set()
+
+    threading.Thread(target=serve_page, args=(session, 0, tell), daemon=True).start()
+    assert ready.wait(10)
+    with sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+        trouble: list[str] = []
+        tab.on("pageerror", lambda error: trouble.append(str(error)))
+        tab.on("console", lambda said: trouble.append(said.text) if said.type == "error" else None)
+        tab.goto(address[0])
+        press = tab.keyboard.press
+
+        def answered(k: int) -> None:
+            tab.locator("#progress", has_text=f"{k} of {n} answered").wait_for(timeout=10_000)
+
+        answered(0)
+        press("o")
+        answered(1)
+        press("s")
+        answered(2)
+        press("2")
+        answered(3)
+        press("u")
+        answered(2)
+        press("/")
+        tab.keyboard.type("ca")
+        press("Enter")  # the first class that begins so
+        answered(3)
+        tab.set_viewport_size({"width": 390, "height": 844})
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        unlabelled = tab.evaluate(
+            "[...document.querySelectorAll('button, input')].filter(x => !x.textContent && !x.labels.length).length"
+        )
+        assert unlabelled == 0
+        for k in range(4, n + 1):
+            press("Enter")
+            answered(k)
+        assert tab.locator("#done").is_visible()
+        chromium.close()
+    assert trouble == []
+    kept = rows(tmp_path / "labels.csv")
+    assert len(kept) == n
+    label = {row["path"]: row["label"] for row in kept}
+    assert [label[one.path] for one in review.tasks[:3]] == ["(outside)", SKIPPED, "cat"]
+    assert all(label[one.path] == one.answer for one in review.tasks[3:])

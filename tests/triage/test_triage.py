@@ -1,0 +1,213 @@
+"""The whole job on small folders: it goes on, it keeps its promise, and no label counts that must not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.builders.photo_folders import photo, write_photos
+from tests.builders.store_fakes import FakeBackbone
+from tests.triage.conftest import Folder, fill_in, job_on, rows
+from vilu.decision import record
+from vilu.errors import DataError, UsageError
+from vilu.files.documents import read_document
+from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.labels import SKIPPED, LabelBook, side_of
+from vilu.triage.outputs import triage_photos
+from vilu.triage.photos import PhotoStores
+from vilu.triage.triage import Job, TriageState
+
+
+def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
+    (home, truth), job = begun, job_on(begun[0] / "photos")
+    output = home / "out"
+    decided = rows(output / "decisions.csv")
+    assert [row["path"] for row in decided] == sorted(truth)
+    accepted = [row for row in decided if row["decision"] == "accept"]
+    assert len(accepted) > 50
+    assert np.mean([row["answer"] != truth[row["path"]] for row in accepted]) <= job.max_risk
+    assert all(row["answer"] == truth[row["path"]] for row in decided if row["decision"] == "labelled")
+    scores = Outcomes.load(output / "decisions.parquet")
+    assert scores.decision is not None
+    promise = record.load(output / "predictor")
+    assert promise.rule is not None
+    assert promise.rule.method == "anytime"
+    assert "at whatever moment one looks" in (promise.promise or "")
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert "Promised: at most 10.0% wrong" in page
+    assert "<script" not in page
+
+
+def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(folder: Folder, job: Job, tmp_path: Path) -> None:
+    """Every label is given, and as chosen ones at that; the predictor has seen those of one side alone."""
+    truth, output = folder[1], tmp_path / "out"
+    labels = tmp_path / "all.csv"
+    labels.write_text("path,label,stream\n" + "".join(f"{path},{name},fit\n" for path, name in truth.items()))
+    triage_photos(job, output, [labels])
+    from vilu.predictors.storage import load
+
+    stores = PhotoStores(output / "embeddings")
+    photos = stores.open([(path, (folder[0] / path).stat()) for path in sorted(truth)])
+    vouches, _ = side_of(photos.pictures, job.seed)
+    seen = load(output / "predictor").seen(photos).shared
+    assert seen.sum() == (~vouches).sum()
+    assert not (seen & vouches).any()
+    # and labels that were chosen are none that a promise may rest on, until the draw has met them
+    assert not record.has_record(output / "predictor")
+    assert read_document(output / "triage.json", TriageState).reach == 0
+
+
+def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(promised: Folder, tmp_path: Path) -> None:
+    (home, truth), output = promised, promised[0] / "out"
+    before = record.load(output / "predictor")
+    book = LabelBook.load(output / "labels.parquet")
+    chosen = tmp_path / "chosen.csv"
+    wrong_on_purpose = {path: ("cat" if truth[path] != "cat" else "dog") for path in truth if path not in book.entries}
+    chosen.write_text("path,label,stream\n" + "".join(f"{p},{n},fit\n" for p, n in wrong_on_purpose.items()))
+    triage_photos(job_on(home / "photos"), output, [chosen])
+    counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()
+    assert set(counted) <= set(book.entries), "a label that no draw has met would count"
+    assert record.load(output / "predictor").rule == before.rule
+
+
+def test_what_is_missing_holds_the_promise_up_and_what_is_skipped_counts_as_wrong(
+    begun: Folder, tmp_path: Path
+) -> None:
+    (home, truth), job = begun, job_on(begun[0] / "photos")
+    output = Path(shutil.copytree(home / "half", tmp_path / "out"))
+    asked = rows(output / "next_labels.csv")
+    assert {row["stream"] for row in asked} == {"promise"}
+    lines = fill_in(output, truth, tmp_path / "filled.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    part = tmp_path / "part.csv"
+    part.write_text("".join(lines[:-3]), encoding="utf-8")
+    told = triage_photos(job, output, [part])
+    assert "3 of the labels that were asked for are missing" in " ".join(told)
+    assert [row["path"] for row in rows(output / "next_labels.csv")] == [row["path"] for row in asked[-3:]]
+    rest = tmp_path / "rest.csv"
+    rest.write_text("path,label\n" + "".join(f"{row['path']},{SKIPPED}\n" for row in asked[-3:]), encoding="utf-8")
+    triage_photos(job, output, [rest])
+    kept = Outcomes.load(output / "predictor" / "calibration.parquet")
+    assert kept.ids is not None
+    failures = dict(zip(kept.ids, kept.failure.tolist(), strict=True))
+    assert [failures[row["path"]] for row in asked[-3:]] == [1, 1, 1]
+
+
+def test_run_again_does_only_what_is_new(folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone) -> None:
+    output = tmp_path / "out"
+    told = triage_photos(job, output)
+    assert told[0].startswith("200 photos (200 of them new)")
+    n = fake_model.n_images
+    files = {path: path.read_bytes() for path in output.rglob("*") if path.suffix in {".csv", ".npy", ".safetensors"}}
+    assert triage_photos(job, output)[0].startswith("200 photos: ")
+    assert fake_model.n_images == n
+    assert {path: path.read_bytes() for path in files} == files
+
+    write_photos(folder[0], 9, first=1000)
+    (folder[0] / "day 0" / "0000.png").unlink()
+    changed = folder[0] / "day 1" / "0001.png"
+    changed.write_bytes(photo(0, 7777))
+    os.utime(changed, ns=(time.time_ns(), time.time_ns() + 10**9))
+    (folder[0] / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    told = triage_photos(job, output)
+    assert told[0].startswith("209 photos (11 of them new): ")
+    assert fake_model.n_images == n + 10
+    decided = {row["path"]: row for row in rows(output / "decisions.csv")}
+    assert "day 0/0000.png" not in decided
+    assert decided["broken.jpg"]["reason"] == "decode_error"
+    assert decided["broken.jpg"]["decision"] == "review"
+    assert "broken.jpg" in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_run_goes_on(
+    folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, encode, calls = tmp_path / "out", fake_model.encode_images, []
+
+    def stop_later(pixels: object) -> object:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return encode(pixels)
+
+    monkeypatch.setattr(fake_model, "encode_images", stop_later)
+    with pytest.raises(KeyboardInterrupt):
+        triage_photos(job, output)
+    assert triage_photos(job, output)[0].startswith("200 photos")
+    assert PhotoStores(output / "embeddings").numbers() == [1]
+    (folder[0] / "day 0" / "0000.png").unlink()  # between a kill and the next run a photo may go
+    other = tmp_path / "other"
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        triage_photos(job, other)
+    (folder[0] / "day 0" / "0002.png").unlink()
+    assert triage_photos(job, other)[0].startswith("198 photos")
+
+
+def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    triage_photos(job, output)
+    with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
+        triage_photos(changed(max_risk=0.2), output)
+    triage_photos(changed(n_next=5), output)
+    triage_photos(changed(max_risk=0.2), output, overwrite=True)
+    assert read_document(output / "triage.json", TriageState).settings["max_risk"] == 0.2
+
+
+def test_what_is_not_ours_is_never_touched(folder: Folder, job: Job, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.docx").write_text("two years of work")
+    for overwrite in (False, True):
+        for place, name in ((output, "thesis.docx"), (folder[0], "day 0")):
+            with pytest.raises(UsageError, match=f"'{name}', which is no part of vilu's triage"):
+                triage_photos(job, place, overwrite=overwrite)
+
+
+def test_an_output_among_the_photos_is_no_photo(folder: Folder, job: Job) -> None:
+    output = folder[0] / "result"
+    triage_photos(job, output, sort="link")
+    assert triage_photos(job, output, sort="link")[0].startswith("200 photos: ")
+
+
+def test_pictures_of_no_class_are_wrong_answers(folder: Folder, changed: Callable[..., Job], tmp_path: Path) -> None:
+    labels = tmp_path / "l.csv"
+    names = list(folder[1])
+    labels.write_text("path,label\n" + "".join(f"{path},other\n" for path in names[:40]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"'other' .* is none of the 3 classes"):
+        triage_photos(changed(), tmp_path / "out", [labels])
+    triage_photos(changed(outside=("other",)), tmp_path / "out", [labels])
+    decided = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}
+    assert {decided[path]["answer"] for path in names[:40]} == {"other"}
+
+
+def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> None:
+    (home, truth), output = promised, promised[0] / "out"
+    job = job_on(home / "photos")
+    triage_photos(job, output, sort="link")
+    placed = list((output / "sorted").rglob("*.png"))
+    assert len(placed) == 400
+    assert all(path.is_symlink() and path.exists() for path in placed)
+    decided = {row["path"]: row for row in rows(output / "decisions.csv")}
+    accepted = next(path for path, row in decided.items() if row["decision"] == "accept")
+    place = output / "sorted" / "accepted" / decided[accepted]["answer"] / accepted.replace("/", "__")
+    assert place.resolve() == (job.photos / accepted).resolve()
+
+    content = {path: (job.photos / path).read_bytes() for path in truth}
+    n = fake_model.n_images
+    triage_photos(job, output, sort="move")
+    assert place.read_bytes() == content[accepted]
+    assert not place.is_symlink()
+    assert not (job.photos / accepted).exists()
+    for sort in ("move", None):  # they are still the photos of this triage, and nothing is lost
+        assert triage_photos(job, output, sort=sort)[0].startswith("400 photos: ")
+    assert fake_model.n_images == n
+    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())
+    triage_photos(job, output, overwrite=True)
+    assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())

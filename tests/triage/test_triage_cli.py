@@ -1,0 +1,96 @@
+"""``vilu triage`` and the commands around it, through the real command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.builders.photo_folders import write_photos
+from tests.builders.store_fakes import NAMES, FakeBackbone
+from tests.command import run
+from tests.triage.conftest import Folder, fill_in, rows
+from vilu.datasets.folder import PhotoFiles, list_photos
+from vilu.store.embed import embed
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    write_photos(tmp_path / "photos", 60)
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    return tmp_path
+
+
+def test_the_loop_by_hand(work: Path) -> None:
+    arguments = ("triage", "photos", "--classes", "names.txt", "-o", "out", "-n", 12)
+    done = run(*arguments, cwd=work)
+    assert done.stdout == "out\n"
+    assert "60 photos (60 of them new): 0 accepted, 60 to review" in done.stderr
+    assert "next: fill in the column label of out/next_labels.csv (12 photos)" in done.stderr
+    truth = write_photos(work / "again", 60)
+    fill_in(work / "out", truth, work / "filled.csv")
+    done = run(*arguments, "--labels", "filled.csv", "--link", cwd=work)
+    assert "12 labelled" in done.stderr
+    assert len(list((work / "out" / "sorted").rglob("*.png"))) == 60
+    run("review", "out", "-o", "tasks.json", "--to", "label-studio", cwd=work)
+    tasks = json.loads((work / "tasks.json").read_text())
+    for task in tasks:
+        choice = {"type": "choices", "value": {"choices": [truth[task["data"]["path"]]]}}
+        task["annotations"] = [{"result": [choice]}]
+    (work / "done.json").write_text(json.dumps(tasks))
+    run("labels", "done.json", "-o", "more.csv", cwd=work)
+    assert "labelled" in run(*arguments, "--labels", "more.csv", cwd=work).stderr
+    assert sum(row["decision"] == "labelled" for row in rows(work / "out" / "decisions.csv")) == 12 + len(tasks)
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (("--outside", "cat"), 2, "'cat' is one of the classes"),
+        (("--max-risk", 0), 2, "max_risk must be in (0, 1)"),
+        (("--link", "--move"), 2, "--link and --move exclude one another"),
+        (("--labels", "names.txt"), 3, "must have the columns path"),
+        (("--classes", "gone.txt"), 2, "gone.txt does not exist"),
+    ],
+)
+def test_slips_are_told_before_the_slow_part(work: Path, more: tuple[object, ...], code: int, message: str) -> None:
+    done = run("triage", "photos", "--classes", "names.txt", "-o", "out", *more, code=code, cwd=work)
+    assert message in done.stderr
+    assert not (work / "out" / "embeddings").exists()
+
+
+def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> None:
+    photos = begun[0] / "photos"
+    embed(PhotoFiles(photos, list_photos(photos), NAMES), fake_model, tmp_path / "store", names=NAMES)
+    arguments = ("next", tmp_path / "store", "--predictor", begun[0] / "out" / "predictor", "-n", 20)
+    run(*arguments, "-o", tmp_path / "one.csv")
+    first = rows(tmp_path / "one.csv")
+    assert sorted(row["stream"] for row in first) == ["fit"] * 10 + ["promise"] * 10
+    run(*arguments, "-o", tmp_path / "two.csv", "--labels", tmp_path / "one.csv")
+    assert not {row["path"] for row in first} & {row["path"] for row in rows(tmp_path / "two.csv")}
+    run(*arguments, "-o", tmp_path / "one.csv", code=2)
+    run(*arguments, "-o", tmp_path / "one.csv", "--overwrite")
+    again = rows(tmp_path / "one.csv")
+    assert [row["path"] for row in again] == [row["path"] for row in first]
+
+
+def test_labels_that_are_wrong_are_found(tmp_path: Path, fake_model: FakeBackbone) -> None:
+    """Of ten labels that were changed on purpose most are among the 15 worst."""
+    truth = write_photos(tmp_path / "photos", 117)
+    flipped = np.random.default_rng(0).choice(sorted(truth), 10, replace=False).tolist()
+    given = {path: NAMES[(NAMES.index(name) + 1) % 3] if path in flipped else name for path, name in truth.items()}
+    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in given.items()))
+    run("embed", tmp_path / "l.csv", "--root", tmp_path / "photos", "-o", tmp_path / "store", "--backbone", "fake")
+    done = run(
+        *("audit-labels", tmp_path / "store", "-o", tmp_path / "errors.csv"),
+        *("--images", tmp_path / "l.csv", "--sheet", tmp_path / "sheet.png", "--root", tmp_path / "photos"),
+    )
+    found = rows(tmp_path / "errors.csv")
+    assert [row["path"] for row in found[:1]]
+    worst = {row["path"] for row in found[:15]}
+    assert len(worst & set(flipped)) >= 8
+    assert "labels are probably wrong" in done.stderr
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    assert {row["suggested"] for row in found} <= set(NAMES)
