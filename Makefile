@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-processors lint format bench bench-gpu audit release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-processors lint format bench bench-gpu audit release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
+	$(BIN)/vilu triage demo-output/photos --classes demo-output/classes.txt --labels demo-output/labels.csv -o demo-output/triage
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -50,6 +51,11 @@ test-slow: .venv/.dev
 # What starts Ray and, where Java is, Spark; in every run of the tests there is only one of these.
 test-engines: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -rs tests/executors $(ARGS)
+
+# The tasks for Label Studio, read by its own kit, which needs an older numpy than the rest and so a place of its own.
+test-label-studio: .venv/.dev
+	[ -d build/label-studio ] || $(BIN)/python -m pip install --quiet --no-compile --target build/label-studio label-studio-sdk
+	PYTHONPATH=build/label-studio OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m label_studio tests/triage/test_label_studio.py
 
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)

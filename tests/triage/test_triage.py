@@ -77,9 +77,7 @@ def test_labels_of_doubtful_photos_that_lie_further_on_do_not_count(promised: Fo
     assert record.load(output / "predictor").rule == before.rule
 
 
-def test_what_is_missing_holds_the_promise_up_and_what_is_skipped_counts_as_wrong(
-    begun: Folder, tmp_path: Path
-) -> None:
+def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(begun: Folder, tmp_path: Path) -> None:
     (home, truth), job = begun, job_on(begun[0] / "photos")
     output = Path(shutil.copytree(home / "half", tmp_path / "out"))
     asked = rows(output / "next_labels.csv")

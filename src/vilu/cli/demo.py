@@ -16,7 +16,7 @@ from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
 from vilu.decision.score import score
 from vilu.errors import DataError
-from vilu.files.disk import file_hash, make_folder, write_text
+from vilu.files.disk import atomic_write, file_hash, make_folder, write_text
 from vilu.files.documents import digest
 from vilu.files.places import claim_folder, made
 from vilu.metrics import risk_at_coverage
@@ -73,6 +73,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
         stores = embed_splits(photos, cache)
         outcomes = [outcomes_of(label, stores, cache, seed) for label in METHODS]
         shown = pick_photos(outcomes[0], photos)
+        write_folder(photos, output, seed)
         page = report_page(
             outcomes,
             images=open_dataset(photos, split="test"),
@@ -98,7 +99,18 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
 
 
 FIGURES = ("histograms", "roc", "risk_coverage", "contact_sheet")
-FILES = ("cache", "results.json", "scores.csv", "results.md", "report.html", *(f"{name}.png" for name in FIGURES))
+FILES = (
+    "cache",
+    "photos",
+    "classes.txt",
+    "labels.csv",
+    "triage",
+    "results.json",
+    "scores.csv",
+    "results.md",
+    "report.html",
+    *(f"{name}.png" for name in FIGURES),
+)
 
 
 def claim(output: Path, key: str, *, overwrite: bool) -> None:
@@ -150,6 +162,26 @@ def pick_photos(outcomes: Outcomes, photos: Path) -> tuple[list[Photo], list[Pho
     files = {record.key: record.read for record in dataset.records(0, len(dataset))}
     made = [Photo(decode_image(files[key]()).image, said, true, u) for key, said, true, u in answers(outcomes, chosen)]
     return made[:SHOWN], made[SHOWN:]
+
+
+FEW, LABELLED = 300, 60
+"""Photos of the folder that shows what ``vilu triage`` takes, and how many of them have a label."""
+
+
+def write_folder(photos: Path, output: Path, seed: int) -> None:
+    """Test photos as files, with class names and a few labels, as a newcomer has them: for ``vilu triage``."""
+    dataset = open_dataset(photos, split="test")
+    chosen = np.random.default_rng(seed).permutation(len(dataset))[:FEW]
+    folder, records = make_folder(output / "photos"), list(dataset.records(0, len(dataset)))
+    labels = []
+    for row in chosen.tolist():
+        record = records[row]
+        name = f"{Path(record.key).stem}.jpg"
+        with atomic_write(folder / name) as handle:
+            handle.write(record.read())
+        labels.append(f"{name},{PROMPT_NAMES[record.label or 0]}")
+    write_text(output / "classes.txt", "\n".join(PROMPT_NAMES) + "\n")
+    write_text(output / "labels.csv", "\n".join(["path,label", *labels[:LABELLED]]) + "\n")
 
 
 def answers(outcomes: Outcomes, rows: Ints) -> list[tuple[str, str, str, float]]:
