@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import vilu
+from tests.builders.store_fakes import FakeBackbone
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.errors import UsageError, ViLUError
 from vilu.predictors.parameters import check_parameters, parameters
+from vilu.predictors.vocabulary import Vocabulary
 
 Call = tuple[Callable[..., object], dict[str, Any]]
 STEP = 3
@@ -31,6 +33,11 @@ def calls_of(folder: Path) -> dict[str, Call]:
     certain = vilu.Outcomes(np.linspace(0, 1, 300), np.zeros(300, dtype=int))
     selector, table = vilu.calibrate(certain, max_risk=0.05), vilu.evaluate(outcomes, n_resamples=0)
     mcm.save(folder / "p")
+    model = FakeBackbone()
+    seen = vilu.Embeddings(train.image, train.text, space=model.space, class_names=list("abc"))
+    vilu.MCM().fit(seen).save(folder / "g")
+    Vocabulary.of(seen, "float16").save(folder / "g")
+    guard: dict[str, Any] = {"predictor": folder / "g", "device": "cpu", "batch_size": 4, "workers": 1}
     outcomes.save(folder / "s.parquet")
     table.save(folder / "r.json")
     names, numbers = [str(i) for i in range(20)], count()
@@ -56,6 +63,7 @@ def calls_of(folder: Path) -> dict[str, Call]:
     }  # fmt: skip
     return {
         **{name: (f, {a: metric[a] for a in inspect.signature(f).parameters}) for name, f in functions.items()},
+        "Guard": (vilu.Guard, {**guard, "backbone": model}),
         "fit": (mcm.fit, {"train": train, "validation": test}),
         "fit with labels": (vilu.PREDICTORS["knn_vote"]().fit, {"train": train, "validation": test}),
         "predict_uncertainty": (mcm.predict_uncertainty, {"data": test}),
@@ -211,7 +219,7 @@ def outcomes(calls: dict[str, Call], odd_values: list[object]) -> Iterator[tuple
 NOT_CALLED = {
     *("__version__", "metrics", "OUTSIDE", "PREDICTORS", "FailurePredictor", "EmbeddingSource"),  # no calls
     *("LVU", "MCM", "Doctor", "Entropy", "Margin", "MaxLogit", "ViLU", "ViLUPlus"),  # parameters: the test below
-    "Batch",  # made once a batch from what has been checked
+    *("Batch", "Answer"),  # made once a batch, or an image, from what has been checked
     "Selector",  # a document: built by ``calibrate`` or read, and pydantic's ValidationError names the field
 }
 

@@ -98,6 +98,7 @@ def test_the_same_bytes_for_any_number_of_workers(engines, tmp_path, undisturbed
     assert [row["position"] for row in errors] == sorted(BAD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_SESSION)
 def test_workers_killed_while_they_decode_encode_and_rename(engines, tmp_path, log, undisturbed, name):
     engines(name)
@@ -108,6 +109,7 @@ def test_workers_killed_while_they_decode_encode_and_rename(engines, tmp_path, l
     assert inspect(tmp_path / "s", deep=True).problems == []
 
 
+@pytest.mark.slow
 def test_ranks_killed_while_they_decode_encode_and_rename(tmp_path, log, undisturbed):
     accidents = {"decode": 1, "encode": 4, "rename": 7}
     ends = json.loads(drive("ranks", "rank", tmp_path / "s", log, ACCIDENTS=json.dumps(accidents)).stdout)
@@ -161,6 +163,7 @@ def test_two_ranks_at_once_both_end_well(tmp_path, log, undisturbed):
     assert tree(tmp_path / "s") == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", IN_SESSION)
 def test_a_part_that_always_kills_is_set_aside(engines, tmp_path, log, undisturbed, name):
     engines(name)

@@ -76,6 +76,7 @@ def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_mo
     assert [row["path"] for row in again] == [row["path"] for row in first]
 
 
+@pytest.mark.slow
 def test_labels_that_are_wrong_are_found(tmp_path: Path, fake_model: FakeBackbone) -> None:
     """Of ten labels that were changed on purpose most are among the 15 worst."""
     truth = write_photos(tmp_path / "photos", 117)

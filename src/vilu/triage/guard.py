@@ -131,6 +131,9 @@ class Guard:
         backbone: Backbone | None = None,
     ) -> None:
         require_at_least("batch_size", batch_size, 1)
+        require_at_least("workers", 1 if workers is None else workers, 1)
+        if not isinstance(backbone, Backbone | None):
+            raise UsageError(f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead.")
         folder = Path(predictor)
         self.predictor = load(folder)
         self.decider = Decider.of_folder(self.predictor, folder)
