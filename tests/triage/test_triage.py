@@ -183,6 +183,10 @@ def test_pictures_of_no_class_are_wrong_answers(folder: Folder, changed: Callabl
     triage_photos(changed(outside=("other",)), tmp_path / "out", [labels])
     decided = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}
     assert {decided[path]["answer"] for path in names[:40]} == {"other"}
+    labels.write_text(f"path,label\n{names[50]},(outside)\n", encoding="utf-8")
+    triage_photos(changed(outside=("other",)), tmp_path / "out", [labels])
+    decided = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}
+    assert decided[names[50]]["answer"] == "(outside)"
 
 
 def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> None:

@@ -28,7 +28,7 @@ def test_the_loop_by_hand(work: Path) -> None:
     done = run(*arguments, cwd=work)
     assert done.stdout == "out\n"
     assert "60 photos (60 of them new): 0 accepted, 60 to review" in done.stderr
-    assert "next: fill in the column label of out/next_labels.csv (12 photos)" in done.stderr
+    assert "next: fill in the column label of out/next_labels.csv (12 photos;" in done.stderr
     truth = write_photos(work / "again", 60)
     fill_in(work / "out", truth, work / "filled.csv")
     done = run(*arguments, "--labels", "filled.csv", "--link", cwd=work)

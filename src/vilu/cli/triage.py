@@ -81,11 +81,12 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     typer.echo(output)
     for line in told:
         next_step(line)
-    if waiting := told.n_asked:
-        again = console.shell("vilu", "triage", photos, "--classes", classes, "-o", output)
+    if told.n_asked:
+        asked = console.shell(output / "next_labels.csv")
         next_step(
-            f"next: fill in the column label of {output / 'next_labels.csv'} ({waiting} photos), then {again} "
-            f"--labels {console.shell(output / 'next_labels.csv')}"
+            f"next: fill in the column label of {asked} ({told.n_asked:,} photos; or label them on a page: "
+            f"{console.shell('vilu', 'review', output, '--serve', '-o', 'labels.csv')}), then the same command with "
+            f"--labels {asked}"
         )
 
 

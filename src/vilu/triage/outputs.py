@@ -20,7 +20,7 @@ from vilu.decision.score import ACCEPT, OUTSIDE_REASON
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError, checked, require_between
-from vilu.files.disk import make_folder, or_refuse, write_text
+from vilu.files.disk import locked, make_folder, or_refuse, write_text
 from vilu.files.tables import write_table
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.report.page.build import find_template, render
@@ -276,7 +276,7 @@ def triage_photos(
     check_job(job)
     read = {file: read_labels(file) for file in labels}
     for file, (found, _) in read.items():
-        check_names(found, job.how.names, job.outside, file)
+        check_names(found, job.how.names, job.of_no_class, file)
     workshop = Workshop(output, job, overwrite=overwrite)
     listing = workshop.listing()
     paths = [portable_name(path) for path, _ in listing.listing]
@@ -285,13 +285,14 @@ def triage_photos(
         place = match_photos(found, paths, job.photos, file)
         answers |= {place[name]: label for name, label in found.items() if name in place}
         streams |= {place[name]: stream for name, stream in said.items() if name in place}
-    result = workshop.run(answers, streams, listing)
-    rows = decisions_of(result)
-    write_decisions(output, result, rows)
-    write_next(output / NEXT, result.asked, rows)
-    write_page(output, listing, result, rows, job)
-    if sort is not None:
-        sort_photos(output, job.photos, rows, sort)
+    with locked(make_folder(output), "sorting into", who="triage"):
+        result = workshop.run(answers, streams, listing)
+        rows = decisions_of(result)
+        write_decisions(output, result, rows)
+        write_next(output / NEXT, result.asked, rows)
+        write_page(output, listing, result, rows, job)
+        if sort is not None:
+            sort_photos(output, job.photos, rows, sort)
     told = Told(_lines(result, rows, job))
     told.n_asked = len(result.asked)
     return told

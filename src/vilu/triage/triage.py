@@ -18,8 +18,8 @@ from vilu.decision import record
 from vilu.decision.anytime import level_of
 from vilu.decision.calibrate import Selector
 from vilu.decision.score import Decider, score_rows, source_fingerprint
+from vilu.decision.shares import OUTSIDE_NAME
 from vilu.errors import DataError, UsageError
-from vilu.files.disk import locked, make_folder
 from vilu.files.documents import Document, read_document
 from vilu.files.places import claim_folder
 from vilu.files.tables import read_table
@@ -81,7 +81,7 @@ class Job:
         photos: The folder of photos.
         names: The classes.
         how: Model, prompts and words.
-        outside: Labels that mean "none of the classes".
+        outside: Labels that mean "none of the classes", beside "(outside)".
         max_risk: Largest error rate among accepted answers, in (0, 1).
         confidence: With which it is promised, in (0, 1).
         n_next: How many labels are asked for.
@@ -95,6 +95,11 @@ class Job:
     confidence: float = 0.95
     n_next: int = 50
     seed: int = 0
+
+    @property
+    def of_no_class(self) -> tuple[str, ...]:
+        """Labels that mean "none of the classes"."""
+        return (*self.outside, OUTSIDE_NAME)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -202,23 +207,21 @@ class Workshop:
 
     def run(self, labels: dict[str, str], streams: dict[str, str], listing: PhotoFolder) -> Triage:
         """Embed what is new, learn from what labels there are, decide, and ask for the next labels."""
-        make_folder(self.root)
-        with locked(self.root, "sorting into", who="triage"):
-            if self.overwrite:
-                self._clear()
-            self.state = self.state.model_copy(update={"photos": str(self.job.photos.absolute())})
-            self.state.write(self.root / STATE)
-            n_new = self.stores.update(listing, self.job.how)
-            photos = self.stores.open(listing.listing)
-            if not len(photos):
-                kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(photos.bad.values()).most_common())
-                raise DataError(f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}.")
-            book = LabelBook.load(self.root / BOOK)
-            changed = book.answer(labels, streams)
-            if changed:
-                logger.info("%d labels are new, of %d in all", changed, len(book.labels))
-                book.save(self.root / BOOK)
-            return self.decide(photos, book, n_new)
+        if self.overwrite:
+            self._clear()
+        self.state = self.state.model_copy(update={"photos": str(self.job.photos.absolute())})
+        self.state.write(self.root / STATE)
+        n_new = self.stores.update(listing, self.job.how)
+        photos = self.stores.open(listing.listing)
+        if not len(photos):
+            kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(photos.bad.values()).most_common())
+            raise DataError(f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}.")
+        book = LabelBook.load(self.root / BOOK)
+        changed = book.answer(labels, streams)
+        if changed:
+            logger.info("%d labels are new, of %d in all", changed, len(book.labels))
+            book.save(self.root / BOOK)
+        return self.decide(photos, book, n_new)
 
     def _clear(self) -> None:
         for name in MADE:
@@ -230,7 +233,7 @@ class Workshop:
 
     def decide(self, photos: Photos, book: LabelBook, n_new: int) -> Triage:
         """What the labels in the book lead to, for photos that are embedded."""
-        photos.label(book.labels, self.job.outside)
+        photos.label(book.labels, self.job.of_no_class)
         sides = Sides.of(photos, book, self.job.seed)
         teach = np.flatnonzero(sides.teacher & sides.labelled)
         predictor = self._in_play(photos, sides, teach)
