@@ -150,3 +150,18 @@ def test_without_a_rule_there_is_a_probability_and_no_decision(
     assert answers[0].decision is None
     assert answers[0].failure_probability is not None
     assert isinstance(Outcomes.load(begun[0] / "out" / "decisions.parquet"), Outcomes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_of_the_hub_is_mapped(predictor: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    pictures = [Image.open(io.BytesIO(photo(kind, 1))) for kind in range(5)]
+    guard = Guard(predictor)
+    mapped = datasets.Dataset.from_dict({"image": pictures}).map(
+        lambda rows: guard.columns(rows["image"]), batched=True, batch_size=2
+    )
+    assert mapped["label"] == [answer.label for answer in guard(pictures)]
+    assert mapped.column_names[1:] == [
+        *("label", "failure_probability", "uncertainty", "decision", "reason", "runners_up")
+    ]

@@ -6,10 +6,10 @@ import io
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -182,6 +182,15 @@ class Guard:
         if isinstance(images, str | bytes | os.PathLike | Image.Image):
             raise UsageError("give a list of images, also of a single one: guard([image]).")
         return list(self.stream(images))
+
+    def columns(self, images: Iterable[ImageLike]) -> dict[str, list[Any]]:
+        """The answers as columns, as ``datasets.Dataset.map`` takes them.
+
+        ``dataset.map(lambda rows: guard.columns(rows["image"]), batched=True)`` adds what ``Answer`` has, but its key.
+        """
+        answers = self(images)
+        names = [one.name for one in fields(Answer) if one.name != "key"]
+        return {name: [getattr(answer, name) for answer in answers] for name in names}
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """The same for any number of images, one answer after another, as batches are done."""
