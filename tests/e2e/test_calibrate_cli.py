@@ -14,7 +14,7 @@ import pytest
 
 import vilu
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
-from tests.command import run, run_process
+from tests.command import run
 from vilu.decision.score import Decider
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import ProvenanceError
@@ -73,7 +73,7 @@ def test_calibrated_scores_say_what_to_do(work: Path, predictor: Path) -> None:
 
 def test_out_of_reach_changes_nothing(work: Path, predictor: Path) -> None:
     before = {path.name: path.read_bytes() for path in predictor.iterdir()}
-    done = run_process("calibrate", predictor, work / "calibration", "--max-risk", 0.001, code=4)
+    done = run("calibrate", predictor, work / "calibration", "--max-risk", 0.001, code=4)
     assert "0.10% takes 2,996 accepted answers, none of them wrong, and there are 120 rows" in done.stderr
     assert "At least 2,996 calibration rows are needed" in done.stderr
     assert done.stdout == ""

@@ -287,6 +287,7 @@ def test_bad_images_are_set_aside_and_counted(work: Path) -> None:
     assert {Path(row["key"]).name for row in errors} == {"cut.webp", "page.jpg", "empty.png"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
 )

@@ -76,6 +76,7 @@ def run(tmp_path: Path):
     return functools.partial(run_process, PYTHONPATH=path)
 
 
+@pytest.mark.slow
 def test_a_method_from_outside_is_listed_fitted_and_scored(run, tmp_path: Path) -> None:
     embed(dataset(80), FakeBackbone(), tmp_path / "data", names=NAMES)
     assert "runner-up" not in run("list", "predictors").stdout

@@ -26,10 +26,6 @@ POOL: Final = 20_000
 
 ITERATIONS: Final = 20
 
-HOPE: Final = 0.6
-"""Share of the predicted risk that is counted on in choosing the limit: too lax a limit wastes some labels, too strict
-a one keeps thresholds from ever being tested."""
-
 SHARE, FEWEST = 1 / 8, 100
 """Of the most trusted photos, so large a share, and at least so many, lie below any limit."""
 
@@ -74,7 +70,7 @@ def choose_limit(uncertainty: Floats, n: int, max_risk: float, delta: float) -> 
     ordered = np.sort(uncertainty[np.isfinite(uncertainty)])
     if not len(ordered):
         return -math.inf, False
-    risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1) * HOPE
+    risk = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
     shown = np.flatnonzero(log_evidence(np.round(risk * n), np.full(len(risk), n), max_risk) >= -math.log(delta))
     least = min(max(math.ceil(SHARE * len(ordered)), FEWEST), len(ordered)) - 1
     last = int(shown[-1]) if len(shown) else -1

@@ -63,6 +63,9 @@ THIRD: Final = 3
 """Of the labels that are asked for where a promise holds, the third part vouches: drawn from what may be accepted, they
 are worth more each than those that teach."""
 
+ANYHOW: Final = 3
+"""So many times as many labels that teach are worth a trial, whatever a predictor thinks of itself."""
+
 MORE: Final = 1.1
 """A predictor that is tried beside one with a promise is to accept so many times as many photos."""
 
@@ -311,7 +314,8 @@ class Workshop:
         least = min(MORE * self._share(photos, voucher), 1.0)
         candidate = self._plan(self._scores(predictor, photos), sides, n, least)
         self.state = state = state.model_copy(update={"n_tried": n})
-        if not candidate.likely:  # by its own probabilities: no label was looked at, so that this is no trial
+        # by its own probabilities: no label was looked at, so that this is no trial
+        if not candidate.likely and n < ANYHOW * max(0 if trial is None else trial.n_fit, 1):
             return self._loaded(there)
         predictor.save(self.candidate)
         self.state = state.model_copy(update={"candidate": candidate})
