@@ -117,6 +117,7 @@ def test_ranks_killed_while_they_decode_encode_and_rename(tmp_path, log, undistu
     assert tree(tmp_path / "s") == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     few(["local", "rank", "ray", "spark"], 1),

@@ -98,6 +98,7 @@ def test_ten_thousand_parts_need_little_memory():
     sys.stdout.write(f"{1e3 * (time.perf_counter() - started) / n:.2f} ms per part, {(most - before) / 1e6:.1f} MB\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (signal.SIGINT, signal.SIGTERM)), signal.SIGKILL]
 )
