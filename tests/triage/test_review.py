@@ -17,8 +17,8 @@ from tests.conftest import few
 from tests.triage.conftest import Folder, rows
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
-from vilu.triage.labels import SKIPPED
-from vilu.triage.review import open_review, read_done, write_labels, write_review
+from vilu.triage.labels import SKIPPED, LabelBook, read_labels
+from vilu.triage.review import Tool, open_review, read_done, write_labels, write_review
 from vilu.triage.serve import ReviewSession, serve_page
 
 
@@ -63,10 +63,41 @@ def test_label_studio_there_and_back(half: Path, tmp_path: Path) -> None:
     tasks[3]["annotations"] = [{"result": answer}]
     (tmp_path / "done.json").write_text(json.dumps(tasks))
     paths = [one.path for one in review.tasks]
-    assert read_done(tmp_path / "done.json") == {paths[0]: "dog", paths[1]: SKIPPED, paths[3]: "dog"}
+    assert read_done(tmp_path / "done.json")[0] == {paths[0]: "dog", paths[1]: SKIPPED, paths[3]: "dog"}
     small = [{"id": 1, "path": paths[0], "image": "x", "label": "cat"}, {"id": 2, "path": paths[1], "image": "y"}]
     (tmp_path / "min.json").write_text(json.dumps(small))
-    assert read_done(tmp_path / "min.json") == {paths[0]: "cat"}
+    assert read_done(tmp_path / "min.json")[0] == {paths[0]: "cat"}
+
+
+@pytest.mark.parametrize("tool", ["label-studio", "fiftyone", "csv"])
+def test_photos_that_were_chosen_for_review_come_back_as_chosen(half: Path, tmp_path: Path, tool: Tool) -> None:
+    """The most doubtful ones: taken for a random pick, their labels would make a promise false without a word."""
+    review = open_review(half, "review")
+    asked = {row["path"] for row in rows(half / "next_labels.csv")}
+    assert {one.stream for one in review.tasks if one.path not in asked} == {"fit"}
+    assert {one.stream for one in open_review(half / "decisions.parquet").tasks} == {"fit"}
+    name = {"label-studio": "t.json", "fiftyone": "t", "csv": "t.csv"}[tool]
+    (file, *_), chosen = (
+        write_review(review, tool, tmp_path / name),
+        next(t for t in review.tasks if t.path not in asked),
+    )
+    if tool == "csv":
+        lines = [{**row, "label": "cat"} for row in rows(file)]
+        file.write_text("path,label,stream\n" + "".join(f"{r['path']},cat,{r['stream']}\n" for r in lines))
+    else:
+        file = tmp_path / "t" / "samples.json" if tool == "fiftyone" else file
+        content = json.loads(file.read_text())
+        for one in content["samples"] if tool == "fiftyone" else content:
+            one["ground_truth"] = {"label": "cat"}
+            one["annotations"] = [{"result": [{"type": "choices", "value": {"choices": ["cat"]}}]}]
+        file.write_text(json.dumps(content))
+    labels, streams = read_done(file)
+    write_labels(labels, tmp_path / "labels.csv", streams=streams)
+    found, kept = read_labels(tmp_path / "labels.csv")
+    book = LabelBook()
+    book.answer(found, kept)
+    assert book.entries[chosen.path].stream == "fit"
+    assert all(one.stream == "fit" for one in book if one.path not in asked)
 
 
 def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
@@ -83,7 +114,7 @@ def test_fiftyone_there_and_back(half: Path, tmp_path: Path) -> None:
     assert len(samples["samples"][0]["_id"]["$oid"]) == 24
     samples["samples"][1]["ground_truth"] = {"_cls": "Classification", "label": "car"}
     (tmp_path / "set" / "samples.json").write_text(json.dumps(samples))
-    assert read_done(tmp_path / "set") == {review.tasks[1].path: "car"}
+    assert read_done(tmp_path / "set") == ({review.tasks[1].path: "car"}, {review.tasks[1].path: "promise"})
 
 
 @pytest.mark.parametrize(

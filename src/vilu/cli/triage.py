@@ -193,8 +193,8 @@ def labels(
     """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file."""
     from vilu.triage.review import read_done, write_labels
 
-    found = read_done(done)
-    n = write_labels(found, output, scores)
+    found, streams = read_done(done)
+    n = write_labels(found, output, scores, streams)
     typer.echo(output)
     next_step(f"{n:,} labels")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from vilu.decision.thresholds import FLOOR_SHARE, FLOORS, Point, some_enough
 from vilu.errors import DataError, UsageError, require_between
-from vilu.files.disk import or_refuse
+from vilu.files.tables import csv_rows
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 
@@ -40,12 +39,7 @@ def read_shares(path: str | Path) -> dict[str, float]:
         DataError: If it is no CSV in UTF-8, has other columns, a class twice, or a share that is no number.
         StorageError: If it cannot be read.
     """
-    with or_refuse(f"read {path}"), Path(path).open(encoding="utf-8-sig", newline="") as file:
-        try:
-            table = csv.DictReader(file)
-            columns, rows = list(table.fieldnames or ()), list(table)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} is no CSV file in UTF-8: {error}.") from error
+    columns, rows = csv_rows(Path(path))
     if not {"class", "share"} <= set(columns):
         raise DataError(f"{path} must have the columns class and share. It has {', '.join(columns) or 'none'}.")
     found: dict[str, float] = {}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files.disk import atomic_write
+from vilu.files.disk import atomic_write, or_refuse
 from vilu.files.documents import SCHEMA_VERSION, SEAL, digest, parse_json, plain_json, say_unsealed
 
 if TYPE_CHECKING:
@@ -207,6 +207,21 @@ def read_column(path: str | Path, table: pa.Table, name: str, kind: str) -> pa.C
         return table[name].cast(pa.type_for_alias(kind))
     except pa.ArrowException as error:
         raise DataError(f"column {name!r} of {path} must hold {kind} values: {error}") from error
+
+
+def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[str, str]]]:
+    """The columns of a CSV file that people fill in, and its rows as text.
+
+    Raises:
+        DataError: If it is no CSV in UTF-8.
+        StorageError: If it cannot be read.
+    """
+    with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            table = csv.DictReader(file, delimiter=delimiter)
+            return list(table.fieldnames or ()), list(table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} is no CSV file in UTF-8: {error}.") from error
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:

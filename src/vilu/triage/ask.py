@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,8 @@ import pyarrow as pa
 
 from vilu.decision.score import ABSTAIN, ACCEPT, Decider, score_rows
 from vilu.errors import UNKNOWN, DataError
-from vilu.files.disk import or_refuse
 from vilu.files.documents import digest
-from vilu.files.tables import write_table
+from vilu.files.tables import csv_rows, write_table
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.store.reader import EmbeddingStore
@@ -85,11 +83,9 @@ def asked_before(path: Path, keys: Sequence[str]) -> dict[str, Entry]:
     Raises:
         DataError: If it is another kind of table.
     """
-    with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file)
-        rows = list(table)
-    if not {"path", "label", "stream", "predictor"} <= set(table.fieldnames or ()):
-        raise DataError(f"{path} is no table of `vilu next`: it has {', '.join(table.fieldnames or ()) or 'nothing'}.")
+    columns, rows = csv_rows(path)
+    if not {"path", "label", "stream", "predictor"} <= set(columns):
+        raise DataError(f"{path} is no table of `vilu next`: it has {', '.join(columns) or 'nothing'}.")
     known = set(keys)
     return {row["path"]: _entry(row) for row in rows if row["path"] in known}
 

@@ -13,14 +13,13 @@ met that photo as well.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +27,10 @@ from numpy.typing import NDArray
 
 from vilu.embeddings.source import say_once
 from vilu.errors import DataError, UsageError, nearest
-from vilu.files.disk import or_refuse
-from vilu.files.tables import read_table, write_table
+from vilu.files.tables import csv_rows, read_table, write_table
 
 Stream = Literal["given", "fit", "promise"]
+STREAMS: Final = get_args(Stream)
 SKIPPED: Final = "(skip)"
 """What stands in place of a label of a photo that nobody can name."""
 
@@ -159,12 +158,7 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         DataError: If it is no such file, or names a photo twice with two labels.
         StorageError: If it cannot be read.
     """
-    with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
-        try:
-            table = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            columns, rows = list(table.fieldnames or ()), list(table)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} is no CSV file in UTF-8: {error}.") from error
+    columns, rows = csv_rows(path, "\t" if path.suffix.lower() == ".tsv" else ",")
     key = next((name for name in KEYS if name in columns), None)
     if key is None or "label" not in columns:
         raise DataError(

@@ -59,7 +59,7 @@ def runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
 
 
 def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None:
-    """``decisions.csv`` for people, ``decisions.parquet`` as ``vilu score`` writes it, with the runner-up beside it."""
+    """``decisions.csv`` for people, with the runner-up; ``decisions.parquet`` as ``vilu score`` writes it."""
     text = ("path", "answer", "decision", "reason", "runner_up")
     columns = {
         name: pa.array([getattr(one, name) for one in rows], pa.string() if name in text else pa.float64())

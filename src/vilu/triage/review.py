@@ -6,7 +6,6 @@ FiftyOne's data set on disk (``metadata.json`` and ``samples.json``); a CSV for 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -25,9 +24,9 @@ from vilu.decision.shares import OUTSIDE_NAME
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
 from vilu.files.disk import atomic_write, make_folder, or_refuse
 from vilu.files.documents import plain_json, read_document
-from vilu.files.tables import csv_bytes
+from vilu.files.tables import csv_bytes, csv_rows
 from vilu.outcomes.outcomes import Outcomes
-from vilu.triage.labels import SKIPPED, read_labels
+from vilu.triage.labels import SKIPPED, STREAMS, read_labels
 from vilu.triage.triage import DECISIONS, NEXT, STATE, TriageState
 
 CHOICE, IMAGE = "label", "image"
@@ -42,6 +41,9 @@ FIFTYONE_VERSION: Final = "1.9.0"
 DATABASE_LIMIT: Final = 256 * 2**20
 """Bytes of a file of finished tasks at most."""
 
+CHOSEN: Final = "fit"
+"""Stream of a photo that no draw has asked for: no promise may rest on its label."""
+
 Tool = Literal["label-studio", "fiftyone", "csv"]
 Which = Literal["asked", "review", "all"]
 
@@ -54,7 +56,8 @@ class ReviewTask:
     answer: str | None  # the model's
     failure_probability: float | None
     runner_up: str | None = None
-    stream: str = ""  # why it was asked for
+    # why it was asked for; a photo that people look at for any other reason was chosen, so that it can teach alone
+    stream: str = CHOSEN
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,9 @@ def _of_triage(folder: Path, which: Which) -> Review:
     settings = state.settings
     outside = [name for name in _texts(settings, "outside") if name != OUTSIDE_NAME]
     names = (*_texts(settings, "classes"), *outside, OUTSIDE_NAME)
-    with or_refuse(f"read {folder}"), (folder / f"{DECISIONS}.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    with or_refuse(f"read {folder}"), (folder / NEXT).open(encoding="utf-8", newline="") as file:
-        streams = {row["path"]: row["stream"] for row in csv.DictReader(file)}
-    tasks = [_task(row, streams.get(row["path"], "")) for row in rows if _is_wanted(row, streams, which)]
+    rows = csv_rows(folder / f"{DECISIONS}.csv")[1]
+    streams = {row["path"]: row["stream"] for row in csv_rows(folder / NEXT)[1]}
+    tasks = [_task(row, streams.get(row["path"], CHOSEN)) for row in rows if _is_wanted(row, streams, which)]
     place = {path: number for number, path in enumerate(streams)}
     tasks.sort(key=lambda one: (place.get(one.path, len(place)), -(one.failure_probability or 0.0)))
     return Review(tasks, names, Path(state.photos), "vilu triage")
@@ -291,8 +292,10 @@ def write_new(path: Path, content: bytes | memoryview) -> None:
         handle.write(content)
 
 
-def read_done(path: Path) -> dict[str, str]:
-    """Path to label of finished tasks: an export of Label Studio, a FiftyOne data set on disk, or a CSV.
+def read_done(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Labels of finished tasks by path, and their streams where those are known.
+
+    Of an export of Label Studio, a FiftyOne data set on disk, or a CSV.
 
     A task that was skipped has the label "(skip)"; one that nobody has looked at is left out.
 
@@ -302,16 +305,20 @@ def read_done(path: Path) -> dict[str, str]:
     if path.is_dir():
         return _of_samples(_json(path / "samples.json"), path)
     if path.suffix.lower() != ".json":
-        return read_labels(path)[0]
+        return read_labels(path)
     content = _json(path)
     if isinstance(content, dict) and "samples" in content:
         return _of_samples(content, path)
     if not isinstance(content, list):
         raise DataError(f"{path} is no list of tasks. Export them from Label Studio as JSON or JSON-MIN.")
-    found: dict[str, str] = {}
+    found, streams = dict[str, str](), dict[str, str]()
     for task in content:
-        _add(found, path, *_done(task, path))
-    return found
+        name, label = _done(task, path)
+        _add(found, path, name, label)
+        stream = task.get("data", task).get("vilu_stream")
+        if label is not None and isinstance(stream, str):
+            streams[name] = stream
+    return found, streams
 
 
 def _json(path: Path) -> Any:  # noqa: ANN401 - whatever is in the file
@@ -360,17 +367,19 @@ def _one_choice(chosen: object, path: str, source: Path) -> str | None:
     return names[0]
 
 
-def _of_samples(content: Any, source: Path) -> dict[str, str]:  # noqa: ANN401 - whatever was in the file
+def _of_samples(content: Any, source: Path) -> tuple[dict[str, str], dict[str, str]]:  # noqa: ANN401 - whatever was in the file
     samples = content.get("samples") if isinstance(content, dict) else None
     if not isinstance(samples, list):
         raise DataError(f"{source} is no FiftyOne data set: samples.json holds no samples.")
-    found: dict[str, str] = {}
+    found, streams = dict[str, str](), dict[str, str]()
     for sample in samples:
         truth = sample.get(TRUTH_FIELD) if isinstance(sample, dict) else None
         label = truth.get("label") if isinstance(truth, dict) else None
         if label is not None:
-            _add(found, source, str(sample.get("path") or sample.get("filepath")), str(label))
-    return found
+            name = str(sample.get("path") or sample.get("filepath"))
+            _add(found, source, name, str(label))
+            streams[name] = next((str(tag) for tag in sample.get("tags") or () if tag in STREAMS), CHOSEN)
+    return found, streams
 
 
 def _add(found: dict[str, str], source: Path, path: str, label: str | None) -> None:
@@ -378,7 +387,9 @@ def _add(found: dict[str, str], source: Path, path: str, label: str | None) -> N
         raise DataError(f"{source}: {path!r} has the labels {found[path]!r} and {label!r}.")
 
 
-def write_labels(labels: Mapping[str, str], output: Path, scores: Path | None = None) -> int:
+def write_labels(
+    labels: Mapping[str, str], output: Path, scores: Path | None = None, streams: Mapping[str, str] | None = None
+) -> int:
     """Labels as a CSV; with ``scores`` as those scores with their failures, for ``vilu monitor --late-labels``.
 
     Returns how many labels that is.
@@ -394,6 +405,7 @@ def write_labels(labels: Mapping[str, str], output: Path, scores: Path | None = 
             "path": pa.array(names, pa.string()),
             "label": pa.array([labels[name] for name in names], pa.string()),
         }
+        columns["stream"] = pa.array([(streams or {}).get(path) for path in names], pa.string())
         write_new(output, csv_bytes(columns))
         return len(labels)
     outcomes = Outcomes.load(scores)

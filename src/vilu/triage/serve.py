@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
+from socket import socket
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
@@ -135,10 +136,10 @@ class PageServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def handle_error(self, request: object, client_address: object) -> None:
+    def handle_error(self, request: socket | tuple[bytes, socket], client_address: object) -> None:
         """A browser that goes away in the middle is no error of ours."""
         if not isinstance(sys.exc_info()[1], ConnectionError | TimeoutError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]  # as the library's own
+            super().handle_error(request, client_address)
 
 
 class PageHandler(BaseHTTPRequestHandler):
