@@ -4,10 +4,12 @@ Of every store, whose labels are hidden until they are asked for: the share of a
 risk of 5 % (confidence 95 %), against the number of labels, for
 
 - ``next``: what ``vilu triage`` asks for, round after round, with its promise, which is looked at in every round;
-- ``random``: as many labels picked at random, half to fit ``vilu_plus`` on, half for a promise of the same kind;
-- ``uncertain``: half at random for the promise; of the other half, to fit on, a half at random and the rows that a
-  predictor fitted on these trusts least;
-- ``random, once``: as ``random``, with the exact test of ``vilu calibrate``, which is good for one look alone.
+- ``random``: the same command and promise, given as many labels of photos picked at random, round after round;
+- ``random, one look``: as many labels at random, half to fit ``vilu_plus`` on, half for evidence of the same kind with
+  the whole level, afresh at every size: what would hold if nobody had looked before;
+- ``uncertain, one look``: half at random for the promise; of the other half, to fit on, a half at random and the rows
+  that a predictor fitted on these trusts least;
+- ``random, exact``: as ``random, one look``, with the exact test of ``vilu calibrate``.
 
 One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted rows.
 """
@@ -58,23 +60,31 @@ def fitted_scores(source: EmbeddingSource, rows: Ints, seed: int) -> Floats:
     return ViLUPlus(seed=seed).fit(source.take(rows)).predict_uncertainty(source)
 
 
-def at_once(source: EmbeddingSource, wrong: Ints, seed: int, n: int, arm: str) -> tuple[float, float]:
-    """Coverage and error rate of the arms whose labels are all there at once."""
+def one_look(source: EmbeddingSource, wrong: Ints, seed: int, n: int) -> Iterator[tuple[str, float, float]]:
+    """Arm, coverage and error rate of those whose labels are looked at once."""
     order = np.random.default_rng([seed, n]).permutation(len(source))
     fit, rest = order[: n // 2], order[n // 2 :]
-    if arm == "uncertain":
-        u = fitted_scores(source, fit[: n // 4], seed)
-        others = np.setdiff1d(order, fit[: n // 4])
-        doubtful = others[np.argsort(-u[others], kind="stable")][: n // 2 - n // 4]
-        fit = np.concatenate([fit[: n // 4], doubtful])
-        rest = order[~np.isin(order, fit)]
     u = fitted_scores(source, fit, seed)
     held_out = rest[: n - n // 2]
-    if arm == "random, once":
-        return judged(calibrate(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong)
+    yield (
+        "random, exact",
+        *judged(calibrate(Outcomes(u[held_out], wrong[held_out]), max_risk=MAX_RISK).accept(u), wrong),
+    )
+    yield "random, one look", *judged(u <= certified(u, wrong, held_out), wrong)
+    u = fitted_scores(source, fit[: n // 4], seed)
+    others = np.setdiff1d(order, fit[: n // 4])
+    doubtful = others[np.argsort(-u[others], kind="stable")][: n // 2 - n // 4]
+    fit = np.concatenate([fit[: n // 4], doubtful])
+    held_out = order[~np.isin(order, fit)][: n - n // 2]
+    u = fitted_scores(source, fit, seed)
+    yield "uncertain, one look", *judged(u <= certified(u, wrong, held_out), wrong)
+
+
+def certified(u: Floats, wrong: Ints, rows: Ints) -> float:
+    """The threshold that these rows certify, with the whole level."""
     looks = Looks(grid_of(u, float(np.median(u))), MAX_RISK, level_of(1, DELTA))
-    at = looks.certified(u[held_out], wrong[held_out])
-    return judged(u <= (-np.inf if at is None else looks.grid[at]), wrong)
+    at = looks.certified(u[rows], wrong[rows])
+    return -np.inf if at is None else float(looks.grid[at])
 
 
 def judged(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 - an array of truth values
@@ -82,11 +92,14 @@ def judged(accepted: Any, wrong: Ints) -> tuple[float, float]:  # noqa: ANN401 -
     return float(accepted.mean()), float(wrong[accepted].mean()) if accepted.any() else 0.0
 
 
-def by_triage(store: EmbeddingStore, wrong: Ints, seed: int, most: int) -> Iterator[tuple[int, float, float]]:
-    """Labels, coverage and error rate after every round of what is asked for."""
+def by_triage(
+    store: EmbeddingStore, wrong: Ints, seed: int, most: int, *, at_random: bool
+) -> Iterator[tuple[int, float, float]]:
+    """Labels, coverage and error rate after every round of what is asked for, or of as many labels at random."""
     photos = Photos([(store, np.arange(len(store)))], {})
     names = list(store.class_names or ())
     truth = {key: names[place] for key, place in zip(photos.ids, store.target.tolist(), strict=True)}
+    order = [photos.ids[row] for row in np.random.default_rng(seed).permutation(len(photos)).tolist()]
     how = Embedding(BackboneSpec("none"), tuple(names), None, ())
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Path(folder), how, max_risk=MAX_RISK, n_next=ROUND, seed=seed)
@@ -98,7 +111,9 @@ def by_triage(store: EmbeddingStore, wrong: Ints, seed: int, most: int) -> Itera
             found = workshop.decide(photos, book, 0)
             rule = None if found.rule is None else found.rule.threshold
             yield len(book.labels), *judged(found.outcomes.uncertainty <= (-np.inf if rule is None else rule), wrong)
-            asked = [one.path for one in found.asked][: most - len(book.labels)]
+            n = len(book.labels)
+            asked = [one.path for one in found.asked]
+            asked = (order[n : n + workshop.job.n_next] if at_random else asked)[: most - n]
             if not asked:
                 return
             book.answer({path: truth[path] for path in asked})
@@ -112,12 +127,14 @@ def lines(path: Path, seeds: int) -> Iterator[dict[str, object]]:
     wrong = failures(store)
     sizes = [n for n in SIZES if n <= 0.7 * len(store)]
     for seed in range(seeds):
-        for n, coverage, risk in by_triage(store, wrong, seed, max(sizes)):
-            yield {"store": path.name, "arm": "next", "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
+        found: list[tuple[str, int, float, float]] = []
+        for arm in ("next", "random"):
+            rounds = by_triage(store, wrong, seed, max(sizes), at_random=arm == "random")
+            found += [(arm, *one) for one in rounds]
         for n in sizes:
-            for arm in ("random", "uncertain", "random, once"):
-                coverage, risk = at_once(store, wrong, seed, n, arm)
-                yield {"store": path.name, "arm": arm, "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
+            found += [(arm, n, coverage, risk) for arm, coverage, risk in one_look(store, wrong, seed, n)]
+        for arm, n, coverage, risk in found:
+            yield {"store": path.name, "arm": arm, "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
 
 
 def main() -> None:

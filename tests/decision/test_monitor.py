@@ -358,3 +358,23 @@ def test_strata_are_part_of_the_fingerprint() -> None:
         rule = vilu.calibrate(vilu.Outcomes(u, f, outside=np.arange(400) >= 300), max_risk=0.3, outside_share=0.2)
         found.add(vilu.Monitor(rows, rule).fingerprint)
     assert len(found) == 2
+
+
+def test_labels_below_a_limit_alone_are_compared_with_rows_below_it(tmp_path: Path) -> None:
+    """The calibration of a triage: a random sample up to a limit, in a stream of all rows; then a real shift there."""
+    level, streams, raised = 0.4, 100, 0
+    for seed in range(streams):
+        rng = np.random.default_rng(seed)
+        rows = draw(rng, 500, audited=1)
+        rows = rows.take(rows.uncertainty <= 0.4)
+        rule = vilu.calibrate(rows, max_risk=0.1).model_copy(update={"method": "anytime"})
+        monitor = vilu.Monitor(rows, rule, false_alarm=level, seed=seed)
+        raised += monitor.update(draw(rng, 600, audited=0)).alarm
+    assert raised <= streams * level + 3 * np.sqrt(streams * level * (1 - level))
+    whole = vilu.Monitor(rows, rule.model_copy(update={"method": "ltt"})).update(draw(rng, 600, audited=0))
+    assert whole.alarm  # taken for a sample of everything it would be void at once
+    monitor.save(tmp_path / "state.parquet")
+    again = vilu.Monitor(rows, rule, false_alarm=level, seed=seed).resume(tmp_path / "state.parquet")
+    assert again.status == monitor.status
+    assert monitor.status.acceptance is None
+    assert monitor.update(draw(rng, 3000, shift=1.0, audited=0)).alarm

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from vilu.benchmark.result import AGAIN, CellResult, load_result
 from vilu.benchmark.study import STUDIES, load_studies
 from vilu.decision import record
-from vilu.decision.monitor import State
 from vilu.decision.score_folder import ScoreFolder
+from vilu.decision.watch import State
 from vilu.errors import DataError, StorageError
 from vilu.files.disk import MANIFEST, RUN, locked
 from vilu.files.documents import explain, read_json, seal_document

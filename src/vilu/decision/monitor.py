@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, FiniteFloat, ValidationError, model_validator
+from pydantic import ValidationError
 
 from vilu.decision import record
 from vilu.decision.arrivals import Seen, admit, refuse_sorted
 from vilu.decision.audit import Audit, TestName, rates_of, strangers_in_words
 from vilu.decision.calibrate import Selector, group_names
-from vilu.decision.martingale import HISTOGRAMS, SHARES, Martingale, Reference
+from vilu.decision.martingale import Reference
 from vilu.decision.record import Rule
 from vilu.decision.shares import Strata
 from vilu.decision.status import Acceptance, Audited, Status, Test, conclude
+from vilu.decision.watch import PARTS, State, Watch, Wealth
 from vilu.errors import UNKNOWN, DataError, ProvenanceError, UsageError, checked, require_at_least, require_between
-from vilu.files.documents import Model, digest, explain
+from vilu.files.documents import digest, explain
 from vilu.files.places import claim_file
 from vilu.files.tables import read_column, read_table, table_suffix, write_table
 from vilu.metrics.counts import Floats, Ints
@@ -31,16 +32,6 @@ from vilu.outcomes.outcomes import Outcomes
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-PARTS: Final[dict[TestName, int]] = {
-    "scores": 2,
-    "acceptance": 1,
-    "answers": 1,
-    "audit": 1,
-    "outside": 1,
-    "abstained": 1,
-}
-"""Parts of the probability of a false alarm; those of tests that do not run go to the others."""
 
 
 class Monitor:
@@ -95,6 +86,9 @@ class Monitor:
         self.risk: str | None = None
         self.rows = self.unscored = self.accepted = self.repeated = self.forgotten = 0
         self.monitored, self.labelled = Seen(), Seen()
+        # labels of a promise that may be looked at at any time are a random sample below a limit alone
+        u = np.unique(calibration.uncertainty[np.isfinite(calibration.uncertainty)])
+        self.below = float(u[-1]) if self._is_partial and len(u) > 1 else np.inf
         columns = self._columns(calibration, self._accepted(calibration, groups))
         # rows of other shares than the calibration's are none that are drawn alike, and the promise still holds
         values = {} if self.rule is not None and self.rule.reweighted else columns
@@ -106,7 +100,7 @@ class Monitor:
         self.watches = {name: self._watch(tests[name], column) for name, column in values.items()}
         self.rates = rates_of(self.rule, calibration, false_alarm / max(parts, 1))
         self.rate_tests = {name: Test(name=name, level=audit.delta) for name, audit in self.rates.items()}
-        self._coverage = None if self.rule is None else float(1 - columns["acceptance"].mean())
+        self._coverage = None if self.rule is None or self._is_partial else float(1 - columns["acceptance"].mean())
         self.audited = None if promise is None else self._audit(promise, tests["audit"].level)
         self.audit_test = tests.get("audit")
         self.fingerprint = self._fingerprint()
@@ -152,11 +146,11 @@ class Monitor:
         if not in_order:
             refuse_sorted(outcomes)
         accepted = self._accepted(outcomes, groups)
-        scored = np.isfinite(outcomes.uncertainty)
+        scored, watched = np.isfinite(outcomes.uncertainty), self._watched(outcomes)
         rows = self.rows + np.arange(len(outcomes))
         for name, column in self._columns(outcomes, accepted).items():
             if name in self.watches:
-                self.watches[name].update(column, rows[scored], self.seed)
+                self.watches[name].update(column, rows[watched], self.seed)
         self._take_rate("abstained", ~accepted[scored], rows[scored])
         self.rows += len(outcomes)
         self.unscored += int(np.count_nonzero(~scored))
@@ -273,8 +267,11 @@ class Monitor:
         if any(tests[name].level != level for name, level in levels.items()):
             raise ValueError("its tests have other levels")
         n_scored = state.rows - state.unscored
+        bets = {
+            name: n_scored if self.below == np.inf else kept.n if kept else 0 for name, kept in state.wealth.items()
+        }
         self.watches = {
-            name: watch.resumed(tests[name], state.wealth[name], *values[name], n_scored)
+            name: watch.resumed(tests[name], state.wealth[name], *values[name], bets[name])
             for name, watch in self.watches.items()
         }
         self.rows, self.unscored, self.accepted = state.rows, state.unscored, state.accepted
@@ -344,16 +341,24 @@ class Monitor:
         return self.rule.accept(outcomes.uncertainty, groups)
 
     def _columns(self, outcomes: Outcomes, accepted: NDArray[np.bool_]) -> dict[TestName, Floats]:
-        """What is watched: numbers of the rows that have an uncertainty."""
-        scored = np.isfinite(outcomes.uncertainty)
-        found: dict[TestName, Floats] = {"scores": outcomes.uncertainty[scored]}
+        """What is watched: numbers of the rows that can be compared with the calibration's."""
+        watched = self._watched(outcomes)
+        found: dict[TestName, Floats] = {"scores": outcomes.uncertainty[watched]}
         if self.rule is not None:
-            found["acceptance"] = (~accepted[scored]).astype(np.float64)
+            found["acceptance"] = (~accepted[watched]).astype(np.float64)
         if self.calibration.class_names is not None and self.calibration.prediction is not None:
             if outcomes.prediction is None:
                 raise DataError("the calibration rows say what was answered, these scores do not. Score them again.")
-            found["answers"] = outcomes.prediction[scored].astype(np.float64)
+            found["answers"] = outcomes.prediction[watched].astype(np.float64)
         return found
+
+    @property
+    def _is_partial(self) -> bool:
+        return self.rule is not None and self.rule.method == "anytime"
+
+    def _watched(self, outcomes: Outcomes) -> NDArray[np.bool_]:
+        """(N,) rows with an uncertainty; of a partial calibration, below its largest, where the others are alike."""
+        return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 
     def _take_labels(self, outcomes: Outcomes, accepted: NDArray[np.bool_], rows: Ints) -> None:
         if self.audited is None or self.audit_test is None:
@@ -408,81 +413,6 @@ class Monitor:
 
 SEEN, LABELLED = KINDS = ("rows seen", "labels seen")
 """Kinds of hashes in a state."""
-
-
-@dataclass
-class Watch:
-    """A test of whether one number per row stays exchangeable."""
-
-    test: Test
-    reference: Reference
-    martingale: Martingale = field(default_factory=Martingale)
-
-    def update(self, values: Floats, rows: Ints, seed: int) -> None:
-        """Take in the next values (B,), which are of these rows of the stream."""
-        generator = np.random.PCG64([seed, list(PARTS).index(self.test.name)])
-        generator.advance(self.martingale.n)  # one draw a value: batches of any size see the same numbers
-        uniform = np.random.Generator(generator).random(len(values))
-        self.test = self.test.after(self.martingale.update(self.reference.p_values(values, uniform)), rows)
-
-    def resumed(self, test: Test, wealth: Wealth | None, values: Floats, counts: Ints, n: int) -> Watch:
-        """The same after n rows."""
-        found = Watch(test, Reference.of(values, counts), Martingale() if wealth is None else wealth.martingale())
-        expected = self.reference.n + n
-        if not np.isfinite(values).all() or (counts < 1).any() or found.reference.n != expected:
-            raise ValueError(f"{test.name} must hold {expected} numbers")
-        if found.martingale.n != n:
-            raise ValueError(f"{test.name} has bet on {found.martingale.n} rows")
-        return found
-
-
-Count = Annotated[int, Field(ge=0)]
-Bets = Annotated[tuple[FiniteFloat, ...], Field(min_length=len(SHARES), max_length=len(SHARES))]
-
-
-class Wealth(Model):
-    """A martingale after its first row; see there."""
-
-    n: Annotated[int, Field(ge=1)]
-    growth: Bets
-    started: Bets
-    counts: tuple[tuple[Annotated[FiniteFloat, Field(ge=0)], ...], ...]
-
-    @classmethod
-    def of(cls, martingale: Martingale) -> Wealth | None:
-        """What there is to keep of it."""
-        if not martingale.n:
-            return None
-        sums = {"growth": martingale.growth.tolist(), "started": martingale.started.tolist()}
-        return cls.model_validate({"n": martingale.n, **sums, "counts": [n.tolist() for n in martingale.counts]})
-
-    def martingale(self) -> Martingale:
-        """What was kept."""
-        return Martingale(self.n, np.array(self.growth), np.array(self.started), [np.array(one) for one in self.counts])
-
-    @model_validator(mode="after")
-    def _check_cells(self) -> Self:
-        if [len(cells) for cells in self.counts] != [cells for cells, _ in HISTOGRAMS]:
-            raise ValueError("the histograms have other cells")
-        return self
-
-
-class State(Model):
-    """All of a monitor but its calibration and the values that came; ``audited``: answers, and wrong ones."""
-
-    kind: Literal["monitor"] = "monitor"
-    fingerprint: str
-    rows: Count
-    unscored: Count
-    accepted: Count
-    tests: tuple[Test, ...]
-    wealth: dict[str, Wealth | None]
-    audited: tuple[Count, Count]
-    remembered: tuple[Count, Count] | None = None  # hashes of rows, and of labels; None: by code that kept none
-    forgotten: Count = 0
-    counted: dict[str, tuple[Count, Count]] = Field(default_factory=dict)  # rows, and those that a rate is of
-
-    later = frozenset({"counted"})
 
 
 def _read_state(path: str | Path) -> tuple[pa.Table, State]:

@@ -16,8 +16,9 @@ import numpy as np
 
 from vilu.decision.audit import Audit, AuditVerdict
 from vilu.decision.martingale import Reference
-from vilu.decision.monitor import Monitor, Watch
+from vilu.decision.monitor import Monitor
 from vilu.decision.status import Test
+from vilu.decision.watch import Watch
 from vilu.errors import UsageError
 from vilu.extras import import_extra
 from vilu.metrics.counts import Floats, Ints

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
@@ -91,6 +91,63 @@ class Arrived(EmbeddingSource):
         return self.image[index]
 
 
+class Judge:
+    """What a predictor says of embeddings that have just been made: answers, decisions, scores.
+
+    The folder holds the predictor and what its answers are chosen from. One thread at a time.
+
+    Raises:
+        DataError: If the folder holds no predictor, or not its candidates.
+        UsageError: If its rule needs all images at once, or it looks at several views of an image.
+        ProvenanceError: If the candidates are another predictor's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.predictor = folder, load(folder)
+        self.decider = Decider.of_folder(self.predictor, folder)
+        self.decider.require_streaming()
+        self.vocabulary = Vocabulary.load(folder)
+        self._source = Arrived(self.vocabulary)
+        if self.decider.record is not None:
+            self.decider.record.require_candidates(self._source)
+        fitted, here = self.predictor.space_, self.vocabulary.space
+        if fitted is not None:
+            fitted.require_match(here, mine=f"the predictor in {folder}", theirs="its candidates")
+        wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
+        if wanted - {"features"}:
+            raise UsageError(
+                f"this {self.predictor.name} looks at {', '.join(sorted(wanted - {'features'}))}, which no image alone "
+                "gives. Embed and score with `vilu embed` and `vilu score`."
+            )
+        self.arrays: tuple[str, ...] = (IMAGE, *sorted(wanted))
+
+    @as_usual()
+    def judge(self, arrays: Mapping[str, Tensor], keys: Sequence[str]) -> tuple[list[Answer], Outcomes]:
+        """Answers about embeddings (B, D) with what else the predictor needs of an image, and the scores in columns."""
+        self._source.take_in({name: arrays[name].float() for name in self.arrays}, keys)
+        facts = {"is_probability": self.predictor.is_probability, "provenance": self.decider.provenance}
+        outcomes = score_rows(self.decider, self._source, facts)
+        names = self.vocabulary.names
+        near = [row for batch in self._source.batches(len(keys)) for row in runners_up_of(batch, names)]
+        return [self._answer(outcomes, row, near[row]) for row in range(len(keys))], outcomes
+
+    def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
+        key, u = self._source.ids[row], float(outcomes.uncertainty[row])
+        if math.isnan(u):
+            return self.refused(key, None if outcomes.reason is None else outcomes.reason[row])
+        probability = outcomes.failure_probability
+        p = float(probability[row]) if probability is not None else u if outcomes.is_probability else None
+        decision = None if outcomes.decision is None else outcomes.decision[row]
+        reason = None if outcomes.decision_reason is None else outcomes.decision_reason[row]
+        label = self.vocabulary.names[int(outcomes.prediction[row])] if outcomes.prediction is not None else None
+        return Answer(key, label, p, u, decision, reason, runners_up)
+
+    def refused(self, key: str, reason: str | None) -> Answer:
+        """What is said of an image without a score."""
+        has_rule = self.decider.record is not None and self.decider.record.rule is not None
+        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
+
+
 class Guard:
     """Answers for images with the probability that they are wrong, and whether to accept them.
 
@@ -134,38 +191,18 @@ class Guard:
         require_at_least("workers", 1 if workers is None else workers, 1)
         if not isinstance(backbone, Backbone | None):
             raise UsageError(f"backbone must be a model as vilu.load_backbone gives it. Got {backbone!r:.60} instead.")
-        folder = Path(predictor)
-        self.predictor = load(folder)
-        self.decider = Decider.of_folder(self.predictor, folder)
-        self.decider.require_streaming()
-        self.vocabulary = Vocabulary.load(folder)
-        self._source = Arrived(self.vocabulary)
-        self._check(folder)
-        wanted = set(self.predictor.columns_to_score) & IMAGE_COLUMNS.keys()
-        if wanted - {"features"}:
-            raise UsageError(
-                f"this {self.predictor.name} looks at {', '.join(sorted(wanted - {'features'}))}, which no image alone "
-                "gives. Embed and score with `vilu embed` and `vilu score`."
-            )
+        self.judge = Judge(Path(predictor))
+        self.predictor, self.decider, self.vocabulary = self.judge.predictor, self.judge.decider, self.judge.vocabulary
         self.backbone = backbone or self._load(models, device)
         self.vocabulary.space.require_match(
-            self.backbone.space, mine=str(folder), theirs=f"the model {self.backbone.space.backbone}"
+            self.backbone.space, mine=str(predictor), theirs=f"the model {self.backbone.space.backbone}"
         )
         self.batch_size, self.workers = batch_size, workers or default_workers()
-        arrays = {IMAGE: (self.vocabulary.space.embed_dim,)}
-        if "features" in wanted:
-            arrays["features"] = (self.backbone.feature_dim,)
+        widths = {IMAGE: self.vocabulary.space.embed_dim, "features": self.backbone.feature_dim}
+        arrays = {name: (widths[name],) for name in self.judge.arrays}
         dtype = self.vocabulary.dtype
         self._encoder = Encoder(self.backbone, batch_size, strict=False, task=Silence(), arrays=arrays, dtype=dtype)
-        self._decoder = Decoder(self.backbone.preprocess, limits, len(self.vocabulary.names))
-
-    def _check(self, folder: Path) -> None:
-        """Refuse candidates of another predictor."""
-        if self.decider.record is not None:
-            self.decider.record.require_candidates(self._source)
-        fitted, here = self.predictor.space_, self.vocabulary.space
-        if fitted is not None:
-            fitted.require_match(here, mine=f"the predictor in {folder}", theirs="its candidates")
+        self.decode = Decoder(self.backbone.preprocess, limits, len(self.vocabulary.names))
 
     def _load(self, models: str | os.PathLike[str] | None, device: str) -> Backbone:
         space = self.vocabulary.space
@@ -194,47 +231,31 @@ class Guard:
 
     def stream(self, images: Iterable[ImageLike]) -> Iterator[Answer]:
         """The same for any number of images, one answer after another, as batches are done."""
-        records = enumerate(map(_record, count(), images))
-        with in_threads(self._decoder, records, self.workers, self.batch_size + self.workers) as decoded:
+        records = enumerate(map(record_of, count(), images))
+        with in_threads(self.decode, records, self.workers, self.batch_size + self.workers) as decoded:
             while batch := list(islice(decoded, self.batch_size)):
                 yield from self._judge(batch)
 
     def _judge(self, batch: Sequence[Decoded | ErrorRow | None]) -> list[Answer]:
-        content = self._encoder.part(iter([*batch, END]))
-        answers = {error.position: self._refused(error.key, error.kind) for error in content.errors}
-        positions = [row.position for row in content.rows]
-        answers |= zip(positions, self._answered(content, [row.key for row in content.rows]), strict=True)
+        content = self.embed(batch)
+        answers = {error.position: self.judge.refused(error.key, error.kind) for error in content.errors}
+        if content.rows:
+            told, _ = self.judge.judge(arrays_of(content), [row.key for row in content.rows])
+            answers |= zip((row.position for row in content.rows), told, strict=True)
         return [answers[position] for position in sorted(answers)]
 
-    @as_usual()
-    def _answered(self, content: PartRows, keys: Sequence[str]) -> list[Answer]:
-        if not keys:
-            return []
-        self._source.take_in({name: torch.cat(blocks).float() for name, blocks in content.arrays.items()}, keys)
-        outcomes = score_rows(self.decider, self._source, {"is_probability": self.predictor.is_probability})
-        names = self.vocabulary.names
-        near = [row for batch in self._source.batches(len(keys)) for row in runners_up_of(batch, names)]
-        return [self._answer(outcomes, row, near[row]) for row in range(len(keys))]
-
-    def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
-        key, u = self._source.ids[row], float(outcomes.uncertainty[row])
-        if math.isnan(u):
-            return self._refused(key, None if outcomes.reason is None else outcomes.reason[row])
-        probability = outcomes.failure_probability
-        p = float(probability[row]) if probability is not None else u if outcomes.is_probability else None
-        decision = None if outcomes.decision is None else outcomes.decision[row]
-        reason = None if outcomes.decision_reason is None else outcomes.decision_reason[row]
-        label = self.vocabulary.names[int(outcomes.prediction[row])] if outcomes.prediction is not None else None
-        return Answer(key, label, p, u, decision, reason, runners_up)
-
-    def _refused(self, key: str, reason: str | None) -> Answer:
-        """What is said of an image without a score."""
-        has_rule = self.decider.record is not None and self.decider.record.rule is not None
-        return Answer(key, None, None, None, ABSTAIN if has_rule else None, reason)
+    def embed(self, batch: Sequence[Decoded | ErrorRow | None]) -> PartRows:
+        """What the model makes of decoded images, bad ones apart."""
+        return self._encoder.part(iter([*batch, END]))
 
     def __repr__(self) -> str:
         rule = None if self.decider.record is None else self.decider.record.promise
         return f"Guard({self.predictor!r}, {self.vocabulary.space.backbone}, {rule or 'no rule'})"
+
+
+def arrays_of(content: PartRows) -> dict[str, Tensor]:
+    """The embeddings of images, and what else was kept of them, each as one array."""
+    return {name: torch.cat(blocks) for name, blocks in content.arrays.items()}
 
 
 def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
@@ -248,8 +269,8 @@ def runners_up_of(batch: Batch, names: Sequence[str]) -> list[RunnersUp]:
     return [tuple((names[i], p) for i, p in zip(*row, strict=True)) for row in pairs]
 
 
-def _record(place: int, image: ImageLike) -> ImageRecord:
-    """An image as data sets give it."""
+def record_of(place: int, image: ImageLike) -> ImageRecord:
+    """An image as data sets give it; its key is its path, or its place."""
     if isinstance(image, str | os.PathLike):
         path = Path(image)
         return ImageRecord(str(path), None, lambda: read_file(path))
