@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "report": BASE | {"embeddings", "metrics", "datasets", "outcomes", "predictors", "decision"},
     "triage": BASE
     | {"embeddings", "metrics", "datasets", "backbones", "store", "outcomes", "predictors", "decision", "report"},
+    "service": BASE | {"embeddings", "store", "datasets", "outcomes", "predictors", "decision", "triage"},
     "benchmark": None,
     "cli": None,
 }
@@ -105,6 +106,7 @@ def test_files_and_functions_can_be_read_in_one_sitting() -> None:
         ("import vilu; vilu.metrics.auroc([0.1, 0.9], [0, 1])", HEAVY),
         ("import sys; sys.argv = ['vilu', '--help']; from vilu.cli import main; main()", HEAVY),
         ("import vilu; vilu.ViLU; vilu.EmbeddingStore", HEAVY - {"torch", "pyarrow"}),
+        ("import vilu.service.server", HEAVY - {"pyarrow"}),
     ],
 )
 def test_heavy_libraries_are_imported_late(code: str, heavy: set[str]) -> None:

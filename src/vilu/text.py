@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable, Sequence
 
 NOTHING = "-"  # what stands where there is no number
@@ -88,3 +90,8 @@ def short(text: str, length: int) -> str:
 def rest(n: int, shown: int, what: str) -> list[str]:
     """A line on what a table leaves out; none where it shows all."""
     return [f"... and {n - shown:,} more {what} (--json has all)"] if n > shown else []
+
+
+def csp_hash(content: str) -> str:
+    """What a Content-Security-Policy calls an inline script or style by."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"

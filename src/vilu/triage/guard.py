@@ -199,7 +199,8 @@ class Guard:
         )
         self.batch_size, self.workers = batch_size, workers or default_workers()
         widths = {IMAGE: self.vocabulary.space.embed_dim, "features": self.backbone.feature_dim}
-        arrays = {name: (widths[name],) for name in self.judge.arrays}
+        self.widths = {name: widths[name] for name in self.judge.arrays}
+        arrays = {name: (width,) for name, width in self.widths.items()}
         dtype = self.vocabulary.dtype
         self._encoder = Encoder(self.backbone, batch_size, strict=False, task=Silence(), arrays=arrays, dtype=dtype)
         self.decode = Decoder(self.backbone.preprocess, limits, len(self.vocabulary.names))

@@ -25,7 +25,7 @@ from vilu.datasets.files import Bounds
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, UsageError
 from vilu.files.tables import write_table
-from vilu.report.page.build import csp_hash
+from vilu.text import csp_hash
 from vilu.triage.labels import SKIPPED, read_labels
 from vilu.triage.review import Review
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import importlib.metadata
 import unicodedata
@@ -31,6 +30,7 @@ from vilu.report.page import charts
 from vilu.report.page.charts import Rate, class_rows, goal
 from vilu.report.page.choice import Calibrated, Choice, by_hindsight, by_rule, choose_main
 from vilu.report.page.gallery import Card, make_card, pick_rows, thumbnails
+from vilu.text import csp_hash
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -164,11 +164,6 @@ def find_template(name: str) -> Template:
 def asset(name: str) -> str:
     """The text of a style or a script."""
     return resources.files("vilu.report.page").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def csp_hash(content: str) -> str:
-    """What a Content-Security-Policy calls an inline script or style by."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
 
 
 def _title(outcomes: Outcomes) -> str:

@@ -1,0 +1,1 @@
+"""Decisions over HTTP: the service of ``vilu serve``."""

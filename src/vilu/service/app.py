@@ -1,0 +1,424 @@
+"""The routes: what is asked, what is answered, and how mistakes are told."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from http import HTTPStatus
+from importlib import metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from python_multipart.exceptions import MultipartParseError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from vilu.datasets.images import sniff
+from vilu.errors import DataError, UsageError
+from vilu.files.disk import atomic_write
+from vilu.files.documents import plain_json
+from vilu.service.limits import PROBLEM, WORK, ClientLimits, Gate, Refused, Room, problem
+from vilu.service.measures import Measures
+from vilu.text import csp_hash
+
+if TYPE_CHECKING:
+    from vilu.service.engine import Engine, Reply, Served
+
+logger = logging.getLogger(__name__)
+
+CLOSED: Final = ConfigDict(extra="forbid")
+Said = TypeVar("Said", bound=BaseModel)
+
+
+class ImagesIn(BaseModel):
+    """Encoded images in base64."""
+
+    model_config = CLOSED
+    images: Annotated[list[str], Field(min_length=1, description="Encoded images (JPEG, PNG, WebP, ...) in base64.")]
+
+
+class EmbeddingsIn(BaseModel):
+    """Image embeddings of the model that the predictor was fitted on; they are scaled to unit norm."""
+
+    model_config = CLOSED
+    embeddings: Annotated[list[list[FiniteFloat]], Field(min_length=1, description="(B, D) image embeddings.")]
+    features: Annotated[
+        list[list[FiniteFloat]] | None, Field(description="(B, F), for predictors that look at what comes before.")
+    ] = None
+
+
+class LabelsIn(BaseModel):
+    """What rows that were answered really show: a random sample of the accepted ones, or of all."""
+
+    model_config = CLOSED
+    labels: Annotated[
+        dict[str, str], Field(min_length=1, description='Row of an answer to the name of its class, or "(outside)".')
+    ]
+
+
+class ChoiceIn(BaseModel):
+    """The predictor that is to answer."""
+
+    model_config = CLOSED
+    answers: Annotated[str, Field(description='"first" or "second".')]
+
+
+class RunnerUpOut(BaseModel):
+    """An answer after the first."""
+
+    label: str
+    probability: float
+
+
+class AnswerOut(BaseModel):
+    """What is said of one image; see ``vilu.Answer``."""
+
+    row: Annotated[str, Field(description="What it is known by to /v1/labels.")]
+    label: str | None
+    failure_probability: float | None
+    uncertainty: float | None
+    decision: str | None
+    reason: str | None
+    runners_up: list[RunnerUpOut]
+
+
+class AnswersOut(BaseModel):
+    """The answers of one request, in its order."""
+
+    request_id: str
+    predictor: Annotated[str, Field(description="Fingerprint of the predictor that answered.")]
+    promise: Annotated[str, Field(description='"holds", "void", or "none" where nothing was promised.')]
+    answers: list[AnswerOut]
+
+
+class InMemory(MultiPartParser):
+    """Uploads never reach the disk: the bound on the body is the bound on their memory."""
+
+    spool_max_size = 2**40
+
+
+class Service:
+    """The application: it listens at once, and answers as soon as there is an engine.
+
+    Args:
+        limits: What clients may do.
+        keep: Folder in which images are kept that were answered; None: nothing that a client sends is kept.
+    """
+
+    def __init__(self, limits: ClientLimits, keep: Path | None = None) -> None:
+        self.limits, self.keep = limits, keep
+        self.engine: Engine | None = None
+        self.room = Room(limits.queue)
+        self.measures = Measures(self.room, lambda: self.engine)
+        self.api = FastAPI(title="vilu", version=metadata.version("vilu"), docs_url=None, redoc_url=None)
+        self._routes()
+        paths = frozenset(route.path for route in self.api.routes if hasattr(route, "path"))
+        self.gate = Gate(self.api, limits, lambda: self.room.left, self.measures.request, paths)
+
+    @property
+    def ready(self) -> Engine:
+        """The engine; 503 while it loads."""
+        if self.engine is None:
+            raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, "the model is still loading.", **{"Retry-After": "1"})
+        return self.engine
+
+    def start(self, engine: Engine) -> None:
+        """From now on answer."""
+        engine.on_batch = self.measures.batch.observe
+        self.engine = engine
+
+    def _routes(self) -> None:
+        api = self.api
+        api.add_exception_handler(Refused, _refused)
+        api.add_exception_handler(HTTPException, _http)
+        api.add_exception_handler(Exception, _fault)
+        for method, path, route, body in (
+            ("POST", "/v1/answers", self.answers, {"multipart/form-data": FORM, "application/json": ImagesIn}),
+            ("POST", "/v1/scores", self.scores, {"application/json": EmbeddingsIn}),
+            ("POST", "/v1/labels", self.labels, {"application/json": LabelsIn}),
+            ("GET", "/v1/monitor", self.monitor, None),
+            ("GET", "/v1/predictors", self.predictors, None),
+            ("POST", "/v1/predictors", self.switch, {"application/json": ChoiceIn}),
+        ):
+            api.add_api_route(
+                path,
+                route,
+                methods=[method],
+                responses=_statuses(AnswersOut if path in WORK else None, takes_body=body is not None),
+                response_model=None,
+                openapi_extra=None if body is None else {"requestBody": {"required": True, "content": _content(body)}},
+            )
+        for path, route in (("/healthz", self.alive), ("/readyz", self.is_ready), ("/metrics", self.metrics)):
+            api.add_api_route(path, route, methods=["GET"], response_model=None)
+        ours: tuple[tuple[str, Callable[..., Any]], ...] = (
+            ("/", _page),
+            ("/docs", _docs),
+            ("/docs/{name}", _docs_file),
+        )
+        for path, show in ours:
+            api.add_api_route(path, show, methods=["GET"], include_in_schema=False, response_model=None)
+
+    async def answers(self, request: Request) -> Response:
+        """Say of every image what the model answers, how likely that is wrong, and whether to accept it."""
+        engine = self.ready
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        images = await (_uploads(request) if kind == "multipart/form-data" else self._decoded(request))
+        self._at_most(len(images), "images")
+        return await self._replies(request, len(images), lambda name: engine.images(name, images), images)
+
+    async def _decoded(self, request: Request) -> list[bytes]:
+        given, found = await _said(request, ImagesIn), []
+        for place, text in enumerate(given.images):
+            try:
+                found.append(base64.b64decode(text, validate=True))
+            except (binascii.Error, ValueError) as error:
+                raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"images.{place} is no base64 ({error}).") from None
+        return found
+
+    async def scores(self, request: Request) -> Response:
+        """The same for embeddings of the model that the predictor was fitted on."""
+        engine = self.ready
+        given = await _said(request, EmbeddingsIn)
+        self._at_most(len(given.embeddings), "embeddings")
+        try:
+            arrays = await asyncio.to_thread(engine.checked, given.embeddings, given.features)
+        except DataError as error:
+            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from None
+        return await self._replies(request, len(given.embeddings), lambda name: engine.rows(name, arrays))
+
+    async def _replies(
+        self,
+        request: Request,
+        n: int,
+        begin: Callable[[str], Sequence[Future[Reply]]],
+        images: Sequence[bytes] = (),
+    ) -> Response:
+        name = str(request.state.request_id)
+        with self.room.of(n):
+            replies = begin(name)
+            try:
+                async with asyncio.timeout(self.limits.answer):
+                    found = [await asyncio.wrap_future(reply) for reply in replies]
+            except TimeoutError:
+                for reply in replies:
+                    reply.cancel()
+                told = f"there was no answer within {self.limits.answer:g} seconds. The same request may be repeated."
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, told, **{"Retry-After": "1"}) from None
+        request.scope["state"]["images"] = n
+        if self.keep is not None:
+            await asyncio.to_thread(_keep, self.keep, images, found)
+        self.measures.answered(found)
+        promise: str = "void" if any(one.promise == "void" for one in found) else found[0].promise
+        answers = [_out(one) for one in found]
+        said = AnswersOut(request_id=name, predictor=found[0].predictor, promise=promise, answers=answers)
+        return Response(said.model_dump_json(), media_type="application/json", headers={"Promise": promise})
+
+    async def labels(self, request: Request) -> Response:
+        """Late labels of rows that were answered, for the audit of the promise; each counts once."""
+        engine, given = self.ready, await _said(request, LabelsIn)
+        self._at_most(len(given.labels), "labels")
+        found = []
+        for one in engine.served:
+            if one.journal is not None:
+                try:
+                    n, unknown = await asyncio.to_thread(one.journal.label, given.labels)
+                except DataError as error:
+                    raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+                found.append({"predictor": one.fingerprint, "new": n, "unknown": unknown, "promise": one.promise})
+        if not found:
+            raise Refused(HTTPStatus.CONFLICT, "no predictor here is calibrated, so there is no promise to audit.")
+        return _json({"audited": found})
+
+    async def monitor(self) -> Response:
+        """Whether the promise still holds for what was answered, and by what evidence."""
+        return _json({"monitors": [_monitored(one, answers=one is self.ready.answering) for one in self.ready.served]})
+
+    async def predictors(self) -> Response:
+        """Which predictors judge, and which of them answers."""
+        return _json({"predictors": [_named(one, answers=one is self.ready.answering) for one in self.ready.served]})
+
+    async def switch(self, request: Request) -> Response:
+        """Have another predictor answer. Its own promise goes with it; that of the one before goes on being watched."""
+        engine, given = self.ready, await _said(request, ChoiceIn)
+        try:
+            before, now = await asyncio.to_thread(engine.switch, given.answers)
+        except UsageError as error:
+            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+        said = now.said or "nothing"
+        return _json({"before": _named(before, answers=False), "now": _named(now, answers=True), "promised": said})
+
+    async def alive(self) -> Response:
+        """Whether the process listens."""
+        return _json({"alive": True})
+
+    async def is_ready(self) -> Response:
+        """Whether the model is loaded, and has answered about a picture of ours."""
+        return _json({"ready": True, "answers": self.ready.answering.fingerprint})
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        content, kind = self.measures.exposed()
+        return Response(content, media_type=kind)
+
+    def _at_most(self, n: int, what: str) -> None:
+        if n > self.limits.images:
+            told = f"a request may have {self.limits.images:,} {what}. Found {n:,}; send several requests."
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+
+
+FORM: Final = {
+    "type": "object",
+    "required": ["images"],
+    "properties": {"images": {"type": "array", "minItems": 1, "items": {"type": "string", "format": "binary"}}},
+}
+
+
+def _content(body: dict[str, Any]) -> dict[str, Any]:
+    """What OpenAPI says of bodies that we read ourselves: models without models in them."""
+    schemas = {kind: what if isinstance(what, dict) else what.model_json_schema() for kind, what in body.items()}
+    return {kind: {"schema": schema} for kind, schema in schemas.items()}
+
+
+def _statuses(answer: type[BaseModel] | None, *, takes_body: bool) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of answers and refusals."""
+    told = {401: "no key", 403: "a page of another site", 421: "an unknown host", 503: "loading, or too slow"}
+    if takes_body:
+        told |= {400: "a form that cannot be read", 408: "the body came too slowly", 409: "nothing to audit"}
+        told |= {413: "too large", 415: "another kind of body", 422: "the body says something else", 429: "no room"}
+    schema = {"type": "object", "required": ["type", "title", "status", "detail"]}
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "what was asked for"}}
+    if answer is not None:
+        found[200]["model"] = answer
+    return found | {code: {"description": why, "content": {PROBLEM: {"schema": schema}}} for code, why in told.items()}
+
+
+async def _said(request: Request, kind: type[Said]) -> Said:
+    """The JSON body; 415 or 422 says what was found."""
+    given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if given != "application/json":
+        expected = "application/json" + (" or multipart/form-data" if kind is ImagesIn else "")
+        raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the body must be {expected}. Found {given!r:.60}.")
+    try:
+        return kind.model_validate_json(await request.body())
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the body"
+        raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"{where:.100}: {first['msg']:.200}.") from None
+
+
+async def _uploads(request: Request) -> list[bytes]:
+    """The files of a form, whatever their fields are called."""
+    try:
+        form = await InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100).parse()
+    except (MultiPartException, MultipartParseError, KeyError, UnicodeError, ValueError) as error:
+        raise Refused(HTTPStatus.BAD_REQUEST, f"the form cannot be read: {error}"[:200]) from None
+    try:
+        files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+        if not files:
+            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "the form has no file. Send images as files of the form.")
+        return [await one.read() for one in files]
+    finally:
+        await form.close()
+
+
+def _out(reply: Reply) -> AnswerOut:
+    said = reply.answer
+    near = [RunnerUpOut(label=label, probability=probability) for label, probability in said.runners_up]
+    told = {name: getattr(said, name) for name in ("label", "failure_probability", "uncertainty", "decision", "reason")}
+    return AnswerOut(row=reply.row, runners_up=near, **told)
+
+
+def _named(one: Served, *, answers: bool) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "predictor": one.fingerprint,
+        "method": one.judge.predictor.label,
+        "answers": answers,
+        "promise": one.promise,
+        "promised": one.said,
+    }
+
+
+def _monitored(one: Served, *, answers: bool) -> dict[str, Any]:
+    status = None if one.journal is None else one.journal.status
+    told = {"said": str(status), "status": status.model_dump(mode="json")} if status is not None else {}
+    return _named(one, answers=answers) | told
+
+
+def _keep(folder: Path, images: Sequence[bytes], replies: Sequence[Reply]) -> None:
+    """Keep images under the rows that they are known by; what cannot be decoded is not kept."""
+    for content, reply in zip(images, replies, strict=True):
+        if reply.answer.label is not None:
+            suffix = (sniff(content) or "bin").lower()
+            with atomic_write(folder / f"{reply.row}.{suffix}") as handle:
+                handle.write(content)
+
+
+def _json(value: object) -> Response:
+    return Response(plain_json(value), media_type="application/json")
+
+
+def _problem(status: HTTPStatus, detail: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(problem(status, detail), status, dict(headers or {}), PROBLEM)
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)  # noqa: S101 - what it is registered for
+    return _problem(error.status, error.detail, error.headers)
+
+
+async def _http(_: Request, error: Exception) -> Response:
+    """No such path, no such method."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
+    return _problem(HTTPStatus(error.status_code), f"{error.detail}. /docs tells what there is.", error.headers)
+
+
+async def _fault(_: Request, error: Exception) -> Response:
+    """A fault of ours: the log has it, the client does not."""
+    logger.error("a request failed", exc_info=error)
+    return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the service failed at this request; its log says why.")
+
+
+async def _page() -> Response:
+    folder = resources.files("vilu.service").joinpath("templates")
+    style, script, page = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html"))
+    content = page.replace("{{style}}", style).replace("{{script}}", script)
+    policy = (
+        f"default-src 'none'; img-src blob: data:; connect-src 'self'; style-src '{csp_hash(style)}'; "
+        f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return Response(content, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+
+
+BEGIN: Final = 'SwaggerUIBundle({url: "/openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null});'
+"""What starts Swagger UI."""
+
+
+async def _docs() -> Response:
+    """Swagger UI from this machine: nothing is loaded from elsewhere."""
+    policy = (
+        "default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
+        f"script-src 'self' '{csp_hash(BEGIN)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    content = (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>vilu</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        '<link rel="stylesheet" href="/docs/swagger-ui.css"></head><body><div id="api"></div>'
+        f'<script src="/docs/swagger-ui-bundle.js"></script><script>{BEGIN}</script></body></html>'
+    )
+    return Response(content, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
+
+
+async def _docs_file(name: str) -> Response:
+    kinds = {"swagger-ui.css": "text/css", "swagger-ui-bundle.js": "text/javascript"}
+    if name not in kinds:
+        raise HTTPException(HTTPStatus.NOT_FOUND)
+    content = resources.files("fastapi_offline").joinpath("static", name).read_bytes()
+    return Response(content, media_type=kinds[name], headers={"Cache-Control": "max-age=86400"})

@@ -1,0 +1,267 @@
+"""From images of many requests to batches of the model, and back to each request."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vilu.embeddings.checks import STATUS, VALID, normalised
+from vilu.errors import DataError, UsageError
+from vilu.files.disk import make_folder
+from vilu.files.documents import Document, read_document
+from vilu.predictors.record import fit_fingerprint
+from vilu.service.journal import Journal, PromiseState, row_id
+from vilu.store.documents import IMAGE
+from vilu.store.parts import ErrorRow
+from vilu.store.pipeline import Decoded
+from vilu.triage.guard import Answer, Guard, Judge, arrays_of, record_of
+
+SERVING: Final = "serving.json"
+NAMES: Final = ("first", "second")
+"""What the predictors of a service are called: the one that it was started with, and the one beside it."""
+
+logger = logging.getLogger(__name__)
+
+
+class ServingState(Document):
+    """``serving.json``: which of the predictors answers."""
+
+    again = "Serve with a new --state"
+    fault = DataError
+
+    kind: str = "serving"
+    answers: str
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What is said of one image, by whom, and what that one's promise is worth just now."""
+
+    row: str
+    answer: Answer
+    predictor: str
+    promise: PromiseState
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A decoded image that waits for the model."""
+
+    row: str
+    item: Decoded | ErrorRow
+    reply: Future[Reply]
+
+    @property
+    def position(self) -> int:
+        """Its number among all images of this service."""
+        return self.item.row.position if isinstance(self.item, Decoded) else self.item.position
+
+
+class Served:
+    """A predictor that judges every image, with the journal of what it said; without a calibration it has none."""
+
+    def __init__(self, name: str, judge: Judge, state: Path) -> None:
+        self.name, self.judge = name, judge
+        self.fingerprint = fit_fingerprint(judge.folder)[:16]
+        risk = judge.decider.provenance.get("risk")
+        self.journal = None if risk is None else Journal(state / f"{self.fingerprint}-{risk[:16]}", judge.folder)
+        self.said = judge.decider.record.promise if judge.decider.record is not None else None
+
+    @property
+    def promise(self) -> PromiseState:
+        """State of what was promised of it."""
+        return "none" if self.journal is None else self.journal.promise
+
+    def judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Reply]:
+        """Replies to some embeddings, after they are in the journal."""
+        answers, outcomes = self.judge.judge(arrays, ids)
+        if self.journal is not None:
+            self.journal.record(ids, outcomes)
+        return [Reply(row, answer, self.fingerprint, self.promise) for row, answer in zip(ids, answers, strict=True)]
+
+    def refused(self, row: str, kind: str) -> Reply:
+        """The reply to an image that cannot be read."""
+        return Reply(row, self.judge.refused(row, kind), self.fingerprint, self.promise)
+
+
+class Engine:
+    """One model, one or two predictors, and the images that wait for them.
+
+    Images are decoded by threads as they come. One thread alone runs the model: over all that is decoded by then, at
+    most ``guard.batch_size`` images at a time, so batches grow with the load and nobody waits for one to fill.
+
+    Args:
+        guard: The model with the first predictor.
+        state: Folder of what is kept through restarts.
+        second: Folder of a predictor that judges the same embeddings; it answers nothing until it is told to.
+
+    Raises:
+        UsageError: If the second is the first, or asks the model for something else.
+        ProvenanceError: If the second was fitted on another model.
+        DataError: If what is kept is damaged.
+    """
+
+    def __init__(self, guard: Guard, state: Path, second: Path | None = None) -> None:
+        self.guard, self.state = guard, make_folder(state)
+        self.served = [Served(NAMES[0], guard.judge, state)]
+        if second is not None:
+            self.served.append(self._beside(second))
+        self.answering = self._kept()
+        self.on_batch: Callable[[int], None] = lambda size: None  # noqa: ARG005 - whoever counts sets it
+        self._places = count()
+        self._waiting: deque[Waiting] = deque()
+        self._scheduled, self._lock = False, threading.Lock()
+        self._decoders = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
+        self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
+
+    def _beside(self, folder: Path) -> Served:
+        judge = Judge(folder)
+        judge.vocabulary.space.require_match(
+            self.guard.backbone.space, mine=str(folder), theirs=f"the model {self.guard.backbone.space.backbone}"
+        )
+        if judge.arrays != self.guard.judge.arrays or judge.vocabulary.dtype != self.guard.vocabulary.dtype:
+            raise UsageError(
+                f"{folder} needs {', '.join(judge.arrays)} of an image as {judge.vocabulary.dtype}, the first "
+                f"predictor {', '.join(self.guard.judge.arrays)} as {self.guard.vocabulary.dtype}. Serve it by itself."
+            )
+        found = Served(NAMES[1], judge, self.state)
+        if found.fingerprint == self.served[0].fingerprint:
+            raise UsageError(f"{folder} is the predictor that answers already. Give another one to --second.")
+        return found
+
+    def _kept(self) -> Served:
+        path = self.state / SERVING
+        if not path.is_file():
+            return self.served[0]
+        wanted = read_document(path, ServingState).answers
+        found = {one.fingerprint: one for one in self.served}
+        if wanted not in found:
+            raise UsageError(
+                f"{path} says that the predictor {wanted} answers, and this service has {', '.join(found)}. Start with "
+                f"that predictor too, or remove {path} to have the first one answer."
+            )
+        return found[wanted]
+
+    def switch(self, name: str) -> tuple[Served, Served]:
+        """From now on the predictor of this name answers; the one before, and it. UsageError if there is none."""
+        found = {one.name: one for one in self.served}
+        if name not in found:
+            raise UsageError(f"there is no predictor {name!r:.40}; there is {' and '.join(found)}.")
+        before, self.answering = self.answering, found[name]
+        ServingState(answers=self.answering.fingerprint).write(self.state / SERVING)
+        return before, self.answering
+
+    def images(self, request: str, images: Sequence[bytes]) -> list[Future[Reply]]:
+        """Replies to come, one per image, in their order."""
+        replies: list[Future[Reply]] = [Future() for _ in images]
+        for place, (content, reply) in enumerate(zip(images, replies, strict=True)):
+            row = row_id(request, place, hashlib.sha256(content).digest())
+            self._decoders.submit(self._decode, row, content, reply)
+        return replies
+
+    def checked(self, embeddings: list[list[float]], features: list[list[float]] | None) -> dict[str, Tensor]:
+        """Rows as the model would give them, of unit norm and in the number format of the store; else DataError."""
+        given, found = {IMAGE: embeddings, "features": features}, dict[str, Tensor]()
+        for name, width in self.guard.widths.items():
+            rows = given[name] or []
+            lengths = {len(row) for row in rows}
+            if lengths != {width} or len(rows) != len(embeddings):
+                told = f"{len(rows)} rows" + (f" of {min(lengths)} to {max(lengths)}" if rows else "")
+                raise DataError(f"{name} must be {len(embeddings)} rows of {width} numbers. Found {told}.")
+            array = torch.tensor(rows, dtype=torch.float32)
+            if name == IMAGE:
+                array, status, _ = normalised(array)
+                if (bad := np.flatnonzero(status != VALID)).size:
+                    raise DataError(f"embeddings.{bad[0]} has no direction ({STATUS[status[bad[0]]]}).")
+            found[name] = array.to(getattr(torch, self.guard.vocabulary.dtype))
+        return found
+
+    def rows(self, request: str, arrays: dict[str, Tensor]) -> list[Future[Reply]]:
+        """Replies to come, one per row of embeddings (B, D)."""
+        blocks = [row.tobytes() for row in torch.cat([*arrays.values()], dim=1).numpy()]
+        ids = [row_id(request, place, block) for place, block in enumerate(blocks)]
+        replies: list[Future[Reply]] = [Future() for _ in ids]
+        self._model.submit(self._settle, replies, lambda: self._judged(arrays, ids))
+        return replies
+
+    def _decode(self, row: str, content: bytes, reply: Future[Reply]) -> None:
+        """Decode an image, and have a batch run if none is about to."""
+        place = next(self._places)
+        try:
+            item = self.guard.decode((place, record_of(place, content)))
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            reply.set_exception(error)
+            return
+        assert item is not None  # noqa: S101 - which END alone becomes
+        with self._lock:
+            self._waiting.append(Waiting(row, item, reply))
+            if not self._scheduled:
+                self._scheduled = True
+                self._model.submit(self._batch)
+
+    def _batch(self) -> None:
+        """Run the model over what waits, and come again if more does."""
+        with self._lock:
+            n = min(len(self._waiting), self.guard.batch_size)
+            batch = [self._waiting.popleft() for _ in range(n)]
+        self.on_batch(n)
+        alive = [one for one in batch if not one.reply.cancelled()]
+        self._settle([one.reply for one in alive], lambda: self._replies(alive))
+        with self._lock:
+            self._scheduled = bool(self._waiting)
+            if self._scheduled:
+                self._model.submit(self._batch)
+
+    def _settle(self, replies: Sequence[Future[Reply]], work: Callable[[], Sequence[Reply]]) -> None:
+        """Give what work leads to to those who still wait for it."""
+        wanted = [reply.set_running_or_notify_cancel() for reply in replies]
+        if not any(wanted):
+            return
+        try:
+            found: Sequence[Reply] | BaseException = work()
+        except BaseException as error:
+            logger.exception("%d rows failed", len(replies))
+            found = error
+        for place, (reply, waits) in enumerate(zip(replies, wanted, strict=True)):
+            if waits and isinstance(found, BaseException):
+                reply.set_exception(found)
+            elif waits:
+                reply.set_result(found[place])  # type: ignore[index]  # it is no exception here
+
+    def _replies(self, batch: Sequence[Waiting]) -> list[Reply]:
+        content, rows = self.guard.embed([one.item for one in batch]), {one.position: one.row for one in batch}
+        bad = [error.position for error in content.errors]
+        good = [row.position for row in content.rows]
+        said = [self.answering.refused(rows[error.position], error.kind) for error in content.errors]
+        if good:
+            said += self._judged(arrays_of(content), [rows[place] for place in good])
+        replies = dict(zip(bad + good, said, strict=True))
+        return [replies[one.position] for one in batch]
+
+    def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Reply]:
+        """What every predictor says is in its journal before the one that answers is heard."""
+        answering = self.answering
+        told = {one.name: one.judged(arrays, ids) for one in self.served}
+        return told[answering.name]
+
+    def close(self) -> None:
+        """Answer what waits, then save what is kept."""
+        self._decoders.shutdown(wait=True)
+        while self._scheduled:
+            self._model.submit(lambda: None).result()
+        self._model.shutdown(wait=True)
+        for one in self.served:
+            if one.journal is not None:
+                one.journal.close()

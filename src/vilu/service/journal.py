@@ -1,0 +1,203 @@
+"""Every row that was answered, on the disk before its answer is sent, and the monitor that takes in each row once."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+
+from vilu.decision.monitor import Monitor
+from vilu.decision.shares import OUTSIDE_NAME
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, StorageError
+from vilu.files.disk import make_folder
+from vilu.outcomes.outcomes import Outcomes
+
+ROWS, STATE = "rows.sqlite", "monitor.parquet"
+BLOCK: Final = 50_000
+"""Rows that are read and taken in together."""
+
+SAVE_EVERY: Final = 20_000
+"""Rows after which the monitor's state is saved: what a start reads again at most, after a kill."""
+
+PATIENCE: Final = 30.0
+"""Seconds that another process may hold the file."""
+
+PromiseState = Literal["holds", "void", "none"]
+"""Of a promise: no alarm so far, an alarm was raised, or nothing was promised."""
+
+SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS rows (
+    n INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    time REAL NOT NULL,
+    answer INTEGER NOT NULL,
+    uncertainty REAL NOT NULL,
+    label INTEGER
+) STRICT
+"""
+
+
+def row_id(request: str, place: int, content: bytes) -> str:
+    """What a row is known by: the same request sent again, with the same image, is the same row."""
+    return hashlib.blake2b(f"{request}\n{place}\n".encode() + content, digest_size=16).hexdigest()
+
+
+class Journal:
+    """The rows that one calibrated predictor has answered, in a file, and what its monitor says of them.
+
+    A row is written, and the disk has it, before anybody is told its answer; a row that is there already is left as it
+    is. The monitor takes rows in from the file alone, in their order, so that after any death it has each of them once.
+
+    Raises:
+        DataError: If the predictor is not calibrated, or the file is damaged.
+        StorageError: If the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, predictor: Path, *, false_alarm: float = 0.05) -> None:
+        self.folder = make_folder(folder)
+        self.monitor = Monitor.of_folder(predictor, false_alarm=false_alarm)
+        self._lock = threading.Lock()
+        with self._judged():
+            self._rows = sqlite3.connect(folder / ROWS, timeout=PATIENCE, check_same_thread=False, isolation_level=None)
+            self._rows.execute("PRAGMA journal_mode = WAL")
+            self._rows.execute("PRAGMA synchronous = FULL")
+            self._rows.execute(SCHEMA)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rows and labels that the saved state has already
+            if (folder / STATE).exists():
+                self.monitor.resume(folder / STATE)
+            with self._lock, self._judged():
+                self._last = self._nth(self.monitor.rows)
+                self._saved = self.monitor.rows
+                self._catch_up()
+                self._audit("label IS NOT NULL", ())
+        self.status = self.monitor.status
+
+    @property
+    def promise(self) -> PromiseState:
+        """Whether what the rule promises can be relied on, as far as the rows that were answered show."""
+        rule = self.monitor.rule
+        if rule is None or not rule.feasible:
+            return "none"
+        return "void" if self.status.alarm else "holds"
+
+    def record(self, ids: Sequence[str], outcomes: Outcomes) -> None:
+        """Write rows, and let the monitor see those that are new."""
+        now, scored = time.time(), np.isfinite(outcomes.uncertainty)
+        answers = np.full(len(ids), UNKNOWN) if outcomes.prediction is None else outcomes.prediction
+        columns = zip(ids, answers.tolist(), outcomes.uncertainty.tolist(), scored.tolist(), strict=True)
+        rows = [(key, answer, u, now) for key, answer, u, told in columns if told]
+        with self._lock, self._judged():
+            with self._transaction():
+                self._rows.executemany(
+                    "INSERT OR IGNORE INTO rows (id, answer, uncertainty, time) VALUES (?, ?, ?, ?)", rows
+                )
+            self._catch_up()
+            self.status = self.monitor.status
+            if self.monitor.rows - self._saved >= SAVE_EVERY:
+                self._save()
+
+    def label(self, labels: Mapping[str, str]) -> tuple[int, list[str]]:
+        """Note what rows really show, each once; how many were new, and the ids of which no row is known.
+
+        Raises:
+            DataError: If a label is no class and not "(outside)".
+        """
+        names = {name: place for place, name in enumerate(self.monitor.calibration.class_names or ())}
+        names[OUTSIDE_NAME] = OUTSIDE
+        strange = sorted(set(labels.values()) - names.keys())
+        if strange:
+            raise DataError(
+                f"{len(strange)} labels are no class and not {OUTSIDE_NAME}: {', '.join(strange[:5])!r:.200}."
+            )
+        with self._lock, self._judged():
+            found = {
+                key: self._rows.execute("SELECT label FROM rows WHERE id = ?", (key,)).fetchone() for key in labels
+            }
+            fresh = [key for key, row in found.items() if row == (None,)]
+            with self._transaction():
+                for key in fresh:
+                    self._rows.execute("UPDATE rows SET label = ? WHERE id = ?", (names[labels[key]], key))
+            for key in fresh:
+                self._audit("id = ?", (key,))
+            self.status = self.monitor.status
+        return len(fresh), [key for key, row in found.items() if row is None]
+
+    def close(self) -> None:
+        """Save the monitor, and let go of the file."""
+        with self._lock, self._judged():
+            self._save()
+            self._rows.close()
+
+    def _save(self) -> None:
+        self.monitor.save(self.folder / STATE)
+        self._saved = self.monitor.rows
+
+    def _nth(self, n: int) -> int:
+        """Number of the n-th row in the order of arrival."""
+        found = self._rows.execute("SELECT n FROM rows ORDER BY n LIMIT 1 OFFSET ?", (n - 1,)).fetchone() if n else (0,)
+        if found is None:
+            raise DataError(f"{self.folder / STATE} has seen {n} rows, more than {ROWS} beside it holds. Restore both.")
+        return int(found[0])
+
+    def _catch_up(self) -> None:
+        """Let the monitor see the rows after the last one that it saw."""
+        while rows := self._rows.execute(
+            "SELECT n, id, answer, uncertainty, NULL FROM rows WHERE n > ? ORDER BY n LIMIT ?", (self._last, BLOCK)
+        ).fetchall():
+            self.monitor.update(self._outcomes(rows), in_order=True)
+            self._last = int(rows[-1][0])
+
+    def _audit(self, which: str, values: tuple[str, ...]) -> None:
+        """Let the monitor see labels."""
+        if self.monitor.audited is None:
+            return
+        rows = self._rows.execute(
+            f"SELECT n, id, answer, uncertainty, label FROM rows WHERE {which} ORDER BY n",  # noqa: S608 - ours
+            values,
+        ).fetchall()
+        if rows:
+            self.monitor.audit(self._outcomes(rows))
+
+    def _outcomes(self, rows: Sequence[tuple[int, str, int, float, int | None]]) -> Outcomes:
+        answers = np.array([row[2] for row in rows], dtype=np.int64)
+        labels = np.array([UNKNOWN if row[4] is None else row[4] for row in rows], dtype=np.int64)
+        calibration = self.monitor.calibration
+        return Outcomes(
+            np.array([row[3] for row in rows]),
+            np.where(labels == UNKNOWN, UNKNOWN, answers != labels).astype(np.int64),
+            prediction=answers,
+            target=labels,
+            ids=[row[1] for row in rows],
+            class_names=calibration.class_names,
+            method=calibration.method,
+        )
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._rows.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._rows.execute("ROLLBACK")
+            raise
+        self._rows.execute("COMMIT")
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise StorageError(f"cannot use {self.folder / ROWS}: {error}.") from error
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"{self.folder / ROWS} is damaged ({error}). Restore it, or serve with a new --state."
+            ) from error

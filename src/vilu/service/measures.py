@@ -1,0 +1,103 @@
+"""What Prometheus is told: requests, batches, answers, and the state of every promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, exposition
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from vilu.service.limits import Room
+
+if TYPE_CHECKING:
+    from vilu.service.engine import Engine, Reply
+
+SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SIZES: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Measures:
+    """Counters of one service, in a registry of their own."""
+
+    def __init__(self, room: Room, engine: Callable[[], Engine | None]) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_Promises(room, engine))
+        self._requests = Counter(
+            "vilu_requests", "Requests, by path and status.", ["path", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "vilu_request_seconds", "Time to answer a request.", ["path"], buckets=SECONDS, registry=self.registry
+        )
+        self._answers = Counter(
+            "vilu_answers", "Images and rows that were answered.", ["decision", "reason"], registry=self.registry
+        )
+        self.batch = Histogram("vilu_batch_images", "Images of a batch.", buckets=SIZES, registry=self.registry)
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        """Count one."""
+        self._requests.labels(path, str(status)).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def answered(self, replies: Iterable[Reply]) -> None:
+        """Count what was decided."""
+        for reply in replies:
+            self._answers.labels(reply.answer.decision or "none", reply.answer.reason or "none").inc()
+
+    def exposed(self) -> tuple[bytes, str]:
+        """The text, and its content type."""
+        return exposition.generate_latest(self.registry), exposition.CONTENT_TYPE_LATEST
+
+
+class _Promises(Collector):
+    """Gauges that are read when they are asked for."""
+
+    def __init__(self, room: Room, engine: Callable[[], Engine | None]) -> None:
+        self.room, self.engine = room, engine
+
+    def describe(self) -> list[Metric]:
+        """Nothing in advance: what there is depends on the predictors."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """The queue, and of every predictor its promise, the evidence against it, and the audit."""
+        room, engine = self.room, self.engine()
+        yield GaugeMetricFamily("vilu_images_under_way", "Images that wait for their answers.", room.taken)
+        yield GaugeMetricFamily("vilu_images_under_way_limit", "More are sent away with 429.", room.most)
+        yield GaugeMetricFamily("vilu_ready", "1 as soon as the model is loaded.", float(engine is not None))
+        if engine is None:
+            return
+        answering, served = engine.answering, engine.served
+        yield _gauge("answers_now", "1 of the predictor that answers.", ((one, one is answering) for one in served))
+        for state, told in (("holds", "holds"), ("void", "is void")):
+            yield _gauge(f"promise_{state}", f"1 where it {told}.", ((one, one.promise == state) for one in served))
+        found = [(one, one.journal.status) for one in served if one.journal is not None]
+        yield _gauge("monitor_rows", "Rows that the monitor has seen.", ((one, status.rows) for one, status in found))
+        for name, told in EVIDENCE.items():
+            tests = ((one, getattr(test, name), test.name) for one, status in found for test in status.tests)
+            yield _gauge(f"monitor_{name}", told, tests, "test")
+        for name, told in AUDIT.items():
+            audits = ((one, getattr(s.audit, name)) for one, s in found if s.audit is not None)
+            yield _gauge(f"audit_{name}", told, audits)
+
+
+EVIDENCE: Final = {
+    "log_wealth": "Log of the odds against the promise; the alarm is at minus the log of the level.",
+    "level": "Probability that this test ever raises an alarm without cause.",
+}
+AUDIT: Final = {
+    "n": "Accepted answers whose labels have arrived.",
+    "wrong": "How many of them are wrong.",
+    "lower": "Lower bound of the error rate of accepted answers.",
+    "upper": "Upper bound of the error rate of accepted answers.",
+    "promise": "Error rate of accepted answers that was promised at most.",
+}
+
+
+def _gauge(name: str, told: str, values: Iterable[tuple[Any, ...]], *labels: str) -> Metric:
+    """A number per predictor, and whatever else the values say after it."""
+    found = GaugeMetricFamily(f"vilu_{name}", told, labels=["predictor", *labels])
+    for one, value, *more in values:
+        found.add_metric([one.fingerprint, *more], float(value))
+    return found

@@ -1,0 +1,258 @@
+"""What is answered over HTTP is what ``Guard`` says, each row is counted once, and mistakes are told."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+import socket
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.builders.photo_folders import KINDS, truth_of
+from tests.builders.store_fakes import FakeBackbone
+from tests.command import command_line
+from tests.service.conftest import Running, hosted
+from vilu.errors import DataError, UsageError
+from vilu.service.limits import read_keys
+from vilu.triage.guard import Guard
+
+Photos = Callable[[int], list[bytes]]
+
+
+def as_files(images: list[bytes]) -> list[tuple[str, tuple[str, bytes]]]:
+    return [("images", (f"../../{number}.png", image)) for number, image in enumerate(images)]
+
+
+@pytest.fixture
+def guard(predictors: tuple[Path, Path]) -> Guard:
+    return Guard(predictors[0], backbone=FakeBackbone())
+
+
+def test_answers_are_those_of_guard(service: Running, guard: Guard, photos: Photos) -> None:
+    images = [*photos(40), b"no picture"]
+    reply = service.post("/v1/answers", files=as_files(images), headers={"X-Request-Id": "mine"})
+    assert reply.status_code == 200
+    told = reply.json()
+    assert (told["promise"], reply.headers["promise"], reply.headers["x-request-id"]) == ("holds", "holds", "mine")
+    expected = guard(images)
+    for mine, his in zip(told["answers"], expected, strict=True):
+        assert (mine["label"], mine["decision"], mine["reason"]) == (his.label, his.decision, his.reason)
+        assert mine["failure_probability"] == pytest.approx(his.failure_probability, abs=1e-5)
+        assert [one["label"] for one in mine["runners_up"]] == [name for name, _ in his.runners_up]
+    assert {"accept", "abstain"} <= {one["decision"] for one in told["answers"]}
+    as_text = [base64.b64encode(image).decode() for image in images]
+    again = service.post("/v1/answers", json={"images": as_text}).json()["answers"]
+    assert [one["label"] for one in again] == [one["label"] for one in told["answers"]]
+
+
+def test_embeddings_are_scored_as_their_images(service: Running, guard: Guard, photos: Photos) -> None:
+    model = FakeBackbone()
+    pixels = [model.preprocess(Image.open(BytesIO(image))) for image in photos(9)]
+    rows = [3 * model.encode_images(one[None])[0] for one in pixels]  # of any length
+    told = service.post("/v1/scores", json={"embeddings": [row.tolist() for row in rows]}).json()["answers"]
+    expected = guard(photos(9))
+    assert [one["label"] for one in told] == [one.label for one in expected]
+    u = np.array([one["uncertainty"] for one in told])
+    assert u == pytest.approx(np.array([one.uncertainty for one in expected]), abs=2e-3)  # a step of float16
+
+
+def test_every_row_is_counted_once(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+    """The same request again, and a second predictor beside: each journal has every image once; labels count once."""
+    with hosted(predictors[0], tmp_path / "s", second=predictors[1]) as running:
+        for _ in range(2):
+            reply = running.post("/v1/answers", files=as_files(photos(30)), headers={"X-Request-Id": "a"})
+        rows = [one["row"] for one in reply.json()["answers"]]
+        right = {row: truth_of(number % KINDS) for number, row in enumerate(rows)}
+        for expected in (30, 0):
+            found = running.post("/v1/labels", json={"labels": {**right, "unknown": "(outside)"}}).json()["audited"]
+            assert [(one["new"], one["unknown"]) for one in found] == [(expected, ["unknown"])] * 2
+        before = running.get("/v1/monitor").json()["monitors"]
+        assert [one["status"]["rows"] for one in before] == [30, 30]
+        accepted = [one for one in reply.json()["answers"] if one["decision"] == "accept"]
+        wrong = sum(right[one["row"]] != one["label"] for one in accepted)
+        audit = before[0]["status"]["audit"]
+        assert (audit["n"], audit["wrong"]) == (len(accepted), wrong)
+        assert accepted
+        assert running.post("/v1/predictors", json={"answers": "second"}).json()["now"]["name"] == "second"
+        told = running.post("/v1/answers", files=as_files(photos(1))).json()
+        assert told["predictor"] == before[1]["predictor"]
+        other = running.post("/v1/predictors", json={"answers": "third"})
+        assert (other.status_code, "first and second" in other.json()["detail"]) == (422, True)
+    assert len(list((tmp_path / "s").glob("*/rows.sqlite"))) == 2
+    with hosted(predictors[0], tmp_path / "s", second=predictors[1]) as running:
+        after = running.get("/v1/monitor").json()["monitors"]
+        assert [one["status"]["rows"] for one in after] == [31, 31]
+        assert after[0]["status"]["audit"] == before[0]["status"]["audit"]
+        assert [one["answers"] for one in after] == [False, True]  # as it was left
+
+
+def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+    secret = "secret-name"  # noqa: S105 - no password
+    with hosted(predictors[0], tmp_path / "s") as running:
+        headers = {"X-Request-Id": secret, "User-Agent": secret}
+        running.post(f"/v1/answers?{secret}", files={secret: (secret, photos(1)[0])}, headers=headers)
+        running.get(f"/{secret}")
+    logged = "\n".join(running.said)
+    (rows,) = (tmp_path / "s").glob("*/rows.sqlite")
+    assert secret not in logged
+    assert all(secret.encode() not in path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file())
+    assert sqlite3.connect(rows).execute("SELECT count(*) FROM rows").fetchone() == (1,)
+    lines = [json.loads(line) for line in running.said]
+    assert [line["path"] for line in lines] == ["/v1/answers", "other"]
+    assert next(line for line in lines if line["path"] == "/v1/answers")["images"] == 1
+
+
+def test_what_is_to_be_kept_is(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+    (tmp_path / "kept").mkdir()
+    with hosted(predictors[0], tmp_path / "s", keep=tmp_path / "kept") as running:
+        told = running.post("/v1/answers", files=as_files([*photos(2), b"none"])).json()["answers"]
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}
+    assert kept == {f"{one['row']}.png": image for one, image in zip(told, photos(2), strict=False)}
+
+
+MISTAKES = {
+    "no such path": (("GET", "/v2", {}), 404, "Not Found"),
+    "no such method": (("DELETE", "/v1/answers", {}), 405, "Method Not Allowed"),
+    "no body": (("POST", "/v1/answers", {}), 415, "Found ''"),
+    "another kind": (
+        ("POST", "/v1/answers", {"content": b"x", "headers": {"Content-Type": "text/plain"}}),
+        415,
+        "text",
+    ),
+    "no file": (("POST", "/v1/answers", {"files": {}, "data": {"a": "b"}, "headers": {}}), 415, "multipart"),
+    "an empty list": (("POST", "/v1/answers", {"json": {"images": []}}), 422, "images: List should have at least 1"),
+    "no base64": (("POST", "/v1/answers", {"json": {"images": ["", "é"]}}), 422, "images.1 is no base64"),
+    "a word too many": (("POST", "/v1/answers", {"json": {"images": ["AA=="], "url": "http://x"}}), 422, "url: Extra"),
+    "a broken form": (
+        ("POST", "/v1/answers", {"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}),
+        400,
+        "the form cannot be read",
+    ),
+    "too many images": (("POST", "/v1/answers", {"json": {"images": ["AA=="] * 257}}), 413, "Found 257"),
+    "too few numbers": (("POST", "/v1/scores", {"json": {"embeddings": [[1.0]]}}), 422, "1 rows of 16 numbers"),
+    "not finite": (("POST", "/v1/scores", {"content": b'{"embeddings": [[NaN]]}'}), 422, "finite"),
+    "no direction": (("POST", "/v1/scores", {"json": {"embeddings": [[0.0] * 16]}}), 422, "embeddings.0 has no"),
+    "deep": (("POST", "/v1/scores", {"content": b'{"embeddings": ' + b"[" * 100_000}), 422, "the body"),
+    "no class": (("POST", "/v1/labels", {"json": {"labels": {"a": "cow"}}}), 422, "cow"),
+    "another host": (("GET", "/healthz", {"headers": {"Host": "evil.example"}}), 421, "--allow-host"),
+    "another site": (("POST", "/v1/answers", {"headers": {"Origin": "http://evil.example"}}), 403, "another site"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told(service: Running, name: str) -> None:
+    (method, path, settings), status, words = MISTAKES[name]
+    if "content" in settings and "headers" not in settings:
+        settings = {**settings, "headers": {"Content-Type": "application/json"}}
+    with service.client() as client:
+        reply = client.request(method, path, **settings)
+    assert (reply.status_code, reply.headers["content-type"]) == (status, "application/problem+json")
+    told = reply.json()
+    assert told["status"] == status
+    assert words in told["detail"]
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_read(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    def chunks() -> Iterator[bytes]:
+        yield from (b"x" * 2**16 for _ in range(64))
+
+    with hosted(predictors[0], tmp_path / "s", body=2**20) as running:
+        long = running.post("/v1/answers", content=b"x" * 2**21, headers={"Content-Type": "application/json"})
+        assert (long.status_code, "1,048,576" in long.json()["detail"]) == (413, True)
+        streamed = running.post("/v1/answers", content=chunks(), headers={"Content-Type": "application/json"})
+        assert streamed.status_code == 413
+        assert running.get("/readyz").status_code == 200
+
+
+def test_a_key_is_asked_for(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("0123456789abcdef\nfedcba9876543210\n")
+    with hosted(predictors[0], tmp_path / "s", keys=read_keys(tmp_path / "keys")) as running:
+        assert running.get("/healthz").status_code == 200
+        for given in ({}, {"Authorization": "Bearer 0123456789abcdeF"}, {"Authorization": "0123456789abcdef"}):
+            reply = running.get("/v1/monitor", headers=given)
+            assert (reply.status_code, reply.headers["www-authenticate"]) == (401, "Bearer")
+        assert running.get("/v1/monitor", headers={"Authorization": "Bearer fedcba9876543210"}).status_code == 200
+    assert "fedcba" not in "\n".join(running.said)
+
+
+def test_more_than_fits_in_is_sent_away(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
+    with hosted(predictors[0], tmp_path / "s", queue=4, batch_size=2) as running:
+        with ThreadPoolExecutor(24) as pool:
+            replies = list(pool.map(lambda one: running.post("/v1/answers", files=as_files([one] * 4)), photos(24)))
+        told = {reply.status_code for reply in replies}
+        assert told == {200, 429}
+        assert next(reply for reply in replies if reply.status_code == 429).headers["retry-after"] == "1"
+        measured = running.get("/metrics").text
+    n = sum(reply.status_code == 200 for reply in replies)
+    assert f'vilu_requests_total{{path="/v1/answers",status="200"}} {n:.1f}' in measured
+    assert "vilu_images_under_way 0.0" in measured
+    assert 'vilu_promise_holds{predictor="' in measured
+
+
+def test_what_does_not_verify_is_not_served(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    edited = shutil.copytree(predictors[0], tmp_path / "edited")
+    said = json.loads((edited / "risk.json").read_text())
+    said["rule"]["certificates"][""]["threshold"] += 0.1
+    (edited / "risk.json").write_text(json.dumps(said))
+    with pytest.raises(DataError, match=r"risk\.json"), hosted(edited, tmp_path / "s"):
+        pass
+    with (
+        pytest.raises(UsageError, match="answers already"),
+        hosted(predictors[0], tmp_path / "t", second=predictors[0]),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [(("--host", "0.0.0.0"), "--key-file"), (("--key-file", "short"), "at least 16 characters")],  # noqa: S104 - refused
+)
+def test_a_wrong_start(predictors: tuple[Path, Path], tmp_path: Path, words: tuple[str, str], told: str) -> None:
+    (tmp_path / "short").write_text("abc")
+    done = command_line("serve", predictors[0], "--state", tmp_path / "s", *words, cwd=tmp_path)
+    assert (done.returncode, told in done.stderr) == (2, True)
+    assert not (tmp_path / "s").exists()
+
+
+def test_two_services_do_not_share_a_state(predictors: tuple[Path, Path], tmp_path: Path) -> None:
+    with hosted(predictors[0], tmp_path / "s") as running:
+        done = command_line("serve", predictors[0], "--state", tmp_path / "s", "--port", 0)
+        assert (done.returncode, "serving with the state in" in done.stderr) == (75, True)
+        port = running.url.rpartition(":")[2]
+        done = command_line("serve", predictors[0], "--state", tmp_path / "t", "--port", port)
+        assert (done.returncode, f"port {port}" in done.stderr) == (2, True)
+
+
+def test_openapi_and_its_page_are_from_here(service: Running) -> None:
+    described = service.get("/openapi.json").json()
+    assert set(described["paths"]) >= {"/v1/answers", "/v1/scores", "/v1/labels", "/v1/monitor", "/healthz", "/readyz"}
+    assert set(described["paths"]["/v1/answers"]["post"]["requestBody"]["content"]) == {
+        *("application/json", "multipart/form-data")
+    }
+    page = service.get("/docs")
+    assert "http" not in page.text
+    assert service.get("/docs/swagger-ui-bundle.js").status_code == 200
+    assert service.get("/docs/favicon.png").status_code == 404
+    assert "'self'" in page.headers["content-security-policy"]
+
+
+def test_a_slow_client_waits_alone(service: Running) -> None:
+    """Half a head, and a body that does not come, hold up nobody else."""
+    host, port = service.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as one, socket.create_connection((host, int(port))) as two:
+        one.sendall(b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\n")
+        two.sendall(b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert service.get("/readyz").status_code == 200
+        two.sendall(b"GARBAGE" * 20)
+    with socket.create_connection((host, int(port))) as three:
+        three.sendall(b"\0\0\0 nothing like it\r\n\r\n")
+        assert three.recv(200).startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json")
+    assert service.get("/readyz").status_code == 200

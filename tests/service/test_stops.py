@@ -1,0 +1,94 @@
+"""A service that is told to stop, or is killed, under load: nothing taken on is lost, nothing is counted twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import few
+from tests.service.conftest import Running, hosted, served
+
+Answered = dict[str, list[str]]
+
+
+def ask_until(running: Running, ended: threading.Event, photos: list[bytes], who: int) -> tuple[Answered, list[str]]:
+    """Requests one after another on one connection: rows that were answered, and what went wrong otherwise."""
+    answered, failed = Answered(), list[str]()
+    with httpx.Client(base_url=running.url, timeout=20) as client:
+        for number in range(100_000):
+            name = f"{who}-{number}"
+            try:
+                image = ("images", ("a", photos[number % len(photos)]))
+                reply = client.post("/v1/answers", files=[image, image], headers={"X-Request-Id": name})
+            except httpx.ConnectError:
+                break  # it does not listen any more: nothing was taken on
+            except httpx.TransportError as error:
+                failed.append(type(error).__name__)
+                break
+            if reply.status_code == 200:
+                answered[name] = [one["row"] for one in reply.json()["answers"]]
+            elif reply.status_code not in {429, 503}:
+                failed.append(str(reply.status_code))
+            if ended.is_set() and number % 3 == 0:
+                break
+    return answered, failed
+
+
+@pytest.mark.parametrize("how", few([signal.SIGTERM, signal.SIGKILL, signal.SIGINT], 2))
+def test_under_load(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Callable[[int], list[bytes]], how: signal.Signals
+) -> None:
+    found: list[tuple[Answered, list[str]]] = []
+    settings = ("--state", tmp_path / "s", "--batch-size", 4, "--queue", 12)
+    with served(predictors[0], *settings, ready=False) as running:
+        assert running.get("/healthz").status_code == 200  # at once
+        early = running.get("/readyz")
+        assert (early.status_code, early.headers["retry-after"]) == (503, "1")
+        running.wait_ready()
+        ended, images = threading.Event(), photos(9)
+        threads = [
+            threading.Thread(target=lambda who=who: found.append(ask_until(running, ended, images, who)))
+            for who in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+        code = running.stop(how)
+        ended.set()
+        for thread in threads:
+            thread.join(30)
+    answered = {name: rows for one, _ in found for name, rows in one.items()}
+    assert len(answered) > 20
+    rows = [row for one in answered.values() for row in one]
+    (kept,) = (tmp_path / "s").glob("*/rows.sqlite")
+    there = [row for (row,) in sqlite3.connect(kept).execute("SELECT id FROM rows")]
+    assert len(set(there)) == len(there)
+    assert set(rows) <= set(there)  # what was answered is on the disk
+    # of a connection that is closed between two requests httpx says the same as of one that breaks
+    assert {why for _, failed in found for why in failed} <= {"ReadError", "RemoteProtocolError", "WriteError"}
+    if how is signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == {signal.SIGTERM: 143, signal.SIGINT: 130}[how]
+        lines = [json.loads(line) for line in running.said if line.startswith("{")]
+        said = Counter(line["status"] for line in lines if line["path"] == "/v1/answers")
+        assert said.keys() <= {200, 429}
+        assert said[200] == len(answered)  # each that was taken on has its answer, and the client has it
+        assert set(rows) == set(there)
+    name = next(iter(answered))
+    image = ("images", ("a", images[int(name.partition("-")[2]) % len(images)]))
+    with hosted(predictors[0], tmp_path / "s") as again:
+        reply = again.post("/v1/answers", files=[image, image], headers={"X-Request-Id": name})
+        assert [one["row"] for one in reply.json()["answers"]] == answered[name]
+        (monitor,) = again.get("/v1/monitor").json()["monitors"]
+        assert monitor["status"]["rows"] == len(there)  # each once, the repeated request too
+    assert "Traceback" not in "\n".join(running.said)
