@@ -123,7 +123,7 @@ class DualEncoder:
         return _unit(rows), features.clone().cpu()
 
     def _run_image_tower(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.inference_mode():
+        with nullcontext() if torch.compiler.is_exporting() else torch.inference_mode():  # no graph is made within it
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.space.precision == "bf16"):
                 features = self._image_tower(pixels.to(self.device)).float()
             with torch.autocast(self.device.type, enabled=False):

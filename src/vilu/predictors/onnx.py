@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -125,6 +125,9 @@ MAX_ONNX_BYTES = 2**31 - 1  # a protocol buffer holds no more
 Trial = dict[str, Tensor]
 """Inputs of a graph in their order: ``image`` (N, D), ``text`` (K, D), and perhaps ``features`` (N, F)."""
 
+SAID = ("uncertainty", "prediction")
+"""Outputs of a graph."""
+
 
 def export_onnx(folder: str | Path, path: str | Path) -> float:
     """Write the score of a saved predictor as an ONNX file; returns its largest difference from the predictor.
@@ -145,7 +148,9 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     claim_file(path, "ONNX export", overwrite=True)
     predictor = load(folder)
     content = to_onnx(predictor, read_record(Path(folder) / "predictor.json")["fingerprint"])
-    worst = largest_difference(predictor, content)
+    run = runner(content)
+    found = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
+    worst = largest_difference(predictor, found)
     with atomic_write(path) as handle:
         handle.write(content)
     return worst
@@ -155,6 +160,11 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
     """The score of a predictor as ONNX, with what it was made from in its metadata; errors as ``export_onnx``."""
     graph = score_graph(predictor)
     example = next(trials(predictor, ((3, 5),)))
+    return write_graph(graph, example, SAID, metadata(predictor, graph.space, fingerprint))
+
+
+def write_graph(graph: nn.Module, example: Trial, outputs: Sequence[str], said: dict[str, str]) -> bytes:
+    """A module as ONNX, with metadata; of its inputs the number of texts is open, K, and that of all others, N."""
     rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -164,14 +174,21 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
             dynamo=True,
             verbose=False,
             input_names=list(example),
-            output_names=["uncertainty", "prediction"],
+            output_names=outputs,
             dynamic_shapes=tuple({0: texts if name == "text" else rows} for name in example),
         )
     program = cast("torch.onnx.ONNXProgram", exported)  # dynamo=True always gives one
-    program.model.metadata_props.update(metadata(predictor, graph.space, fingerprint))
+    inputs = program.model.graph.inputs
+    fixed = [str(entry.name) for entry in inputs if entry.shape is None or isinstance(entry.shape[0], int)]
+    if fixed:
+        raise NotExportable(
+            f"the graph would take one number of {', '.join(fixed)} alone, as something in it looks at that number "
+            "(as by len(x), where x.shape[0] leaves it open)."
+        )
+    program.model.metadata_props.update(said)
     model = program.model_proto
     if model.ByteSize() > MAX_ONNX_BYTES:
-        raise UsageError(f"this {predictor.name} has {model.ByteSize()} bytes as ONNX; at most {MAX_ONNX_BYTES} fit.")
+        raise UsageError(f"the graph has {model.ByteSize()} bytes as ONNX; at most {MAX_ONNX_BYTES} fit.")
     return bytes(model.SerializeToString())
 
 
@@ -190,21 +207,28 @@ def metadata(predictor: FailurePredictor, space: EmbeddingSpace, fingerprint: st
     }
 
 
-def largest_difference(predictor: FailurePredictor, content: bytes) -> float:
-    """The largest difference of an ONNX file's uncertainties from the predictor's, over ``trials``.
-
-    Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
-    """
+def runner(content: bytes) -> Callable[[Trial], Any]:
+    """An ONNX file as onnxruntime runs it: from inputs to a list of outputs."""
     onnxruntime = import_extra("onnxruntime", "onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda trial: session.run(None, {name: rows.numpy() for name, rows in trial.items()})
+
+
+def largest_difference(predictor: FailurePredictor, found: Iterable[tuple[Trial, NDArray[Any], NDArray[Any]]]) -> float:
+    """The largest difference from the predictor of what an ONNX file gives: inputs, uncertainty and answer (N,).
+
+    Rows whose two largest logits are nearly equal are left out: there rounding chooses the answer.
+
+    Raises:
+        DataError: If an answer is another, or a difference is more than rounding explains.
+    """
     plain = score_graph(predictor)
     exact = copy.deepcopy(plain).double()
     plain.batch = PlainBatch
     gaps, roundings = [], []
-    for trial in trials(predictor, SIZES):
-        uncertainty, answer = session.run(None, {name: rows.numpy() for name, rows in trial.items()})
+    for trial, uncertainty, answer in found:
         expected, prediction, clear = reference(predictor, trial)
         if (answer != prediction)[clear].any():
             raise DataError(f"the exported {predictor.name} gives other zero-shot answers. Nothing was written.")
