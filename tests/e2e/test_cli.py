@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 import vilu
@@ -123,6 +125,42 @@ def test_the_card_and_the_onnx_file_of_a_fit(work: Path) -> None:
     uncertainty, prediction = onnxruntime.InferenceSession((work / "head.onnx").read_bytes()).run(None, feed)
     assert np.abs(uncertainty - expected.uncertainty).max() <= 1e-5
     assert np.array_equal(prediction, expected.prediction)
+
+
+@pytest.mark.slow
+def test_from_pixels_to_decisions_in_one_onnx_file(work: Path) -> None:
+    import onnxruntime
+
+    run("fit", work / "train", "-o", work / "decider", "--method", "vilu_plus", "--set", "epochs=2")
+    run("calibrate", work / "decider", work / "test", "--min-coverage", "0.5")
+    path = work / "decider.onnx"
+    done = run("export", work / "decider", "-o", path, "--with-backbone")
+    assert done.stdout.strip() == str(path)
+    assert "there is nothing to do" in run("export", work / "decider", "-o", path, "--with-backbone").stderr
+    other = run("export", work / "decider", "-o", path, code=2)
+    assert "of other inputs" in other.stderr
+    assert "--with-backbone" in run("export", work / "decider", "-o", path, "--models", work, code=2).stderr
+
+    table = pq.read_table(PHOTOS)
+    images = [image["bytes"] if isinstance(image, dict) else image for image in table["image"].to_pylist()[-40:]]
+    pixels = [(np.array(square(Image.open(io.BytesIO(image)), 64), np.float32) - 127) / 128 for image in images]
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    asked = ["accept", "prediction", "uncertainty"]
+    accept, answer, u = session.run(asked, {"pixels": np.stack(pixels).transpose(0, 3, 1, 2)})
+    names = json.loads(session.get_modelmeta().custom_metadata_map["vilu.classes"])
+    expected = vilu.Guard(work / "decider")(images)
+    assert [names[place] for place in answer] == [one.label for one in expected]
+    assert np.abs(u - [one.uncertainty for one in expected]).max() <= 1e-4
+    assert accept.tolist() == [one.decision == "accept" for one in expected]
+    assert 5 < accept.sum() < 35
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """What the compact model sees: the central square."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    box = (left, top, left + side, top + side)
+    return image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def test_validation_store_and_zero_shot_methods(work: Path) -> None:

@@ -22,6 +22,7 @@ from vilu.cli.console import (
     next_step,
     reads,
 )
+from vilu.cli.images import Models
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -389,23 +390,34 @@ def export(
     predictor: Predictor,
     output: Annotated[Path, typer.Option("--output", "-o", help="File, .onnx.")],
     onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX, whatever the name of the file.")] = False,
+    with_backbone: Annotated[
+        bool, typer.Option("--with-backbone", help="From pixels on: with the model, the classes and the rule.")
+    ] = False,
+    models: Models = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the score of a predictor for other runtimes, checked against the predictor. Prints the file.
 
-    Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,).
+    Inputs image (N, D) and text (K, D), of unit norm; outputs uncertainty (N,) and prediction (N,). With the backbone
+    the input is pixels (N, 3, H, W) as the model's preprocessing makes them, and accept (N,) is an output, too.
     """
     from vilu.files.places import claim_file
     from vilu.predictors.onnx import export_onnx
     from vilu.predictors.record import PREDICTOR, read_record
+    from vilu.triage.image_graph import export_image_graph, fingerprint_of
 
     if not onnx and output.suffix.lower() != ".onnx":
         raise UsageError(f"a predictor is exported as ONNX: give a file that ends in .onnx, or --onnx. Got {output}.")
-    if claim_file(output, "ONNX export", read_record(predictor / PREDICTOR)["fingerprint"], overwrite=overwrite):
+    if models and not with_backbone:
+        raise UsageError("--models says where the backbone is, and only --with-backbone needs it. Leave --models out.")
+    made_from = fingerprint_of(predictor) if with_backbone else read_record(predictor / PREDICTOR)["fingerprint"]
+    if claim_file(output, "ONNX export", made_from, overwrite=overwrite):
         typer.echo(output)
         console.nothing_to_do(output)
         return
-    difference = export_onnx(predictor, output)
+    difference = (
+        export_image_graph(predictor, output, models=models) if with_backbone else export_onnx(predictor, output)
+    )
     typer.echo(output)
     next_step(f"onnxruntime gives the predictor's uncertainties; they differ by {difference:.1g} at most")
 
