@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-processors lint format bench bench-gpu audit release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors lint format bench bench-gpu audit release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -49,13 +49,23 @@ test-slow: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow $(ARGS)
 
 # What starts Ray and, where Java is, Spark; in every run of the tests there is only one of these.
-test-engines: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -rs tests/executors $(ARGS)
+test-engines: .venv/.engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engine -rs tests/executors tests/service $(ARGS)
 
 # The tasks for Label Studio, read by its own kit, which needs an older numpy than the rest and so a place of its own.
 test-label-studio: .venv/.dev
 	[ -d build/label-studio ] || $(BIN)/python -m pip install --quiet --no-compile --target build/label-studio label-studio-sdk
 	PYTHONPATH=build/label-studio OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m label_studio tests/triage/test_label_studio.py
+
+# Ten thousand requests to `vilu serve`, drawn from its own description; REQUESTS says how many.
+test-hostile: .venv/.hostile
+	REQUESTS=$${REQUESTS:-10000} OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m hostile tests/service $(ARGS)
+
+# What stands in deploy/, by promtool and hadolint, which have to be installed.
+test-deploy:
+	promtool check rules deploy/alerts.yml
+	promtool test rules deploy/alerts.test.yml
+	hadolint deploy/Containerfile
 
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)

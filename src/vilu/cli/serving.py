@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,6 +47,12 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     max_body: Annotated[int, typer.Option(min=1, help="MiB of a request.")] = 32,
     max_images: Annotated[int, typer.Option(min=1, help="Images, rows or labels of a request.")] = 256,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="A process here, or Ray Serve: replicas in its cluster.")
+    ] = "local",
+    replicas: Annotated[
+        str, typer.Option(help="With --executor ray: how many, or the least and the most, as 1:8.")
+    ] = "1",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 60.0,
 ) -> None:
     """Answer over HTTP: images in, decisions out, with the state of the promise. Prints the address.
@@ -87,4 +93,9 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         else:
             next_step(what)
 
-    Hosted(setup, host, port, told).run()
+    if executor == "local":
+        Hosted(setup, host, port, told).run()
+        return
+    from vilu.service.ray_serve import replicas_of, serve_ray
+
+    serve_ray(setup, host, port, replicas_of(replicas), told)

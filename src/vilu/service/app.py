@@ -19,6 +19,7 @@ from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
 
 from vilu.datasets.images import sniff
 from vilu.errors import DataError, UsageError
@@ -29,7 +30,7 @@ from vilu.service.measures import Measures
 from vilu.text import csp_hash
 
 if TYPE_CHECKING:
-    from vilu.service.engine import Engine, Reply, Served
+    from vilu.service.engine import Engine, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ class Service:
         api = self.api
         api.add_exception_handler(Refused, _refused)
         api.add_exception_handler(HTTPException, _http)
+        api.add_exception_handler(ClientDisconnect, _gone)
         api.add_exception_handler(Exception, _fault)
         for method, path, route, body in (
             ("POST", "/v1/answers", self.answers, {"multipart/form-data": FORM, "application/json": ImagesIn}),
@@ -224,35 +226,55 @@ class Service:
         """Late labels of rows that were answered, for the audit of the promise; each counts once."""
         engine, given = self.ready, await _said(request, LabelsIn)
         self._at_most(len(given.labels), "labels")
-        found = []
-        for one in engine.served:
-            if one.journal is not None:
-                try:
-                    n, unknown = await asyncio.to_thread(one.journal.label, given.labels)
-                except DataError as error:
-                    raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
-                found.append({"predictor": one.fingerprint, "new": n, "unknown": unknown, "promise": one.promise})
-        if not found:
+        try:
+            told = await asyncio.to_thread(engine.keeper.label, given.labels)
+        except DataError as error:
+            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+        if not told:
             raise Refused(HTTPStatus.CONFLICT, "no predictor here is calibrated, so there is no promise to audit.")
+        kept = await asyncio.to_thread(engine.keeper.kept)
+        found = [
+            {"predictor": engine.served[name].fingerprint, "new": n, "unknown": unknown, "promise": kept.promises[name]}
+            for name, (n, unknown) in told.items()
+        ]
         return _json({"audited": found})
 
     async def monitor(self) -> Response:
         """Whether the promise still holds for what was answered, and by what evidence."""
-        return _json({"monitors": [_monitored(one, answers=one is self.ready.answering) for one in self.ready.served]})
+        statuses = await asyncio.to_thread(self.ready.keeper.statuses)
+        said = {name: {"said": str(one), "status": one.model_dump(mode="json")} for name, one in statuses.items()}
+        return _json({"monitors": [one | said.get(one["name"], {}) for one in await self._named()]})
 
     async def predictors(self) -> Response:
         """Which predictors judge, and which of them answers."""
-        return _json({"predictors": [_named(one, answers=one is self.ready.answering) for one in self.ready.served]})
+        return _json({"predictors": await self._named()})
 
     async def switch(self, request: Request) -> Response:
         """Have another predictor answer. Its own promise goes with it; that of the one before goes on being watched."""
         engine, given = self.ready, await _said(request, ChoiceIn)
+        before = (await asyncio.to_thread(engine.keeper.kept)).answering
         try:
-            before, now = await asyncio.to_thread(engine.switch, given.answers)
+            await asyncio.to_thread(engine.keeper.switch, given.answers)
         except UsageError as error:
             raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
-        said = now.said or "nothing"
-        return _json({"before": _named(before, answers=False), "now": _named(now, answers=True), "promised": said})
+        named = {one["name"]: one for one in await self._named()}
+        return _json({"before": named[before], "now": named[given.answers]})
+
+    async def _named(self) -> list[dict[str, Any]]:
+        """What there is to say of every predictor."""
+        engine = self.ready
+        kept = await asyncio.to_thread(engine.keeper.kept)
+        return [
+            {
+                "name": name,
+                "predictor": one.fingerprint,
+                "method": one.judge.predictor.label,
+                "answers": name == kept.answering,
+                "promise": kept.promises[name],
+                "promised": one.said,
+            }
+            for name, one in engine.served.items()
+        ]
 
     async def alive(self) -> Response:
         """Whether the process listens."""
@@ -260,11 +282,12 @@ class Service:
 
     async def is_ready(self) -> Response:
         """Whether the model is loaded, and has answered about a picture of ours."""
-        return _json({"ready": True, "answers": self.ready.answering.fingerprint})
+        kept = await asyncio.to_thread(self.ready.keeper.kept)
+        return _json({"ready": True, "answers": self.ready.served[kept.answering].fingerprint})
 
     async def metrics(self) -> Response:
         """For Prometheus."""
-        content, kind = self.measures.exposed()
+        content, kind = await asyncio.to_thread(self.measures.exposed)
         return Response(content, media_type=kind)
 
     def _at_most(self, n: int, what: str) -> None:
@@ -335,23 +358,6 @@ def _out(reply: Reply) -> AnswerOut:
     return AnswerOut(row=reply.row, runners_up=near, **told)
 
 
-def _named(one: Served, *, answers: bool) -> dict[str, Any]:
-    return {
-        "name": one.name,
-        "predictor": one.fingerprint,
-        "method": one.judge.predictor.label,
-        "answers": answers,
-        "promise": one.promise,
-        "promised": one.said,
-    }
-
-
-def _monitored(one: Served, *, answers: bool) -> dict[str, Any]:
-    status = None if one.journal is None else one.journal.status
-    told = {"said": str(status), "status": status.model_dump(mode="json")} if status is not None else {}
-    return _named(one, answers=answers) | told
-
-
 def _keep(folder: Path, images: Sequence[bytes], replies: Sequence[Reply]) -> None:
     """Keep images under the rows that they are known by; what cannot be decoded is not kept."""
     for content, reply in zip(images, replies, strict=True):
@@ -378,6 +384,10 @@ async def _http(_: Request, error: Exception) -> Response:
     """No such path, no such method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - what it is registered for
     return _problem(HTTPStatus(error.status_code), f"{error.detail}. /docs tells what there is.", error.headers)
+
+
+async def _gone(_: Request, error: Exception) -> Response:  # noqa: ARG001 - the log has a line, and nobody listens
+    return _problem(HTTPStatus.BAD_REQUEST, "the connection ended before the body was there.")
 
 
 async def _fault(_: Request, error: Exception) -> Response:

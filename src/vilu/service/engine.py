@@ -11,38 +11,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vilu.embeddings.checks import STATUS, VALID, normalised
-from vilu.errors import DataError, UsageError
-from vilu.files.disk import make_folder
-from vilu.files.documents import Document, read_document
+from vilu.errors import UNKNOWN, DataError, UsageError
+from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.record import fit_fingerprint
-from vilu.service.journal import Journal, PromiseState, row_id
+from vilu.service.journal import PromiseState, row_id
+from vilu.service.keeper import NAMES, Keeps, Kept, Scores
 from vilu.store.documents import IMAGE
 from vilu.store.parts import ErrorRow
 from vilu.store.pipeline import Decoded
 from vilu.triage.guard import Answer, Guard, Judge, arrays_of, record_of
 
-SERVING: Final = "serving.json"
-NAMES: Final = ("first", "second")
-"""What the predictors of a service are called: the one that it was started with, and the one beside it."""
-
 logger = logging.getLogger(__name__)
-
-
-class ServingState(Document):
-    """``serving.json``: which of the predictors answers."""
-
-    again = "Serve with a new --state"
-    fault = DataError
-
-    kind: str = "serving"
-    answers: str
 
 
 @dataclass(frozen=True)
@@ -70,30 +55,12 @@ class Waiting:
 
 
 class Served:
-    """A predictor that judges every image, with the journal of what it said; without a calibration it has none."""
+    """A predictor that judges every image."""
 
-    def __init__(self, name: str, judge: Judge, state: Path) -> None:
+    def __init__(self, name: str, judge: Judge) -> None:
         self.name, self.judge = name, judge
         self.fingerprint = fit_fingerprint(judge.folder)[:16]
-        risk = judge.decider.provenance.get("risk")
-        self.journal = None if risk is None else Journal(state / f"{self.fingerprint}-{risk[:16]}", judge.folder)
         self.said = judge.decider.record.promise if judge.decider.record is not None else None
-
-    @property
-    def promise(self) -> PromiseState:
-        """State of what was promised of it."""
-        return "none" if self.journal is None else self.journal.promise
-
-    def judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Reply]:
-        """Replies to some embeddings, after they are in the journal."""
-        answers, outcomes = self.judge.judge(arrays, ids)
-        if self.journal is not None:
-            self.journal.record(ids, outcomes)
-        return [Reply(row, answer, self.fingerprint, self.promise) for row, answer in zip(ids, answers, strict=True)]
-
-    def refused(self, row: str, kind: str) -> Reply:
-        """The reply to an image that cannot be read."""
-        return Reply(row, self.judge.refused(row, kind), self.fingerprint, self.promise)
 
 
 class Engine:
@@ -104,21 +71,19 @@ class Engine:
 
     Args:
         guard: The model with the first predictor.
-        state: Folder of what is kept through restarts.
-        second: Folder of a predictor that judges the same embeddings; it answers nothing until it is told to.
+        keeper: Has the journal of each predictor, and says which one answers.
+        second: Folder of a predictor that judges the same embeddings.
 
     Raises:
-        UsageError: If the second is the first, or asks the model for something else.
-        ProvenanceError: If the second was fitted on another model.
-        DataError: If what is kept is damaged.
+        UsageError: If the second predictor asks the model for something else.
+        ProvenanceError: If it was fitted on another model.
     """
 
-    def __init__(self, guard: Guard, state: Path, second: Path | None = None) -> None:
-        self.guard, self.state = guard, make_folder(state)
-        self.served = [Served(NAMES[0], guard.judge, state)]
+    def __init__(self, guard: Guard, keeper: Keeps, second: Path | None = None) -> None:
+        self.guard, self.keeper = guard, keeper
+        self.served = {NAMES[0]: Served(NAMES[0], guard.judge)}
         if second is not None:
-            self.served.append(self._beside(second))
-        self.answering = self._kept()
+            self.served[NAMES[1]] = Served(NAMES[1], self._beside(second))
         self.on_batch: Callable[[int], None] = lambda size: None  # noqa: ARG005 - whoever counts sets it
         self._places = count()
         self._waiting: deque[Waiting] = deque()
@@ -126,7 +91,7 @@ class Engine:
         self._decoders = ThreadPoolExecutor(guard.workers, thread_name_prefix="vilu-decode")
         self._model = ThreadPoolExecutor(1, thread_name_prefix="vilu-model")
 
-    def _beside(self, folder: Path) -> Served:
+    def _beside(self, folder: Path) -> Judge:
         judge = Judge(folder)
         judge.vocabulary.space.require_match(
             self.guard.backbone.space, mine=str(folder), theirs=f"the model {self.guard.backbone.space.backbone}"
@@ -136,32 +101,7 @@ class Engine:
                 f"{folder} needs {', '.join(judge.arrays)} of an image as {judge.vocabulary.dtype}, the first "
                 f"predictor {', '.join(self.guard.judge.arrays)} as {self.guard.vocabulary.dtype}. Serve it by itself."
             )
-        found = Served(NAMES[1], judge, self.state)
-        if found.fingerprint == self.served[0].fingerprint:
-            raise UsageError(f"{folder} is the predictor that answers already. Give another one to --second.")
-        return found
-
-    def _kept(self) -> Served:
-        path = self.state / SERVING
-        if not path.is_file():
-            return self.served[0]
-        wanted = read_document(path, ServingState).answers
-        found = {one.fingerprint: one for one in self.served}
-        if wanted not in found:
-            raise UsageError(
-                f"{path} says that the predictor {wanted} answers, and this service has {', '.join(found)}. Start with "
-                f"that predictor too, or remove {path} to have the first one answer."
-            )
-        return found[wanted]
-
-    def switch(self, name: str) -> tuple[Served, Served]:
-        """From now on the predictor of this name answers; the one before, and it. UsageError if there is none."""
-        found = {one.name: one for one in self.served}
-        if name not in found:
-            raise UsageError(f"there is no predictor {name!r:.40}; there is {' and '.join(found)}.")
-        before, self.answering = self.answering, found[name]
-        ServingState(answers=self.answering.fingerprint).write(self.state / SERVING)
-        return before, self.answering
+        return judge
 
     def images(self, request: str, images: Sequence[bytes]) -> list[Future[Reply]]:
         """Replies to come, one per image, in their order."""
@@ -244,24 +184,33 @@ class Engine:
         content, rows = self.guard.embed([one.item for one in batch]), {one.position: one.row for one in batch}
         bad = [error.position for error in content.errors]
         good = [row.position for row in content.rows]
-        said = [self.answering.refused(rows[error.position], error.kind) for error in content.errors]
-        if good:
-            said += self._judged(arrays_of(content), [rows[place] for place in good])
+        said = self._judged(arrays_of(content), [rows[place] for place in good]) if good else []
+        if bad:
+            kept = self.keeper.kept()
+            judge = self.served[kept.answering].judge
+            refused = [judge.refused(rows[error.position], error.kind) for error in content.errors]
+            said = self._heard(kept, [rows[place] for place in bad], refused) + said
         replies = dict(zip(bad + good, said, strict=True))
         return [replies[one.position] for one in batch]
 
     def _judged(self, arrays: dict[str, Tensor], ids: Sequence[str]) -> list[Reply]:
         """What every predictor says is in its journal before the one that answers is heard."""
-        answering = self.answering
-        told = {one.name: one.judged(arrays, ids) for one in self.served}
-        return told[answering.name]
+        told = {name: one.judge.judge(arrays, ids) for name, one in self.served.items()}
+        kept = self.keeper.record(ids, {name: _scores(outcomes) for name, (_, outcomes) in told.items()})
+        return self._heard(kept, ids, told[kept.answering][0])
+
+    def _heard(self, kept: Kept, ids: Sequence[str], answers: Sequence[Answer]) -> list[Reply]:
+        who, promise = self.served[kept.answering].fingerprint, kept.promises[kept.answering]
+        return [Reply(row, answer, who, promise) for row, answer in zip(ids, answers, strict=True)]
 
     def close(self) -> None:
-        """Answer what waits, then save what is kept."""
+        """Answer what waits."""
         self._decoders.shutdown(wait=True)
         while self._scheduled:
             self._model.submit(lambda: None).result()
         self._model.shutdown(wait=True)
-        for one in self.served:
-            if one.journal is not None:
-                one.journal.close()
+
+
+def _scores(outcomes: Outcomes) -> Scores:
+    answers = [UNKNOWN] * len(outcomes) if outcomes.prediction is None else outcomes.prediction.tolist()
+    return answers, outcomes.uncertainty.tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sqlite3
 import threading
 import time
@@ -89,12 +90,11 @@ class Journal:
             return "none"
         return "void" if self.status.alarm else "holds"
 
-    def record(self, ids: Sequence[str], outcomes: Outcomes) -> None:
-        """Write rows, and let the monitor see those that are new."""
-        now, scored = time.time(), np.isfinite(outcomes.uncertainty)
-        answers = np.full(len(ids), UNKNOWN) if outcomes.prediction is None else outcomes.prediction
-        columns = zip(ids, answers.tolist(), outcomes.uncertainty.tolist(), scored.tolist(), strict=True)
-        rows = [(key, answer, u, now) for key, answer, u, told in columns if told]
+    def record(self, ids: Sequence[str], answers: Sequence[int], uncertainty: Sequence[float]) -> None:
+        """Write rows, and let the monitor see those that are new; one without a score (NaN) is none."""
+        now = time.time()
+        columns = zip(ids, answers, uncertainty, strict=True)
+        rows = [(key, answer, u, now) for key, answer, u in columns if math.isfinite(u)]
         with self._lock, self._judged():
             with self._transaction():
                 self._rows.executemany(

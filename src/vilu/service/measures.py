@@ -68,18 +68,21 @@ class _Promises(Collector):
         yield GaugeMetricFamily("vilu_ready", "1 as soon as the model is loaded.", float(engine is not None))
         if engine is None:
             return
-        answering, served = engine.answering, engine.served
-        yield _gauge("answers_now", "1 of the predictor that answers.", ((one, one is answering) for one in served))
+        kept, statuses, served = engine.keeper.kept(), engine.keeper.statuses(), engine.served
+        who = {name: one.fingerprint for name, one in served.items()}
+        now = ((who[name], name == kept.answering) for name in served)
+        yield _gauge("answers_now", "1 of the predictor that answers.", now)
         for state, told in (("holds", "holds"), ("void", "is void")):
-            yield _gauge(f"promise_{state}", f"1 where it {told}.", ((one, one.promise == state) for one in served))
-        found = [(one, one.journal.status) for one in served if one.journal is not None]
-        yield _gauge("monitor_rows", "Rows that the monitor has seen.", ((one, status.rows) for one, status in found))
-        for name, told in EVIDENCE.items():
-            tests = ((one, getattr(test, name), test.name) for one, status in found for test in status.tests)
-            yield _gauge(f"monitor_{name}", told, tests, "test")
-        for name, told in AUDIT.items():
-            audits = ((one, getattr(s.audit, name)) for one, s in found if s.audit is not None)
-            yield _gauge(f"audit_{name}", told, audits)
+            promises = ((who[name], promise == state) for name, promise in kept.promises.items())
+            yield _gauge(f"promise_{state}", f"1 where it {told}.", promises)
+        rows = ((who[name], status.rows) for name, status in statuses.items())
+        yield _gauge("monitor_rows", "Rows that the monitor has seen.", rows)
+        for part, told in EVIDENCE.items():
+            tests = ((who[name], getattr(test, part), test.name) for name, s in statuses.items() for test in s.tests)
+            yield _gauge(f"monitor_{part}", told, tests, "test")
+        for part, told in AUDIT.items():
+            audits = ((who[name], getattr(s.audit, part)) for name, s in statuses.items() if s.audit is not None)
+            yield _gauge(f"audit_{part}", told, audits)
 
 
 EVIDENCE: Final = {
@@ -99,5 +102,5 @@ def _gauge(name: str, told: str, values: Iterable[tuple[Any, ...]], *labels: str
     """A number per predictor, and whatever else the values say after it."""
     found = GaugeMetricFamily(f"vilu_{name}", told, labels=["predictor", *labels])
     for one, value, *more in values:
-        found.add_metric([one.fingerprint, *more], float(value))
+        found.add_metric([one, *more], float(value))
     return found

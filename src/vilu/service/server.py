@@ -25,6 +25,7 @@ from vilu.service.limits import PROBLEM, ClientLimits, problem
 
 if TYPE_CHECKING:
     from vilu.service.engine import Engine
+    from vilu.service.keeper import Keeps
 
 HEAD: Final = 16 * 2**10
 """Bytes of the head of a request."""
@@ -58,6 +59,12 @@ class Setup:
     device: str = "auto"
     batch_size: int = 32
     workers: int | None = None
+
+    @property
+    def predictors(self) -> dict[str, Path]:
+        """The folders by name."""
+        both = {"first": self.predictor, "second": self.second}
+        return {name: folder for name, folder in both.items() if folder is not None}
 
 
 class Patient(H11Protocol):
@@ -162,6 +169,7 @@ class Hosted:
                 loader.join()
                 if self.service.engine is not None:
                     self.service.engine.close()
+                    self.service.engine.keeper.close()
         if self.faults:
             raise self.faults[0]
 
@@ -180,11 +188,16 @@ class Hosted:
         self.told("ready")
 
 
-def load_engine(setup: Setup) -> Engine:
-    """The engine of a service, which has answered about a picture of ours."""
+def load_engine(setup: Setup, keeper: Keeps | None = None) -> Engine:
+    """The engine of a service, which has answered about a picture of ours; with a keeper of its own, or a shared one.
+
+    The keeper comes first: what does not verify is known before the model is loaded.
+    """
     from vilu.service.engine import Engine  # what they import takes seconds, in which the service is alive
+    from vilu.service.keeper import Keeper
     from vilu.triage.guard import Guard
 
+    keeper = keeper or Keeper(setup.state, setup.predictors)
     guard = Guard(
         setup.predictor,
         models=setup.models,
@@ -197,7 +210,7 @@ def load_engine(setup: Setup) -> Engine:
     (said,) = guard([content.getvalue()])
     if said.label is None:
         raise StorageError(f"the model gives no answer about a grey picture ({said.reason}). Its weights are damaged.")
-    return Engine(guard, setup.state, setup.second)
+    return Engine(guard, keeper, setup.second)
 
 
 def _bound(host: str, port: int) -> socket.socket:

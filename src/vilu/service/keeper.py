@@ -1,0 +1,134 @@
+"""What all who judge share: the journal of every predictor, and which one answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from vilu.decision.record import has_record
+from vilu.decision.record import load as load_record
+from vilu.decision.status import Status
+from vilu.errors import DataError, UsageError
+from vilu.files.disk import make_folder
+from vilu.files.documents import Document, digest, read_document
+from vilu.predictors.record import fit_fingerprint
+from vilu.service.journal import Journal, PromiseState
+
+SERVING: Final = "serving.json"
+NAMES: Final = ("first", "second")
+"""What the predictors of a service are called: the one that it was started with, and the one beside it."""
+
+Scores = tuple[list[int], list[float]]
+"""Answers and uncertainties of some rows."""
+
+
+class ServingState(Document):
+    """``serving.json``: which of the predictors answers."""
+
+    again = "Serve with a new --state"
+    fault = DataError
+
+    kind: str = "serving"
+    answers: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which predictor answers, and the state of every promise, by name."""
+
+    answering: str
+    promises: dict[str, PromiseState]
+
+
+class Keeps(Protocol):
+    """A keeper, here or behind an actor."""
+
+    def record(self, ids: Sequence[str], said: Mapping[str, Scores]) -> Kept:
+        """Write what the predictors said of some rows."""
+
+    def kept(self) -> Kept:
+        """The state."""
+
+    def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
+        """Note what rows really show."""
+
+    def statuses(self) -> dict[str, Status]:
+        """What the monitors say."""
+
+    def switch(self, name: str) -> Kept:
+        """Have another predictor answer."""
+
+    def close(self) -> None:
+        """Save."""
+
+
+class Keeper:
+    """The journals of the predictors in some folders, by name; of one without a calibration there is none.
+
+    Raises:
+        UsageError: If a predictor is there twice, or the one that is to answer is not there.
+        DataError: If a rule does not verify, or what is kept is damaged.
+    """
+
+    def __init__(self, state: Path, predictors: Mapping[str, Path]) -> None:
+        self.state, self._lock = make_folder(state), threading.Lock()
+        self.fingerprints = {name: fit_fingerprint(folder)[:16] for name, folder in predictors.items()}
+        if len(set(self.fingerprints.values())) < len(predictors):
+            folders = " and ".join(map(str, predictors.values()))
+            raise UsageError(f"{folders} are one predictor, which answers already. Give another one to --second.")
+        self._journals = dict[str, Journal]()
+        for name, folder in predictors.items():
+            if has_record(folder):
+                risk = digest(load_record(folder).model_dump(mode="json"))
+                self._journals[name] = Journal(state / f"{self.fingerprints[name]}-{risk[:16]}", folder)
+        self._answering = self._remembered()
+
+    def _remembered(self) -> str:
+        path = self.state / SERVING
+        if not path.is_file():
+            return NAMES[0]
+        wanted = read_document(path, ServingState).answers
+        for name, fingerprint in self.fingerprints.items():
+            if fingerprint == wanted:
+                return name
+        raise UsageError(
+            f"{path} says that the predictor {wanted} answers, and this service has "
+            f"{', '.join(self.fingerprints.values())}. Start with that predictor too, or remove {path} to have the "
+            "first one answer."
+        )
+
+    def record(self, ids: Sequence[str], said: Mapping[str, Scores]) -> Kept:
+        """Write what the predictors said of some rows, before anybody is told; the state after it."""
+        for name, journal in self._journals.items():
+            journal.record(ids, *said[name])
+        return self.kept()
+
+    def kept(self) -> Kept:
+        """The state."""
+        promises: dict[str, PromiseState] = dict.fromkeys(self.fingerprints, "none")
+        return Kept(self._answering, promises | {name: journal.promise for name, journal in self._journals.items()})
+
+    def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
+        """Of every predictor how many labels are new, and of which rows it knows nothing; DataError as ``Journal``."""
+        return {name: journal.label(labels) for name, journal in self._journals.items()}
+
+    def statuses(self) -> dict[str, Status]:
+        """What the monitors say."""
+        return {name: journal.status for name, journal in self._journals.items()}
+
+    def switch(self, name: str) -> Kept:
+        """From now on the predictor of this name answers. UsageError if there is none."""
+        if name not in self.fingerprints:
+            raise UsageError(f"there is no predictor {name!r:.40}; there is {' and '.join(self.fingerprints)}.")
+        with self._lock:
+            ServingState(answers=self.fingerprints[name]).write(self.state / SERVING)
+            self._answering = name
+        return self.kept()
+
+    def close(self) -> None:
+        """Save the monitors."""
+        for journal in self._journals.values():
+            journal.close()

@@ -1,0 +1,172 @@
+"""What no honest client sends: no 5xx, no traceback, no growth, nothing written outside; the next request is answered.
+
+The long form, ``make test-hostile``, draws ``REQUESTS`` requests (10,000) from the service's OpenAPI with schemathesis.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import random
+import socket
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.builders.photo_folders import photo
+from tests.service.conftest import Running, served
+
+REQUESTS = int(os.environ.get("REQUESTS", "10000"))
+GROWTH = 60 * 2**20
+"""Bytes that a process may grow by while it meets all this: arenas of the allocator, which are used again."""
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of so many pixels, all of them zero, in few bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    rows = zlib.compress(bytes(min((width + 1) * height, 2**22)), 9)
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+BOMBS = [
+    png(60_000, 60_000),
+    png(1, 5_000),
+    png(2**31 - 1, 1),
+    b"GIF89a" + b"\xff" * 40,
+    b"\xff\xd8" * 3_000,
+    b"P6\n9 9\n255\n",
+]
+
+
+def raw_requests() -> Iterator[bytes]:
+    """Whole requests, and pieces of such, as bytes."""
+    post = b"POST /v1/answers HTTP/1.1\r\nHost: localhost\r\n"
+    form = b"Content-Type: multipart/form-data; boundary=x\r\n"
+    for path in (
+        b"/../../etc/passwd",
+        b"/%2e%2e/%2e%2e",
+        b"/docs/..%2f..%2fetc",
+        b"//evil/x",
+        b"/" + b"a" * 9_000,
+        b"/\xff",
+    ):
+        yield b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for head in (
+        b"Host: localhost\r\nHost: evil.example\r\n",
+        b"Host: localhost:99999999\r\n",
+        b"Host: \r\n",
+        b"Host: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n",
+        b"Host: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+        b"Host: localhost\r\nContent-Length: -1\r\n",
+        b"Host: localhost\r\nX-Request-Id: " + b"i" * 10_000 + b"\r\n",
+        b"Host: localhost\r\nX-Request-Id: a\tb\r\nAuthorization: Bearer \xff\r\n",
+        b"Host: localhost\r\n" + b"A: b\r\n" * 4_000,
+        b"Host: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n",
+    ):
+        yield b"POST /v1/scores HTTP/1.1\r\n" + head + b"\r\n"
+    for body in (
+        b"--x\r\n",
+        b"--x\r\n\r\n\r\n--x--\r\n",
+        b"--x\r\nContent-Disposition: form-data\r\n\r\na\r\n--x--\r\n",
+        b'--x\r\nContent-Disposition: form-data; name="a"; filename="../../a"\r\n\r\n' + b"z" * 70_000,
+        b"--x\r\n" + b"Header: " + b"v" * 70_000 + b"\r\n\r\n\r\n--x--\r\n",
+        b'--x\r\nContent-Disposition: form-data; name="\xff\xfe"\r\n\r\na\r\n' * 300 + b"--x--\r\n",
+    ):
+        yield post + form + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        yield post + form + b"Content-Length: %d\r\n\r\n" % (len(body) + 50) + body  # cut
+    yield post + b"Content-Type: multipart/form-data\r\nContent-Length: 3\r\n\r\nabc"
+    yield post + b"Transfer-Encoding: chunked\r\n\r\nffffffff\r\nabc"
+    yield post + b"Content-Type: application/json; charset=\xff\r\nContent-Length: 2\r\n\r\n{}"
+    yield b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200)  # TLS
+    yield b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+
+
+def send(url: str, content: bytes) -> bytes:
+    """What comes back within a second, if anything does."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=1) as client:
+        try:
+            client.sendall(content)
+            client.shutdown(socket.SHUT_WR)
+            return client.recv(4096)
+        except (TimeoutError, ConnectionError):
+            return b""
+
+
+@pytest.fixture(scope="module")
+def target(predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    home = tmp_path_factory.mktemp("target")
+    with served(predictors[0], "--state", home / "s", "--max-body", 4) as running:
+        yield running
+    assert not [line for line in running.said if "Traceback" in line or "rror" in line]
+    assert [path.name for path in home.iterdir()] == ["s"]
+    assert running.process is not None
+
+
+def test_bytes_that_are_no_request(target: Running) -> None:
+    for content in raw_requests():
+        answer = send(target.url, content)
+        assert not answer or answer.split(b" ", 2)[1][:1] == b"4", (content[:200], answer)
+    assert target.get("/readyz").status_code == 200
+
+
+def test_images_that_are_none(target: Running) -> None:
+    order = random.Random(0)
+    images = [*BOMBS, *(bytes(order.choices(photo(0, 0), k=order.randrange(1, 300))) for _ in range(60))]
+    whole = bytearray(photo(1, 1))
+    for _ in range(60):
+        broken = whole.copy()
+        for _ in range(order.randrange(1, 6)):
+            broken[order.randrange(len(broken))] ^= 1 << order.randrange(8)
+        images.append(bytes(broken))
+    told = target.post("/v1/answers", json={"images": [base64.b64encode(image).decode() for image in images]})
+    assert told.status_code == 200
+    reasons = Counter(one["reason"] for one in told.json()["answers"] if one["label"] is None)
+    assert {"bomb", "bad_geometry", "unidentified"} <= reasons.keys()
+
+
+@pytest.mark.hostile
+def test_requests_that_the_description_allows_and_forbids(
+    target: Running, photos: Callable[[int], list[bytes]]
+) -> None:
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis import GenerationMode
+
+    schema = schemathesis.openapi.from_dict(target.get("/openapi.json").json())
+    operations = [found.ok() for found in schema.get_all_operations()]
+    assert target.process is not None
+    process, seen, sizes = psutil.Process(target.process.pid), Counter[int](), list[int]()
+    with_body = [operation for operation in operations if operation.body]
+    share = REQUESTS // (2 * len(with_body))
+    for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+        for operation in operations if mode is GenerationMode.POSITIVE else with_body:
+
+            @settings(
+                max_examples=share,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(operation.as_strategy(generation_mode=mode))
+            def meet(case: schemathesis.Case) -> None:
+                answer = case.call(base_url=target.url, timeout=20)
+                seen[answer.status_code] += 1
+                assert answer.status_code < 500, answer.text[:300]
+                assert "Traceback" not in answer.text
+
+            meet()
+            sizes.append(process.memory_info().rss)
+    print(f"{sum(seen.values())} requests, {dict(seen)}; memory {[size // 2**20 for size in sizes]} MiB")  # noqa: T201
+    assert sizes[-1] - sizes[0] < GROWTH
+    assert target.post("/v1/answers", files={"a": photos(1)[0]}).status_code == 200

@@ -1,0 +1,118 @@
+"""The service under Ray Serve on this machine: the same answers, one monitor; of a killed replica only what it had."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.builders.photo_folders import photo
+from tests.builders.store_fakes import FakeBackbone
+from tests.service.conftest import Running, served
+from vilu.errors import UsageError
+from vilu.service.ray_serve import replicas_of
+from vilu.triage.guard import Guard
+
+ROOT = Path(__file__).resolve().parents[2]
+RECOVERS = 30.0
+"""Seconds after which all replicas are there again."""
+
+CLIENTS = 4
+
+
+class Asking:
+    """Clients who each send one image after another, until the block ends."""
+
+    def __init__(self, running: Running, expected: list[str | None]) -> None:
+        self.running, self.expected = running, expected
+        self.told: Counter[int | str] = Counter()
+        self.rows: set[str] = set()
+        self.wrong = 0
+        self.ended = threading.Event()
+        self.threads = [threading.Thread(target=self._ask, args=(who,)) for who in range(CLIENTS)]
+
+    def _ask(self, who: int) -> None:
+        images = [photo(number, number) for number in range(len(self.expected))]
+        with httpx.Client(base_url=self.running.url, timeout=20) as client:
+            number = 0
+            while not self.ended.is_set():
+                number = number + 1
+                place = number % len(images)
+                try:
+                    name = {"X-Request-Id": f"{who}-{number}"}
+                    reply = client.post("/v1/answers", files={"a": images[place]}, headers=name)
+                except httpx.TransportError as error:
+                    self.told[type(error).__name__] += 1
+                    continue
+                self.told[reply.status_code] += 1
+                if reply.status_code == 200:
+                    (one,) = reply.json()["answers"]
+                    self.wrong += one["label"] != self.expected[place]
+                    self.rows.add(one["row"])
+
+    def __enter__(self) -> Asking:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join(30)
+
+
+def replicas(running: Running) -> set[int]:
+    found = set()
+    assert running.process is not None
+    for child in psutil.Process(running.process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if "ServeReplica" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
+
+
+@pytest.mark.engine
+def test_two_replicas_and_the_death_of_one(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray.serve", reason="needs ray[serve]")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    said = Guard(predictors[0], backbone=FakeBackbone())([photo(number, number) for number in range(9)])
+    ray = ("--executor", "ray", "--replicas", "2", "--port", port)
+    with served(predictors[0], "--state", tmp_path / "s", *ray) as running:
+        with Asking(running, [answer.label for answer in said]) as asking:
+            time.sleep(3)
+            (dies, stays), began = sorted(replicas(running)), time.monotonic()
+            psutil.Process(dies).kill()
+            while len(replicas(running) - {dies}) < 2:
+                assert time.monotonic() - began < RECOVERS
+                time.sleep(0.2)
+            recovered = time.monotonic() - began
+            time.sleep(3)
+        lost = sum(n for status, n in asking.told.items() if status not in {200, 429})
+        print(f"{dict(asking.told)}, two replicas again after {recovered:.1f} s")  # noqa: T201
+        assert stays in replicas(running)
+        assert asking.told[200] > 100
+        assert asking.wrong == 0
+        assert lost <= CLIENTS  # what was in flight there
+        (monitor,) = running.get("/v1/monitor").json()["monitors"]
+        assert len(asking.rows) <= monitor["status"]["rows"] <= len(asking.rows) + lost
+        assert running.stop() == 143
+
+
+def test_numbers_of_replicas() -> None:
+    assert [replicas_of(said) for said in ("1", "3", "1:8")] == [(1, 1), (3, 3), (1, 8)]
+    for wrong in ("0", "2:1", "a", ":2", "1:2:3", ""):
+        with pytest.raises(UsageError, match="--replicas"):
+            replicas_of(wrong)
