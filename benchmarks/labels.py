@@ -11,7 +11,8 @@ risk of 5 % (confidence 95 %), against the number of labels, for
   that a predictor fitted on these trusts least;
 - ``random, exact``: as ``random, one look``, with the exact test of ``vilu calibrate``.
 
-One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted rows.
+One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted rows; ``--show`` makes
+tables of them.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import math
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from vilu.decision.anytime import Looks, grid_of, level_of
 from vilu.decision.calibrate import calibrate
@@ -137,13 +140,63 @@ def lines(path: Path, seeds: int) -> Iterator[dict[str, object]]:
             yield {"store": path.name, "arm": arm, "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
 
 
+def shown(path: Path) -> Iterator[str]:
+    """Tables of results: coverage, mean over seeds with its 95 % interval (t); how many labels half-way takes.
+
+    Below every row of ``next`` the difference to ``random``, seed by seed.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for store in dict.fromkeys(row["store"] for row in rows):
+        curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        for row in rows:
+            if row["store"] == store:
+                of = curves.setdefault(row["arm"], {}).setdefault(row["seed"], [])
+                of.append((int(row["labels"]), float(row["coverage"])))
+        most = max(n for curve in curves["random"].values() for n, _ in curve)
+        sizes = [n for n in SIZES if n <= most]
+        at = {arm: np.array([[reached(c, n) for n in sizes] for c in of.values()]) for arm, of in curves.items()}
+        yield f"{store}, {len(at['next'])} seeds | " + " | ".join(f"{n:,}" for n in sizes)
+        for arm, found in at.items():
+            yield f"{arm} | " + " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in zip(*interval(found), strict=True))
+        apart = at["next"] - at["random"]
+        yield "next - random | " + " | ".join(f"{m:+.3f} ± {h:.3f}" for m, h in zip(*interval(apart), strict=True))
+        half = at["random"][:, -1].mean() / 2
+        takes = {arm: first(curves[arm], half) for arm in ("next", "random", "random, one look")}
+        yield f"half-way ({half:.3f}): " + ", ".join(f"{arm} {n:,.0f}" for arm, n in takes.items())
+
+
+def reached(curve: Sequence[tuple[int, float]], n: int) -> float:
+    """Coverage with at most so many labels."""
+    return max([(labels, coverage) for labels, coverage in curve if labels <= n], default=(0, 0.0))[1]
+
+
+def interval(found: Floats) -> tuple[Floats, Floats]:
+    """Mean over seeds (S, N) and half the width of its 95 % interval."""
+    n = len(found)
+    half = (
+        stats.t.ppf(0.975, n - 1) * found.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else np.full(found.shape[1], np.nan)
+    )
+    return found.mean(axis=0), half
+
+
+def first(curves: dict[str, list[tuple[int, float]]], coverage: float) -> float:
+    """Labels at which the mean over seeds reaches a coverage; infinite where it does not."""
+    sizes = sorted({n for curve in curves.values() for n, _ in curve})
+    return next((n for n in sizes if np.mean([reached(c, n) for c in curves.values()]) >= coverage), math.inf)
+
+
 def main() -> None:
     """Write the lines as they come."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("stores", type=Path, nargs="+")
+    parser.add_argument("stores", type=Path, nargs="*")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("build/labels.csv"))
+    parser.add_argument("--show", action="store_true", help="Print the tables of --out, and run nothing.")
     given = parser.parse_args()
+    if given.show:
+        print("\n".join(shown(given.out)))
+        return
     warnings.simplefilter("ignore")
     logging.getLogger("vilu").setLevel(logging.ERROR)
     given.out.parent.mkdir(exist_ok=True, parents=True)

@@ -24,7 +24,7 @@ from vilu.store.reader import EmbeddingStore
 BUSY = BusyError.exit_code
 WRITERS = ("embed", "import", "fit vilu", "fit mcm", "score folder", "score file", "calibrate", "monitor", "benchmark")
 SHORT = ("calibrate", "score folder", "fit vilu", "embed")
-"""Those of CI, each with 8 writers; ``make test-faults`` has all."""
+"""Those of ``make test-slow``, each with 8 writers; ``make test-faults`` has all."""
 
 
 def together(bed: Bed, commands: list[Command]) -> tuple[Path, list[int]]:  # noqa: F811
@@ -37,7 +37,7 @@ def together(bed: Bed, commands: list[Command]) -> tuple[Path, list[int]]:  # no
     return work, [one["code"] for one in told]
 
 
-@pytest.mark.parametrize("name", WRITERS if TRIALS else few(SHORT, 1))
+@pytest.mark.parametrize("name", WRITERS if TRIALS else few(SHORT, 0))
 def test_eight_writers_on_one_folder(bed: Bed, name: str) -> None:  # noqa: F811
     alone = bed.undisturbed(name)
     work, codes = together(bed, [COMMANDS[name]] * 8)

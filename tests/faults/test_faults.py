@@ -29,10 +29,9 @@ CELLS = [(command, fault) for command in COMMANDS for fault in FAULTS]
 
 
 def chosen() -> list[tuple[str, str, int]]:
-    """Trials of CI: every fault twice or thrice and every command at least once, the slow ones of fit no more."""
-    order = random.Random(7)
-    commands = [*COMMANDS, *order.sample([name for name in COMMANDS if name not in {"fit vilu_plus", "benchmark"}], 4)]
-    faults = [*FAULTS, *FAULTS, *order.sample(FAULTS, 4)]
+    """Trials of CI: every command once, every fault at least once."""
+    order, commands = random.Random(7), list(COMMANDS)
+    faults = [*FAULTS, *FAULTS][: len(commands)]
     order.shuffle(faults)
     return [(command, fault, number) for number, (command, fault) in enumerate(zip(commands, faults, strict=True))]
 

@@ -136,6 +136,18 @@ MISTAKES = {
         400,
         "the form cannot be read",
     ),
+    "a form that ends early": (
+        (
+            "POST",
+            "/v1/answers",
+            {
+                "content": b'--x\r\nContent-Disposition: form-data; name="a"; filename="a"\r\n\r\nabc',
+                "headers": {"Content-Type": "multipart/form-data; boundary=x"},
+            },
+        ),
+        400,
+        "ends within a file",
+    ),
     "too many images": (("POST", "/v1/answers", {"json": {"images": ["AA=="] * 257}}), 413, "Found 257"),
     "too few numbers": (("POST", "/v1/scores", {"json": {"embeddings": [[1.0]]}}), 422, "1 rows of 16 numbers"),
     "not finite": (("POST", "/v1/scores", {"content": b'{"embeddings": [[NaN]]}'}), 422, "finite"),

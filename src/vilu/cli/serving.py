@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,7 +64,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
         import_extra(module, "serve")
-    from vilu.service.limits import LOOPBACK, ClientLimits, read_keys
+    from vilu.service.limits import LOOPBACK, ClientLimits, log_access, read_keys
     from vilu.service.server import Hosted, Setup
 
     here = host in {"127.0.0.1", "localhost", "::1"}
@@ -82,10 +81,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         *(predictor, second, state or predictor.with_name(f"{predictor.name}.serving"), limits, keep),
         *(models, device, batch_size, workers),
     )
-    access = logging.getLogger("vilu.access")
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))  # JSON, in which nothing can steer a terminal
-    access.handlers[:], access.propagate = [handler], False
+    log_access()
 
     def told(what: str) -> None:
         if what.startswith("http"):

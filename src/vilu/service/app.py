@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
-from python_multipart.exceptions import MultipartParseError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -103,6 +102,13 @@ class InMemory(MultiPartParser):
     """Uploads never reach the disk: the bound on the body is the bound on their memory."""
 
     spool_max_size = 2**40
+
+    def close(self, files: Sequence[UploadFile]) -> bool:
+        """Close what was begun; whether that is these files alone."""
+        begun = self._files_to_close_on_error  # also of a part that never ended, which is in no form
+        for file in begun:
+            file.close()
+        return len(begun) == len(files)
 
 
 class Service:
@@ -338,17 +344,20 @@ async def _said(request: Request, kind: type[Said]) -> Said:
 
 async def _uploads(request: Request) -> list[bytes]:
     """The files of a form, whatever their fields are called."""
+    parser, files = InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100), list[UploadFile]()
     try:
-        form = await InMemory(request.headers, request.stream(), max_files=10_000, max_fields=100).parse()
-    except (MultiPartException, MultipartParseError, KeyError, UnicodeError, ValueError) as error:
-        raise Refused(HTTPStatus.BAD_REQUEST, f"the form cannot be read: {error}"[:200]) from None
-    try:
+        form = await parser.parse()
         files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-        if not files:
-            raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "the form has no file. Send images as files of the form.")
-        return [await one.read() for one in files]
+        found = [await one.read() for one in files]
+    except (MultiPartException, KeyError, UnicodeError, ValueError) as error:
+        raise Refused(HTTPStatus.BAD_REQUEST, f"the form cannot be read: {error}"[:200]) from None
     finally:
-        await form.close()
+        whole = parser.close(files)
+    if not whole:
+        raise Refused(HTTPStatus.BAD_REQUEST, "the form cannot be read: it ends within a file.")
+    if not files:
+        raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, "the form has no file. Send images as files of the form.")
+    return found
 
 
 def _out(reply: Reply) -> AnswerOut:

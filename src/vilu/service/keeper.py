@@ -65,7 +65,7 @@ class Keeps(Protocol):
         """Save."""
 
 
-class Keeper:
+class Bookkeeper:
     """The journals of the predictors in some folders, by name; of one without a calibration there is none.
 
     Raises:

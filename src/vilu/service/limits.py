@@ -63,6 +63,13 @@ class ClientLimits:
     answer: float = 60.0
 
 
+def log_access() -> None:
+    """Have a JSON line a request on stderr, in which nothing can steer a terminal."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    access.handlers[:], access.propagate = [handler], False
+
+
 def read_keys(path: Path) -> frozenset[bytes]:
     """The hashes of the keys in a file, one a line; UsageError if there is none, or one is short."""
     keys = read_bounded(path, "Give a file of keys", UsageError, 2**20).split()
@@ -88,7 +95,8 @@ def problem(status: HTTPStatus, detail: str) -> bytes:
 class Gate:
     """Lets a request in, or refuses it before its body is read; tells what became of it.
 
-    ``room`` says how many more images fit in, ``told`` gets the path, the status and the seconds of a request.
+    ``room`` says how many more images fit in, ``told`` gets the path, the status and the seconds of a request,
+    ``closing`` says whether this is to be the last request of its connection.
     """
 
     app: App
@@ -96,7 +104,7 @@ class Gate:
     room: Callable[[], int]
     told: Callable[[str, int, float], None]
     paths: frozenset[str]
-    working: int = field(default=0, init=False)
+    closing: Callable[[], bool] = lambda: False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -121,6 +129,8 @@ class Gate:
                     b"cache-control": b"no-store",
                     b"content-security-policy": POLICY.encode(),
                 }
+                if self.closing():
+                    extra[b"connection"] = b"close"
                 message["headers"] = [*message["headers"], *((k, v) for k, v in extra.items() if k not in names)]
             await send(message)
 

@@ -14,8 +14,8 @@ from vilu.errors import UsageError, ViLUError
 from vilu.extras import import_extra
 from vilu.files.disk import locked, make_folder
 from vilu.service.app import Service
-from vilu.service.keeper import Keeper, Kept, Scores
-from vilu.service.limits import Gate
+from vilu.service.keeper import Bookkeeper, Kept, Scores
+from vilu.service.limits import Gate, log_access
 from vilu.service.server import Setup, load_engine
 
 NAME: Final = "vilu"
@@ -44,32 +44,32 @@ class RemoteKeeper:
             raise
 
     def record(self, ids: Sequence[str], said: Mapping[str, Scores]) -> Kept:
-        """As ``Keeper``."""
+        """As ``Bookkeeper``."""
         found: Kept = self._ask("record", ids, said)
         return found
 
     def kept(self) -> Kept:
-        """As ``Keeper``."""
+        """As ``Bookkeeper``."""
         found: Kept = self._ask("kept")
         return found
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
-        """As ``Keeper``."""
+        """As ``Bookkeeper``."""
         found: dict[str, tuple[int, list[str]]] = self._ask("label", labels)
         return found
 
     def statuses(self) -> dict[str, Status]:
-        """As ``Keeper``."""
+        """As ``Bookkeeper``."""
         found: dict[str, Status] = self._ask("statuses")
         return found
 
     def switch(self, name: str) -> Kept:
-        """As ``Keeper``."""
+        """As ``Bookkeeper``."""
         found: Kept = self._ask("switch", name)
         return found
 
     def close(self) -> None:
-        """As ``Keeper``."""
+        """As ``Bookkeeper``."""
         self._ask("close")
 
 
@@ -87,12 +87,13 @@ def begin(setup: Setup, host: str, port: int, replicas: tuple[int, int]) -> tupl
     """Have Ray serve it, in the cluster that this process is connected to; the address, and the keeper."""
     ray, serve = import_extra("ray", "serve-ray"), import_extra("ray.serve", "serve-ray")
     # it comes back after its machine's death where the state lies on a disk that all share
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)(Keeper)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1)(Bookkeeper)
     keeper = RemoteKeeper(actor.remote(setup.state, setup.predictors))
     keeper.kept()  # what does not verify is refused here
 
     def build() -> Gate:
         """In a replica: the application with a model of its own."""
+        log_access()
         service = Service(setup.limits, setup.keep)
         service.start(load_engine(setup, keeper))
         return service.gate

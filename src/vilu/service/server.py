@@ -149,6 +149,7 @@ class Hosted:
             h11_max_incomplete_event_size=HEAD,
         )
         self.server = Server(config, lambda: told(_address(self.socket)))
+        self.service.gate.closing = lambda: self.server.should_exit
 
     def run(self) -> None:
         """Serve until a signal comes or ``stop``, then answer what was taken on, and save.
@@ -194,10 +195,10 @@ def load_engine(setup: Setup, keeper: Keeps | None = None) -> Engine:
     The keeper comes first: what does not verify is known before the model is loaded.
     """
     from vilu.service.engine import Engine  # what they import takes seconds, in which the service is alive
-    from vilu.service.keeper import Keeper
+    from vilu.service.keeper import Bookkeeper
     from vilu.triage.guard import Guard
 
-    keeper = keeper or Keeper(setup.state, setup.predictors)
+    keeper = keeper or Bookkeeper(setup.state, setup.predictors)
     guard = Guard(
         setup.predictor,
         models=setup.models,
