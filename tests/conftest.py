@@ -23,7 +23,7 @@ from vilu.errors import OUTSIDE
 from vilu.metrics.histogram import Histogram
 
 # The same examples on every machine, and no limit of time, which is one of the machine; `make test-fuzz` draws others.
-settings.register_profile("ci", derandomize=True, database=None, deadline=None)
+settings.register_profile("ci", max_examples=50, derandomize=True, database=None, deadline=None)
 settings.register_profile("fuzz", max_examples=1_000, database=None, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -81,8 +81,8 @@ def log(tmp_path):
 @pytest.mark.parametrize(
     ("name", "workers"),
     [
-        *((name, n) for name in ("local", "ray", "rank") for n in (1, 2)),
-        *(pytest.param(name, 4, marks=pytest.mark.slow) for name in ("local", "ray", "rank")),
+        *((name, 2) for name in ("local", "ray", "rank")),
+        *(pytest.param(name, n, marks=pytest.mark.slow) for name in ("local", "ray", "rank") for n in (1, 4)),
         ("spark", 2),
     ],  # a context has its own number
 )

@@ -83,7 +83,7 @@ def test_every_row_is_counted_once(predictors: tuple[Path, Path], tmp_path: Path
         assert accepted
         assert running.post("/v1/predictors", json={"answers": "second"}).json()["now"]["name"] == "second"
         told = running.post("/v1/answers", files=as_files(photos(1))).json()
-        assert told["predictor"] == before[1]["predictor"]
+        assert told["answers"][0]["predictor"] == before[1]["predictor"]
         other = running.post("/v1/predictors", json={"answers": "third"})
         assert (other.status_code, "first and second" in other.json()["detail"]) == (422, True)
     assert len(list((tmp_path / "s").glob("*/rows.sqlite"))) == 2
@@ -111,7 +111,6 @@ def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: P
 
 
 def test_what_is_to_be_kept_is(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
-    (tmp_path / "kept").mkdir()
     with hosted(predictors[0], tmp_path / "s", keep=tmp_path / "kept") as running:
         told = running.post("/v1/answers", files=as_files([*photos(2), b"none"])).json()["answers"]
     kept = {path.name: path.read_bytes() for path in (tmp_path / "kept").iterdir()}

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from vilu.datasets.images import sniff
 from vilu.errors import DataError, UsageError
-from vilu.files.disk import atomic_write
+from vilu.files.disk import atomic_write, make_folder
 from vilu.files.documents import plain_json
 from vilu.service.limits import PROBLEM, WORK, ClientLimits, Gate, Refused, Room, problem
 from vilu.service.measures import Measures
@@ -87,13 +87,13 @@ class AnswerOut(BaseModel):
     decision: str | None
     reason: str | None
     runners_up: list[RunnerUpOut]
+    predictor: Annotated[str, Field(description="Fingerprint of the predictor that answered.")]
 
 
 class AnswersOut(BaseModel):
     """The answers of one request, in its order."""
 
     request_id: str
-    predictor: Annotated[str, Field(description="Fingerprint of the predictor that answered.")]
     promise: Annotated[str, Field(description='"holds", "void", or "none" where nothing was promised.')]
     answers: list[AnswerOut]
 
@@ -120,11 +120,13 @@ class Service:
     """
 
     def __init__(self, limits: ClientLimits, keep: Path | None = None) -> None:
-        self.limits, self.keep = limits, keep
+        self.limits, self.keep = limits, None if keep is None else make_folder(keep)
         self.engine: Engine | None = None
         self.room = Room(limits.queue)
         self.measures = Measures(self.room, lambda: self.engine)
-        self.api = FastAPI(title="vilu", version=metadata.version("vilu"), docs_url=None, redoc_url=None)
+        said = "Images in, decisions out: what the model answers, how likely that is wrong, and whether to accept it."
+        version = metadata.version("vilu")
+        self.api = FastAPI(title="vilu", version=version, description=said, docs_url=None, redoc_url=None)
         self._routes()
         paths = frozenset(route.path for route in self.api.routes if hasattr(route, "path"))
         self.gate = Gate(self.api, limits, lambda: self.room.left, self.measures.request, paths)
@@ -225,7 +227,7 @@ class Service:
         self.measures.answered(found)
         promise: str = "void" if any(one.promise == "void" for one in found) else found[0].promise
         answers = [_out(one) for one in found]
-        said = AnswersOut(request_id=name, predictor=found[0].predictor, promise=promise, answers=answers)
+        said = AnswersOut(request_id=name, promise=promise, answers=answers)
         return Response(said.model_dump_json(), media_type="application/json", headers={"Promise": promise})
 
     async def labels(self, request: Request) -> Response:
@@ -335,7 +337,7 @@ async def _said(request: Request, kind: type[Said]) -> Said:
         expected = "application/json" + (" or multipart/form-data" if kind is ImagesIn else "")
         raise Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"the body must be {expected}. Found {given!r:.60}.")
     try:
-        return kind.model_validate_json(await request.body())
+        return await asyncio.to_thread(kind.model_validate_json, await request.body())
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the body"
@@ -364,7 +366,7 @@ def _out(reply: Reply) -> AnswerOut:
     said = reply.answer
     near = [RunnerUpOut(label=label, probability=probability) for label, probability in said.runners_up]
     told = {name: getattr(said, name) for name in ("label", "failure_probability", "uncertainty", "decision", "reason")}
-    return AnswerOut(row=reply.row, runners_up=near, **told)
+    return AnswerOut(row=reply.row, predictor=reply.predictor, runners_up=near, **told)
 
 
 def _keep(folder: Path, images: Sequence[bytes], replies: Sequence[Reply]) -> None:

@@ -107,8 +107,7 @@ class Engine:
         """Replies to come, one per image, in their order."""
         replies: list[Future[Reply]] = [Future() for _ in images]
         for place, (content, reply) in enumerate(zip(images, replies, strict=True)):
-            row = row_id(request, place, hashlib.sha256(content).digest())
-            self._decoders.submit(self._decode, row, content, reply)
+            self._decoders.submit(self._decode, (request, place), content, reply)
         return replies
 
     def checked(self, embeddings: list[list[float]], features: list[list[float]] | None) -> dict[str, Tensor]:
@@ -136,10 +135,11 @@ class Engine:
         self._model.submit(self._settle, replies, lambda: self._judged(arrays, ids))
         return replies
 
-    def _decode(self, row: str, content: bytes, reply: Future[Reply]) -> None:
+    def _decode(self, asked: tuple[str, int], content: bytes, reply: Future[Reply]) -> None:
         """Decode an image, and have a batch run if none is about to."""
         place = next(self._places)
         try:
+            row = row_id(*asked, hashlib.sha256(content).digest())
             item = self.guard.decode((place, record_of(place, content)))
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it
             reply.set_exception(error)
