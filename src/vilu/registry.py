@@ -40,7 +40,7 @@ def register(thing: Added) -> Added:
     Raises:
         UsageError: If it is nothing that can be registered, lacks something, or its name is taken.
 
-    Example:
+    Examples:
         >>> from vilu.metrics.catalog import METRICS, Metric
         >>> wrong = register(Metric("Wrong", lambda c: c.n_wrong / c.n, "share of wrong answers", name="wrong"))
         >>> METRICS.pop("wrong").title

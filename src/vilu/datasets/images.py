@@ -391,7 +391,7 @@ def decode_caption(data: bytes | None) -> str:
         BadImage: Stage "text"; kind "missing_caption" (None), "too_large" (more than ``MAX_CAPTION_BYTES``), "bad_text"
             (not UTF-8) or "empty_text" (nothing in it can be seen).
 
-    Example:
+    Examples:
         >>> decode_caption(b"  a red fox\n")
         'a red fox'
     """

@@ -88,7 +88,7 @@ class Sample:
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and lower-case extension of a member by webdataset's rule; None where it has none (hidden files too).
 
-    Example:
+    Examples:
         >>> split_name("a.b/c.d.JPG")
         ('a.b/c', 'd.jpg')
     """
@@ -295,7 +295,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
 def expand_braces(pattern: str) -> list[str]:
     """The names that a pattern stands for: ``{a,b}`` lists, ``{00..10}`` numbers (as wide as written), no nesting.
 
-    Example:
+    Examples:
         >>> expand_braces("{a,b}-{08..10}.tar")
         ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
     """

@@ -37,7 +37,7 @@ GROWTH: Final = 1.02
 def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floats:
     """(...) log E against "the error rate is above ``max_risk``" after ``wrong`` of ``accepted`` labels.
 
-    Example:
+    Examples:
         >>> [int(n) for n in range(65, 75) if log_evidence(0, n, 0.05) >= math.log(20)][0]
         72
     """
@@ -86,7 +86,7 @@ class Looks:
 
     Source: ours, of Ville (1939) and Wiens, A fixed sequence Bonferroni procedure (2003).
 
-    Example:
+    Examples:
         >>> looks = Looks(np.linspace(0.01, 0.64, 64), 0.05, 0.05)
         >>> looks.certified(np.full(90, 0.005), np.zeros(90, int))
         63

@@ -112,7 +112,7 @@ def calibrate_predictor(
     of the same rows and target that is there stays as it is, and one of others is refused.
 
     Warns:
-        If some rows were used to fit; they are left out.
+        UserWarning: If some rows were used to fit; they are left out.
     """
     target.check(load(folder), data)  # what is refused leaves no lock behind
     claim(folder, same=True)

@@ -56,7 +56,7 @@ class Monitor:
         UsageError: If ``false_alarm`` or ``seed`` is out of range.
         DataError: If no calibration row has an uncertainty.
 
-    Example:
+    Examples:
         >>> import numpy as np, vilu
         >>> rng = np.random.default_rng(0)
         >>> calibration = vilu.Outcomes(rng.random(1000), np.zeros(1000))
@@ -130,7 +130,7 @@ class Monitor:
             in_order: Whether this is known to be the order of arrival; else rows that are sorted are refused.
 
         Warns:
-            If some of them are calibration rows, or were taken in before.
+            UserWarning: If some of them are calibration rows, or were taken in before.
 
         Raises:
             ProvenanceError: If they are scores of another predictor or calibration, or their candidates are others.
@@ -167,7 +167,7 @@ class Monitor:
         A label counts once: of a row that was audited before, known as in ``update``, it is left out.
 
         Warns:
-            If some were given before.
+            UserWarning: If some were given before.
 
         Raises:
             UsageError: If there is no promise to audit, or groups are needed and not given.

@@ -122,7 +122,7 @@ def score(
     a ``decider`` (what ``vilu calibrate`` has left beside the predictor) whether to accept each answer.
 
     Warns:
-        If rows of ``data`` were used to fit the predictor: metrics on them say nothing.
+        UserWarning: If rows of ``data`` were used to fit the predictor: metrics on them say nothing.
 
     Raises:
         DataError: If there is no row.
@@ -296,7 +296,7 @@ def score_parts(
         decider: What ``vilu calibrate`` has left beside the predictor; by default its calibrator alone.
 
     Warns:
-        If rows of ``source`` were used to fit the predictor.
+        UserWarning: If rows of ``source`` were used to fit the predictor.
 
     Raises:
         DataError: If there is no row.

@@ -47,7 +47,7 @@ class Embeddings(EmbeddingSource):
         DataError: If shapes disagree, a target is not a row of ``text``, a text row is unusable, or classes of one name
             have different texts.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> data = Embeddings(np.eye(3), np.eye(3), [0, 1, 1])
         >>> next(data.batches(8)).failure.tolist()
@@ -115,7 +115,7 @@ class PairEmbeddings(PairSource):
         DataError: If the numbers of images and captions differ, a row is unusable, or the pool size does not divide N
             (a short last pool would be an easier problem).
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> data = Embeddings.pairs(np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2)
         >>> [batch.failure.tolist() for batch in data.batches(2)]

@@ -40,7 +40,7 @@ class TwoModels(Taken):
         DataError: If they have other candidates, or in another order; if rows of the first are not in the second, or
             nothing tells which they are.
 
-    Example:
+    Examples:
         >>> from vilu.embeddings.memory import Embeddings
         >>> large = Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
         >>> rows = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]

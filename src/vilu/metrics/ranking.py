@@ -28,7 +28,7 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     Raises:
         DataError: If the vectors are empty, differ in length, or hold anything else.
 
-    Example:
+    Examples:
         >>> auroc([0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1])
         0.875
     """

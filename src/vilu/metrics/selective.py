@@ -38,7 +38,7 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
     Raises:
         UsageError: If ``convention`` is neither.
 
-    Example:
+    Examples:
         >>> aurc([1, 2, 3, 4], [0, 0, 0, 1])
         0.0625
     """

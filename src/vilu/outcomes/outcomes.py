@@ -189,7 +189,7 @@ class Outcomes:
     Raises:
         DataError: If lengths disagree or a value cannot be.
 
-    Example:
+    Examples:
         >>> outcomes = Outcomes([0.1, 0.9, 0.4], [0, 1, -1])
         >>> outcomes.evaluable.tolist()
         [True, True, False]

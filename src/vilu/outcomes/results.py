@@ -70,7 +70,7 @@ REQUIRED = ("metric", *REQUIRED_COUNTS, "accuracy", "convention")
 class ResultTable:
     """Rows of results; prints as a table of methods by metrics, and ``+`` joins two.
 
-    Example:
+    Examples:
         >>> from vilu.outcomes.evaluate import evaluate
         >>> from vilu.outcomes.outcomes import Outcomes
         >>> perfect = Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")

@@ -70,7 +70,7 @@ class NegLabel(FailurePredictor):
     averaged over groups of words; here they are about two thousand in the prompts of the classes, and one group. Of so
     few more have to stay.
 
-    Example:
+    Examples:
         >>> import torch, vilu
         >>> words = torch.eye(4)[2:]
         >>> data = vilu.Embeddings(torch.eye(4), torch.eye(4)[:2], logit_scale=10.0, columns={"negatives": words})

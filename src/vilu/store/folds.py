@@ -26,7 +26,7 @@ READ_ROWS = 2**16  # captions read at a time
 def fold_of(caption: str) -> Fold:
     """Fold of a caption: the first 8 bytes of its BLAKE2b hash, without white space at its ends, as u in [0, 1).
 
-    Example:
+    Examples:
         >>> fold_of("a photo of a cat") == fold_of("  a photo of a cat ")
         True
     """

@@ -102,7 +102,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         StorageError: If the file system refuses; finished parts are intact.
         BusyError: If another process writes to ``output``.
 
-    Example:
+    Examples:
         >>> import numpy as np, tempfile, pathlib
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> np.savez(folder / "a.npz", image=np.eye(3), text=np.eye(3), class_names=["cat", "dog", "cup"])

@@ -64,7 +64,7 @@ COLUMNS: Final = {
 class LabelBook:
     """All that was asked and answered, by the path of the photo; kept in a sealed table.
 
-    Example:
+    Examples:
         >>> book = LabelBook()
         >>> book.ask(["a.jpg", "b.jpg"], "promise", probability=0.1, predictor="f00")
         >>> book.answer({"b.jpg": "cat", "c.jpg": "dog"})

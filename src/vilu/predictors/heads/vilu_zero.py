@@ -81,7 +81,7 @@ class ViLUZero(SeesOutside, ClosedSet):
     Source: this project. EM for class frequencies: Saerens et al., Neural Computation 2002; soft members and text
     anchors: the setting of transductive CLIP (Martin et al., 2024; Zanella et al., 2024), here for later rows.
 
-    Example:
+    Examples:
         >>> import torch, vilu
         >>> text = torch.eye(8)
         >>> image = torch.nn.functional.normalize(text[torch.arange(64) % 4] + torch.linspace(0, 1, 512).view(64, 8))

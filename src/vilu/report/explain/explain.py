@@ -181,7 +181,7 @@ def explain(
         depth: How much is said of each.
 
     Warns:
-        If explained rows were used to fit the predictor: their scores say little about new images.
+        UserWarning: If explained rows were used to fit the predictor: their scores say little about new images.
 
     Raises:
         UsageError: If a number is not positive.
