@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from vilu.benchmark.load import load_config
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"^vilu (\w+)", README, re.MULTILINE)))
+SHOWN = "\n".join(page.read_text() for page in PAGES)
+COMMANDS = sorted(set(re.findall(r"^vilu ([a-z-]+)", SHOWN, re.MULTILINE)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -24,14 +26,21 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+def test_the_index_lists_every_page() -> None:
+    """The site's navigation is read from it."""
+    docs = ROOT / "docs"
+    listed = set(re.findall(r"\]\(([^)]+)\)", (docs / "index.md").read_text()))
+    assert {page.relative_to(docs).as_posix() for page in docs.rglob("*.md")} - listed == {"index.md"}
+
+
 def test_the_readme_shows_commands() -> None:
-    assert {"embed", "fit", "score", "evaluate"} <= set(COMMANDS)
+    assert {"embed", "fit", "score", "evaluate"} <= set(re.findall(r"^vilu (\w+)", README, re.MULTILINE))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_options_in_the_readme_exist(command: str) -> None:
+def test_options_that_are_shown_exist(command: str) -> None:
     shown = run(command, "--help").stdout
-    for line in re.findall(rf"^vilu {command} .*", README, re.MULTILINE):
+    for line in re.findall(rf"^vilu {command} [^#\n]*", SHOWN, re.MULTILINE):
         for option in re.findall(r"\s(--?[a-z][a-z-]*)", line):
             assert re.search(rf"(^|\s|,){option}\b", shown), f"{option} is not an option of vilu {command}"
 
@@ -46,6 +55,12 @@ def test_python_in_the_readme_parses() -> None:
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_the_example_of_the_concepts_gives_the_numbers_of_its_text() -> None:
+    ran = doctest.testfile(str(ROOT / "docs" / "concepts.md"), module_relative=False)
+    assert ran.attempted >= 6
+    assert ran.failed == 0
 
 
 def test_the_bytes_of_the_paper_are_what_a_dry_run_says_today(tmp_path: Path) -> None:
