@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors lint format bench bench-gpu audit release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors lint format bench bench-gpu audit docs release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -91,6 +91,10 @@ audit: .venv/.release
 	@mkdir -p build
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >build/installed.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement build/installed.txt
+
+# The documentation as a site, in build/site; nothing is loaded from elsewhere, neither here nor by who reads it.
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Packages, and what an installation of them consists of (CycloneDX), in dist/.
 release: .venv/.release

@@ -1,0 +1,154 @@
+"""Hooks of MkDocs (mkdocs.yml): what of the site is not a file in docs/ is made here, at each build.
+
+- The navigation is docs/index.md: its second headings, and the pages that each one lists.
+- A page for every command, from the help that the command line itself gives.
+- A page of the API for every room that has public names (``vilu.__all__``), in the order of docs/architecture.md.
+- Files outside docs/ that a page links to (SECURITY.md, deploy/alerts.yml, ...) become part of the site, so that one
+  link serves readers of the repository and of the site.
+"""
+
+from __future__ import annotations
+
+import html
+import importlib
+import os
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import typer
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+import vilu
+from vilu.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+OUTSIDE_DOCS = "repository"
+"""Where in the site files lie that are not in docs/."""
+LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+"""The target of a relative link, without its anchor."""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The navigation."""
+    config.nav = [
+        {"Home": "index.md"},
+        *sections((DOCS / "index.md").read_text(encoding="utf-8")),
+        {"Commands": list(command_pages())},
+        {"Python": list(api_pages())},
+    ]
+    return config
+
+
+def sections(index: str) -> Iterator[dict[str, list[str]]]:
+    """Each second heading with the pages of its list."""
+    for part in re.split(r"^## ", index, flags=re.MULTILINE)[1:]:
+        title, _, body = part.partition("\n")
+        listed = re.findall(r"^- .*?(?=^- |^$|\Z)", body, flags=re.MULTILINE | re.DOTALL)
+        targets = [target for item in listed for target in LINK.findall(item) if target.endswith(".md")]
+        if targets:
+            yield {title: [uri_of((DOCS / target).resolve()) for target in targets]}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Pages that are made, and files that are linked to."""
+    for uri, text in (command_pages() | api_pages()).items():
+        files.append(File.generated(config, uri, content=text))
+    ahead = [DOCS / page.src_uri for page in files.documentation_pages() if (DOCS / page.src_uri).exists()]
+    while ahead:
+        page = ahead.pop()
+        for path in linked(page):
+            uri = uri_of(path)
+            if files.get_file_from_path(uri) is None:
+                files.append(File.generated(config, uri, abs_src_path=str(path)))
+                ahead += [path] if path.suffix == ".md" else []
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: ANN401 - what MkDocs adds
+    """Links as they are in the site; those within docs/ stay as they are written."""
+    source = source_of(page.file.src_uri)
+
+    def moved(match: re.Match[str]) -> str:
+        path = Path(os.path.normpath(source.parent / match[1]))
+        return posixpath.relpath(uri_of(path), posixpath.dirname(page.file.src_uri)) if path.is_file() else match[1]
+
+    return LINK.sub(moved, markdown)
+
+
+def linked(page: Path) -> Iterator[Path]:
+    """The files of the repository that a page links to."""
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        path = Path(os.path.normpath(page.parent / target))
+        if path.is_file() and path.is_relative_to(ROOT):
+            yield path
+
+
+def uri_of(path: Path) -> str:
+    """Where a file of the repository lies in the site's sources."""
+    inside = path.is_relative_to(DOCS)
+    return (path.relative_to(DOCS) if inside else OUTSIDE_DOCS / path.relative_to(ROOT)).as_posix()
+
+
+def source_of(uri: str) -> Path:
+    """The other way round."""
+    parts = PurePosixPath(uri).parts
+    return ROOT.joinpath(*parts[1:]) if parts[0] == OUTSIDE_DOCS else DOCS / uri
+
+
+def command_pages() -> dict[str, str]:
+    """A page per command of the application, by its place."""
+    return {f"commands/{'-'.join(names[1:])}.md": text for names, text in told(typer.main.get_command(app), ("vilu",))}
+
+
+def told(command: Any, names: tuple[str, ...], above: Any = None) -> Iterator[tuple[tuple[str, ...], str]]:  # noqa: ANN401 - typer gives its commands no public type
+    """Names and page of a command; of a group, those of its commands."""
+    context = typer.Context(command, info_name=names[-1], parent=above)
+    if hasattr(command, "commands"):
+        for name, inner in command.commands.items():
+            yield from told(inner, (*names, name), context)
+        return
+    lists: dict[str, list[str]] = {"argument": [], "option": []}
+    for parameter in command.get_params(context):
+        if record := parameter.get_help_record(context):
+            lists[parameter.param_type_name].append(f"`{record[0]}`\n:   {plain(record[1])}\n")
+    usage = command.get_usage(context).replace("Usage: ", "")
+    text = [f"# {' '.join(names)}", plain(command.help or ""), f"```\n{usage}\n```"]
+    for kind, entries in lists.items():
+        text += [f"## {kind.title()}s", *entries] if entries else []
+    if command.epilog:
+        text.append(plain(command.epilog))
+    yield names, "\n\n".join(text) + "\n"
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it stands, but for `code`."""
+    parts = re.split(r"(`[^`]+`)", text)
+    escaped = [part if i % 2 else re.sub(r"([\\*_\[\]|#])", r"\\\1", html.escape(part)) for i, part in enumerate(parts)]
+    return "".join(escaped)
+
+
+def api_pages() -> dict[str, str]:
+    """A page per room with public names, by its place."""
+    names: dict[str, list[str]] = {}
+    for name in vilu.__all__:
+        if module := vilu._HOME.get(name):
+            names.setdefault(module.split(".")[1], []).append(name)
+    names["metrics"] = [f"metrics.{name}" for name in vilu.metrics.__all__]
+    table = re.findall(
+        r"^\| `(\w+)/` \| (.*?) \|", (DOCS / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    purpose = {room: LINK.sub(r"../\1", f"{sentence[0].upper()}{sentence[1:]}.") for room, sentence in table}
+    order = [*(room for room in purpose if room in names), *sorted(names.keys() - purpose.keys())]
+    return {f"python/{room}.md": api_page(room, purpose.get(room), sorted(names[room])) for room in order}
+
+
+def api_page(room: str, purpose: str | None, names: list[str]) -> str:
+    """What mkdocstrings is to show; a single file says itself what it is for."""
+    purpose = purpose or plain((importlib.import_module(f"vilu.{room}").__doc__ or "").partition("\n")[0])
+    return "\n\n".join([f"# {room}", purpose, *(f"::: vilu.{name}" for name in names)]) + "\n"
