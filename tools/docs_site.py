@@ -5,18 +5,23 @@
 - A page of the API for every room that has public names (``vilu.__all__``), in the order of docs/architecture.md.
 - Files outside docs/ that a page links to (SECURITY.md, deploy/alerts.yml, ...) become part of the site, so that one
   link serves readers of the repository and of the site.
+- Of what was built every link is followed: one that leads nowhere in the site, or loads something from elsewhere, is a
+  warning, and so an error of ``--strict``.
 """
 
 from __future__ import annotations
 
 import html
 import importlib
+import logging
 import os
 import posixpath
 import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
@@ -30,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 OUTSIDE_DOCS = "repository"
 """Where in the site files lie that are not in docs/."""
+LOG = logging.getLogger("mkdocs.plugins.docs_site")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 """The target of a relative link, without its anchor."""
 
@@ -81,6 +87,43 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: AN
     return LINK.sub(moved, markdown)
 
 
+class Links(HTMLParser):
+    """What a built page names and loads, and where it leads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.led: list[str] = []
+        self.loaded: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """One element."""
+        for name, value in attrs:
+            if name in {"id", "name"} and value:
+                self.ids.add(value)
+            elif name in {"href", "src"} and value:
+                (self.led if tag == "a" else self.loaded).append(value)
+
+
+def on_post_build(*, config: MkDocsConfig) -> None:
+    """Every link of the site."""
+    site, here = Path(config.site_dir), "http://here/"
+    pages = {path.relative_to(site).as_posix(): Links() for path in sorted(site.rglob("*.html"))}
+    for place, page in pages.items():
+        page.feed((site / place).read_text(encoding="utf-8"))
+    for place, page in pages.items():
+        for link in [*page.led, *page.loaded]:
+            url, anchor = urldefrag(urljoin(f"{here}{place}", link))
+            if not url.startswith(here):
+                if link in page.loaded:
+                    LOG.warning("%s loads %s", place, link)
+                continue
+            target = unquote(url.removeprefix(here))
+            target += "index.html" if target.endswith("/") or not target else ""
+            if not (site / target).is_file() or (anchor and unquote(anchor) not in pages[target].ids):
+                LOG.warning("%s links to %s, which is not there", place, link)
+
+
 def linked(page: Path) -> Iterator[Path]:
     """The files of the repository that a page links to."""
     for target in LINK.findall(page.read_text(encoding="utf-8")):
@@ -108,7 +151,7 @@ def command_pages() -> dict[str, str]:
 
 def told(command: Any, names: tuple[str, ...], above: Any = None) -> Iterator[tuple[tuple[str, ...], str]]:  # noqa: ANN401 - typer gives its commands no public type
     """Names and page of a command; of a group, those of its commands."""
-    context = typer.Context(command, info_name=names[-1], parent=above)
+    context = typer.Context(command, info_name=names[-1], parent=above, **command.context_settings)
     if hasattr(command, "commands"):
         for name, inner in command.commands.items():
             yield from told(inner, (*names, name), context)
