@@ -96,10 +96,13 @@ audit: .venv/.release
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Packages, and what an installation of them consists of (CycloneDX), in dist/.
+# Packages, and what an installation of them consists of (CycloneDX), in dist/. The same commit gives the same packages.
+release: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 release: .venv/.release
 	rm -rf dist build/release
 	$(BIN)/python -m build --outdir dist
+	$(BIN)/python tools/repack.py dist/*.tar.gz
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 	$(PYTHON) -m venv build/release
 	build/release/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/vilu-sbom.json build/release

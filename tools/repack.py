@@ -1,0 +1,35 @@
+"""Make a source package the same bytes at every build: `python tools/repack.py dist/NAME.tar.gz`.
+
+The build writes when and by whom each file was made; here all are of SOURCE_DATE_EPOCH, of nobody, and in order.
+(Of the wheel setuptools sees to that by itself.)
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+
+def repacked(package: bytes, epoch: int) -> bytes:
+    """The same files without what differs from build to build."""
+    made = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(package)) as old,
+        gzip.GzipFile(filename="", mode="wb", fileobj=made, mtime=epoch) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
+        for member in sorted(old.getmembers(), key=lambda member: member.name):
+            member.mtime, member.uid, member.gid, member.uname, member.gname = epoch, 0, 0, "", ""
+            member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
+            member.pax_headers = {}
+            new.addfile(member, old.extractfile(member) if member.isfile() else None)
+    return made.getvalue()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        Path(name).write_bytes(repacked(Path(name).read_bytes(), int(os.environ["SOURCE_DATE_EPOCH"])))
