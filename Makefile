@@ -100,8 +100,9 @@ docs: .venv/.docs
 release: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 release: .venv/.release
 	rm -rf dist build/release
-	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --sdist --outdir dist
 	$(BIN)/python tools/repack.py dist/*.tar.gz
+	umask 022; $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-cache-dir --no-deps --wheel-dir dist dist/*.tar.gz
 	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
 	$(PYTHON) -m venv build/release
 	build/release/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl

@@ -1,7 +1,7 @@
 """Make a source package the same bytes at every build: `python tools/repack.py dist/NAME.tar.gz`.
 
 The build writes when and by whom each file was made; here all are of SOURCE_DATE_EPOCH, of nobody, and in order.
-(Of the wheel setuptools sees to that by itself.)
+(The wheel is built from it, and setuptools sees to its times by itself.)
 """
 
 from __future__ import annotations
