@@ -33,11 +33,12 @@ def main() -> None:
     print(table)
     print()
     clear, close = vilu.compare(learned, mcm), vilu.compare(mcm, margin)
-    few = vilu.compare(mcm.take(range(60)), margin.take(range(60)))
+    eighth = range(0, len(mcm), 8)  # rows lie sorted by class, so the first ones would be no sample
+    few = vilu.compare(mcm.take(eighth), margin.take(eighth))
     for found in (clear, close, few):
         print(found)
     print(f"150 labels are worth {100 * clear.difference:.0f} points of AUROC, and that is no luck;")
-    print("whether mcm is better than margin takes more than 60 answers to say.")
+    print("whether mcm is better than margin every eighth answer alone does not say.")
 
     assert clear.ci_low > 0.05  # from 5 points up to more
     assert few.ci_low < 0 < few.ci_high

@@ -40,8 +40,9 @@ def main() -> None:
         guard = vilu.Guard(home / "out" / "predictor")
         answers = guard(home / "later" / path for path in truth)
 
-    for answer in answers[:3]:
-        print(f"{answer.label}, wrong with {answer.failure_probability:.0%}: {answer.decision}, {answer.reason or 'within the promise'}")
+    for one in answers[:3]:
+        reason = one.reason or "within the promise"
+        print(f"{one.label}, wrong with {one.failure_probability:.0%}: {one.decision}, {reason}")
     right = [answer.label == name for answer, name in zip(answers, truth.values(), strict=True)]
     accepted = [said for answer, said in zip(answers, right, strict=True) if answer.decision == "accept"]
     wrong, still_wrong = 1 - sum(right) / len(right), 1 - sum(accepted) / len(accepted)
