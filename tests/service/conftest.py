@@ -87,22 +87,22 @@ def hosted(
     access, before = logging.getLogger("vilu.access"), logging.getLogger("vilu.access").level
     access.addHandler(handler)
     access.setLevel(logging.INFO)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BackboneSpec, "load", lambda self: FakeBackbone())
-        host = Hosted(Setup(first, second, state, ClientLimits(**more), keep, workers=2, **size), "127.0.0.1", 0, tell)
-        thread = threading.Thread(target=work)
-        thread.start()
-        try:
+    host = Hosted(Setup(first, second, state, ClientLimits(**more), keep, workers=2, **size), "127.0.0.1", 0, tell)
+    thread = threading.Thread(target=work)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(BackboneSpec, "load", lambda self: FakeBackbone())
+            thread.start()
             assert told.wait(60)
-            if faults:
-                raise faults[0]
-            running.url = addresses[0]
-            yield running
-        finally:
-            host.stop()
-            thread.join(60)
-            access.removeHandler(handler)
-            access.setLevel(before)
+        if faults:
+            raise faults[0]
+        running.url = addresses[0]
+        yield running
+    finally:
+        host.stop()
+        thread.join(60)
+        access.removeHandler(handler)
+        access.setLevel(before)
 
 
 @contextmanager
@@ -151,7 +151,7 @@ def predictors(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return home / "linear_probe", home / "mcm"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def service(predictors: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """One service for the tests that change nothing."""
     with hosted(predictors[0], tmp_path_factory.mktemp("state") / "s") as running:

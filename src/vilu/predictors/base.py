@@ -387,7 +387,7 @@ class FailurePredictor(ABC):
     def network(self) -> nn.Module:
         """The network, which is there after a fit."""
         if self.network_ is None:
-            raise DataError(f"this {self.name} holds no network; its file is damaged.")
+            raise DataError(f"this {self.name} holds no network: it was not fitted, or its file is damaged.")
         return self.network_
 
     def tensor(self, name: str, device: torch.device) -> Tensor:

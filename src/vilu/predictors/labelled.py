@@ -73,11 +73,9 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
     if left_out:
         strangers = int(outside.sum()) if needs == "class" else 0
         of_none = f", {strangers} of none of the classes" if strangers else ""
-        warnings.warn(
-            f"{left_out} of {len(source)} {role} rows are left out ({unusable} unusable{of_none}, the rest without "
-            "label).",
-            stacklevel=6,
-        )
+        what = "where classes are told apart " if strangers else ""  # strangers may teach what is outside
+        why = f"({unusable} unusable{of_none}, the rest without label)"
+        warnings.warn(f"{left_out} of {len(source)} {role} rows are left out {what}{why}.", stacklevel=6)
     return rows[known], failure[known]
 
 

@@ -50,7 +50,7 @@ def decision_of(outcomes: Outcomes, row: int, label: str | None, near: RunnersUp
     p = None if np.isnan(probability[row]) else float(probability[row])
     second = near[0] if near else (None, None)
     if label is not None:
-        return Decision(path, label, p, LABELLED, None, *second)
+        return Decision(path, label, p, LABELLED, None)  # whatever the model thinks of other classes
     if p is None:
         return Decision(path, None, None, REVIEW, None if outcomes.reason is None else outcomes.reason[row])
     decided = ABSTAIN if outcomes.decision is None else outcomes.decision[row]
