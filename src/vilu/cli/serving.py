@@ -42,7 +42,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
         int | None, typer.Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")
     ] = None,
     queue: Annotated[
-        int | None, typer.Option(min=1, help="Images under way at a time; beyond, 429. [the batch and a quarter]")
+        int | None, typer.Option(min=1, help="Images under way at a time; beyond, 429. [the batch and an eighth]")
     ] = None,
     max_body: Annotated[int, typer.Option(min=1, help="MiB of a request.")] = 32,
     max_images: Annotated[int, typer.Option(min=1, help="Images, rows or labels of a request.")] = 256,
@@ -75,7 +75,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     hosts = frozenset(name.lower() for name in [*LOOPBACK, host, *(allow_host or ())])
     keys = frozenset[bytes]() if key_file is None else read_keys(key_file)
     limits = ClientLimits(
-        hosts, keys, queue or batch_size + batch_size // 4, max_body * 2**20, max_images, answer=timeout
+        hosts, keys, queue or batch_size + batch_size // 8, max_body * 2**20, max_images, answer=timeout
     )
     setup = Setup(
         *(predictor, second, state or predictor.with_name(f"{predictor.name}.serving"), limits, keep),
