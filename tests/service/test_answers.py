@@ -21,6 +21,7 @@ from tests.builders.store_fakes import FakeBackbone
 from tests.command import command_line
 from tests.service.conftest import Running, hosted
 from vilu.errors import DataError, UsageError
+from vilu.service.keeper import Bookkeeper
 from vilu.service.limits import read_keys
 from vilu.triage.guard import Guard
 
@@ -267,3 +268,21 @@ def test_a_slow_client_waits_alone(service: Running) -> None:
         three.sendall(b"\0\0\0 nothing like it\r\n\r\n")
         assert three.recv(200).startswith(b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json")
     assert service.get("/readyz").status_code == 200
+
+
+def test_a_fault_of_ours_is_told_and_the_next_request_is_answered(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Photos, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer leaves that is not in the journal; what went wrong stays in the log."""
+
+    def broken(*_: object) -> None:
+        raise OSError("the disk is on fire")
+
+    with hosted(predictors[0], tmp_path / "s") as running:
+        with monkeypatch.context() as patch:
+            patch.setattr(Bookkeeper, "record", broken)
+            reply = running.post("/v1/answers", files=as_files(photos(2)))
+            assert (reply.status_code, reply.headers["content-type"]) == (500, "application/problem+json")
+            assert "fire" not in reply.text
+        assert running.post("/v1/answers", files=as_files(photos(2))).status_code == 200
+        assert running.get("/v1/monitor").json()["monitors"][0]["status"]["rows"] == 2

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
+from itertools import compress, count
 from pathlib import Path
 
 import numpy as np
@@ -166,19 +166,19 @@ class Engine:
 
     def _settle(self, replies: Sequence[Future[Reply]], work: Callable[[], Sequence[Reply]]) -> None:
         """Give what work leads to to those who still wait for it."""
-        wanted = [reply.set_running_or_notify_cancel() for reply in replies]
-        if not any(wanted):
+        waits = [reply.set_running_or_notify_cancel() for reply in replies]
+        if not any(waits):
             return
         try:
-            found: Sequence[Reply] | BaseException = work()
+            found = work()
+        # not swallowed: an exception ends with its thread unless it is handed over; every request raises it
         except BaseException as error:
             logger.exception("%d rows failed", len(replies))
-            found = error
-        for place, (reply, waits) in enumerate(zip(replies, wanted, strict=True)):
-            if waits and isinstance(found, BaseException):
-                reply.set_exception(found)
-            elif waits:
-                reply.set_result(found[place])  # type: ignore[index]  # it is no exception here
+            for reply in compress(replies, waits):
+                reply.set_exception(error)
+            return
+        for reply, said in compress(zip(replies, found, strict=True), waits):
+            reply.set_result(said)
 
     def _replies(self, batch: Sequence[Waiting]) -> list[Reply]:
         content, rows = self.guard.embed([one.item for one in batch]), {one.position: one.row for one in batch}
