@@ -69,7 +69,7 @@ class Others:
     """
 
     logits: Tensor  # (B, K)
-    answer: Tensor  # (B, 1) int64
+    given: Tensor | None  # (B, 1) int64 answers; None: the first of the largest logits
     own: Tensor  # (B,) the answer's logit
     reference: Tensor  # (B, 1) r
     weight: Tensor  # (B, K) e_j; of the answer 0
@@ -79,29 +79,49 @@ class Others:
     @classmethod
     def of(cls, logits: Tensor, answer: Tensor | None = None, temperature: float = 1.0) -> Others:
         """Those beside the answers (B, 1), by default the first of the largest logits."""
-        place, own = first_largest(logits) if answer is None else (answer, logits.gather(1, answer))
 
-        def about(logits: Tensor, place: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def weights(logits: Tensor, reference: Tensor) -> Tensor:
             weight = logits - reference
-            weight = weight.exp_() if temperature == 1 else weight.div_(temperature).exp_()
+            return weight.exp_() if temperature == 1 else weight.div_(temperature).exp_()
+
+        def beside(weight: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
             weight = weight.scatter_(1, place, 0.0)
-            return reference, weight, weight.sum(dim=1)
+            return weight, weight.sum(dim=1)
 
         def second(logits: Tensor, place: Tensor) -> Tensor:
             return logits.scatter(1, place, NEGLIGIBLE).amax(dim=1, keepdim=True)
 
+        largest = logits.amax(dim=1, keepdim=True)
+        own = largest if answer is None else logits.gather(1, answer)
         if torch.compiler.is_exporting():
-            found = about(logits, place, second(logits, place))
+            place = first_largest(logits)[0] if answer is None else answer
+            reference = second(logits, place)
+            return cls(logits, answer, own.squeeze(1), reference, *beside(weights(logits, reference), place), temperature)
+        weight = weights(logits, largest)
+        if answer is None and not logits.requires_grad and logits.shape[1] <= CACHED_CELLS // 16:
+            # the largest weighs 1, and has no fraction; where another weighs as much, as below, row by row
+            with_answer = weight.sum(dim=1)
+            total = weight.frac_().sum(dim=1)
+            rows = ((total < VANISHING) | (with_answer - total > TIED)).nonzero().squeeze(1)
         else:
-            found = about(logits, place, own if answer is None else logits.amax(dim=1, keepdim=True))
-            # row by row: what a row is worth does not depend on those beside it
-            rows = (found[2] < VANISHING).nonzero().squeeze(1)
-            if len(rows):
-                few, places = logits[rows], place[rows]
-                reference, *again = about(few, places, second(few, places))
-                weight, total = (whole.index_copy_(0, rows, part) for whole, part in zip(found[1:], again, strict=True))
-                found = found[0].index_copy(0, rows, reference), weight, total
-        return cls(logits, place, own.squeeze(1), *found, temperature)
+            weight, total = beside(weight, first_largest(logits)[0] if answer is None else answer)
+            rows = (total < VANISHING).nonzero().squeeze(1)
+        reference = largest
+        # row by row: what a row is worth does not depend on those beside it
+        if len(rows):
+            few = logits[rows]
+            place = few.argmax(dim=1, keepdim=True) if answer is None else answer[rows]
+            again, sums = beside(weights(few, largest[rows]), place)
+            instead = torch.where(sums[:, None] < VANISHING, second(few, place), largest[rows])
+            found = beside(weights(few, instead), place)
+            reference = largest.index_copy(0, rows, instead)
+            weight, total = weight.index_copy_(0, rows, found[0]), total.index_copy_(0, rows, found[1])
+        return cls(logits, answer, own.squeeze(1), reference, weight, total, temperature)
+
+    @cached_property
+    def answer(self) -> Tensor:
+        """(B, 1) int64 places of the answers."""
+        return first_largest(self.logits)[0] if self.given is None else self.given
 
     @cached_property
     def gap(self) -> Tensor:
@@ -150,6 +170,9 @@ def first_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SHORT = 64
+
+TIED = 1.5
+"""The largest weighs 1 of all weights; so much more is another one that weighs 1."""
 
 VANISHING = 1e-14
 """Below it all others are more than 32 under the reference, where a float32 difference is off by 2e-6 and more."""

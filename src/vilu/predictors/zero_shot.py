@@ -74,7 +74,7 @@ class Doctor(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         odds, share = batch.others.odds, batch.others.gap.exp()
-        squares = (share * float64(torch.linalg.vector_norm(batch.others.weight, dim=1))).square()
+        squares = share.square() * float64(batch.others.weight.square().sum(dim=1))
         return (odds * (2 + odds) - squares) / (1 + squares)
 
 
