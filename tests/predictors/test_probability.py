@@ -20,6 +20,7 @@ from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import write_json
 from vilu.metrics import brier, ece
+from vilu.predictors import probability
 from vilu.predictors.probability import Isotonic, Logistic, _fit, fit_calibrator, read_calibrator
 
 
@@ -33,10 +34,14 @@ def sample(n: int, truth, seed: int = 0):
 def test_platt_is_logistic_regression_on_smoothed_targets() -> None:
     score, failure = sample(20_000, lambda s: special.expit(0.7 * s - 1))
     found = _fit("platt", score, failure)
-    plain = LogisticRegression(C=np.inf, tol=1e-10).fit(score[:, None], failure)
-    # the smoothing moves each target by less than 1 / 1,000
-    assert found.weights[0] == pytest.approx(plain.coef_[0, 0], abs=2e-3)
-    assert found.intercept == pytest.approx(plain.intercept_[0], abs=2e-3)
+    wrong, n = failure.sum(), len(failure)
+    target = np.where(
+        failure == 1, (wrong + 1) / (wrong + 2), 1 / (n - wrong + 2)
+    )  # each row on both sides, by its target
+    plain = LogisticRegression(C=np.inf, tol=1e-10).fit(
+        np.tile(score, 2)[:, None], np.repeat([1, 0], n), sample_weight=np.concatenate([target, 1 - target])
+    )
+    assert (*found.weights, found.intercept) == pytest.approx((plain.coef_[0, 0], plain.intercept_[0]), rel=1e-6)
     assert found(score[:5]) == pytest.approx(special.expit(found.weights[0] * score[:5] + found.intercept))
 
 
@@ -112,15 +117,21 @@ def test_the_form_follows_the_data(truth, n: int, form: str) -> None:
         assert found.log_loss[found.form] < best + 0.02
 
 
-def test_the_choice_is_by_held_out_loss() -> None:
+def test_the_choice_is_by_held_out_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reported loss is that of rows left out: fits on the other nine folds, by hand."""
-    from sklearn.model_selection import StratifiedKFold
-
     score, failure = sample(400, special.expit)
+    fits: list[np.ndarray] = []
+    monkeypatch.setattr(probability, "_fit", lambda form, some, wrong: fits.append(some) or _fit(form, some, wrong))
     found = fit_calibrator(score, failure, is_log_odds=False)
+    *fits, last = fits
+    assert np.array_equal(last, score)
+    held_out = [~np.isin(score, fit) for fit in fits]
+    assert np.array_equal(np.sum(held_out, axis=0), np.ones(400))
+    for kind in (0, 1):
+        assert np.ptp([(failure[out] == kind).sum() for out in held_out]) <= 1
     losses = []
-    for fit, out in StratifiedKFold(10, shuffle=True, random_state=0).split(score, failure):
-        p = _fit("platt", score[fit], failure[fit])(score[out])
+    for out in held_out:
+        p = _fit("platt", score[~out], failure[~out])(score[out])
         losses += (-np.log(np.where(failure[out] == 1, p, 1 - p))).tolist()
     assert found.log_loss == {"platt": pytest.approx(np.mean(losses), rel=1e-9)}
 

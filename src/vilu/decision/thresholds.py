@@ -10,7 +10,6 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from scipy import special
 
 from vilu.metrics.counts import Floats, Ints, TieCounts
 
@@ -21,6 +20,8 @@ Starts = tuple[tuple[float, float], ...]
 
 def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
     """(...) P[Bin(m, risk) <= k]: the p-value of "the error rate is above ``risk``"; 1 where nothing is accepted."""
+    from scipy import special  # half a second to import, which those who only score are spared
+
     # the regularised incomplete beta function is the tail, and takes whole arrays
     inside = wrong < accepted
     found = special.betainc(np.where(inside, accepted - wrong, 1), np.where(inside, wrong + 1, 1), 1 - risk)
@@ -29,11 +30,15 @@ def tail(wrong: Ints, accepted: Ints, risk: float) -> Floats:
 
 def upper_bound(wrong: int, accepted: int, delta: float) -> float:
     """Clopper-Pearson bound b, P[Bin(m, b) <= k] = delta: the error rate is below it with confidence 1 - delta."""
+    from scipy import special
+
     return float(special.betaincinv(wrong + 1, accepted - wrong, 1 - delta)) if wrong < accepted else 1.0
 
 
 def lower_bound(hits: int, n: int, delta: float) -> float:
     """Clopper-Pearson bound from below, P[Bin(n, b) >= k] = delta."""
+    from scipy import special
+
     return float(special.betaincinv(hits, n - hits + 1, delta)) if hits else 0.0
 
 

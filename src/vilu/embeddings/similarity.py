@@ -84,39 +84,42 @@ class Others:
             weight = logits - reference
             return weight.exp_() if temperature == 1 else weight.div_(temperature).exp_()
 
-        def beside(weight: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-            weight = weight.scatter_(1, place, 0.0)
+        def beside(logits: Tensor, place: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+            weight = weights(logits, reference).scatter_(1, place, 0.0)
             return weight, weight.sum(dim=1)
 
         def second(logits: Tensor, place: Tensor) -> Tensor:
             return logits.scatter(1, place, NEGLIGIBLE).amax(dim=1, keepdim=True)
 
+        def places(logits: Tensor, answer: Tensor | None) -> Tensor:
+            return first_largest(logits)[0] if answer is None else answer
+
         largest = logits.amax(dim=1, keepdim=True)
-        own = largest if answer is None else logits.gather(1, answer)
+        own = (largest if answer is None else logits.gather(1, answer)).squeeze(1)
         if torch.compiler.is_exporting():
-            place = first_largest(logits)[0] if answer is None else answer
+            place = places(logits, answer)
             reference = second(logits, place)
-            return cls(logits, answer, own.squeeze(1), reference, *beside(weights(logits, reference), place), temperature)
-        weight = weights(logits, largest)
+            return cls(logits, answer, own, reference, *beside(logits, place, reference), temperature)
         if answer is None and not logits.requires_grad and logits.shape[1] <= CACHED_CELLS // 16:
-            # the largest weighs 1, and has no fraction; where another weighs as much, as below, row by row
-            with_answer = weight.sum(dim=1)
+            # the largest weighs 1 and has no fraction, so that its place need not be known
+            weight = weights(logits, largest)
+            whole = weight.sum(dim=1)
             total = weight.frac_().sum(dim=1)
-            rows = ((total < VANISHING) | (with_answer - total > TIED)).nonzero().squeeze(1)
+            unsure = (total < VANISHING) | (whole - total > TIED)
         else:
-            weight, total = beside(weight, first_largest(logits)[0] if answer is None else answer)
-            rows = (total < VANISHING).nonzero().squeeze(1)
+            weight, total = beside(logits, places(logits, answer), largest)
+            unsure = total < VANISHING
+        rows = unsure.nonzero().squeeze(1)
         reference = largest
-        # row by row: what a row is worth does not depend on those beside it
-        if len(rows):
-            few = logits[rows]
-            place = few.argmax(dim=1, keepdim=True) if answer is None else answer[rows]
-            again, sums = beside(weights(few, largest[rows]), place)
-            instead = torch.where(sums[:, None] < VANISHING, second(few, place), largest[rows])
-            found = beside(weights(few, instead), place)
-            reference = largest.index_copy(0, rows, instead)
-            weight, total = weight.index_copy_(0, rows, found[0]), total.index_copy_(0, rows, found[1])
-        return cls(logits, answer, own.squeeze(1), reference, weight, total, temperature)
+        if len(rows):  # row by row: what a row is worth does not depend on those beside it
+            few, among = logits[rows], largest[rows]
+            place = places(few, None if answer is None else answer[rows])
+            vanishing = beside(few, place, among)[1] < VANISHING
+            among = torch.where(vanishing[:, None], second(few, place), among)
+            few_weights, few_totals = beside(few, place, among)
+            reference = largest.index_copy(0, rows, among)
+            weight, total = weight.index_copy_(0, rows, few_weights), total.index_copy_(0, rows, few_totals)
+        return cls(logits, answer, own, reference, weight, total, temperature)
 
     @cached_property
     def answer(self) -> Tensor:

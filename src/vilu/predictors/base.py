@@ -13,7 +13,6 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 from torch import Tensor, nn
 
 from vilu.device import as_usual, each_as_usual, resolve_device
@@ -30,7 +29,7 @@ from vilu.predictors.labelled import Needs, degenerate_rate, disjoint, require_c
 from vilu.predictors.nn.head import Graph, with_weights
 from vilu.predictors.nn.train import SCORING_BATCH, AdamWConfig, Rows, TrainConfig
 from vilu.predictors.parameters import check_parameters, get_params, is_no_estimator, set_params, shown
-from vilu.predictors.probability import Calibrator, fit_calibrator
+from vilu.predictors.probability import Calibrator, expit, fit_calibrator
 from vilu.predictors.rows import (
     Overlap,
     Sketches,
@@ -456,7 +455,7 @@ class FailurePredictor(ABC):
                 f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
                 "vilu_plus."
             )
-        return np.asarray(special.expit(self._calibration_score(real_vector(uncertainty, "uncertainty"))))
+        return expit(self._calibration_score(real_vector(uncertainty, "uncertainty")))
 
     @checked
     @as_usual()
@@ -492,7 +491,8 @@ class FailurePredictor(ABC):
         """Log-odds without the bias of the loss where the uncertainty is a probability, else the uncertainty itself."""
         if not self.is_probability:
             return uncertainty
-        return np.asarray(special.logit(np.clip(uncertainty, CERTAIN, 1 - CERTAIN)) - self._log_weight())
+        u = np.clip(uncertainty, CERTAIN, 1 - CERTAIN)
+        return np.log(u) - np.log1p(-u) - self._log_weight()
 
 
 def own_graph(predictor: FailurePredictor) -> nn.Module:

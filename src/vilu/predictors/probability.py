@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
-from scipy import special
 
 from vilu.errors import DataError
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats
 
 FOLDS = 10
+STEPS = 100  # of Newton's method, which needs about eight
 FEW_OF_A_KIND = 20  # with fewer failures, or fewer successes, the smoothest form is taken without a choice
 FEW_ROWS = 1000  # with fewer rows no isotonic regression, whose steps would follow the noise
 
@@ -25,6 +25,12 @@ class Form(NamedTuple):
     features: Callable[[Floats], Floats]
     intercept: bool
     of_probability: bool
+
+
+def expit(log_odds: Floats) -> Floats:
+    """1 / (1 + exp(-x)), without rounding near zero or one; SciPy's takes half a second to import."""
+    small = np.exp(-np.abs(log_odds))
+    return np.where(log_odds < 0, small, 1.0) / (1 + small)
 
 
 def _itself(score: Floats) -> Floats:
@@ -62,7 +68,7 @@ class Logistic(_Fitted):
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
         log_odds = FORMS[self.form].features(score) @ np.array(self.weights) + self.intercept
-        return np.asarray(special.expit(log_odds))
+        return expit(log_odds)
 
 
 class Isotonic(_Fitted):
@@ -126,12 +132,13 @@ def _is_near(excess: Floats) -> bool:
 
 
 def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
-    """(N,) log-loss of every row under a fit without its fold."""
-    from sklearn.model_selection import StratifiedKFold
-
-    losses = np.empty(len(score))
-    for fit, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=0).split(score, failure):
-        p = _fit(form, score[fit], failure[fit])(score[held_out])
+    """(N,) log-loss of every row under a fit without its fold; failures are dealt out evenly."""
+    losses, fold, rng = np.empty(len(score)), np.empty(len(score), np.int64), np.random.default_rng(0)
+    for kind in (0, 1):
+        rows = np.flatnonzero(failure == kind)
+        fold[rng.permutation(rows)] = np.arange(len(rows)) % FOLDS
+    for held_out in (fold == number for number in range(FOLDS)):
+        p = _fit(form, score[~held_out], failure[~held_out])(score[held_out])
         losses[held_out] = -np.log(np.where(failure[held_out] == 1, p, 1 - p).clip(1e-12))
     return losses
 
@@ -144,17 +151,20 @@ def _fit(form: str, score: Floats, failure: NDArray[np.int64]) -> Calibrator:
 
 
 def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Isotonic:
-    """Isotonic regression by scikit-learn, its ends kept 1 / (N + 2) away from certainty."""
-    from sklearn.isotonic import IsotonicRegression
+    """Isotonic regression by SciPy, its ends kept 1 / (N + 2) away from certainty."""
+    from scipy.optimize import isotonic_regression
 
+    value, place, rows = np.unique(score, return_inverse=True, return_counts=True)
+    fitted = isotonic_regression(np.bincount(place, failure) / rows, weights=rows).x
     end = 1 / (len(score) + 2)
-    model = IsotonicRegression(y_min=end, y_max=1 - end, out_of_bounds="clip").fit(score, failure)
-    knots, probability = model.X_thresholds_.tolist(), model.y_thresholds_.tolist()
-    return Isotonic(form="isotonic", score=knots, probability=probability, **counts)
+    level = np.clip(fitted, end, 1 - end)
+    rises = np.flatnonzero(np.diff(level))  # of a level stretch its two ends are enough
+    knots = np.unique(np.concatenate([[0, len(value) - 1], rises, rises + 1]))
+    return Isotonic(form="isotonic", score=value[knots].tolist(), probability=level[knots].tolist(), **counts)
 
 
 def _fit_logistic(form: Any, score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Logistic:  # noqa: ANN401 - a key of FORMS
-    """Logistic regression by scikit-learn, without a penalty.
+    """Logistic regression without a penalty.
 
     Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the weights finite where
     the scores separate them (Platt 1999, Sec. 2.2).
@@ -171,13 +181,24 @@ def _fit_logistic(form: Any, score: Floats, failure: NDArray[np.int64], counts: 
 
 
 def _least_log_loss(features: Floats, failure: NDArray[np.int64], *, intercept: bool) -> tuple[list[float], float]:
-    """Weights and constant of a logistic regression without a penalty, on smoothed targets."""
-    from sklearn.linear_model import LogisticRegression
-
+    """Weights and constant of a logistic regression without a penalty, on smoothed targets, by Newton's method."""
     scale = np.maximum(np.abs(features).max(axis=0), 1e-12)
     n_failures = int(failure.sum())
     target = np.where(failure == 1, (n_failures + 1) / (n_failures + 2), 1 / (len(failure) - n_failures + 2))
-    model = LogisticRegression(C=np.inf, fit_intercept=intercept, tol=1e-8, max_iter=1000)
-    rows, sides = np.concatenate([features, features]) / scale, np.repeat([1, 0], len(failure))
-    model.fit(rows, sides, sample_weight=np.concatenate([target, 1 - target]))
-    return (model.coef_[0] / scale).tolist(), float(np.ravel(model.intercept_)[0])
+    x = np.column_stack([features / scale, np.ones((len(features), int(intercept)))])
+
+    def log_loss(weights: Floats) -> float:
+        return float((np.logaddexp(0, x @ weights) - target * (x @ weights)).sum())
+
+    weights = np.zeros(x.shape[1])
+    least = log_loss(weights)
+    for _ in range(STEPS):
+        p = expit(x @ weights)
+        # without a least loss of its own (equal scores) a direction gets no weight
+        step = np.linalg.lstsq(x.T @ (x * (p * (1 - p))[:, None]), x.T @ (p - target), rcond=None)[0]
+        tried = ((log_loss(weights - step / 2**halvings), weights - step / 2**halvings) for halvings in range(12))
+        lowest, better = next((one for one in tried if one[0] < least), (least, None))
+        if better is None:
+            break
+        weights, least = better, lowest
+    return (weights[: features.shape[1]] / scale).tolist(), float(weights[-1]) if intercept else 0.0
