@@ -30,7 +30,8 @@ class Form(NamedTuple):
 def expit(log_odds: Floats) -> Floats:
     """1 / (1 + exp(-x)), without rounding near zero or one; SciPy's takes half a second to import."""
     small = np.exp(-np.abs(log_odds))
-    return np.where(log_odds < 0, small, 1.0) / (1 + small)
+    found: Floats = np.where(log_odds < 0, small, 1.0) / (1 + small)
+    return found
 
 
 def _itself(score: Floats) -> Floats:
