@@ -75,6 +75,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python tools/house.py
+	$(BIN)/python tools/examples.py
 
 format: .venv/.dev
 	$(BIN)/ruff check --fix

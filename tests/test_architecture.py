@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,8 @@ MAY_IMPORT = {
 HEAVY = {"torch", "open_clip", "timm", "transformers", "torchvision", "matplotlib", "pandas", "sklearn", "pyarrow"}
 LONGEST_FILE = 500
 FILES = sorted(PACKAGE.rglob("*.py"))
+example_lines = runpy.run_path(str(ROOT / "tools" / "house.py"))["example_lines"]
+"""A file may grow by its examples."""
 
 
 def room_of(path: Path) -> str:
@@ -85,7 +88,8 @@ def test_model_libraries_stay_in_their_rooms() -> None:
 
 
 def test_files_and_functions_can_be_read_in_one_sitting() -> None:
-    lengths = {name_of(path): len(path.read_text().splitlines()) for path in FILES}
+    texts = {name_of(path): path.read_text() for path in FILES}
+    lengths = {name: len(text.splitlines()) - example_lines(ast.parse(text)) for name, text in texts.items()}
     assert {name: n for name, n in lengths.items() if n > LONGEST_FILE} == {}
     assert median(lengths.values()) >= 100, "a file is one thought, and most thoughts are longer"
     found = {}
@@ -97,6 +101,21 @@ def test_files_and_functions_can_be_read_in_one_sitting() -> None:
                 if code > 50:
                     found[f"{name_of(path)}:{node.name}"] = code
     assert found == {}
+
+
+@pytest.mark.parametrize(
+    ("plain", "example"),
+    [
+        ('"""One line.{}"""\n', "\n\n    Example:\n        >>> 1 + 1\n        2\n    "),
+        ('"""One line.\n\n    More.{}\n    """\n', "\n\n    Examples:\n        >>> f(1)\n        2"),
+        ('"""One line.\n\n    {}Not an example.\n    """\n', "    >>> f(1)\n        2\n\n    "),
+    ],
+    ids=["alone", "at the end", "in between"],
+)
+def test_examples_do_not_count_in_the_limits_on_lines(plain: str, example: str) -> None:
+    without, with_it = (f"def f(x):\n    {plain.format(part)}    return x\n" for part in ("", example))
+    assert example_lines(ast.parse(without)) == 0
+    assert len(with_it.splitlines()) - example_lines(ast.parse(with_it)) == len(without.splitlines())
 
 
 @pytest.mark.parametrize(
