@@ -41,10 +41,12 @@ def register(thing: Added) -> Added:
         UsageError: If it is nothing that can be registered, lacks something, or its name is taken.
 
     Examples:
-        >>> from vilu.metrics.catalog import METRICS, Metric
-        >>> wrong = register(Metric("Wrong", lambda c: c.n_wrong / c.n, "share of wrong answers", name="wrong"))
-        >>> METRICS.pop("wrong").title
-        'Wrong'
+        >>> import vilu
+        >>> metric = vilu.metrics.Metric("Wrong", lambda c: c.n_wrong / c.n, "share of wrong answers", name="wrong")
+        >>> _ = vilu.register(metric)
+        >>> vilu.evaluate(vilu.Outcomes([1, 2, 3, 4] * 30, [0, 0, 0, 1] * 30), metrics=["wrong"]).value("wrong")
+        0.25
+        >>> del vilu.metrics.METRICS["wrong"]  # as it was
     """
     if isinstance(thing, str | os.PathLike) and Path(thing).suffix == ".toml":
         _register_file(Path(thing))

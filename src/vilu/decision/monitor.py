@@ -113,6 +113,19 @@ class Monitor:
         Raises:
             DataError: If there is none, or it is damaged.
             ProvenanceError: If a newer vilu wrote it.
+
+        Examples:
+            >>> import numpy as np, tempfile, vilu
+            >>> from vilu.decision.calibration import Target, calibrate_predictor
+            >>> rows = np.random.default_rng(0).random((200, 2))
+            >>> rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+            >>> data = vilu.Embeddings(rows, np.eye(2), rows.argmax(axis=1))
+            >>> with tempfile.TemporaryDirectory() as folder:  # as `vilu fit` and `vilu calibrate` leave one
+            ...     _ = vilu.MCM().save(folder)
+            ...     _ = calibrate_predictor(folder, data, Target(max_risk=0.05))
+            ...     monitor = vilu.Monitor.of_folder(folder)
+            >>> len(monitor.calibration), monitor.rule.max_risk
+            (200, 0.05)
         """
         found = record.load(folder)
         monitor = cls(record.load_rows(folder, found), found.rule, false_alarm=false_alarm, seed=seed)
@@ -136,6 +149,14 @@ class Monitor:
             ProvenanceError: If they are scores of another predictor or calibration, or their candidates are others.
             DataError: If the calibration rows have answers, and these do not, or the rows lie sorted.
             UsageError: If groups are needed and not given.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> rng = np.random.default_rng(0)
+            >>> monitor = vilu.Monitor(vilu.Outcomes(rng.random(500), np.zeros(500)))
+            >>> status = monitor.update(vilu.Outcomes(rng.random(300), np.full(300, -1)))  # labels are not needed
+            >>> status.verdict, status.rows
+            ('holds', 300)
         """
         outcomes = admit(outcomes, self.calibration, self.risk)
         hashes, new = self.monitored.new(outcomes)
@@ -172,6 +193,18 @@ class Monitor:
         Raises:
             UsageError: If there is no promise to audit, or groups are needed and not given.
             ProvenanceError: If they are scores of another predictor, or their candidates are others.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> rng = np.random.default_rng(0)
+            >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
+            >>> monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.05))
+            >>> uncertainty, ids = rng.random(200), [f"{i}.jpg" for i in range(200)]
+            >>> monitor.update(vilu.Outcomes(uncertainty, np.full(200, -1), ids=ids)).verdict
+            'holds'
+            >>> wrong = rng.random(200) < 0.2  # known later, and more than was promised
+            >>> monitor.audit(vilu.Outcomes(uncertainty, wrong, ids=ids)).verdict
+            'broken'
         """
         if self.audited is None:
             raise UsageError(
@@ -189,6 +222,18 @@ class Monitor:
         Raises:
             UsageError: If the file has another suffix, or something else than a state lies there.
             StorageError: If the file system refuses.
+
+        Examples:
+            >>> import numpy as np, tempfile, vilu
+            >>> rng = np.random.default_rng(0)
+            >>> calibration = vilu.Outcomes(rng.random(500), np.zeros(500))
+            >>> monitor = vilu.Monitor(calibration)
+            >>> _ = monitor.update(vilu.Outcomes(rng.random(300), np.full(300, -1)))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     monitor.save(f"{folder}/state.parquet")
+            ...     tomorrow = vilu.Monitor(calibration).resume(f"{folder}/state.parquet")
+            >>> tomorrow.update(vilu.Outcomes(rng.random(200), np.full(200, -1))).rows
+            500
         """
         import pyarrow as pa
 
@@ -212,6 +257,16 @@ class Monitor:
             StorageError: If it cannot be opened.
             DataError: If it is no state, or a damaged one.
             ProvenanceError: If it belongs to another calibration, level or seed.
+
+        Examples:
+            >>> import numpy as np, tempfile, vilu
+            >>> calibration = vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200))
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     monitor = vilu.Monitor(calibration)
+            ...     _ = monitor.update(vilu.Outcomes([0.2, 0.7, 0.4], [-1, -1, -1]))
+            ...     monitor.save(f"{folder}/state.parquet")
+            ...     vilu.Monitor(calibration).resume(f"{folder}/state.parquet").rows
+            3
         """
         import pyarrow as pa
 
@@ -242,7 +297,15 @@ class Monitor:
         return self
 
     def state(self) -> State:
-        """All but the calibration and the values that came."""
+        """All but the calibration and the values that came.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> monitor = vilu.Monitor(vilu.Outcomes(np.linspace(0, 1, 200), np.zeros(200)))
+            >>> _ = monitor.update(vilu.Outcomes([0.2, np.nan, 0.4], [-1, -1, -1], reason=[None, "zero_norm", None]))
+            >>> monitor.state().rows, monitor.state().unscored
+            (3, 1)
+        """
         return State(
             fingerprint=self.fingerprint,
             rows=self.rows,

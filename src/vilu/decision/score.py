@@ -129,6 +129,14 @@ def score(
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the data come from another embedding space, or have other candidates than the rows that the
             ``decider`` was calibrated on.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]]
+        >>> data = vilu.Embeddings(image, np.eye(2), [0, 0, 1], logit_scale=10.0, class_names=["cat", "dog"])
+        >>> outcomes = vilu.score(vilu.MCM(), data)  # 1 - the largest probability: exp(-10), exp(-2) against 1
+        >>> outcomes.uncertainty.round(4).tolist(), outcomes.failure.tolist(), outcomes.reason[2]
+        ([0.0, 0.1192, nan], [0, 1, -1], 'nonfinite')
     """
     decider = _checked(decider or Decider(predictor), data)
     seen = predictor.seen(data)
@@ -306,6 +314,18 @@ def score_parts(
             rule needs all rows at once.
         BusyError: If another process scores into it.
         StorageError: If the file system refuses.
+
+    Examples:
+        >>> import numpy as np, tempfile, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 200)
+        >>> image = np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        >>> data = vilu.Embeddings(image, np.eye(2), np.digitize(angle, [1.1]))  # the model parts them at pi / 4
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     scores = vilu.score_parts(vilu.MCM(), data, folder)
+        ...     print(scores.counts.n_scored, scores.counts.n_failures)
+        ...     print(round(vilu.evaluate(scores, metrics=["auroc"], n_resamples=0).value("auroc"), 2))
+        200 40
+        0.88
     """
     ScoreLedger.check_place(Path(folder), overwrite=overwrite)
     decider = _checked(decider or Decider(predictor), source)

@@ -292,6 +292,16 @@ class ScoreFolder(Reopened):
         DataError: If the folder holds no scores, or is not complete.
         StorageError: If a file is missing or damaged; the message names it.
         ProvenanceError: If files do not belong together, or another schema wrote them.
+
+    Examples:
+        >>> import numpy as np, tempfile, vilu
+        >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], [0, 1, 0, 1])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = vilu.score_parts(vilu.MCM(), data, folder)
+        ...     scores = vilu.ScoreFolder(folder)  # in any other process
+        ...     scores.verify()
+        ...     print(len(scores), scores.outcomes().failure.tolist(), scores.tally().scores.n_failures)
+        4 [0, 0, 0, 1] 1
     """
 
     @checked

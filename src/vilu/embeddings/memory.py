@@ -48,10 +48,14 @@ class Embeddings(EmbeddingSource):
             have different texts.
 
     Examples:
-        >>> import numpy as np
-        >>> data = Embeddings(np.eye(3), np.eye(3), [0, 1, 1])
-        >>> next(data.batches(8)).failure.tolist()
-        [0, 0, 1]
+        >>> import numpy as np, vilu
+        >>> names = ["cat", "dog", "cup"]
+        >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 1], class_names=names)
+        >>> (batch,) = data.batches(8)
+        >>> [names[i] for i in batch.prediction], batch.failure.tolist()
+        (['cat', 'dog', 'cup'], [0, 0, 1])
+        >>> data.take([2, 0]).target.tolist()
+        [1, 0]
     """
 
     @checked
@@ -87,14 +91,28 @@ class Embeddings(EmbeddingSource):
             self._columns |= {name: self._columns[name][kept] for name in TEXT_COLUMNS if name in self._columns}
 
     def image_rows(self, index: Tensor) -> Tensor:
-        """(B, D) rows of ``image``."""
+        """(B, D) rows of ``image``.
+
+        Examples:
+            >>> import numpy as np, torch, vilu
+            >>> data = vilu.Embeddings(np.eye(3), np.eye(3)[:2])
+            >>> data.image_rows(torch.tensor([2, 0])).tolist()
+            [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+        """
         return rows_at(self.image, index)
 
     @staticmethod
     def pairs(
         image: ArrayLike | Tensor, text: ArrayLike | Tensor, pool_size: int | Pools = 1024, logit_scale: float = 100.0
     ) -> PairEmbeddings:
-        """Image-caption pairs: row i of ``image`` belongs to row i of ``text`` (see ``PairEmbeddings``)."""
+        """Image-caption pairs: row i of ``image`` belongs to row i of ``text`` (see ``PairEmbeddings``).
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=3)
+            >>> data.n_candidates, [batch.index.tolist() for batch in data.batches(3)]
+            (3, [[0, 1, 2], [3, 4, 5]])
+        """
         return PairEmbeddings(image, text, pool_size, logit_scale)
 
 
@@ -116,10 +134,13 @@ class PairEmbeddings(PairSource):
             (a short last pool would be an easier problem).
 
     Examples:
-        >>> import numpy as np
-        >>> data = Embeddings.pairs(np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2)
+        >>> import numpy as np, torch, vilu
+        >>> data = vilu.PairEmbeddings(np.eye(4), np.eye(4)[[0, 1, 3, 2]], pool_size=2)  # two captions are swapped
         >>> [batch.failure.tolist() for batch in data.batches(2)]
         [[0, 0], [1, 1]]
+        >>> last = torch.tensor([3])
+        >>> data.picture_rows(last).tolist(), data.caption_rows(last).tolist()
+        ([[0.0, 0.0, 0.0, 1.0]], [[0.0, 0.0, 1.0, 0.0]])
     """
 
     @checked

@@ -41,6 +41,15 @@ class Pools:
             choice.
         near_duplicates: Cosine from which on two captions of a pool are the same answer; None: only equal captions.
         seed: Of the choice of pools in scoring; None takes the rows as they are stored.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.0, 0.0, 1.0]]
+        >>> caption = np.eye(3)[[0, 0, 2]]  # the first two images have the same
+        >>> data = vilu.Embeddings.pairs(image, caption, vilu.Pools(3, "text_to_image", seed=None))
+        >>> (batch,) = data.batches(3)
+        >>> batch.prediction.tolist(), batch.failure.tolist()  # either of the two is right
+        ([0, 0, 2], [0, 0, 0])
     """
 
     size: int = 1024
@@ -102,7 +111,15 @@ class PairSource(EmbeddingSource):
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
 
     def candidates(self, index: Tensor) -> Candidates:
-        """The captions of the rows themselves, or their images."""
+        """The captions of the rows themselves, or their images.
+
+        Examples:
+            >>> import numpy as np, torch, vilu
+            >>> data = vilu.Embeddings.pairs(np.eye(3), np.eye(3)[[0, 1, 1]], pool_size=3)
+            >>> found = data.candidates(torch.arange(3))
+            >>> len(found.text), found.target.tolist()  # equal captions are one candidate
+            (2, [0, 1, 1])
+        """
         caption = self.caption_rows(index)
         first = first_alike(caption, self.pools.near_duplicates)
         everyone = torch.arange(len(index))
@@ -147,7 +164,15 @@ class PairSource(EmbeddingSource):
         return found
 
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
-        """The source with pools of the other rows; what is left out, or fills no last pool, is "short_pool"."""
+        """The source with pools of the other rows; what is left out, or fills no last pool, is "short_pool".
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
+            >>> fewer = data.without(np.arange(6) == 1)
+            >>> [batch.index.tolist() for batch in fewer.batches(2)]  # pools are whole, so one more row has to go
+            [[0, 2], [3, 4]]
+        """
         if not rows.any():
             return self
         kept = self.pair_rows[torch.from_numpy(~rows)[self.pair_rows]]
@@ -203,6 +228,14 @@ class PseudoCaptions(PairSource):
         DataError: If the labelled rows do not fill a pool.
 
     Source: ViLU (ICCV 2025), supplement C.6, which says "This is a photo of a ...".
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> pets = vilu.Embeddings(np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"])
+        >>> food = vilu.Embeddings(np.eye(4)[2:], np.eye(4)[2:], [0, 1], class_names=["pie", "soup"])
+        >>> data = vilu.PseudoCaptions([pets, food], vilu.Pools(4, seed=None), names=["pets", "food"])
+        >>> data.n_candidates, data.origin(3)  # an image of food is matched with the texts of pets, too
+        (4, (1, 1))
     """
 
     @checked
@@ -265,7 +298,15 @@ class PseudoCaptions(PairSource):
         return found
 
     def of_classes(self, index: Tensor) -> Tensor:
-        """(B,) bool: those whose source has no captions of its own."""
+        """(B,) bool: those whose source has no captions of its own.
+
+        Examples:
+            >>> import numpy as np, torch, vilu
+            >>> pets = vilu.Embeddings(np.eye(4)[:2], np.eye(4)[:2], [0, 1], class_names=["cat", "dog"])
+            >>> captioned = vilu.Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)
+            >>> vilu.PseudoCaptions([pets, captioned], 2).of_classes(torch.arange(6)).tolist()
+            [True, True, False, False, False, False]
+        """
         return self._caption[index] > 0
 
     def _of_source(self, number: int, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,15 @@ class Batch:
         columns: What else was asked for, by name (``vilu.embeddings.columns``).
         same: As in ``Candidates``.
         outside: (B,) bool, which rows are of none of the candidates, so that any answer is wrong; None: no row is.
+
+    Examples:
+        >>> import torch, vilu
+        >>> image, text = torch.tensor([[0.6, 0.8], [1.0, 0.0]]), torch.eye(2)
+        >>> batch = vilu.Batch(image, text, torch.tensor([0, 0]), torch.arange(2), logit_scale=10.0)
+        >>> batch.prediction.tolist(), batch.failure.tolist()
+        ([1, 0], [1, 0])
+        >>> batch.rows(slice(1)).logits.round(decimals=3).tolist()
+        [[6.0, 8.0]]
     """
 
     image: Tensor
@@ -127,14 +136,30 @@ class Batch:
             return cosine * self.logit_scale + self.logit_bias - self.zero_shot.log_norm
 
     def log_probability(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """(B,) log of the mass that softmax(logits (B, K)) gives to the answer (B,): to all that are the same."""
+        """(B,) log of the mass that softmax(logits (B, K)) gives to the answer (B,): to all that are the same.
+
+        Examples:
+            >>> import torch, vilu
+            >>> image, text = torch.tensor([[0.6, 0.8]]), torch.eye(2)
+            >>> batch = vilu.Batch(image, text, torch.tensor([0]), torch.arange(1), logit_scale=10.0)
+            >>> round(batch.log_probability(batch.logits, batch.prediction).exp().item(), 4)  # 1 / (1 + exp(6 - 8))
+            0.8808
+        """
         answer = answer.to(logits.device)
         if self.same is None:
             return logits.gather(1, answer[:, None]).squeeze(1) - logits.logsumexp(dim=1)
         return logits.masked_fill(~self.alike(answer), -torch.inf).logsumexp(dim=1) - logits.logsumexp(dim=1)
 
     def alike(self, answer: Tensor) -> Tensor:
-        """(B, K) bool, which candidates are the same answer as the candidate ``answer`` (B,)."""
+        """(B, K) bool, which candidates are the same answer as the candidate ``answer`` (B,).
+
+        Examples:
+            >>> import torch, vilu
+            >>> same = torch.tensor([0, 0, 2])  # the first two candidates are one answer
+            >>> batch = vilu.Batch(torch.eye(3), torch.eye(3), torch.arange(3), torch.arange(3), 10.0, same=same)
+            >>> batch.alike(torch.tensor([1, 2])).int().tolist()
+            [[1, 1, 0], [0, 0, 1]]
+        """
         same = (torch.arange(len(self.text)) if self.same is None else self.same).to(answer.device)
         return same == same[answer][:, None]
 
@@ -223,6 +248,15 @@ class EmbeddingSource(ABC):
         candidate_of: (K given,) int64 candidate that every given class is, where some had the same text: equal
             candidates are one answer, the first of them; None where all were different.
         second: The same rows, and more, by a second model (``vilu.embeddings.two_models``); None without.
+
+    Examples:
+        >>> import numpy as np, torch, vilu
+        >>> data = vilu.Embeddings(np.eye(4), np.eye(4)[:2], [0, 1, -1, 1], class_names=["cat", "dog"])
+        >>> len(data), data.n_candidates, data.candidates(torch.tensor([3])).target.tolist()
+        (4, 2, [1])
+        >>> known = data.without(data.target.numpy() < 0)
+        >>> [batch.index.tolist() for batch in known.steps(2)]
+        [[0, 1], [2]]
     """
 
     how: ClassVar[str] = (
@@ -282,7 +316,15 @@ class EmbeddingSource(ABC):
         return Candidates(self.text, self.target[index])
 
     def column(self, name: str, index: Tensor) -> Tensor:
-        """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model."""
+        """Float32 column ``name`` of the rows ``index``: of their images, of candidates, or of the model.
+
+        Examples:
+            >>> import numpy as np, torch, vilu
+            >>> views = np.stack([np.eye(2), np.eye(2)[::-1]], axis=1)  # two augmented views of each image
+            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
+            >>> data.column("views", torch.tensor([1])).tolist()
+            [[[0.0, 1.0], [1.0, 0.0]]]
+        """
         if name not in self._columns:
             raise DataError(f"these embeddings have no column {name!r}. Make it with `{HOW.get(name, 'vilu embed')}`.")
         of_rows = IMAGE_COLUMNS if self.pool_size is None else IMAGE_COLUMNS | TEXT_COLUMNS
@@ -314,6 +356,13 @@ class EmbeddingSource(ABC):
         Args:
             by: One of ``identified_by``. Those of "embeddings" mean nothing where the embedding is not usable.
             rows: Positions, in any order.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> train = vilu.Embeddings(np.eye(3)[:2], np.eye(3))
+            >>> test = vilu.Embeddings(np.eye(3)[1:], np.eye(3))
+            >>> np.isin(test.identities("embeddings"), train.identities("embeddings")).tolist()  # one row is in both
+            [True, False]
         """
         if by == "names":
             return hash_names(self.ids if rows is None else (self.ids[row] for row in rows.tolist()))
@@ -342,6 +391,13 @@ class EmbeddingSource(ABC):
         Raises:
             UsageError: If the source has captions: its pools are made of all its rows.
             DataError: If there is no such row or class.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 2], class_names=["cat", "dog", "cup"])
+            >>> pets = data.take([2, 1, 0], classes=[1, 0])
+            >>> pets.class_names, pets.target.tolist()  # a cup is none of them
+            (('dog', 'cat'), [-1, 0, 1])
         """
         if self.pool_size is not None:
             raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
@@ -354,7 +410,15 @@ class EmbeddingSource(ABC):
         return self.take(np.flatnonzero(~rows)) if rows.any() else self
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """The rows in a random order for one pass of training."""
+        """The rows in a random order for one pass of training.
+
+        Examples:
+            >>> import numpy as np, torch, vilu
+            >>> data = vilu.Embeddings(np.eye(4), np.eye(4))
+            >>> rows = data.shuffled(data.usable_rows, torch.Generator().manual_seed(0))
+            >>> rows.sort().values.tolist()
+            [0, 1, 2, 3]
+        """
         return rows[torch.randperm(len(rows), generator=generator)]
 
     def batches(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
@@ -363,6 +427,14 @@ class EmbeddingSource(ABC):
         A batch is small enough for a method to look at all its logits (``similarity.MAX_CELLS``). With in-batch
         candidates consecutive ``rows`` make a pool: its rows may come in several batches, its candidates never do,
         since the number of distractors is part of the problem; rows that do not fill a last pool are left out.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> image = np.eye(4)
+            >>> image[1] = np.nan
+            >>> data = vilu.Embeddings(image, np.eye(4))
+            >>> [batch.index.tolist() for batch in data.batches(2)]  # one row cannot be used
+            [[0, 2], [3]]
         """
         for step in self.steps(self.pool_size or size, rows=rows, columns=columns):
             for part in row_blocks(len(step.index), len(step.text), size):
@@ -376,7 +448,17 @@ class EmbeddingSource(ABC):
         yield from self._made(lambda part: self._batch(part, columns), parts if len(rows) else ())
 
     def many(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
-        """As ``batches``, for those who look at logits alone: small pools come several at a time (``PooledBatch``)."""
+        """As ``batches``, for those who look at logits alone: small pools come several at a time (``PooledBatch``).
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
+            >>> (
+            ...     [tuple(batch.text.shape) for batch in data.many(4)],
+            ...     [tuple(batch.text.shape) for batch in data.batches(4)],
+            ... )
+            ([(2, 2, 6), (1, 2, 6)], [(2, 6), (2, 6), (2, 6)])
+        """
         return self.batches(size, rows=rows, columns=columns)
 
     def _made(self, make: Callable[[Tensor], Made], parts: Sequence[Tensor]) -> Iterator[Made]:

@@ -27,6 +27,14 @@ class EmbeddingSpace:
         preprocess: Description of the image preprocessing.
         tokenizer: Description of the tokenizer.
         precision: Arithmetic of the encoders ("fp32", "bf16", ...).
+
+    Examples:
+        >>> import vilu
+        >>> clip = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0, backbone="clip-vit-b32")
+        >>> bare = vilu.EmbeddingSpace(embed_dim=512, logit_scale=100.0)  # arrays of which no more is known
+        >>> clip.anonymous, bare.anonymous
+        (False, True)
+        >>> clip.require_match(bare, mine="the predictor", theirs="the arrays")  # fits, as far as is known
     """
 
     embed_dim: int
@@ -60,6 +68,16 @@ class EmbeddingSpace:
 
         Bare arrays carry no provenance: against them only width, scale and bias are compared; and of imported ones what
         both sides know.
+
+        Examples:
+            >>> import vilu
+            >>> from vilu.errors import ProvenanceError
+            >>> clip, siglip = vilu.EmbeddingSpace(512, 100.0), vilu.EmbeddingSpace(512, 112.0, -16.5)
+            >>> try:
+            ...     clip.require_match(siglip, mine="store", theirs="query")
+            ... except ProvenanceError as error:
+            ...     print(str(error).partition(";")[0])
+            store and query come from different embedding spaces: logit_scale: 100.0 (store) against 112.0 (query)
         """
         fields = ["embed_dim", "logit_scale", "logit_bias"]
         if not (self.anonymous or other.anonymous):

@@ -41,11 +41,13 @@ class TwoModels(Taken):
             nothing tells which they are.
 
     Examples:
-        >>> from vilu.embeddings.memory import Embeddings
-        >>> large = Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
+        >>> import numpy as np, torch, vilu
+        >>> large = vilu.Embeddings(np.eye(3), np.eye(3), ids=["a", "b", "c"])
         >>> rows = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]
-        >>> small = Embeddings(rows, rows, ids=["c", "b", "a"])
-        >>> TwoModels(large, small).column("second_image", torch.tensor([1, 2])).tolist()
+        >>> small = vilu.Embeddings(
+        ...     rows, rows, logit_scale=1.0, ids=["c", "b", "a"]
+        ... )  # of another width, in another order
+        >>> vilu.TwoModels(large, small).column("second_image", torch.tensor([1, 2])).tolist()
         [[0.0, 1.0], [1.0, 0.0]]
     """
 

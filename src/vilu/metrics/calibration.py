@@ -32,12 +32,24 @@ def ece(probability: ArrayLike, failure: ArrayLike, bins: int = 15, binning: Bin
     Raises:
         DataError: If a probability is not in [0, 1], or as for every metric.
         UsageError: If ``bins`` is less than 1, or ``binning`` neither of the two.
+
+    Examples:
+        >>> import vilu
+        >>> probability, failure = [0.1, 0.1, 0.9, 0.9], [0, 0, 1, 0]
+        >>> round(vilu.metrics.ece(probability, failure, bins=2), 4)  # 1/2 * |0 - 0.1| + 1/2 * |1/2 - 0.9|
+        0.25
     """
     return float(ece_kernel(probability_counts(probability, failure), bins, binning))
 
 
 def brier(probability: ArrayLike, failure: ArrayLike) -> float:
-    """Mean squared error of a failure probability, (1/N) Σ (p - failure)²; a constant 1/2 scores 1/4."""
+    """Mean squared error of a failure probability, (1/N) Σ (p - failure)²; a constant 1/2 scores 1/4.
+
+    Examples:
+        >>> import vilu
+        >>> round(vilu.metrics.brier([0.0, 0.5, 1.0], [0, 1, 1]), 4)  # 1/4 over three rows
+        0.0833
+    """
     return float(brier_kernel(probability_counts(probability, failure)))
 
 
@@ -45,6 +57,11 @@ def log_loss(probability: ArrayLike, failure: ArrayLike) -> float:
     """Mean negative log-likelihood, -(1/N) Σ ln(p of what happened), in nats; a constant 1/2 scores ln 2.
 
     Probabilities nearer to 0 or 1 than 1e-12 count as this far away: a row that was certain and wrong costs 27.6.
+
+    Examples:
+        >>> import vilu
+        >>> round(vilu.metrics.log_loss([0.2, 0.5], [0, 1]), 4)  # -(ln 0.8 + ln 0.5) / 2
+        0.4581
     """
     return float(log_loss_kernel(probability_counts(probability, failure)))
 

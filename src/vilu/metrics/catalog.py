@@ -44,6 +44,14 @@ class Metric:
         question: "failure": whether an answer is wrong, of any picture; "within": the same, of pictures of the classes
             only; "outside": whether a picture is of none of the classes, in place of the failure. The latter two are
             evaluated where some pictures are.
+
+    Examples:
+        >>> import vilu
+        >>> wrong = vilu.metrics.Metric("Wrong", lambda counts: counts.n_wrong / counts.n, "share of wrong answers")
+        >>> wrong.show(0.125), wrong.show(0.02, sign="+"), wrong.brackets(0.1, 0.15)
+        ('12.5', '+2.0', '[10.0, 15.0]')
+        >>> vilu.metrics.METRICS["aurc"].convention
+        'mean selective risk, expected over ties'
     """
 
     title: str

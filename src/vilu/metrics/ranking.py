@@ -29,7 +29,8 @@ def auroc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
         DataError: If the vectors are empty, differ in length, or hold anything else.
 
     Examples:
-        >>> auroc([0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1])
+        >>> import vilu
+        >>> vilu.metrics.auroc([0.1, 0.2, 0.2, 0.9], [0, 0, 1, 1])  # of four pairs three are in order, one is tied
         0.875
     """
     return float(auroc_kernel(tie_counts(uncertainty, failure)))
@@ -62,6 +63,16 @@ def fpr_at_tpr(
 
     Raises:
         UsageError: If ``level``, ``positive`` or ``rule`` is none of the above.
+
+    Examples:
+        >>> import vilu
+        >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4, 0.5], [0, 0, 1, 0, 1]
+        >>> vilu.metrics.fpr_at_tpr(
+        ...     uncertainty, failure
+        ... )  # to accept all correct answers is to accept one of two wrong ones
+        0.5
+        >>> round(vilu.metrics.fpr_at_tpr(uncertainty, failure, positive="failure"), 4)  # to reject both: one of three
+        0.3333
     """
     return float(fpr_at_tpr_kernel(tie_counts(uncertainty, failure), level, positive, rule))
 
@@ -70,6 +81,11 @@ def aupr_failure(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Average precision of finding wrong answers, the most uncertain first: Σ_g (recall_g - recall_{g-1}) precision_g.
 
     NaN if no answer is wrong. Its chance level is the failure rate.
+
+    Examples:
+        >>> import vilu
+        >>> round(vilu.metrics.aupr_failure([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1]), 4)  # 1/2 * 1 + 1/2 * 2/3
+        0.8333
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "failure"))
 
@@ -79,6 +95,11 @@ def aupr_success(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     NaN if no answer is correct. Its chance level is the accuracy. TrustVLM's
     code integrates by trapezoids instead, which is optimistic.
+
+    Examples:
+        >>> import vilu
+        >>> round(vilu.metrics.aupr_success([0.1, 0.2, 0.3, 0.4], [0, 0, 1, 0]), 4)  # (1 + 1 + 3/4) / 3
+        0.9167
     """
     return float(aupr_kernel(tie_counts(uncertainty, failure), "correct"))
 
@@ -93,6 +114,12 @@ def roc_curve_points(
 
     Raises:
         UsageError: If ``positive`` is neither "correct" nor "failure".
+
+    Examples:
+        >>> import vilu
+        >>> fpr, tpr = vilu.metrics.roc_curve_points([0.1, 0.2, 0.3, 0.4], [0, 1, 0, 1])
+        >>> list(zip(fpr.tolist(), tpr.tolist()))
+        [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)]
     """
     _check_choice("positive", positive, get_args(Positive))
     return _roc(tie_counts(uncertainty, failure).towards(positive))

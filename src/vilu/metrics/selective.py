@@ -39,7 +39,8 @@ def aurc(uncertainty: ArrayLike, failure: ArrayLike, convention: Convention = "m
         UsageError: If ``convention`` is neither.
 
     Examples:
-        >>> aurc([1, 2, 3, 4], [0, 0, 0, 1])
+        >>> import vilu
+        >>> vilu.metrics.aurc([1, 2, 3, 4], [0, 0, 0, 1])  # (0 + 0 + 0 + 1/4) / 4
         0.0625
     """
     return float(aurc_kernel(tie_counts(uncertainty, failure), convention))
@@ -49,6 +50,13 @@ def excess_aurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """AURC less that of the best order, (1/N) Σ_i max(0, i - N_correct) / i; 0 is perfect.
 
     The finite sum is used; the usual r + (1 - r) ln(1 - r) is its limit and off by .001 at N = 100.
+
+    Examples:
+        >>> import vilu
+        >>> round(
+        ...     vilu.metrics.excess_aurc([1, 2, 3, 4], [0, 1, 0, 1]), 4
+        ... )  # (1/2 + 1/3 + 1/2) / 4, at best (1/3 + 1/2) / 4
+        0.125
     """
     return float(excess_aurc_kernel(tie_counts(uncertainty, failure)))
 
@@ -57,6 +65,11 @@ def naurc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
     """Excess AURC over that of a random order, whose AURC is the failure rate: 0 perfect, 1 random.
 
     NaN if there is only one class.
+
+    Examples:
+        >>> import vilu
+        >>> round(vilu.metrics.naurc([1, 2, 3, 4], [0, 1, 0, 1]), 4)  # 1/8 above the best order, a random one 7/24
+        0.4286
     """
     return float(naurc_kernel(tie_counts(uncertainty, failure)))
 
@@ -66,6 +79,11 @@ def augrc(uncertainty: ArrayLike, failure: ArrayLike) -> float:
 
     The generalised risk is the share of all N answers that are kept and wrong. With accuracy a it is
     (1 - AUROC) a (1 - a) + (1 - a)² / 2; random order (1 - a) / 2, best order (1 - a)² / 2.
+
+    Examples:
+        >>> import vilu
+        >>> vilu.metrics.augrc([1, 2, 3, 4], [0, 1, 0, 1])  # an AUROC of 3/4: 1/4 * 1/2 * 1/2 + 1/4 / 2
+        0.1875
     """
     return float(augrc_kernel(tie_counts(uncertainty, failure)))
 
@@ -76,6 +94,11 @@ def risk_at_coverage(uncertainty: ArrayLike, failure: ArrayLike, coverage: float
 
     Raises:
         UsageError: If ``coverage`` is not in (0, 1].
+
+    Examples:
+        >>> import vilu
+        >>> round(vilu.metrics.risk_at_coverage([1, 2, 3, 4], [0, 1, 0, 1], coverage=0.75), 4)  # one of three is wrong
+        0.3333
     """
     return float(risk_at_coverage_kernel(tie_counts(uncertainty, failure), coverage))
 
@@ -89,12 +112,26 @@ def coverage_at_risk(uncertainty: ArrayLike, failure: ArrayLike, risk: float = 0
 
     Raises:
         UsageError: If ``risk`` is not in [0, 1].
+
+    Examples:
+        >>> import vilu
+        >>> vilu.metrics.coverage_at_risk(
+        ...     [1, 2, 3, 4], [0, 1, 0, 1], risk=0.4
+        ... )  # of two answers half are wrong, of three 1/3
+        0.75
     """
     return float(coverage_at_risk_kernel(tie_counts(uncertainty, failure), risk))
 
 
 def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, Floats]:
-    """Coverage (G,) and selective risk (G,) of every threshold, one per distinct uncertainty, ascending."""
+    """Coverage (G,) and selective risk (G,) of every threshold, one per distinct uncertainty, ascending.
+
+    Examples:
+        >>> import vilu
+        >>> coverage, risk = vilu.metrics.risk_coverage_curve([1, 2, 2, 4], [0, 1, 0, 1])
+        >>> coverage.tolist(), risk.round(4).tolist()
+        ([0.25, 0.75, 1.0], [0.0, 0.3333, 0.5])
+    """
     counts = tie_counts(uncertainty, failure)
     return counts.accepted / counts.n, counts.accepted_wrong / counts.accepted
 

@@ -49,6 +49,21 @@ def evaluate(
     Raises:
         DataError: If some outcomes have no row to evaluate.
         UsageError: If a metric is unknown or a setting cannot be.
+
+    Examples:
+        >>> import vilu
+        >>> failure = [0, 1, 0, 1] * 20
+        >>> mine = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, failure, method="mine", dataset="pets")
+        >>> other = vilu.Outcomes([0.4, 0.3, 0.2, 0.1] * 20, failure, method="other", dataset="pets")
+        >>> print(vilu.evaluate([mine, other], metrics=["auroc", "augrc"], n_resamples=0))
+        pets: 80 answers, 40 wrong, accuracy 50.0 %
+        method  AUROC  AUGRC
+        mine    75.0   18.8
+        other   25.0   31.2
+        <BLANKLINE>
+        in percent
+        AUROC: ties count half
+        AUGRC: trapezoids over distinct scores
     """
     several = _tallies(outcomes)
     if not several:
@@ -142,6 +157,14 @@ def compare(
         ProvenanceError: If the rows are not the same: other number, ids, or failures.
         DataError: If no row is left, or the metric needs probabilities and one of the two has none.
         UsageError: If the metric is unknown or a setting cannot be.
+
+    Examples:
+        >>> import vilu
+        >>> failure = [0, 1, 0, 1] * 20
+        >>> a = vilu.Outcomes([0.1, 0.4, 0.2, 0.3] * 20, failure, method="a")
+        >>> b = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, failure, method="b")
+        >>> print(vilu.compare(a, b, n_resamples=199))
+        AUROC, a against b: 100.0 against 75.0 %, difference +25.0 [+13.8, +35.9], p = 0.01 (80 answers, 40 wrong)
     """
     chosen = get_metric(metric)
     require_same_rows(a, b)

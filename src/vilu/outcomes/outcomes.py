@@ -190,10 +190,13 @@ class Outcomes:
         DataError: If lengths disagree or a value cannot be.
 
     Examples:
-        >>> outcomes = Outcomes([0.1, 0.9, 0.4], [0, 1, -1])
+        >>> import vilu
+        >>> outcomes = vilu.Outcomes([0.1, 0.9, 0.4], [0, 1, -1])  # nobody has looked at the third answer
         >>> outcomes.evaluable.tolist()
         [True, True, False]
-        >>> Outcomes([0.1, 0.9], [0, 1], target=[3, -2]).outside.tolist()
+        >>> outcomes.take([1, 0]).uncertainty.tolist()
+        [0.9, 0.1]
+        >>> vilu.Outcomes([0.1, 0.9], [0, 1], target=[3, -2]).outside.tolist()
         [False, True]
     """
 
@@ -290,7 +293,14 @@ class Outcomes:
         return evaluable
 
     def take(self, rows: ArrayLike) -> Self:
-        """Some rows, by their places or by a mask (N,), in the order of the places."""
+        """Some rows, by their places or by a mask (N,), in the order of the places.
+
+        Examples:
+            >>> import vilu
+            >>> outcomes = vilu.Outcomes([0.1, 0.9, 0.4], [0, 1, 1], ids=["a.jpg", "b.jpg", "c.jpg"])
+            >>> outcomes.take(outcomes.failure == 1).ids
+            ('b.jpg', 'c.jpg')
+        """
         chosen = np.arange(len(self))[np.asarray(rows)]
         columns = {name: getattr(self, name) for name in ("uncertainty", "failure", "outside", *OPTIONAL)}
         taken: dict[str, Any] = {
@@ -301,7 +311,14 @@ class Outcomes:
         return replace(self, **taken)
 
     def tally(self) -> Tally:
-        """What ``vilu.evaluate`` needs."""
+        """What ``vilu.evaluate`` needs.
+
+        Examples:
+            >>> import vilu
+            >>> tally = vilu.Outcomes([0.1, 0.9, 0.4], [0, 1, -1]).tally()
+            >>> tally.scores.n, tally.scores.n_failures, tally.n_unlabelled
+            (2, 1, 1)
+        """
         rows, scored = self.evaluable, np.isfinite(self.uncertainty)
         scores = ScoredRows(self.uncertainty[rows], self.failure[rows])
         probability, calibrated = scores if self.is_probability else None, self.failure_probability
@@ -329,6 +346,17 @@ class Outcomes:
             UsageError: If the suffix is another, or something else than scores lies there.
             DataError: If a text is not valid Unicode.
             StorageError: If the file system refuses.
+
+        Examples:
+            >>> import pathlib, tempfile, vilu
+            >>> outcomes = vilu.Outcomes([0.1, 0.9], [0, -1], [2, 0], ids=["a.jpg", "b.jpg"], method="mine")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     outcomes.save(f"{folder}/scores.csv")
+            ...     print(pathlib.Path(folder, "scores.csv").read_text())
+            row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name
+            0,"a.jpg",2,,,,0.1,0,,"mine"
+            1,"b.jpg",0,,,,0.9,,,"mine"
+            <BLANKLINE>
         """
         table_suffix(path)
         claim_file(path, "scores", overwrite=True)
@@ -343,6 +371,12 @@ class Outcomes:
 
         Args:
             row_id: (N,) positions of the rows in their data set, by default 0 ... N-1.
+
+        Examples:
+            >>> import vilu
+            >>> columns, metadata = vilu.Outcomes([0.1, 0.9], [0, -1], method="mine").table(row_id=[7, 3])
+            >>> {name: columns[name].to_pylist() for name in ("row_id", "uncertainty", "failure", "score_name")}
+            {'row_id': [7, 3], 'uncertainty': [0.1, 0.9], 'failure': [0, None], 'score_name': ['mine', 'mine']}
         """
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -384,6 +418,15 @@ class Outcomes:
             StorageError: If the file cannot be opened.
             DataError: If it is not such a table.
             ProvenanceError: If a newer version of vilu wrote it.
+
+        Examples:
+            >>> import numpy as np, tempfile, vilu
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     rows = [[0.1, 0], [0.9, 1]]  # of any other program
+            ...     np.savetxt(f"{folder}/scores.csv", rows, "%g", ",", header="uncertainty,failure", comments="")
+            ...     outcomes = vilu.Outcomes.load(f"{folder}/scores.csv")
+            >>> outcomes.uncertainty.tolist(), outcomes.failure.tolist()
+            ([0.1, 0.9], [0, 1])
         """
         table, metadata = read_table(path, TEXT_COLUMNS)
         missing = [name for name in ("uncertainty", "failure") if name not in table.column_names]

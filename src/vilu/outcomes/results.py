@@ -71,11 +71,13 @@ class ResultTable:
     """Rows of results; prints as a table of methods by metrics, and ``+`` joins two.
 
     Examples:
-        >>> from vilu.outcomes.evaluate import evaluate
-        >>> from vilu.outcomes.outcomes import Outcomes
-        >>> perfect = Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
-        >>> evaluate(perfect, metrics=["auroc"]).value("auroc", method="mine")
+        >>> import vilu
+        >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+        >>> table = vilu.evaluate(perfect, metrics=["auroc", "augrc"])
+        >>> table.value("auroc", method="mine")
         1.0
+        >>> len(table), len(table + table)
+        (2, 4)
     """
 
     rows: tuple[ResultRow, ...] = ()
@@ -97,6 +99,16 @@ class ResultTable:
 
         Raises:
             UsageError: If there is no such field.
+
+        Examples:
+            >>> import vilu
+            >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20
+            >>> scores = [
+            ...     vilu.Outcomes(uncertainty, failure, method=name, seed=seed) for name in "ab" for seed in range(3)
+            ... ]
+            >>> table = vilu.evaluate(scores, metrics=["auroc", "augrc"], n_resamples=0)
+            >>> len(table), len(table.filter(method="a")), len(table.filter(method="a", metric="auroc", seed=2))
+            (12, 6, 1)
         """
         unknown = [name for name in fields if name not in COLUMNS]
         if unknown:
@@ -113,6 +125,12 @@ class ResultTable:
 
         Raises:
             UsageError: If no row fits, or several do.
+
+        Examples:
+            >>> import vilu
+            >>> wrong_half = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 1, 0, 1] * 20, method="mine")
+            >>> vilu.evaluate(wrong_half, metrics=["auroc", "augrc"], n_resamples=0).value("augrc")
+            0.1875
         """
         found = self.filter(metric=metric, **fields)
         if len(found) != 1:
@@ -127,6 +145,16 @@ class ResultTable:
 
         The ends of the interval are the mean less and plus the standard deviation over seeds. A mean is None where
         the value of one seed is. What has one seed stays as it is.
+
+        Examples:
+            >>> import vilu
+            >>> orders = [1, 2, 3, 4], [1, 3, 2, 4]  # an AUROC of 1 and of 3/4
+            >>> scores = [
+            ...     vilu.Outcomes(u * 20, [0, 0, 1, 1] * 20, method="mine", seed=seed) for seed, u in enumerate(orders)
+            ... ]
+            >>> (row,) = vilu.evaluate(scores, metrics=["auroc"], n_resamples=0).mean_over_seeds()
+            >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
+            (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
         groups: dict[tuple[object, ...], list[ResultRow]] = {}
         for row in self.rows:
@@ -134,7 +162,15 @@ class ResultTable:
         return ResultTable(tuple(_mean(rows) for rows in groups.values()))
 
     def to_dicts(self) -> list[dict[str, Any]]:
-        """The rows as plain dictionaries, with ``n_outside`` where some have one."""
+        """The rows as plain dictionaries, with ``n_outside`` where some have one.
+
+        Examples:
+            >>> import vilu
+            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets")
+            >>> (row,) = vilu.evaluate(perfect, metrics=["auroc"], n_resamples=0).to_dicts()
+            >>> {name: row[name] for name in ("method", "dataset", "metric", "value", "n", "n_failures")}
+            {'method': 'mine', 'dataset': 'pets', 'metric': 'auroc', 'value': 1.0, 'n': 80, 'n_failures': 40}
+        """
         return [{name: value for name, value in asdict(row).items() if name in self._columns} for row in self.rows]
 
     @property
@@ -144,14 +180,41 @@ class ResultTable:
 
     @checked
     def table(self, metrics: Sequence[str] | None = None) -> str:
-        """Aligned text: methods as rows, metrics as columns; by default the main ones of all, or those of a choice."""
+        """Aligned text: methods as rows, metrics as columns; by default the main ones of all, or those of a choice.
+
+        Examples:
+            >>> import vilu
+            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets")
+            >>> print(vilu.evaluate(perfect, n_resamples=0).table(["auroc", "augrc"]))
+            pets: 80 answers, 40 wrong, accuracy 50.0 %
+            method  AUROC  AUGRC
+            mine    100.0  12.5
+            <BLANKLINE>
+            in percent
+            AUROC: ties count half
+            AUGRC: trapezoids over distinct scores
+        """
         shown = _shown(self.rows, metrics)
         parts = ["\n".join([title, *aligned(lines)]) for title, lines in _parts(self.rows, shown)]
         return "\n\n".join([*parts, "\n".join(_notes(self.rows, shown))])
 
     @checked
     def to_markdown(self, metrics: Sequence[str] | None = None) -> str:
-        """The same as ``table``, in Markdown."""
+        """The same as ``table``, in Markdown.
+
+        Examples:
+            >>> import vilu
+            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine", dataset="pets")
+            >>> print(vilu.evaluate(perfect, metrics=["auroc"], n_resamples=0).to_markdown())
+            **pets: 80 answers, 40 wrong, accuracy 50.0 %**
+            <BLANKLINE>
+            | method | AUROC |
+            |---|---|
+            | mine | 100.0 |
+            <BLANKLINE>
+            - in percent
+            - AUROC: ties count half
+        """
         shown, parts = _shown(self.rows, metrics), []
         for title, lines in _parts(self.rows, shown):
             heading, *body = ([in_cell(cell) for cell in line] for line in lines)
@@ -168,6 +231,15 @@ class ResultTable:
         Raises:
             UsageError: If the suffix is another, or something else than results lies there.
             StorageError: If the file system refuses.
+
+        Examples:
+            >>> import json, pathlib, tempfile, vilu
+            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     vilu.evaluate(perfect, metrics=["auroc"]).save(f"{folder}/results.json")
+            ...     kept = json.loads(pathlib.Path(folder, "results.json").read_text())
+            >>> [(row["metric"], row["value"], row["ci_low"]) for row in kept["rows"]]
+            [('auroc', 1.0, 1.0)]
         """
         if Path(path).suffix.lower() != ".json":
             table_suffix(path)
@@ -195,6 +267,15 @@ class ResultTable:
             StorageError: If the file cannot be opened.
             DataError: If it is not such a table.
             ProvenanceError: If another version of vilu wrote it.
+
+        Examples:
+            >>> import tempfile, vilu
+            >>> perfect = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 20, [0, 0, 1, 1] * 20, method="mine")
+            >>> table = vilu.evaluate(perfect, metrics=["auroc"])
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     table.save(f"{folder}/results.parquet")
+            ...     vilu.ResultTable.load(f"{folder}/results.parquet") == table
+            True
         """
         if Path(path).suffix.lower() == ".json":
             table = _table_of_json(path)

@@ -122,6 +122,29 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
         StorageError: If the file system refuses; finished parts are intact.
         BusyError: If another process embeds into ``output``.
+
+    Examples:
+        >>> import numpy as np, pathlib, tempfile, torch, vilu
+        >>> from PIL import Image
+        >>> from vilu.backbones.base import DualEncoder
+        >>> model = DualEncoder(  # a model of your own: it compares the mean colour with the words for colours
+        ...     vilu.EmbeddingSpace(3, logit_scale=10.0, backbone="colours"),
+        ...     torch.device("cpu"),
+        ...     transform=lambda image: torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float(),
+        ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
+        ...     text_tower=lambda texts: torch.tensor(
+        ...         [[float(c in t) for c in ("red", "green", "blue")] for t in texts]
+        ...     ),
+        ...     truncates=lambda texts: [False] * len(texts),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("red", "green", "blue"):
+        ...         pathlib.Path(folder, "images", name).mkdir(parents=True)
+        ...         Image.new("RGB", (8, 8), name).save(f"{folder}/images/{name}/1.png")
+        ...     images = vilu.open_dataset(f"{folder}/images")
+        ...     store = vilu.embed(images, model, f"{folder}/store", names=images.class_names, workers=1)
+        ...     print(store.class_names, store.image_rows(torch.arange(3)).tolist())
+        ('blue', 'green', 'red') [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     """
     _check_settings(batch_size, workers, max_error_rate, on_error)
     if overwrite and shared:

@@ -103,12 +103,12 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         BusyError: If another process writes to ``output``.
 
     Examples:
-        >>> import numpy as np, tempfile, pathlib
-        >>> folder = pathlib.Path(tempfile.mkdtemp())
-        >>> np.savez(folder / "a.npz", image=np.eye(3), text=np.eye(3), class_names=["cat", "dog", "cup"])
-        >>> store = import_arrays(folder / "a.npz", folder / "store", logit_scale=100, logit_bias=0)
-        >>> len(store), store.n_candidates
-        (3, 3)
+        >>> import numpy as np, tempfile, vilu
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/a.npz", image=np.eye(3), text=np.eye(3), class_names=["cat", "dog", "cup"])
+        ...     store = vilu.import_arrays(f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0)
+        ...     print(len(store), store.n_candidates, store.space.anonymous)
+        3 3 True
     """
     if part_size < 1 or not 0 <= max_error_rate <= 1:
         raise UsageError(

@@ -61,6 +61,16 @@ def open_source(
         DataError: If the folder is none of these, or not complete.
         StorageError: If a file is missing or damaged; the message names it.
         ProvenanceError: If files do not belong together.
+
+    Examples:
+        >>> import numpy as np, tempfile, vilu
+        >>> arrays = {"image": np.eye(3), "text": np.eye(3), "target": [0, 1, 1], "class_names": ["cat", "dog", "cup"]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/a.npz", **arrays)
+        ...     _ = vilu.import_arrays(f"{folder}/a.npz", f"{folder}/store", logit_scale=100, logit_bias=0)
+        ...     source = vilu.open_source(f"{folder}/store")  # of classes, of captions, or what another tool wrote
+        ...     print(source.class_names, vilu.score(vilu.MCM(), source).failure.tolist())
+        ('cat', 'dog', 'cup') [0, 0, 1]
     """
     root = Path(path)
     if not (root / RUN).is_file():
@@ -199,6 +209,17 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         DataError: If the folder is no store, one that is not complete, or one of captions.
         StorageError: If a file is missing or damaged; the message names it.
         ProvenanceError: If files do not belong together, or another schema wrote them.
+
+    Examples:
+        >>> import numpy as np, tempfile, torch, vilu
+        >>> image = np.vstack([np.eye(2), np.zeros((1, 2))])  # the last row says nothing
+        >>> arrays = {"image": image, "text": np.eye(2), "class_names": ["cat", "dog"], "ids": ["a", "b", "c"]}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(f"{folder}/a.npz", **arrays, logit_scale=100.0, logit_bias=0.0)
+        ...     _ = vilu.import_arrays(f"{folder}/a.npz", f"{folder}/store", max_error_rate=0.5)
+        ...     store = vilu.EmbeddingStore(f"{folder}/store")
+        ...     print(list(store.ids), store.image_rows(torch.tensor([1])).tolist(), list(store.bad_images()))
+        ['a', 'b'] [[0.0, 1.0]] [('c', 'zero_norm')]
     """
 
     @checked

@@ -58,6 +58,12 @@ class Answer:
         reason: Why it is not accepted ("above_threshold", "outside", "not_certified", or what is wrong with the
             image: "truncated", "bomb", "read_error", ...); None where it is.
         runners_up: The next answers with their zero-shot probabilities, the most likely first.
+
+    Examples:
+        >>> import vilu
+        >>> answer = vilu.Answer("a.jpg", "cat", 0.03, 0.2, "accept", None, runners_up=(("dog", 0.02), ("cup", 0.01)))
+        >>> f"{answer.label}, wrong with {answer.failure_probability:.0%}; else a {answer.runners_up[0][0]}"
+        'cat, wrong with 3%; else a dog'
     """
 
     key: str
@@ -172,6 +178,32 @@ class Guard:
         UsageError: If its rule needs all images at once, or it looks at several views of an image.
         ProvenanceError: If the model is another than the predictor's.
         MissingModelError: If the model is not on this machine.
+
+    Examples:
+        >>> import numpy as np, pathlib, tempfile, torch, vilu
+        >>> from PIL import Image
+        >>> from vilu.backbones.base import DualEncoder
+        >>> from vilu.predictors.vocabulary import Vocabulary
+        >>> space = vilu.EmbeddingSpace(3, logit_scale=10.0)
+        >>> model = DualEncoder(  # a model of your own: it compares the mean colour with three colours
+        ...     space,
+        ...     torch.device("cpu"),
+        ...     transform=lambda image: torch.tensor(np.array(image.convert("RGB")) / 255).permute(2, 0, 1).float(),
+        ...     image_tower=lambda pixels: pixels.mean(dim=(2, 3)),
+        ...     text_tower=lambda texts: torch.eye(3),
+        ...     truncates=lambda texts: [False] * len(texts),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:  # `vilu triage` and `vilu calibrate` leave such a one
+        ...     _ = vilu.MCM().save(folder)
+        ...     Vocabulary(("red", "green", "blue"), torch.eye(3), space, "float32", {}).save(pathlib.Path(folder))
+        ...     guard = vilu.Guard(folder, backbone=model, workers=1)
+        ...     answers = guard([Image.new("RGB", (8, 8), colour) for colour in ("red", "yellow")])
+        >>> [(one.label, round(one.failure_probability, 2)) for one in answers]  # yellow is red as much as green
+        [('red', 0.0), ('red', 0.5)]
+        >>> next(guard.stream([b"no image"])).reason
+        'unidentified'
+        >>> guard.columns([Image.new("RGB", (8, 8), "blue")])["label"]
+        ['blue']
     """
 
     @checked

@@ -188,6 +188,14 @@ def explain(
         DataError: If a row does not exist or has no score, or no training row has a label.
         NotFittedError: If the predictor needs ``fit`` first.
         ProvenanceError: If the data come from another embedding space.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.0, 0.6, 0.8]]
+        >>> data = vilu.Embeddings(image, np.eye(3), [0, 0, 2], logit_scale=10.0, class_names=["cat", "dog", "cup"])
+        >>> (found,) = vilu.explain(vilu.MCM(), data, n=1)  # the most uncertain row
+        >>> found.row, found.answer, found.truth, [one.name for one in found.competitors]
+        (1, 'dog', 'cat', ['dog', 'cat', 'cup'])
     """
     if min(n, *depth[:3]) < 1:
         raise UsageError(f"n, candidates, neighbours and background must be positive. Got {n}, {tuple(depth[:3])}.")

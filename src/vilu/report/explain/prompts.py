@@ -90,6 +90,17 @@ def prompt_gains(data: EmbeddingSource, *, folds: int = FOLDS, seed: int = 0) ->
     Raises:
         UsageError: If the data are image-caption pairs, or there are less than 3 folds.
         DataError: If fewer rows than folds have a label, or there is one candidate.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> target = np.arange(60) % 3
+        >>> image = np.eye(4)[target] + 0.05 * np.random.default_rng(0).normal(size=(60, 4))
+        >>> image /= np.linalg.norm(image, axis=1, keepdims=True)
+        >>> text = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])  # the last text is off
+        >>> gains = vilu.prompt_gains(vilu.Embeddings(image, text, target, class_names=["cat", "dog", "cup"]))
+        >>> best = gains.rows[0]
+        >>> best.name, best.failures, best.saved, round(gains.accuracy, 2), round(best.gain, 2)
+        ('cup', 14, 14, 0.77, 0.23)
     """
     rows, n, failures = _labelled(data, folds)
     text = data.candidates(rows[:0]).text

@@ -83,6 +83,16 @@ def risk_map(outcomes: Outcomes, competitor: ArrayLike | None = None, *, coverag
         UsageError: If the outcomes are of captions, which have no classes; if ``coverage`` is not in (0, 1]; if there
             are no labels and the uncertainty is no probability, or no competitors are given.
         DataError: If no row has a score and an answer.
+
+    Examples:
+        >>> import vilu
+        >>> uncertainty, failure = [0.1, 0.2, 0.3, 0.4, 0.9], [0, 1, 0, 0, 1]
+        >>> answers = {"prediction": [0, 0, 1, 1, 2], "target": [0, 1, 1, 1, 0]}
+        >>> outcomes = vilu.Outcomes(uncertainty, failure, **answers, class_names=["cat", "dog", "cup"])
+        >>> for one in vilu.risk_map(outcomes, coverage=0.8).rows:  # four of five are accepted
+        ...     print(one.answer, "instead of", one.instead, one.accepted, one.risk)
+        cat instead of dog 1.0 0.25
+        cup instead of cat 0.0 0.0
     """
     if outcomes.provenance.get("pool_size") is not None:
         raise UsageError("captions have no classes to confuse, so there is no risk map of them. Give class data.")

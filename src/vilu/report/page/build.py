@@ -95,6 +95,17 @@ def report_page(
         DataError: If no row can be evaluated, or the images are not those of the scores.
         ProvenanceError: If the outcomes, the rule or the embeddings are not of the same rows and method.
         MissingModelError: If the extra ``report`` is not installed.
+
+    Examples:
+        >>> import vilu
+        >>> outcomes = vilu.Outcomes([0.1, 0.2, 0.3, 0.4] * 30, [0, 0, 0, 1] * 30, method="mine", dataset="pets")
+        >>> page = vilu.report_page([outcomes], title="Pets")
+        >>> (
+        ...     page.count("<svg"),
+        ...     "<script src" in page,
+        ...     "<link" in page,
+        ... )  # three figures, and nothing is loaded from elsewhere
+        (3, False, False)
     """
     template = find_template("page.html.jinja")
     about = choose_main(outcomes, main if main is not None or calibrated is None else calibrated.method)
