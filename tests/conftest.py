@@ -156,6 +156,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first, so that none of them is left for the end when several processes share the files."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.dtest is not None:
+            item.dtest.globs = {"__name__": "__main__"}  # an example runs as a reader pastes it, without its module
 
 
 @pytest.fixture(autouse=True)

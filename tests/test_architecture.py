@@ -118,6 +118,32 @@ def test_examples_do_not_count_in_the_limits_on_lines(plain: str, example: str) 
     assert len(with_it.splitlines()) - example_lines(ast.parse(with_it)) == len(without.splitlines())
 
 
+def test_what_users_call_without_an_example_is_found() -> None:
+    class Base:
+        def one(self) -> None: ...
+
+        def two(self) -> None: ...
+
+        def three(self) -> None: ...
+
+    class Public(Base):
+        """Is named.
+
+        >>> Public().two()
+        """
+
+        @staticmethod
+        def one() -> None:
+            """>>> Public.one()"""
+
+        def _own(self) -> None: ...
+
+    Base.__module__ = Public.__module__ = "vilu.toy"
+    called = runpy.run_path(str(ROOT / "tools" / "examples.py"))["called"]
+    has = {Public: True, Public.one: True, Base.one: True, Base.two: True, Base.three: False, name_of: False}
+    assert called([Public, name_of, 3]) == has
+
+
 @pytest.mark.parametrize(
     ("code", "heavy"),
     [

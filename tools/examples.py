@@ -21,6 +21,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import vilu
 
@@ -39,16 +40,21 @@ def ours(cls: type) -> Iterator[type]:
     return (base for base in cls.__mro__ if base.__module__.partition(".")[0] == vilu.__name__)
 
 
-def functions(cls: type) -> dict[str, object]:
+def functions(cls: type) -> dict[str, Any]:
     """The public functions in the body of a class, by name."""
     bodies = {name: getattr(value, "__func__", value) for name, value in vars(cls).items() if name[0] != "_"}
     return {name: value for name, value in bodies.items() if inspect.isfunction(value)}
 
 
-def called() -> dict[object, bool]:
-    """All that users call, and whether it has an example."""
+def public() -> list[object]:
+    """What has a public name; methods that others have added are not ours."""
     named = [getattr(place, name) for place in (vilu, vilu.metrics) for name in place.__all__]
-    tops = dict.fromkeys([*filter(inspect.isclass, named), *(m for m in vilu.PREDICTORS.values() if m in ours(m))])
+    return [*named, *(method for method in vilu.PREDICTORS.values() if method in ours(method))]
+
+
+def called(named: list[object]) -> dict[Any, bool]:
+    """What users call of these things, and whether it has an example."""
+    tops = dict.fromkeys(thing for thing in named if isinstance(thing, type))
     found = {thing: bool(typed(thing)) for thing in [*filter(inspect.isfunction, named), *tops]}
     classes = dict.fromkeys(base for top in tops for base in ours(top))
     for cls in classes:
@@ -71,15 +77,15 @@ def main() -> int:
     parser.add_argument("--missing", action="store_true", help="name what has no example")
     missing = parser.parse_args().missing
     rooms: dict[str, dict[str, bool]] = defaultdict(dict)
-    for thing, has in called().items():
+    for thing, has in called(public()).items():
         rooms[thing.__module__.split(".")[1]][f"{thing.__module__}.{thing.__qualname__}"] = has
     print(f"{'room':<14}{'called':>8}{'example':>9}{'%':>8}")
-    for room, has in sorted(rooms.items()):
-        print(line(room, list(has.values())))
-        for name in sorted(name for name in has if missing and not has[name]):
+    for room, things in sorted(rooms.items()):
+        print(line(room, list(things.values())))
+        for name in sorted(name for name in things if missing and not things[name]):
             print(f"    {name}")
     everything = [has for things in rooms.values() for has in things.values()]
-    print(line("all", everything), f"\nAt least {LEAST} % of what users call must have an example.")
+    print(line("all", everything), f"At least {LEAST} % of what users call must have an example.", sep="\n\n")
     return int(100 * sum(everything) < LEAST * len(everything))
 
 

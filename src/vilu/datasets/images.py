@@ -392,6 +392,7 @@ def decode_caption(data: bytes | None) -> str:
             (not UTF-8) or "empty_text" (nothing in it can be seen).
 
     Examples:
+        >>> from vilu.datasets.images import decode_caption
         >>> decode_caption(b"  a red fox\n")
         'a red fox'
     """

@@ -89,6 +89,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     """Key and lower-case extension of a member by webdataset's rule; None where it has none (hidden files too).
 
     Examples:
+        >>> from vilu.datasets.tar import split_name
         >>> split_name("a.b/c.d.JPG")
         ('a.b/c', 'd.jpg')
     """
@@ -296,6 +297,7 @@ def expand_braces(pattern: str) -> list[str]:
     """The names that a pattern stands for: ``{a,b}`` lists, ``{00..10}`` numbers (as wide as written), no nesting.
 
     Examples:
+        >>> from vilu.datasets.tar import expand_braces
         >>> expand_braces("{a,b}-{08..10}.tar")
         ['a-08.tar', 'a-09.tar', 'a-10.tar', 'b-08.tar', 'b-09.tar', 'b-10.tar']
     """

@@ -38,6 +38,8 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     """(...) log E against "the error rate is above ``max_risk``" after ``wrong`` of ``accepted`` labels.
 
     Examples:
+        >>> import math
+        >>> from vilu.decision.anytime import log_evidence
         >>> [int(n) for n in range(65, 75) if log_evidence(0, n, 0.05) >= math.log(20)][0]
         72
     """
@@ -87,6 +89,8 @@ class Looks:
     Source: ours, of Ville (1939) and Wiens, A fixed sequence Bonferroni procedure (2003).
 
     Examples:
+        >>> import numpy as np
+        >>> from vilu.decision.anytime import Looks
         >>> looks = Looks(np.linspace(0.01, 0.64, 64), 0.05, 0.05)
         >>> looks.certified(np.full(90, 0.005), np.zeros(90, int))
         63

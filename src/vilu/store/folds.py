@@ -27,6 +27,7 @@ def fold_of(caption: str) -> Fold:
     """Fold of a caption: the first 8 bytes of its BLAKE2b hash, without white space at its ends, as u in [0, 1).
 
     Examples:
+        >>> from vilu.store.folds import fold_of
         >>> fold_of("a photo of a cat") == fold_of("  a photo of a cat ")
         True
     """

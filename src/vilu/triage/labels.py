@@ -65,6 +65,7 @@ class LabelBook:
     """All that was asked and answered, by the path of the photo; kept in a sealed table.
 
     Examples:
+        >>> from vilu.triage.labels import LabelBook
         >>> book = LabelBook()
         >>> book.ask(["a.jpg", "b.jpg"], "promise", probability=0.1, predictor="f00")
         >>> book.answer({"b.jpg": "cat", "c.jpg": "dog"})

@@ -24,6 +24,8 @@ def shapley(values: Tensor) -> Tensor:
         values: (2^G, B) float64: v(S) at the row whose bits are the members of S, player g being bit g.
 
     Examples:
+        >>> import torch
+        >>> from vilu.report.explain.attribution import shapley
         >>> shapley(torch.tensor([[0.0], [1.0], [3.0], [6.0]]).double()).squeeze(1).tolist()
         [2.0, 4.0]
     """
