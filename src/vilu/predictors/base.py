@@ -95,6 +95,17 @@ class FailurePredictor(ABC):
         seen_: Sketches of the rows used by ``fit``, by what they are recognised by; empty where nothing tells.
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when never fitted.
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
+
+    Examples:
+        >>> import dataclasses, numpy as np, vilu
+        >>> @dataclasses.dataclass
+        ... class Farness(vilu.FailurePredictor):
+        ...     name, summary, reference = "farness", "one minus the largest cosine", "nowhere"
+        ...
+        ...     def _score(self, batch):
+        ...         return 1 - (batch.image @ batch.text.T).amax(dim=1)
+        >>> Farness().predict_uncertainty(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2))).round(2)
+        array([0. , 0.2])
     """
 
     how: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
@@ -225,6 +236,13 @@ class FailurePredictor(ABC):
             DataError: If nothing can be learned from the rows: empty, one candidate, over 1 % unusable rows, no labels;
                 or if the two sets have more rows in common, or lack a column that the method needs.
             ProvenanceError: If the two sets come from different embedding spaces.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]], np.eye(2), [0, 1, 1, 1])
+            >>> predictor = vilu.PREDICTORS["knn_vote"](k=2).fit(data)
+            >>> predictor.notes_["n_train"], predictor.notes_["n_failures"]
+            (4, 1)
         """
         if self.needs_fit:
             check_parameters(self)
@@ -297,7 +315,15 @@ class FailurePredictor(ABC):
 
     @checked
     def save(self, folder: str | Path) -> str:
-        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``)."""
+        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``).
+
+        Examples:
+            >>> import tempfile, vilu
+            >>> folder = tempfile.mkdtemp()
+            >>> fingerprint = vilu.MCM().save(folder)
+            >>> vilu.load(folder)
+            MCM()
+        """
         self.require_fitted()
         return record.save(self, folder)
 
@@ -325,6 +351,12 @@ class FailurePredictor(ABC):
             ProvenanceError: If the data come from another embedding space than the training data.
             UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
             DataError: If the data lack a column that the method needs.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]], np.eye(2), logit_scale=10.0)
+            >>> vilu.MCM().predict_uncertainty(data).round(2)
+            array([0.  , 0.12,  nan])
         """
         uncertainty = np.full(len(data), np.nan)
         for batch, scores in self.scored(data):
@@ -340,6 +372,12 @@ class FailurePredictor(ABC):
 
         Raises:
             DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors it raises, too.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+            >>> [(batch.prediction.tolist(), u.round(2).tolist()) for batch, u in vilu.MCM().scored(data)]
+            [([0, 1], [0.0, 0.12])]
         """
         return each_as_usual(self._scored(data, rows))
 
@@ -394,7 +432,15 @@ class FailurePredictor(ABC):
         return self.learned_[name].to(device)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Which ``rows`` (M,), by default all, were used to fit, as far as known: of more than 16,384 a sample is."""
+        """Which ``rows`` (M,), by default all, were used to fit, as far as known: of more than 16,384 a sample is.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 2], ids=["a", "b", "c"])
+            >>> predictor = vilu.PREDICTORS["knn_distance"]().fit(data.take([0, 1]))
+            >>> predictor.seen(data).shared
+            array([ True,  True, False])
+        """
         by = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
         rows = np.arange(len(data)) if rows is None else rows
         return Overlap(np.zeros(len(rows), np.bool_), 0) if by is None else self.seen_[by].overlap(data, by, rows)
@@ -431,6 +477,12 @@ class FailurePredictor(ABC):
 
         Raises:
             UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+            >>> vilu.MCM().predict_failure_probability(data).round(2)
+            array([0.  , 0.12])
         """
         self.failure_probability([])  # says why not, before anything is computed
         return self.failure_probability(self.predict_uncertainty(data))
@@ -443,6 +495,11 @@ class FailurePredictor(ABC):
 
         Raises:
             UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+
+        Examples:
+            >>> import vilu
+            >>> vilu.MCM().failure_probability([0.1, float("nan")]).round(2)
+            array([0.1, nan])
         """
         if self.calibrator_ is None:
             return self.raw_failure_probability(uncertainty)
@@ -464,6 +521,12 @@ class FailurePredictor(ABC):
 
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known failure.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)  # three of four are right
+            >>> vilu.MCM().calibrate(data).predict_failure_probability(data)[:2].round(2)
+            array([0.25, 0.25])
         """
         fresh = self.unseen(calibration, "calibration")
         uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
@@ -477,6 +540,12 @@ class FailurePredictor(ABC):
 
         Raises:
             DataError: If no row has both.
+
+        Examples:
+            >>> import vilu
+            >>> margin = vilu.Margin().calibrate_scores([-3.0, -2.0, -1.0, 0.0] * 10, [0, 0, 0, 1] * 10)
+            >>> margin.failure_probability([-3.0, 0.0]).round(2)
+            array([0.  , 0.83])
         """
         scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
         require_same_length(scores, failures)

@@ -97,6 +97,8 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     The scores (N,) are finite, higher = more likely wrong; log-odds of failure where the method gives probabilities.
 
     Examples:
+        >>> import numpy as np
+        >>> from vilu.predictors.probability import fit_calibrator
         >>> calibrator = fit_calibrator(np.array([-1.0, 0.0, 1.0]), np.array([0, 0, 1]), is_log_odds=True)
         >>> calibrator.form
         'temperature'
