@@ -158,19 +158,44 @@ class FailurePredictor(ABC):
         Args:
             tensors: Those that it is to hold, whose shapes may decide its own; empty before a fit.
             space: Of the embeddings.
+
+        Examples:
+            >>> import vilu
+            >>> head = vilu.LVU(hidden=(4,)).module({}, vilu.EmbeddingSpace(embed_dim=2, logit_scale=100.0))
+            >>> sum(weight.numel() for weight in head.parameters())  # 2 x 4 + 4 and 4 + 1
+            17
         """
         return None
 
     def tensor_names(self) -> tuple[str, ...]:
-        """``tensors``, where parameters decide which there are."""
+        """``tensors``, where parameters decide which there are.
+
+        Examples:
+            >>> import vilu
+            >>> vilu.PREDICTORS["sirc"](typicality="residual").tensor_names()
+            ('shift', 'slope', 'complement')
+        """
         return self.tensors
 
     def graph(self) -> nn.Module:
-        """A module of a batch to its (N,) float64 scores that ONNX export can take (``own_graph`` often is one)."""
+        """A module of a batch to its (N,) float64 scores that ONNX export can take (``own_graph`` often is one).
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> batch = next(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(2))
+            >>> vilu.Margin().graph()(batch).round(decimals=2).tolist()
+            [-10.0, -2.0]
+        """
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
     def game(self) -> Game:
-        """Who plays for the score, and what coalitions are worth; the default knows scores of one kind of input."""
+        """Who plays for the score, and what coalitions are worth; the default knows scores of one kind of input.
+
+        Examples:
+            >>> import vilu
+            >>> vilu.MCM().game().players, vilu.PREDICTORS["knn_distance"]().game().players
+            (('zero-shot score',), ('image',))
+        """
         looks_at = vars(type(self)).get("looks_at", frozenset())
         if len(looks_at) != 1:
             raise NoAttribution(f"no attribution is defined for {self.name}")
@@ -192,7 +217,14 @@ class FailurePredictor(ABC):
         return "nothing" if not self.needs_labels else "failure" if self.learns_failure else "class"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002 - some look at what there is
-        """What these data must carry for a fit."""
+        """What these data must carry for a fit.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"features": np.eye(2), "negatives": np.eye(2)})
+            >>> vilu.ViLUPlus().columns_to_fit(data), vilu.ViLUPlus(features=False).columns_to_fit(data)
+            (('features', 'negatives'), ('negatives',))
+        """
         return self.columns
 
     @property
@@ -201,7 +233,14 @@ class FailurePredictor(ABC):
         return self.columns
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot."""
+        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> batch = next(vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=np.log(3)).batches(2))
+            >>> vilu.MCM().log_posterior(batch).exp().round(decimals=2).tolist()
+            [[0.75, 0.25], [0.25, 0.75]]
+        """
         return zero_shot_log_posterior(batch)
 
     def _settings(self, kind: type[Settings], **others: object) -> Settings:
@@ -305,12 +344,29 @@ class FailurePredictor(ABC):
         return float(self.learned_[CONSTANT]) if is_constant else None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that ``fit`` learned, as tensors on the CPU."""
+        """Everything that ``fit`` learned, as tensors on the CPU.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10, logit_scale=1.0)
+            >>> state = vilu.PREDICTORS["mcm_ts"]().fit(data).state()  # m = log 3, so that p is 3/4
+            >>> {name: round(tensor.exp().item(), 2) for name, tensor in state.items()}
+            {'log_multiplier': 1.1}
+        """
         weights = {} if self.network_ is None else self.network_.state_dict()
         return {**{name: tensor.cpu() for name, tensor in weights.items()}, **self.learned_}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``; refuses tensors of the wrong names or shapes."""
+        """The inverse of ``state``; refuses tensors of the wrong names or shapes.
+
+        Examples:
+            >>> import numpy as np, torch, vilu
+            >>> predictor = vilu.PREDICTORS["mcm_ts"]()
+            >>> predictor.space_ = vilu.EmbeddingSpace(embed_dim=2, logit_scale=1.0)
+            >>> predictor.restore({"log_multiplier": torch.tensor(np.log(np.log(3)))})
+            >>> predictor.predict_uncertainty(vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=1.0)).round(2)
+            array([0.25, 0.25])
+        """
         self.take(state, self.space_)
 
     @checked
@@ -403,7 +459,14 @@ class FailurePredictor(ABC):
             yield batch, score
 
     def score_batch(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty: the constant where there is one, else as ``_score``."""
+        """(B,) uncertainty: the constant where there is one, else as ``_score``.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> batch = next(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(2))
+            >>> vilu.MCM().score_batch(batch).round(decimals=2).tolist()
+            [0.0, 0.12]
+        """
         if self.constant_ is not None:
             return torch.full((len(batch.index),), self.constant_, dtype=torch.float64)
         if self.network_ is not None:
@@ -506,7 +569,14 @@ class FailurePredictor(ABC):
         return self.calibrator_(self._calibration_score(real_vector(uncertainty, "uncertainty")))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """As ``failure_probability`` before ``calibrate``."""
+        """As ``failure_probability`` before ``calibrate``.
+
+        Examples:
+            >>> import vilu
+            >>> predictor = vilu.MCM().calibrate_scores([0.1] * 40, [0, 0, 0, 1] * 10)
+            >>> predictor.raw_failure_probability([0.1]).round(2), predictor.failure_probability([0.1]).round(2)
+            (array([0.1]), array([0.25]))
+        """
         if not self.is_probability:
             raise UsageError(
                 f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "

@@ -323,10 +323,10 @@ class RelU(ClosedSet):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> image = np.array([[1, 1, 0], [1, 0, 1]]) / np.sqrt(2)  # between two classes; the answer is 0
-        >>> data = vilu.Embeddings(image, np.eye(3), [1, 0])
+        >>> image = [[0.8, 0.6, 0.0], [0.8, 0.0, 0.6]]  # both are answered 0; the first is wrong, with class 1 near
+        >>> data = vilu.Embeddings(image, np.eye(3), [1, 0], logit_scale=5.0)
         >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
-        array([0.35, 0.  ])
+        array([0.15, 0.  ])
     """
 
     name: ClassVar[str] = "rel_u"

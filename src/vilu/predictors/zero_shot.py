@@ -251,9 +251,9 @@ class KLUniform(FailurePredictor):
 
     Examples:
         >>> import numpy as np, vilu
-        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
-        >>> vilu.PREDICTORS["kl_uniform"]().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
-        array([-0.06,  0.  ])
+        >>> data = vilu.Embeddings(np.eye(3)[:1], np.eye(3), logit_scale=np.log(2))  # p = 1/2, 1/4, 1/4
+        >>> vilu.PREDICTORS["kl_uniform"]().predict_uncertainty(data).round(3)
+        array([-0.057])
     """
 
     name: ClassVar[str] = "kl_uniform"

@@ -137,9 +137,9 @@ class TrustVLM(ClosedSet):
         >>> import numpy as np, vilu
         >>> features = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # a second encoder's
         >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1]], np.eye(2), [0, 0, 1], columns=features)
-        >>> new = vilu.Embeddings(np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[2.0, 1.0], [0.0, 1.0]]})
+        >>> new = vilu.Embeddings(np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[1.0, 0.0], [0.0, 1.0]]})
         >>> vilu.PREDICTORS["trustvlm"]().fit(data).predict_uncertainty(new).round(2)
-        array([0.  , 0.55])
+        array([0.11, 0.55])
     """
 
     name: ClassVar[str] = "trustvlm"
