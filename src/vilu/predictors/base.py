@@ -95,6 +95,17 @@ class FailurePredictor(ABC):
         seen_: Sketches of the rows used by ``fit``, by what they are recognised by; empty where nothing tells.
         similarity_: Mean and standard deviation of the largest cosine of training rows; None when never fitted.
         calibrator_: From uncertainty to P(failure), learned on calibration rows; None without.
+
+    Examples:
+        >>> import dataclasses, numpy as np, vilu
+        >>> @dataclasses.dataclass
+        ... class Farness(vilu.FailurePredictor):
+        ...     name, summary, reference = "farness", "one minus the largest cosine", "nowhere"
+        ...
+        ...     def _score(self, batch):
+        ...         return 1 - (batch.image @ batch.text.T).amax(dim=1)
+        >>> Farness().predict_uncertainty(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2))).round(2)
+        array([0. , 0.2])
     """
 
     how: ClassVar[str] = "a predictor (such as vilu.MCM(), or vilu.load(folder))"
@@ -147,19 +158,44 @@ class FailurePredictor(ABC):
         Args:
             tensors: Those that it is to hold, whose shapes may decide its own; empty before a fit.
             space: Of the embeddings.
+
+        Examples:
+            >>> import vilu
+            >>> head = vilu.LVU(hidden=(4,)).module({}, vilu.EmbeddingSpace(embed_dim=2, logit_scale=100.0))
+            >>> sum(weight.numel() for weight in head.parameters())  # 2 x 4 + 4 and 4 + 1
+            17
         """
         return None
 
     def tensor_names(self) -> tuple[str, ...]:
-        """``tensors``, where parameters decide which there are."""
+        """``tensors``, where parameters decide which there are.
+
+        Examples:
+            >>> import vilu
+            >>> vilu.PREDICTORS["sirc"](typicality="residual").tensor_names()
+            ('shift', 'slope', 'complement')
+        """
         return self.tensors
 
     def graph(self) -> nn.Module:
-        """A module of a batch to its (N,) float64 scores that ONNX export can take (``own_graph`` often is one)."""
+        """A module of a batch to its (N,) float64 scores that ONNX export can take (``own_graph`` often is one).
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> batch = next(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(2))
+            >>> vilu.Margin().graph()(batch).round(decimals=2).tolist()
+            [-10.0, -2.0]
+        """
         raise NotExportable(f"{self.name} defines no graph of image and text")
 
     def game(self) -> Game:
-        """Who plays for the score, and what coalitions are worth; the default knows scores of one kind of input."""
+        """Who plays for the score, and what coalitions are worth; the default knows scores of one kind of input.
+
+        Examples:
+            >>> import vilu
+            >>> vilu.MCM().game().players, vilu.PREDICTORS["knn_distance"]().game().players
+            (('zero-shot score',), ('image',))
+        """
         looks_at = vars(type(self)).get("looks_at", frozenset())
         if len(looks_at) != 1:
             raise NoAttribution(f"no attribution is defined for {self.name}")
@@ -181,7 +217,14 @@ class FailurePredictor(ABC):
         return "nothing" if not self.needs_labels else "failure" if self.learns_failure else "class"
 
     def columns_to_fit(self, train: EmbeddingSource) -> tuple[str, ...]:  # noqa: ARG002 - some look at what there is
-        """What these data must carry for a fit."""
+        """What these data must carry for a fit.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"features": np.eye(2), "negatives": np.eye(2)})
+            >>> vilu.ViLUPlus().columns_to_fit(data), vilu.ViLUPlus(features=False).columns_to_fit(data)
+            (('features', 'negatives'), ('negatives',))
+        """
         return self.columns
 
     @property
@@ -190,7 +233,14 @@ class FailurePredictor(ABC):
         return self.columns
 
     def log_posterior(self, batch: Batch) -> Tensor:
-        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot."""
+        """(B, K) float64 log probabilities of the candidates: the method's own, where it has some, or zero-shot.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> batch = next(vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=np.log(3)).batches(2))
+            >>> vilu.MCM().log_posterior(batch).exp().round(decimals=2).tolist()
+            [[0.75, 0.25], [0.25, 0.75]]
+        """
         return zero_shot_log_posterior(batch)
 
     def _settings(self, kind: type[Settings], **others: object) -> Settings:
@@ -225,6 +275,13 @@ class FailurePredictor(ABC):
             DataError: If nothing can be learned from the rows: empty, one candidate, over 1 % unusable rows, no labels;
                 or if the two sets have more rows in common, or lack a column that the method needs.
             ProvenanceError: If the two sets come from different embedding spaces.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]], np.eye(2), [0, 1, 1, 1])
+            >>> predictor = vilu.PREDICTORS["knn_vote"](k=2).fit(data)
+            >>> predictor.notes_["n_train"], predictor.notes_["n_failures"]
+            (4, 1)
         """
         if self.needs_fit:
             check_parameters(self)
@@ -287,17 +344,42 @@ class FailurePredictor(ABC):
         return float(self.learned_[CONSTANT]) if is_constant else None
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that ``fit`` learned, as tensors on the CPU."""
+        """Everything that ``fit`` learned, as tensors on the CPU.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10, logit_scale=1.0)
+            >>> state = vilu.PREDICTORS["mcm_ts"]().fit(data).state()  # m = log 3, so that p is 3/4
+            >>> {name: round(tensor.exp().item(), 2) for name, tensor in state.items()}
+            {'log_multiplier': 1.1}
+        """
         weights = {} if self.network_ is None else self.network_.state_dict()
         return {**{name: tensor.cpu() for name, tensor in weights.items()}, **self.learned_}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``; refuses tensors of the wrong names or shapes."""
+        """The inverse of ``state``; refuses tensors of the wrong names or shapes.
+
+        Examples:
+            >>> import numpy as np, torch, vilu
+            >>> predictor = vilu.PREDICTORS["mcm_ts"]()
+            >>> predictor.space_ = vilu.EmbeddingSpace(embed_dim=2, logit_scale=1.0)
+            >>> predictor.restore({"log_multiplier": torch.tensor(np.log(np.log(3)))})
+            >>> predictor.predict_uncertainty(vilu.Embeddings(np.eye(2), np.eye(2), logit_scale=1.0)).round(2)
+            array([0.25, 0.25])
+        """
         self.take(state, self.space_)
 
     @checked
     def save(self, folder: str | Path) -> str:
-        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``)."""
+        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``).
+
+        Examples:
+            >>> import tempfile, vilu
+            >>> folder = tempfile.mkdtemp()
+            >>> fingerprint = vilu.MCM().save(folder)
+            >>> vilu.load(folder)
+            MCM()
+        """
         self.require_fitted()
         return record.save(self, folder)
 
@@ -325,6 +407,12 @@ class FailurePredictor(ABC):
             ProvenanceError: If the data come from another embedding space than the training data.
             UsageError: If a hyper-parameter is out of range, or the method does not work on image-caption pairs.
             DataError: If the data lack a column that the method needs.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [np.nan, 0.0]], np.eye(2), logit_scale=10.0)
+            >>> vilu.MCM().predict_uncertainty(data).round(2)
+            array([0.  , 0.12,  nan])
         """
         uncertainty = np.full(len(data), np.nan)
         for batch, scores in self.scored(data):
@@ -340,6 +428,12 @@ class FailurePredictor(ABC):
 
         Raises:
             DataError: If a score is not finite, or as ``predict_uncertainty``, whose other errors it raises, too.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+            >>> [(batch.prediction.tolist(), u.round(2).tolist()) for batch, u in vilu.MCM().scored(data)]
+            [([0, 1], [0.0, 0.12])]
         """
         return each_as_usual(self._scored(data, rows))
 
@@ -365,7 +459,14 @@ class FailurePredictor(ABC):
             yield batch, score
 
     def score_batch(self, batch: Batch) -> Tensor:
-        """(B,) uncertainty: the constant where there is one, else as ``_score``."""
+        """(B,) uncertainty: the constant where there is one, else as ``_score``.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> batch = next(vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0).batches(2))
+            >>> vilu.MCM().score_batch(batch).round(decimals=2).tolist()
+            [0.0, 0.12]
+        """
         if self.constant_ is not None:
             return torch.full((len(batch.index),), self.constant_, dtype=torch.float64)
         if self.network_ is not None:
@@ -394,7 +495,15 @@ class FailurePredictor(ABC):
         return self.learned_[name].to(device)
 
     def seen(self, data: EmbeddingSource, rows: NDArray[np.int64] | None = None) -> Overlap:
-        """Which ``rows`` (M,), by default all, were used to fit, as far as known: of more than 16,384 a sample is."""
+        """Which ``rows`` (M,), by default all, were used to fit, as far as known: of more than 16,384 a sample is.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(3), np.eye(3), [0, 1, 2], ids=["a", "b", "c"])
+            >>> predictor = vilu.PREDICTORS["knn_distance"]().fit(data.take([0, 1]))
+            >>> predictor.seen(data).shared
+            array([ True,  True, False])
+        """
         by = common_identity(self.seen_, data.identified_by, ("the fit", "these"))
         rows = np.arange(len(data)) if rows is None else rows
         return Overlap(np.zeros(len(rows), np.bool_), 0) if by is None else self.seen_[by].overlap(data, by, rows)
@@ -431,6 +540,12 @@ class FailurePredictor(ABC):
 
         Raises:
             UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+            >>> vilu.MCM().predict_failure_probability(data).round(2)
+            array([0.  , 0.12])
         """
         self.failure_probability([])  # says why not, before anything is computed
         return self.failure_probability(self.predict_uncertainty(data))
@@ -443,13 +558,25 @@ class FailurePredictor(ABC):
 
         Raises:
             UsageError: If the uncertainty of this method is a score without a scale, and it has not been calibrated.
+
+        Examples:
+            >>> import vilu
+            >>> vilu.MCM().failure_probability([0.1, float("nan")]).round(2)
+            array([0.1, nan])
         """
         if self.calibrator_ is None:
             return self.raw_failure_probability(uncertainty)
         return self.calibrator_(self._calibration_score(real_vector(uncertainty, "uncertainty")))
 
     def raw_failure_probability(self, uncertainty: ArrayLike) -> NDArray[np.float64]:
-        """As ``failure_probability`` before ``calibrate``."""
+        """As ``failure_probability`` before ``calibrate``.
+
+        Examples:
+            >>> import vilu
+            >>> predictor = vilu.MCM().calibrate_scores([0.1] * 40, [0, 0, 0, 1] * 10)
+            >>> predictor.raw_failure_probability([0.1]).round(2), predictor.failure_probability([0.1]).round(2)
+            (array([0.1]), array([0.25]))
+        """
         if not self.is_probability:
             raise UsageError(
                 f"{self.name} gives a score, not a probability of failure. Calibrate it (`vilu calibrate`), or take "
@@ -464,6 +591,12 @@ class FailurePredictor(ABC):
 
         Raises:
             DataError: If more than 1 % were used to fit, or none has an uncertainty and a known failure.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)  # three of four are right
+            >>> vilu.MCM().calibrate(data).predict_failure_probability(data)[:2].round(2)
+            array([0.25, 0.25])
         """
         fresh = self.unseen(calibration, "calibration")
         uncertainty, failure = np.full(len(calibration), np.nan), np.full(len(calibration), UNKNOWN)
@@ -477,6 +610,12 @@ class FailurePredictor(ABC):
 
         Raises:
             DataError: If no row has both.
+
+        Examples:
+            >>> import vilu
+            >>> margin = vilu.Margin().calibrate_scores([-3.0, -2.0, -1.0, 0.0] * 10, [0, 0, 0, 1] * 10)
+            >>> margin.failure_probability([-3.0, 0.0]).round(2)
+            array([0.  , 0.83])
         """
         scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
         require_same_length(scores, failures)

@@ -200,6 +200,17 @@ class BayesVLM(FailurePredictor):
     Source: Baumann et al., "Post-hoc Probabilistic Vision-Language Models", ICLR 2026. The reference implementation
     leaves the 1/2 before the log-determinants of the evidence out and swaps their Kronecker exponents; here they are as
     derived. There the pairs come from the VLM's own training data; here from the data to fit on.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
+        >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+        >>> vilu.MCM().predict_uncertainty(new).round(2)
+        array([0.12, 0.12])
+        >>> vilu.PREDICTORS["bayesvlm"](pseudo_count=1.0).fit(train).predict_uncertainty(new).round(2)
+        array([0.17, 0.26])
     """
 
     name: ClassVar[str] = "bayesvlm"

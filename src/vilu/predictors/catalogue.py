@@ -43,7 +43,13 @@ def method_names() -> list[str]:
 
 
 def find_method(name: str) -> type[FailurePredictor]:
-    """The class of a method; one of an entry point is imported now."""
+    """The class of a method; one of an entry point is imported now.
+
+    Examples:
+        >>> import vilu.predictors
+        >>> vilu.predictors.find_method("mcm") is vilu.MCM
+        True
+    """
     if name in PREDICTORS:
         return PREDICTORS[name]
     known = method_names()

@@ -40,6 +40,16 @@ def convert_official(path: str | Path, logit_scale: float = 100.0, *, embed_dim:
 
     Raises:
         DataError: If the file asks for anything else to be built, or its weights are not those of a known head.
+
+    Examples:
+        >>> import tempfile, pathlib, torch, vilu
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "head.ckpt"  # stands for a released one
+        >>> layers = {"mlp.0.weight": torch.eye(2), "mlp.0.bias": torch.zeros(2)}
+        >>> layers |= {"mlp.2.weight": torch.tensor([[3.0, -3.0]]), "mlp.2.bias": torch.zeros(1)}
+        >>> torch.save({"state_dict": layers}, path)
+        >>> data = vilu.Embeddings(torch.eye(2), torch.eye(2))
+        >>> vilu.convert_official(path).predict_uncertainty(data).round(2)  # sigmoid(-3) and sigmoid(3)
+        array([0.05, 0.95])
     """
     weights = read_checkpoint(Path(path))
     try:

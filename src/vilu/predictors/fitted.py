@@ -50,6 +50,12 @@ class MCMTS(FailurePredictor):
 
     Source: Guo et al., ICML 2017; ViLU, supplement A.3, names the calibration error and LBFGS together, which cannot
     be, since that error has no useful gradient.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)  # three of four are right
+        >>> vilu.PREDICTORS["mcm_ts"]().fit(data).predict_uncertainty(data)[:2].round(2)
+        array([0.25, 0.25])
     """
 
     name: ClassVar[str] = "mcm_ts"
@@ -223,6 +229,14 @@ class Duo(WithSecondModel):
     Source: Zhou, Shelhamer and Pleiss, NeurIPS 2025 (arXiv 2505.18636), its formula. There the two are fine-tuned
     classifiers, so the temperatures need rows of their own; zero-shot models have seen no label, so here the training
     rows serve. There is one more departure: T_L and T_S are bounded and not negative.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> label = np.array([0, 0, 0, 1] * 10)
+        >>> second = {"second_image": np.eye(2)[label], "second_text": np.eye(2)}  # this model is always right
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), label, columns=second)
+        >>> vilu.PREDICTORS["duo"]().fit(data).predict_uncertainty(data)[:4].round(2)
+        array([0., 0., 0., 1.])
     """
 
     name: ClassVar[str] = "duo"
@@ -306,6 +320,13 @@ class RelU(ClosedSet):
     defaults of ViLU, supplement A.3. Its code drops the last class whenever K is odd, keeps p^T p of every row, and
     scores through an N x N matrix; none of that is done here. The columns of D follow the classes' texts, so candidates
     may come in any order, and some of them may be missing.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[0.8, 0.6, 0.0], [0.8, 0.0, 0.6]]  # both are answered 0; the first is wrong, with class 1 near
+        >>> data = vilu.Embeddings(image, np.eye(3), [1, 0], logit_scale=5.0)
+        >>> vilu.PREDICTORS["rel_u"]().fit(data).predict_uncertainty(data).round(2)
+        array([0.15, 0.  ])
     """
 
     name: ClassVar[str] = "rel_u"
@@ -376,6 +397,14 @@ class SIRC(FailurePredictor):
     Source: Xia and Bouganis, ACCV 2022. There S2 is of the features before the classifier; here z_v has unit 2-norm, so
     its 1-norm says how evenly it spreads over the coordinates. The published code takes 512 components, which leaves no
     residual of an embedding that narrow, and moves the origin by the classifier's bias, which a VLM has not.
+
+    Examples:
+        >>> import vilu
+        >>> text = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]
+        >>> train = vilu.Embeddings([[0.5, 0.5, 0.5, 0.5], [0.1, 0.7, 0.5, 0.5]], text, [0, 1], logit_scale=10.0)
+        >>> new = vilu.Embeddings([[0.7, 0.1, 0.5, 0.5], [0.6, 0.0, 0.8, 0.0]], text, logit_scale=10.0)  # p alike
+        >>> vilu.PREDICTORS["sirc"]().fit(train).predict_uncertainty(new).round(2)
+        array([-5.88, -3.88])
     """
 
     name: ClassVar[str] = "sirc"

@@ -207,7 +207,18 @@ class SeesOutside(ABC):
         """(B,) float64 log-odds of an image of none of the classes."""
 
     def outside_probability(self, batch: Batch) -> Tensor | None:
-        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it."""
+        """(B,) float64 P(the image is of none of the classes); None where nothing is known of it.
+
+        Examples:
+            >>> import numpy as np, vilu
+            >>> text, words = np.eye(6)[:2], {"negatives": np.eye(6)[2:]}
+            >>> train = vilu.Embeddings(np.eye(6)[[0, 1] * 20], text, [0, 1] * 20, logit_scale=10.0, columns=words)
+            >>> new = vilu.Embeddings(np.eye(6)[:3], text, logit_scale=10.0, columns=words)  # the third is a word
+            >>> predictor = vilu.ViLUPlus(width=32, epochs=1).fit(train)
+            >>> batch = next(new.batches(3, columns=["negatives"]))
+            >>> predictor.outside_probability(batch).round(decimals=1).tolist()
+            [0.0, 0.0, 1.0]
+        """
         return torch.sigmoid(self.outcome_of(batch)) if self.outcome else None
 
 

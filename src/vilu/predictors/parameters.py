@@ -88,7 +88,13 @@ def parse_settings(settings: Sequence[str]) -> dict[str, str]:
 
 
 def get_params(self: Parametrised, deep: bool = True) -> dict[str, Any]:  # noqa: ARG001 - as in sklearn
-    """The parameters by name, as in scikit-learn; no method holds another one as a parameter, so none is nested."""
+    """The parameters by name, as in scikit-learn; no method holds another one as a parameter, so none is nested.
+
+    Examples:
+        >>> import vilu
+        >>> vilu.PREDICTORS["gen"](gamma=0.5).get_params()
+        {'gamma': 0.5, 'largest': 100}
+    """
     return {name: getattr(self, name) for name in parameters(self)}
 
 
@@ -97,6 +103,11 @@ def set_params(self: Made, **values: object) -> Made:
 
     Raises:
         UsageError: If there is no such parameter.
+
+    Examples:
+        >>> import vilu
+        >>> vilu.PREDICTORS["gen"]().set_params(gamma=0.5)
+        GEN(gamma=0.5)
     """
     require_known(type(self), values)
     for name, value in values.items():

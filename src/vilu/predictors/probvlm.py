@@ -141,6 +141,16 @@ class ProbVLM(NetworkPredictor):
     outputs of ReLUs (no gradient once zero), here of softplus and a sigmoid onto [0.1, 5]; embeddings enter times
     sqrt(D); Adam runs under a cosine. Variances are averaged geometrically, since one dimension of a heavy tail
     outweighs all others in an arithmetic mean: at beta = 0.1 the ratio of Gammas is 10^25.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> settings = {"cross_weight": 1.0, "epochs": 20, "learning_rate": 0.01}
+        >>> method = vilu.PREDICTORS["probvlm"](uncertainty="cross_modal", **settings)
+        >>> (method.fit(train).predict_uncertainty(new) > 0).tolist()  # log-odds
+        [False, True, False]
     """
 
     name: ClassVar[str] = "probvlm"

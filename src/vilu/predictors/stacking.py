@@ -45,6 +45,14 @@ class Stacking(WithSecondModel):
         C: Inverse strength of the L2 penalty on w, as in scikit-learn.
 
     Source: Wolpert, Neural Networks 1992, with a logistic level-1 model (Ting and Witten, JAIR 1999).
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["stacking"](members=("mcm", "knn_vote")).fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "stacking"

@@ -35,6 +35,14 @@ def load(folder: str | Path) -> FailurePredictor:
     Raises:
         DataError: If the folder holds no predictor, or a damaged one.
         ProvenanceError: If it was written by a newer schema.
+
+    Examples:
+        >>> import tempfile, numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(2)[[0] * 40], np.eye(2), [0, 0, 0, 1] * 10)
+        >>> folder = tempfile.mkdtemp()
+        >>> fingerprint = vilu.PREDICTORS["mcm_ts"]().fit(data).save(folder)
+        >>> vilu.load(folder).predict_uncertainty(data)[:2].round(2)
+        array([0.25, 0.25])
     """
     path = Path(folder)
     found = read_record(path / PREDICTOR)

@@ -73,6 +73,13 @@ class TTA(Disagreement):
     Source: Ayhan and Berens, MIDL 2018, who take the spread of the predictions; their mean instead is Ashukha et al.,
     ICLR 2020. Here it is the mean of the original answer's probability, since that is the answer whose failure is
     predicted: the mean of all may prefer another.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> views = np.eye(2)[[[0, 0, 1], [1, 1, 1]]]  # the last view of the first image is like the other class
+        >>> data = vilu.Embeddings(np.eye(2), np.eye(2), columns={"views": views})
+        >>> vilu.PREDICTORS["tta"](statistic="vote").predict_uncertainty(data)
+        array([0.25, 0.  ])
     """
 
     name: ClassVar[str] = "tta"
@@ -92,6 +99,13 @@ class PromptDisagreement(Disagreement):
 
     Source: the agreement of prompts as a confidence is that of Wightman et al., TrustNLP 2023, for language models; the
     prompts are CLIP's ensemble of templates (Radford et al., ICML 2021), apart instead of averaged.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> prompts = np.eye(3)[[[0], [2]]]  # one more wording a class; in that of the second p is 1/2
+        >>> data = vilu.Embeddings(np.eye(3)[:2], np.eye(3)[:2], logit_scale=np.log(3), columns={"prompts": prompts})
+        >>> vilu.PREDICTORS["prompt_disagreement"]().predict_uncertainty(data).round(3)
+        array([0.25 , 0.375])
     """
 
     name: ClassVar[str] = "prompt_disagreement"

@@ -21,6 +21,12 @@ class MCM(FailurePredictor):
     """Maximum concept matching: u = 1 - max_j p_j, p the softmax at the VLM's own logit scale.
 
     Source: Ming et al., NeurIPS 2022 (there with temperature 1 on the cosines; ViLU uses the model's scale, as here).
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
+        >>> vilu.MCM().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        array([0.5 , 0.67])
     """
 
     name: ClassVar[str] = "mcm"
@@ -42,6 +48,12 @@ class Entropy(FailurePredictor):
     Exact x log x; the released ViLU code adds 1e-6 inside the logarithm, which biases the score with K.
 
     Source: ViLU, supplement A.3.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
+        >>> vilu.Entropy().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        array([0.95, 1.  ])
     """
 
     name: ClassVar[str] = "entropy"
@@ -63,6 +75,12 @@ class Doctor(FailurePredictor):
     q = sum e_j^2 <= s: nothing cancels. No input perturbation, since embeddings are frozen.
 
     Source: Granese et al., NeurIPS 2021, D_alpha.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
+        >>> vilu.Doctor().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        array([1.67, 2.  ])
     """
 
     name: ClassVar[str] = "doctor"
@@ -83,6 +101,12 @@ class MaxLogit(FailurePredictor):
     """Negative largest logit: u = -max_j l_j.
 
     Source: Hendrycks et al., ICML 2022 (MaxLogit).
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> vilu.MaxLogit().predict_uncertainty(data).round(2)
+        array([-10.,  -8.])
     """
 
     name: ClassVar[str] = "max_logit"
@@ -103,6 +127,12 @@ class Margin(FailurePredictor):
     The logit bias cancels, and the logit scale only stretches it.
 
     Source: the score called RLog in "Know When to Abstain" (ICLR 2026).
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> vilu.Margin().predict_uncertainty(data).round(2)
+        array([-10.,  -2.])
     """
 
     name: ClassVar[str] = "margin"
@@ -125,6 +155,12 @@ class ProbMargin(FailurePredictor):
     constant changes no order.
 
     Source: best-versus-second-best, Joshi et al., CVPR 2009.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
+        >>> vilu.PREDICTORS["prob_margin"]().predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        array([0.75, 1.  ])
     """
 
     name: ClassVar[str] = "prob_margin"
@@ -148,6 +184,12 @@ class Energy(FailurePredictor):
         temperature: T, beside the VLM's own logit scale; towards zero the score becomes ``max_logit``.
 
     Source: Liu et al., NeurIPS 2020.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8]], np.eye(2), logit_scale=10.0)  # logits 10, 0 and 6, 8
+        >>> vilu.PREDICTORS["energy"]().predict_uncertainty(data).round(2)
+        array([-10.  ,  -8.13])
     """
 
     name: ClassVar[str] = "energy"
@@ -176,6 +218,12 @@ class GEN(FailurePredictor):
         largest: M, how many of the largest probabilities are summed.
 
     Source: Liu et al., CVPR 2023.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(4)[[0, 3]], np.eye(4)[:3], logit_scale=np.log(2))
+        >>> vilu.PREDICTORS["gen"](gamma=0.5).predict_uncertainty(data).round(2)  # of p = 1/2, 1/4, 1/4, and of thirds
+        array([1.37, 1.41])
     """
 
     name: ClassVar[str] = "gen"
@@ -200,6 +248,12 @@ class KLUniform(FailurePredictor):
     counts alike here, so what decides is how far the unlikely ones lie below the answer.
 
     Source: the confidence loss of Lee et al., ICLR 2018, as a score.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(3)[:1], np.eye(3), logit_scale=np.log(2))  # p = 1/2, 1/4, 1/4
+        >>> vilu.PREDICTORS["kl_uniform"]().predict_uncertainty(data).round(3)
+        array([-0.057])
     """
 
     name: ClassVar[str] = "kl_uniform"

@@ -64,6 +64,14 @@ class LinearProbe(ClosedSet):
     Source: the linear probe of Radford et al., ICML 2021, read at the class that the VLM predicts. The regression runs
     in float32 on centred embeddings: with its free intercept that has the same optimum, reached in fewer steps. Its
     time grows with the number of images times that of classes.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["linear_probe"]().fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "linear_probe"
@@ -124,6 +132,14 @@ class TrustVLM(ClosedSet):
 
     Source: TrustVLM, arXiv:2505.23745, and its code (weight 1, 0.1 on Oxford Pets; 16 shots; DINOv2 features averaged
     over tokens). Its starred variant answers anew, and is no score of the VLM's own answer.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> features = {"features": [[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]}  # a second encoder's
+        >>> data = vilu.Embeddings(np.eye(2)[[0, 0, 1]], np.eye(2), [0, 0, 1], columns=features)
+        >>> new = vilu.Embeddings(np.eye(2)[[0, 0]], np.eye(2), columns={"features": [[1.0, 0.0], [0.0, 1.0]]})
+        >>> vilu.PREDICTORS["trustvlm"]().fit(data).predict_uncertainty(new).round(2)
+        array([0.11, 0.55])
     """
 
     name: ClassVar[str] = "trustvlm"

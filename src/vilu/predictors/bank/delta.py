@@ -50,6 +50,14 @@ class DeltaKNN(ClosedSet):
     Source: Heng and Soh, ICLR 2026, eq. 6 averaged over k neighbours (their k = 25). The logarithm is of squared
     distances, as in the released code, hence twice that of the paper. lambda multiplies cosines, because the CLIP
     logits of that code are cosines without the logit scale: so it does not depend on a model's scale.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["delta_knn"](k=1).fit(train).predict_uncertainty(new).round(2)
+        array([-0.47, -1.61])
     """
 
     name: ClassVar[str] = "delta_knn"
@@ -87,7 +95,16 @@ class DeltaKNN(ClosedSet):
 
 @dataclasses.dataclass
 class DeltaKNNMargin(DeltaKNN):
-    """``DeltaKNN`` plus the margin, the paper's Delta-KNN-RLog; lambda = 10 is its value for CLIP (table 6)."""
+    """``DeltaKNN`` plus the margin, the paper's Delta-KNN-RLog; lambda = 10 is its value for CLIP (table 6).
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["delta_knn_margin"](k=1).fit(train).predict_uncertainty(new).round(2)
+        array([-7.27, -8.41])
+    """
 
     name: ClassVar[str] = "delta_knn_margin"
     summary: ClassVar[str] = "delta_knn plus the margin of the two largest cosines (Heng and Soh 2026)"
@@ -112,6 +129,14 @@ class DeltaMDS(ClosedSet):
     Source: Heng and Soh, ICLR 2026, eq. 5. Differs from the released code: embeddings have unit norm, and covariances
     are Ledoit-Wolf estimates, since few images leave the plain ones singular. lambda multiplies cosines, because the
     CLIP logits of that code are cosines without the logit scale: so it does not depend on a model's scale.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["delta_mds"]().fit(train).predict_uncertainty(new).round(2)
+        array([ 0.65, -2.59])
     """
 
     name: ClassVar[str] = "delta_mds"
@@ -153,7 +178,16 @@ class DeltaMDS(ClosedSet):
 
 @dataclasses.dataclass
 class DeltaMDSMargin(DeltaMDS):
-    """``DeltaMDS`` plus the margin, the paper's Delta-MDS-RLog; lambda = 10,000 is its value for CLIP (table 6)."""
+    """``DeltaMDS`` plus the margin, the paper's Delta-MDS-RLog; lambda = 10,000 is its value for CLIP (table 6).
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["delta_mds_margin"](margin_weight=10.0).fit(train).predict_uncertainty(new).round(2)
+        array([-6.15, -9.39])
+    """
 
     name: ClassVar[str] = "delta_mds_margin"
     summary: ClassVar[str] = "delta_mds plus the margin of the two largest cosines (Heng and Soh 2026)"

@@ -116,6 +116,14 @@ class Mahalanobis(ClosedSet):
     Source: Lee et al., NeurIPS 2018; relative: Ren et al., 2021. There the distance to the nearest class; here to the
     predicted one, whose failure is asked for. The usual plain covariance is singular with fewer images than
     coordinates.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
+        array([1.14, 0.43])
     """
 
     name: ClassVar[str] = "mahalanobis"
@@ -150,7 +158,16 @@ class Mahalanobis(ClosedSet):
 
 @dataclasses.dataclass
 class RelativeMahalanobis(Mahalanobis):
-    """``Mahalanobis`` with ``relative``: how much better all training images explain an image than its class does."""
+    """``Mahalanobis`` with ``relative``: how much better all training images explain an image than its class does.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["relative_mahalanobis"]().fit(train).predict_uncertainty(new).round(2)
+        array([ 0.22, -0.49])
+    """
 
     name: ClassVar[str] = "relative_mahalanobis"
     summary: ClassVar[str] = "Mahalanobis distance to the predicted class less that to all images (Ren et al. 2021)"
@@ -252,6 +269,14 @@ class ClassGaussians(ClassDensity):
     Source: the idea of ICPE (``icpe``), as implemented in sgchr273/TRINE: unit norm and a ridge that is not small
     beside the variances. Differs from it: classes of one image count. Until ``icpe`` was the released method this one
     had its name; what was saved then is read as this.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
+        >>> vilu.PREDICTORS["class_gaussians"]().fit(train).predict_uncertainty(new).round(3)
+        array([0.017, 0.5  ])
     """
 
     name: ClassVar[str] = "class_gaussians"
@@ -291,6 +316,14 @@ class ICPE(ClassDensity):
     density is that of all training images. FPR95 is there at the vertex whose rate is nearest to 0.95
     (``vilu.metrics``). With fewer images in a class than components the covariance is singular up to 1e-8, so that
     s_d is 0 or 1 nearly everywhere: it wants hundreds of images a class.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.8, 0.6]], np.eye(2))  # at 16 and 37 degrees
+        >>> vilu.PREDICTORS["icpe"]().fit(train).predict_uncertainty(new).round(3)
+        array([0.015, 0.5  ])
     """
 
     name: ClassVar[str] = "icpe"

@@ -53,6 +53,14 @@ class KNNVote(LabelledBank):
 
     Source: the confidence of a k-nearest-neighbour classifier (Cover and Hart, IEEE Trans. Inf. Theory 1967) in the
     class that the VLM predicts.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["knn_vote"](k=2).fit(train).predict_uncertainty(new).round(2)
+        array([0.5, 0. ])
     """
 
     name: ClassVar[str] = "knn_vote"
@@ -81,6 +89,14 @@ class KNNDistance(FailurePredictor):
 
     Source: Sun et al., ICML 2022. Failure-prediction benchmarks search only the first 1,000 training images; here all
     of them, up to ``max_bank``.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.0, 1.0]], np.eye(2))  # at 16 and 90 degrees
+        >>> vilu.PREDICTORS["knn_distance"](k=1).fit(train).predict_uncertainty(new).round(2)
+        array([0.28, 0.  ])
     """
 
     name: ClassVar[str] = "knn_distance"
@@ -120,6 +136,14 @@ class TRINE(LabelledBank):
 
     Source: the repository sgchr273/TRINE (2026), its support margin. Differs from it: a bank smaller than k is used
     whole instead of refused.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["trine"](k=2).fit(train).predict_uncertainty(new).round(2)
+        array([0.62, 0.  ])
     """
 
     name: ClassVar[str] = "trine"
@@ -164,6 +188,14 @@ class TrustScore(LabelledBank):
 
     Source: Jiang et al., NeurIPS 2018, algorithms 1 and 2 (alpha = 0 and k = 10 as in its released code). Differs from
     that code: distances are to the nearest image, as in the paper; the code takes the second nearest.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> image = [[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [0.0, 1.0]]  # at 0, 37, 53 and 90 degrees
+        >>> train = vilu.Embeddings(image, np.eye(2), [0, 1, 1, 1])
+        >>> new = vilu.Embeddings([[0.96, 0.28], [0.28, 0.96]], np.eye(2))  # at 16 and 74 degrees
+        >>> vilu.PREDICTORS["trust_score"]().fit(train).predict_uncertainty(new).round(2)
+        array([0.79, 0.24])
     """
 
     name: ClassVar[str] = "trust_score"

@@ -87,6 +87,14 @@ class PVU(NetworkPredictor):
     the rows at hand: for 1,400 to 6,000 steps, not 32 passes over 200,000 images, with the same AdamW (learning rate
     1e-3, betas 0.8 and 0.95, decay 1e-4) and cosine. Embeddings have unit norm and go in times sqrt(D), so that their
     coordinates have the size of features. The losses are float64, which keeps sure rows apart.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["pvu"](epochs=10).fit(train).predict_uncertainty(new).argsort()
+        array([0, 2, 1])
     """
 
     name: ClassVar[str] = "pvu"
@@ -177,6 +185,17 @@ class LMN(NetworkPredictor):
     all K logits are inputs in the order of the classes, which fixes K and that order; here the sorted gaps of the
     ``n_logits`` largest, cut at 20 nats, where an absent candidate counts as that far away. The last layer starts at
     zero, so that the scores start as MCM's, and |log T| is bounded by log 10.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> image = np.c_[np.cos(angle), np.sin(angle)]
+        >>> train = vilu.Embeddings(image, np.eye(2), np.repeat([0, 1], [70, 30]), logit_scale=10.0)
+        >>> new = vilu.Embeddings([[0.8, 0.6], [0.6, 0.8]], np.eye(2), logit_scale=10.0)
+        >>> vilu.MCM().predict_uncertainty(new).round(2)
+        array([0.12, 0.12])
+        >>> vilu.PREDICTORS["lmn"](epochs=20, learning_rate=0.01).fit(train).predict_uncertainty(new).round(1)
+        array([0. , 0.3])
     """
 
     name: ClassVar[str] = "lmn"

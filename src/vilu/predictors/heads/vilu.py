@@ -36,6 +36,14 @@ class LVU(HeadPredictor):
     is never below the best "mse"); only "bce" learns the failure itself.
 
     Source: ViLU, supplement A.3, after ConfidNet (Corbière et al., NeurIPS 2019).
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> vilu.LVU(loss="bce", epochs=10).fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "lvu"
@@ -75,6 +83,14 @@ class ViLU(HeadPredictor):
     Source: ViLU, ICCV 2025. Differs from the released code: labels, similarities and losses are in float32; the frozen
     attention really is frozen; the weight is bounded; selection never sees the test set; the output is the failure, not
     the confidence.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> vilu.ViLU(epochs=10).fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "vilu"
@@ -116,6 +132,14 @@ class DeepEnsemble(ViLU):
         members: M.
 
     Source: Lakshminarayanan et al., NeurIPS 2017, without adversarial training.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["deep_ensemble"](members=2, epochs=10).fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "deep_ensemble"
@@ -168,6 +192,14 @@ class MCDropout(ViLU):
         passes: M.
 
     Source: Gal and Ghahramani, ICML 2016, Eq. 6, where every input meets masks of its own.
+
+    Examples:
+        >>> import numpy as np, vilu
+        >>> angle = np.linspace(0, np.pi / 2, 100)  # the answer is class 0 up to 45 degrees, the truth up to 63
+        >>> train = vilu.Embeddings(np.c_[np.cos(angle), np.sin(angle)], np.eye(2), np.repeat([0, 1], [70, 30]))
+        >>> new = vilu.Embeddings([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]], np.eye(2))  # at 0, 53 and 90 degrees
+        >>> vilu.PREDICTORS["mc_dropout"](epochs=10).fit(train).predict_uncertainty(new).round()
+        array([0., 1., 0.])
     """
 
     name: ClassVar[str] = "mc_dropout"

@@ -82,13 +82,13 @@ class ViLUZero(SeesOutside, ClosedSet):
     anchors: the setting of transductive CLIP (Martin et al., 2024; Zanella et al., 2024), here for later rows.
 
     Examples:
-        >>> import torch, vilu
-        >>> text = torch.eye(8)
-        >>> image = torch.nn.functional.normalize(text[torch.arange(64) % 4] + torch.linspace(0, 1, 512).view(64, 8))
-        >>> data = vilu.Embeddings(image, text, logit_scale=10.0)
-        >>> predictor = vilu.PREDICTORS["vilu_zero"]().fit(data)
-        >>> predictor.predict_uncertainty(data).shape
-        (64,)
+        >>> import numpy as np, vilu
+        >>> data = vilu.Embeddings(np.eye(8)[np.arange(400) % 4], np.eye(8), logit_scale=2.0)  # of classes 0 to 3
+        >>> new = vilu.Embeddings(np.eye(8)[[0, 7]], np.eye(8), logit_scale=2.0)
+        >>> vilu.MCM().predict_uncertainty(new).round(1)
+        array([0.5, 0.5])
+        >>> vilu.PREDICTORS["vilu_zero"]().fit(data).predict_uncertainty(new).round(1)
+        array([0.3, 0.7])
     """
 
     name: ClassVar[str] = "vilu_zero"
