@@ -11,17 +11,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.builders.photo_folders import photo, write_photos
 from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.decision import record
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import read_document
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.outputs import triage_photos
 from vilu.triage.photos import PhotoStores
+from vilu.triage.promise import first_of_scene
 from vilu.triage.triage import Job, TriageState
 
 
@@ -42,7 +45,21 @@ def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
     assert "at whatever moment one looks" in (promise.promise or "")
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "Promised: at most 10.0% wrong" in page
+    # nine scenes, shown again and again with a little noise
+    assert (
+        "nearly like another one with a label, as in bursts and films. With one label a scene they show nothing" in page
+    )
     assert "<script" not in page
+
+
+def test_of_a_scene_one_label_counts() -> None:
+    """By hand: angles of 0, 5, 20, 40, 45 and 90 degrees; cos 5 is 0.996, cos 20 is 0.940."""
+    angles = torch.deg2rad(torch.tensor([0.0, 5, 20, 40, 45, 90]))
+    photos = Embeddings(torch.stack([angles.cos(), angles.sin()], dim=1), torch.eye(2))
+    alone = lambda known, rows: first_of_scene(photos, np.array(known, np.int64), np.array(rows, np.int64)).tolist()  # noqa: E731
+    assert alone([], [0, 1, 2, 3, 4, 5]) == [True, False, True, True, False, True]
+    assert alone([1, 5], [0, 2, 4, 5]) == [False, True, True, False]
+    assert alone([0], []) == []
 
 
 def test_no_label_that_vouches_ever_teaches_whoever_asked_for_it(folder: Folder, job: Job, tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ from vilu.triage.triage import DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Tria
 SHOWN, LINES = 24, 20
 """Photos in a section of the page, and thresholds in its table."""
 
+SELDOM: Final = 0.05
+"""Where a larger share of the labels is of scenes that have another, it is told."""
+
 NO_NAME: Final = re.compile(r"[^\w .()+-]")
 """What no folder's name should hold."""
 
@@ -187,6 +190,7 @@ def promise_in_words(found: Triage, max_risk: float, confidence: float) -> str:
         return (
             f"Promised: {goal}, at whatever moment one looks. {found.rule.n_wrong} of {found.rule.n_accepted} labels "
             "up to the threshold are wrong. It is a promise about photos like these, drawn as these were."
+            f"{scenes_in_words(found)}"
         )
     wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
     if len(standing.missing):
@@ -199,6 +203,23 @@ def promise_in_words(found: Triage, max_risk: float, confidence: float) -> str:
     if standing.more is None:
         return f"{told} With so many wrong ones more labels of this kind would not help: let more of them teach."
     return f"{told} About {standing.more:,} more would do, if errors go on as so far."
+
+
+def scenes_in_words(found: Triage) -> str:
+    """What is shown of new scenes, where many of the labels are of photos that are nearly alike."""
+    standing, rule, once = found.standing, found.rule, found.scenes
+    if standing is None or rule is None or once is None or (~once).sum() <= SELDOM * len(once):
+        return ""
+    shown = standing.looks.certified(standing.outcomes.uncertainty[once], standing.outcomes.failure[once])
+    threshold = -math.inf if shown is None else float(standing.looks.grid[shown])
+    share = float((found.in_play.uncertainty <= threshold).mean())
+    less = "nothing" if shown is None else f"it for {share:.0%} of the photos"
+    counted = "the same" if threshold >= (rule.threshold or 0.0) else less
+    return (
+        f" But {(~once).sum():,} of the {len(once):,} labels that count are of photos nearly like another one with a "
+        f"label, as in bursts and films. With one label a scene they show {counted}: for photos of new scenes rely on "
+        "that."
+    )
 
 
 def write_page(root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[Decision], job: Job) -> None:

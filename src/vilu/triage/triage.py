@@ -35,7 +35,7 @@ from vilu.predictors.vocabulary import Vocabulary
 from vilu.triage.choose import to_teach
 from vilu.triage.labels import Entry, LabelBook
 from vilu.triage.photos import FOLDER, Embedding, PhotoFolder, Photos, PhotoStores
-from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, stand
+from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, first_of_scene, stand
 
 STATE, BOOK, PREDICTOR_FOLDER, CANDIDATE_FOLDER = "triage.json", "labels.parquet", "predictor", "candidate"
 DECISIONS, NEXT, REPORT = "decisions", "next_labels.csv", "report.html"
@@ -151,6 +151,7 @@ class Triage:
         rule: The promise, where one was certified, now or before.
         in_play: What the predictor says that labels are to speak for now.
         has_candidate: Whether that is another one than decides, tried beside it.
+        scenes: (M,) which of the photos whose labels count are nearly like no other one with a label before them.
         asked: Photos whose labels are asked for.
         n_new: Photos that were embedded in this run.
         n_fit: Labels that the predictor was fitted on.
@@ -163,6 +164,7 @@ class Triage:
     rule: Selector | None
     in_play: Outcomes
     has_candidate: bool
+    scenes: Mask | None
     asked: list[Entry]
     book: LabelBook
     n_new: int
@@ -256,6 +258,7 @@ class Workshop:
             rule=self._promised(),
             in_play=outcomes,
             has_candidate=self.state.candidate is not None,
+            scenes=None if standing is None else first_of_scene(photos, teach, standing.rows),
             asked=book.waiting(),
             book=book,
             n_new=n_new,
