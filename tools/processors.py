@@ -4,7 +4,8 @@
 
 Each library has its own switch and obeys no other's: torch's kernels, MKL and oneDNN below them, numpy's loops, and
 OpenBLAS below numpy and scipy. What was in force is asked of the libraries, since they ignore a switch that a processor
-lacks, but for OpenBLAS, which is told of no more than there is. The table and the whole output of each run are in build/processors, as the runs end.
+lacks, but for OpenBLAS, which is told of no more than there is. The table and the whole output of each run are in
+build/processors, as the runs end.
 """
 
 from __future__ import annotations
