@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,13 @@ import pytest
 
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone
-from tests.command import run
+from tests.command import command_line, run
 from tests.triage.conftest import Folder, fill_in, rows
 from vilu.datasets.folder import PhotoFiles, list_photos
+from vilu.decision import record
+from vilu.outcomes.outcomes import Outcomes
 from vilu.store.embed import embed
+from vilu.triage.labels import LabelBook
 
 
 @pytest.fixture
@@ -74,6 +79,76 @@ def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_mo
     run(*arguments, "-o", tmp_path / "one.csv", "--overwrite")
     again = rows(tmp_path / "one.csv")
     assert [row["path"] for row in again] == [row["path"] for row in first]
+
+
+def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
+    begun: Folder, tmp_path: Path, fake_model: FakeBackbone
+) -> None:
+    """Asked, filled in, looked at again and again, until it is shown; what was chosen to teach never counts."""
+    (home, truth), predictor = begun, tmp_path / "predictor"
+    shutil.copytree(home / "out" / "predictor", predictor)
+    for name in ("risk.json", "calibration.parquet"):
+        (predictor / name).unlink()
+    photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
+    embed(photos, fake_model, tmp_path / "store", names=NAMES)
+    calibrate = ("calibrate", predictor, tmp_path / "store", "--method", "anytime", "--max-risk", 0.1)
+    given, asked = list[object](), list[dict[str, str]]()
+    for number in range(4):
+        file = tmp_path / f"{number}.csv"
+        run("next", tmp_path / "store", "--predictor", predictor, "-n", 80, "--max-risk", 0.1, "-o", file, *given)
+        asked += (found := rows(file))
+        empty = run(*calibrate, *given, "--labels", file, code=3)
+        assert f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for are missing" in (
+            empty.stderr
+        )
+        with file.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, list(found[0]))
+            writer.writeheader()
+            writer.writerows({**row, "label": truth[row["path"]]} for row in found)
+        given += ["--labels", file]
+        done = command_line(*calibrate, *given)
+        if done.returncode == 0:
+            break
+        assert "is not shown: about" in done.stderr
+        assert not record.has_record(predictor)
+    found = record.load(predictor)
+    assert found.rule is not None
+    assert found.rule.method == "anytime"
+    assert found.n == sum(row["stream"] == "promise" for row in asked)
+    run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
+    scores = Outcomes.load(tmp_path / "scores.parquet")
+    wrong = [
+        scores.class_names[said] != truth[path]
+        for path, said, decided in zip(scores.ids, scores.prediction.tolist(), scores.decision, strict=True)
+        if decided == "accept"
+    ]
+    assert len(wrong) > 100
+    assert np.mean(wrong) <= 0.1
+    assert "drew from what could be accepted" in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
+    assert "takes --labels" in run(*calibrate, code=2).stderr
+
+
+def test_labels_of_a_random_pick_calibrate_a_store_without_any(
+    begun: Folder, tmp_path: Path, fake_model: FakeBackbone
+) -> None:
+    """But for those that the predictor was fitted on: more than a few of them are refused."""
+    home, truth = begun
+    shutil.copytree(home / "out" / "predictor", tmp_path / "predictor")
+    labels = {path: name for path, name in truth.items() if int(path[-8:-4]) % 3 == 0}
+    (tmp_path / "some.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in labels.items()))
+    photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
+    embed(photos, fake_model, tmp_path / "bare", names=NAMES)
+    calibrate = ("calibrate", tmp_path / "predictor", tmp_path / "bare", "--labels", tmp_path / "some.csv")
+    seen = run(*calibrate, "--max-risk", 0.2, "--overwrite", code=3)
+    assert "were used to fit this vilu_plus" in seen.stderr
+    book = LabelBook.load(home / "out" / "labels.parquet").labels
+    fresh = [line for line in (tmp_path / "some.csv").read_text().splitlines(True) if line.split(",")[0] not in book]
+    (tmp_path / "some.csv").write_text("".join(fresh))
+    run(*calibrate, "--max-risk", 0.2, "--overwrite")
+    found = record.load(tmp_path / "predictor")
+    assert found.n == len(fresh) - 1
+    assert found.rule is not None
+    assert found.rule.n_wrong <= 0.2 * found.rule.n_accepted
 
 
 @pytest.mark.slow

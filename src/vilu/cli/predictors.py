@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vilu.predictors.base import FailurePredictor
     from vilu.predictors.nn.checkpoint import FolderSession
     from vilu.predictors.probability import Calibrator
+    from vilu.store.reader import EmbeddingStore
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")]
 Repository = Annotated[
@@ -313,12 +314,22 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
         float | None, typer.Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk.")
     ] = None,
     method: Annotated[
-        Literal["ltt", "sgr", "crc", "selection"],
+        Literal["ltt", "sgr", "crc", "selection", "anytime"],
         typer.Option(
             help="ltt: Learn then Test. sgr: selection with guaranteed risk. crc: bounds the mean share of all answers "
-            "that is accepted and wrong. selection: bounds the mean share of wrong ones among the accepted of a batch."
+            "that is accepted and wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
+            "anytime: of --labels, which may be looked at again and again."
         ),
     ] = "ltt",
+    labels: Annotated[
+        list[Path] | None,
+        console.path_option(
+            "CSV with the columns path and label, of rows of the store that were picked at random; for anytime all "
+            "that `vilu next` asked for, filled in. May be repeated. [the store's own labels]",
+            metavar="FILE",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")] = 0,
     per_class: Annotated[
         bool, typer.Option("--per-class", help="A threshold for every predicted class with enough rows.")
     ] = False,
@@ -359,16 +370,42 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.decision.calibration import Target, calibrate_predictor
     from vilu.decision.shares import read_shares
     from vilu.predictors.storage import load
+    from vilu.triage.ask import calibrate_by_labels, picked
 
     data = reading.open_both(store)
-    shares = None if class_shares is None else read_shares(class_shares)
-    target = Target(max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss, outside_share, shares)
-    record = calibrate_predictor(
-        predictor, data, target, dataset=store.name, split=reading.split_of(data), overwrite=overwrite
-    )
+    if method == "anytime":
+        plain = (min_coverage, label_sets, outside_share, class_shares, per_class or None)
+        if max_risk is None or labels is None or any(one is not None for one in plain):
+            raise UsageError("anytime takes --labels and a --max-risk, and of the other targets none.")
+        record = calibrate_by_labels(
+            predictor,
+            _store_with_classes(data),
+            labels,
+            max_risk=max_risk,
+            confidence=confidence,
+            seed=seed,
+            overwrite=overwrite,
+        )
+    else:
+        shares = None if class_shares is None else read_shares(class_shares)
+        target = Target(
+            max_risk, min_coverage, confidence, method, per_class, label_sets, max_miss, outside_share, shares
+        )
+        data = data if labels is None else picked(_store_with_classes(data), labels)
+        record = calibrate_predictor(
+            predictor, data, target, dataset=store.name, split=reading.split_of(data), overwrite=overwrite
+        )
     calibrator = load(predictor).calibrator_
     typer.echo(json.dumps(record.model_dump(mode="json"), indent=2) if as_json else _summary(record, calibrator))
     next_step(f"calibrated on {record.n:,} rows; {_to_score(predictor)}")
+
+
+def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
+    from vilu.store.reader import EmbeddingStore
+
+    if not isinstance(data, EmbeddingStore):
+        raise UsageError("--labels are of the rows of one store with classes. Leave them out for pairs and two models.")
+    return data
 
 
 def _summary(record: Record, calibrator: Calibrator | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -12,13 +13,21 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
+from vilu.decision import record
 from vilu.decision.anytime import Looks, grid_of, level_of
 from vilu.decision.calibrate import ALL, Certificate, Selector
+from vilu.decision.record import Record
+from vilu.decision.score import source_fingerprint
 from vilu.embeddings.pairs import first_alike
 from vilu.embeddings.source import EmbeddingSource
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors.base import FailurePredictor
+from vilu.predictors.probability import Logistic
+from vilu.predictors.record import fit_fingerprint
+from vilu.predictors.rows import candidates_of
+from vilu.predictors.storage import write_card
 from vilu.triage.choose import choose_limit
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.photos import Photos
@@ -171,3 +180,35 @@ def stand(
     certified = looks.certified(taken.uncertainty, taken.failure)
     more = looks.more_needed(taken.uncertainty, taken.failure)
     return PromiseProgress(looks, rows, taken, missing[np.argsort(sides.place[missing])], certified, more)
+
+
+def keep_promise(
+    folder: Path,
+    predictor: FailurePredictor,
+    photos: EmbeddingSource,
+    standing: PromiseProgress,
+    rule: Selector,
+    dataset: str,
+) -> Record:
+    """Leave a rule beside the predictor, as ``vilu calibrate`` does."""
+    rows = standing.outcomes
+    wrong = int((rows.failure == 1).sum())
+    # it is a probability as it is; labels below the limit alone would bend it
+    predictor.calibrator_ = Logistic(form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong)
+    rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
+    predictor.save(folder)
+    made = record.save(
+        folder,
+        rows,
+        predictor=fit_fingerprint(folder),
+        **record.problem(photos),
+        texts=candidates_of(photos).get("texts"),
+        source=source_fingerprint(photos),
+        dataset=dataset,
+        split=None,
+        n=int(rows.evaluable.sum()),
+        promise=str(rule),
+        rule=rule,
+    )
+    write_card(folder)
+    return made

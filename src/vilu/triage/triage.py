@@ -17,7 +17,7 @@ from vilu.datasets.folder import list_photos
 from vilu.decision import record
 from vilu.decision.anytime import level_of
 from vilu.decision.calibrate import Selector
-from vilu.decision.score import Decider, score_rows, source_fingerprint
+from vilu.decision.score import Decider, score_rows
 from vilu.decision.shares import OUTSIDE_NAME
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import Document, read_document
@@ -27,15 +27,13 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method
-from vilu.predictors.probability import Logistic
-from vilu.predictors.record import PREDICTOR, fit_fingerprint, read_record
-from vilu.predictors.rows import candidates_of
-from vilu.predictors.storage import load, write_card
+from vilu.predictors.record import PREDICTOR, read_record
+from vilu.predictors.storage import load
 from vilu.predictors.vocabulary import Vocabulary
 from vilu.triage.choose import to_teach
 from vilu.triage.labels import Entry, LabelBook
 from vilu.triage.photos import FOLDER, Embedding, PhotoFolder, Photos, PhotoStores
-from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, first_of_scene, stand
+from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, first_of_scene, keep_promise, stand
 
 STATE, BOOK, PREDICTOR_FOLDER, CANDIDATE_FOLDER = "triage.json", "labels.parquet", "predictor", "candidate"
 DECISIONS, NEXT, REPORT = "decisions", "next_labels.csv", "report.html"
@@ -410,29 +408,8 @@ class Workshop:
         before = self._promised()
         if not len(standing.rows) or (before is not None and standing.threshold <= (before.threshold or 0.0)):
             return
-        rows = standing.outcomes
-        wrong = int((rows.failure == 1).sum())
-        # it is a probability as it is; labels below the limit alone would bend it
-        predictor.calibrator_ = Logistic(
-            form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong
-        )
-        rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
-        predictor.save(self.folder)
         rule = standing.rule(self.job.max_risk, self.job.confidence)
-        record.save(
-            self.folder,
-            rows,
-            predictor=fit_fingerprint(self.folder),
-            **record.problem(photos),
-            texts=candidates_of(photos).get("texts"),
-            source=source_fingerprint(photos),
-            dataset=self.job.photos.name,
-            split=None,
-            n=int(rows.evaluable.sum()),
-            promise=str(rule),
-            rule=rule,
-        )
-        write_card(self.folder)
+        keep_promise(self.folder, predictor, photos, standing, rule, self.job.photos.name)
 
     def _ask(self, photos: Photos, book: LabelBook, standing: PromiseProgress | None, u: Floats, sides: Sides) -> None:
         """Ask for what is missing; else for labels that vouch, that teach, or where a promise holds, for both."""
