@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 Added = TypeVar("Added")
+
+logger = logging.getLogger(__name__)
 
 ADDERS: dict[str, Callable[[object], bool]] = {}
 """Kind -> what adds a thing of it and says so; False where it is of another kind. Each room puts its own here."""
@@ -30,7 +33,8 @@ def register(thing: Added) -> Added:
     """Make a thing known by its name in this process: it is listed, used, evaluated and benchmarked as ours are.
 
     As a decorator it gives its argument back. For all processes (commands, workers) ``--plugin MODULE`` imports the
-    module that calls this, or, for a method, an entry point of the group "vilu.predictors" names the class.
+    module that calls this, or an entry point of a distribution, named as the thing, leads to it; the groups are
+    "vilu.predictors", "vilu.metrics" and "vilu.datasets".
 
     Args:
         thing: A subclass of ``FailurePredictor``; a ``vilu.metrics.catalog.Metric`` with a name; a
@@ -82,11 +86,68 @@ def toml_tables(source: Path | str) -> dict[str, dict[str, Any]]:
     return tables
 
 
-def entry_points(group: str) -> dict[str, EntryPoint]:
-    """What other distributions bring (name = "module:Class"), by name, none of it imported."""
-    from importlib import metadata  # late: `vilu --help` does without
+class Catalogue(MutableMapping[str, Added]):
+    """Things of one kind by name: ours, registered ones, and those of entry points of other distributions.
 
-    return {entry.name: entry for entry in metadata.entry_points(group=group)}
+    An entry point is imported when its name is asked for, or everything is. Where that fails, who asked for the name is
+    told why by an error, and who asked for everything by a warning beside all the others.
+    """
+
+    def __init__(self, what: str, group: str) -> None:
+        self.what, self.group = what, group
+        self.here: dict[str, Added] = {}  # what needs no import
+        self._entries_taken = False
+
+    def names(self) -> list[str]:
+        """All of them, without an import of an entry point."""
+        load_plugins()
+        return list(dict.fromkeys([*self.here, *(entry.name for entry in self._entries())]))
+
+    def __getitem__(self, name: str) -> Added:
+        if name not in self.here:
+            load_plugins()
+        if name not in self.here:
+            for entry in self._entries():
+                if entry.name == name:
+                    self._take(entry)
+                    break
+        return self.here[name]
+
+    def __setitem__(self, name: str, thing: Added) -> None:
+        self.here[name] = thing
+
+    def __delitem__(self, name: str) -> None:
+        del self.here[name]
+
+    def __iter__(self) -> Iterator[str]:
+        load_plugins()
+        if not self._entries_taken:
+            self._entries_taken = True
+            for entry in self._entries():
+                try:
+                    self._take(entry)
+                except UsageError as error:
+                    logger.warning("left out: %s", error)
+        return iter(self.here)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _entries(self) -> list[EntryPoint]:
+        from importlib import metadata  # late: `vilu --help` does without
+
+        return list(metadata.entry_points(group=self.group))
+
+    def _take(self, entry: EntryPoint) -> None:
+        """Import what an entry point leads to, and register it."""
+        who = f"the {self.what} {entry.name!r} of {entry.dist.name if entry.dist else '?'} ({entry.value})"
+        try:
+            found = register(entry.load())
+        except Exception as error:  # whatever the code of others does
+            raise UsageError(f"{who} cannot be imported: {type(error).__name__}: {error}") from error
+        is_file = isinstance(found, str | os.PathLike)  # of tables, which have names of their own
+        if entry.name not in self.here or not (is_file or self.here[entry.name] == found):
+            raise UsageError(f"{who} has another name than its entry point.")
 
 
 def load_plugin(module: str) -> None:

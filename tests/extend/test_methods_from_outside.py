@@ -264,7 +264,7 @@ def test_a_distribution_brings_them_by_entry_points(folder: Path, train, tmp_pat
     found = elsewhere(code, site, VILU_PLUGINS="")
     lines = found.stdout.splitlines()
     assert json.loads(lines[0]) == {"home": {"distribution": "stranger-methods", "module": "stranger"}}, found.stderr
-    assert "the method 'broken' (nowhere:Else) cannot be imported" in lines[1]
+    assert "the method 'broken' of stranger-methods (nowhere:Else) cannot be imported" in lines[1]
 
 
 def test_what_cannot_be_registered_is_told(stranger) -> None:

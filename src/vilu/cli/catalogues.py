@@ -136,7 +136,7 @@ def list_catalogue(
 
 
 def _predictors() -> list[dict[str, Any]]:
-    from vilu.predictors.catalogue import find_method, method_names
+    from vilu.predictors import PREDICTORS
 
     return [
         {
@@ -153,7 +153,7 @@ def _predictors() -> list[dict[str, Any]]:
             "reference": cls.reference,
             "what it is": cls.summary,
         }
-        for name, cls in ((name, find_method(name)) for name in method_names())
+        for name, cls in PREDICTORS.items()
     ]
 
 

@@ -149,11 +149,11 @@ def _new_predictor(
 
 def _require_use_of_unlabelled(cls: type[FailurePredictor]) -> None:
     """Refuse rows without labels beside those of a method that learns nothing from them, before anything is read."""
-    from vilu.predictors.catalogue import find_method, method_names
+    from vilu.predictors import PREDICTORS
 
     if cls.uses_unlabelled:
         return
-    methods = [find_method(name) for name in method_names()]
+    methods = PREDICTORS.values()
     beside = ", ".join(one.name for one in methods if one.uses_unlabelled) or "no method"
     alone = ", ".join(one.name for one in methods if one.needs_fit and not one.needs_labels) or "no method"
     here = cls.needs_fit and not cls.needs_labels

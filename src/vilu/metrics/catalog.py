@@ -21,7 +21,7 @@ from vilu.metrics.selective import (
     naurc_kernel,
     risk_at_coverage_kernel,
 )
-from vilu.registry import ADDERS
+from vilu.registry import ADDERS, Catalogue
 
 Kernel = Callable[[TieCounts], Floats]
 Question = Literal["failure", "within", "outside"]
@@ -164,7 +164,8 @@ _ENTRIES = {
         wanted="evaluated",
     ),
 }
-METRICS = {name: replace(metric, name=name) for name, metric in _ENTRIES.items()}
+METRICS = Catalogue[Metric]("metric", "vilu.metrics")
+METRICS.here.update({name: replace(metric, name=name) for name, metric in _ENTRIES.items()})
 
 
 def evaluated_metrics() -> list[str]:
@@ -172,7 +173,7 @@ def evaluated_metrics() -> list[str]:
     return [name for name, metric in METRICS.items() if metric.wanted != "chosen"]
 
 
-DEFAULT_METRICS = tuple(evaluated_metrics())
+DEFAULT_METRICS = tuple(name for name, metric in METRICS.here.items() if metric.wanted != "chosen")
 """What ``evaluate`` computes of ours; those of a probability only where the uncertainty is one, those of the questions
 "within" and "outside" only where some rows are of none of the classes."""
 
@@ -194,7 +195,7 @@ def add_metric(metric: Metric) -> None:
     Raises:
         UsageError: If it has no name, another metric has it, or the kernel does not give a value for each resample.
     """
-    if not metric.name or METRICS.get(metric.name, metric) != metric:
+    if not metric.name or METRICS.here.get(metric.name, metric) != metric:
         raise UsageError(
             f"a metric needs a name of its own, such as Metric(..., name='my_metric'). Got {metric.name!r}; taken are: "
             f"{', '.join(METRICS)}."

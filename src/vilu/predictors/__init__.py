@@ -19,7 +19,6 @@ from vilu.predictors.probvlm import ProbVLM
 from vilu.predictors.stacking import Stacking
 from vilu.predictors.views import TTA, PromptDisagreement
 from vilu.predictors.zero_shot import GEN, MCM, Doctor, Energy, Entropy, KLUniform, Margin, MaxLogit, ProbMargin
-from vilu.registry import load_plugins
 
 METHODS: tuple[type[FailurePredictor], ...] = (
     ViLUPlus, ViLUZero, ViLU, LVU, MCM, Entropy, Doctor, MaxLogit, Margin, ProbMargin, Energy, GEN, KLUniform,
@@ -31,8 +30,6 @@ METHODS: tuple[type[FailurePredictor], ...] = (
 
 for _method in METHODS:
     add_predictor(_method)
-
-load_plugins()
 
 __all__ = [
     "LVU", "MCM", "PREDICTORS", "Doctor", "Entropy", "FailurePredictor", "Margin", "MaxLogit", "ViLU", "ViLUPlus",

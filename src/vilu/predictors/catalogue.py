@@ -7,10 +7,9 @@ import inspect
 
 from vilu.errors import UsageError, nearest
 from vilu.predictors.base import FailurePredictor
-from vilu.registry import ADDERS, entry_points, register
+from vilu.registry import ADDERS, Catalogue
 
-PREDICTORS: dict[str, type[FailurePredictor]] = {}  # every method by its name; ``vilu.predictors`` fills it
-GROUP = "vilu.predictors"  # entry points of methods
+PREDICTORS = Catalogue[type[FailurePredictor]]("method", "vilu.predictors")  # ``vilu.predictors`` puts ours in
 
 
 def add_predictor(cls: object) -> bool:
@@ -21,7 +20,7 @@ def add_predictor(cls: object) -> bool:
     missing = [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]
     if missing:
         raise UsageError(f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute.")
-    if PREDICTORS.get(cls.name, cls) is not cls:
+    if PREDICTORS.here.get(cls.name, cls) is not cls:
         raise UsageError(f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. Rename {where}.")
     if "__dataclass_params__" not in vars(cls):
         raise UsageError(f"the method {where} must be a dataclass, so that its parameters are known. Decorate it.")
@@ -38,8 +37,8 @@ ADDERS["a subclass of vilu.FailurePredictor"] = add_predictor
 
 
 def method_names() -> list[str]:
-    """Of all methods that are known without an import: ours, the registered ones, and those of entry points."""
-    return list(dict.fromkeys([*PREDICTORS, *entry_points(GROUP)]))
+    """Of all methods: ours, the registered ones, and those of entry points, which are not imported for that."""
+    return PREDICTORS.names()
 
 
 def find_method(name: str) -> type[FailurePredictor]:
@@ -50,16 +49,7 @@ def find_method(name: str) -> type[FailurePredictor]:
         >>> vilu.predictors.find_method("mcm") is vilu.MCM
         True
     """
-    if name in PREDICTORS:
-        return PREDICTORS[name]
-    known = method_names()
-    if name not in known:
+    if name not in PREDICTORS:
+        known = method_names()
         raise UsageError(f"there is no method {name!r}; known are {', '.join(known)}.{nearest(name, known)}")
-    entry = entry_points(GROUP)[name]
-    try:
-        found = register(entry.load())
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"the method {name!r} ({entry.value}) cannot be imported: {error}.") from error
-    if PREDICTORS.get(name) is not found:
-        raise UsageError(f"the entry point {name!r} leads to {entry.value}, which has another name.")
     return PREDICTORS[name]

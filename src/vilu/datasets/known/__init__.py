@@ -15,16 +15,15 @@ from vilu.datasets.known.layouts import ShardReader, make_reader
 from vilu.errors import DataError, StorageError, UsageError, nearest
 from vilu.files.documents import fill
 from vilu.progress import track
-from vilu.registry import ADDERS, load_plugins, toml_tables
+from vilu.registry import ADDERS, Catalogue, toml_tables
 
 __all__ = ["KNOWN", "KnownDataset", "Presence", "add_dataset", "add_datasets", "check", "find_known", "open_known"]
 
-KNOWN: Final[dict[str, KnownDataset]] = {}  # by name: in the order of the paper, then in that in which they were added
+KNOWN: Final = Catalogue[KnownDataset]("data set", "vilu.datasets")  # in the order of the paper, then as added
 
 
 def find_known(name: str) -> KnownDataset:
     """The entry of a data set; where there is none, the message names the nearest."""
-    load_plugins()
     if name in KNOWN:
         return KNOWN[name]
     hint = nearest(name.lower().replace("-", "_"), KNOWN, cutoff=0.5) or f" There are: {', '.join(KNOWN)}."
@@ -53,7 +52,7 @@ def add_dataset(entry: KnownDataset) -> KnownDataset:
     Raises:
         UsageError: If another data set has its name.
     """
-    if KNOWN.setdefault(entry.name, entry) != entry:
+    if KNOWN.here.setdefault(entry.name, entry) != entry:
         raise UsageError(f"there is another data set {entry.name!r} already. Give this one another name.")
     return entry
 
@@ -194,4 +193,4 @@ def _how(entry: KnownDataset, archives: Mapping[str, ArchiveState]) -> str:
 
 
 add_datasets(resources.files("vilu").joinpath("assets", "datasets.toml").read_text(encoding="utf-8"))
-SHIPPED: Final = frozenset(KNOWN)
+SHIPPED: Final = frozenset(KNOWN.here)
