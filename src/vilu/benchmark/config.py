@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from vilu.benchmark.parts import RANKED_BY, Count, Data, Name, Names, Section, require_known
 from vilu.benchmark.views import AnyClaim, AnyView, Study
@@ -184,6 +184,7 @@ class Config(Section):
     study: Study | None = None
     views: tuple[AnyView, ...] = ()  # tables and figures to make; by default a ranking
     claims: tuple[AnyClaim, ...] = ()  # what is to be decided
+    _guests: dict[str, Method] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -236,8 +237,19 @@ class Config(Section):
     def along(self, axis: str) -> Mapping[str, Data | Setting | Method]:
         """Methods by label, data sets or settings by name."""
         if axis == "method":
-            return self.entries
+            return self.entries | self._guests
         return self.data if axis == "data" else self.settings
+
+    def with_guests(self, made_by: Mapping[str, str]) -> Config:
+        """The same with columns for methods that others ran, and for who did."""
+        found = self.model_copy()
+        found._guests = {label: Method(title=f"{label} ({by or 'submitted'})") for label, by in made_by.items()}
+        return found
+
+    @property
+    def guests(self) -> Names:
+        """Labels of the methods that others ran."""
+        return tuple(self._guests)
 
     def _complete(self, label: str, method: Method) -> Method:
         name = method.method or label

@@ -201,7 +201,7 @@ def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Pub
         return None
     entry = config.data[key.data if key.data != MEAN else parts[0].place[1]]
     setting = config.settings[key.setting].published or ""
-    method = config.entries[key.method].published or key.method
+    method = config.along("method")[key.method].published or key.method
     return find_published(config.study.published, (name, setting, method, key.metric), entry.backbone)
 
 

@@ -21,9 +21,10 @@ from vilu.benchmark.facts import code_of
 from vilu.benchmark.load import parse_config
 from vilu.benchmark.parts import Section
 from vilu.benchmark.ranking import summarise, times_table
-from vilu.benchmark.result import AGAIN, load_bootstrap, load_result, load_times
+from vilu.benchmark.result import AGAIN, SCORES, load_bootstrap, load_result, load_times
 from vilu.benchmark.run import Share, run_all
 from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
+from vilu.benchmark.submit import take_in
 from vilu.benchmark.views import CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
 from vilu.files.disk import LOG, make_folder, write_text
@@ -263,15 +264,25 @@ def run_studies(
 
 
 def render_studies(
-    output: Path, document: Path | None = None, title: str = "Results", intro: str = "", *, overwrite: bool = True
+    output: Path,
+    document: Path | None = None,
+    title: str = "Results",
+    intro: str = "",
+    *,
+    submitted: Path | None = None,
+    overwrite: bool = True,
 ) -> list[Rendered]:
     """Write everything anew from the cells of a run folder, without data, embeddings or computation.
 
     A ``document`` is a Markdown file for all studies together, its figures in a folder of its name beside it.
+    ``submitted`` is a folder of cells that others ran, to show beside those of the run folder.
     """
+    files = [] if submitted is None else sorted(submitted.rglob(f"*{SCORES}"))
     boards, inputs, there = load_studies(output), "", False
+    if submitted is not None:
+        boards = take_in(boards, output, files)
     if document is not None:
-        said = [output / STUDIES / board.config.name / DOCUMENT for board in boards]
+        said = [*(output / STUDIES / board.config.name / DOCUMENT for board in boards), *files]
         inputs = inputs_of(*said, title=title, intro=intro)
         ours = made(document) is not None
         there = claim_file(document, "study", inputs, overwrite=overwrite)

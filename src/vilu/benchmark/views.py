@@ -52,6 +52,10 @@ class Known(Protocol):
     def along(self, axis: str) -> Mapping[str, Placed]:
         """Methods by label, data sets or settings by name."""
 
+    @property
+    def guests(self) -> Names:
+        """Labels of methods that others ran."""
+
 
 def require_all(where: str, known: Known, chosen: Mapping[str, Names | None]) -> None:
     """Refuse what is not there with a ValueError."""
@@ -63,6 +67,7 @@ class View(Section):
     """A table or a figure."""
 
     with_intervals: ClassVar[bool] = False  # whether metrics without an interval cannot be shown
+    with_guests: ClassVar[bool] = True  # whether methods that others ran go with the study's
 
     name: Name
     title: str
@@ -100,9 +105,11 @@ class View(Section):
             require_known(f"metric with an interval {self.where}", self.metrics, RANKED_BY)
 
     def places(self, known: Known, axis: str) -> dict[str, Placed]:
-        """What is shown along an axis."""
+        """What is shown along an axis; where methods are side by side, those of others go with them."""
         there = known.along(axis)
-        return {name: there[name] for name in self.chosen[axis] or there}
+        names = self.chosen[axis] or there
+        guests = known.guests if axis == "method" and self.with_guests and len(names) > 1 else ()
+        return {name: there[name] for name in (*names, *guests)}
 
     def as_table(self, rows: Names, columns: Names) -> TableView:
         """The numbers of a figure as a table."""
@@ -186,12 +193,14 @@ class ScatterView(View):
 class HistogramView(View):
     """Uncertainties of right and of wrong answers, a panel for every data set and method, of the first seed."""
 
+    with_guests: ClassVar[bool] = False  # it is drawn from the files of a run folder
     kind: Literal["histograms"]
 
 
 class GridView(View):
     """Two hyper-parameters against each other; the best value in one setting chooses what is reported of another."""
 
+    with_guests: ClassVar[bool] = False  # it is of parameters
     kind: Literal["grid"]
     parameters: tuple[str, str]  # names of the two, rows first
     select_on: str  # setting that chooses

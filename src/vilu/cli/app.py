@@ -16,7 +16,7 @@ from vilu.cli.looking import explain, monitor, report
 from vilu.cli.predictors import calibrate, convert, evaluate, export, fit, pull, push, score
 from vilu.cli.serving import serve
 from vilu.cli.stores import import_, inspect
-from vilu.cli.studies import benchmark, demo, pools, render
+from vilu.cli.studies import benchmark, demo, pools, render, submit
 from vilu.cli.triage import audit_labels, labels, next_, review, triage
 from vilu.progress import reporting
 from vilu.registry import load_plugin
@@ -101,7 +101,7 @@ def _afterwards(name: str, values: dict[str, Any]) -> str:
 
 ON_DATA = (
     *(triage, demo, embed, import_, inspect, fit, calibrate, score, evaluate, report, explain, monitor, pools),
-    *(benchmark, render, next_, review, labels, audit_labels),
+    *(benchmark, render, submit, next_, review, labels, audit_labels),
 )
 for command in ON_DATA:
     app.command(name_of(command))(told(command))

@@ -276,6 +276,7 @@ WANTED: dict[str, dict[str, str]] = {
     "push": {"predictor": PREDICTOR},
     "pools": {"store": STORE},
     "render": {"run": STUDIES},
+    "submit": {"run": STUDIES},
 }
 """What lies at the paths that a command reads, by the names of its parameters; arguments first, in their order."""
 

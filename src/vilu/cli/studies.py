@@ -97,14 +97,30 @@ def render(
     ] = None,
     title: Annotated[str, typer.Option(help="Of that file.")] = "Results",
     intro: Annotated[str, typer.Option(help="First paragraph of that file.")] = "",
+    submitted: Annotated[Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")] = None,
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Make the tables and figures of finished studies anew, from their cells alone."""
     from vilu.benchmark.study import render_studies
 
-    _print(render_studies(run, document, title, intro, overwrite=overwrite), as_json=as_json)
+    studies = render_studies(run, document, title, intro, submitted=submitted, overwrite=overwrite)
+    _print(studies, as_json=as_json)
     next_step(f"tables and figures are in {run / 'studies'}" + (f", all of them in {document}" if document else ""))
+
+
+def submit(
+    run: Annotated[Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")],
+    method: Annotated[str, typer.Argument(help="Label of the method, as in [methods.LABEL].")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files; others in it stay.")],
+) -> None:
+    """Write the finished cells of a method as files to hand in, one each. Prints their folder."""
+    from vilu.benchmark.study import load_studies
+    from vilu.benchmark.submit import export
+
+    written = export(load_studies(run), run, method, output)
+    typer.echo(output)
+    next_step(f"{len(written)} cells; whoever has the same study: vilu render RUN --submitted {output}")
 
 
 def _print(studies: list[Rendered], *, as_json: bool) -> None:

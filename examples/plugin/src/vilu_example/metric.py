@@ -24,7 +24,8 @@ def youden_kernel(counts: TieCounts) -> Floats:
     """
     accepted = ratio(counts.accepted_correct, counts.n_correct[..., None])
     gap: Floats = accepted - ratio(counts.accepted_wrong, counts.n_wrong[..., None])
-    return gap.max(axis=-1).clip(min=0)
+    best: Floats = gap.max(axis=-1).clip(min=0)
+    return best
 
 
 YOUDEN = Metric(
