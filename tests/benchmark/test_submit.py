@@ -15,6 +15,7 @@ import pytest
 
 from tests.builders.bench_fakes import config, make_store
 from tests.command import run
+from vilu.benchmark.load import load_config
 from vilu.benchmark.study import load_studies, run_studies
 from vilu.benchmark.submit import KEY, take_in
 from vilu.errors import DataError
@@ -170,7 +171,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
     ),
     "other training": (
         lambda _, s: claim(s, train=s["result"]["decided_by"]["train"] | {"rows": ["0" * 32]}),
-        "it was fitted on other rows than the methods of the study",
+        "it was fitted on rows that no method of the study was",
     ),
     "another cell": (lambda _, s: s["result"].update(seed=0), "one, few, seed 0, and its scores are of another"),
     "another place": (
@@ -238,3 +239,11 @@ def test_what_cannot_be_handed_in(ours: Path) -> None:
     replace(other, uncertainty=other.uncertainty * 2).save(again)  # the same order, and so the same metrics
     with pytest.raises(DataError, match="there is a 'margin' with other scores"):
         take_in(load_studies(ours / "ours"), ours / "ours", [margin, again])
+
+
+def test_the_study_of_a_row_is_of_the_settings_and_seeds_of_the_whole() -> None:
+    configs = Path(__file__).resolve().parents[2] / "configs"
+    row, whole = load_config(configs / "clip_row.toml"), load_config(configs / "clip/none.toml")
+    assert row.data.items() <= whole.data.items()
+    assert row.settings == whole.settings
+    assert (row.seeds, row.resamples, row.metrics) == (whole.seeds, whole.resamples, whole.metrics)

@@ -177,7 +177,7 @@ def _wrong_facts(board: Board, theirs: CellResult, beside: Cell) -> str | None:
     there = (board.results[cell.run] for cell in board.cells if (cell.data, cell.setting, cell.seed) == place)
     fits, train = [one.decided_by["train"] for one in there if one.decided_by.get("train")], facts.get("train")
     if train and not any(all(train.get(key) == fit.get(key) for key in SAME_FIT) for fit in fits):
-        return "it was fitted on other rows than the methods of the study"
+        return "it was fitted on rows that no method of the study was fitted on"
     budget = board.config.settings[beside.setting].budget
     if train and train.get("budget") not in {budget, "none"}:
         return f"it was fitted on {train.get('budget')} labels a class, here {budget}"
