@@ -179,6 +179,11 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], None], str]]
         "no study in .* has a result in its place",
     ),
     "a key more": (lambda _, s: s.update(more=1), "is no cell as `vilu submit` writes it: .* no key 'more'"),
+    "a name that is markup": (
+        lambda _, s: s["result"].update(method="<b>"),
+        r"is no cell as `vilu submit` writes it: result\.method",
+    ),
+    "a maker that is markup": (lambda _, s: s.update(made_by="[x](y)"), "as `vilu submit` writes it: made_by"),
     "our name": (lambda _, s: s["result"].update(method="mcm"), "says that it is mcm on one, few, seed 1"),
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, ValidationError, field_serializer
 
 from vilu.benchmark.cells import Cell
-from vilu.benchmark.parts import RANKED_BY, Section
+from vilu.benchmark.parts import RANKED_BY, Name, Section
 from vilu.errors import DataError
 from vilu.files.disk import atomic_write, file_hash, make_folder, or_refuse
 from vilu.files.documents import explain, read_json, read_log, write_json
@@ -53,9 +53,9 @@ class CellResult(Section):
     kind: Literal["benchmark cell"] = "benchmark cell"
     fingerprint: str  # hash of ``decided_by``
     decided_by: dict[str, Any]  # everything that decides the result
-    method: str
-    data: str
-    setting: str
+    method: Name
+    data: Name
+    setting: Name
     seed: int
     variant: str = ""  # what the method adds to its name after the fit, where it has several kinds
     test_rows: str  # names the rows that were tested on

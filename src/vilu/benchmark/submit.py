@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from vilu.benchmark.board import Board
 from vilu.benchmark.cells import Cell
@@ -37,7 +37,7 @@ class Submission(Section):
 
     schema_version: Literal[1] = 1
     vilu: str  # version that made it
-    made_by: str  # distribution and version of a method from outside
+    made_by: Annotated[str, Field(pattern=r"^[\w.+ -]{0,99}$")]  # distribution and version of a method from outside
     result: CellResult  # as the run folder has it
     stands_for: tuple[tuple[str, int], ...]  # settings and seeds whose result it is, since nothing in them differs
 
