@@ -1,15 +1,17 @@
 # Each target makes the environment it needs; a second run is quick.
 PYTHON ?= python3
 BIN := .venv/bin
+UV := build/uv/bin/uv --no-managed-python
+ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors lint format bench bench-gpu audit docs release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-lowest test-newest test-types test-extras lint format bench bench-gpu audit docs release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
 	$(BIN)/vilu triage demo-output/photos --classes demo-output/classes.txt --labels demo-output/labels.csv -o demo-output/triage
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ALL_CORES) $(ARGS)
 
 test-random: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -p randomly -v $(ARGS)
@@ -70,6 +72,43 @@ test-deploy:
 test-processors: .venv/.dev
 	$(BIN)/python tools/processors.py $(ARGS)
 
+# The oldest and the newest of all that we depend on: the lower bounds of pyproject.toml on the oldest Python, with what
+# these need in turn as it was at a day when the bounds were young; and what is newest now on the newest Python.
+test-lowest: build/lowest/.made
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest $(ALL_CORES) $(ARGS)
+
+test-newest: build/uv/bin/uv
+	$(UV) venv --quiet --allow-existing --python 3.13 build/newest
+	$(UV) pip install --quiet --python build/newest --upgrade --editable '.[dev]'
+	OMP_NUM_THREADS=1 build/newest/bin/python -m pytest $(ALL_CORES) $(ARGS)
+
+build/lowest/.made: build/uv/bin/uv pyproject.toml
+	$(UV) venv --quiet --clear --python 3.11 build/lowest
+	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --exclude-newer 2026-05-22 \
+		--exclude-newer-package mapie=2026-10-20 --exclude-newer-package datasets=2025-07-01 --editable '.[dev]'
+	@touch $@
+
+# What type checkers see of the wheel: a program of someone else, with right uses and wrong ones.
+test-types: build/wheel
+	$(UV) venv --quiet --clear build/types
+	$(UV) pip install --quiet --python build/types build/wheel/*.whl mypy basedpyright
+	build/types/bin/mypy --config-file= --strict --cache-dir build/types/cache tests/typed
+	build/types/bin/basedpyright --project tests/typed --pythonpath build/types/bin/python
+
+# The wheel in new environments: with no extra, and with each alone; what is missing is said. ARGS names extras.
+test-extras: build/wheel
+	$(PYTHON) tools/extras.py build/uv/bin/uv build/wheel/*.whl $(ARGS)
+
+# From the source package, so that nothing comes in from an earlier build.
+.PHONY: build/wheel
+build/wheel: build/uv/bin/uv
+	rm -rf build/wheel
+	$(UV) build --quiet --out-dir build/wheel
+
+build/uv/bin/uv:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
 lint: .venv/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -97,17 +136,19 @@ audit: .venv/.release
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Packages, and what an installation of them consists of (CycloneDX), in dist/. The same commit gives the same packages.
+# Packages, and what an installation of them consists of (CycloneDX), in dist/. The same commit gives the same packages:
+# what is not committed is not in them.
 release: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 release: .venv/.release
 	rm -rf dist build/release
-	$(BIN)/python -m build --sdist --outdir dist
+	mkdir -p build/release/source && git archive HEAD | tar -x -C build/release/source
+	$(BIN)/python -m build --sdist --outdir dist build/release/source
 	$(BIN)/python tools/repack.py dist/*.tar.gz
 	umask 022; $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-cache-dir --no-deps --wheel-dir dist dist/*.tar.gz
 	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
-	$(PYTHON) -m venv build/release
-	build/release/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
-	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/vilu-sbom.json build/release
+	$(PYTHON) -m venv build/release/installed
+	build/release/installed/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/vilu-sbom.json build/release/installed
 
 clean:
 	rm -rf .venv demo-output build dist

@@ -1,14 +1,20 @@
-"""Packages are the same bytes at every build."""
+"""Packages are the same bytes at every build, and their version is told in the changelog."""
 
 from __future__ import annotations
 
 import gzip
 import io
+import re
 import runpy
 import tarfile
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
-REPACK = runpy.run_path(str(Path(__file__).resolve().parents[1] / "tools" / "repack.py"))["repacked"]
+import vilu
+
+ROOT = Path(__file__).resolve().parents[1]
+REPACK = runpy.run_path(str(ROOT / "tools" / "repack.py"))["repacked"]
 FILES = {"p-1/PKG-INFO": b"Name: p\n", "p-1/run.sh": b"true\n", "p-1/src/p.py": b"x = 1\n"}
 
 
@@ -30,3 +36,17 @@ def test_two_builds_are_the_same_bytes() -> None:
     with tarfile.open(fileobj=io.BytesIO(REPACK(first, 5))) as tar:
         held = {member.name: (tar.extractfile(member).read(), member.mtime, member.mode) for member in tar}  # type: ignore[union-attr]
     assert held == {name: (FILES[name], 5, 0o755 if name.endswith(".sh") else 0o644) for name in FILES}
+
+
+def test_the_version_stands_in_one_place_and_its_changes_are_told() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert vilu.__version__ == metadata.version("vilu") == version
+    told = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert told[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(version)}\] - \d{{4}}-\d\d-\d\d", told[1])
+
+
+def test_every_extra_is_tried_alone() -> None:
+    extras = runpy.run_path(str(ROOT / "tools" / "extras.py"))
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["NEEDS"].keys() | extras["TOOLS"] == named.keys()

@@ -91,16 +91,18 @@ _HOME = {name: module for module, names in _NAMES.items() for name in names.spli
 __all__ = ["__version__", "metrics", *_HOME]  # noqa: PLE0604 - these are strings, too
 
 
-def __getattr__(name: str) -> object:
-    if name == "metrics":
-        return importlib.import_module("vilu.metrics")
-    if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("vilu")  # late: it takes longer than all of this
-    if name not in _HOME:
-        raise AttributeError(f"module 'vilu' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # or else a type checker takes every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        if name == "metrics":
+            return importlib.import_module("vilu.metrics")
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("vilu")  # late: longer than all of this
+        if name not in _HOME:
+            raise AttributeError(f"module 'vilu' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from vilu.backbones.catalog import load_backbone
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
 from vilu.decision.score import score
-from vilu.errors import DataError
+from vilu.errors import DataError, MissingModelError
 from vilu.files.disk import atomic_write, file_hash, make_folder, write_text
 from vilu.files.documents import digest
 from vilu.files.places import claim_folder, made
@@ -65,6 +65,7 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     Everything slow is kept under ``output/cache``, in a folder named after the data, the packages and the seed that
     it depends on.
     """
+    require_packages()
     with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as photos:
         key = cache_key(photos, seed)
         claim(output, key, overwrite=overwrite)
@@ -121,12 +122,19 @@ def claim(output: Path, key: str, *, overwrite: bool) -> None:
     claim_folder(output, "demo", lambda path: begun and path.name in FILES, same=same, overwrite=overwrite)
 
 
+def require_packages() -> None:
+    """Refuse to begin without all that the demo needs, which is told without importing it."""
+    for package in (*PACKAGES, "matplotlib", "jinja2"):
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError as error:
+            raise MissingModelError(f"the demo needs {package}: pip install 'vilu[demo]'") from error
+
+
 def cache_key(photos: Path, seed: int) -> str:
     """Name of the cache folder: what the slow steps depend on."""
-    from importlib.metadata import version
-
-    versions = [version(package) for package in PACKAGES]
-    return digest([version("vilu"), versions, file_hash(photos), seed])
+    versions = [metadata.version(package) for package in PACKAGES]
+    return digest([metadata.version("vilu"), versions, file_hash(photos), seed])
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:

@@ -63,7 +63,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.extras import import_extra
 
     for module in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", "fastapi_offline"):
-        import_extra(module, "serve")
+        import_extra(module, "serve-ray" if executor == "ray" else "serve")
     from vilu.service.limits import LOOPBACK, ClientLimits, log_access, read_keys
     from vilu.service.server import Hosted, Setup
 

