@@ -1,31 +1,141 @@
-"""What docs/stability.md promises to keep: names and commands only come, and go only with notice."""
+"""What docs/stability.md promises to keep: names, arguments, results, commands and options go with notice alone.
+
+python -m tests.compat.test_public_names >tests/compat/public_names.txt     (for a release)
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import typer
 
 import vilu
 from vilu.cli.app import app
 
+RECORDED = Path(__file__).with_name("public_names.txt").read_text(encoding="utf-8").splitlines()
 
-def commands(group: object, above: str = "vilu") -> set[str]:
-    """Every command with the words before it."""
-    found: set[str] = set()
+
+def commands(group: object, above: str = "vilu") -> Iterator[str]:
+    """Every command, with the words before it and its options: `vilu inspect --json --seal`."""
     for name, command in getattr(group, "commands", {}).items():
-        found |= commands(command, f"{above} {name}") or {f"{above} {name}"}
-    return found
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{above} {name}")
+        else:
+            options = [max(p.opts, key=len) for p in command.params if p.param_type_name == "option"]
+            yield " ".join([f"{above} {name}", *sorted(options)])
 
 
-def test_what_was_public_is_public() -> None:
-    """A release adds its `names()` to the file; a line is taken out when its notice is over."""
-    recorded = set(Path(__file__).with_name("public_names.txt").read_text(encoding="utf-8").splitlines())
-    assert len(recorded) > 80
-    assert recorded - names() == set()
+def signature(name: str, thing: object) -> str:
+    """A name with its arguments and result: `vilu.score(predictor, *, split=) -> Outcomes`."""
+    try:
+        shape = inspect.signature(thing)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # not called, or by C code
+        return name
+    written, keywords = [], False
+    for parameter in shape.parameters.values():
+        if parameter.name in {"self", "cls"}:
+            continue
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not keywords:
+            written.append("*")
+            keywords = True
+        optional = parameter.default is not inspect.Parameter.empty or parameter.kind in {
+            inspect.Parameter.VAR_POSITIONAL,
+            inspect.Parameter.VAR_KEYWORD,
+        }
+        written.append(parameter.name + "=" * optional)
+    result = (
+        ""
+        if shape.return_annotation is inspect.Signature.empty or isinstance(thing, type)
+        else (f" -> {shape.return_annotation}")
+    )
+    return f"{name}({', '.join(written)}){result}"
+
+
+def methods(name: str, cls: type) -> Iterator[str]:
+    """What a class adds to the public ones that it is made of."""
+    public = {getattr(vilu, one) for one in vilu.__all__ if isinstance(getattr(vilu, one), type)} - {cls}
+    for home in cls.__mro__:
+        if home.__module__.startswith("vilu") and home not in public:
+            for method, thing in vars(home).items():
+                if method == "__call__" or not method.startswith("_"):
+                    bare = thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
+                    if inspect.isfunction(bare) or isinstance(thing, property):
+                        yield signature(f"{name}.{method}", bare)
 
 
 def names() -> set[str]:
     """All there is now."""
-    python = {f"vilu.{name}" for name in vilu.__all__} | {f"vilu.metrics.{name}" for name in vilu.metrics.__all__}
-    return python | commands(typer.main.get_command(app))
+    found = set(commands(typer.main.get_command(app)))
+    for module, at in ((vilu, "vilu"), (vilu.metrics, "vilu.metrics")):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            found.add(signature(f"{at}.{name}", thing))
+            found |= set(methods(f"{at}.{name}", thing)) if isinstance(thing, type) else set()
+    return found
+
+
+def parts(line: str) -> tuple[list[str], list[str], str]:
+    """Arguments by place, all arguments (with = where they may be left out), and the result."""
+    inside, _, result = line.partition("(")[2].partition(")")
+    arguments = [word for word in inside.split(", ") if word]
+    return (
+        arguments[: arguments.index("*")] if "*" in arguments else arguments,
+        [a for a in arguments if a != "*"],
+        result,
+    )
+
+
+def broken(old: str, new: str) -> bool:
+    """Whether a call that was right is none, or gives another thing."""
+    if "(" not in old:
+        return set(old.split()) - set(new.split()) != set()
+    (places, arguments, result), (now_places, now, now_result) = parts(old), parts(new)
+    bare = [word.rstrip("=") for word in places]
+    needed = {word for word in now if not word.endswith("=")}
+    return (
+        [word.rstrip("=") for word in now_places][: len(bare)] != bare
+        or {word.rstrip("=") for word in arguments} - {word.rstrip("=") for word in now} != set()
+        or needed - set(arguments) != set()
+        or result != now_result
+    )
+
+
+def key(line: str) -> str:
+    """What a line is about."""
+    return line.partition("(")[0].partition(" --")[0]
+
+
+def test_what_was_public_is_public() -> None:
+    """A release records what there is; a line is changed by hand when its notice is over."""
+    assert len(RECORDED) > 200
+    today = {key(line): line for line in names()}
+    gone = [line for line in RECORDED if key(line) not in today]
+    assert gone == []
+    assert [(line, today[key(line)]) for line in RECORDED if broken(line, today[key(line)])] == []
+
+
+@pytest.mark.parametrize(
+    ("now", "breaks"),
+    [
+        ("f(a, b=, *, c=, d=) -> int", False),
+        ("f(a=, b=, c=) -> int", False),
+        ("f(b=, a, *, c=) -> int", True),
+        ("f(a, *, b=, c=) -> int", True),
+        ("f(a, b, *, c=) -> int", True),
+        ("f(a, b=, *, c=, d) -> int", True),
+        ("f(a, b=) -> int", True),
+        ("f(a, b=, *, c=) -> str", True),
+    ],
+)
+def test_what_breaks_a_call(now: str, breaks: bool) -> None:
+    assert broken("f(a, b=, *, c=) -> int", now) is breaks
+    assert broken("vilu fit --seed --set", "vilu fit --new --seed --set") is False
+    assert broken("vilu fit --seed --set", "vilu fit --set") is True
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(f"{name}\n" for name in sorted(names()))
