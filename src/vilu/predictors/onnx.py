@@ -52,6 +52,7 @@ class GraphBatch(Batch):
         _, same = torch.unique(self.text, dim=0, return_inverse=True)
         places = positions(self.text)
         nowhere = torch.full_like(places, self.text.shape[0])
+        same = same.long()  # torch 2.10 exports it as of the text's kind
         return nowhere.scatter_reduce(0, same, places, "amin")[same]
 
     def alike(self, answer: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, ClassVar, Final
 
 import torch
 from PIL import Image
@@ -205,6 +206,10 @@ class Guard:
         >>> guard.columns([Image.new("RGB", (8, 8), "blue")])["label"]
         ['blue']
     """
+
+    config: ClassVar[SimpleNamespace] = SimpleNamespace(
+        _commit_hash=None
+    )  # asked for by `transformers.pipeline`
 
     @checked
     @as_usual()
