@@ -207,9 +207,7 @@ class Guard:
         ['blue']
     """
 
-    config: ClassVar[SimpleNamespace] = SimpleNamespace(
-        _commit_hash=None
-    )  # asked for by `transformers.pipeline`
+    config: ClassVar[SimpleNamespace] = SimpleNamespace(_commit_hash=None)  # asked for by `transformers.pipeline`
 
     @checked
     @as_usual()
