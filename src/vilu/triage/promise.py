@@ -172,7 +172,7 @@ def stand(
     region = sides.voucher & (u <= trial.limit)
     drawn = region & (sides.place < up_to)
     missing = np.flatnonzero(drawn & ~sides.answered)
-    rows = np.flatnonzero((drawn | (region & sides.given)) & ~(len(missing) > 0))
+    rows = np.flatnonzero((drawn | (region & sides.given)) & (len(missing) == 0))
     max_risk, delta = risk
     looks = Looks(np.array(trial.grid), max_risk, level_of(trial.attempt or tried + 1, delta), trial.limit)
     taken = outcomes.take(rows)
