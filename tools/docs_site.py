@@ -65,7 +65,7 @@ def sections(index: str) -> Iterator[dict[str, list[str]]]:
         targets = [target for item in listed for target in LINK.findall(item) if target.endswith(".md")]
         if targets:
             uris = [uri_of((DOCS / target).resolve()) for target in targets]
-            yield {title: [*uris, *(example_pages() if GALLERY in uris else ())]}
+            yield {title: [*uris, *(gallery_pages() if GALLERY in uris else ())]}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -145,11 +145,14 @@ def linked(page: Path) -> Iterator[Path]:
 
 def uri_of(path: Path) -> str:
     """Where a file of the repository lies in the site's sources."""
+    if path == ROOT / "README.md":
+        return "index.md"
     if path.is_relative_to(DOCS):
         return path.relative_to(DOCS).as_posix()
     inside = path.relative_to(ROOT)
     if path.is_relative_to(EXAMPLES):
-        return (inside.with_suffix(".md") if path.suffix == ".py" else inside).as_posix()
+        is_script = path.suffix == ".py" and path.parent == EXAMPLES
+        return (inside.with_suffix(".md") if is_script else inside).as_posix()
     return (OUTSIDE_DOCS / inside).as_posix()
 
 
@@ -159,6 +162,11 @@ def source_of(uri: str) -> Path:
     if parts[0] == EXAMPLES.name:
         return ROOT / uri
     return ROOT.joinpath(*parts[1:]) if parts[0] == OUTSIDE_DOCS else DOCS / uri
+
+
+def gallery_pages() -> list[str]:
+    """What stands below the page of the examples: the scripts, and other pages that it links to."""
+    return [*example_pages(), *(uri_of(path) for path in linked(ROOT / GALLERY) if path.suffix == ".md")]
 
 
 def example_pages() -> dict[str, str]:
