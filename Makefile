@@ -4,7 +4,7 @@ BIN := .venv/bin
 UV := build/uv/bin/uv --no-managed-python
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-lowest test-newest test-types test-extras lint format bench bench-gpu audit docs release clean
+.PHONY: demo test test-random test-fuzz fuzz test-corruption test-faults test-offline test-slow test-engines test-label-studio test-hostile test-deploy test-processors test-docs test-lowest test-newest test-types test-extras lint format bench bench-gpu audit docs release clean
 
 demo: .venv/.demo
 	$(BIN)/vilu demo
@@ -135,6 +135,10 @@ audit: .venv/.release
 # The documentation as a site, in build/site; nothing is loaded from elsewhere, neither here nor by who reads it.
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The same, opened in Chromium at two widths, light and dark.
+test-docs: docs .venv/.dev
+	$(BIN)/python -m pytest -m site tests/test_site.py $(ARGS)
 
 # Packages, and what an installation of them consists of (CycloneDX), in dist/. The same commit gives the same packages:
 # what is not committed is not in them.

@@ -2,7 +2,7 @@
 
 Shows `vilu.Monitor`: it says nothing while new images are like those of the calibration, raises an alarm without any
 label when they no longer are, and after it labels of a few hundred new images give a promise that holds again. The
-embeddings are simulated: half of the images were blurred, now nine in ten are. Takes 10 seconds.
+embeddings are simulated: half of the images were blurred, now nine in ten are.
 """
 
 from __future__ import annotations

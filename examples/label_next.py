@@ -2,7 +2,7 @@
 
 Shows `vilu next`: half of what it asks for teaches, images that are doubtful and different from one another; the other
 half, a random draw of what could be accepted, vouches for a promise. And shows why the two may not be mixed. The
-embeddings are simulated. Takes 14 seconds.
+embeddings are simulated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from example_data import simulated
 
 
 def main() -> None:
-    """From 80 labels to a list of 40 more."""
+    """From 54 labels to a list of 40 more."""
     image, text, label = simulated(1_200, seed=30)
     names = [f"class {i}" for i in range(len(text))]
-    known = np.where(np.arange(len(label)) < 80, label, -1)  # -1: nobody has looked yet
+    known = np.where(np.arange(len(label)) < 54, label, -1)  # -1: nobody has looked yet
     wrong = (image @ text.T).argmax(axis=1) != label
 
     with tempfile.TemporaryDirectory() as place:
@@ -33,7 +33,7 @@ def main() -> None:
         store = vilu.import_arrays(
             home / "all.npz", home / "store", logit_scale=20.0, logit_bias=0.0, class_names=names
         )
-        vilu.ViLUPlus(seed=0).fit(store.take(np.arange(80))).save(home / "predictor")
+        vilu.ViLUPlus(seed=0).fit(store.take(np.arange(54))).save(home / "predictor")
         given = "next store --predictor predictor -n 40 --max-risk 0.2 -o next.csv"
         command = [sys.executable, "-m", "vilu.cli", *given.split()]
         subprocess.run(command, cwd=home, check=True, capture_output=True)

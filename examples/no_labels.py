@@ -2,7 +2,7 @@
 
 Shows `vilu_zero`, which learns from photos without labels which of the classes occur, and where they lie. Real photos
 of clothes; the list of classes is the one that such a project begins with, fifty things of which ten occur. Named by
-the small model that comes with vilu. Takes 15 seconds.
+the small model that comes with vilu.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """I have embeddings in numpy, from any model: which of its answers are wrong?
 
 Shows the whole way with arrays alone: fit on some labelled rows, set a threshold on others, decide about new rows
-without labels. The embeddings are simulated; put your own in place of them. Takes 10 seconds.
+without labels. The embeddings are simulated; put your own in place of them.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.figure import Figure
 
 import vilu
 from example_data import simulated
 
 
-def main() -> None:
+def main() -> Figure:
     """Fit, calibrate, score."""
     image, text, label = simulated(2400, seed=1)
     train, held_out, new = slice(0, 600), slice(600, 1400), slice(1400, None)
@@ -38,6 +39,14 @@ def main() -> None:
     assert accepted.mean() > 0.4
     assert wrong[accepted].mean() < 0.06 < wrong.mean()
     assert np.isfinite(uncertainty).all()
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist([uncertainty[~wrong], uncertainty[wrong]], bins=25, stacked=True, label=["right", "wrong"])
+    axes.axvline(float(selector.threshold or 0), color="black", linestyle="--", label="threshold")
+    axes.set(xlabel="uncertainty", ylabel="answers", yscale="log")
+    axes.legend()
+    return figure
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """I have an idea for a score of my own: what does it take to try it?
 
 Shows a method of a few lines from outside: registered, it is listed, scored, evaluated, compared, calibrated and saved
-as those of vilu are. The idea: how near does the runner-up come to the answer? The embeddings are simulated. Takes 5
-seconds.
+as those of vilu are. The idea: how near does the runner-up come to the answer? The embeddings are simulated.
 """
 
 from __future__ import annotations

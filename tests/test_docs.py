@@ -12,6 +12,7 @@ import vilu
 from tests.command import run
 from vilu.benchmark.dry_run import describe, estimate
 from vilu.benchmark.load import load_config
+from vilu.report.style import DARK
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -55,6 +56,13 @@ def test_python_in_the_readme_parses() -> None:
     assert blocks
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+@pytest.mark.parametrize(
+    "drawing", [*ROOT.glob("docs/**/*.svg"), *ROOT.glob("examples/**/*.svg")], ids=lambda p: p.name
+)
+def test_drawings_have_a_dark_form(drawing: Path) -> None:
+    assert drawing.read_text(encoding="utf-8").count(DARK) == 1
 
 
 def test_the_example_of_the_concepts_gives_the_numbers_of_its_text() -> None:

@@ -1,52 +1,74 @@
-"""Every script of examples/ runs, keeps what it asserts, and prints what examples/README.md says that it prints."""
+"""Every script of examples/ runs, keeps what it asserts, and prints and draws what is kept for the site."""
 
 from __future__ import annotations
 
 import re
-import runpy
+import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from tools import gallery
 
 import vilu
 
-FOLDER = Path(__file__).resolve().parents[1] / "examples"
-SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "example_data")
-SLOW = {"compare_methods", "label_next", "no_labels", "none_of_the_classes", "service", "trust_photos"}
-"""They embed photos, or start commands."""
+FOLDER = gallery.FOLDER
 PAGE = (FOLDER / "README.md").read_text(encoding="utf-8")
+NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
 
 
 def in_words(text: str) -> str:
-    """The text without its numbers, which another processor may move, and in which spaces and lines are one."""
-    return " ".join(re.sub(r"[+−-]?\d[\d,.]*", "#", text).split())
+    """The text with # for its numbers; how tables are aligned follows from them."""
+    return " ".join(NUMBER.sub("#", text).replace("-", "").split())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SCRIPTS]
-)
-def test_runs_and_prints_what_the_page_says(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def numbers(text: str) -> list[float]:
+    return [float(found.replace(",", "").replace("−", "-")) for found in NUMBER.findall(text)]
+
+
+def tolerances(text: str) -> list[float]:
+    """What another processor may move: a fifth of a number, three rows or points of a percent, some hundredths."""
+    decimals = [len(found.partition(".")[2]) for found in NUMBER.findall(text)]
+    return [max(abs(n) / 5, 3 if d < 2 else 0.05) for n, d in zip(numbers(text), decimals, strict=True)]
+
+
+@pytest.mark.parametrize("name", gallery.NAMES)
+def test_runs_and_gives_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     known = dict(vilu.PREDICTORS)
     with warnings.catch_warnings():
         warnings.simplefilter("default")  # pytest makes errors of them
         try:
-            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+            told, figure = gallery.run(name)
         finally:
+            for module in (name, "example_data"):
+                sys.modules.pop(module, None)
             for added in vilu.PREDICTORS.keys() - known.keys():
                 del vilu.PREDICTORS[added]
-    (promised,) = re.findall(rf"^## \[{name}\.py\].*?^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert in_words(promised) in in_words(capsys.readouterr().out)
+    kept = (FOLDER / "output" / f"{name}.txt").read_text(encoding="utf-8")
+    again = f"if that is as it should be: python tools/gallery.py {name}"
+    assert in_words(told) == in_words(kept), again
+    for now, before, tolerance in zip(numbers(told), numbers(kept), tolerances(kept), strict=True):
+        assert now == pytest.approx(before, abs=tolerance), again
+    drawn = [] if figure is None else [gallery.picture(name, figure)]
+    assert sorted((FOLDER / "pictures").glob(f"{name}.*")) == drawn, again
+
+
+def test_what_is_kept_belongs_to_a_script() -> None:
+    kept = {path.stem for folder in ("output", "pictures") for path in (FOLDER / folder).iterdir()}
+    assert kept == set(gallery.NAMES)
+
+
+@pytest.mark.parametrize("name", gallery.NAMES)
+def test_is_a_script_of_30_to_80_lines(name: str) -> None:
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert text.endswith('\n\nif __name__ == "__main__":\n    main()\n')
+    assert 30 <= text.count("\n") <= 80
 
 
 def test_the_page_has_every_script_and_its_question() -> None:
-    assert re.findall(r"^\| (.*?) \| \[(\w+)\.py\]", PAGE, re.MULTILINE) == [
-        (question_of(name), name) for name in re.findall(r"^\| .*? \| \[(\w+)\.py\]", PAGE, re.MULTILINE)
-    ]
-    assert sorted(re.findall(r"^\| .*? \| \[(\w+)\.py\]", PAGE, re.MULTILINE)) == SCRIPTS
+    rows = re.findall(r"^\| (.*?) \| \[(\w+)\.py\]", PAGE, re.MULTILINE)
+    assert rows == [(question_of(name), name) for _, name in rows]
+    assert sorted(name for _, name in rows) == gallery.NAMES
 
 
 def question_of(name: str) -> str:

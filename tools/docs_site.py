@@ -3,6 +3,8 @@
 - The navigation is docs/index.md: its second headings, and the pages that each one lists.
 - A page for every command, from the help that the command line itself gives.
 - A page of the API for every room that has public names (``vilu.__all__``), in the order of docs/architecture.md.
+- A page for every example, from the script, what it prints and what it draws, in the order of examples/README.md, whose
+  table becomes cards.
 - Files outside docs/ that a page links to (SECURITY.md, deploy/alerts.yml, ...) become part of the site, so that one
   link serves readers of the repository and of the site.
 - Of what was built every link is followed: one that leads nowhere in the site, or loads something from elsewhere, is a
@@ -33,11 +35,15 @@ from vilu.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+EXAMPLES = ROOT / "examples"
+GALLERY = "examples/README.md"
 OUTSIDE_DOCS = "repository"
-"""Where in the site files lie that are not in docs/."""
+"""Where in the site files lie that are neither in docs/ nor in examples/."""
 LOG = logging.getLogger("mkdocs.plugins.docs_site")
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 """The target of a relative link, without its anchor."""
+EXAMPLE = re.compile(r"^\| (?P<question>.*?) \| \[(?P<name>\w+)\.py\].*\n", re.MULTILINE)
+"""A row of the table in examples/README.md."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -58,13 +64,16 @@ def sections(index: str) -> Iterator[dict[str, list[str]]]:
         listed = re.findall(r"^- .*?(?=^- |^$|\Z)", body, flags=re.MULTILINE | re.DOTALL)
         targets = [target for item in listed for target in LINK.findall(item) if target.endswith(".md")]
         if targets:
-            yield {title: [uri_of((DOCS / target).resolve()) for target in targets]}
+            uris = [uri_of((DOCS / target).resolve()) for target in targets]
+            yield {title: [*uris, *(gallery_pages() if GALLERY in uris else ())]}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Pages that are made, and files that are linked to."""
-    for uri, text in (command_pages() | api_pages()).items():
+    for uri, text in (command_pages() | api_pages() | example_pages()).items():
         files.append(File.generated(config, uri, content=text))
+    for path in EXAMPLES.glob("pictures/*"):
+        files.append(File.generated(config, uri_of(path), abs_src_path=str(path)))
     ahead = [DOCS / page.src_uri for page in files.documentation_pages() if (DOCS / page.src_uri).exists()]
     while ahead:
         page = ahead.pop()
@@ -79,6 +88,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:  # noqa: ANN401 - what MkDocs adds
     """Links as they are in the site; those within docs/ stay as they are written."""
     source = source_of(page.file.src_uri)
+    if page.file.src_uri == GALLERY:
+        markdown = cards(markdown)
 
     def moved(match: re.Match[str]) -> str:
         path = Path(os.path.normpath(source.parent / match[1]))
@@ -134,14 +145,66 @@ def linked(page: Path) -> Iterator[Path]:
 
 def uri_of(path: Path) -> str:
     """Where a file of the repository lies in the site's sources."""
-    inside = path.is_relative_to(DOCS)
-    return (path.relative_to(DOCS) if inside else OUTSIDE_DOCS / path.relative_to(ROOT)).as_posix()
+    if path == ROOT / "README.md":
+        return "index.md"
+    if path.is_relative_to(DOCS):
+        return path.relative_to(DOCS).as_posix()
+    inside = path.relative_to(ROOT)
+    if path.is_relative_to(EXAMPLES):
+        is_script = path.suffix == ".py" and path.parent == EXAMPLES
+        return (inside.with_suffix(".md") if is_script else inside).as_posix()
+    return (OUTSIDE_DOCS / inside).as_posix()
 
 
 def source_of(uri: str) -> Path:
     """The other way round."""
     parts = PurePosixPath(uri).parts
+    if parts[0] == EXAMPLES.name:
+        return ROOT / uri
     return ROOT.joinpath(*parts[1:]) if parts[0] == OUTSIDE_DOCS else DOCS / uri
+
+
+def gallery_pages() -> list[str]:
+    """What stands below the page of the examples: the scripts, and other pages that it links to."""
+    return [*example_pages(), *(uri_of(path) for path in linked(ROOT / GALLERY) if path.suffix == ".md")]
+
+
+def example_pages() -> dict[str, str]:
+    """A page per example, by its place, and one for what they work on."""
+    listed = [row["name"] for row in EXAMPLE.finditer((ROOT / GALLERY).read_text(encoding="utf-8"))]
+    return {f"examples/{name}.md": example_page(name) for name in [*listed, "example_data"]}
+
+
+def example_page(name: str) -> str:
+    """The docstring as text, what the script draws and prints, and the script."""
+    _, told, code = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
+    title, _, text = told.partition("\n")
+    output = EXAMPLES / "output" / f"{name}.txt"
+    parts = [f"---\ntitle: {name.replace('_', ' ').capitalize()}\n---\n\n# {title}", text.strip()]
+    if found := picture(name):
+        parts.append(f"![What {name}.py draws]({found})")
+    if output.exists():
+        parts += ["It prints:", f"```text\n{output.read_text(encoding='utf-8').rstrip()}\n```"]
+    parts += [f"## examples/{name}.py", f"```python\n{code.strip()}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def picture(name: str) -> str | None:
+    """What an example draws, if it does, from its page."""
+    return next((f"pictures/{path.name}" for path in EXAMPLES.glob(f"pictures/{name}.*")), None)
+
+
+def cards(markdown: str) -> str:
+    """The page of the examples with a card in place of every row of the table."""
+    shown = []
+    for row in EXAMPLE.finditer(markdown):
+        name, found = row["name"], picture(row["name"])
+        last = (EXAMPLES / "output" / f"{name}.txt").read_text(encoding="utf-8").rstrip().rpartition("\n")[2]
+        inner = f"[![]({found})]({name}.md)" if found else f"*{plain(last)}*"
+        card = f"**[{row['question']}]({name}.md)**\n\n{inner}"
+        shown.append("-   " + card.replace("\n", "\n    "))
+    grid = "\n\n".join(['<div class="grid cards" markdown>', *shown, "</div>", ""])
+    return re.sub(r"^\| question .*\n\|[-|]+\n", lambda _: grid, EXAMPLE.sub("", markdown), flags=re.MULTILINE)
 
 
 def command_pages() -> dict[str, str]:
@@ -177,7 +240,7 @@ def plain(text: str) -> str:
 
 
 def api_pages() -> dict[str, str]:
-    """A page per room with public names, by its place."""
+    """A page per room with public names, by its place, and one of the methods that have no public name."""
     names: dict[str, list[str]] = {}
     for name in vilu.__all__:
         if module := vilu._HOME.get(name):
@@ -188,10 +251,24 @@ def api_pages() -> dict[str, str]:
     )
     purpose = {room: LINK.sub(r"../\1", f"{sentence[0].upper()}{sentence[1:]}.") for room, sentence in table}
     order = [*(room for room in purpose if room in names), *sorted(names.keys() - purpose.keys())]
-    return {f"python/{room}.md": api_page(room, purpose.get(room), sorted(names[room])) for room in order}
+    pages = {f"python/{room}.md": api_page(room, purpose.get(room), sorted(names[room])) for room in order}
+    return {**pages, "python/methods.md": methods_page()}
 
 
 def api_page(room: str, purpose: str | None, names: list[str]) -> str:
     """What mkdocstrings is to show; a single file says itself what it is for."""
     purpose = purpose or plain((importlib.import_module(f"vilu.{room}").__doc__ or "").partition("\n")[0])
     return "\n\n".join([f"# {room}", purpose, *(f"::: vilu.{name}" for name in names)]) + "\n"
+
+
+def methods_page() -> str:
+    """The predictors that are reached by their names alone."""
+    parts = [
+        "# methods",
+        "More methods, which have no name in `vilu` but one in `vilu.PREDICTORS` (and `vilu fit --method`).",
+    ]
+    for name, method in vilu.PREDICTORS.items():
+        if method.__name__ not in vilu.__all__:
+            path = f"{method.__module__}.{method.__qualname__}"
+            parts.append(f"::: {path}\n    options:\n      heading: {name}\n      toc_label: {name}")
+    return "\n\n".join(parts) + "\n"

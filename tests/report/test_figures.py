@@ -36,3 +36,8 @@ def test_saved_figures_are_reproducible(outcomes: list[Outcomes], tmp_path: Path
     for name in ("a.png", "b.png"):
         style.save(figures.roc_curves(outcomes[:2]), tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_drawings_have_a_dark_form(outcomes: list[Outcomes], tmp_path: Path) -> None:
+    style.save(figures.roc_curves(outcomes[:2]), tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").read_text().count(style.DARK) == 1

@@ -6,6 +6,7 @@ Colours are from the Okabe-Ito palette; lines also differ in dashes and markers.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,8 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (5, 5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DPI = 150
+DARK = "@media (prefers-color-scheme: dark) { svg { filter: invert(.9) hue-rotate(180deg) brightness(1.2) } }"
+"""The rule by which an SVG is dark where the page around it is: light and dark change places, hues stay."""
 SETTINGS: Any = {
     "svg.hashsalt": "vilu",  # else identifiers in the file are random
     "font.size": 9,
@@ -72,7 +75,15 @@ def looks() -> Iterator[dict[str, Any]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure atomically, as PNG or SVG by its suffix; the same figure gives the same bytes."""
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-    with house_style(), atomic_write(path) as handle:
-        figure.savefig(handle, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata)
+    """Write a figure atomically, as PNG, WebP or SVG by its suffix; the same figure gives the same bytes."""
+    drawn, metadata = io.BytesIO(), {".svg": {"Date": None}, ".png": {"Software": None}}
+    with house_style():
+        figure.savefig(drawn, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata.get(path.suffix))
+    with atomic_write(path) as handle:
+        handle.write(adapting(drawn.getvalue()) if path.suffix == ".svg" else drawn.getvalue())
+
+
+def adapting(svg: bytes) -> bytes:
+    """A drawing of matplotlib's that has a dark form, too."""
+    end = b"</style>"
+    return svg.replace(end, DARK.encode() + end, 1)

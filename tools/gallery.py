@@ -1,0 +1,55 @@
+"""Record what the examples print and draw, for the gallery of the site: ``python tools/gallery.py [NAME ...]``.
+
+Every script of examples/ (or those named) is run in this process. What it prints goes to examples/output/NAME.txt, the
+figure that its ``main`` returns, if it does, to examples/pictures/. ``tests/test_examples.py`` runs the same and
+fails where what is kept is no longer true. Prints the seconds of the processor, of commands that were started too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vilu.report.style import save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "example_data")
+
+
+def run(name: str) -> tuple[str, Figure | None]:
+    """What an example prints and what it draws; examples/ has to be on the path."""
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        figure: Figure | None = importlib.import_module(name).main()
+    return told.getvalue(), figure
+
+
+def picture(name: str, figure: Figure) -> Path:
+    """Where the figure is kept: drawings as SVG, photos as WebP."""
+    photos = any(axes.images for axes in figure.axes)
+    return FOLDER / "pictures" / f"{name}.{'webp' if photos else 'svg'}"
+
+
+def record(names: Iterable[str]) -> None:
+    """Run and write."""
+    for name in names:
+        before = sum(os.times()[:4])
+        output, figure = run(name)
+        (FOLDER / "output" / f"{name}.txt").write_text(output, encoding="utf-8")
+        if figure is not None:
+            save(figure, picture(name, figure))
+        print(f"{name}: {sum(os.times()[:4]) - before:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(FOLDER))
+    record(sys.argv[1:] or NAMES)
