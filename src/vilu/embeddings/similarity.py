@@ -213,7 +213,7 @@ def rows_at(rows: Tensor, index: Tensor) -> Tensor:
 
 def cached_rows(n_candidates: int) -> int:
     """Rows whose logits stay near the processor, but enough of them for a product."""
-    return min(max(CACHED_CELLS // max(n_candidates, 1), 256), 16_384)
+    return min(max(CACHED_CELLS // max(n_candidates, 1), 256), 32_768)
 
 
 def row_blocks(n_rows: int, n_candidates: int, size: int) -> Iterator[slice]:
