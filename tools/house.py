@@ -22,7 +22,7 @@ Exit code 1 if a bar is missed; with --report the same is printed, and the exit 
   Then the whole was reread and became 1,400 lines shorter, and the bars came down with it; speed added 200, and the
   way from photos to decisions and back with labels, a room of its own, 3,400 in 15 files. The
   same over HTTP is another room, 1,700 in 9, and images to decisions in one ONNX graph or a pipeline 300 in 2;
-  a promise of a store by labels that were asked for, and of scenes, 150;
+  a promise of a store by labels that were asked for, and of scenes, 150, class prompts kept 40;
   cells that others ran, checked against a study and shown in its tables, 246 in 1.
 - functions: from ``def`` to the last line, docstring included but for its examples, decorators not; a nested one also
   by itself. The 95th percentile is the shortest length that at least 95 % of all do not exceed.
@@ -244,8 +244,8 @@ def measure(modules: list[Module]) -> tuple[list[Bar], dict[str, list[str]]]:
     small = [module for module in modules if 0 < len(module.code) < FEW and module.path not in SMALL]
     bars = [
         Bar("source files", len(modules), 209),
-        Bar("lines", sum(module.lines for module in counted), 43_296),
-        Bar("lines of code", code, 29_131),
+        Bar("lines", sum(module.lines for module in counted), 43_340),
+        Bar("lines of code", code, 29_150),
         Bar("import lines, % of the lines of code", 100 * sum(map(import_lines, counted)) / code, 12),
         Bar("folders directly below src/vilu", len(folders), 14),
         Bar("modules directly below src/vilu", len(files), 7),

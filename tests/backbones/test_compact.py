@@ -22,6 +22,8 @@ from vilu.backbones.compact import (
     imagenet_class_names,
     to_pixels,
 )
+from vilu.backbones.zeroshot import class_texts
+from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import MissingModelError, ProvenanceError, UsageError
 
 timm = pytest.importorskip("timm")
@@ -157,6 +159,45 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     monkeypatch.setattr(compact, "imagenet_class_names", lambda: ["cat", "dog"])
     files, cpu = compact._find_files(), torch.device("cpu")
     assert compact._class_text(files, cpu).shape == (2, 384)
+
+
+def test_class_prompts_are_encoded_once_and_captions_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a tower that counts; what would change the embedding is another entry, and damage is noticed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked: list[str] = []
+
+    def encoder(known_as: str | None) -> DualEncoder:
+        return DualEncoder(
+            EmbeddingSpace(4, 1.0),
+            torch.device("cpu"),
+            transform=lambda image: torch.zeros(3, 1, 1),
+            image_tower=lambda pixels: pixels,
+            text_tower=lambda texts: asked.extend(texts) or torch.tensor([[len(t), 1.0, 2, 3] for t in texts]),
+            truncates=lambda texts: [False] * len(texts),
+            texts_known_as=known_as,
+        )
+
+    first = class_texts(encoder("a"), ["cat", "elephant"])
+    assert torch.equal(class_texts(encoder("a"), ["cat", "elephant"]), first)
+    assert len(asked) == 2
+    class_texts(encoder("a"), ["cat", "elephant"], ["{}"])
+    class_texts(encoder("a"), ["elephant", "cat"])
+    class_texts(encoder("b"), ["cat", "elephant"])
+    assert len(asked) == 8
+    kept = sorted((tmp_path / "vilu").iterdir())
+    assert len(kept) == 4
+    for path in kept:
+        content = bytearray(path.read_bytes())
+        content[-7] ^= 64
+        path.write_bytes(content)
+    assert torch.equal(class_texts(encoder("a"), ["cat", "elephant"]), first)
+    assert len(asked) == 10
+    encoder("a").encode_texts(["a caption"])
+    class_texts(encoder(None), ["cat"])
+    assert len(asked) == 12
+    assert sorted((tmp_path / "vilu").iterdir()) == kept
 
 
 def test_class_names() -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from vilu.embeddings.space import EmbeddingSpace
+from vilu.errors import StorageError
+from vilu.files.disk import atomic_write, cache_folder, make_folder
 from vilu.progress import Silence, track
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -80,6 +89,7 @@ class DualEncoder:
         image_projection: The same as a matrix (D, F), where it is one.
         text_projection: (D, F_t) from text features to embeddings of any norm; None where the tower ends in them.
         feature_dim: F; not needed where there is no ``image_head``.
+        texts_known_as: What fixes the embeddings of texts, for the user's cache; None where nothing does.
     """
 
     def __init__(  # noqa: PLR0913 - one argument per part
@@ -95,8 +105,10 @@ class DualEncoder:
         image_projection: Tensor | None = None,
         text_projection: Tensor | None = None,
         feature_dim: int | None = None,
+        texts_known_as: str | None = None,
     ) -> None:
         self.space = space
+        self._texts_known_as = texts_known_as
         self.device = device
         self.projections: tuple[Tensor, Tensor] | None = None
         if image_projection is not None and text_projection is not None:
@@ -137,6 +149,13 @@ class DualEncoder:
             rows = encode_in_batches(lambda batch: self._text_head(self._text_tower(batch)), texts)
         return _unit(rows)
 
+    def encode_prompts(self, texts: Sequence[str]) -> Tensor:
+        """As ``encode_texts``, of texts that come again with the next process: the user's cache keeps them."""
+        if self._texts_known_as is None:
+            return self.encode_texts(texts)
+        of = json.dumps([self._texts_known_as, self.device.type, list(texts)])
+        return kept(f"texts-{hashlib.sha256(of.encode()).hexdigest()[:32]}", lambda: self.encode_texts(texts))
+
     def truncates(self, texts: Sequence[str]) -> list[bool]:
         """Of each text, whether the tokenizer cuts it off."""
         return self._truncates(list(texts)) if texts else []
@@ -146,6 +165,36 @@ class DualEncoder:
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             rows = encode_in_batches(self._text_tower, texts)
         return rows.float().clone().cpu()
+
+
+MOST_KEPT = 2**22
+"""Numbers of a tensor in the user's cache: 16 MiB."""
+
+
+def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
+    """Rows on the CPU that take seconds to make: from the user's cache, or made and kept there."""
+    path = cache_folder() / f"{name}.safetensors"
+    try:
+        with safe_open(path, "pt") as handle:
+            found: Tensor = handle.get_tensor("rows")
+            if (handle.metadata() or {}).get("sha256") == _hash(found):
+                return found
+        logger.warning("%s is damaged, and is made anew", path)
+    except (OSError, SafetensorError):
+        logger.debug("%s is not there yet, or is unreadable", path)
+    found = make().cpu().contiguous()
+    if found.numel() <= MOST_KEPT:
+        try:
+            make_folder(path.parent)
+            with atomic_write(path) as file:
+                file.write(save({"rows": found}, {"sha256": _hash(found)}))
+        except StorageError as error:
+            logger.debug("%s is not kept: %s", path, error)  # the next process makes it again
+    return found
+
+
+def _hash(rows: Tensor) -> str:
+    return hashlib.sha256(f"{rows.dtype}{tuple(rows.shape)}".encode() + rows.numpy().tobytes()).hexdigest()
 
 
 def _linear(projection: Tensor | None) -> Callable[[Tensor], Tensor]:

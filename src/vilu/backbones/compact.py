@@ -22,16 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.backbones.base import DualEncoder, encode_in_batches
+from vilu.backbones.base import DualEncoder, encode_in_batches, kept
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import ProvenanceError, StorageError, UsageError
+from vilu.errors import ProvenanceError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.files.disk import atomic_write, cache_folder, file_hash, make_folder
+from vilu.files.disk import file_hash
 from vilu.progress import track
 
 EMBED_DIM = 768
@@ -135,6 +133,7 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         text_tower=lambda texts: _assemble(files, device).text(texts),
         truncates=lambda texts: _assemble(files, device).sentences.truncates(texts),  # noqa: PLW0108 - not loaded yet
         feature_dim=FEATURE_DIM,
+        texts_known_as=space.fingerprint,
     )
 
 
@@ -222,32 +221,14 @@ def _as_if_alone(device: torch.device) -> Iterator[None]:
 
 
 def _class_text(files: Files, device: torch.device) -> Tensor:
-    """(C, E) embeddings of the class prompts: they take seconds, so the user's cache keeps them."""
-    path = cache_folder() / f"compact-{files.sha256[:32]}.safetensors"
-    names = imagenet_class_names()
-    try:
-        with safe_open(path, "pt") as kept:
-            found: Tensor = kept.get_tensor("class_text")
-            if (kept.metadata() or {}).get("sha256") == _hash(found):
-                return found
-        logger.warning("%s is damaged, and is made anew", path)
-    except (OSError, SafetensorError):
-        logger.debug("%s is not there yet, or is unreadable", path)
-    found = encode_in_batches(_sentence_encoder(files.text, device).encode, [PROMPT.format(name) for name in names])
+    """(C, E) embeddings of the class prompts."""
+    prompts = [PROMPT.format(name) for name in imagenet_class_names()]
+    found = kept(
+        f"compact-{files.sha256[:32]}", lambda: encode_in_batches(_sentence_encoder(files.text, device).encode, prompts)
+    )
     if 2 * found.shape[1] != EMBED_DIM:
         raise ProvenanceError(f"the text tower is {found.shape[1]} wide; {EMBED_DIM // 2} was expected.")
-    found = found.cpu().contiguous()
-    try:
-        make_folder(path.parent)
-        with atomic_write(path) as handle:
-            handle.write(save({"class_text": found}, {"sha256": _hash(found)}))
-    except StorageError as error:
-        logger.debug("the class prompts are not kept: %s", error)  # the next process makes them again
     return found
-
-
-def _hash(rows: Tensor) -> str:
-    return hashlib.sha256(f"{rows.dtype}{tuple(rows.shape)}".encode() + rows.numpy().tobytes()).hexdigest()
 
 
 def to_pixels(image: Image.Image, size: int) -> Tensor:

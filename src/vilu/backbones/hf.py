@@ -140,4 +140,5 @@ def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
         truncates=towers.truncates,
         image_projection=detach_projection(model, ["visual_projection"], lambda: towers.encode_images(probe)),
         text_projection=detach_projection(model, ["text_projection"], lambda: towers.encode_texts(["a photo"])),
+        texts_known_as=space.fingerprint,
     )

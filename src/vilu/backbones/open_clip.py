@@ -104,6 +104,7 @@ def load(argument: str, device: torch.device, precision: str, *, tanh_gelu: bool
         truncates=lambda texts: find_truncated(tokenizer, texts),
         image_projection=detach_projection(network, IMAGE_PROJECTIONS, lambda: network.encode_image(probe)),
         text_projection=detach_projection(network, TEXT_PROJECTIONS, lambda: encode_texts(["a photo"])),
+        texts_known_as=space.fingerprint,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vilu.backbones.base import Backbone
+from vilu.backbones.base import Backbone, DualEncoder
 from vilu.embeddings.checks import check_class_names
 from vilu.errors import DataError, UsageError
 
@@ -71,7 +71,8 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
     check_class_names(names, len(names))
     _check_templates(templates)
     place = {name: i for i, name in enumerate(dict.fromkeys(names))}  # each once: a batch may round it otherwise
-    rows = backbone.encode_texts(fill_templates(tuple(place), templates)).view(len(place), len(templates), -1)
+    encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
+    rows = encode(fill_templates(tuple(place), templates)).view(len(place), len(templates), -1)
     return rows if len(place) == len(names) else rows[[place[name] for name in names]]
 
 
