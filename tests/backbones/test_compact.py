@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -297,3 +298,14 @@ def test_preprocessing_in_threads(model: DualEncoder) -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(model.preprocess, images))
     assert all(torch.equal(a, model.preprocess(b)) for a, b in zip(together, images, strict=True))
+
+
+@pytest.mark.slow  # imports torch and transformers anew
+def test_the_first_text_shows_no_bar_of_transformers() -> None:
+    code = """if True:
+        import torch
+        from vilu.backbones import compact
+        compact._sentence_encoder(compact._find_files().text, torch.device("cpu"))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -260,8 +260,8 @@ def _parse_size(argument: str) -> int:
 
 @cache
 def _sentence_encoder(folder: Path, device: torch.device) -> Sentences:
+    transformers = import_extra("transformers", "compact")  # before: its bars can be switched off once it is there
     with _as_if_alone(device):
-        transformers = import_extra("transformers", "compact")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, report = transformers.AutoModel.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
