@@ -115,6 +115,9 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
     assert found.rule is not None
     assert found.rule.method == "anytime"
     assert found.n == sum(row["stream"] == "promise" for row in asked)
+    run(*calibrate, *given)  # once more: nothing changes
+    assert record.load(predictor) == found
+    assert "is calibrated already" in run(*calibrate[:-1], 0.2, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
     scores = Outcomes.load(tmp_path / "scores.parquet")
     wrong = [

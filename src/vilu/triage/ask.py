@@ -206,7 +206,7 @@ def calibrate_by_labels(
     level (``level_of``), so all such tables are to be given.
 
     Raises:
-        UsageError: If the predictor gives no probability, or was calibrated in another way.
+        UsageError: If the predictor gives no probability, or was calibrated for another goal.
         DataError: If labels that were asked for are missing.
         InfeasibleError: If nothing is certified yet; nothing is written then.
     """
@@ -215,7 +215,10 @@ def calibrate_by_labels(
     if not predictor.is_probability:
         raise UsageError(f"labels that vouch are asked for by a probability of failure, and {predictor.name} has none.")
     before = record.load(folder).rule if record.has_record(folder) and not overwrite else None
-    if before is not None and (not isinstance(before, Selector) or before.method != "anytime"):
+    asked = "anytime", max_risk, confidence
+    if before is not None and (
+        not isinstance(before, Selector) or (before.method, before.max_risk, before.confidence) != asked
+    ):
         raise UsageError(f"{folder} is calibrated already ({before}). --overwrite replaces that calibration.")
     photos, book = labelled(store, files)
     sides = _sides(photos, book, predictor, seed)
@@ -237,7 +240,7 @@ def calibrate_by_labels(
     rule = found.rule(max_risk, confidence)
     if not rule.feasible:
         raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {rule.certificates[ALL].why}.")
-    if before is not None and before.max_risk == max_risk and (before.threshold or 0.0) >= (rule.threshold or 0.0):
+    if before is not None and (before.threshold or 0.0) >= (rule.threshold or 0.0):
         return record.load(folder)  # certified once is certified for ever
     with locked(folder, "calibrating", who="calibration"):
         made = keep_promise(folder, predictor, photos, found, rule, store.path.name)
