@@ -139,27 +139,42 @@ def _calibrate(
     sets: LabelSets | None = None
     if target.label_sets is not None:
         sets = fit_label_sets(predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets)
+    made = keep_record(folder, predictor, rows, data, rule, names, label_sets=sets, inputs=inputs)
+    if isinstance(data, EmbeddingStore):  # what a new image needs beside the model (``vilu.Guard``)
+        Vocabulary.of(data, data.manifest.dtype).save(folder)
+    write_card(folder)
+    return made
+
+
+def keep_record(
+    folder: Path,
+    predictor: FailurePredictor,
+    rows: Outcomes,
+    data: EmbeddingSource,
+    rule: Rule | None,
+    names: tuple[str | None, str | None],
+    *,
+    label_sets: LabelSets | None = None,
+    inputs: str | None = None,
+) -> Record:
+    """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, and the result."""
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
-    made = record.save(
+    return record.save(
         folder,
         rows,
         predictor=fit_fingerprint(folder),
         **record.problem(data),
         texts=candidates_of(data).get("texts"),
         source=source_fingerprint(data),
-        dataset=dataset,
-        split=split,
+        dataset=names[0],
+        split=names[1],
         n=int(rows.evaluable.sum()),
         promise=None if rule is None else str(rule),
         rule=rule,
-        label_sets=sets,
+        label_sets=label_sets,
         inputs=inputs,
     )
-    if isinstance(data, EmbeddingStore):  # what a new image needs beside the model (``vilu.Guard``)
-        Vocabulary.of(data, data.manifest.dtype).save(folder)
-    write_card(folder)
-    return made
 
 
 def _calibrated(folder: Path, inputs: str) -> Record | None:

@@ -13,11 +13,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vilu.decision import record
 from vilu.decision.anytime import Looks, grid_of, level_of
 from vilu.decision.calibrate import ALL, Certificate, Selector
+from vilu.decision.calibration import keep_record
 from vilu.decision.record import Record
-from vilu.decision.score import source_fingerprint
 from vilu.embeddings.pairs import first_alike
 from vilu.embeddings.source import EmbeddingSource
 from vilu.files.documents import Model
@@ -25,8 +24,6 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.probability import Logistic
-from vilu.predictors.record import fit_fingerprint
-from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import write_card
 from vilu.triage.choose import choose_limit
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
@@ -195,20 +192,6 @@ def keep_promise(
     wrong = int((rows.failure == 1).sum())
     # it is a probability as it is; labels below the limit alone would bend it
     predictor.calibrator_ = Logistic(form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong)
-    rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
-    predictor.save(folder)
-    made = record.save(
-        folder,
-        rows,
-        predictor=fit_fingerprint(folder),
-        **record.problem(photos),
-        texts=candidates_of(photos).get("texts"),
-        source=source_fingerprint(photos),
-        dataset=dataset,
-        split=None,
-        n=int(rows.evaluable.sum()),
-        promise=str(rule),
-        rule=rule,
-    )
+    made = keep_record(folder, predictor, rows, photos, rule, (dataset, None))
     write_card(folder)
     return made
