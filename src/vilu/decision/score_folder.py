@@ -226,7 +226,7 @@ def read_run(root: Path) -> ScoreRun:
 COLUMNS = ("bin", "correct", "wrong")
 
 
-def histogram_bytes(histogram: Histogram, outside: Histogram) -> memoryview:
+def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
     """A histogram as the content of a Parquet file: one row per occupied bin, ascending.
 
     Where some rows are of none of the classes, a column ``outside`` says how many of the wrong ones.

@@ -40,7 +40,7 @@ def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Map
         handle.write(csv_bytes(columns))
 
 
-def csv_bytes(columns: Mapping[str, pa.Array]) -> memoryview:
+def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:
     """Columns of one length as a CSV that a spreadsheet may open: no cell is a formula."""
     import pyarrow as pa
     import pyarrow.csv
@@ -48,10 +48,10 @@ def csv_bytes(columns: Mapping[str, pa.Array]) -> memoryview:
     table, content = _replaced(pa.table(dict(columns)), None, _FORMULA, r"'\1"), BytesIO()
     content.write((",".join(table.column_names) + "\n").encode())
     pyarrow.csv.write_csv(table, content, pyarrow.csv.WriteOptions(include_header=False, quoting_style="needed"))
-    return content.getbuffer()
+    return content.getvalue()
 
 
-def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> memoryview:
+def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> bytes:
     """Columns of one length, with the metadata (plain JSON) in their schema, as the content of a Parquet file.
 
     Every page has a checksum, and the metadata a digest of all that a reader gets to see: a checksum covers neither
@@ -66,7 +66,7 @@ def parquet_bytes(columns: Mapping[str, pa.Array], metadata: Mapping[str, object
     sealed = table.replace_schema_metadata({METADATA_KEY: plain_json(said), MARK: b""})
     repeating = [name for name in table.column_names if _repeats(table[name])]
     pyarrow.parquet.write_table(sealed, buffer, write_page_checksum=True, use_dictionary=repeating)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 SAMPLED = 1_024

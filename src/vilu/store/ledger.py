@@ -247,7 +247,7 @@ class Ledger(ABC, Generic[P, R]):
         """Those of all parts, each of which must be there in full."""
         return [self.receipt(part) for part in self.parts]
 
-    def write(self, part: P, payloads: Mapping[str, memoryview], receipt_of: Callable[[dict[str, FileInfo]], R]) -> R:
+    def write(self, part: P, payloads: Mapping[str, bytes], receipt_of: Callable[[dict[str, FileInfo]], R]) -> R:
         """Write the files of a part and then its receipt, each atomically; a kill in between leaves no part."""
         receipt = receipt_of({name: write_hashed(self.root / name, payloads[name]) for name in part.files})
         receipt.write(self.root / part.receipt)
@@ -259,7 +259,7 @@ def _in_the_making(path: Path) -> bool:
     return match is not None and OURS.fullmatch(match["name"]) is not None
 
 
-def write_hashed(path: Path, payload: memoryview) -> FileInfo:
+def write_hashed(path: Path, payload: bytes) -> FileInfo:
     """Write a file atomically; its size and hash are of what was meant to be written."""
     with atomic_write(path) as handle:
         handle.write(payload)

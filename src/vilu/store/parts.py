@@ -376,17 +376,17 @@ def _rows(name: str, blocks: Sequence[Tensor], shape: tuple[int, ...], dtype: st
     return rows
 
 
-def _npy(array: NDArray[np.floating]) -> memoryview:
+def _npy(array: NDArray[np.floating]) -> bytes:
     buffer = BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
-def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> memoryview:
+def _parquet(rows: Sequence[LabelledRow | ErrorRow], schema: pa.Schema) -> bytes:
     columns = {name: [_storable(getattr(row, name)) for row in rows] for name in schema.names}
     buffer = BytesIO()
     pq.write_table(pa.table(columns, schema=schema), buffer, compression="zstd")
-    return buffer.getbuffer()
+    return buffer.getvalue()
 
 
 def _storable(value: int | str | bytes | None) -> int | str | bytes | None:

@@ -279,7 +279,7 @@ def _require_suffix(output: Path, suffix: str) -> None:
         raise UsageError(f"these tasks go to a file that ends in {suffix}. Got {output} instead.")
 
 
-def write_new(path: Path, content: bytes | memoryview) -> None:
+def write_new(path: Path, content: bytes) -> None:
     """Write a file that is not there yet, or that holds the same already.
 
     Raises:
