@@ -143,7 +143,8 @@ class Catalogue(MutableMapping[str, Added]):
         who = f"the {self.what} {entry.name!r} of {entry.dist.name if entry.dist else '?'} ({entry.value})"
         try:
             found = register(entry.load())
-        except Exception as error:  # whatever the code of others does
+        # importing runs a stranger's code, which may raise anything: it is raised again, naming who installed it
+        except Exception as error:
             raise UsageError(f"{who} cannot be imported: {type(error).__name__}: {error}") from error
         is_file = isinstance(found, str | os.PathLike)  # of tables, which have names of their own
         if entry.name not in self.here or not (is_file or self.here[entry.name] == found):

@@ -210,6 +210,14 @@ def calibrate_by_labels(
         DataError: If labels that were asked for are missing.
         InfeasibleError: If nothing is certified yet; nothing is written then.
     """
+    with locked(folder, "calibrating", who="calibration"):  # what is there is looked at by one at a time
+        return _calibrate_by_labels(folder, store, files, (max_risk, confidence), seed, overwrite=overwrite)
+
+
+def _calibrate_by_labels(
+    folder: Path, store: EmbeddingStore, files: Sequence[Path], goal: tuple[float, float], seed: int, *, overwrite: bool
+) -> Record:
+    max_risk, confidence = goal
     predictor = load(folder)
     predictor.calibrator_ = None
     if not predictor.is_probability:
@@ -242,7 +250,6 @@ def calibrate_by_labels(
         raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {rule.certificates[ALL].why}.")
     if before is not None and (before.threshold or 0.0) >= (rule.threshold or 0.0):
         return record.load(folder)  # certified once is certified for ever
-    with locked(folder, "calibrating", who="calibration"):
-        made = keep_promise(folder, predictor, photos, found, rule, store.path.name)
-        Vocabulary.of(photos, store.manifest.dtype).save(folder)
+    made = keep_promise(folder, predictor, photos, found, rule, store.path.name)
+    Vocabulary.of(photos, store.manifest.dtype).save(folder)
     return made
