@@ -15,6 +15,8 @@ import pytest
 from vilu.errors import BusyError
 from vilu.files.disk import LOCK, locked
 
+HOLDER = f"{LOCK}-holder"
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -27,8 +29,8 @@ with locked(Path(sys.argv[1]), "scoring into"):
 
 def test_a_lock_names_its_holder_and_then_nobody(tmp_path: Path) -> None:
     with locked(tmp_path, "scoring into"):
-        assert (tmp_path / LOCK).read_text() == f"process {os.getpid()} of {socket.gethostname()}"
-    assert (tmp_path / LOCK).read_text() == ""
+        assert (tmp_path / HOLDER).read_text() == f"process {os.getpid()} of {socket.gethostname()}"
+    assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
 
 
 def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
@@ -45,27 +47,34 @@ def test_who_comes_second_is_told_of_the_first_whose_death_frees_the_lock(
     finally:
         first.send_signal(signal.SIGKILL)
         first.communicate()
-    assert f"process {first.pid} of" in (tmp_path / LOCK).read_text()
+    assert f"process {first.pid} of" in (tmp_path / HOLDER).read_text()
     with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
-        assert f"process {os.getpid()} of" in (tmp_path / LOCK).read_text()
+        assert f"process {os.getpid()} of" in (tmp_path / HOLDER).read_text()
     assert not caplog.messages
 
 
 def test_the_lock_of_another_machine_is_worth_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It died there, or is at work where the file system gives one lock to two machines; nobody here can tell."""
-    (tmp_path / LOCK).write_text("process 12 of elsewhere")
+    (tmp_path / HOLDER).write_text("process 12 of elsewhere")
     with caplog.at_level(logging.WARNING, "vilu"), locked(tmp_path, "scoring into"):
         (said,) = caplog.messages
-    assert f"{tmp_path / LOCK} names process 12 of elsewhere: it has died there, or is scoring into" in said
-    assert (tmp_path / LOCK).read_text() == ""
+    assert f"{tmp_path / HOLDER} names process 12 of elsewhere: it has died there, or is scoring into" in said
+    assert os.listdir(tmp_path) == [LOCK]  # noqa: PTH208
 
 
 @pytest.mark.parametrize("content", [b"4711\nhost\n", b"\xff\xfe junk", b"x" * 5000])
-def test_what_others_have_noted_in_the_file_stays(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / LOCK).write_bytes(content)
+def test_a_file_of_somebody_else_beside_the_lock_stays(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / HOLDER).write_bytes(content)
     with locked(tmp_path, "scoring into"):
-        pass
-    assert (tmp_path / LOCK).read_bytes() == content
+        assert (tmp_path / HOLDER).read_bytes() == content
+    assert (tmp_path / HOLDER).read_bytes() == content
+
+
+def test_a_link_beside_the_lock_leads_to_no_writing_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / HOLDER).symlink_to(tmp_path / "elsewhere")
+    with locked(tmp_path / "folder", "scoring into"):
+        assert not (tmp_path / "elsewhere").exists()
 
 
 def test_no_room_for_the_name_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

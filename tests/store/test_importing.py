@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks import clip_cache
 
 import vilu
 from tests.builders.array_files import NAMES, arrays, save
@@ -417,3 +418,44 @@ def test_names_of_classes_are_read_by_blocks(tmp_path: Path, monkeypatch: pytest
     assert labels.found[labels.place].tolist() == target.tolist()
     assert target.nbytes == 8_000_000
     assert peak < 2_000_000  # 8 bytes a row, twice while they are put together, the zip's buffers, and a block
+
+
+def test_a_cache_of_few_labels_is_a_store_of_its_splits_and_its_class_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files as methods of Tip-Adapter's kind write them: half precision, keys as columns, values one-hot."""
+    draw = np.random.default_rng(0)
+    unit = lambda rows: torch.nn.functional.normalize(torch.from_numpy(draw.normal(size=(rows, 8))).half(), dim=1)  # noqa: E731
+    cache, names = tmp_path / "caches" / "dtd", tmp_path / "names.txt"
+    cache.mkdir(parents=True)
+    names.write_text("banded\nblotchy\nbraided\n")
+    images, labels = {"test": unit(9), "val": unit(6)}, {"test": torch.arange(9) // 3, "val": torch.arange(6) // 2}
+    for split, rows in images.items():
+        torch.save(rows, cache / f"{split}_f.pt")
+        torch.save(labels[split], cache / f"{split}_l.pt")
+    keys, of = unit(12), torch.arange(12) % 3
+    torch.save(keys.T, cache / "keys_4shots.pt")
+    torch.save(torch.nn.functional.one_hot(of).half(), cache / "values_4shots.pt")
+    torch.save(torch.nn.Parameter(keys), cache / "keys_16shots.pt")
+    torch.save({"keys": keys}, cache / "values_16shots.pt")
+    heads = unit(3)
+    np.save(tmp_path / "head.npy", heads.T.numpy())
+
+    def run(output: str, *more: str) -> vilu.EmbeddingStore:
+        given = [str(cache), "--classes", str(names), "-o", str(tmp_path / output), *more]
+        monkeypatch.setattr(sys, "argv", ["clip_cache", *given])
+        clip_cache.main()
+        return vilu.EmbeddingStore(tmp_path / output)
+
+    store = run("few", "--splits", "test,val", "--shots", "4")
+    assert store.target.tolist() == [*labels["test"].tolist(), *labels["val"].tolist()]
+    both = torch.cat([images["test"], images["val"]]).float()
+    assert torch.allclose(store.image_rows(torch.arange(15)), both, atol=1e-3)  # a step of float16 below 1 is 5e-4
+    means = [keys[of == one].float().mean(dim=0) for one in range(3)]
+    assert torch.allclose(store.text, torch.stack([mean / mean.norm() for mean in means]), atol=1e-6)
+    assert torch.allclose(run("head", "--texts", str(tmp_path / "head.npy")).text, heads.float(), atol=1e-3)
+    with pytest.raises(DataError, match=r"values_16shots.pt must hold one tensor. Got dict"):
+        run("other")
+    torch.save(subprocess.Popen, cache / "values_4shots.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        run("hostile", "--shots", "4")

@@ -150,7 +150,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 
 HOLDER = re.compile(r"process (?P<pid>\d+) of (?P<host>\S+)")
-"""What a lock file says while somebody holds it; also after that process died, until the next one comes."""
+"""What the file beside a lock says while somebody holds it; also after that process died, until the next one comes."""
 
 
 @contextmanager
@@ -158,36 +158,42 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, wh
     """Hold the lock of a folder that is there; the system lets go of it when the process dies.
 
     Some network file systems give one lock to several machines at once. What is written part by part does not rely on
-    it (every writer of a part writes the same bytes); a lock file that still names another machine is worth a line.
+    it (every writer of a part writes the same bytes); a file beside it that names another machine is worth a line.
 
     For ``patience`` seconds another process is waited for; the message calls it ``who`` and says what it is ``doing``
     ("embedding into"). ``name`` is of the lock, where a folder has several.
     """
     from filelock import FileLock, Timeout
 
-    path, host = folder / name, re.sub(r"\s", "_", socket.gethostname())
-    lock = FileLock(path)
+    signed, host = folder / f"{name}-holder", re.sub(r"\s", "_", socket.gethostname())
+    lock = FileLock(folder / name)
     with or_refuse(f"write to {folder}"):
         try:
             lock.acquire(timeout=patience)
         except Timeout as error:
-            holder = _holder(path)
+            holder = _holder(signed)
             named = f" ({holder[0]})" if holder else ""
             raise BusyError(
                 f"another {who}{named} is {doing} {folder}. Wait for it, or give another folder."
             ) from error
     try:
-        holder = _holder(path)
+        holder = _holder(signed)
         if holder and holder["host"] != host:
             logger.warning(
                 "%s names %s: it has died there, or is %s %s too, since this file system keeps machines apart by no "
                 "lock. See that only one works there.",
-                *(path, holder[0], doing, folder),
+                *(signed, holder[0], doing, folder),
             )
-        _sign(path, f"process {os.getpid()} of {host}")
+        with suppress(OSError):  # for people; no room for it, or a file of somebody else, is no reason to stop
+            if holder:
+                signed.unlink()
+            with signed.open("x") as handle:
+                handle.write(f"process {os.getpid()} of {host}")
         yield
     finally:
-        _sign(path, "")
+        if _holder(signed):
+            with suppress(OSError):
+                signed.unlink()
         lock.release()
 
 
@@ -198,16 +204,6 @@ def _holder(path: Path) -> re.Match[str] | None:
             return HOLDER.fullmatch(handle.read(1024).decode(errors="replace"))
     except OSError:  # the message does without
         return None
-
-
-def _sign(path: Path, text: str) -> None:
-    """Write into a lock that we hold, unless the library that made it keeps its own notes there; the file stays."""
-    with suppress(OSError), path.open("r+b") as handle:  # for people; no room for it is no reason to stop
-        found = handle.read(1024).decode(errors="replace")
-        if not found or HOLDER.fullmatch(found):
-            handle.seek(0)
-            handle.truncate()
-            handle.write(text.encode())
 
 
 def cache_folder() -> Path:

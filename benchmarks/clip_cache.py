@@ -1,0 +1,95 @@
+"""A store of a few-shot cache: ``python -m benchmarks.clip_cache FOLDER --classes names.txt -o STORES/proto_dtd``.
+
+Methods of Tip-Adapter's kind keep the embeddings of a data set as tensors of unit norm, and repositories publish them:
+
+- ``test_f.pt``, ``val_f.pt`` (N, D) of images and ``test_l.pt``, ``val_l.pt`` (N,) of their classes;
+- ``keys_16shots.pt`` (D, S) of labelled training images and ``values_16shots.pt`` (S, K), one-hot, of their classes.
+
+The rows of the store are those of ``--splits``, one after the other. Its texts are those of ``--texts``, or else the
+mean of the labelled training images of each class: no gap between the modalities, the failures of a few-shot
+classifier. Of the files only tensors are read; nothing in them is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vilu import import_arrays
+from vilu.errors import DataError
+
+
+def tensor(path: Path) -> Tensor:
+    """The tensor of a ``.pt`` or ``.npy`` file."""
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(found, Tensor):
+        raise DataError(f"{path} must hold one tensor. Got {type(found).__name__} instead.")
+    return found.detach()
+
+
+def class_means(folder: Path, shots: int) -> Tensor:
+    """(K, D) the direction of the mean of each class's labelled training images."""
+    keys, values = (tensor(folder / f"{name}_{shots}shots.pt").float() for name in ("keys", "values"))
+    if keys.ndim != 2 or values.ndim != 2 or keys.shape[1] != len(values):
+        raise DataError(
+            f"keys must be (D, S) and values (S, K). Got {tuple(keys.shape)} and {tuple(values.shape)} in {folder}."
+        )
+    return normalize((keys @ values).T, dim=1)
+
+
+def text_matrix(path: Path, width: int) -> Tensor:
+    """(K, D) texts, which such repositories keep as (D, K)."""
+    found = tensor(path)
+    if found.ndim != 2 or width not in found.shape:
+        raise DataError(f"{path} must be ({width}, K) or (K, {width}). Got {tuple(found.shape)} instead.")
+    return found if found.shape[1] == width else found.T
+
+
+def store(
+    folder: Path, output: Path, classes: Sequence[str], *, splits: Sequence[str], shots: int, texts: Path | None
+) -> None:
+    """Import what a cache holds."""
+    image = torch.cat([tensor(folder / f"{split}_f.pt") for split in splits])
+    target = torch.cat([tensor(folder / f"{split}_l.pt") for split in splits])
+    text = class_means(folder, shots) if texts is None else text_matrix(texts, image.shape[1])
+    with tempfile.TemporaryDirectory() as place:
+        arrays = {"image": image, "target": target.long(), "text": text}
+        for name, values in arrays.items():
+            np.save(Path(place) / f"{name}.npy", np.ascontiguousarray(values.numpy()))
+        import_arrays(place, output, logit_scale=100, logit_bias=0, class_names=classes, split="+".join(splits))
+
+
+def main() -> None:
+    """From the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="of the cache")
+    parser.add_argument("--classes", type=Path, required=True, help="names in the order of the labels, one a line")
+    parser.add_argument("--splits", default="test", help="joined by commas [test]")
+    parser.add_argument("--shots", type=int, default=16, help="labelled training images a class, for the texts [16]")
+    parser.add_argument("--texts", type=Path, help="in their place: embeddings of texts, .pt or .npy")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="store to make")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    store(
+        given.folder,
+        given.output,
+        [name.strip() for name in given.classes.read_text().splitlines() if name.strip()],
+        splits=given.splits.split(","),
+        shots=given.shots,
+        texts=given.texts,
+    )
+    print(given.output)
+
+
+if __name__ == "__main__":
+    main()
