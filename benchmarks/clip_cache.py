@@ -13,9 +13,7 @@ classifier. Of the files only tensors are read; nothing in them is run.
 from __future__ import annotations
 
 import argparse
-import logging
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,22 +53,8 @@ def text_matrix(path: Path, width: int) -> Tensor:
     return found if found.shape[1] == width else found.T
 
 
-def store(
-    folder: Path, output: Path, classes: Sequence[str], *, splits: Sequence[str], shots: int, texts: Path | None
-) -> None:
-    """Import what a cache holds."""
-    image = torch.cat([tensor(folder / f"{split}_f.pt") for split in splits])
-    target = torch.cat([tensor(folder / f"{split}_l.pt") for split in splits])
-    text = class_means(folder, shots) if texts is None else text_matrix(texts, image.shape[1])
-    with tempfile.TemporaryDirectory() as place:
-        arrays = {"image": image, "target": target.long(), "text": text}
-        for name, values in arrays.items():
-            np.save(Path(place) / f"{name}.npy", np.ascontiguousarray(values.numpy()))
-        import_arrays(place, output, logit_scale=100, logit_bias=0, class_names=classes, split="+".join(splits))
-
-
 def main() -> None:
-    """From the command line."""
+    """Import what a cache holds."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="of the cache")
     parser.add_argument("--classes", type=Path, required=True, help="names in the order of the labels, one a line")
@@ -79,15 +63,20 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="in their place: embeddings of texts, .pt or .npy")
     parser.add_argument("-o", "--output", type=Path, required=True, help="store to make")
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    store(
-        given.folder,
-        given.output,
-        [name.strip() for name in given.classes.read_text().splitlines() if name.strip()],
-        splits=given.splits.split(","),
-        shots=given.shots,
-        texts=given.texts,
-    )
+    splits, names = given.splits.split(","), [name.strip() for name in given.classes.read_text().splitlines()]
+    image, target = (torch.cat([tensor(given.folder / f"{one}_{kind}.pt") for one in splits]) for kind in "fl")
+    text = text_matrix(given.texts, image.shape[1]) if given.texts else class_means(given.folder, given.shots)
+    with tempfile.TemporaryDirectory() as place:
+        for name, values in {"image": image, "target": target.long(), "text": text}.items():
+            np.save(Path(place) / f"{name}.npy", np.ascontiguousarray(values.numpy()))
+        import_arrays(
+            place,
+            given.output,
+            logit_scale=100,
+            logit_bias=0,
+            class_names=[name for name in names if name],
+            split=given.splits,
+        )
     print(given.output)
 
 

@@ -9,6 +9,7 @@ import socket
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from io import BytesIO
 from pathlib import Path
 
@@ -105,7 +106,8 @@ def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: P
     (rows,) = (tmp_path / "s").glob("*/rows.sqlite")
     assert secret not in logged
     assert all(secret.encode() not in path.read_bytes() for path in (tmp_path / "s").rglob("*") if path.is_file())
-    assert sqlite3.connect(rows).execute("SELECT count(*) FROM rows").fetchone() == (1,)
+    with closing(sqlite3.connect(rows)) as there:
+        assert there.execute("SELECT count(*) FROM rows").fetchone() == (1,)
     lines = [json.loads(line) for line in running.said]
     assert [line["path"] for line in lines] == ["/v1/answers", "other"]
     assert next(line for line in lines if line["path"] == "/v1/answers")["images"] == 1

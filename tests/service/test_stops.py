@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -70,7 +71,8 @@ def test_under_load(
     assert len(answered) > 20
     rows = [row for one in answered.values() for row in one]
     (kept,) = (tmp_path / "s").glob("*/rows.sqlite")
-    there = [row for (row,) in sqlite3.connect(kept).execute("SELECT id FROM rows")]
+    with closing(sqlite3.connect(kept)) as table:
+        there = [row for (row,) in table.execute("SELECT id FROM rows")]
     assert len(set(there)) == len(there)
     assert set(rows) <= set(there)  # what was answered is on the disk
     # of a connection that is closed between two requests httpx says the same as of one that breaks

@@ -22,8 +22,7 @@ Labels = Annotated[
     ),
 ]
 NotAClass = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="A label that says: none of the classes. May be repeated."),
+    list[str] | None, typer.Option(metavar="NAME", help="A label that says: none of the classes. May be repeated.")
 ]
 Risk = Annotated[float, typer.Option(min=0, max=1, help="Largest error rate among accepted answers.")]
 Confidence = Annotated[float, typer.Option(min=0, max=1, help="With which that is promised.")]
@@ -125,8 +124,7 @@ def next_(
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Annotated[Path, console.path_argument("Folder of `vilu triage`, or scores that `vilu score` wrote.")],
     output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="File of tasks; for fiftyone a folder; with --serve a CSV of labels."),
+        Path, typer.Option("--output", "-o", help="File of tasks; for fiftyone a folder; with --serve a CSV of labels.")
     ],
     to: Annotated[
         Literal["label-studio", "fiftyone", "csv"], typer.Option(help="The tool that takes the tasks.")
@@ -203,8 +201,7 @@ def audit_labels(
     store: Annotated[Path, console.path_argument("Store with labels.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Table, .csv or .parquet.")],
     predictor: Annotated[
-        Path | None,
-        console.path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]"),
+        Path | None, console.path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]")
     ] = None,
     images: Annotated[
         Path | None, console.path_option("The images, as given to `vilu embed`, for --sheet.", metavar="PATH")

@@ -204,11 +204,7 @@ class Service:
         return await self._replies(request, len(given.embeddings), lambda name: engine.rows(name, arrays))
 
     async def _replies(
-        self,
-        request: Request,
-        n: int,
-        begin: Callable[[str], Sequence[Future[Reply]]],
-        images: Sequence[bytes] = (),
+        self, request: Request, n: int, begin: Callable[[str], Sequence[Future[Reply]]], images: Sequence[bytes] = ()
     ) -> Response:
         name = str(request.state.request_id)
         with self.room.of(n):

@@ -200,11 +200,7 @@ def load_engine(setup: Setup, keeper: Keeps | None = None) -> Engine:
 
     keeper = keeper or Bookkeeper(setup.state, setup.predictors)
     guard = Guard(
-        setup.predictor,
-        models=setup.models,
-        device=setup.device,
-        batch_size=setup.batch_size,
-        workers=setup.workers,
+        setup.predictor, models=setup.models, device=setup.device, batch_size=setup.batch_size, workers=setup.workers
     )
     content = BytesIO()
     Image.fromarray(np.full((64, 64, 3), 127, np.uint8)).save(content, "PNG")

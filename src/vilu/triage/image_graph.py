@@ -75,11 +75,7 @@ def fingerprint_of(folder: str | Path) -> str:
 
 
 def export_image_graph(
-    folder: str | Path,
-    path: str | Path,
-    *,
-    models: str | Path | None = None,
-    backbone: Backbone | None = None,
+    folder: str | Path, path: str | Path, *, models: str | Path | None = None, backbone: Backbone | None = None
 ) -> float:
     """Write backbone, classes, predictor and rule of a folder as one ONNX file; returns its largest difference.
 

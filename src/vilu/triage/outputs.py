@@ -340,9 +340,4 @@ def _lines(found: Triage, rows: Sequence[Decision], job: Job) -> list[str]:
     return [f"{n['photos']:,} photos{new}: {', '.join(parts)}", promise_in_words(found, job.max_risk, job.confidence)]
 
 
-COUNTED: Final = {
-    "accepted": "accepted",
-    "review": "to review",
-    "labelled": "labelled",
-    "unreadable": "unreadable",
-}
+COUNTED: Final = {"accepted": "accepted", "review": "to review", "labelled": "labelled", "unreadable": "unreadable"}

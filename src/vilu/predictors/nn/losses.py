@@ -85,11 +85,7 @@ def weighted_bce(logit: Tensor, failure: Tensor, weight: Tensor) -> Tensor:
 
 
 def weighted_mse(
-    logit: Tensor,
-    target: Tensor,
-    failure: Tensor,
-    weight: Tensor,
-    link: Callable[[Tensor], Tensor] = torch.sigmoid,
+    logit: Tensor, target: Tensor, failure: Tensor, weight: Tensor, link: Callable[[Tensor], Tensor] = torch.sigmoid
 ) -> Tensor:
     """Mean over the batch of w_i (link(g_i) - target_i)^2, with w_i = w on failures and 1 elsewhere.
 

@@ -1,0 +1,44 @@
+"""Devices by name, and what the process keeps for those who compute in it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from vilu.device import KEPT_BY, resolve_device
+from vilu.errors import UsageError
+
+BLOCKS = """
+import resource, torch
+from vilu.device import as_usual
+
+def made() -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        torch.ones(2**24).add_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with as_usual():
+    pass
+print(made(), 2**26 // resource.getpagesize())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is freed is kept by glibc alone")
+@pytest.mark.parametrize("given", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_pages_of_a_large_block_are_made_once(given: dict[str, str]) -> None:
+    """Eight blocks of 64 MiB, one after the other; whoever sets what is kept himself is obeyed."""
+    environment = {name: value for name, value in os.environ.items() if name not in KEPT_BY}
+    told = subprocess.check_output([sys.executable, "-c", BLOCKS], env=environment | given, text=True)
+    made, pages = map(int, told.split())
+    assert made > 7 * pages if given else made < 2 * pages
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:", "cuda:x", "cuda:²", "cuda:99", "cpu:9999", ""])
+def test_a_device_that_cannot_be_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"device must be auto, cpu|is not on this machine. Found: .*cpu"):
+        resolve_device(name)
