@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from functools import cached_property
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,8 +168,7 @@ def to_onnx(predictor: FailurePredictor, fingerprint: str) -> bytes:
 def write_graph(graph: nn.Module, example: Trial, outputs: Sequence[str], said: dict[str, str]) -> bytes:
     """A module as ONNX, with metadata; of its inputs the number of texts is open, K, and that of all others, N."""
     rows, texts = torch.export.Dim("N"), torch.export.Dim("K", min=2)
-    with quiet(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet(), redirect_stdout(StringIO()):  # where onnxscript before 0.7 says how it went
         exported = torch.onnx.export(
             graph,
             tuple(example.values()),
