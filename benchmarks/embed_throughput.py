@@ -23,6 +23,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import ImageRecord
 from vilu.datasets.images import decode_image
+from vilu.device import keep_freed_memory
 from vilu.files.documents import digest
 from vilu.store.embed import embed
 
@@ -112,6 +113,7 @@ def compare(backbone: Backbone, pictures: Pictures, repeats: int) -> dict[str, f
 
 def main(images: int = 512, repeats: int = 5) -> dict[str, float]:
     """Print a table of both cases and return the ratios."""
+    keep_freed_memory()  # of both sides
     cases = [
         ("compact", photos(images)),
         ("compact:128", Pictures("32 x 32", synthetic(images, 32, 32))),

@@ -240,7 +240,7 @@ def to_pixels(image: Image.Image, size: int) -> Tensor:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     square = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return (torch.from_numpy(np.array(square)).permute(2, 0, 1).float() - 127) / 128
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(127).div_(128)
 
 
 def imagenet_class_names() -> list[str]:
