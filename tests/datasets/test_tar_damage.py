@@ -69,7 +69,11 @@ def test_an_empty_shard_has_no_samples(tmp_path):
     assert shard_outcomes(tmp_path, b"") == [("0.tar", "open:truncated_shard")]
 
 
-@pytest.mark.parametrize("data", [b"no tar at all", b"x" * 2000, gzip.compress(WHOLE), bz2.compress(WHOLE)])
+@pytest.mark.parametrize(
+    "data",
+    [b"no tar at all", b"x" * 2000, gzip.compress(WHOLE), bz2.compress(WHOLE)],
+    ids=["words", "long", "gzip", "bzip2"],
+)
 def test_what_is_no_tar_file_is_one_error(tmp_path, data):
     assert shard_outcomes(tmp_path, data) == [("0.tar", "open:bad_shard")]
 
