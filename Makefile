@@ -85,8 +85,7 @@ test-newest: build/uv/bin/uv
 build/lowest/.made: build/uv/bin/uv pyproject.toml
 	$(UV) venv --quiet --clear --python 3.11 build/lowest
 	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --exclude-newer 2026-06-15 \
-		--exclude-newer-package mapie=2026-10-20 --exclude-newer-package datasets=2025-07-01 \
-		--editable '.[dev]'
+		--exclude-newer-package mapie=2026-10-20 --exclude-newer-package datasets=2025-07-01 --editable '.[dev]'
 	@touch $@
 
 # What type checkers see of the wheel: a program of someone else, with right uses and wrong ones.

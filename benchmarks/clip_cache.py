@@ -48,8 +48,10 @@ def class_means(folder: Path, shots: int) -> Tensor:
 def text_matrix(path: Path, width: int) -> Tensor:
     """(K, D) texts, which such repositories keep as (D, K)."""
     found = tensor(path)
-    if found.ndim != 2 or width not in found.shape:
-        raise DataError(f"{path} must be ({width}, K) or (K, {width}). Got {tuple(found.shape)} instead.")
+    if found.ndim != 2 or list(found.shape).count(width) != 1:  # a square one does not say which side is which
+        raise DataError(
+            f"{path} must be ({width}, K) or (K, {width}), K not {width}. Got {tuple(found.shape)} instead."
+        )
     return found if found.shape[1] == width else found.T
 
 

@@ -38,7 +38,10 @@ def test_pages_of_a_large_block_are_made_once(given: dict[str, str]) -> None:
     assert made > 7 * pages if given else made < 2 * pages
 
 
-@pytest.mark.parametrize("name", ["gpu", "cpu:", "cuda:x", "cuda:²", "cuda:99", "cpu:9999", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["gpu", "cpu:", "cuda:x", "cuda:²", pytest.param("cuda:" + "9" * 5000, id="cuda:9..."), "cuda:99", "cpu:9999", ""],
+)
 def test_a_device_that_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=r"device must be auto, cpu|is not on this machine. Found: .*cpu"):
         resolve_device(name)

@@ -70,6 +70,12 @@ def test_a_file_of_somebody_else_beside_the_lock_stays(tmp_path: Path, content: 
     assert (tmp_path / HOLDER).read_bytes() == content
 
 
+def test_the_name_of_another_machine_that_came_meanwhile_stays(tmp_path: Path) -> None:
+    with locked(tmp_path, "scoring into"):
+        (tmp_path / HOLDER).write_text("process 12 of elsewhere")
+    assert (tmp_path / HOLDER).read_text() == "process 12 of elsewhere"
+
+
 def test_a_link_beside_the_lock_leads_to_no_writing_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / HOLDER).symlink_to(tmp_path / "elsewhere")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -21,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device(next(kind for kind, here in available.items() if here))
     kind, colon, number = name.partition(":")
-    if kind not in available or (colon and not (kind == "cuda" and number.isascii() and number.isdigit())):
+    if kind not in available or (colon and not (kind == "cuda" and re.fullmatch("[0-9]{1,4}", number))):
         raise UsageError(f"device must be auto, cpu, cuda, cuda:N or mps. Got {name!r} instead.")
     if not available[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
         here = ", ".join(kind for kind, is_here in available.items() if is_here)

@@ -454,6 +454,9 @@ def test_a_cache_of_few_labels_is_a_store_of_its_splits_and_its_class_means(
     means = [keys[of == one].float().mean(dim=0) for one in range(3)]
     assert torch.allclose(store.text, torch.stack([mean / mean.norm() for mean in means]), atol=1e-6)
     assert torch.allclose(run("head", "--texts", str(tmp_path / "head.npy")).text, heads.float(), atol=1e-3)
+    np.save(tmp_path / "square.npy", unit(8).numpy())
+    with pytest.raises(DataError, match=r"K not 8. Got \(8, 8\)"):
+        run("square", "--texts", str(tmp_path / "square.npy"))
     with pytest.raises(DataError, match=r"values_16shots.pt must hold one tensor. Got dict"):
         run("other")
     torch.save(subprocess.Popen, cache / "values_4shots.pt")

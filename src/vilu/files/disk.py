@@ -166,7 +166,7 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, wh
     from filelock import FileLock, Timeout
 
     signed, host = folder / f"{name}-holder", re.sub(r"\s", "_", socket.gethostname())
-    lock = FileLock(folder / name)
+    ours, lock = f"process {os.getpid()} of {host}", FileLock(folder / name)
     with or_refuse(f"write to {folder}"):
         try:
             lock.acquire(timeout=patience)
@@ -188,10 +188,11 @@ def locked(folder: Path, doing: str, patience: float = 0.0, name: str = LOCK, wh
             if holder:
                 signed.unlink()
             with signed.open("x") as handle:
-                handle.write(f"process {os.getpid()} of {host}")
+                handle.write(ours)
         yield
     finally:
-        if _holder(signed):
+        holder = _holder(signed)
+        if holder and holder[0] == ours:  # not that of another machine, which works here too
             with suppress(OSError):
                 signed.unlink()
         lock.release()
