@@ -92,6 +92,16 @@ def test_beta_never_falls() -> None:
     assert (np.diff(found(np.linspace(-6, 6, 100))) >= 0).all()
 
 
+@pytest.mark.parametrize(("rows", "scores"), [(1, 1), (7, 2), (40, 5), (400, 60), (3000, 3000)])
+def test_isotonic_pools_ties_and_falls_as_scikit_learns(rows: int, scores: int) -> None:
+    for seed in range(20):
+        rng = np.random.default_rng([rows, scores, seed])
+        score = rng.integers(scores, size=rows).astype(np.float64)
+        failure = (rng.random(rows) < rng.random(scores)[score.astype(int)]).astype(np.int64)
+        plain = IsotonicRegression(y_min=1 / (rows + 2), y_max=1 - 1 / (rows + 2)).fit(score, failure)
+        assert _fit("isotonic", score, failure)(score) == pytest.approx(plain.predict(score), abs=1e-12)
+
+
 def test_isotonic_is_scikit_learns_within_its_ends() -> None:
     score, failure = sample(3000, special.expit)
     found = _fit("isotonic", score, failure)

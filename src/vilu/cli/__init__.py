@@ -8,6 +8,7 @@ busy, 130 Ctrl-C, 141 nobody reads stdout any more, 143 SIGTERM; anything else i
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import logging
 import os
@@ -37,6 +38,7 @@ def entry() -> None:
             stream.flush()
         os._exit(code)
 
+    gc.set_threshold(50_000)  # imports make a million objects, none of them garbage: 0.1 s of looking for it
     atexit.register(leave)  # threads have been waited for then, and what is registered later has been done
     try:
         main()

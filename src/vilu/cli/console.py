@@ -214,7 +214,7 @@ class Lines:
 
 def next_step(message: str) -> None:
     """The closing line of a command."""
-    LOG.info("%s", message)
+    LOG.info("%s", printable(message))  # a name that no handler could write
 
 
 def shell(*words: object) -> str:
