@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -25,6 +26,7 @@ from vilu.predictors.nn.train import SCORING_BATCH, Rows
 NEGATIVES = "negatives"  # the column of everyday words
 
 
+@lru_cache(maxsize=4)  # by identity: every batch has the same words and classes
 def far_words(words: Tensor, text: Tensor, share: float, nearest: float = 0.0) -> Tensor:
     """(M',) int64, ascending: the ``share`` of words (M, D), at least one, that are farthest from the classes (K, D).
 

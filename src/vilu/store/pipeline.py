@@ -180,7 +180,7 @@ class Encoder:
         """(B, ...) outputs of the model by name, as it gives them."""
         keep_freed_memory()  # this may be a process of its own
         model, arrays = self.backbone, dict[str, Tensor]()
-        pixels = torch.stack([image.pixels for image in batch])
+        pixels = _stacked([image.pixels for image in batch])
         if "features" in self.arrays:
             arrays[IMAGE], arrays["features"] = model.encode_images_and_features(pixels)
         else:
@@ -189,8 +189,13 @@ class Encoder:
             arrays[CAPTION] = model.encode_texts([image.row.caption or "" for image in batch])
         if "views" in self.arrays:  # one of every image at a time: no forward pass is larger than that of the images
             views = zip(*(image.views for image in batch), strict=True)
-            arrays["views"] = torch.stack([model.encode_images(torch.stack(view)) for view in views], dim=1)
+            arrays["views"] = torch.stack([model.encode_images(_stacked(view)) for view in views], dim=1)
         return arrays
+
+
+def _stacked(images: Sequence[Tensor]) -> Tensor:
+    """(B, 3, H, W) in the memory layout of the images (3, H, W): channels may come last, and need not be moved."""
+    return torch.cat([image.permute(1, 2, 0)[None].permute(0, 3, 1, 2) for image in images])
 
 
 def _unit(rows: Tensor, kind: str) -> tuple[Tensor, NDArray[np.uint8]]:
