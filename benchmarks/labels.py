@@ -11,6 +11,14 @@ risk of 5 % (confidence 95 %), against the number of labels, for
   that a predictor fitted on these trusts least;
 - ``random, exact``: as ``random, one look``, with the exact test of ``vilu calibrate``.
 
+With ``--divided`` the ways to divide so many random labels that are looked at once, in place of these:
+
+- ``half``: fitted on one half, the exact test on the other;
+- ``folds``: K predictors, each fitted without its fold and tested on it with 1/K of the level; a hash picks one;
+- ``progressive``: fitted on the first half, and anew after each of four blocks of the second, of which the predictor
+  before it has to say beforehand which answers it accepts (those with a mean probability of failure of at most a share
+  of the risk); what is promised is promised of the mixture of the four (docs/triage.md).
+
 One line per store, arm, seed and number of labels: coverage, and the error rate of the accepted rows; ``--show`` makes
 tables of them.
 """
@@ -32,7 +40,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from vilu.decision.anytime import Looks, grid_of, level_of
+from vilu.decision.anytime import BETS, Looks, grid_of, level_of
 from vilu.decision.calibrate import calibrate
 from vilu.embeddings.source import EmbeddingSource
 from vilu.metrics.counts import Floats, Ints
@@ -45,6 +53,7 @@ from vilu.triage.photos import Embedding, Photos
 from vilu.triage.triage import Job, Workshop
 
 SIZES = (200, 300, 400, 600, 800, 1_200, 1_600, 2_000)
+DIVIDED = (400, 800, 2_000)
 ROUND, LATER, MANY = 50, 100, 400
 """Labels of a round, and of those after so many."""
 MAX_RISK, DELTA = 0.05, 0.05
@@ -81,6 +90,44 @@ def one_look(source: EmbeddingSource, wrong: Ints, seed: int, n: int) -> Iterato
     held_out = order[~np.isin(order, fit)][: n - n // 2]
     u = fitted_scores(source, fit, seed)
     yield "uncertain, one look", *judged(u <= certified(u, wrong, held_out), wrong)
+
+
+def divided(source: EmbeddingSource, wrong: Ints, seed: int, n: int) -> Iterator[tuple[str, float, float]]:
+    """Arm, coverage and error rate of the ways to divide ``n`` random labels."""
+    order = np.random.default_rng([seed, n, 7]).permutation(len(source))[:n]
+    for k in (2, 5):
+        accepted = []
+        for fold in np.array_split(order, k):
+            u = fitted_scores(source, np.setdiff1d(order, fold), seed)
+            rule = calibrate(Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA / k)
+            accepted.append(rule.accept(u))
+            if k == 2 and len(accepted) == 1:
+                whole = calibrate(Outcomes(u[fold], wrong[fold]), max_risk=MAX_RISK, confidence=1 - DELTA)
+                yield "half", *judged(whole.accept(u), wrong)
+        yield f"{k} folds", *mixed(accepted, wrong, np.ones(k))
+    blocks = np.array_split(order[n // 2 :], 4)
+    before = [np.concatenate([order[: n // 2], *blocks[:number]]) for number in range(len(blocks))]
+    scores = [fitted_scores(source, rows, seed) for rows in before]
+    for share in (0.3, 0.5, 0.7):
+        wealth, accepted = np.zeros(len(BETS)), []
+        for u, rows in zip(scores, blocks, strict=True):
+            ordered = np.sort(u)
+            few = np.flatnonzero(np.cumsum(ordered) / np.arange(1, len(u) + 1) <= share * MAX_RISK)
+            accepted.append(u <= (ordered[few[-1]] if len(few) else -np.inf))
+            taken = rows[accepted[-1][rows]]
+            k, m = int(wrong[taken].sum()), len(taken)
+            bet = np.array(BETS)[:, 0]
+            wealth += k * np.log1p(-bet) + (m - k) * np.log1p(bet * MAX_RISK / (1 - MAX_RISK))
+        shown = np.logaddexp.reduce(wealth + np.log(np.array(BETS)[:, 1])) >= -math.log(DELTA)
+        found = mixed(accepted, wrong, np.array([len(rows) for rows in blocks]))
+        yield f"progressive, {share} of the risk", *(found if shown else (0.0, 0.0))
+
+
+def mixed(accepted: list[Any], wrong: Ints, weight: Any) -> tuple[float, float]:  # noqa: ANN401 - arrays of numbers
+    """Coverage and error rate where each rule is taken as often as its weight says."""
+    coverage = np.average([one.mean() for one in accepted], weights=weight)
+    risk = np.average([(one & (wrong == 1)).mean() for one in accepted], weights=weight)
+    return float(coverage), float(risk / coverage) if coverage else 0.0
 
 
 def certified(u: Floats, wrong: Ints, rows: Ints) -> float:
@@ -122,20 +169,21 @@ def by_triage(
             book.answer({path: truth[path] for path in asked})
 
 
-def lines(path: Path, seeds: int) -> Iterator[dict[str, object]]:
+def lines(path: Path, seeds: int, *, divisions: bool) -> Iterator[dict[str, object]]:
     """The results on one store."""
     store = EmbeddingStore(path)
     if int((store.target < 0).sum()):
         sys.exit(f"{path} must have a label for every row.")
     wrong = failures(store)
-    sizes = [n for n in SIZES if n <= 0.7 * len(store)]
+    sizes = [n for n in (DIVIDED if divisions else SIZES) if n <= 0.7 * len(store)]
     for seed in range(seeds):
         found: list[tuple[str, int, float, float]] = []
-        for arm in ("next", "random"):
+        for arm in () if divisions else ("next", "random"):
             rounds = by_triage(store, wrong, seed, max(sizes), at_random=arm == "random")
             found += [(arm, *one) for one in rounds]
         for n in sizes:
-            found += [(arm, n, coverage, risk) for arm, coverage, risk in one_look(store, wrong, seed, n)]
+            once = divided if divisions else one_look
+            found += [(arm, n, coverage, risk) for arm, coverage, risk in once(store, wrong, seed, n)]
         for arm, n, coverage, risk in found:
             yield {"store": path.name, "arm": arm, "seed": seed, "labels": n, "coverage": coverage, "risk": risk}
 
@@ -153,12 +201,14 @@ def shown(path: Path) -> Iterator[str]:
             if row["store"] == store:
                 of = curves.setdefault(row["arm"], {}).setdefault(row["seed"], [])
                 of.append((int(row["labels"]), float(row["coverage"])))
-        most = max(n for curve in curves["random"].values() for n, _ in curve)
+        most = max(n for of in curves.values() for curve in of.values() for n, _ in curve)
         sizes = [n for n in SIZES if n <= most]
         at = {arm: np.array([[reached(c, n) for n in sizes] for c in of.values()]) for arm, of in curves.items()}
-        yield f"{store}, {len(at['next'])} seeds | " + " | ".join(f"{n:,}" for n in sizes)
+        yield f"{store}, {len(next(iter(at.values())))} seeds | " + " | ".join(f"{n:,}" for n in sizes)
         for arm, found in at.items():
             yield f"{arm} | " + " | ".join(f"{m:.3f} ± {h:.3f}" for m, h in zip(*interval(found), strict=True))
+        if "next" not in at:
+            continue
         apart = at["next"] - at["random"]
         yield "next - random | " + " | ".join(f"{m:+.3f} ± {h:.3f}" for m, h in zip(*interval(apart), strict=True))
         half = at["random"][:, -1].mean() / 2
@@ -193,6 +243,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("build/labels.csv"))
     parser.add_argument("--show", action="store_true", help="Print the tables of --out, and run nothing.")
+    parser.add_argument("--divided", action="store_true", help="Ways to divide labels that are looked at once.")
     given = parser.parse_args()
     if given.show:
         print("\n".join(shown(given.out)))
@@ -205,7 +256,7 @@ def main() -> None:
         if not file.tell():
             writer.writeheader()
         for path in given.stores:
-            for line in lines(path, given.seeds):
+            for line in lines(path, given.seeds, divisions=given.divided):
                 writer.writerow(line)
                 file.flush()
 

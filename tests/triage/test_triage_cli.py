@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.command import command_line, run
 from tests.triage.conftest import Folder, fill_in, rows
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.decision import record
+from vilu.decision.calibrate import Selector
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.embed import embed
 from vilu.triage.labels import LabelBook
@@ -129,6 +131,45 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
     assert np.mean(wrong) <= 0.1
     assert "drew from what could be accepted" in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
     assert "takes --labels" in run(*calibrate, code=2).stderr
+
+
+def test_a_promise_of_every_class_asks_first_where_labels_lack(
+    begun: Folder, tmp_path: Path, fake_model: FakeBackbone
+) -> None:
+    (home, truth), predictor, given = begun, tmp_path / "predictor", list[object]()
+    shutil.copytree(home / "out" / "predictor", predictor)
+    for name in ("risk.json", "calibration.parquet"):
+        (predictor / name).unlink()
+    photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
+    embed(photos, fake_model, tmp_path / "store", names=NAMES)
+    calibrate = ("calibrate", predictor, tmp_path / "store", "--method", "anytime", "--max-risk", 0.3)
+    vouching = Counter[str]()
+    for number in range(6):
+        file = tmp_path / f"{number}.csv"
+        run("next", tmp_path / "store", "--predictor", predictor, "--per-class", "--max-risk", 0.3, "-o", file, *given)
+        found = rows(file)
+        vouching.update(row["answer"] for row in found if row["stream"] == "promise")
+        assert number or max(vouching.values()) - min(vouching[name] for name in NAMES) <= 1
+        with file.open("w", encoding="utf-8", newline="") as out:
+            writer = csv.DictWriter(out, list(found[0]))
+            writer.writeheader()
+            writer.writerows({**row, "label": truth[row["path"]]} for row in found)
+        given += ["--labels", file]
+        done = command_line(*calibrate, "--per-class", *given)
+        assert done.returncode in {0, 4}
+        if done.returncode == 4:
+            assert all(f"{name}: about" in done.stderr for name in NAMES)
+    rule = record.load(predictor).rule
+    assert isinstance(rule, Selector)
+    assert rule.grouped_by == "prediction"
+    assert rule.certificates.keys() == set(NAMES)
+    assert all(one.n <= vouching[name] for name, one in rule.certificates.items())
+    assert sum(one.threshold is not None for one in rule.certificates.values()) >= 2
+    assert "is calibrated already" in run(*calibrate, *given, code=2).stderr
+    run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
+    scores = Outcomes.load(tmp_path / "scores.parquet")
+    limits = [rule.certificates[NAMES[said]].threshold or -1 for said in scores.prediction.tolist()]
+    assert [one == "accept" for one in scores.decision] == (scores.uncertainty <= limits).tolist()
 
 
 def test_labels_of_a_random_pick_calibrate_a_store_without_any(

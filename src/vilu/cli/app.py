@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 from vilu.cli.catalogues import datasets, list_catalogue
 from vilu.cli.console import TERMINATED, complain, make_reporter, require_kinds, set_verbosity
@@ -47,14 +48,14 @@ def show_version(value: bool) -> None:
 @app.callback()
 def common(
     context: typer.Context,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log debugging messages.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no log but warnings.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Log debugging messages.")] = False,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="No progress, no log but warnings.")] = False,
     plugin: Annotated[
         list[str] | None,
-        typer.Option("--plugin", metavar="MODULE", help="Import a module that registers methods first; repeatable."),
+        Option("--plugin", metavar="MODULE", help="Import a module that registers methods first; repeatable."),
     ] = None,
     version: Annotated[  # noqa: ARG001 - its callback does the work
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+        bool, Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """How likely is the answer of a frozen vision-language model (CLIP, SigLIP) wrong?"""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import columns, next_step
+from vilu.cli.console import columns, next_step, path_argument
 from vilu.text import printable
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ FACTS = (
     *("name", "title", "n_classes", "captioned", "sizes", "official_sizes", "licence", "n_bytes", "url", "how"),
     *("folders", "archives", "template", "coop_template", "reference"),
 )
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table.")]
 
 
 @datasets.command("list")
@@ -44,14 +45,12 @@ def list_known(as_json: AsJson = False) -> None:
 
 @datasets.command("check")
 def check_known(
-    path: Annotated[Path, console.path_argument("Folder that holds data sets, or one data set's own.")],
+    path: Annotated[Path, path_argument("Folder that holds data sets, or one data set's own.")],
     names: Annotated[
         list[str] | None,
         typer.Argument(help="Which data sets. [all]", metavar="NAME", autocompletion=console.complete_datasets),
     ] = None,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Also compare checksums of archives, and count the pairs in tars.")
-    ] = False,
+    deep: Annotated[bool, Option("--deep", help="Also compare checksums of archives, count pairs in tars.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What is present, what is missing, and how to get it. Exit code 3 when a data set that is named is not whole."""

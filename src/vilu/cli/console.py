@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, cast
 
 import typer
+from typer import Option
 
 from vilu.errors import StorageError, UsageError
 from vilu.progress import Reporter, Silence, Task
@@ -256,7 +257,7 @@ def path_argument(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401
 
 def path_option(text: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - typer's own
     """The same as a flag."""
-    return typer.Option(help=text, metavar=metavar, callback=existing)
+    return Option(help=text, metavar=metavar, callback=existing)
 
 
 STORE, PREDICTOR, SCORES, STUDIES = "a store of embeddings", "a predictor", "scores", "the output of a benchmark"
@@ -359,9 +360,7 @@ Data = Annotated[
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", help="Make it anew in place of what vilu made there; what is not vilu's is never touched."
-    ),
+    Option("--overwrite", help="Make it anew in place of what vilu made there; what is not vilu's is never touched."),
 ]
 Fold = Literal["train", "validation", "test"]
 
@@ -372,22 +371,22 @@ class Reading:
 
     pool_size: Annotated[
         int | None,
-        typer.Option("--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"),
+        Option("--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"),
     ] = None
     direction: Annotated[
-        Literal["image_to_text", "text_to_image"], typer.Option(help="Pairs: which side is asked for the other.")
+        Literal["image_to_text", "text_to_image"], Option(help="Pairs: which side is asked for the other.")
     ] = "image_to_text"
-    hard: Annotated[bool, typer.Option("--hard-negatives", help="Pairs: pools of rows that are alike.")] = False
+    hard: Annotated[bool, Option("--hard-negatives", help="Pairs: pools of rows that are alike.")] = False
     near_duplicates: Annotated[
         float | None,
-        typer.Option(min=0, max=1, metavar="COSINE", help="Pairs: captions from this cosine on are the same answer."),
+        Option(min=0, max=1, metavar="COSINE", help="Pairs: captions from this cosine on are the same answer."),
     ] = None
     fold: Annotated[
-        Fold | None, typer.Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]")
+        Fold | None, Option(help="Pairs: only captions of this fold (60/10/30 % by hash of the caption). [all]")
     ] = None
     logit_scale: Annotated[
         float | None,
-        typer.Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
+        Option(min=0, help="Of the model behind precomputed embeddings (100 for CLIP); stores know their own."),
     ] = None
     second: Annotated[
         Path | None, path_option("The same images embedded by a second model, for method duo.", metavar="STORE")
@@ -460,7 +459,7 @@ def reads(command: Callable[..., None], *, without: Collection[str] = ()) -> Cal
     return flagged
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-RowsJson = Annotated[bool, typer.Option("--json", help="Print tidy rows as JSON instead of a table.")]
-RowsFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")]
-JsonFile = Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
+RowsJson = Annotated[bool, Option("--json", help="Print tidy rows as JSON instead of a table.")]
+RowsFile = Annotated[Path | None, Option("--output", "-o", help="Also write the rows, .json, .parquet or .csv.")]
+JsonFile = Annotated[Path | None, Option("--output", "-o", help="Also write the JSON to this file.")]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step
+from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step, path_option
 from vilu.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,29 +27,27 @@ Source = Annotated[
 ]
 Backbone = Annotated[
     str,
-    typer.Option(
+    Option(
         help="A name of `vilu list backbones`, compact[:SIZE], open_clip:NAME/TAG, hf:ID, kind:FOLDER.",
         autocompletion=console.complete_backbones,
     ),
 ]
 Models = Annotated[
     Path | None,
-    console.path_option("Folder with a sub-folder for each named backbone, in place of the model hub.", metavar="DIR"),
+    path_option("Folder with a sub-folder for each named backbone, in place of the model hub.", metavar="DIR"),
 ]
 Named = Annotated[
     str | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         help="A data set by its name, as in `vilu datasets list`.",
         autocompletion=console.complete_datasets,
     ),
 ]
-Classes = Annotated[
-    Path | None, console.path_option("Class names, one a line, or folder<TAB>name; needed where data have none.")
-]
+Classes = Annotated[Path | None, path_option("Class names, one a line, or folder<TAB>name; needed if data have none.")]
 Outside = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         metavar="NAME",
         help="A class (folder, label or name), or a number beyond the classes, that is none of them: any answer about "
         "its images is wrong. May be repeated.",
@@ -56,11 +55,11 @@ Outside = Annotated[
 ]
 Where = Annotated[
     list[str] | None,
-    typer.Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
+    Option(metavar="COLUMN=VALUE", help="Only the rows of a table that hold this value; may be repeated."),
 ]
 Root = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         metavar="DIR",
         help="Folder that the paths in a table are relative to; absolute ones below it are fine, too. "
         "[the table's own]",
@@ -68,77 +67,69 @@ Root = Annotated[
 ]
 Template = Annotated[
     list[str] | None,
-    typer.Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
+    Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
 ]
 Prompts = Annotated[
     list[str] | None,
-    typer.Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
+    Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
 ]
 Words = Annotated[
     Path | None,
-    console.path_option("The words of --negatives, one a line, in place of vilu's own; implies it.", metavar="FILE"),
+    path_option("The words of --negatives, one a line, in place of vilu's own; implies it.", metavar="FILE"),
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(
-        min=1, max=MOST_WORKERS, help="Decoding threads of a process. [one per core, shared out among --processes]"
-    ),
+    Option(min=1, max=MOST_WORKERS, help="Decoding threads of a process. [one per core, shared out among --processes]"),
 ]
 PartSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]"),
+    Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]"),
 ]
 Who = Annotated[
     Literal["local", "ray", "spark", "rank"] | None,
-    typer.Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
+    Option(help="Who embeds: processes here, Ray, Spark, or this as a rank of torchrun or Slurm. [itself]"),
 ]
 Processes = Annotated[
-    int | None, typer.Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]")
+    int | None, Option(min=1, max=MOST_WORKERS, help="Of the executor. [one per core, or what the cluster has]")
 ]
 
 
 def embed(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Source,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the store to make or to resume.")],
     backbone: Backbone = "compact",
     models: Models = None,
     dataset: Named = None,
     raw_names: Annotated[
-        bool, typer.Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
+        bool, Option("--raw-names", help="With --dataset: class names as the data have them, not cleaned.")
     ] = False,
     classes: Classes = None,
-    captions: Annotated[
-        bool, typer.Option("--captions", help="Take the captions of a table that has labels too.")
-    ] = False,
+    captions: Annotated[bool, Option("--captions", help="Take the captions of a table that has labels too.")] = False,
     outside: Outside = None,
     where: Where = None,
     root: Root = None,
     template: Template = None,
     prompts: Prompts = None,
-    negatives: Annotated[
-        bool, typer.Option("--negatives", help="Also keep everyday words, to tell images of no class by.")
-    ] = False,
+    negatives: Annotated[bool, Option("--negatives", help="Also keep everyday words, for images of no class.")] = False,
     words: Words = None,
-    views: Annotated[int, typer.Option(min=0, help="Also keep so many augmented views of each image.")] = 0,
-    features: Annotated[
-        bool, typer.Option("--features", help="Also keep what goes into the model's last map.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of what is random in the views.")] = 0,
-    split: Annotated[str | None, typer.Option(help="Only this split, or several joined by +.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first images of the fixed order.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
+    views: Annotated[int, Option(min=0, help="Also keep so many augmented views of each image.")] = 0,
+    features: Annotated[bool, Option("--features", help="Also keep what goes into the model's last map.")] = False,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of what is random in the views.")] = 0,
+    split: Annotated[str | None, Option(help="Only this split, or several joined by +.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Only the first images of the fixed order.")] = None,
+    batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 32,
     workers: Workers = None,
     part_size: PartSize = None,
     executor: Who = None,
     processes: Processes = None,
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Numbers in the store.")] = "float16",
-    max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
+    dtype: Annotated[Literal["float16", "float32"], Option(help="Numbers in the store.")] = "float16",
+    max_error_rate: Annotated[float, Option(min=0, max=1, help="Share of images that may fail.")] = 0.01,
     allow_bad_shards: Annotated[
-        bool, typer.Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
+        bool, Option("--allow-bad-shards", help="Accept tars that are cut short or cannot be read.")
     ] = False,
-    on_error: Annotated[Literal["skip", "raise"], typer.Option(help="Set bad images aside, or stop.")] = "skip",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
+    on_error: Annotated[Literal["skip", "raise"], Option(help="Set bad images aside, or stop.")] = "skip",
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")] = "fp32",
     overwrite: Overwrite = False,
 ) -> None:
     """Embed images once with a frozen model; resumes where an earlier run stopped.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import MOST_SEED, Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
@@ -32,19 +33,17 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     train: Annotated[
         Path | None, console.path_option("Labelled store that the predictor was fitted on: for the nearest rows in it.")
     ] = None,
-    key: Annotated[list[str] | None, typer.Option(help="Explain the row with this key; repeatable.")] = None,
-    row: Annotated[list[int] | None, typer.Option(min=0, help="Explain the row of this number; repeatable.")] = None,
-    n: Annotated[int, typer.Option("-n", "--most-uncertain", min=1, help="Else the so many most uncertain.")] = 10,
-    candidates: Annotated[int, typer.Option(min=1, help="Competitors of each answer to show.")] = 5,
-    neighbours: Annotated[int, typer.Option(min=1, help="Training failures, and successes, to show.")] = 3,
-    background: Annotated[int, typer.Option(min=1, help="Rows that an attribution compares with.")] = 128,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")
-    ] = 0,
+    key: Annotated[list[str] | None, Option(help="Explain the row with this key; repeatable.")] = None,
+    row: Annotated[list[int] | None, Option(min=0, help="Explain the row of this number; repeatable.")] = None,
+    n: Annotated[int, Option("-n", "--most-uncertain", min=1, help="Else the so many most uncertain.")] = 10,
+    candidates: Annotated[int, Option(min=1, help="Competitors of each answer to show.")] = 5,
+    neighbours: Annotated[int, Option(min=1, help="Training failures, and successes, to show.")] = 3,
+    background: Annotated[int, Option(min=1, help="Rows that an attribution compares with.")] = 128,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the background, or of the folds of --summary.")] = 0,
     summary: Annotated[
-        bool, typer.Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
+        bool, Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
     ] = False,
-    coverage: Annotated[float, typer.Option(help="With --summary: share of answers that are accepted.")] = 0.8,
+    coverage: Annotated[float, Option(help="With --summary: share of answers that are accepted.")] = 0.8,
     *,
     reading: Reading,
     as_json: Json = False,
@@ -115,21 +114,19 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
         console.path_option("Scores of rows monitored before, with failures that were not known then; repeatable."),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(help="File, .parquet: go on from it if it is there, and leave the new state in it.")
+        Path | None, Option(help="File, .parquet: go on from it if it is there, and leave the new state in it.")
     ] = None,
     false_alarm: Annotated[
-        float, typer.Option(min=0, max=1, help="Probability of any alarm without cause, however long one watches.")
+        float, Option(min=0, max=1, help="Probability of any alarm without cause, however long one watches.")
     ] = 0.05,
     shuffle: Annotated[
-        bool, typer.Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival.")
+        bool, Option("--shuffle", help="Take the rows of each file in random order: it has none of arrival.")
     ] = False,
     in_order: Annotated[
-        bool, typer.Option("--in-order", help="The rows of each file did arrive in their order, sorted as they look.")
+        bool, Option("--in-order", help="The rows of each file did arrive in their order, sorted as they look.")
     ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Of the random numbers that break ties, and of --shuffle.")
-    ] = 0,
-    backend: Annotated[Literal["vilu", "mapie"], typer.Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of random numbers that break ties, and of --shuffle.")] = 0,
+    backend: Annotated[Literal["vilu", "mapie"], Option(help="Whose tests: ours, or MAPIE's.")] = "vilu",
     as_json: Json = False,
     output: JsonFile = None,
     overwrite: Overwrite = False,
@@ -233,25 +230,25 @@ def _scores(path: Path) -> Outcomes:
 
 def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
     run: Annotated[Path, console.path_argument("Folder of .parquet files that `vilu score` wrote, or one of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page, .html.")],
+    output: Annotated[Path, Option("--output", "-o", help="The page, .html.")],
     main: Annotated[
-        str | None, typer.Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]")
+        str | None, Option(help="Method that the page is about. [the calibrated one, vilu_plus, vilu, the first]")
     ] = None,
     predictor: Annotated[
         Path | None, console.path_option("Folder of a calibrated predictor: its rule accepts and abstains.")
     ] = None,
     max_risk: Annotated[
-        float, typer.Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
+        float, Option(help="Without --predictor: errors among the accepted, on these rows, not certified.")
     ] = 0.05,
     images: Annotated[
-        str | None, typer.Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
+        str | None, Option(help="The images that were embedded, as `vilu embed` reads them, for thumbnails.")
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
-    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
+    split: Annotated[str | None, Option(help="Of --images.")] = None,
+    root: Annotated[Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
     store: Annotated[
         Path | None, console.path_option("Store that was scored, for the classes that compete with an answer.")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Of the page. [data set and split]")] = None,
+    title: Annotated[str | None, Option(help="Of the page. [data set and split]")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """One HTML page about scores: curves, a threshold to move, classes, pictures. Needs no network. Prints the file."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import (
@@ -20,6 +21,8 @@ from vilu.cli.console import (
     RowsFile,
     RowsJson,
     next_step,
+    path_argument,
+    path_option,
     reads,
 )
 from vilu.cli.images import Models
@@ -33,53 +36,43 @@ if TYPE_CHECKING:
     from vilu.predictors.probability import Calibrator
     from vilu.store.reader import EmbeddingStore
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the predictor.")]
-Repository = Annotated[
-    str, typer.Argument(metavar="REPO", help="ORG/NAME on the model hub; or a folder, as ./DIR or /DIR.")
-]
-Revision = Annotated[str | None, typer.Option(help="On the hub. [main]")]
+Output = Annotated[Path, Option("--output", "-o", help="Folder of the predictor.")]
+Repository = Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; or a folder, as ./DIR or /DIR.")]
+Revision = Annotated[str | None, Option(help="On the hub. [main]")]
 
 
 @reads
 def fit(  # noqa: PLR0913 - one parameter per flag
     stores: Annotated[
         list[Path],
-        console.path_argument(
-            "Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo."
-        ),
+        path_argument("Store that `vilu embed` or `vilu import` wrote, or shards as LAION's; several with --pseudo."),
     ],
     output: Output,
     method: Annotated[
-        str, typer.Option(help="See `vilu list predictors`.", autocompletion=console.complete_methods)
+        str, Option(help="See `vilu list predictors`.", autocompletion=console.complete_methods)
     ] = "vilu_plus",
     validation: Annotated[
-        Path | None, console.path_option("Store to select on; without it a part of the training rows is held out.")
+        Path | None, path_option("Store to select on; without it a part of the training rows is held out.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
+        Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     *,
     reading: Reading,
     unlabelled: Annotated[
         Path | None,
-        console.path_option(
-            "More rows, no label of which is looked at; some methods learn from them.", metavar="STORE"
-        ),
+        path_option("More rows, no label of which is looked at; some methods learn from them.", metavar="STORE"),
     ] = None,
-    init: Annotated[
-        Path | None, console.path_option("Begin with the weights of a fitted predictor.", metavar="PREDICTOR")
-    ] = None,
-    shots: Annotated[int | None, typer.Option(min=1, help="Only so many labelled rows of each class.")] = None,
-    pseudo: Annotated[
-        bool, typer.Option("--pseudo", help="Class texts as captions, of one or several stores mixed in pools.")
-    ] = False,
+    init: Annotated[Path | None, path_option("Begin with a fitted predictor's weights.", metavar="PREDICTOR")] = None,
+    shots: Annotated[int | None, Option(min=1, help="Only so many labelled rows of each class.")] = None,
+    pseudo: Annotated[bool, Option("--pseudo", help="Class texts as captions, of stores mixed in pools.")] = False,
     checkpoint_minutes: Annotated[
-        float, typer.Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch.")
+        float, Option(min=0, help="Between two checkpoints within an epoch; one follows every epoch.")
     ] = 10.0,
-    restart: Annotated[bool, typer.Option("--restart", help="Drop the checkpoints of an interrupted fit.")] = False,
+    restart: Annotated[bool, Option("--restart", help="Drop the checkpoints of an interrupted fit.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a failure predictor on embeddings. Prints the folder of the predictor.
@@ -207,9 +200,7 @@ def _drop_checkpoints(stack: ExitStack, predictor: FailurePredictor, output: Pat
 def score(
     predictor: Predictor,
     store: Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="File, .parquet or .csv; or a folder, for any number of rows.")
-    ],
+    output: Annotated[Path, Option("--output", "-o", help="File, .parquet or .csv; a folder for any number of rows.")],
     *,
     reading: Reading,
     overwrite: Overwrite = False,
@@ -252,14 +243,12 @@ def score(
 
 
 def evaluate(
-    scores: Annotated[list[Path], console.path_argument("Files or folders that `vilu score` wrote.")],
+    scores: Annotated[list[Path], path_argument("Files or folders that `vilu score` wrote.")],
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
-    resamples: Annotated[
-        int, typer.Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples behind each interval.")
-    ] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the bootstrap.")] = 0,
+    resamples: Annotated[int, Option(min=1, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")] = 1000,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the bootstrap.")] = 0,
 ) -> None:
     """Failure-prediction metrics with bootstrap intervals, one line per file."""
     from vilu.decision.score_folder import ScoreFolder
@@ -274,12 +263,12 @@ def evaluate(
 
 
 def convert(
-    checkpoint: Annotated[Path, console.path_argument("Checkpoint (.ckpt) of the reference implementation.")],
+    checkpoint: Annotated[Path, path_argument("Checkpoint (.ckpt) of the reference implementation.")],
     output: Output,
-    logit_scale: Annotated[float, typer.Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
+    logit_scale: Annotated[float, Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
     embed_dim: Annotated[
         int | None,
-        typer.Option(min=1, help="Embedding width; only for a head without attention that sees the caption."),
+        Option(min=1, help="Embedding width; only for a head without attention that sees the caption."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -302,20 +291,20 @@ def convert(
 
 @reads
 def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[Path, console.path_argument("Folder of a fitted predictor; the result is written into it.")],
+    predictor: Annotated[Path, path_argument("Folder of a fitted predictor; the result is written into it.")],
     store: Data,
     max_risk: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05.")
+        float | None, Option(min=0, max=1, help="Largest error rate among accepted answers, e.g. 0.05.")
     ] = None,
     confidence: Annotated[
-        float, typer.Option(min=0, max=1, help="With which the promise holds, over draws of the calibration rows.")
+        float, Option(min=0, max=1, help="With which the promise holds, over draws of the calibration rows.")
     ] = 0.95,
     min_coverage: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk.")
+        float | None, Option(min=0, max=1, help="Least share of answers to accept; alone or with --max-risk.")
     ] = None,
     method: Annotated[
         Literal["ltt", "sgr", "crc", "selection", "anytime"],
-        typer.Option(
+        Option(
             help="ltt: Learn then Test. sgr: selection with guaranteed risk. crc: bounds the mean share of all answers "
             "that is accepted and wrong. selection: bounds the mean share of wrong ones among the accepted of a batch. "
             "anytime: of --labels, which may be looked at again and again."
@@ -323,25 +312,19 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = "ltt",
     labels: Annotated[
         list[Path] | None,
-        console.path_option(
+        path_option(
             "CSV with the columns path and label, of rows of the store that were picked at random; for anytime all "
             "that `vilu next` asked for, filled in. May be repeated. [the store's own labels]",
             metavar="FILE",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")] = 0,
-    per_class: Annotated[
-        bool, typer.Option("--per-class", help="A threshold for every predicted class with enough rows.")
-    ] = False,
-    label_sets: Annotated[
-        Literal["lac", "aps"] | None, typer.Option(help="Also sets of labels that hold the right one.")
-    ] = None,
-    max_miss: Annotated[
-        float, typer.Option(min=0, max=1, help="Largest share of label sets without the right label.")
-    ] = 0.1,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="For anytime: as `vilu next` had it.")] = 0,
+    per_class: Annotated[bool, Option("--per-class", help="A threshold per predicted class with enough rows.")] = False,
+    label_sets: Annotated[Literal["lac", "aps"] | None, Option(help="Also label sets that hold the right one.")] = None,
+    max_miss: Annotated[float, Option(min=0, max=1, help="Largest share of label sets without the right label.")] = 0.1,
     outside_share: Annotated[
         float | None,
-        typer.Option(
+        Option(
             min=0,
             max=1,
             help="Share of pictures of none of the classes up to which the promise is to hold. [that of the "
@@ -350,7 +333,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     class_shares: Annotated[
         Path | None,
-        console.path_option(
+        path_option(
             "CSV with the columns class and share, a line for every class: what part of the pictures of the classes "
             "it is to be. [those of the calibration rows]",
             metavar="FILE",
@@ -358,7 +341,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     *,
     reading: Reading,
-    as_json: Annotated[bool, typer.Option("--json", help="Print risk.json instead of a summary.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print risk.json instead of a summary.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Probabilities, and a threshold with a stated risk, from labelled embeddings that the predictor has not seen.
@@ -374,7 +357,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     data = reading.open_both(store)
     if method == "anytime":
-        plain = (min_coverage, label_sets, outside_share, class_shares, per_class or None)
+        plain = (min_coverage, label_sets, outside_share, class_shares)
         if max_risk is None or labels is None or any(one is not None for one in plain):
             raise UsageError("anytime takes --labels and a --max-risk, and of the other targets none.")
         record = calibrate_by_labels(
@@ -384,6 +367,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
             max_risk=max_risk,
             confidence=confidence,
             seed=seed,
+            per_class=per_class,
             overwrite=overwrite,
         )
     else:
@@ -425,10 +409,10 @@ def _summary(record: Record, calibrator: Calibrator | None) -> str:
 
 def export(
     predictor: Predictor,
-    output: Annotated[Path, typer.Option("--output", "-o", help="File, .onnx.")],
-    onnx: Annotated[bool, typer.Option("--onnx", help="As ONNX, whatever the name of the file.")] = False,
+    output: Annotated[Path, Option("--output", "-o", help="File, .onnx.")],
+    onnx: Annotated[bool, Option("--onnx", help="As ONNX, whatever the name of the file.")] = False,
     with_backbone: Annotated[
-        bool, typer.Option("--with-backbone", help="From pixels on: with the model, the classes and the rule.")
+        bool, Option("--with-backbone", help="From pixels on: with the model, the classes and the rule.")
     ] = False,
     models: Models = None,
     overwrite: Overwrite = False,
@@ -463,7 +447,7 @@ def push(
     predictor: Predictor,
     repository: Repository,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a repository that is made. [as its owner has it]")
+        bool | None, Option("--private/--public", help="Of a repository that is made. [as its owner has it]")
     ] = None,
     revision: Revision = None,
     overwrite: Overwrite = False,

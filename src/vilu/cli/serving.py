@@ -6,53 +6,39 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
-from vilu.cli import console
-from vilu.cli.console import MOST_WORKERS, next_step
+from vilu.cli.console import MOST_WORKERS, next_step, path_argument, path_option
 from vilu.cli.images import Models
 from vilu.errors import UsageError
 
 
 def serve(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    predictor: Annotated[
-        Path, console.path_argument("Folder of a predictor that `vilu triage` or `vilu calibrate` left.")
-    ],
+    predictor: Annotated[Path, path_argument("Folder of a predictor that `vilu triage` or `vilu calibrate` left.")],
     second: Annotated[
         Path | None,
-        console.path_option("Another predictor of the same model: judges beside, answers when told to.", metavar="DIR"),
+        path_option("Another predictor of the same model: judges beside, answers when told to.", metavar="DIR"),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at; any but 127.0.0.1 needs a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
-    state: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="What is kept through restarts. [PREDICTOR.serving]")
-    ] = None,
+    host: Annotated[str, Option(help="Address to listen at; any but 127.0.0.1 needs a key.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    state: Annotated[Path | None, Option(metavar="DIR", help="Kept through restarts. [PREDICTOR.serving]")] = None,
     key_file: Annotated[
-        Path | None, console.path_option("Keys, one a line; a client sends Authorization: Bearer KEY.", metavar="FILE")
+        Path | None, path_option("Keys, one a line; a client sends Authorization: Bearer KEY.", metavar="FILE")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Name by which clients may ask for it. May be repeated.")
+        list[str] | None, Option(metavar="NAME", help="Name by which clients may ask for it. May be repeated.")
     ] = None,
-    keep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep every image that was answered. [nothing is kept]")
-    ] = None,
+    keep: Annotated[Path | None, Option(metavar="DIR", help="Keep every image that was answered. [keep none]")] = None,
     models: Models = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, max=4096, help="Images per forward pass, at most.")] = 32,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")
-    ] = None,
-    queue: Annotated[
-        int | None, typer.Option(min=1, help="Images under way at a time; beyond, 429. [the batch and an eighth]")
-    ] = None,
-    max_body: Annotated[int, typer.Option(min=1, help="MiB of a request.")] = 32,
-    max_images: Annotated[int, typer.Option(min=1, help="Images, rows or labels of a request.")] = 256,
-    executor: Annotated[
-        Literal["local", "ray"], typer.Option(help="A process here, or Ray Serve: replicas in its cluster.")
-    ] = "local",
-    replicas: Annotated[
-        str, typer.Option(help="With --executor ray: how many, or the least and the most, as 1:8.")
-    ] = "1",
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds after which a request is given up.")] = 60.0,
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    batch_size: Annotated[int, Option(min=1, max=4096, help="Images per forward pass, at most.")] = 32,
+    workers: Annotated[int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")] = None,
+    queue: Annotated[int | None, Option(min=1, help="Images under way; beyond, 429. [the batch and an eighth]")] = None,
+    max_body: Annotated[int, Option(min=1, help="MiB of a request.")] = 32,
+    max_images: Annotated[int, Option(min=1, help="Images, rows or labels of a request.")] = 256,
+    executor: Annotated[Literal["local", "ray"], Option(help="A process here, or replicas of Ray Serve.")] = "local",
+    replicas: Annotated[str, Option(help="With --executor ray: how many, or the least and the most, as 1:8.")] = "1",
+    timeout: Annotated[float, Option(min=0.1, help="Seconds after which a request is given up.")] = 60.0,
 ) -> None:
     """Answer over HTTP: images in, decisions out, with the state of the promise. Prints the address.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
 from vilu.cli.console import Overwrite, next_step, pairs_of, path_argument, path_option
 from vilu.cli.images import Outside, embedded
@@ -23,35 +24,31 @@ Arrays = Annotated[
 ]
 Keys = Annotated[
     list[str] | None,
-    typer.Option("--key", metavar="NAME=KEY", help="Array NAME is called KEY there (text=text_single); repeatable."),
+    Option("--key", metavar="NAME=KEY", help="Array NAME is called KEY there (text=text_single); repeatable."),
 ]
 Classes = Annotated[Path | None, path_option("Class names, one a line, in place of class_names.")]
 Dtype = Annotated[
     Literal["float16", "float32"] | None,
-    typer.Option(help="Numbers in the store. [float16 where image is, else float32]"),
+    Option(help="Numbers in the store. [float16 where image is, else float32]"),
 ]
 
 
 def import_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     source: Arrays,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the store to make or to resume.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the store to make or to resume.")],
     logit_scale: Annotated[
-        float | None, typer.Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]")
+        float | None, Option(help="Multiplier of the cosine: 100 for OpenAI's CLIP. [logit_scale of SOURCE]")
     ] = None,
-    logit_bias: Annotated[
-        float | None, typer.Option(help="Added to every logit: 0 but for SigLIP. [logit_bias of SOURCE]")
-    ] = None,
+    logit_bias: Annotated[float | None, Option(help="Added to each logit: 0 but for SigLIP. [that of SOURCE]")] = None,
     key: Keys = None,
     classes: Classes = None,
     outside: Outside = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME", help="Model that made them, if it is known.")] = None,
-    origin: Annotated[
-        str | None, typer.Option("--source", metavar="TEXT", help="Where they come from, recorded.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Name of the split, recorded.")] = None,
-    part_size: Annotated[int, typer.Option(min=1, help="Rows per part: the most that a kill can cost.")] = 16_384,
+    model: Annotated[str | None, Option(metavar="NAME", help="Model that made them, if it is known.")] = None,
+    origin: Annotated[str | None, Option("--source", metavar="TEXT", help="Where they come from, recorded.")] = None,
+    split: Annotated[str | None, Option(help="Name of the split, recorded.")] = None,
+    part_size: Annotated[int, Option(min=1, help="Rows per part: the most that a kill can cost.")] = 16_384,
     dtype: Dtype = None,
-    max_error_rate: Annotated[float, typer.Option(min=0, max=1, help="Share of rows that may be unusable.")] = 0.01,
+    max_error_rate: Annotated[float, Option(min=0, max=1, help="Share of rows that may be unusable.")] = 0.01,
     overwrite: Overwrite = False,
 ) -> None:
     """Make a store of arrays that another program made; resumes where an earlier run stopped.
@@ -91,12 +88,12 @@ def inspect(
     path: Annotated[
         Path, path_argument("What a command of vilu wrote: a store, finished or not, a predictor, scores, results, ...")
     ],
-    deep: Annotated[bool, typer.Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
+    deep: Annotated[bool, Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
     seal: Annotated[
         bool,
-        typer.Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without."),
+        Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What an artefact of vilu holds, and whether it is sound. Exit code 3, 6 or 7 when something is wrong."""
     from vilu.cli.artefacts import check, is_store

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
 from vilu.cli.console import (
     MOST_RESAMPLES,
@@ -38,28 +39,22 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
         list[Path],
         path_argument("Files such as configs/here/*.toml (see docs/benchmark.md).", metavar="CONFIG.toml..."),
     ],
-    data: Annotated[Path, typer.Option(help="Folder that the paths in the files are relative to.")] = Path(
-        "../shared/data"
+    data: Annotated[Path, Option(help="Folder that the paths in the files are relative to.")] = Path("../shared/data"),
+    output: Annotated[Path, Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")] = Path(
+        "benchmark-output"
     ),
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for embeddings, cells, tables and figures.")
-    ] = Path("benchmark-output"),
-    jobs: Annotated[int, typer.Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")] = 1,
-    models: Annotated[
-        Path | None, path_option("Folder with named backbones, in place of the model hub's cache.")
-    ] = None,
+    jobs: Annotated[int, Option(min=1, max=MOST_WORKERS, help="Processes; the number changes no result.")] = 1,
+    models: Annotated[Path | None, path_option("Folder of named backbones, in place of the hub's cache.")] = None,
     shard: Annotated[
         str | None,
-        typer.Option(metavar="I/N", help="Only share I of N of the cells, for one of N machines; then run without."),
+        Option(metavar="I/N", help="Only share I of N of the cells, for one of N machines; then run without."),
     ] = None,
-    embed_only: Annotated[bool, typer.Option("--embed-only", help="Make the embeddings and stop.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be embedded and run, and its bytes; do nothing.")
-    ] = False,
+    embed_only: Annotated[bool, Option("--embed-only", help="Make the embeddings and stop.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would run, and its bytes; do nothing.")] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Everything, but tiny: few images, seeds and epochs; in OUTPUT/smoke.")
+        bool, Option("--smoke", help="All of it, tiny: few images, seeds, epochs; in OUTPUT/smoke.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Compare methods on data sets, over seeds, label budgets, pools, shifts and transfer: the studies of the paper.
 
@@ -93,13 +88,13 @@ def benchmark(  # noqa: PLR0913, PLR0917 - one parameter per flag
 def render(
     run: Annotated[Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")],
     document: Annotated[
-        Path | None, typer.Option(help="Also write all studies as one Markdown file, figures in a folder beside it.")
+        Path | None, Option(help="Also write all studies as one Markdown file, figures in a folder beside it.")
     ] = None,
-    title: Annotated[str, typer.Option(help="Of that file.")] = "Results",
-    intro: Annotated[str, typer.Option(help="First paragraph of that file.")] = "",
+    title: Annotated[str, Option(help="Of that file.")] = "Results",
+    intro: Annotated[str, Option(help="First paragraph of that file.")] = "",
     submitted: Annotated[Path | None, path_option("Cells that `vilu submit` wrote: checked, and shown beside.")] = None,
     overwrite: Overwrite = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Make the tables and figures of finished studies anew, from their cells alone."""
     from vilu.benchmark.study import render_studies
@@ -112,7 +107,7 @@ def render(
 def submit(
     run: Annotated[Path, path_argument("Output folder of `vilu benchmark`; its stores are not needed.")],
     method: Annotated[str, typer.Argument(help="Label of the method, as in [methods.LABEL].")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the files; others in it stay.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the files; others in it stay.")],
 ) -> None:
     """Write the finished cells of a method as files to hand in, one each. Prints their folder."""
     from vilu.benchmark.study import load_studies
@@ -137,10 +132,10 @@ def _print(studies: list[Rendered], *, as_json: bool) -> None:
 
 
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the table, the figures and the cache.")
-    ] = Path("demo-output"),
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
+    output: Annotated[Path, Option("--output", "-o", help="Folder for the table, the figures and the cache.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Real photos, end to end: embed 10 kinds of clothes with a small model, and see which answers to distrust.
@@ -163,16 +158,14 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     predictors: Annotated[
         list[str], typer.Argument(help="Folders that `vilu fit` wrote, or methods that need no fit (mcm, margin).")
     ],
-    sizes: Annotated[str, typer.Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
-    draws: Annotated[int, typer.Option(min=1, help="Drawings of the pools, which are averaged.")] = 1,
+    sizes: Annotated[str, Option(help="Pool sizes, joined by commas.")] = PUBLISHED,
+    draws: Annotated[int, Option(min=1, help="Drawings of the pools, which are averaged.")] = 1,
     *,
     reading: Reading,
     as_json: RowsJson = False,
     output: RowsFile = None,
     overwrite: Overwrite = False,
-    resamples: Annotated[
-        int, typer.Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples behind each interval.")
-    ] = 1000,
+    resamples: Annotated[int, Option(min=0, max=MOST_RESAMPLES, help="Bootstrap resamples of each interval.")] = 1000,
 ) -> None:
     """Failure prediction on image-caption pairs against the number of captions to choose from: AUROC / FPR95.
 

@@ -6,33 +6,34 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import Option
 
 from vilu.cli import console
-from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step
+from vilu.cli.console import MOST_SEED, MOST_WORKERS, Overwrite, next_step, path_argument, path_option
 from vilu.cli.images import Backbone, Models, Template
 from vilu.errors import UsageError
 
-Names = Annotated[Path, console.path_option("The class names, one a line.", metavar="FILE")]
+Names = Annotated[Path, path_option("The class names, one a line.", metavar="FILE")]
 Labels = Annotated[
     list[Path] | None,
-    console.path_option(
+    path_option(
         "CSV with the columns path and label, of photos that were picked at random; or next_labels.csv, filled in. May "
         "be repeated.",
         metavar="FILE",
     ),
 ]
 NotAClass = Annotated[
-    list[str] | None, typer.Option(metavar="NAME", help="A label that says: none of the classes. May be repeated.")
+    list[str] | None, Option(metavar="NAME", help="A label for none of the classes. May be repeated.")
 ]
-Risk = Annotated[float, typer.Option(min=0, max=1, help="Largest error rate among accepted answers.")]
-Confidence = Annotated[float, typer.Option(min=0, max=1, help="With which that is promised.")]
-HowMany = Annotated[int, typer.Option("-n", "--next", min=0, max=100_000, help="How many labels to ask for.")]
+Risk = Annotated[float, Option(min=0, max=1, help="Largest error rate among accepted answers.")]
+Confidence = Annotated[float, Option(min=0, max=1, help="With which that is promised.")]
+HowMany = Annotated[int, Option("-n", "--next", min=0, max=100_000, help="How many labels to ask for.")]
 
 
 def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    photos: Annotated[Path, console.path_argument("Folder of photos, in sub-folders of any kind.")],
+    photos: Annotated[Path, path_argument("Folder of photos, in sub-folders of any kind.")],
     classes: Names,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all that is made, kept for the next run.")],
+    output: Annotated[Path, Option("--output", "-o", help="Folder for all that is made, kept for the next run.")],
     labels: Labels = None,
     outside: NotAClass = None,
     max_risk: Risk = 0.05,
@@ -41,17 +42,13 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
     backbone: Backbone = "compact",
     models: Models = None,
     template: Template = None,
-    link: Annotated[
-        bool, typer.Option("--link", help="Sort links to the photos into accepted/CLASS, review and outside.")
-    ] = False,
-    move: Annotated[bool, typer.Option("--move", help="The same with the photos themselves.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per forward pass.")] = 32,
-    workers: Annotated[
-        int | None, typer.Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the image tower.")] = "fp32",
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
+    link: Annotated[bool, Option("--link", help="Sort links to photos into accepted/CLASS, review, outside.")] = False,
+    move: Annotated[bool, Option("--move", help="The same with the photos themselves.")] = False,
+    batch_size: Annotated[int, Option(min=1, help="Images per forward pass.")] = 32,
+    workers: Annotated[int | None, Option(min=1, max=MOST_WORKERS, help="Decoding threads. [one per core]")] = None,
+    device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    precision: Annotated[Literal["fp32", "bf16"], Option(help="Arithmetic of the image tower.")] = "fp32",
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """From a folder of photos to a decision about each: accept the model's answer, or have a person look.
@@ -89,17 +86,20 @@ def triage(  # noqa: PLR0913, PLR0917 - one parameter per flag
         )
 
 
-def next_(
-    store: Annotated[Path, console.path_argument("Store of the images to choose from; labels that it has are known.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File, .csv.")],
-    predictor: Annotated[Path, console.path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
+def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
+    store: Annotated[Path, path_argument("Store of the images to choose from; labels that it has are known.")],
+    output: Annotated[Path, Option("--output", "-o", help="File, .csv.")],
+    predictor: Annotated[Path, path_option("Folder of a fitted predictor.", metavar="PREDICTOR")],
     n_next: HowMany = 50,
     labels: Annotated[
         list[Path] | None,
-        console.path_option("What this command asked for before, filled in or not. May be repeated.", metavar="FILE"),
+        path_option("What this command asked for before, filled in or not. May be repeated.", metavar="FILE"),
     ] = None,
     max_risk: Risk = 0.05,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the sides and the order of the draw.")] = 0,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the sides and the order of the draw.")] = 0,
+    per_class: Annotated[
+        bool, Option("--per-class", help="For a promise about every class of answers: those that lack labels.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Which images to label next: half of them teach, half vouch for a promise. Prints the file.
@@ -113,37 +113,32 @@ def next_(
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.ask import next_of_store, write_next
 
-    inputs = inputs_of(store, predictor, *(labels or ()), n=n_next, max_risk=max_risk, seed=seed)
+    chosen = {"n": n_next, "max_risk": max_risk, "seed": seed, **({"per_class": True} if per_class else {})}
+    inputs = inputs_of(store, predictor, *(labels or ()), **chosen)
     claim_file(output, "labels", inputs, overwrite=overwrite)
-    asked, rows = next_of_store(EmbeddingStore(store), load(predictor), labels or (), n_next, max_risk, seed)
+    asked, rows = next_of_store(
+        EmbeddingStore(store), load(predictor), labels or (), n_next, max_risk, seed, per_class=per_class
+    )
     write_next(output, asked, rows)
     typer.echo(output)
     next_step(f"{len(asked):,} images are asked for; fill in the column label")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
-    source: Annotated[Path, console.path_argument("Folder of `vilu triage`, or scores that `vilu score` wrote.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="File of tasks; for fiftyone a folder; with --serve a CSV of labels.")
-    ],
-    to: Annotated[
-        Literal["label-studio", "fiftyone", "csv"], typer.Option(help="The tool that takes the tasks.")
-    ] = "csv",
+    source: Annotated[Path, path_argument("Folder of `vilu triage`, or scores that `vilu score` wrote.")],
+    output: Annotated[Path, Option("--output", "-o", help="File; fiftyone: a folder; with --serve: a CSV of labels.")],
+    to: Annotated[Literal["label-studio", "fiftyone", "csv"], Option(help="The tool that takes the tasks.")] = "csv",
     which: Annotated[
         Literal["asked", "review", "all"],
-        typer.Option(help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not accepted."),
+        Option(help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not accepted."),
     ] = "asked",
-    n_most: Annotated[int | None, typer.Option("-n", min=1, help="At most so many. [all]")] = None,
-    photos: Annotated[
-        Path | None, console.path_option("Folder that the paths are relative to. [a triage knows]", metavar="DIR")
-    ] = None,
-    prefix: Annotated[
-        str, typer.Option(help="Label Studio: before every path, e.g. /data/local-files/?d=photos/.")
-    ] = "",
+    n_most: Annotated[int | None, Option("-n", min=1, help="At most so many. [all]")] = None,
+    photos: Annotated[Path | None, path_option("Folder of the relative paths. [a triage knows]", metavar="DIR")] = None,
+    prefix: Annotated[str, Option(help="Label Studio: before every path, e.g. /data/local-files/?d=photos/.")] = "",
     serve: Annotated[
-        bool, typer.Option("--serve", help="Show the photos on a page on this machine, to be labelled by keyboard.")
+        bool, Option("--serve", help="Show the photos on a page on this machine, to be labelled by keyboard.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page. [a free one]")] = 0,
+    port: Annotated[int, Option(min=0, max=65535, help="Of the page. [a free one]")] = 0,
 ) -> None:
     """Hand photos to people: as tasks for a tool, or on a page of our own. Prints what was written, or the address.
 
@@ -177,15 +172,11 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def labels(
-    done: Annotated[
-        Path, console.path_argument("Label Studio's export (JSON), a FiftyOne data set on disk, or a CSV.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File, .csv; with --scores .parquet or .csv.")],
+    done: Annotated[Path, path_argument("Label Studio's export (JSON), a FiftyOne data set on disk, or a CSV.")],
+    output: Annotated[Path, Option("--output", "-o", help="File, .csv; with --scores .parquet or .csv.")],
     scores: Annotated[
         Path | None,
-        console.path_option(
-            "Write these scores with their failures, for `vilu monitor --late-labels`.", metavar="FILE"
-        ),
+        path_option("Write these scores with their failures, for `vilu monitor --late-labels`.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file."""
@@ -198,18 +189,16 @@ def labels(
 
 
 def audit_labels(
-    store: Annotated[Path, console.path_argument("Store with labels.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Table, .csv or .parquet.")],
+    store: Annotated[Path, path_argument("Store with labels.")],
+    output: Annotated[Path, Option("--output", "-o", help="Table, .csv or .parquet.")],
     predictor: Annotated[
-        Path | None, console.path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]")
+        Path | None, path_option("Whose posterior judges; not fitted on these rows. [vilu_plus, in five folds]")
     ] = None,
-    images: Annotated[
-        Path | None, console.path_option("The images, as given to `vilu embed`, for --sheet.", metavar="PATH")
-    ] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Also a contact sheet of the worst and the best, .png.")] = None,
-    split: Annotated[str | None, typer.Option(help="Of --images.")] = None,
-    root: Annotated[Path | None, typer.Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of the folds.")] = 0,
+    images: Annotated[Path | None, path_option("Images as given to `vilu embed`, for --sheet.", metavar="PATH")] = None,
+    sheet: Annotated[Path | None, Option(help="Also a contact sheet of the worst and the best, .png.")] = None,
+    split: Annotated[str | None, Option(help="Of --images.")] = None,
+    root: Annotated[Path | None, Option(metavar="DIR", help="Of --images, as `vilu embed` takes it.")] = None,
+    seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the folds.")] = 0,
 ) -> None:
     """Which labels are probably wrong, the worst first (cleanlab's confident learning). Prints the table's file."""
     if (sheet is None) != (images is None):

@@ -13,6 +13,7 @@ look. An exact binomial test repeated at every look is not.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,6 +49,11 @@ def log_evidence(wrong: ArrayLike, accepted: ArrayLike, max_risk: float) -> Floa
     wealth = np.log(share) + k * np.log1p(-bet) + (m - k) * np.log1p(bet * max_risk / (1 - max_risk))
     found: Floats = np.logaddexp.reduce(wealth, axis=-1)
     return found
+
+
+def flawless_labels(max_risk: float, delta: float) -> int:
+    """Fewest labels, none of them wrong, that show the risk at one threshold with the level ``delta``."""
+    return bisect_left(range(2**40), -math.log(delta), key=lambda n: float(log_evidence(0, n, max_risk)))
 
 
 def level_of(attempt: int, delta: float) -> float:

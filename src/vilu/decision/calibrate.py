@@ -243,7 +243,7 @@ class Selector(Model):
         floors = any(one.floor is not None for one in self.certificates.values())
         but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
         shares = f" {in_words(self.outside_share, self.class_shares)}" if self.reweighted else ""
-        of = " of the calibration rows" if self.reweighted else ""
+        of = " of the calibration rows" if self.reweighted or self.method == "anytime" else ""
         return f"accepts {self.coverage:.1%}{of}{but}; {sure} at most {bound:.2%} {what}{shares} ({found})"
 
 
@@ -321,7 +321,7 @@ def calibrate(
         return _reweighted(outcomes.take(keep), max_risk, min_coverage, confidence, shares)
     uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
     goal = _Goal(max_risk, min_coverage, method)
-    members = _members(_names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest)
+    members = members_of(_names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest)
     delta = (1 - confidence) / len(members)
     certificates = {
         name: goal.certify(tie_counts(uncertainty[rows], failure[rows]), delta) for name, rows in members.items()
@@ -432,7 +432,7 @@ def check_target(max_risk: float | None, min_coverage: float | None, confidence:
     require_one_of("method", method, METHODS)
 
 
-def _members(names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]) -> dict[str, Ints]:
+def members_of(names: list[str] | None, n: int, delta: float, fewest: Callable[[float], int]) -> dict[str, Ints]:
     """Rows of each group: as many groups of their own as have enough rows for their share of delta, the largest first.
 
     The others are one group together. Only the sizes of the groups decide.

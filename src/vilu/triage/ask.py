@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from vilu.decision import record
-from vilu.decision.calibrate import ALL, Selector
+from vilu.decision.anytime import flawless_labels
+from vilu.decision.calibrate import ALL, Selector, group_names, members_of
 from vilu.decision.record import Record
 from vilu.decision.score import ABSTAIN, ACCEPT, Decider, score_rows
 from vilu.decision.shares import OUTSIDE_NAME
@@ -22,7 +24,7 @@ from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError, checked
 from vilu.files.disk import locked
 from vilu.files.documents import digest
 from vilu.files.tables import csv_rows, write_table
-from vilu.metrics.counts import Floats
+from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.storage import load
@@ -32,7 +34,7 @@ from vilu.triage.choose import to_teach
 from vilu.triage.guard import RunnersUp
 from vilu.triage.labels import COLUMNS, SKIPPED, Entry, LabelBook, Stream, check_names, match_photos, read_labels
 from vilu.triage.photos import Photos
-from vilu.triage.promise import ORDER, PLANNED, Sides, Trial, keep_promise, stand
+from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, keep_promise, stand
 
 LABELLED, REVIEW = "labelled", "review"
 """Decisions beside "accept": the label is known; a person has to look."""
@@ -93,13 +95,12 @@ def asked_before(path: Path, keys: Sequence[str]) -> dict[str, Entry]:
     columns, rows = csv_rows(path)
     if not {"path", "label", "stream", "predictor"} <= set(columns):
         return {}
-    known = set(keys)
-    return {row["path"]: _entry(row) for row in rows if row["path"] in known}
-
-
-def _entry(row: Mapping[str, str]) -> Entry:
-    stream: Stream = "promise" if row["stream"] == "promise" else "fit"
-    return Entry(row["path"], row["label"] or None, stream, predictor=row["predictor"])
+    known, asked = set(keys), dict[str, Entry]()
+    for row in rows:
+        stream: Stream = "promise" if row["stream"] == "promise" else "fit"
+        if row["path"] in known:
+            asked[row["path"]] = Entry(row["path"], row["label"] or None, stream, predictor=row["predictor"])
+    return asked
 
 
 def labelled(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, LabelBook]:
@@ -152,39 +153,115 @@ def name_of(predictor: FailurePredictor) -> str:
     return digest({key: str(values.sum().item()) for key, values in predictor.state().items()})[:16]
 
 
+@dataclass(frozen=True)
+class Standpoint:
+    """What is known of a store's rows where a predictor of failure is to be promised something of.
+
+    ``draws`` are rows that vouch and what is tried of them: of all, or of each class of answers that has enough (the
+    others together), from scores alone, so that they are the same whenever they are made.
+    """
+
+    name: str  # of the predictor
+    photos: Photos
+    book: LabelBook
+    outcomes: Outcomes
+    sides: Sides
+    draws: dict[str, tuple[Sides, Trial]]
+
+    @classmethod
+    def of(
+        cls,
+        store: EmbeddingStore,
+        predictor: FailurePredictor,
+        files: Sequence[Path],
+        seed: int,
+        max_risk: float,
+        *,
+        per_class: bool,
+    ) -> Standpoint:
+        """Of a store and the tables that were asked for; what the predictor was fitted on vouches for nothing."""
+        photos, book = labelled(store, files)
+        outcomes = score_rows(Decider(predictor), photos, {"is_probability": predictor.is_probability})
+        sides = Sides.of(photos, book, seed)
+        sides = dataclasses.replace(sides, vouches=sides.vouches & ~predictor.seen(photos).shared)
+        rows, delta = np.flatnonzero(sides.voucher if predictor.is_probability else []), 1 - CONFIDENCE
+        names = np.array(group_names(outcomes), dtype=object)[rows].tolist() if per_class else None
+        groups, draws = members_of(names, len(rows), delta, partial(flawless_labels, max_risk)), {}
+        for group, places in groups.items() if len(rows) else ():
+            mine = np.isin(np.arange(len(photos)), rows[places])
+            trial = Trial.plan(0, outcomes.uncertainty[mine], PLANNED, (max_risk, delta / len(groups)))
+            draws[group] = dataclasses.replace(sides, usable=mine), trial
+        return cls(name_of(predictor), photos, book, outcomes, sides, draws)
+
+    def lacking_first(self, n: int, max_risk: float) -> list[Ints]:
+        """Of each draw the next rows in its order, ``n`` in all: where fewest were asked for, there the next one is.
+
+        Those come later of which the predictor's own probabilities let nobody hope for a promise, and last those that
+        have one.
+        """
+        queue, asked, found = [], self.asked, self.standings(max_risk, 1 - CONFIDENCE)
+        for group, (sides, trial) in self.draws.items():
+            region = np.flatnonzero(sides.voucher & (self.outcomes.uncertainty <= trial.limit))
+            waiting = region[~asked[region]]
+            ordered = waiting[np.argsort(sides.place[waiting])][:n].tolist()
+            later, before = (found[group].certified is not None, not trial.likely), len(region) - len(waiting)
+            queue += [(*later, before + more, group, row) for more, row in enumerate(ordered)]
+        chosen = sorted(queue)[:n]
+        return [np.array([row for *_, of, row in chosen if of == group], np.int64) for group in self.draws]
+
+    @property
+    def asked(self) -> Mask:
+        """(N,) rows that have a label or were asked for one."""
+        return np.array([path in self.book.entries for path in self.photos.ids], dtype=np.bool_)
+
+    def standings(self, max_risk: float, delta: float) -> dict[str, PromiseProgress]:
+        """How far the promise of each draw is; they share the level."""
+        drawn = {one.path: one.predictor for one in self.book if one.stream == "promise"}
+        mine, found = np.array([drawn.get(path) == self.name for path in self.photos.ids], np.bool_), {}
+        for group, (sides, trial) in self.draws.items():
+            up_to = int(sides.place[mine & sides.voucher].max(initial=-1)) + 1
+            risk, others = (max_risk, delta / len(self.draws)), {*drawn.values()} - {self.name}
+            found[group] = stand(trial, self.outcomes, sides, risk, up_to, len(others))
+        return found
+
+    def rule(self, found: Mapping[str, PromiseProgress], max_risk: float, confidence: float) -> Selector:
+        """The promise of all draws."""
+        rules = {group: one.rule(max_risk, confidence) for group, one in found.items()}
+        grouped = None if ALL in rules else "prediction"
+        certificates = {group: one.certificates[ALL] for group, one in rules.items()}
+        return rules[next(iter(rules))].model_copy(update={"grouped_by": grouped, "certificates": certificates})
+
+
+def _goal_of(rule: Selector) -> tuple[str, float | None, float, set[str]]:
+    return rule.method, rule.max_risk, rule.confidence, set(rule.certificates)
+
+
 def next_of_store(
-    store: EmbeddingStore, predictor: FailurePredictor, files: Sequence[Path], n: int, max_risk: float, seed: int
+    store: EmbeddingStore,
+    predictor: FailurePredictor,
+    files: Sequence[Path],
+    n: int,
+    max_risk: float,
+    seed: int,
+    *,
+    per_class: bool = False,
 ) -> tuple[list[Entry], list[Decision]]:
     """What to label next of a store: photos that teach, then as many that vouch; and what is said of each.
 
-    ``files`` are what was asked for before. Rows that the predictor was fitted on vouch for nothing.
+    ``files`` are what was asked for before. Rows that the predictor was fitted on vouch for nothing. ``per_class``: for
+    a promise about every class of answers, first of those that lack labels.
     """
-    photos, book = labelled(store, files)
-    name, sides, u = name_of(predictor), _sides(photos, book, predictor, seed), predictor.predict_uncertainty(photos)
-    asked = np.array([path in book.entries for path in photos.ids], dtype=np.bool_)
-    outcomes = score_rows(Decider(predictor), photos, {"is_probability": predictor.is_probability})
-    vouchers: list[int] = []
-    if sides.voucher.any() and predictor.is_probability:
-        region = np.flatnonzero(sides.voucher & (u <= _trial(u, sides, max_risk).limit) & ~asked)
-        vouchers = region[np.argsort(sides.place[region])][: n // 2].tolist()
-        drawn = float((sides.place[vouchers].max() + 1) / ORDER) if vouchers else 0.0
-        book.ask([photos.ids[row] for row in vouchers], "promise", predictor=name, probability=drawn)
-    free = np.flatnonzero(sides.teacher & ~asked)
-    teachers = to_teach(photos, free, u, n - len(vouchers), seed)
-    book.ask([photos.ids[row] for row in teachers], "fit", predictor=name)
-    rows = [decision_of(outcomes, row, None, ()) for row in (*teachers.tolist(), *vouchers)]
-    return [book.entries[one.path] for one in rows], rows
-
-
-def _sides(photos: Photos, book: LabelBook, predictor: FailurePredictor, seed: int) -> Sides:
-    """Those of a store's rows; what the predictor was fitted on vouches for nothing."""
-    sides = Sides.of(photos, book, seed)
-    return dataclasses.replace(sides, vouches=sides.vouches & ~predictor.seen(photos).shared)
-
-
-def _trial(u: Floats, sides: Sides, max_risk: float) -> Trial:
-    """From scores alone, so that it is the same whenever it is made."""
-    return Trial.plan(0, u[sides.voucher], PLANNED, (max_risk, 1 - CONFIDENCE))
+    at = Standpoint.of(store, predictor, files, seed, max_risk, per_class=per_class)
+    keys, vouchers = at.photos.ids, list[int]()
+    free = np.flatnonzero(at.sides.teacher & ~at.asked)
+    for drawn in at.lacking_first(n // 2, max_risk):
+        share = (at.sides.place[drawn].max(initial=-1) + 1) / ORDER
+        at.book.ask([keys[row] for row in drawn], "promise", predictor=at.name, probability=float(share))
+        vouchers += drawn.tolist()
+    teachers = to_teach(at.photos, free, at.outcomes.uncertainty, n - len(vouchers), seed)
+    at.book.ask([keys[row] for row in teachers], "fit", predictor=at.name)
+    rows = [decision_of(at.outcomes, row, None, ()) for row in (*teachers.tolist(), *vouchers)]
+    return [at.book.entries[one.path] for one in rows], rows
 
 
 @checked
@@ -197,6 +274,7 @@ def calibrate_by_labels(
     max_risk: float,
     confidence: float = CONFIDENCE,
     seed: int = 0,
+    per_class: bool = False,
     overwrite: bool = False,
 ) -> Record:
     """A promise from the labels that `vilu next` asked for, which may be looked at as often as one likes.
@@ -211,45 +289,35 @@ def calibrate_by_labels(
         InfeasibleError: If nothing is certified yet; nothing is written then.
     """
     with locked(folder, "calibrating", who="calibration"):  # what is there is looked at by one at a time
-        return _calibrate_by_labels(folder, store, files, (max_risk, confidence), seed, overwrite=overwrite)
-
-
-def _calibrate_by_labels(
-    folder: Path, store: EmbeddingStore, files: Sequence[Path], goal: tuple[float, float], seed: int, *, overwrite: bool
-) -> Record:
-    max_risk, confidence = goal
-    predictor = load(folder)
-    predictor.calibrator_ = None
-    if not predictor.is_probability:
-        raise UsageError(f"labels that vouch are asked for by a probability of failure, and {predictor.name} has none.")
-    before = record.load(folder).rule if record.has_record(folder) and not overwrite else None
-    asked = "anytime", max_risk, confidence
-    if before is not None and (
-        not isinstance(before, Selector) or (before.method, before.max_risk, before.confidence) != asked
-    ):
-        raise UsageError(f"{folder} is calibrated already ({before}). --overwrite replaces that calibration.")
-    photos, book = labelled(store, files)
-    sides = _sides(photos, book, predictor, seed)
-    if not sides.voucher.any():
-        raise DataError(f"the predictor in {folder} has seen all rows of {store.path} that could vouch for it.")
-    outcomes = score_rows(Decider(predictor), photos, {"is_probability": True})
-    place = dict(zip(photos.ids, sides.place.tolist(), strict=True))
-    drawn = [one for one in book if one.stream == "promise"]
-    up_to = max((place[one.path] + 1 for one in drawn if one.predictor == name_of(predictor)), default=0)
-    others = {one.predictor for one in drawn} - {name_of(predictor)}
-    risk = max_risk, 1 - confidence
-    found = stand(_trial(outcomes.uncertainty, sides, max_risk), outcomes, sides, risk, up_to, len(others))
-    if len(found.missing):
-        raise DataError(
-            f"{len(found.missing)} of the labels that were asked for are missing, the first that of "
-            f"{photos.ids[found.missing[0]]}. The promise rests on all of them: fill them in, or write {SKIPPED} where "
-            "nobody can say."
-        )
-    rule = found.rule(max_risk, confidence)
-    if not rule.feasible:
-        raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {rule.certificates[ALL].why}.")
-    if before is not None and (before.threshold or 0.0) >= (rule.threshold or 0.0):
-        return record.load(folder)  # certified once is certified for ever
-    made = keep_promise(folder, predictor, photos, found, rule, store.path.name)
-    Vocabulary.of(photos, store.manifest.dtype).save(folder)
-    return made
+        predictor = load(folder)
+        predictor.calibrator_ = None
+        if not predictor.is_probability:
+            raise UsageError(
+                f"labels that vouch are asked for by a probability of failure, and {predictor.name} has none."
+            )
+        at = Standpoint.of(store, predictor, files, seed, max_risk, per_class=per_class)
+        if not at.draws:
+            raise DataError(f"the predictor in {folder} has seen all rows of {store.path} that could vouch for it.")
+        before = record.load(folder).rule if record.has_record(folder) and not overwrite else None
+        goal = "anytime", max_risk, confidence, set(at.draws)
+        if before is not None and (not isinstance(before, Selector) or _goal_of(before) != goal):
+            raise UsageError(f"{folder} is calibrated already ({before}). --overwrite replaces that calibration.")
+        found = at.standings(max_risk, 1 - confidence)
+        if missing := [at.photos.ids[row] for one in found.values() for row in one.missing.tolist()]:
+            raise DataError(
+                f"{len(missing)} of the labels that were asked for are missing, the first that of {missing[0]}. The "
+                f"promise rests on all of them: fill them in, or write {SKIPPED} where nobody can say."
+            )
+        rule, u, names = at.rule(found, max_risk, confidence), at.outcomes.uncertainty, group_names(at.outcomes)
+        if before is not None and before.accept(u, names).sum() >= rule.accept(u, names).sum():
+            return record.load(folder)  # certified once is certified for ever
+        if not rule.feasible:
+            said = rule.certificates.items()
+            why = "; ".join(f"{group}: {one.why}" if per_class else f"{one.why}" for group, one in said)
+            raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {why}.")
+        for one in found.values():
+            at.outcomes.failure[one.rows] = one.outcomes.failure  # of one that nobody could name, too
+        rows = at.outcomes.take(np.sort(np.concatenate([one.rows for one in found.values()])))
+        made = keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)
+        Vocabulary.of(at.photos, store.manifest.dtype).save(folder)
+        return made

@@ -409,7 +409,7 @@ class Workshop:
         if not len(standing.rows) or (before is not None and standing.threshold <= (before.threshold or 0.0)):
             return
         rule = standing.rule(self.job.max_risk, self.job.confidence)
-        keep_promise(self.folder, predictor, photos, standing, rule, self.job.photos.name)
+        keep_promise(self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name)
 
     def _ask(self, photos: Photos, book: LabelBook, standing: PromiseProgress | None, u: Floats, sides: Sides) -> None:
         """Ask for what is missing; else for labels that vouch, that teach, or where a promise holds, for both."""
