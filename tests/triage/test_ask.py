@@ -1,0 +1,57 @@
+"""The promise of every class of answers, by simulation: asked for where labels lack, and looked at every time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from vilu.decision.calibrate import group_names, members_of
+from vilu.outcomes.outcomes import Outcomes
+from vilu.triage.ask import Standpoint
+from vilu.triage.labels import LabelBook
+from vilu.triage.promise import ORDER, Sides, Trial
+
+RISK, DELTA, ROWS, RATE = 0.1, 0.05, 900, {"kept": 0.02, "broken": 0.11}
+
+
+def standpoint(rng: np.random.Generator) -> Standpoint:
+    """Two classes of answers, one of which is wrong more often than promised, whatever the uncertainty."""
+    said = rng.integers(2, size=ROWS)
+    wrong = (rng.random(ROWS) < np.array([*RATE.values()])[said]).astype(np.int64)
+    outcomes = Outcomes(0.05 * rng.random(ROWS), wrong, prediction=said, class_names=tuple(RATE), is_probability=True)
+    none, every = np.zeros(ROWS, np.bool_), np.ones(ROWS, np.bool_)
+    place = rng.permutation(ROWS) * (ORDER // ROWS)
+    sides = Sides(every, every, place, none.copy(), none.copy(), none.copy(), none.copy())
+    groups = members_of(group_names(outcomes), ROWS, DELTA, lambda _: 1)
+    draws = {}
+    for name, rows in groups.items():
+        mine = np.isin(np.arange(ROWS), rows)
+        trial = Trial.plan(0, outcomes.uncertainty[mine], 200, (RISK, DELTA / len(groups)))
+        draws[name] = replace(sides, usable=mine), trial
+    photos = cast("Any", SimpleNamespace(ids=[str(row) for row in range(ROWS)]))
+    return Standpoint("p", photos, LabelBook(), outcomes, sides, draws)
+
+
+@pytest.mark.slow
+def test_no_class_gets_a_promise_that_it_does_not_keep() -> None:
+    rng, broken, kept, calibrations = np.random.default_rng(11), 0, 0, 2_000
+    for _ in range(calibrations):
+        at, found = standpoint(rng), set[str]()
+        for _ in range(6):
+            for rows in at.lacking_first(40, RISK):
+                keys = [str(row) for row in rows]
+                at.book.ask(keys, "promise", predictor="p")
+                at.book.answer(dict.fromkeys(keys, "any"))
+                at.sides.labelled[rows] = at.sides.answered[rows] = True  # the draws share these
+            standings = at.standings(RISK, DELTA)
+            assert not any(len(one.missing) for one in standings.values())
+            found |= {name for name, one in standings.items() if one.certified is not None}
+        broken, kept = broken + ("broken" in found), kept + ("kept" in found)
+    level = DELTA / 2
+    assert broken / calibrations <= level + 3 * math.sqrt(level * (1 - level) / calibrations)
+    assert kept > calibrations / 2
