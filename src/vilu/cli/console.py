@@ -370,8 +370,7 @@ class Reading:
     """How stores are read; every field is a flag of the commands that have ``@reads``."""
 
     pool_size: Annotated[
-        int | None,
-        Option("--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]"),
+        int | None, Option("--pool-size", min=2, help="Pairs: captions that each image has to choose from. [1024]")
     ] = None
     direction: Annotated[
         Literal["image_to_text", "text_to_image"], Option(help="Pairs: which side is asked for the other.")

@@ -70,8 +70,7 @@ Template = Annotated[
     Option(help="Prompt with {} for the name, or a named set (default, ensemble); several are averaged."),
 ]
 Prompts = Annotated[
-    list[str] | None,
-    Option(help="Also keep every class in these prompts: as --template; none of them is averaged."),
+    list[str] | None, Option(help="Also keep every class in these prompts: as --template; none of them is averaged.")
 ]
 Words = Annotated[
     Path | None,
@@ -82,8 +81,7 @@ Workers = Annotated[
     Option(min=1, max=MOST_WORKERS, help="Decoding threads of a process. [one per core, shared out among --processes]"),
 ]
 PartSize = Annotated[
-    int | None,
-    Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]"),
+    int | None, Option(min=1, help="Images (or tars) per part: the most that a kill can cost. [4096 images, 10 tars]")
 ]
 Who = Annotated[
     Literal["local", "ray", "spark", "rank"] | None,

@@ -56,8 +56,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     ] = None,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of everything random.")] = 0,
     settings: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable."),
+        list[str] | None, Option("--set", metavar="KEY=VALUE", help="A hyper-parameter, e.g. epochs=50; repeatable.")
     ] = None,
     device: Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     *,
@@ -267,8 +266,7 @@ def convert(
     output: Output,
     logit_scale: Annotated[float, Option(help="Of the VLM; the checkpoint does not hold it.")] = 100.0,
     embed_dim: Annotated[
-        int | None,
-        Option(min=1, help="Embedding width; only for a head without attention that sees the caption."),
+        int | None, Option(min=1, help="Embedding width; only for a head without attention that sees the caption.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -28,8 +28,7 @@ Keys = Annotated[
 ]
 Classes = Annotated[Path | None, path_option("Class names, one a line, in place of class_names.")]
 Dtype = Annotated[
-    Literal["float16", "float32"] | None,
-    Option(help="Numbers in the store. [float16 where image is, else float32]"),
+    Literal["float16", "float32"] | None, Option(help="Numbers in the store. [float16 where image is, else float32]")
 ]
 
 
@@ -90,8 +89,7 @@ def inspect(
     ],
     deep: Annotated[bool, Option("--deep", help="Read every byte of a store: hashes, norms, labels.")] = False,
     seal: Annotated[
-        bool,
-        Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without."),
+        bool, Option("--seal", help="If all is well, give a digest to every file that an earlier vilu wrote without.")
     ] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.predictors.outside import SeesOutside
 from vilu.predictors.record import describe, seen_tensors
 from vilu.predictors.rows import candidates_of, counted, same_candidates, scored_of
-from vilu.progress import track
+from vilu.progress import Task, track
 from vilu.store.reader import CaptionStore, EmbeddingStore
 
 ROWS_PER_PART = 2**17
@@ -164,11 +165,13 @@ def score_rows(
     facts: dict[str, Any],
     rows: Ints | None = None,
     scored: Tensor | None = None,
+    task: Task | None = None,
 ) -> Outcomes:
     """What is said of some rows, in one pass over those of them that can be scored.
 
     ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those that get a score, in
-    the order of scoring, by default all that are usable. ``facts`` is what the outcomes say of themselves.
+    the order of scoring, by default all that are usable. ``facts`` is what the outcomes say of themselves, ``task``
+    what goes on with every row.
     """
     places = np.arange(len(source)) if rows is None else rows
     order = np.argsort(places, kind="stable")
@@ -176,13 +179,17 @@ def score_rows(
     prediction, failure = (np.full(len(places), UNKNOWN) for _ in range(2))
     strangers, alone = np.zeros((2, len(places)), np.bool_)
     sets: list[str | None] = [None] * len(places)
-    for batch, scores in decider.predictor.scored(source, scored):
-        at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
-        uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
-        prediction[at], failure[at] = batch.prediction.numpy(force=True), batch.failure.numpy(force=True)
-        strangers[at], alone[at] = decider.strangers(batch, scores), batch.text.shape[-2] < 2
-        for row, found in zip(at.tolist(), decider.label_sets(batch, scores, source.class_names) or (), strict=False):
-            sets[row] = found
+    n = len(source.usable_rows if scored is None else scored)
+    with track("score", n, "rows") if task is None else nullcontext(task) as shown:
+        for batch, scores in decider.predictor.scored(source, scored):
+            at = order[np.searchsorted(places, batch.index.numpy(force=True), sorter=order)]
+            uncertainty[at], target[at] = scores, batch.target.numpy(force=True)
+            prediction[at], failure[at] = batch.prediction.numpy(force=True), batch.failure.numpy(force=True)
+            strangers[at], alone[at] = decider.strangers(batch, scores), batch.text.shape[-2] < 2
+            named = decider.label_sets(batch, scores, source.class_names) or ()
+            for row, found in zip(at.tolist(), named, strict=False):
+                sets[row] = found
+            shown.advance(len(at))
     reasons = _reasons(source, places, uncertainty, alone)
     outcomes = Outcomes(
         uncertainty=uncertainty,
@@ -349,12 +356,12 @@ def score_parts(
             seen = predictor.seen(source).shared
         else:
             logger.info("%s is complete: there is nothing to do", folder)
-        with track("scoring", sum(map(len, missing)), "row") as task:
+        with track("score", sum(map(len, missing)), "rows") as task:
             for part in missing:
                 rows, scored = order.rows(part)
-                outcomes = score_rows(decider, source, facts, rows, scored)
+                outcomes = score_rows(decider, source, facts, rows, scored, task)
                 ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
-                task.advance(len(part))
+                task.advance(len(part) - len(scored))
         ledger.seal(ScoreManifest.of(run, ledger.receipts()))
     done = ScoreFolder(ledger.root)
     whole = all(sketch.whole for sketch in predictor.seen_.values())

@@ -133,7 +133,7 @@ class Judge:
         """Answers about embeddings (B, D) with what else the predictor needs of an image, and the scores in columns."""
         self._source.take_in({name: arrays[name].float() for name in self.arrays}, keys)
         facts = {"is_probability": self.predictor.is_probability, "provenance": self.decider.provenance}
-        outcomes = score_rows(self.decider, self._source, facts)
+        outcomes = score_rows(self.decider, self._source, facts, task=Silence())
         names = self.vocabulary.names
         near = [row for batch in self._source.batches(len(keys)) for row in runners_up_of(batch, names)]
         return [self._answer(outcomes, row, near[row]) for row in range(len(keys))], outcomes
