@@ -38,6 +38,21 @@ def test_pages_of_a_large_block_are_made_once(given: dict[str, str]) -> None:
     assert made > 7 * pages if given else made < 2 * pages
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="torch computes with libgomp on Linux alone")
+@pytest.mark.parametrize(("given", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+def test_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None:
+    """What libgomp has read, as it says itself; whoever sets how threads wait is obeyed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    told = subprocess.run(
+        [sys.executable, "-c", "import vilu, torch"],
+        env=environment | given | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in told.stderr
+
+
 @pytest.mark.parametrize(
     "name",
     ["gpu", "cpu:", "cuda:x", "cuda:²", pytest.param("cuda:" + "9" * 5000, id="cuda:9..."), "cuda:99", "cpu:9999", ""],

@@ -6,7 +6,11 @@ Public names are imported on first use, so that ``import vilu`` loads neither to
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
+
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # read with torch, whose threads else spin for one that has to wait
 
 if TYPE_CHECKING:
     from vilu import metrics as metrics

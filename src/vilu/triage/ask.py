@@ -194,16 +194,13 @@ class Standpoint:
         return cls(name_of(predictor), photos, book, outcomes, sides, draws)
 
     def lacking_first(self, n: int, max_risk: float) -> list[Ints]:
-        """Of each draw the next rows in its order, ``n`` in all: where fewest were asked for, there the next one is.
-
-        Those come later of which the predictor's own probabilities let nobody hope for a promise, and last those that
-        have one.
-        """
+        """``n`` rows, of each draw in its order, from those with the fewest so far; last those that have a promise."""
         queue, asked, found = [], self.asked, self.standings(max_risk, 1 - CONFIDENCE)
         for group, (sides, trial) in self.draws.items():
             region = np.flatnonzero(sides.voucher & (self.outcomes.uncertainty <= trial.limit))
             waiting = region[~asked[region]]
             ordered = waiting[np.argsort(sides.place[waiting])][:n].tolist()
+            # and later those of which its own probabilities let nobody hope for one
             later, before = (found[group].certified is not None, not trial.likely), len(region) - len(waiting)
             queue += [(*later, before + more, group, row) for more, row in enumerate(ordered)]
         chosen = sorted(queue)[:n]
@@ -230,10 +227,6 @@ class Standpoint:
         grouped = None if ALL in rules else "prediction"
         certificates = {group: one.certificates[ALL] for group, one in rules.items()}
         return rules[next(iter(rules))].model_copy(update={"grouped_by": grouped, "certificates": certificates})
-
-
-def _goal_of(rule: Selector) -> tuple[str, float | None, float, set[str]]:
-    return rule.method, rule.max_risk, rule.confidence, set(rule.certificates)
 
 
 def next_of_store(
@@ -300,7 +293,10 @@ def calibrate_by_labels(
             raise DataError(f"the predictor in {folder} has seen all rows of {store.path} that could vouch for it.")
         before = record.load(folder).rule if record.has_record(folder) and not overwrite else None
         goal = "anytime", max_risk, confidence, set(at.draws)
-        if before is not None and (not isinstance(before, Selector) or _goal_of(before) != goal):
+        if before is not None and not (
+            isinstance(before, Selector)
+            and (before.method, before.max_risk, before.confidence, set(before.certificates)) == goal
+        ):
             raise UsageError(f"{folder} is calibrated already ({before}). --overwrite replaces that calibration.")
         found = at.standings(max_risk, 1 - confidence)
         if missing := [at.photos.ids[row] for one in found.values() for row in one.missing.tolist()]:
