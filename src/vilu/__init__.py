@@ -9,9 +9,6 @@ import importlib
 import os
 from typing import TYPE_CHECKING
 
-if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-    os.environ["GOMP_SPINCOUNT"] = "1000"  # read with torch, whose threads else spin for one that has to wait
-
 if TYPE_CHECKING:
     from vilu import metrics as metrics
     from vilu.backbones.catalog import load_backbone as load_backbone
@@ -60,6 +57,9 @@ if TYPE_CHECKING:
     from vilu.triage.guard import Guard as Guard
 
     __version__: str
+
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "1000"  # read with torch, whose threads else spin for one that has to wait
 
 _NAMES = {
     "vilu.backbones.catalog": "load_backbone",
