@@ -25,14 +25,19 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def fill_in(output: Path, truth: dict[str, str], to: Path) -> Path:
-    """What was asked for, with its labels."""
-    asked = rows(output / "next_labels.csv")
-    with to.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(asked[0]))
+def give_labels(file: Path, truth: dict[str, str], to: Path) -> Path:
+    """What was asked for in a file, with its labels."""
+    asked = rows(file)
+    with to.open("w", encoding="utf-8", newline="") as out:
+        writer = csv.DictWriter(out, list(asked[0]))
         writer.writeheader()
         writer.writerows({**row, "label": truth[row["path"]]} for row in asked)
     return to
+
+
+def fill_in(output: Path, truth: dict[str, str], to: Path) -> Path:
+    """What a triage asked for, with its labels."""
+    return give_labels(output / "next_labels.csv", truth, to)
 
 
 def job_on(photos: Path) -> Job:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from collections import Counter
@@ -14,7 +13,7 @@ import pytest
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone
 from tests.command import command_line, run
-from tests.triage.conftest import Folder, fill_in, rows
+from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.decision import record
 from vilu.decision.calibrate import Selector
@@ -103,10 +102,7 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
         assert f"{sum(row['stream'] == 'promise' for row in found)} of the labels that were asked for are missing" in (
             empty.stderr
         )
-        with file.open("w", encoding="utf-8", newline="") as out:
-            writer = csv.DictWriter(out, list(found[0]))
-            writer.writeheader()
-            writer.writerows({**row, "label": truth[row["path"]]} for row in found)
+        give_labels(file, truth, file)
         given += ["--labels", file]
         done = command_line(*calibrate, *given)
         if done.returncode == 0:
@@ -150,10 +146,7 @@ def test_a_promise_of_every_class_asks_first_where_labels_lack(
         found = rows(file)
         vouching.update(row["answer"] for row in found if row["stream"] == "promise")
         assert number or max(vouching.values()) - min(vouching[name] for name in NAMES) <= 1
-        with file.open("w", encoding="utf-8", newline="") as out:
-            writer = csv.DictWriter(out, list(found[0]))
-            writer.writeheader()
-            writer.writerows({**row, "label": truth[row["path"]]} for row in found)
+        give_labels(file, truth, file)
         given += ["--labels", file]
         done = command_line(*calibrate, "--per-class", *given)
         assert done.returncode in {0, 4}
