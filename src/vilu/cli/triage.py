@@ -133,7 +133,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
         Option(help="Of a triage: what it asks for, or what is to be reviewed. Of scores: all, or not accepted."),
     ] = "asked",
     n_most: Annotated[int | None, Option("-n", min=1, help="At most so many. [all]")] = None,
-    photos: Annotated[Path | None, path_option("Folder of the relative paths. [a triage knows]", metavar="DIR")] = None,
+    photos: Annotated[Path | None, path_option("Folder that paths start from. [a triage knows]", metavar="DIR")] = None,
     prefix: Annotated[str, Option(help="Label Studio: before every path, e.g. /data/local-files/?d=photos/.")] = "",
     serve: Annotated[
         bool, Option("--serve", help="Show the photos on a page on this machine, to be labelled by keyboard.")
