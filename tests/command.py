@@ -33,6 +33,7 @@ def command_line(*args: object, cwd: Path | None = None) -> CompletedProcess[str
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.getsignal(number))
+        stack.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
         logger = logging.getLogger("vilu")
         stack.callback(logger.setLevel, logger.level)
         stack.callback(logger.handlers.__setitem__, slice(None), logger.handlers[:])

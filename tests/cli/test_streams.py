@@ -79,3 +79,26 @@ def test_help_loads_nothing_slow() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     assert "--install-completion" in done.stdout
     assert not {"torch", "numpy", "pydantic", "pyarrow", "rich.progress"} & set(done.stderr.split())
+
+
+SWALLOWED = """
+import time
+import vilu.cli
+
+class Library:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+def work(standalone_mode):
+    Library()
+    time.sleep(60)
+
+vilu.cli.app = work
+vilu.cli.main()
+"""
+
+
+def test_ctrl_c_that_a_library_could_not_pass_on_comes_again() -> None:
+    """A callback of pydantic, for one: Python would tell of it and go on, and the command with it."""
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -43,7 +43,7 @@ def test_no_class_gets_a_promise_that_it_does_not_keep() -> None:
     for _ in range(calibrations):
         at, found = standpoint(rng), set[str]()
         for _ in range(6):
-            for rows in at.lacking_first(40, RISK):
+            for rows in at.lacking_first(40, at.sides.answered, RISK):
                 keys = [str(row) for row in rows]
                 at.book.ask(keys, "promise", predictor="p")
                 at.book.answer(dict.fromkeys(keys, "any"))

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -50,6 +51,7 @@ def entry() -> None:
 def main() -> None:
     """The command line of this process; raises SystemExit with the exit code."""
     signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _again
     with careful_output():
         code = _run()
         for number in (signal.SIGINT, signal.SIGTERM):  # the work is over: what comes now ends the process, silently
@@ -77,6 +79,14 @@ def _run() -> int:
             raise
         complain("error", f"the file system refused {error.filename}: {error.strerror}.")
         return StorageError.exit_code
+
+
+def _again(lost: Any) -> None:  # noqa: ANN401 - its type has no name
+    """A Ctrl-C that came while a library could not pass it on comes again; all else is told as ever."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

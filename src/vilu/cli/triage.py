@@ -97,9 +97,7 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     ] = None,
     max_risk: Risk = 0.05,
     seed: Annotated[int, Option(min=0, max=MOST_SEED, help="Of the sides and the order of the draw.")] = 0,
-    per_class: Annotated[
-        bool, Option("--per-class", help="For a promise about every class of answers: those that lack labels.")
-    ] = False,
+    per_class: Annotated[bool, Option("--per-class", help="For a promise of each class, where labels lack.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Which images to label next: half of them teach, half vouch for a promise. Prints the file.

@@ -170,8 +170,7 @@ def score_rows(
     """What is said of some rows, in one pass over those of them that can be scored.
 
     ``rows`` (M,) are their places, each once, by default all of the source; ``scored`` (S,) those that get a score, in
-    the order of scoring, by default all that are usable. ``facts`` is what the outcomes say of themselves, ``task``
-    what goes on with every row.
+    their order, by default all usable ones. ``facts`` is what the outcomes say of themselves, ``task`` the bar.
     """
     places = np.arange(len(source)) if rows is None else rows
     order = np.argsort(places, kind="stable")

@@ -157,8 +157,7 @@ def name_of(predictor: FailurePredictor) -> str:
 class Standpoint:
     """What is known of a store's rows where a predictor of failure is to be promised something of.
 
-    ``draws`` are rows that vouch and what is tried of them: of all, or of each class of answers that has enough (the
-    others together), from scores alone, so that they are the same whenever they are made.
+    ``draws`` are rows that vouch, of all or by class of the answer (small ones together), from scores alone.
     """
 
     name: str  # of the predictor
@@ -193,23 +192,17 @@ class Standpoint:
             draws[group] = dataclasses.replace(sides, usable=mine), trial
         return cls(name_of(predictor), photos, book, outcomes, sides, draws)
 
-    def lacking_first(self, n: int, max_risk: float) -> list[Ints]:
-        """``n`` rows, of each draw in its order, from those with the fewest so far; last those that have a promise."""
-        queue, asked, found = [], self.asked, self.standings(max_risk, 1 - CONFIDENCE)
+    def lacking_first(self, n: int, asked: Mask, max_risk: float) -> list[Ints]:
+        """``n`` rows, of each draw in its order: of those with the fewest first, the hopeless and the promised last."""
+        queue, found = [], self.standings(max_risk, 1 - CONFIDENCE)
         for group, (sides, trial) in self.draws.items():
             region = np.flatnonzero(sides.voucher & (self.outcomes.uncertainty <= trial.limit))
             waiting = region[~asked[region]]
             ordered = waiting[np.argsort(sides.place[waiting])][:n].tolist()
-            # and later those of which its own probabilities let nobody hope for one
             later, before = (found[group].certified is not None, not trial.likely), len(region) - len(waiting)
             queue += [(*later, before + more, group, row) for more, row in enumerate(ordered)]
         chosen = sorted(queue)[:n]
         return [np.array([row for *_, of, row in chosen if of == group], np.int64) for group in self.draws]
-
-    @property
-    def asked(self) -> Mask:
-        """(N,) rows that have a label or were asked for one."""
-        return np.array([path in self.book.entries for path in self.photos.ids], dtype=np.bool_)
 
     def standings(self, max_risk: float, delta: float) -> dict[str, PromiseProgress]:
         """How far the promise of each draw is; they share the level."""
@@ -246,8 +239,9 @@ def next_of_store(
     """
     at = Standpoint.of(store, predictor, files, seed, max_risk, per_class=per_class)
     keys, vouchers = at.photos.ids, list[int]()
-    free = np.flatnonzero(at.sides.teacher & ~at.asked)
-    for drawn in at.lacking_first(n // 2, max_risk):
+    asked = np.array([path in at.book.entries for path in keys], dtype=np.bool_)
+    free = np.flatnonzero(at.sides.teacher & ~asked)
+    for drawn in at.lacking_first(n // 2, asked, max_risk):
         share = (at.sides.place[drawn].max(initial=-1) + 1) / ORDER
         at.book.ask([keys[row] for row in drawn], "promise", predictor=at.name, probability=float(share))
         vouchers += drawn.tolist()
@@ -285,9 +279,7 @@ def calibrate_by_labels(
         predictor = load(folder)
         predictor.calibrator_ = None
         if not predictor.is_probability:
-            raise UsageError(
-                f"labels that vouch are asked for by a probability of failure, and {predictor.name} has none."
-            )
+            raise UsageError(f"labels that vouch are asked for by a probability of failure; {predictor.name} has none.")
         at = Standpoint.of(store, predictor, files, seed, max_risk, per_class=per_class)
         if not at.draws:
             raise DataError(f"the predictor in {folder} has seen all rows of {store.path} that could vouch for it.")
@@ -308,8 +300,9 @@ def calibrate_by_labels(
         if before is not None and before.accept(u, names).sum() >= rule.accept(u, names).sum():
             return record.load(folder)  # certified once is certified for ever
         if not rule.feasible:
-            said = rule.certificates.items()
-            why = "; ".join(f"{group}: {one.why}" if per_class else f"{one.why}" for group, one in said)
+            why = "; ".join(
+                f"{group}: {one.why}" if group else f"{one.why}" for group, one in rule.certificates.items()
+            )
             raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {why}.")
         for one in found.values():
             at.outcomes.failure[one.rows] = one.outcomes.failure  # of one that nobody could name, too
