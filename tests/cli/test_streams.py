@@ -82,8 +82,10 @@ def test_help_loads_nothing_slow() -> None:
 
 
 SWALLOWED = """
-import time
+import signal, time
 import vilu.cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is begun in the background may have it ignored
 
 class Library:
     def __del__(self):
