@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,14 +83,15 @@ def test_help_loads_nothing_slow() -> None:
 
 
 SWALLOWED = """
-import signal, time
+import os, signal, sys, time
 import vilu.cli
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what is begun in the background may have it ignored
 
 class Library:
     def __del__(self):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(1)
 
 def work(standalone_mode):
     Library()
@@ -100,7 +102,9 @@ vilu.cli.main()
 """
 
 
-def test_ctrl_c_that_a_library_could_not_pass_on_comes_again() -> None:
-    """A callback of pydantic, for one: Python would tell of it and go on, and the command with it."""
-    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, check=False, timeout=50)
-    assert (done.returncode, done.stderr) == (130, "")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_library_could_not_pass_on_comes_again(number: signal.Signals) -> None:
+    """In a callback of pydantic, for one: Python would tell of it and go on, and the command with it."""
+    words = [sys.executable, "-c", SWALLOWED, str(int(number))]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stderr) == (128 + number, "")

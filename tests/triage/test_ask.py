@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,9 +29,7 @@ def standpoint(rng: np.random.Generator) -> Standpoint:
     groups = members_of(group_names(outcomes), ROWS, DELTA, lambda _: 1)
     draws = {}
     for name, rows in groups.items():
-        mine = np.isin(np.arange(ROWS), rows)
-        trial = Trial.plan(0, outcomes.uncertainty[mine], 200, (RISK, DELTA / len(groups)))
-        draws[name] = replace(sides, usable=mine), trial
+        draws[name] = rows, Trial.plan(0, outcomes.uncertainty[rows], 200, (RISK, DELTA / len(groups)))
     photos = cast("Any", SimpleNamespace(ids=[str(row) for row in range(ROWS)]))
     return Standpoint("p", photos, LabelBook(), outcomes, sides, draws)
 

@@ -82,16 +82,23 @@ def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_mo
     assert [row["path"] for row in again] == [row["path"] for row in first]
 
 
-def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
-    begun: Folder, tmp_path: Path, fake_model: FakeBackbone
-) -> None:
-    """Asked, filled in, looked at again and again, until it is shown; what was chosen to teach never counts."""
-    (home, truth), predictor = begun, tmp_path / "predictor"
+@pytest.fixture
+def uncalibrated(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> Path:
+    """The predictor of a triage without its promise, and beside it the store of its photos."""
+    home, predictor = begun[0], tmp_path / "predictor"
     shutil.copytree(home / "out" / "predictor", predictor)
     for name in ("risk.json", "calibration.parquet"):
         (predictor / name).unlink()
     photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
     embed(photos, fake_model, tmp_path / "store", names=NAMES)
+    return predictor
+
+
+def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
+    begun: Folder, tmp_path: Path, uncalibrated: Path
+) -> None:
+    """Asked, filled in, looked at again and again, until it is shown; what was chosen to teach never counts."""
+    truth, predictor = begun[1], uncalibrated
     calibrate = ("calibrate", predictor, tmp_path / "store", "--method", "anytime", "--max-risk", 0.1)
     given, asked = list[object](), list[dict[str, str]]()
     for number in range(4):
@@ -130,14 +137,9 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
 
 
 def test_a_promise_of_every_class_asks_first_where_labels_lack(
-    begun: Folder, tmp_path: Path, fake_model: FakeBackbone
+    begun: Folder, tmp_path: Path, uncalibrated: Path
 ) -> None:
-    (home, truth), predictor, given = begun, tmp_path / "predictor", list[object]()
-    shutil.copytree(home / "out" / "predictor", predictor)
-    for name in ("risk.json", "calibration.parquet"):
-        (predictor / name).unlink()
-    photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
-    embed(photos, fake_model, tmp_path / "store", names=NAMES)
+    truth, predictor, given = begun[1], uncalibrated, list[object]()
     calibrate = ("calibrate", predictor, tmp_path / "store", "--method", "anytime", "--max-risk", 0.3)
     vouching = Counter[str]()
     for number in range(6):

@@ -82,11 +82,12 @@ def _run() -> int:
 
 
 def _again(lost: Any) -> None:  # noqa: ANN401 - its type has no name
-    """A Ctrl-C that came while a library could not pass it on comes again; all else is told as ever."""
-    if lost.exc_type is KeyboardInterrupt:
-        threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
-    else:
+    """A signal that came while a library could not pass on what it raises comes again; all else is told as ever."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+    if number is None:
         sys.__unraisablehook__(lost)
+    else:
+        threading.Timer(0.01, os.kill, [os.getpid(), number]).start()
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:

@@ -96,10 +96,9 @@ def asked_before(path: Path, keys: Sequence[str]) -> dict[str, Entry]:
     if not {"path", "label", "stream", "predictor"} <= set(columns):
         return {}
     known, asked = set(keys), dict[str, Entry]()
-    for row in rows:
+    for row in (row for row in rows if row["path"] in known):
         stream: Stream = "promise" if row["stream"] == "promise" else "fit"
-        if row["path"] in known:
-            asked[row["path"]] = Entry(row["path"], row["label"] or None, stream, predictor=row["predictor"])
+        asked[row["path"]] = Entry(row["path"], row["label"] or None, stream, predictor=row["predictor"])
     return asked
 
 
@@ -165,7 +164,7 @@ class Standpoint:
     book: LabelBook
     outcomes: Outcomes
     sides: Sides
-    draws: dict[str, tuple[Sides, Trial]]
+    draws: dict[str, tuple[Ints, Trial]]
 
     @classmethod
     def of(
@@ -187,18 +186,17 @@ class Standpoint:
         names = np.array(group_names(outcomes), dtype=object)[rows].tolist() if per_class else None
         groups, draws = members_of(names, len(rows), delta, partial(flawless_labels, max_risk)), {}
         for group, places in groups.items() if len(rows) else ():
-            mine = np.isin(np.arange(len(photos)), rows[places])
-            trial = Trial.plan(0, outcomes.uncertainty[mine], PLANNED, (max_risk, delta / len(groups)))
-            draws[group] = dataclasses.replace(sides, usable=mine), trial
+            mine, risk = rows[places], (max_risk, delta / len(groups))
+            draws[group] = mine, Trial.plan(0, outcomes.uncertainty[mine], PLANNED, risk)
         return cls(name_of(predictor), photos, book, outcomes, sides, draws)
 
     def lacking_first(self, n: int, asked: Mask, max_risk: float) -> list[Ints]:
         """``n`` rows, of each draw in its order: of those with the fewest first, the hopeless and the promised last."""
         queue, found = [], self.standings(max_risk, 1 - CONFIDENCE)
-        for group, (sides, trial) in self.draws.items():
-            region = np.flatnonzero(sides.voucher & (self.outcomes.uncertainty <= trial.limit))
+        for group, (rows, trial) in self.draws.items():
+            region = rows[self.outcomes.uncertainty[rows] <= trial.limit]
             waiting = region[~asked[region]]
-            ordered = waiting[np.argsort(sides.place[waiting])][:n].tolist()
+            ordered = waiting[np.argsort(self.sides.place[waiting])][:n].tolist()
             later, before = (found[group].certified is not None, not trial.likely), len(region) - len(waiting)
             queue += [(*later, before + more, group, row) for more, row in enumerate(ordered)]
         chosen = sorted(queue)[:n]
@@ -208,8 +206,9 @@ class Standpoint:
         """How far the promise of each draw is; they share the level."""
         drawn = {one.path: one.predictor for one in self.book if one.stream == "promise"}
         mine, found = np.array([drawn.get(path) == self.name for path in self.photos.ids], np.bool_), {}
-        for group, (sides, trial) in self.draws.items():
-            up_to = int(sides.place[mine & sides.voucher].max(initial=-1)) + 1
+        for group, (rows, trial) in self.draws.items():
+            sides = dataclasses.replace(self.sides, usable=np.bincount(rows, minlength=len(mine)) > 0)
+            up_to = int(sides.place[rows[mine[rows]]].max(initial=-1)) + 1
             risk, others = (max_risk, delta / len(self.draws)), {*drawn.values()} - {self.name}
             found[group] = stand(trial, self.outcomes, sides, risk, up_to, len(others))
         return found
