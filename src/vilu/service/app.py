@@ -211,10 +211,10 @@ class Service:
             replies = begin(name)
             try:
                 async with asyncio.timeout(self.limits.answer):
-                    found = [await asyncio.wrap_future(reply) for reply in replies]
-            except TimeoutError:
-                for reply in replies:
-                    reply.cancel()
+                    # a fault of one is told when all are done: what nobody hears of must not be recorded afterwards
+                    await asyncio.gather(*map(asyncio.wrap_future, replies), return_exceptions=True)
+                    found = [reply.result() for reply in replies]
+            except TimeoutError:  # which has cancelled the replies
                 told = f"there was no answer within {self.limits.answer:g} seconds. The same request may be repeated."
                 raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, told, **{"Retry-After": "1"}) from None
         request.scope["state"]["images"] = n
