@@ -1,7 +1,7 @@
 """A command with something beside it: ``python -m benchmarks.busy``, on two cores or more.
 
 A fit of ``vilu_plus`` (3,000 rows, 200 classes), alone and while a program of another session, one process per core but
-one, computes: as torch's OpenMP (libgomp) waits by itself, and as vilu has it wait (``GOMP_SPINCOUNT=1000``). By turns;
+one, computes: as torch's OpenMP (libgomp) waits by itself, and as vilu has it wait (``GOMP_SPINCOUNT=3000``). By turns;
 a fit that takes longer than ``MOST`` seconds is ended.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-WAITS = {"as torch waits": "300000", "as vilu waits": "1000"}  # the first is libgomp's own
+WAITS = {"as torch waits": "300000", "as vilu waits": "3000"}  # the first is libgomp's own
 ROWS, K, D, REPEATS, MOST = 3_000, 200, 256, 3, 60.0
 
 
@@ -46,7 +46,7 @@ def main() -> dict[str, float]:
         text, target = rng.normal(size=(K, D)), rng.integers(K, size=ROWS)
         image, names = text[target] + 2 * rng.normal(size=(ROWS, D)), [f"class {i}" for i in range(K)]
         np.savez(folder / "a.npz", image=image, text=text, target=target, class_names=names)
-        run(folder, "1000", "import", "a.npz", "-o", "store", "--logit-scale", "20", "--logit-bias", "0")
+        run(folder, "3000", "import", "a.npz", "-o", "store", "--logit-scale", "20", "--logit-bias", "0")
         for beside in (0, max((os.cpu_count() or 2) - 1, 1)):
             one = [sys.executable, "-c", "while True: pass"]
             others = [subprocess.Popen(one, start_new_session=True) for _ in range(beside)]

@@ -39,7 +39,7 @@ def test_pages_of_a_large_block_are_made_once(given: dict[str, str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch computes with libgomp on Linux alone")
-@pytest.mark.parametrize(("given", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
+@pytest.mark.parametrize(("given", "spins"), [({}, "3000"), ({"OMP_WAIT_POLICY": "passive"}, "0")])
 def test_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None:
     """What libgomp has read, as it says itself; whoever sets how threads wait is obeyed."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}

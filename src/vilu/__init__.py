@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     __version__: str
 
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
-    os.environ["GOMP_SPINCOUNT"] = "1000"  # read with torch, whose threads else spin for one that has to wait
+    os.environ["GOMP_SPINCOUNT"] = "3000"  # read with torch, whose threads else spin for one that has to wait
 
 _NAMES = {
     "vilu.backbones.catalog": "load_backbone",

@@ -138,8 +138,7 @@ class Encoder:
                     content.rows.append(row)
                 else:
                     told = "the model gave an embedding that has no direction"
-                    position, n_bytes = image.row.position, image.bytes
-                    bad.append(ErrorRow(image.row.key, position, "encode", STATUS[code], None, told, n_bytes))
+                    bad.append(ErrorRow(row.key, row.position, "encode", STATUS[code], None, told, image.bytes))
         if bad and self.strict:
             first = min(bad, key=lambda error: error.position)
             raise DataError(
@@ -193,9 +192,10 @@ class Encoder:
         return arrays
 
 
-def _stacked(images: Sequence[Tensor]) -> Tensor:
+def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """(B, 3, H, W) in the memory layout of the images (3, H, W): channels may come last, and need not be moved."""
-    return torch.cat([image.permute(1, 2, 0)[None].permute(0, 3, 1, 2) for image in images])
+    last = [image.permute(1, 2, 0) for image in images]
+    return torch.stack(last).permute(0, 3, 1, 2) if last[0].is_contiguous() else torch.stack(images)
 
 
 def _unit(rows: Tensor, kind: str) -> tuple[Tensor, NDArray[np.uint8]]:
