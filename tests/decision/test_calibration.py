@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vilu
+from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.record import load
@@ -18,6 +19,8 @@ from vilu.decision.score import Decider
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.predictors.outside import SeesOutside
+from vilu.predictors.record import RISK, VOCABULARY
+from vilu.predictors.vocabulary import Vocabulary
 
 
 @pytest.mark.parametrize(
@@ -37,6 +40,26 @@ def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path)
     with pytest.raises(UsageError, match=message):
         calibrate_predictor(tmp_path, toy_embeddings(n=5), target)  # far too few rows for anything else
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("at", ["Vocabulary.save", "record.save"])
+def test_a_calibration_that_was_cut_off_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, at: str) -> None:
+    """There is no record before all that belongs to it: else the next run would find nothing to do."""
+
+    def cut(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    store, folder = vilu.open_source(make_store(tmp_path / "store", 120, 0)), tmp_path / "predictor"
+    vilu.MCM().save(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"vilu.decision.calibration.{at}", cut)
+        with pytest.raises(KeyboardInterrupt):
+            calibrate_predictor(folder, store, Target(max_risk=0.9), overwrite=False)
+    assert not (folder / RISK).exists()
+    for _ in range(2):  # older code could leave a record without it
+        calibrate_predictor(folder, store, Target(max_risk=0.9), overwrite=False)
+        assert Vocabulary.load(folder).names == store.class_names
+        (folder / VOCABULARY).unlink()
 
 
 def test_captions(tmp_path: Path) -> None:

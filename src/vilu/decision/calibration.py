@@ -20,7 +20,7 @@ from vilu.files.disk import locked
 from vilu.files.documents import digest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.record import claim, fit_fingerprint
+from vilu.predictors.record import VOCABULARY, claim, fit_fingerprint
 from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import load, write_card
 from vilu.predictors.vocabulary import Vocabulary
@@ -129,24 +129,23 @@ def _calibrate(
     made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, target.facts()
     inputs = digest(made_from)
     found = None if overwrite else _calibrated(folder, inputs)
-    if found is not None:
-        write_card(folder)  # the last file of a calibration: a crash may have come before it
-        return found
-    fresh = predictor.unseen(data, "calibration")
-    rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
-    predictor.calibrate_scores(rows.uncertainty, rows.failure)
-    rule = target.rule(rows)
-    sets: LabelSets | None = None
-    if target.label_sets is not None:
-        sets = fit_label_sets(predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets)
-    made = keep_record(folder, predictor, rows, data, rule, names, label_sets=sets, inputs=inputs)
-    if isinstance(data, EmbeddingStore):  # what a new image needs beside the model (``vilu.Guard``)
-        Vocabulary.of(data, data.manifest.dtype).save(folder)
-    write_card(folder)
-    return made
+    dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
+    if found is None:
+        fresh = predictor.unseen(data, "calibration")
+        rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
+        predictor.calibrate_scores(rows.uncertainty, rows.failure)
+        rule = target.rule(rows)
+        sets: LabelSets | None = None
+        if target.label_sets is not None:
+            sets = fit_label_sets(predictor, data.without(~fresh), max_miss=target.max_miss, method=target.label_sets)
+        found = keep_record(folder, predictor, rows, data, rule, names, dtype=dtype, label_sets=sets, inputs=inputs)
+    elif dtype is not None and not (folder / VOCABULARY).exists():  # older code may have left it out
+        Vocabulary.of(data, dtype).save(folder)
+    write_card(folder)  # the last file of a calibration
+    return found
 
 
-def keep_record(
+def keep_record(  # noqa: PLR0913 - all that a record is made of
     folder: Path,
     predictor: FailurePredictor,
     rows: Outcomes,
@@ -154,12 +153,15 @@ def keep_record(
     rule: Rule | None,
     names: tuple[str | None, str | None],
     *,
+    dtype: str | None,
     label_sets: LabelSets | None = None,
     inputs: str | None = None,
 ) -> Record:
-    """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, and the result."""
+    """Write a calibrated predictor, the rows of ``data`` (a set and a split) it was calibrated on, last the result."""
     rows = dataclasses.replace(rows, failure_probability=predictor.failure_probability(rows.uncertainty))
     predictor.save(folder)
+    if dtype is not None:  # of a store, which keeps embeddings so: what a new image needs (``vilu.Guard``)
+        Vocabulary.of(data, dtype).save(folder)
     return record.save(
         folder,
         rows,

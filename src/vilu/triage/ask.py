@@ -28,7 +28,6 @@ from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.storage import load
-from vilu.predictors.vocabulary import Vocabulary
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import to_teach
 from vilu.triage.guard import RunnersUp
@@ -306,6 +305,4 @@ def calibrate_by_labels(
         for one in found.values():
             at.outcomes.failure[one.rows] = one.outcomes.failure  # of one that nobody could name, too
         rows = at.outcomes.take(np.sort(np.concatenate([one.rows for one in found.values()])))
-        made = keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)
-        Vocabulary.of(at.photos, store.manifest.dtype).save(folder)
-        return made
+        return keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)

@@ -180,12 +180,12 @@ def stand(
 
 
 def keep_promise(
-    folder: Path, predictor: FailurePredictor, photos: EmbeddingSource, rows: Outcomes, rule: Selector, dataset: str
+    folder: Path, predictor: FailurePredictor, photos: Photos, rows: Outcomes, rule: Selector, dataset: str
 ) -> Record:
     """Leave a rule, and the labelled ``rows`` that it rests on, beside the predictor, as ``vilu calibrate`` does."""
     wrong = int((rows.failure == 1).sum())
     # it is a probability as it is; labels below the limit alone would bend it
     predictor.calibrator_ = Logistic(form="temperature", weights=(1.0,), intercept=0.0, n=len(rows), n_failures=wrong)
-    made = keep_record(folder, predictor, rows, photos, rule, (dataset, None))
+    made = keep_record(folder, predictor, rows, photos, rule, (dataset, None), dtype=photos.first.manifest.dtype)
     write_card(folder)
     return made
