@@ -148,18 +148,12 @@ def _hints(function: Callable[..., object]) -> dict[str, Any]:
     return typing.get_type_hints(written, inspect.unwrap(function).__globals__, include_extras=True)
 
 
-def _check(name: str, value: object, hint: object, given: Mapping[str, object]) -> None:
+def _check(name: str, value: Any, hint: object, given: Mapping[str, object]) -> None:  # noqa: ANN401 - any argument
     if not _fits(value, hint):
         other = next((n for n, v in given.items() if n != name and hasattr(hint, "how") and _fits(v, hint)), None)
         swapped = f" {other} is one: are they swapped?" if other else ""
         raise UsageError(f"{name} must be {_expected(hint)}. Got {found(value)} instead.{swapped}")
-    if name == "seed" and value is not None:
-        require_seed(value)
-
-
-def require_seed(value: Any) -> None:  # noqa: ANN401 - a whole number, of Python or numpy
-    """Refuse what not every generator of random numbers takes."""
-    if not 0 <= value <= LARGEST_SEED:
+    if name == "seed" and value is not None and not 0 <= value <= LARGEST_SEED:  # what every generator takes
         raise UsageError(f"seed must be from 0 to 2^63 - 1. Got {value} instead.")
 
 

@@ -112,7 +112,8 @@ def _embedded(part: Part, entry: Data, manifest: Manifest) -> PartPlan:
 
 
 def _expected(part: Part, entry: Data, images: int | None, counted: str, state: str) -> PartPlan:
-    width, features = _widths(entry.backbone)
+    named, is_compact = NAMED.get(entry.backbone), entry.backbone.partition(":")[0] == "compact"
+    width, features = (named.embed_dim, named.feature_dim) if named else COMPACT_WIDTHS if is_compact else (0, 0)
     views = entry.views if part[1] == "test" and not entry.captions else 0
     numbers = width * (1 + views + entry.captions) + (features if entry.features else 0)
     n_bytes = None if images is None or not width else images * numbers * HALF
@@ -136,13 +137,6 @@ def _catalogued(entry: Data, role: Role) -> int | None:
     total = sum(known) if len(known) == len(names) else None
     limit = entry.limit_of(role)
     return total if total is None or limit is None else min(total, limit)
-
-
-def _widths(backbone: str) -> tuple[int, int]:
-    """Widths of embeddings and features; zeros where they are not known."""
-    if backbone in NAMED:
-        return NAMED[backbone].embed_dim, NAMED[backbone].feature_dim
-    return COMPACT_WIDTHS if backbone.partition(":")[0] == "compact" else (0, 0)
 
 
 def describe(plans: Sequence[StudyPlan]) -> str:

@@ -60,21 +60,17 @@ def _fit(bench: Workbench, cell: Cell, origin: Origin, start: Fitted | None) -> 
             train, validation = bench.train_set(origin, columns), bench.validation_set(origin)
             n_train, begun = len(train), time.perf_counter()
             if start is not None:
-                predictor = _going_on(start.predictor, train, across_preprocessing=origin.across_preprocessing)
+                fitted = start.predictor
+                if origin.across_preprocessing and differs_in_preprocessing(fitted.space_, train.space):
+                    fitted = copy.copy(fitted)  # a fit at another picture size
+                    fitted.space_ = train.space
+                predictor = initialise(type(fitted), fitted)
             else:
                 predictor = _trained_for(bench.config, cell.method, predictor, train)
             predictor.fit(train, validation, unlabelled=bench.unlabelled_set(origin))
         except REFUSALS as error:
             refused = refusal(error)
     return Fitted(predictor, refused, n_train, time.perf_counter() - begun, tuple(said))
-
-
-def _going_on(fitted: FailurePredictor, train: EmbeddingSource, *, across_preprocessing: bool) -> FailurePredictor:
-    """A predictor that begins from a fit, which may be one at another picture size."""
-    if across_preprocessing and differs_in_preprocessing(fitted.space_, train.space):
-        fitted = copy.copy(fitted)
-        fitted.space_ = train.space
-    return initialise(type(fitted), fitted)
 
 
 def _trained_for(config: Config, label: str, predictor: FailurePredictor, train: EmbeddingSource) -> FailurePredictor:

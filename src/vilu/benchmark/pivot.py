@@ -231,15 +231,10 @@ def _ranked(shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: S
         order, best = sorted(set(values.values())), min(keys, key=values.__getitem__)
         for key in keys:
             place = order.index(values[key])
-            tied = place > 0 and _is_tied(measured[key], measured[best], key.metric)
+            gap = measured[key].less(measured[best], key.metric) if place and key.metric in RANKED_BY else None
+            tied = gap is not None and gap.p_value() >= ALPHA  # the paired bootstrap cannot tell the two apart
             ranked[key] = replace(shown[key], rank=("best", "second", None)[min(place, 2)], tied=tied)
     return ranked
-
-
-def _is_tied(one: Mean, best: Mean, metric: str) -> bool:
-    """Whether the paired bootstrap cannot tell two methods apart."""
-    difference = one.less(best, metric) if metric in RANKED_BY else None
-    return difference is not None and difference.p_value() >= ALPHA
 
 
 def _titles(config: Config, fields: Sequence[str], labels: Sequence[str]) -> tuple[str, ...]:

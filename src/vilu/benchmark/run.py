@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -30,11 +29,12 @@ from vilu.benchmark.stores import Part, find_seconds, make_stores, require_store
 from vilu.embeddings.similarity import nearest
 from vilu.embeddings.source import SAME_TEXT
 from vilu.errors import ProvenanceError, UsageError, require_at_least
-from vilu.files.disk import is_leftover, locked, make_folder, or_refuse
+from vilu.files.disk import LOCK, is_leftover, locked, make_folder, or_refuse
 from vilu.files.documents import digest, log
 from vilu.outcomes.evaluate import evaluate
 from vilu.outcomes.outcomes import Outcomes
 from vilu.progress import Silence, reporting, track
+from vilu.store.executors.local import end_with_driver
 
 logger = logging.getLogger(__name__)
 
@@ -208,16 +208,8 @@ _open: dict[int, Workbench] = {}  # the one that it has open, by its number
 
 def _start_worker(benchmarks: list[Opening]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=end_with_driver, daemon=True).start()
     _benchmarks[:] = benchmarks
-
-
-def _follow_parent() -> None:
-    """End with the parent, however it ends."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _run_in_worker(number: int, cells: Sequence[Cell], root: Path) -> list[Cell]:
@@ -225,9 +217,6 @@ def _run_in_worker(number: int, cells: Sequence[Cell], root: Path) -> list[Cell]
         _open.clear()  # benchmarks follow one another
         _open[number] = Workbench(*_benchmarks[number])
     return list(run_group(_open[number], cells, root))
-
-
-LOCK = ".lock"
 
 
 @dataclass(frozen=True)

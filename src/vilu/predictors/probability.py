@@ -34,18 +34,14 @@ def expit(log_odds: Floats) -> Floats:
     return found
 
 
-def _itself(score: Floats) -> Floats:
-    return score[:, None]
-
-
 def _logarithms(score: Floats) -> Floats:
     """The two logarithms ln p and -ln(1 - p) of log-odds."""
     return np.stack([-np.logaddexp(0, -score), np.logaddexp(0, score)], axis=1)
 
 
 FORMS = {
-    "temperature": Form(_itself, intercept=False, of_probability=True),
-    "platt": Form(_itself, intercept=True, of_probability=False),
+    "temperature": Form(lambda score: score[:, None], intercept=False, of_probability=True),
+    "platt": Form(lambda score: score[:, None], intercept=True, of_probability=False),
     "beta": Form(_logarithms, intercept=True, of_probability=True),
 }
 """Smoothest first. Temperature and beta start from a probability (Guo et al. 2017; Kull et al. 2017)."""
@@ -109,7 +105,8 @@ def fit_calibrator(score: Floats, failure: NDArray[np.int64], *, is_log_odds: bo
     forms += ["isotonic"] if len(score) >= FEW_ROWS else []
     losses = {name: _held_out_losses(name, score, failure) for name in forms}
     best = min(losses.values(), key=np.mean)
-    near = (name for name in forms if _is_near(losses[name] - best))
+    excess = ((name, losses[name] - best) for name in forms)
+    near = (name for name, more in excess if more.mean() <= more.std(ddof=1) / np.sqrt(len(more)))
     chosen = _fit(next(near), score, failure)
     return chosen.model_copy(update={"log_loss": {name: float(loss.mean()) for name, loss in losses.items()}})
 
@@ -129,11 +126,6 @@ def read_calibrator(value: object) -> Calibrator:
     return found
 
 
-def _is_near(excess: Floats) -> bool:
-    """Whether a mean excess loss over the best form is within its standard error."""
-    return bool(excess.mean() <= excess.std(ddof=1) / np.sqrt(len(excess)))
-
-
 def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Floats:
     """(N,) log-loss of every row under a fit without its fold; failures are dealt out evenly."""
     losses, fold, rng = np.empty(len(score)), np.empty(len(score), np.int64), np.random.default_rng(0)
@@ -144,13 +136,6 @@ def _held_out_losses(form: str, score: Floats, failure: NDArray[np.int64]) -> Fl
         p = _fit(form, score[~held_out], failure[~held_out])(score[held_out])
         losses[held_out] = -np.log(np.where(failure[held_out] == 1, p, 1 - p).clip(1e-12))
     return losses
-
-
-def _fit(form: str, score: Floats, failure: NDArray[np.int64]) -> Calibrator:
-    counts: dict[str, Any] = {"n": len(score), "n_failures": int(failure.sum())}
-    if form == "isotonic":
-        return _fit_isotonic(score, failure, counts)
-    return _fit_logistic(form, score, failure, counts)
 
 
 def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Isotonic:
@@ -166,12 +151,15 @@ def _fit_isotonic(score: Floats, failure: NDArray[np.int64], counts: dict[str, A
     return Isotonic(form="isotonic", score=value[knots].tolist(), probability=level[knots].tolist(), **counts)
 
 
-def _fit_logistic(form: Any, score: Floats, failure: NDArray[np.int64], counts: dict[str, Any]) -> Logistic:  # noqa: ANN401 - a key of FORMS
-    """Logistic regression without a penalty.
+def _fit(form: Any, score: Floats, failure: NDArray[np.int64]) -> Calibrator:  # noqa: ANN401 - a key of FORMS
+    """Isotonic regression, or logistic regression without a penalty.
 
     Targets are (N_f + 1) / (N_f + 2) for failures and 1 / (N_s + 2) for successes, which keeps the weights finite where
     the scores separate them (Platt 1999, Sec. 2.2).
     """
+    counts: dict[str, Any] = {"n": len(score), "n_failures": int(failure.sum())}
+    if form == "isotonic":
+        return _fit_isotonic(score, failure, counts)
     features = FORMS[form].features(score)
     weights, intercept = _least_log_loss(features, failure, intercept=FORMS[form].intercept)
     falling = np.flatnonzero(np.array(weights) < 0)

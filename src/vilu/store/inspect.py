@@ -121,7 +121,7 @@ def inspect(path: str | os.PathLike[str], *, deep: bool = False) -> StoreReport:
                 for name, info in receipt.files.items():
                     with report.noting():
                         require_hash(root / name, info.sha256, receipt.again)
-                report.problems += [*_row_problems(ledger, part, receipt), *_table_problems(ledger, part, receipt)]
+                report.problems += [*_part_problems(ledger, part, receipt)]
             if not run.captions:
                 report.labels.update(_label_counts(ledger, part, receipt))
     with report.noting():
@@ -141,14 +141,10 @@ def _label_counts(ledger: StoreLedger, part: Part, receipt: Receipt) -> dict[str
     return {"inside": len(known) - n_outside, "outside": n_outside, "unknown": labels.null_count}
 
 
-def _row_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
+def _part_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
     root, run = ledger.root, ledger.run
     for name, shape in run.arrays.items():
         yield from _array_problems(root / part.array(name), name, (receipt.n_ok, *shape), run.dtype)
-
-
-def _table_problems(ledger: StoreLedger, part: Part, receipt: Receipt) -> Iterator[str]:
-    root, run = ledger.root, ledger.run
     names = ["position", "key", "label", *(["caption"] if run.captions else [])]
     good = read_columns(root / part.metadata, metadata_schema(run), names, receipt.n_ok)
     bad = read_columns(root / part.errors, ERRORS, ["position", "kind"], receipt.n_error)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from vilu.datasets.base import ImageDataset
-from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, Survey, find_place, require_place
+from vilu.datasets.known.entry import Count, KnownDataset, Place, Request, find_place, require_place
 from vilu.datasets.known.layouts import ShardReader, make_reader
 from vilu.errors import DataError, StorageError, UsageError, nearest
 from vilu.files.documents import fill
@@ -141,7 +141,10 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
         survey = entry.reader.survey(place, deep=deep)
     except (DataError, UsageError, StorageError) as error:
         return replace(there, problem=str(error))
-    splits = _splits(entry, survey)
+    counts, expected = survey.counts, entry.expected(survey.counts)  # sums of splits where only those are published
+    splits = {
+        key: Count.sum((counts[name] for name in key.split("+")), expected.get(key)) for key in expected or counts
+    }
     damaged = [name for name, path in seen.items() if archives[name] == "wrong" and path.parent == place.folder]
     problem = f"wrong checksum: {', '.join(damaged)}" if damaged else None
     there = replace(there, origin=survey.origin, splits=splits, problem=problem)
@@ -149,15 +152,6 @@ def check_entry(entry: KnownDataset, root: Path, *, named: bool, deep: bool) -> 
         return there
     state: State = "present" if any(split.listed is None for split in splits.values()) else "complete"
     return replace(there, state=state, advice=f"vilu embed {root} --dataset {entry.name} -o STORE")
-
-
-def _splits(entry: KnownDataset, survey: Survey) -> dict[str, Count]:
-    """Each split with its published size, or sums of splits where only those are published."""
-    expected = entry.expected(survey.counts)
-    return {
-        key: Count.sum((survey.counts[name] for name in key.split("+")), expected.get(key))
-        for key in expected or survey.counts
-    }
 
 
 def _archives(entry: KnownDataset, root: Path, place: Place | None) -> Iterator[tuple[str, Path]]:

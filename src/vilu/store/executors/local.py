@@ -236,7 +236,7 @@ def _serve(pipe: Connection, number: int) -> None:
     """A worker: parts from the pipe, outcomes into it, until the driver closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the driver says what becomes of us
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # temporary files are removed on the way out
-    threading.Thread(target=_end_with_driver, daemon=True).start()
+    threading.Thread(target=end_with_driver, daemon=True).start()
     take_gpu(number)
     try:
         pipe.send_bytes(READY)
@@ -247,7 +247,7 @@ def _serve(pipe: Connection, number: int) -> None:
         return
 
 
-def _end_with_driver() -> None:
+def end_with_driver() -> None:
     """End at once when the driver is gone; files appear whole or not at all, so no part is left half-written."""
     driver = parent_process()
     if driver is not None:
