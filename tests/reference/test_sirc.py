@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import special
 
+from tests.builders.bank_data import unit
 from tests.builders.logit_rows import batch_of
 from tests.conftest import toy_embeddings, variant
+from vilu.embeddings.memory import Embeddings
 from vilu.embeddings.source import log_posterior
 from vilu.errors import UsageError
 from vilu.predictors.fitted import DOUBT, SIRC
+from vilu.predictors.storage import load
 
 CONFIDENCES = {
     "msp": lambda p: 1 - p.max(axis=1),
@@ -74,6 +78,16 @@ def test_an_untypical_image_is_uncertain_whatever_the_posterior_says() -> None:
     shift, slope = float(predictor.learned_["shift"]), float(predictor.learned_["slope"])
     assert u[1] == pytest.approx(np.log(sure[1]) + np.logaddexp(0, slope * (shift - 1)), rel=1e-6)
     assert u[1] - np.log(sure[1]) > u[0] - np.log(sure[0])
+
+
+def test_a_saved_subspace_scores_bit_for_bit_as_the_fitted_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = Embeddings(
+        unit(rng.normal(size=(800, 512))), unit(rng.normal(size=(5, 512))), rng.integers(5, size=800), 20.0
+    )
+    fitted = SIRC(typicality="residual").fit(data)
+    fitted.save(tmp_path)
+    assert np.array_equal(load(tmp_path).predict_uncertainty(data), fitted.predict_uncertainty(data))
 
 
 def test_subspace_leaves_something_out() -> None:

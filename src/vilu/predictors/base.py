@@ -328,7 +328,8 @@ class FailurePredictor(ABC):
         if space is not None and not is_constant:
             with torch.device("meta"):  # no numbers are drawn
                 network = self.module(tensors, space)
-        own = {name: tensor for name, tensor in tensors.items() if name in names}
+        # contiguous, as they are saved: a product may round otherwise in another layout
+        own = {name: tensor.contiguous() for name, tensor in tensors.items() if name in names}
         if network is not None:
             weights = {name: tensor for name, tensor in tensors.items() if name not in names}
             network = with_weights(network.to_empty(device="cpu"), weights, self.name).requires_grad_(False)
