@@ -132,6 +132,17 @@ def test_one_class_only_by_hand() -> None:
     assert TrustScore().fit(train).predict_uncertainty(query) == pytest.approx([0, math.sqrt(2)], abs=1e-6)
 
 
+def test_opposite_neighbours_do_not_divide_by_zero() -> None:
+    """The nearest images, or the text of their class, are opposite to the image or to the text of its answer."""
+    query = Embeddings([[1.0, 0.0]], [[1.0, 0.0], [-1.0, 0.0]], None, 10.0)  # answered 0
+    same = Embeddings([[1.0, 0.0]] * 3, query.text, [1, 1, 1], 10.0)
+    opposite = Embeddings([[-1.0, 0.0]] * 3, query.text, [0, 1, 1], 10.0)
+    assert TRINE().fit(same).predict_uncertainty(query).tolist() == [2]  # all support is that of class 1
+    # Images weigh alike, and texts of class 0 so much more that class 1 has 1e-6 of their support.
+    assert TRINE(decay=0).fit(opposite).predict_uncertainty(query) == pytest.approx([0], abs=4e-6)
+    assert KNNVote(weighting="similarity").fit(opposite).predict_uncertainty(query) == pytest.approx([2 / 3])
+
+
 def test_equal_images_in_two_classes_do_not_divide_by_zero() -> None:
     train = Embeddings([[1.0, 0], [1, 0]], np.eye(2), [0, 1], 10.0)
     query = Embeddings([[1.0, 0]], np.eye(2), None, 10.0)

@@ -18,6 +18,9 @@ from vilu.predictors.base import CLASSES, FailurePredictor, Learnt
 from vilu.predictors.labelled import class_texts
 from vilu.predictors.nn.train import Rows
 
+FARTHEST = 2.0  # largest distance of two unit vectors
+TINY = 1e-6  # so much is added to distances, and 1 + cos is at least so much, so that no ratio is 0 / 0
+
 
 @dataclasses.dataclass
 class LabelledBank(ClosedSet):
@@ -42,10 +45,10 @@ class LabelledBank(ClosedSet):
 class KNNVote(LabelledBank):
     """Share of the k nearest training images that are not of the predicted class.
 
-    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2. A predicted class
-    without training images gets u = 1. With fewer than k training images all of them vote: a uniform vote is then the
-    share of the class in the bank, the same for every image, and says nothing. Uniform votes take k + 1 values, so many
-    images tie.
+    u = 1 - sum_{i <= k, y_i = t̂} w_i / sum_{i <= k} w_i, with w_i = 1 or (1 + cos(z, z_i)) / 2, 1 + cos at least 1e-6.
+    A predicted class without training images gets u = 1. With fewer than k training images all of them vote: a uniform
+    vote is then the share of the class in the bank, the same for every image, and says nothing. Uniform votes take
+    k + 1 values, so many images tie.
 
     Args:
         k: Number of neighbours.
@@ -73,7 +76,7 @@ class KNNVote(LabelledBank):
     def _score(self, batch: Batch) -> Tensor:
         similarity, index = nearest(batch.image, self.learned_["bank"], self.k)
         other = self.tensor("labels", index.device)[index] != self.answer_of(batch)[:, None]
-        weight = torch.ones_like(similarity) if self.weighting == "uniform" else (1 + similarity) / 2
+        weight = torch.ones_like(similarity) if self.weighting == "uniform" else (1 + similarity).clamp(min=TINY) / 2
         return (weight * other).sum(dim=1) / weight.sum(dim=1)
 
 
@@ -128,7 +131,7 @@ class TRINE(LabelledBank):
     w_r = exp(-decay r) * (1 + cos(z, z_r)) / 2 * (1 + cos(z_t̂, z_{t_{y_r}})) / 2,
     a class the support S_c = sum_{r: y_r = c} w_r / sum_r w_r, and u = 1 - (S_t̂ - max_{c != t̂} S_c), in [0, 2].
     A class without training images has no support, so that a prediction of it gets u > 1. With fewer than k training
-    images all of them count.
+    images all of them count. 1 + cos is taken as 1e-6 at least, so that opposite texts are no 0 / 0.
 
     Args:
         k: Number of neighbours.
@@ -160,7 +163,8 @@ class TRINE(LabelledBank):
         text = self.tensor("classes", index.device)
         text_similarity = (text[answer] @ text.T).gather(1, label)
         rank = torch.arange(similarity.shape[1], device=index.device)
-        weight = torch.exp(-self.decay * rank) * (1 + similarity) / 2 * (1 + text_similarity) / 2
+        near, texts = ((1 + cosine).clamp(min=TINY) for cosine in (similarity, text_similarity))
+        weight = torch.exp(-self.decay * rank) * near / 2 * texts / 2
         support = text.new_zeros(len(label), len(text))
         for one in range(label.shape[1]):  # one neighbour a time: sums in one order on every device
             support.scatter_add_(1, label[:, one : one + 1], weight[:, one : one + 1])
@@ -168,10 +172,6 @@ class TRINE(LabelledBank):
         mine = support.gather(1, answer[:, None]).squeeze(1)
         rival = support.scatter(1, answer[:, None], -1.0).amax(dim=1)
         return 1 - (mine - rival)
-
-
-FARTHEST = 2.0  # largest distance of two unit vectors
-TINY = 1e-6
 
 
 @dataclasses.dataclass
