@@ -60,6 +60,11 @@ def test_linear_probe_of_one_class() -> None:
     assert np.array_equal(predictor.predict_uncertainty(TEST), (answers(TEST) != 2).astype(float))
 
 
+def test_linear_probe_is_sure_that_classes_without_images_are_no_answer() -> None:
+    predictor = LinearProbe().fit(with_targets(TRAIN, TRAIN.target.numpy() % 2))
+    assert predictor.predict_uncertainty(TEST.take(range(50), classes=[2, 3])).tolist() == [1.0] * 50
+
+
 def test_linear_probe_says_when_it_has_not_settled() -> None:
     with pytest.warns(ConvergenceWarning, match="failed to converge"):
         LinearProbe(max_iter=2).fit(TRAIN)

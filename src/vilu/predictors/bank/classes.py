@@ -115,7 +115,8 @@ class LinearProbe(ClosedSet):
         classes = self.classes_of(batch.text)
         image = float64(batch.image)
         weight, bias = (self.tensor(name, image.device)[classes.to(image.device)] for name in ("weight", "bias"))
-        return torch.sigmoid(failure_log_odds(image @ weight.T + bias, batch))
+        unknown = bias[batch.prediction.to(bias.device)] == -math.inf  # where all are, their softmax is 0 / 0
+        return torch.sigmoid(failure_log_odds(image @ weight.T + bias, batch)).masked_fill(unknown, 1.0)
 
 
 @dataclasses.dataclass
