@@ -162,12 +162,12 @@ def test_class_gaussians_where_one_class_has_images() -> None:
     np.testing.assert_allclose(found[~own], 0, atol=1e-9)
 
 
-def encoded(n: int, seed: int, d: int = 6, k: int = 3) -> tuple[Embeddings, np.ndarray]:
-    """Images (n, d) as an encoder puts them out, of norms from 5 to 15, and their embeddings with what made them."""
+def encoded(n: int, seed: int, d: int = 6, k: int = 3, scale: float = 1.0) -> tuple[Embeddings, np.ndarray]:
+    """Images (n, d) of norms from 5 to 15 times the scale, and their embeddings with what made these."""
     rng = np.random.default_rng(seed)
     text, projection = unit(np.random.default_rng(7).normal(size=(k, d))), np.random.default_rng(8).normal(size=(d, d))
     target = np.arange(n) % k
-    raw = unit(text[target] + 0.5 * rng.normal(size=(n, d))) * rng.uniform(5, 15, size=(n, 1))
+    raw = unit(text[target] + 0.5 * rng.normal(size=(n, d))) * rng.uniform(5, 15, size=(n, 1)) * scale
     columns = {"features": np.linalg.solve(projection, raw.T).T, "image_projection": projection}
     columns = {name: rows.astype(np.float32) for name, rows in columns.items()}
     raw = columns["features"].astype(np.float64) @ columns["image_projection"].astype(np.float64).T
@@ -201,6 +201,15 @@ def test_icpe_is_what_was_released(features: bool) -> None:
     np.testing.assert_allclose(predictor.predict_uncertainty(test), 1 - expected, atol=1e-5)
     assert predictor.label == ("icpe" if features else "icpe (unit norm)")
     assert len(np.unique(expected.round(6))) > 50  # the densities decide something
+
+
+def test_icpe_does_not_depend_on_the_scale_of_the_features() -> None:
+    scores = []
+    for scale in (1.0, 2.0**14, 2.0**40):  # powers of two, so that features are rounded alike
+        train, test = encoded(24, 0, d=12, k=4, scale=scale)[0], encoded(60, 1, d=12, k=4, scale=scale)[0]
+        scores.append(ICPE().fit(train).predict_uncertainty(test))
+    # Six images a class span five directions, so that the others decide, each by thousands in the log-odds.
+    np.testing.assert_allclose(scores[1:], [scores[0]] * 2, atol=1e-5)
 
 
 def test_icpe_takes_both_columns_or_neither() -> None:

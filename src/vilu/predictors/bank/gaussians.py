@@ -26,6 +26,7 @@ Blocks = Callable[[Rows], Iterator[tuple[slice, Tensor]]]
 NO_SPREAD = 1e-12  # variance of unit vectors up to which they are the same image, up to rounding
 FLOOR = 1e-9
 """Added to a covariance before it is inverted, as a share of its mean variance: embeddings may span a subspace only."""
+LEAST = 1e-11  # ridge, as a share of the largest mean variance: a smaller one is lost by rounding
 
 
 def class_means(train: Rows, label: Tensor, n_classes: int, blocks: Blocks = image_blocks) -> tuple[Tensor, Tensor]:
@@ -207,9 +208,9 @@ class ClassDensity(ClosedSet):
         if float(pooled.trace()) <= NO_SPREAD:
             pooled = torch.eye(len(variance), dtype=torch.float64) * variance.mean()
         own = covariances / (count[groups > POOLED] - 1)[:, None, None]
-        everything = torch.stack([variance.diag(), pooled, *own]) + ridge * torch.eye(
-            len(variance), dtype=torch.float64
-        )
+        everything = torch.stack([variance.diag(), pooled, *own])
+        ridge = max(ridge, LEAST * float(everything.diagonal(dim1=1, dim2=2).mean(dim=1).amax()))
+        everything += ridge * torch.eye(len(variance), dtype=torch.float64)
         return {
             "centre": centre,
             "projection": projection,
@@ -308,7 +309,7 @@ class ICPE(ClassDensity):
     Args:
         features: Use the two columns where the data carry them.
         components: Most principal components; fewer where there are fewer images.
-        ridge: Added to the diagonal of every covariance.
+        ridge: Added to the diagonal of every covariance; at least 1e-11 of the largest mean variance.
 
     Source: "ICPE", WACV 2026, and its notebook (zhenxianglin/ICPE): PCA with 128 components, 1e-8, float64 densities.
     Differs from it where it is not defined: with fewer images than components there are fewer of these; a class of one
