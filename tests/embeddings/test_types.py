@@ -88,6 +88,8 @@ def test_status_marks_unusable_rows_and_batches_leave_them_out() -> None:
         ({"class_names": ["a", "b"]}, r"one name per text row \(3\)"),
         ({"class_names": ["a", "b", "a"]}, "one name must have one text. Different texts: 'a'"),
         ({"class_names": ["a", " ", "b"]}, "Name 1 is"),
+        ({"columns": {"negatives": np.empty((0, 3))}}, r"with one or more entries\. Got shape \(0, 3\)"),
+        ({"columns": {"negatives": 1.0}}, r"with one or more entries\. Got shape \(\)"),
         ({"ids": ["a"]}, "ids must have one entry per image row"),
     ],
 )

@@ -59,8 +59,8 @@ def check_columns(given: Mapping[str, ArrayLike | Tensor] | None, n_rows: int, n
         tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.from_numpy(np.array(values))
         tensor = tensor.float().contiguous()  # a product may round otherwise in another layout
         n_dims, meaning = COLUMNS[name]
-        expected = n_rows if name in IMAGE_COLUMNS else n_texts if name in TEXT_COLUMNS else len(tensor)
-        if tensor.ndim != n_dims or len(tensor) != expected:
+        expected = n_rows if name in IMAGE_COLUMNS else n_texts if name in TEXT_COLUMNS else "one or more"
+        if tensor.ndim != n_dims or (len(tensor) != expected if name not in MODEL_COLUMNS else not len(tensor)):
             raise DataError(
                 f"column {name!r} must be {meaning}, with {expected} entries. Got shape {tuple(tensor.shape)} instead."
             )
