@@ -63,8 +63,9 @@ def gather(train: Rows) -> Tensor:
 def nearest(query: Tensor, bank: Tensor, k: int, allowed: Allowed | None = None) -> tuple[Tensor, Tensor]:
     """Cosines (B, k) float32, falling, and indices (B, k) of the bank rows (N, D) most similar to each query (B, D).
 
-    Exact, on the device of the queries, with one block of similarities in memory at a time. Of equally similar rows
-    the lowest index comes first; at most N come back, and of pairs that are not allowed the cosine is minus infinity.
+    Exact, on the device of the queries, with one block of similarities in memory at a time. Of equal cosines the lowest
+    index comes first (those of equal rows may differ in the last bit, at the edge of a block of a product); at most N
+    come back, and of pairs that are not allowed the cosine is minus infinity.
     """
     starts = range(0, len(query), QUERY_ROWS)
     parts = [_nearest(query[start : start + QUERY_ROWS], bank, k, allowed, start) for start in starts]
