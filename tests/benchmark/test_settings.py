@@ -16,6 +16,7 @@ from tests.builders.store_fakes import FakeBackbone, FakeDataset, picture
 from vilu.benchmark.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
 from vilu.benchmark.config import Config
 from vilu.benchmark.data import Workbench, divided, draw_share, held_out
+from vilu.benchmark.facts import decided_by
 from vilu.benchmark.stores import find_stores
 from vilu.embeddings.checks import hash_names
 from vilu.embeddings.pairs import Pools, PseudoCaptions
@@ -327,6 +328,27 @@ def test_what_is_fitted_on_is_not_tested_on(data: Path, tmp_path: Path) -> None:
     expected = vilu.PREDICTORS["knn_distance"]().fit(fit).predict_uncertainty(others)
     assert scores(tmp_path, "one", "all", "knn_distance", 1) == pytest.approx(expected, abs=1e-6)
     assert "0 different" not in benchmark(chosen, data, tmp_path).text  # and it is there when asked again
+
+
+def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) -> None:
+    entries = {"one": ONE_SET, "more": {"stores": {"train": "one-test", "test": "one-test"}, "fit_share": 0.3}}
+    entries["two"] = {"stores": {"train": "two-train", "test": "two-test"}}
+    of = {"of": ["one", "more", "two"], "across_preprocessing": True}
+    chosen = made(data=entries, settings={"joint": {"kind": "union", "train_pool_size": 8, **of}}, seeds=2)
+    bench = bench_of(chosen, data)
+    fits = []
+    for seed in (0, 1):
+        cells = {name: Cell("lvu", name, "joint", seed) for name in chosen.data}
+        (origin,) = {origin_of(chosen, cell) for cell in cells.values()}  # one fit for all
+        train = bench.train_set(origin, ())
+        assert isinstance(train, PseudoCaptions)
+        assert [len(source) for source in train.sources] == [60, 18, 80]  # 1/2 of 120, 0.3 of 60, all
+        fits.append(set(train.ids))
+        for name, cell in cells.items():
+            assert fits[-1].isdisjoint(f"{name}/{key}" for key in bench.test_set(cell, ()).ids)
+    assert fits[0] != fits[1]
+    facts = [decided_by(bench, Cell("lvu", "one", "joint", seed))["train"] for seed in (0, 1)]
+    assert [(of["fit_share"], of["division_seed"]) for of in facts] == [([0.5, 0.3, None], 0), ([0.5, 0.3, None], 1)]
 
 
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")

@@ -44,7 +44,7 @@ class Origin:
     # labelled rows per class to fit on, a share of all, "all", or "none": all rows, but no label
     budget: int | float | str = "all"
     rows_seed: int | None = None  # seed that draws the training rows; None where all are taken
-    # seed that divides one set of rows into those to fit on and those to test on; None where they are two sets
+    # seed that divides sets of rows into those to fit on and those to test on; None where all are two sets
     division_seed: int | None = None
     halves_seed: int | None = None  # seed that draws the class halves; None where all classes are taken
     # whether the parts of a union, or a fit and the one that it begins from, may be of different picture sizes
@@ -89,11 +89,11 @@ def origin_of(config: Config, cell: Cell) -> Origin:
         case Adapt():
             return replace(few, across_preprocessing=setting.across_preprocessing, start=Origin((setting.source,)))
         case FromOther():
-            divided = config.data[setting.source].fit_share is not None
-            return replace(few, train=setting.sources, division_seed=cell.seed if divided else None)
+            return replace(few, train=setting.sources, division_seed=_division_seed(config, cell, setting.source))
         case Union():
-            across = setting.across_preprocessing
-            return Origin(setting.of, across_preprocessing=across, pool_size=setting.train_pool_size)
+            across, seed = setting.across_preprocessing, _division_seed(config, cell, *setting.of)
+            pools = Origin(setting.of, pool_size=setting.train_pool_size)
+            return replace(pools, division_seed=seed, across_preprocessing=across)
     return few
 
 
@@ -106,8 +106,8 @@ def scored_set_of(config: Config, cell: Cell) -> ScoredSet:
     return ScoredSet(cell.data, setting.test_on, setting.pool_size, halves_seed, _division_seed(config, cell), across)
 
 
-def _division_seed(config: Config, cell: Cell) -> int | None:
-    return None if config.data[cell.data].fit_share is None else cell.seed
+def _division_seed(config: Config, cell: Cell, *data: str) -> int | None:
+    return None if all(config.data[name].fit_share is None for name in data or [cell.data]) else cell.seed
 
 
 def plan(config: Config) -> tuple[Cell, ...]:

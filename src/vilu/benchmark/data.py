@@ -172,22 +172,22 @@ class Workbench:
     def train_set(self, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """What a method is fitted on; ``origin`` names some data set."""
         if origin.pool_size is not None:
-            sources = [self.source(data, "train") for data in origin.train]
+            sources = [self._whole(data, origin) for data in origin.train]
             space = sources[0].space
             if origin.across_preprocessing:
                 sources = [across_preprocessing(source, space) for source in sources]
             return PseudoCaptions(sources, origin.pool_size, origin.train)
-        source = self._whole(origin)
+        source = self._whole(origin.train[0], origin)
         if origin.halves_seed is not None or not isinstance(origin.budget, str):
             source = self._some_rows(source, origin, columns)
         return without_labels(source) if origin.budget == "none" else source
 
-    def _whole(self, origin: Origin) -> EmbeddingSource:
-        return self._divided(origin.train[0], origin.division_seed, 0, self.source(origin.train[0], "train"))
+    def _whole(self, data: str, origin: Origin) -> EmbeddingSource:
+        return self._divided(data, origin.division_seed, 0, self.source(data, "train"))
 
     def unlabelled_set(self, origin: Origin) -> EmbeddingSource | None:
         """All rows of the training set without labels, where the method is given them beside."""
-        return without_labels(self._whole(origin)) if origin.unlabelled else None
+        return without_labels(self._whole(origin.train[0], origin)) if origin.unlabelled else None
 
     def _some_rows(self, source: EmbeddingSource, origin: Origin, columns: tuple[str, ...]) -> EmbeddingSource:
         """Of training rows those that the budget and the classes leave."""

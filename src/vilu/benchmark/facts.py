@@ -99,7 +99,7 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
         "train": _rows_of(bench, origin) if origin.train else None,
         "test": bench.fingerprint(scored.data, scored.role, scored.pool_size),
         "halves_seed": scored.halves_seed,
-        **_division(bench, scored.data, scored.division_seed),
+        **_division(bench, scored.division_seed, scored.data),
         "across_preprocessing": scored.across_preprocessing,
         "metrics": list(config.metrics),
         "resamples": config.resamples,
@@ -125,9 +125,10 @@ def _modules_of(origin: Origin) -> list[str]:
     return [module for module, wanted in parts.items() if wanted is not None]
 
 
-def _division(bench: Workbench, data: str, seed: int | None) -> dict[str, object]:
-    """Which rows of one set are fitted on and which tested on; nothing where they are two sets."""
-    return {} if seed is None else {"fit_share": bench.config.data[data].fit_share, "division_seed": seed}
+def _division(bench: Workbench, seed: int | None, *data: str) -> dict[str, object]:
+    """Which rows of a set, or of several, are fitted on and which tested on; nothing where all are two sets."""
+    shares = [bench.config.data[name].fit_share for name in data]
+    return {} if seed is None else {"fit_share": shares if len(data) > 1 else shares[0], "division_seed": seed}
 
 
 def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:
@@ -139,7 +140,7 @@ def _rows_of(bench: Workbench, origin: Origin) -> dict[str, object]:
         "budget": origin.budget,
         "rows_seed": origin.rows_seed,
         "halves_seed": origin.halves_seed,
-        **_division(bench, origin.train[0], origin.division_seed),
+        **_division(bench, origin.division_seed, *origin.train),
         "across_preprocessing": origin.across_preprocessing,
         "pool_size": origin.pool_size,
         **({"unlabelled": True} if origin.unlabelled else {}),
