@@ -227,6 +227,8 @@ def test_shares_of_the_labels(data: Path, tmp_path: Path) -> None:
         ({"moved": {"kind": "transfer", "source": "pairs", "budget": 3}}, "draws rows or classes"),
         ({"a": {"kind": "adapt", "source": "one"}}, r"settings\.a: to adapt, give a budget"),
         ({"u": {"kind": "union", "of": []}}, r"settings\.u\.of: .*at least 1 item"),
+        ({"u": {"kind": "union", "of": ["one"], "budget": 1}}, r"settings\.u\.budget: Input should be 'all'"),
+        ({"u": {"kind": "union", "of": ["one"], "budget": "none"}}, r"settings\.u\.budget: Input should be 'all'"),
         ({"u": {"kind": "union", "of": ["nine"]}}, r"no data set \(settings\.u\) 'nine'"),
         ({"all": {"kind": "labels", "budget": 1.5}}, 'must be "all", "none", a number'),
         ({"a": {"kind": "adapt", "source": "one", "budget": "none"}}, r"settings\.a: to adapt, give a budget"),
@@ -371,6 +373,10 @@ def test_rows_that_the_budget_leaves_out_go_beside_without_labels(data: Path, tm
         assert scores(tmp_path, "one", "few", label, 0) == pytest.approx(fit.predict_uncertainty(test), abs=1e-6)
     with pytest.raises(UsageError, match="learns nothing from rows without labels"):
         made(data={"one": ONE_SET}, settings=settings, methods={"mcm": {"unlabelled": True}})
+    joint = settings | {"joint": {"kind": "union", "of": ["one"]}}
+    with pytest.raises(UsageError, match=r"methods\.beside: .* settings\.joint, a union: leave it out"):
+        made(data={"one": ONE_SET}, settings=joint, methods=methods)
+    made(data={"one": ONE_SET}, settings=joint, methods={"beside": methods["beside"] | {"settings": ["few"]}})
 
 
 @pytest.mark.usefixtures("unlabelled")

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
+from itertools import product
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -111,6 +112,7 @@ class Union(Setting):
     """Fitted on several data sets at once, whose class texts serve as captions (supplement, C.6)."""
 
     kind: Literal["union"]
+    budget: Literal["all"] = "all"  # of each data set
     of: Annotated[Names, Field(min_length=1)]  # the data sets to fit on
     train_pool_size: Annotated[int, Field(ge=2)] = 1024  # captions that an image has to choose from in training
     across_preprocessing: bool = False  # as for a transfer
@@ -204,6 +206,10 @@ class Config(Section):
                 raise ValueError(f"methods.{label}: {method.method or label} learns nothing from rows without labels")
         require_known("setting (trained)", self.trained.settings or (), self.settings)
         require_known("method (deterministic)", self.deterministic, self.entries)
+        beside = [label for label, method in self.entries.items() if method.unlabelled]
+        for label, name in product(beside, self.settings):
+            if isinstance(self.settings[name], Union) and self.is_run_in(label, name):
+                raise ValueError(f"methods.{label}: unlabelled does not go with settings.{name}, a union: leave it out")
         return self
 
     def _check_setting(self, name: str) -> None:
