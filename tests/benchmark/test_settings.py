@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import vilu
-from tests.builders.bench_fakes import benchmark, config, make_store, make_stores
+from tests.builders.bench_fakes import WORDS, benchmark, config, make_store, make_stores
 from tests.builders.store_fakes import FakeBackbone, FakeDataset, picture
 from vilu.benchmark.cells import Cell, needed_parts, origin_of, plan, sharing_a_fit
 from vilu.benchmark.config import Config
@@ -351,6 +351,24 @@ def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) 
     assert fits[0] != fits[1]
     facts = [decided_by(bench, Cell("lvu", "one", "joint", seed))["train"] for seed in (0, 1)]
     assert [(of["fit_share"], of["division_seed"]) for of in facts] == [([0.5, 0.3, None], 0), ([0.5, 0.3, None], 1)]
+
+
+def test_a_picture_that_is_there_twice_is_not_fitted_on_where_it_is_tested_on(tmp_path: Path) -> None:
+    pictures, labels = [picture(row % 60) for row in range(90)], [row % 3 for row in range(90)]
+    twice = FakeDataset(pictures, labels, [f"{row}.png" for row in range(90)], class_names=tuple("abc"))
+    embed(twice, FakeBackbone(), tmp_path / "twice", names=WORDS[:3])
+    entry = {"stores": {"train": "twice", "test": "twice"}, "fit_share": 0.5}
+    chosen = made(data={"twice": entry}, settings=ALL, methods={"mcm": {}, "knn_distance": {}})
+    bench, cell = bench_of(chosen, tmp_path), Cell("knn_distance", "twice", "all", 0)
+    with pytest.warns(UserWarning, match="of 45 rows to fit on of twice are left out: their pictures are tested on"):
+        train = bench.train_set(origin_of(chosen, cell), ())
+    rows, others = (part.tolist() for part in divided(90, 0.5, 0))
+    tested = {row % 60 for row in others}
+    assert list(bench.test_set(cell, ()).ids) == [f"{row}.png" for row in others]
+    assert list(train.ids) == [f"{row}.png" for row in rows if row % 60 not in tested]
+    assert 0 < len(train) < 45
+    benchmark(chosen, tmp_path, tmp_path / "run")
+    assert "their pictures are tested on" in (tmp_path / "run" / cell.path).read_text()
 
 
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -135,7 +136,15 @@ class Workbench:
     def _divided(self, data: str, seed: int | None, part: int, source: EmbeddingSource) -> EmbeddingSource:
         """The rows to fit on (part 0) or to test on (1), where they are of one set."""
         share = self.config.data[data].fit_share
-        return source if seed is None or share is None else source.take(divided(len(source), share, seed)[part])
+        if seed is None or share is None:
+            return source
+        fit, test = (source.take(rows) for rows in divided(len(source), share, seed))
+        common = None if part else overlap(test, fit, (f"the test rows of {data}", "its training rows"))
+        if common:
+            said = common.said(f"rows to fit on of {data}")
+            warnings.warn(f"{said} are left out: their pictures are tested on.", stacklevel=2)
+            return fit.take(np.flatnonzero(~common.shared))
+        return test if part else fit
 
     def check(self) -> None:
         """Refuse data sets whose parts do not belong together."""
