@@ -115,6 +115,18 @@ def test_one_class_has_no_interval_where_the_metric_is_undefined(failure: int) -
     assert all(math.isnan(x) for x in paired_bootstrap("auroc", u, u, [failure] * 3))
 
 
+@pytest.mark.parametrize("best", ["lowest", "highest"])
+def test_intervals_of_many_scores_stay_within_what_a_metric_can_be(best: str) -> None:
+    """A perfect order, and the worst one: every metric named is a share, or an area within a unit square."""
+    failure = np.arange(20_000) >= 19_994
+    uncertainty = np.arange(20_000.0) * (1 if best == "highest" else -1)
+    names = ("auroc", "fpr95", "fpr95_failure", "aupr_failure", "aupr_success", "aurc", "excess_aurc", "augrc")
+    found = bootstrap_intervals({name: METRICS[name].kernel for name in names}, uncertainty, failure, n_resamples=50)
+    for name, (value, low, high) in found.items():
+        assert 0 <= low <= value <= high <= 1, name
+    assert (found["aupr_failure"].value == 1) == (best == "highest")
+
+
 def test_paired_difference_of_equal_rankings_is_nothing() -> None:
     u, f = sample()
     assert paired_bootstrap("fpr95", u, np.exp(u), f) == (0.0, 0.0, 0.0, 1.0)

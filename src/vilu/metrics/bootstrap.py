@@ -188,7 +188,8 @@ def counted_intervals(
 
     A resample draws as many correct and as many wrong answers as there are, by multinomials over the scores: with as
     few distinct ones as ``RESAMPLED_GROUPS`` the distribution of the bootstrap over rows. With more, neighbouring
-    scores go together in groups of about equal size, and the ends move by what that does to the metric itself.
+    scores go together in groups of about equal size, and the ends move by what that does to the metric itself, but not
+    beyond the largest and smallest of its values.
     """
     group = grouped(counts)
     intervals, kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
@@ -196,10 +197,9 @@ def counted_intervals(
     blocks = (TieCounts(group.value, *(_drawn(rng, n, size) for n in (group.correct, group.wrong))) for size in sizes)
     draws = values_of(kernels, blocks, n_resamples) if kernels else {}
     for name, kernel in kernels.items():
-        value = float(kernel(counts))
-        shift = value - float(kernel(group))
-        _, low, high = Quantity(value, draws[name]).interval(confidence)
-        intervals[name] = Interval(value, low + shift, high + shift)
+        value, drawn = float(kernel(counts)), draws[name]
+        reached = min(drawn.min(), value), max(drawn.max(), value)  # none is beyond what the metric can be
+        intervals[name] = Quantity(value, np.clip(drawn + value - float(kernel(group)), *reached)).interval(confidence)
     return intervals
 
 
