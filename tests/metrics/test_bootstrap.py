@@ -197,6 +197,19 @@ def test_an_unknown_metric_names_the_nearest() -> None:
         bootstrap_interval("zzz", [1, 2], [0, 1])
 
 
+@pytest.mark.parametrize("metric", [name for name, metric in METRICS.items() if metric.of_probability])
+def test_metrics_of_probabilities_refuse_other_scores(metric: str) -> None:
+    good, bad, failure = [0.1, 0.9] * 10, [0.1, 1.5] * 10, [0, 1] * 10
+    message = r"a failure probability must be in \[0, 1\]\. Got values from 0\.1 to 1\.5"
+    with pytest.raises(DataError, match=message):
+        bootstrap_interval(metric, bad, failure)
+    for pair in ((good, bad), (bad, good)):
+        with pytest.raises(DataError, match=message):
+            paired_bootstrap(metric, *pair, failure)
+    assert bootstrap_interval(metric, good, failure, n_resamples=10).value >= 0
+    assert paired_bootstrap(metric, good, good, failure, n_resamples=10).difference == 0
+
+
 def test_paired_scores_must_be_of_one_length() -> None:
     with pytest.raises(DataError, match="Got 3 and 2"):
         paired_bootstrap("auroc", [1, 2], [1, 2, 3], [0, 1])

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vilu.errors import UsageError, checked, require_at_least, require_between
+from vilu.metrics.calibration import probability_counts
 from vilu.metrics.catalog import Kernel, get_metric
 from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 from vilu.progress import track
@@ -310,7 +311,7 @@ def bootstrap_interval(
         Value, lower and upper end; all NaN where the metric is undefined.
 
     Raises:
-        DataError: If the vectors are empty, differ in length, or hold anything else.
+        DataError: If the vectors are empty, differ in length, or hold anything else (ECE: what is no probability).
         UsageError: If the metric is unknown or a setting cannot be.
 
     Examples:
@@ -322,7 +323,7 @@ def bootstrap_interval(
         >>> [round(number, 2) for number in few], [round(number, 2) for number in many]
         ([0.82, 0.7, 0.93], [0.75, 0.7, 0.81])
     """
-    kernels = {"metric": _kernel(metric)}
+    kernels = {"metric": _kernel(metric, failure, uncertainty)}
     return bootstrap_intervals(
         kernels, uncertainty, failure, n_resamples=n_resamples, confidence=confidence, seed=seed
     )["metric"]
@@ -357,7 +358,7 @@ def paired_bootstrap(
         [0.05, 0.05, 0.07, 0.01]
     """
     check_settings(n_resamples, confidence)
-    kernel = _kernel(metric)
+    kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
     a = SortedScores(*check_pair(uncertainty_a, failure))
     b = SortedScores(*check_pair(uncertainty_b, failure))
     observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
@@ -370,8 +371,12 @@ def paired_bootstrap(
     return Quantity(observed, differences).difference(confidence)
 
 
-def _kernel(metric: str | Kernel) -> Kernel:
-    return get_metric(metric).kernel if isinstance(metric, str) else metric
+def _kernel(metric: str | Kernel, failure: ArrayLike, *uncertainty: ArrayLike) -> Kernel:
+    if not isinstance(metric, str):
+        return metric
+    for scores in uncertainty if get_metric(metric).of_probability else ():
+        probability_counts(scores, failure)  # refuses what is no probability
+    return get_metric(metric).kernel
 
 
 def check_settings(n_resamples: int, confidence: float) -> None:
