@@ -330,6 +330,35 @@ def test_claims_of_depending_on_the_accuracy() -> None:
     assert (two.ruling, two.reason) == ("not tested", "a trend line needs 3 places")
 
 
+def test_slopes_are_compared_on_the_seeds_that_both_have() -> None:
+    """lvu rises by 0.5 an accuracy of 1 on seed 0, whose rows vilu has, too, and falls on seed 1, which it has not."""
+    accuracy = {
+        ("one", 0): 0.3,
+        ("two", 0): 0.5,
+        ("three", 0): 0.7,
+        ("one", 1): 0.2,
+        ("two", 1): 0.5,
+        ("three", 1): 0.8,
+    }
+    stores = {name: {"stores": {"train": "a", "test": "b"}} for name in ("one", "two", "three")}
+    chosen = made(data=stores, methods={"lvu": {}, "vilu": {"seeds": 1}}, seeds=2)
+    slope = {("lvu", 0): 0.5, ("lvu", 1): -0.9, ("vilu", 0): 0.1}
+
+    def value(cell: Cell) -> float:
+        return 0.5 + slope[cell.method, cell.seed] * (accuracy[cell.data, cell.seed] - 0.5)
+
+    cells = plan(chosen)
+    results = {cell: result(cell, (value(cell), 0.5), accuracy[cell.data, cell.seed]) for cell in cells}
+    rigged = Board(chosen, cells, results, lambda cell: np.full((2, B), value(cell)))
+    verdict = decide(rigged, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
+    assert (verdict.ruling, verdict.number) == ("holds", pytest.approx(0.4))
+    assert verdict.what.endswith("over 3 places, on the seeds that both have (0)")
+    apart = {cell: one for cell, one in results.items() if (cell.method, cell.seed) != ("lvu", 0)}
+    strange = Board(chosen, list(apart), apart, rigged.entrants["lvu", "one", "all"].bootstrap)
+    verdict = decide(strange, claim(Steeper, steeper="lvu", than="vilu", settings=("all",)))
+    assert (verdict.ruling, verdict.reason) == ("not tested", "the methods have no seed in common")
+
+
 def test_a_claim_says_which_seeds_decide() -> None:
     """One seed of vilu, two of lvu: both have seed 0."""
     chosen = made(

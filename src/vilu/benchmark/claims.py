@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -88,17 +88,22 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
         f"gain in {METRICS[claim.metric].title} per 100 points of zero-shot accuracy, {claim.steeper} less "
         f"{claim.than}, over {len(places)} places"
     )
+    a, b = (_entrants(board, method, places) for method in (claim.steeper, claim.than))
+    if a is None or b is None:
+        return _not_tested(claim, what)
+    if len(places) < LEAST_POINTS:
+        return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} places")
+    shared = [sorted(one.found.keys() & two.found.keys()) for one, two in zip(a, b, strict=True)]
+    if not all(shared):
+        return _not_tested(claim, what, "the methods have no seed in common")
     slopes = []
-    for method in (claim.steeper, claim.than):
-        points = _entrants(board, method, places)
-        if points is None:
-            return _not_tested(claim, what)
-        if len(points) < LEAST_POINTS:
-            return _not_tested(claim, what, f"a trend line needs {LEAST_POINTS} places")
+    for side in (a, b):
+        both = zip(side, shared, strict=True)
+        points = [replace(point, found={seed: point.found[seed] for seed in seeds}) for point, seeds in both]
         x = np.array([point.accuracy for point in points])
         slopes.append(Quantity.slope(x, [point.quantity(claim.metric) for point in points]))
     difference = slopes[0] - slopes[1]
-    return _rule(board, claim, sign * difference, what)
+    return _rule(board, claim, sign * difference, what + _on_seeds(Mean(a), Mean(b)))
 
 
 def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:
