@@ -162,6 +162,22 @@ def test_a_training_row_is_not_its_own_neighbour_and_is_warned_of(plus, train: E
             assert [n.key for n in neighbours] == [train.ids[i] for i in expected]
 
 
+def test_copies_of_the_explained_picture_do_not_hide_its_neighbours(test: Embeddings) -> None:
+    """One wrong picture is there thirty times: the next failures are of other pictures."""
+    wrong = torch.nonzero((test.image @ test.text.T).argmax(dim=1) != test.target).flatten()
+    copied = torch.cat([wrong[:1].repeat(30), torch.arange(len(test))])
+    train = Embeddings(test.image[copied], test.text, test.target[copied], 20.0)
+    near = vilu.explain(vilu.MCM(), test, train, rows=[int(wrong[0])], depth=Depth(neighbours=3)).rows[0]
+    cosine = test.image[wrong[1:]] @ test.image[wrong[0]]
+    assert near.failures is not None
+    assert [n.cosine for n in near.failures] == pytest.approx(
+        cosine.sort(descending=True).values[:3].tolist(), abs=1e-5
+    )
+    all_there_are = vilu.explain(vilu.MCM(), test, train, rows=[int(wrong[0])], depth=Depth(neighbours=10**4)).rows[0]
+    assert all_there_are.failures is not None
+    assert len(all_there_are.failures) == len(wrong) - 1
+
+
 def test_rows_without_keys_are_the_same_where_their_embeddings_are(test: Embeddings) -> None:
     """Row 0 of one array is row 1 of the other, and no neighbour of itself; row 0 of the other is another row."""
     one = Embeddings(test.image[:40], test.text, test.target[:40], 20.0)

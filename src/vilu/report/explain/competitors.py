@@ -116,16 +116,20 @@ class TrainingRows:
         )
         return list(zip(failures, successes, strict=True))
 
-    def _search(self, image: Tensor, own: Own | None, rows: Tensor, n: int) -> list[list[tuple[int, float]]]:
-        """Training rows and cosines, per image."""
-        cosine, place = nearest_rows(image, Rows(self.train, rows), n + 1)  # one more: it may be the image itself
+    def _search(
+        self, image: Tensor, own: Own | None, rows: Tensor, n: int, more: int = 1
+    ) -> list[list[tuple[int, float]]]:
+        """Training rows and cosines, per image; so many ``more`` are looked at: they may be the image itself."""
+        cosine, place = nearest_rows(image, Rows(self.train, rows), n + more)
         found = rows[place]
         other = torch.ones(found.shape, dtype=torch.bool)
         if own is not None:
             there = self.train.identities(own[0], found.flatten().numpy()).reshape(found.shape)
             other = torch.from_numpy(there != own[1][:, None])
         columns = (found.tolist(), cosine.tolist(), other.tolist())
-        return [[(r, c) for r, c, kept in zip(*of, strict=True) if kept][:n] for of in zip(*columns, strict=True)]
+        near = [[(r, c) for r, c, kept in zip(*of, strict=True) if kept][:n] for of in zip(*columns, strict=True)]
+        short = n + more < len(rows) and any(len(of) < n for of in near)
+        return self._search(image, own, rows, n, 8 * more) if short else near
 
     def _answers(self, rows: set[int]) -> dict[int, tuple[str, str]]:
         """Answer and truth of training rows."""
