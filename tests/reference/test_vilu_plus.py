@@ -264,6 +264,18 @@ def test_images_without_labels_are_where_labels_begin(*, features: bool) -> None
     )
 
 
+@pytest.mark.parametrize("kind", ["another order", "two swapped", "one missing", "one other", "captions"])
+def test_images_without_labels_of_other_candidates_are_refused(kind: str, data: Embeddings) -> None:
+    """The mean text of all of them is blind to their order, and of many to one of them; the fit would be wrong."""
+    orders = {"another order": [3, 0, 1, 2], "two swapped": [0, 2, 1, 3], "one missing": [0, 1, 2]}
+    text = data.text[orders.get(kind, [0, 1, 2, 3])]
+    if kind == "one other":
+        text[3] = torch.nn.functional.normalize(text[3] + 0.05 * torch.eye(8)[0], dim=0)
+    images = toy_pairs(d=8) if kind == "captions" else Embeddings(data.image, text, None, 20.0)
+    with pytest.raises(DataError, match=r"in their order\. Of its 4 shared texts, [0-3] are at the same place here"):
+        ViLUPlus(**QUICK).fit(variant(data, columns=None), unlabelled=images)
+
+
 @pytest.mark.filterwarnings("ignore:vilu_plus is fitted on")
 @pytest.mark.parametrize("labels", [8, 40])
 def test_images_without_labels_help_a_few_labels(labels: int) -> None:

@@ -15,11 +15,11 @@ from torch.nn import functional
 from vilu.embeddings.checks import SHORT_POOL
 from vilu.embeddings.pairs import PairSource
 from vilu.embeddings.similarity import Others, float64
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.errors import UNKNOWN, DataError
 from vilu.predictors.nn.processes import current_world
 from vilu.predictors.nn.train import SCORING_BATCH, Rows
-from vilu.predictors.rows import candidates_of, overlap, same_candidates
+from vilu.predictors.rows import overlap
 
 MAX_UNUSABLE = 0.01
 FEW = 20
@@ -40,9 +40,14 @@ def disjoint(train: EmbeddingSource, validation: EmbeddingSource) -> EmbeddingSo
 def require_comparable(train: EmbeddingSource, unlabelled: EmbeddingSource) -> None:
     """Refuse unlabelled rows of another space, or against other candidates than the training set's."""
     train.space.require_match(unlabelled.space, mine="the training set", theirs="the unlabelled rows")
-    mine, theirs = candidates_of(train), candidates_of(unlabelled)
-    if {"pool_size"} & (mine.keys() | theirs.keys()) or not same_candidates(mine, theirs):
-        raise DataError("unlabelled rows must have the candidates of the training set, in their order.")
+    none = torch.empty(0, train.space.embed_dim)
+    mine, theirs = (none if one.pool_size else one.candidates(torch.arange(0)).text for one in (train, unlabelled))
+    alike = int(((mine * theirs).sum(dim=1) >= SAME_TEXT).sum()) if len(mine) == len(theirs) else 0
+    if alike < max(len(mine), 1):
+        raise DataError(
+            "unlabelled rows must have the candidates of the training set, in their order. Of its "
+            f"{len(mine)} shared texts, {alike} are at the same place here. Embed both with one list of classes."
+        )
 
 
 Needs = Literal["failure", "class", "nothing"]
