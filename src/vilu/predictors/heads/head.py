@@ -19,7 +19,7 @@ from vilu.errors import checked
 from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.games import LOG_ODDS, Game, HeadGame
 from vilu.predictors.labelled import fit_and_selection
-from vilu.predictors.nn.checkpoint import current_session, data_fingerprint
+from vilu.predictors.nn.checkpoint import current_session, data_fingerprint, text_fingerprint
 from vilu.predictors.nn.head import HIDDEN, FailureHead, with_weights
 from vilu.predictors.nn.losses import LOSSES, FailureWeight, adaptive_weight
 from vilu.predictors.nn.train import HeadTrainer, Rows, TrainConfig
@@ -136,6 +136,7 @@ class HeadPredictor(FailurePredictor):
             "weights at the start": weights_digest(head.state_dict()),
             "training rows": data_fingerprint(train.source, train.index),
             "validation rows": validation and data_fingerprint(validation.source, validation.index),
+            "texts": [text_fingerprint(part.source, part.index) for part in (train, validation) if part],
         }
 
     def _start_notes(self) -> dict[str, object]:

@@ -135,6 +135,7 @@ class FolderKeeper(Keeper):
         return b"", b""
 
     def _require_same(self, found: dict[str, object]) -> None:
+        found = {"texts": self.binding.get("texts"), **found}  # checkpoints of earlier code do not say
         differences = [
             f"{key}: {found.get(key)!r} there, {self.binding.get(key)!r} here"
             for key in sorted(found.keys() | self.binding.keys())
@@ -269,6 +270,12 @@ def data_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
         hashed.update(numbers.numpy().tobytes())
     ids = [source.ids[row] for row in spread(rows, SAMPLED_IDS).tolist()]
     return digest([source.space.fingerprint, source.n_candidates, source.pool_size, ids, hashed.hexdigest()])
+
+
+def text_fingerprint(source: EmbeddingSource, rows: Tensor) -> str:
+    """Hash of what some rows of a source choose from: of all shared candidates, or of a sample of the captions."""
+    text = source.candidates(spread(rows, SAMPLED_ROWS)).text
+    return hashlib.blake2b(text.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def spread(rows: Tensor, n: int) -> Tensor:
