@@ -404,3 +404,26 @@ def test_validation_rows_weigh_the_pool(data: Embeddings) -> None:
     chosen = ViLUPlus(**QUICK).fit(data, validation)
     assert chosen.notes_["pool"] != ViLUPlus(**QUICK).fit(data).notes_["pool"]
     assert len(chosen.seen(validation)) == len(validation)  # used, if not learned from
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"), [("superset", "3 of the 7"), ("disjoint", "3 of the 3"), ("captions", "32 of the 32")]
+)
+def test_validation_rows_of_unknown_classes_are_refused_before_anything_is_fitted(
+    kind: str, found: str, data: Embeddings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ViLUPlus, "_fit_experts", lambda *_: pytest.fail("it was fitted"))
+    bare, new = variant(data, columns=None), toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
+    text = toy_embeddings(n=1, k=7, d=8).text[4 if kind == "disjoint" else 0 :]  # the first four are those of training
+    validation = toy_pairs(d=8) if kind == "captions" else Embeddings(new.image, text, new.target % 3, 20.0)
+    with pytest.raises(DataError, match=f"the 4 training classes .* {found} candidates of the validation set"):
+        ViLUPlus(**QUICK).fit(bare, validation)
+
+
+def test_validation_rows_may_have_fewer_classes_in_another_order(data: Embeddings) -> None:
+    bare, new = variant(data, columns=None), toy_embeddings(n=150, k=4, d=8, seed=3, ids_from=5000)
+    rows, order = new.target != 1, torch.tensor([3, 0, 2])
+    target = (new.target[rows][:, None] == order).int().argmax(dim=1)
+    fit = ViLUPlus(**QUICK).fit(bare, Embeddings(new.image[rows], new.text[order], target, 20.0))
+    assert len(fit.notes_["pool"]) == 3
+    assert np.isfinite(fit.predict_uncertainty(bare)).all()

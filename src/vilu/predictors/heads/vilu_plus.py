@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vilu.embeddings.similarity import float64
-from vilu.embeddings.source import Batch, EmbeddingSource
+from vilu.embeddings.similarity import float64, nearest
+from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
 from vilu.predictors.base import FailurePredictor, Learnt, NotExportable
@@ -151,6 +151,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         weights, kinds = torch.ones(1, dtype=torch.float64), self._kinds(train)
+        if kinds and validation is not None:
+            require_known_classes(validation, class_texts(train))
         classes = self._classes(train)
         start = None if classes is None else classes.start(class_texts(train), train.source.space.logit_scale)
         experts, rows = None, None
@@ -284,6 +286,18 @@ class PlusGraph(nn.Module):
 def feature_dim(rows: Rows) -> int:
     """F of the column "features", 0 where it is not looked at."""
     return rows.source.column(FEATURES, rows.index[:1]).shape[1] if FEATURES in rows.columns else 0
+
+
+def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
+    """Refuse validation rows that not all experts can say something of: they know the classes (K, D) of training."""
+    text = None if validation.pool_size else validation.candidates(torch.arange(0)).text
+    others = validation.n_candidates if text is None else int((nearest(text, classes)[0] < SAME_TEXT).sum())
+    if others:
+        raise DataError(
+            f"experts on the {len(classes)} training classes are weighed on validation rows, and {others} of the "
+            f"{validation.n_candidates} candidates of the validation set are others. Leave those out, or give no "
+            "validation set: a part of the training rows is then held out."
+        )
 
 
 def log_posteriors(experts: Experts, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
