@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,7 @@ from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, Vi
 from vilu.progress import reporting
 from vilu.store.folds import fold_of
 from vilu.store.laion import LaionPairs
+from vilu.store.parts import or_damaged
 
 N = 60
 IMAGE, TEXT = unit_pairs(N, seed=1)
@@ -58,6 +63,42 @@ def test_number_formats_and_byte_orders(tmp_path, image_type, text_type):
     source = LaionPairs(write_shards(tmp_path, image, text, sizes=SIZES), Pools(10), logit_scale=SCALE)
     for mine, theirs in zip(source.steps(4), memory(image, text).steps(4), strict=True):
         require_equal(mine, theirs)
+
+
+@pytest.fixture
+def few_files():
+    """A process that may open 100 more files."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        next_one = os.dup(1)
+        os.close(next_one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_one + 100, before[1]))
+        yield
+
+
+@pytest.mark.usefixtures("few_files")
+def test_shards_may_be_many_more_than_files_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("vilu.store.mapped.OPEN_PARTS", 40)
+    image, text = unit_pairs(300)
+    source = LaionPairs(write_shards(tmp_path, image, text, sizes=[1] * 300), Pools(100), logit_scale=SCALE)
+    for mine, theirs in zip(source.steps(100), memory(image, text, Pools(100)).steps(100), strict=True):
+        require_equal(mine, theirs)
+
+
+def test_two_threads_may_let_go_of_what_they_have_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("vilu.store.mapped.MAX_RESIDENT", 2**17)
+    source = LaionPairs(write_shards(tmp_path, IMAGE, TEXT, sizes=[1] * N), Pools(10), logit_scale=SCALE)
+    rows = torch.randint(N, (600, 10), generator=torch.Generator().manual_seed(0))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = torch.stack(list(pool.map(source.picture_rows, rows)))
+    finally:
+        sys.setswitchinterval(before)
+    assert torch.equal(found, torch.from_numpy(IMAGE).float()[rows])
 
 
 def test_number_formats_that_differ_between_shards(tmp_path):
@@ -254,6 +295,20 @@ def test_damaged_files(root):
     path.write_bytes(whole)
     (root / "metadata/metadata_001.parquet").write_bytes(b"PAR1PAR1")
     refused(StorageError, r"metadata_001.parquet is damaged", root)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.EMFILE, "too many open files. Raise the limit on open files: ulimit -n 4096."),
+        (errno.EIO, "input/output error."),
+        (errno.EACCES, "permission denied."),
+    ],
+)
+def test_what_the_system_refuses_is_no_damage(root, code, message):
+    with pytest.raises(StorageError) as told, or_damaged(root, "Fetch it again."):
+        raise OSError(code, os.strerror(code))
+    assert str(told.value) == f"cannot read {root}: {message}"
 
 
 def test_a_shard_that_changes_while_it_is_read(root):

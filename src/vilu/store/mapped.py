@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,7 +70,7 @@ def default_workers() -> int:
     return min(cores(), 16)
 
 
-OPEN_PARTS = 256  # parts kept mapped at a time; each takes a file descriptor, of which a process often has 1024
+OPEN_PARTS = 320  # parts of a source that are mapped at a time, each with a file descriptor; a process often has 1024
 
 PAGE, MAX_RESIDENT = 4096, 2**28
 """Bytes that come with every row that is read, at least, and that may stay in memory of all that were."""
@@ -100,9 +99,8 @@ class MappedParts:
         open_part: Callable[[str, int], NDArray[np.floating]],
     ) -> None:
         self.starts, self.shapes, self.open_part = starts, shapes, open_part
-        self.part = lru_cache(OPEN_PARTS)(lambda name, number: np.asarray(open_part(name, number)))
-        self._resident: dict[int, NDArray[np.floating]] = {}
-        self._touched = 0
+        self._mapped: dict[tuple[str, int], NDArray[np.floating]] = {}
+        self._touched, self._widest = 0, np.dtype(np.float16)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -114,27 +112,27 @@ class MappedParts:
             raise IndexError(f"rows must be from 0 to {len(self) - 1}. Got {wanted.min()} to {wanted.max()}.")
         order = np.argsort(wanted, kind="stable")
         bounds = np.searchsorted(wanted, self.starts, sorter=order)
-        touched = np.flatnonzero(np.diff(bounds))
-        parts = [self.part(name, int(number)) for number in touched]
-        number_format = np.result_type(*(part.dtype.newbyteorder("=") for part in parts), np.float16)
-        rows = np.empty((len(wanted), *self.shapes[name]), dtype=number_format)
-        for number, part in zip(touched, parts, strict=True):
-            places = order[bounds[number] : bounds[number + 1]]
+        rows = np.empty((len(wanted), *self.shapes[name]), self._widest)
+        for number in np.flatnonzero(np.diff(bounds)):  # one part at a time: all of them may be too many to hold open
+            part, places = self._part(name, int(number)), order[bounds[number] : bounds[number + 1]]
+            if part.dtype.itemsize > rows.itemsize:
+                self._widest = part.dtype.newbyteorder("=")
+                rows = rows.astype(self._widest)
             rows[places] = part[wanted[places] - self.starts[number]]
-        self._release(parts, len(wanted))
+            self._touched += len(places) * max(PAGE, part[:1].nbytes)
         return torch.from_numpy(rows).float()  # many times faster than numpy's conversion
 
-    def _release(self, parts: Sequence[NDArray[np.floating]], n_rows: int) -> None:
-        """Give pages back that were read long ago, which the system would count as ours until it needs the room."""
-        self._resident |= {id(part): part for part in parts}
-        self._touched += n_rows * max([PAGE, *(part[:1].nbytes for part in parts)])
-        if self._touched < MAX_RESIDENT:
-            return
-        for part in self._resident.values():
-            mapped = getattr(part.base, "_mmap", None)
-            if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-                mapped.madvise(mmap.MADV_DONTNEED)
-        self._resident, self._touched = {}, 0
+    def _part(self, name: str, number: int) -> NDArray[np.floating]:
+        """A part, mapped. All are let go of when they are many, or when many of their pages were read.
+
+        Otherwise the system counts these as ours until it needs the room. Several threads may ask.
+        """
+        part = self._mapped.get((name, number))
+        if self._touched >= MAX_RESIDENT or (part is None and len(self._mapped) >= OPEN_PARTS):
+            self._mapped, self._touched, part = {}, 0, None
+        if part is None:
+            part = self._mapped[name, number] = np.asarray(self.open_part(name, number))
+        return part
 
 
 class MappedSource(EmbeddingSource):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -202,6 +204,9 @@ UNREADABLE_NPY = (OSError, ValueError, OverflowError, SyntaxError, TokenError, R
 UNREADABLE_PARQUET = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on one (ValueError also for names that are no text)."""
 
+NOT_THE_FILE = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
+"""What the system says of itself: it tells nothing about the bytes of a file."""
+
 
 def metadata_schema(run: Run) -> pa.Schema:
     """Columns of the metadata; of what was imported no picture is known."""
@@ -224,9 +229,10 @@ def or_damaged(
         yield
     except ViLUError:
         raise
-    except PermissionError as error:
-        raise StorageError(f"cannot read {path}: permission denied.") from error
     except kinds as error:
+        if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
+            more = " Raise the limit on open files: ulimit -n 4096." if error.errno == errno.EMFILE else ""
+            raise StorageError(f"cannot read {path}: {os.strerror(error.errno).lower()}.{more}") from error
         raise fault(f"{path} is {said}: {error}. {hint}") from error
 
 
