@@ -288,6 +288,15 @@ def test_overwrite_replaces_the_store_and_nothing_else(tmp_path):
     assert tree(tmp_path / "s") == tree(tmp_path / "fresh")
 
 
+def test_overwrite_removes_nothing_where_the_new_settings_are_refused(tmp_path):
+    run(dataset(23), tmp_path / "s")
+    before = tree(tmp_path / "s")
+    with pytest.raises(UsageError, match="template"):
+        run(dataset(23), tmp_path / "s", overwrite=True, templates=["a photo of a {]"])
+    assert tree(tmp_path / "s") == before
+    assert len(EmbeddingStore(tmp_path / "s")) == 23
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_folder_of_other_things_is_refused(tmp_path, overwrite):
     (tmp_path / "img_emb").mkdir()

@@ -186,9 +186,7 @@ def _drive(
     root, patience = job.root, PATIENCE if shared else 0.0
     with ExitStack() as lock:
         lock.enter_context(StoreLedger.claim(root, patience))
-        if overwrite:
-            job.ledger.clear()
-        job = replace(job, run=begin(root, job.run, lambda: encode_classes(model, job.run)))
+        job = replace(job, run=begin(root, job.run, lambda: encode_classes(model, job.run), overwrite=overwrite))
         if not shared:
             forget_attempts(root)
         missing, receipts = job.ledger.survey(deep=not shared)  # many drivers would each read all of it
@@ -304,18 +302,21 @@ def encode_classes(backbone: Backbone, run: Run) -> Classes:
     return text, class_columns(backbone, run)
 
 
-def begin(root: Path, run: Run, make_classes: Callable[[], Classes]) -> Run:
+def begin(root: Path, run: Run, make_classes: Callable[[], Classes], *, overwrite: bool = False) -> Run:
     """Go on with the run that is in the folder, or begin this one; the class texts, if any, are there afterwards.
 
-    Nothing is written before the prompts have been encoded: settings that the model refuses leave no store behind.
+    Nothing is written or removed before the prompts have been encoded: settings that the model refuses leave no store
+    behind, and the old one as it was.
     """
-    if (root / RUN).is_file():
+    if (root / RUN).is_file() and not overwrite:
         earlier = read_document(root / RUN, Run)
         earlier.require_match(run, root)
         run = earlier
     classes = None
-    if not (run.captions or _has_classes(root, run)):
+    if not run.captions and (overwrite or not _has_classes(root, run)):
         classes = make_classes()
+    if overwrite:
+        StoreLedger(root, run).clear()
     StoreLedger(root, run).begin(run, {*StoreLedger.always, *run.arrays})
     if classes is not None:
         write_classes(root, run, *classes)

@@ -456,9 +456,7 @@ def _describe(given: Given, space: EmbeddingSpace, imported: Imported, **setting
 def _drive(root: Path, run: Run, given: Given, budget: Budget, *, overwrite: bool) -> None:
     """Do what is missing and seal the store."""
     with StoreLedger.claim(root):
-        if overwrite:
-            StoreLedger(root, run).clear()
-        run = begin(root, run, lambda: (given.text, given.class_columns))
+        run = begin(root, run, lambda: (given.text, given.class_columns), overwrite=overwrite)
         ledger = StoreLedger(root, run)
         missing, done = ledger.survey()
         if missing:
