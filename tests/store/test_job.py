@@ -243,6 +243,15 @@ def test_a_driver_that_is_alone_begins_anew(tmp_path):
     assert marks(tmp_path) == {}
 
 
+def test_a_store_is_overwritten_after_a_kill(tmp_path):
+    data = shards(*LENGTHS, deadly=2 * SHARD)
+    job = job_of(data, tmp_path)
+    assert in_child(lambda: job.process(1)) == -signal.SIGKILL
+    assert marks(tmp_path) == {"00001": 1}
+    data.deadly = None
+    assert len(run(data, tmp_path, overwrite=True)) == 15
+
+
 def test_marks_that_cannot_be_made_are_an_error_of_the_store(tmp_path):
     job = job_of(shards(*LENGTHS), tmp_path)
     (tmp_path / "attempts").rmdir()

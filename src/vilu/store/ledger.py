@@ -27,8 +27,8 @@ from vilu.files.documents import Document, Model, digest, parse_json, read_bound
 from vilu.files.places import claim_folder, entries, require_no_others
 from vilu.progress import Silence, track
 
-OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+\.json")
-"""Names of the files that a run writes."""
+OURS = re.compile(r"run\.json|classes\.json|manifest\.json|\w+\.npy|\w+\.parquet|\d+(\.json)?")
+"""Names of the files that a run writes; those of marks (``Part.attempts``) are numbers alone."""
 
 ABSENT = "it is not there"
 
