@@ -185,7 +185,8 @@ class Monitor:
     def audit(self, outcomes: Outcomes, groups: Sequence[str] | None = None) -> Status:
         """Take in labels that have arrived later, of rows that were monitored before.
 
-        A label counts once: of a row that was audited before, known as in ``update``, it is left out.
+        A label counts once: of a row that was audited before, known as in ``update``, it is left out. In what order
+        they lie means nothing: they are judged together, after the last of them.
 
         Warns:
             UserWarning: If some were given before.
@@ -211,7 +212,7 @@ class Monitor:
                 "there is no promise to audit: the rule accepts nothing, judges whole batches, or bounds a mean (crc)."
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
-        rows = np.full(len(outcomes), max(self.rows - 1, 0))
+        rows = np.full(len(outcomes), max(self.rows - 1, 0))  # one moment
         self._take_labels(outcomes, self._accepted(outcomes, groups), rows)
         return self.status
 
