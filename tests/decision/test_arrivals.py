@@ -79,6 +79,32 @@ def test_another_score_or_answer_of_the_same_name_is_another_row(calibration: vi
     assert monitor.update(dataclasses.replace(rows, prediction=(rows.prediction + 1) % 4)).rows == 300
 
 
+def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(calibration: vilu.Outcomes) -> None:
+    """Half of the scores are 0: a day's rows and labels all count, and of a file of old and new rows the new ones."""
+
+    def saturated(rows: vilu.Outcomes, ids: list[str] | None) -> vilu.Outcomes:
+        return dataclasses.replace(rows, uncertainty=rows.uncertainty * (rows.uncertainty > 0.5), ids=ids)
+
+    names = [f"frame_{row:04d}.jpg" for row in range(400)]
+    days = [saturated(draw(10 + seed, 400, labelled=True), names) for seed in range(8)]
+    monitor = monitor_of(saturated(calibration, None))
+    for day, rows in enumerate(days, 1):
+        status = monitor.update(rows)
+        assert (status.verdict, status.rows, monitor.repeated) == ("holds", 400 * day, 0)
+    assert status.audit.n == monitor.accepted
+    more = dataclasses.replace(days[0], ids=[f"late_{row:04d}.jpg" for row in range(400)])
+    for known, n in ((days[2], 3200), (days[2].take(np.arange(50)), 3200), (joined(days[1], more), 3600)):
+        with pytest.warns(UserWarning, match="were monitored before"):
+            assert monitor.update(known).rows == n
+
+
+def joined(one: vilu.Outcomes, other: vilu.Outcomes) -> vilu.Outcomes:
+    columns = ("uncertainty", "failure", "prediction", "target", "outside")
+    both = {name: (getattr(one, name), getattr(other, name)) for name in columns}
+    whole = {name: None if pair[0] is None else np.concatenate(pair) for name, pair in both.items()}
+    return dataclasses.replace(one, **whole, ids=[*one.ids, *other.ids])
+
+
 def test_what_cannot_be_seen_is_counted(calibration: vilu.Outcomes) -> None:
     """Without identifiers, as which row numbers count: a part of a file, and scores that chance repeats."""
     monitor = monitor_of(calibration)

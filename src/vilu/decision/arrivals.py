@@ -66,7 +66,13 @@ class Seen:
             hashes = hash_of_each(rows).view(np.int64)
             first = np.zeros(n, dtype=np.bool_)
             first[np.unique(hashes, return_index=True)[1]] = True
-            return hashes, first & ~self._holds(hashes)
+            known = self._holds(hashes)
+            if known.any() and not known.all():  # a score that many rows have comes with the same name by chance, too
+                _, place, count = np.unique(numbers[:, :2], axis=0, return_inverse=True, return_counts=True)
+                tied = count[place.ravel()] > 1
+                alone, shared = np.bincount(tied, known, minlength=2) / np.bincount(tied, minlength=2).clip(1)
+                known &= ~tied | (10 * alone >= shared)
+            return hashes, first & ~known
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
         whole = hash_of_each([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()]).view(np.int64)
