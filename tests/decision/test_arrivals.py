@@ -121,6 +121,23 @@ def test_what_cannot_be_seen_is_counted(calibration: vilu.Outcomes) -> None:
     assert monitor.rows == before + 100
 
 
+def test_numbers_of_rows_identify_no_labels(calibration: vilu.Outcomes) -> None:
+    """Ten rows a day are labelled, all with one score and answer, and the same places every day."""
+    monitor, labelled = monitor_of(calibration), np.arange(100) % 10 == 3
+    for seed in range(11, 16):
+        rows = draw(seed, 100, labelled=True)
+        monitor.update(
+            dataclasses.replace(
+                rows,
+                uncertainty=np.where(labelled, 0.125, rows.uncertainty),
+                prediction=np.where(labelled, 0, rows.prediction),
+                failure=np.where(labelled, rows.failure, -1),
+                ids=[str(row) for row in range(100)],
+            )
+        )
+    assert (monitor.status.audit.n, monitor.repeated) == (50, 0)
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_a_label_counts_once(calibration: vilu.Outcomes, tmp_path: Path, named: bool) -> None:
     labels = draw(1, 400, named=named, labelled=True)

@@ -58,7 +58,7 @@ class Seen:
         n = len(outcomes)
         answers = np.full(n, UNKNOWN) if outcomes.prediction is None else outcomes.prediction
         numbers = np.stack([outcomes.uncertainty.view(np.int64), answers, *([outcomes.failure] if labels else [])], 1)
-        if outcomes.ids is not None and not _is_numbered(outcomes.ids):
+        if outcomes.ids is not None:
             content = np.ascontiguousarray(numbers[:, :2]).tobytes()
             rows = (
                 key.encode(errors="surrogatepass") + content[16 * i : 16 * i + 16] for i, key in enumerate(outcomes.ids)
@@ -110,7 +110,10 @@ def refuse_sorted(outcomes: Outcomes) -> None:
 
 
 def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's."""
+    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's.
+
+    Numbers of rows identify none and are left out.
+    """
     for name in ("method", "class_names"):
         ours, theirs = getattr(calibration, name), getattr(outcomes, name)
         if None not in (ours, theirs) and ours != theirs:
@@ -129,6 +132,8 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
         warnings.warn(
             f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
         )
+    if outcomes.ids is not None and _is_numbered(outcomes.ids):  # seen here alone: what is left of them looks like keys
+        outcomes = replace(outcomes, ids=None)
     if outcomes.class_names is None and outcomes.prediction is not None:
         return replace(outcomes, class_names=calibration.class_names)
     return outcomes
