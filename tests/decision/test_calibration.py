@@ -15,9 +15,10 @@ from tests.builders.bench_fakes import make_store
 from tests.conftest import toy_embeddings, toy_pairs
 from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.decision.record import load
-from vilu.decision.score import Decider
+from vilu.decision.score import Decider, predictor_fingerprint, source_fingerprint
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.files.documents import digest
 from vilu.predictors.outside import SeesOutside
 from vilu.predictors.record import RISK, VOCABULARY
 from vilu.predictors.vocabulary import Vocabulary
@@ -60,6 +61,28 @@ def test_a_calibration_that_was_cut_off_is_made_again(monkeypatch: pytest.Monkey
         calibrate_predictor(folder, store, Target(max_risk=0.9), overwrite=False)
         assert Vocabulary.load(folder).names == store.class_names
         (folder / VOCABULARY).unlink()
+
+
+def test_one_other_row_makes_another_calibration_and_one_of_earlier_code_stays(tmp_path: Path) -> None:
+    """Rows that are in no store, as those that labels were given for are not, are all looked at."""
+    data, target = toy_embeddings(n=700), Target(max_risk=0.4)
+    vilu.MCM().save(tmp_path)
+    taken = data.take(np.arange(690))
+    found = calibrate_predictor(tmp_path, taken, target)
+    assert calibrate_predictor(tmp_path, taken, target, overwrite=False) == found
+    for row in (1, 500):
+        data.image[row] = -data.image[row]
+        with pytest.raises(UsageError, match="is calibrated already, on 690 rows"):
+            calibrate_predictor(tmp_path, taken, target, overwrite=False)
+        data.image[row] = -data.image[row]
+    predictor = vilu.load(tmp_path)
+    predictor.calibrator_ = None
+    then = digest((predictor_fingerprint(predictor), source_fingerprint(taken), None, None, target.facts()))
+    assert found.inputs != then
+    (tmp_path / RISK).unlink()
+    earlier = found.model_copy(update={"inputs": then})
+    earlier.write(tmp_path / RISK)
+    assert calibrate_predictor(tmp_path, taken, target, overwrite=False) == earlier
 
 
 def test_captions(tmp_path: Path) -> None:

@@ -127,9 +127,11 @@ def _calibrate(
     predictor = load(folder)
     predictor.calibrator_ = None
     made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, target.facts()
-    inputs = digest(made_from)
-    found = None if overwrite else _calibrated(folder, inputs)
+    inputs = earlier = digest(made_from)
     dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
+    if dtype is None:  # only a store has a hash of all its rows; earlier code did without
+        inputs = digest([made_from, [data.identities(by).tolist() for by in data.identified_by[:1]]])
+    found = None if overwrite else _calibrated(folder, {inputs, earlier})
     if found is None:
         fresh = predictor.unseen(data, "calibration")
         rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
@@ -179,7 +181,7 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
     )
 
 
-def _calibrated(folder: Path, inputs: str) -> Record | None:
+def _calibrated(folder: Path, inputs: set[str]) -> Record | None:
     """What the same inputs made of a predictor before; refuses what others made. What cannot be used is in no way."""
     if not record.has_record(folder):
         return None
@@ -188,7 +190,7 @@ def _calibrated(folder: Path, inputs: str) -> Record | None:
     except ViLUError as error:
         logger.warning("the calibration in %s is made again: %s", folder, error)
         return None
-    if found.inputs == inputs:
+    if found.inputs in inputs:
         logger.info("%s is calibrated so already: there is nothing to do", folder)
         return found
     raise UsageError(
