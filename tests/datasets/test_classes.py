@@ -38,6 +38,14 @@ def test_tabbed_names_are_matched_with_the_folders(tmp_path):
     assert class_table(None, file).folders == ("ant", "n01", "red_fox")
 
 
+def test_numbers_before_names_are_the_labels_where_labels_are_numbers(tmp_path):
+    file = classes_file(tmp_path, "2\tdog\n0\tcat\n1\tbird\n")
+    assert class_table(None, file, by_position=True) == ClassTable(("0", "1", "2"), ("cat", "bird", "dog"))
+    for text in ("1\tcat\n2\tdog\n", "0\tcat\n0\tdog\n", "0\tcat\n01\tdog\n"):
+        with pytest.raises(DataError, match="must be the labels 0 to 1, each once"):
+            class_table(None, classes_file(tmp_path, text), by_position=True)
+
+
 def test_plain_names_are_matched_with_the_folders(tmp_path):
     for text in ("ant\nn01\nred_fox\n", "red fox\nant\nn01\n"):
         assert class_table(FOLDERS, classes_file(tmp_path, text)) == class_table(FOLDERS, None)

@@ -54,11 +54,12 @@ def test_csv_of_paths_alone_is_unlabelled(tmp_path, alias):
     assert (listed(dataset), dataset.class_names) == ([("a.png", None), ("b.png", None)], None)
 
 
+@pytest.mark.parametrize("names", ["zebra\nant\n", "1\tant\n0\tzebra\n"])
 @pytest.mark.parametrize("labels", [["1", "0", ""], ["1.0", "0.0", ""], [" 1", "00", " "]])
-def test_csv_numbers_are_labels_named_by_the_classes_file(tmp_path, labels):
+def test_csv_numbers_are_labels_named_by_the_classes_file(tmp_path, labels, names):
     source = write_csv(tmp_path, "path,label\n" + "".join(f"{i}.png,{label}\n" for i, label in enumerate(labels)))
     classes = tmp_path / "classes.txt"
-    classes.write_text("zebra\nant\n")
+    classes.write_text(names)
     dataset = open_dataset(source, classes=classes)
     assert dataset.class_names == ("zebra", "ant")
     assert [label for _, label in listed(dataset)] == [1, 0, None]

@@ -87,13 +87,14 @@ def test_the_rule_of_keys_is_webdatasets(name):
     assert split_name(name) == expected
 
 
-def test_labels_instead_of_captions(tmp_path):
+@pytest.mark.parametrize("names", ["cat\ndog\n", "1\tdog\n0\tcat\n"])
+def test_labels_instead_of_captions(tmp_path, names):
     labels = [b"1", b" 0\n", None, b"2", b"-1", b"cat", b"", b"0" * 40, b"\xff"]
     entries = []
     for i, label in enumerate(labels):
         entries += [(f"{i}.png", PICTURE), (f"{i}.txt", b"unused")] + ([] if label is None else [(f"{i}.cls", label)])
     classes = tmp_path / "classes.txt"
-    classes.write_text("cat\ndog\n")
+    classes.write_text(names)
     dataset = open_dataset(write_shard(tmp_path, tar_bytes(*entries)), classes=classes)
     assert (dataset.class_names, dataset.captioned) == (("cat", "dog"), False)
     expected = ["1", "0", "None"] + ["text:bad_label"] * 6

@@ -63,13 +63,18 @@ def class_table(
     ``raw`` are the names in the data, in label order, ``names`` those of the prompts without a file (by default ``raw``
     with underscores turned into spaces). A classes file has one name per line, or ``folder<TAB>name``. Its lines are in
     label order ``by_position`` (whole-number labels), else matched with ``raw``; tabbed lines always are, except
-    where there is no ``raw``. A file that is matched may leave out classes that will be taken out (``WithOutside``).
+    where there is no ``raw``: numbers there are the labels ``by_position``, and of other names the lines are in label
+    order. A file that is matched may leave out classes that will be taken out (``WithOutside``).
     """
     if file is None and names is not None:
         return ClassTable(tuple(raw or ()), tuple(names))
     if file is None:
         return None if raw is None else _default(raw)
     keys, prompts = read_classes(file)
+    if raw is None and by_position and keys and all(map(str.isdecimal, keys)):
+        raw = tuple(map(str, range(len(keys))))
+        if sorted(raw) != sorted(keys):
+            raise DataError(f"{file}: numbers before names must be the labels 0 to {len(keys) - 1}, each once.")
     if raw is None:
         return ClassTable(keys or prompts, prompts)
     if keys is None and by_position:

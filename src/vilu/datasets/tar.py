@@ -157,8 +157,8 @@ class TarShards:
     and what ``decode_caption`` and ``decode_image`` find. A shard that ends early or cannot be read (on) is one record
     more, of kind "truncated_shard" or "bad_shard"; the sample at the break is part of it unless nothing of that lacks.
 
-    A classes file is in label order. ``outside`` names classes, or labels beyond them (``strays``: only reading the
-    tars would tell whether they occur), of images of none of the classes, as -2 always is.
+    A classes file is in label order, or says the labels. ``outside`` names classes, or labels beyond them (``strays``:
+    only reading the tars would tell whether they occur), of images of none of the classes, as -2 always is.
 
     Source: https://github.com/webdataset/webdataset (the layout).
     """
@@ -167,7 +167,7 @@ class TarShards:
         self, source: str, paths: Sequence[Path], *, classes: Path | None = None, outside: Sequence[str] = ()
     ) -> None:
         self.source = source
-        self.classes = class_table(None, classes)
+        self.classes = class_table(None, classes, by_position=True)
         self.class_names = self.classes.names if self.classes else None
         self.captioned = self.classes is None
         n_classes = len(self.class_names or ())
