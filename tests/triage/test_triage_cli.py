@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 
 from tests.builders.photo_folders import write_photos
-from tests.builders.store_fakes import NAMES, FakeBackbone
+from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line, run
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.decision import record
 from vilu.decision.calibrate import Selector
+from vilu.errors import UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.embed import embed
+from vilu.triage.label_errors import LabelErrors
 from vilu.triage.labels import LabelBook
 
 
@@ -188,6 +190,39 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     assert found.n == len(fresh) - 1
     assert found.rule is not None
     assert found.rule.n_wrong <= 0.2 * found.rule.n_accepted
+
+
+@pytest.mark.parametrize("name", ["errors.csv", "errors.parquet"])
+def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(tmp_path: Path, name: str) -> None:
+    found = LabelErrors(["a.jpg"], ["cat"], ["dog"], np.array([0.1]), np.array([True]))
+    found.save(tmp_path / name)
+    found.save(tmp_path / name)
+    Outcomes([0.5], [0]).save(tmp_path / f"scores.{name}")
+    with pytest.raises(UsageError, match="holds no label errors of vilu"):
+        found.save(tmp_path / f"scores.{name}")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("-o", "labels.csv"), "labels.csv is there and holds no label errors of vilu, so it is left alone"),
+        (("-o", "errors.txt"), "a table is a .parquet or a .csv file. Got 'errors.txt'"),
+        (("-o", "x.csv", "--images", ".", "--sheet", "cat.png"), "must be a new .png, .svg or .webp"),
+        (("-o", "x.csv", "--images", ".", "--sheet", "sheet.txt"), "must be a new .png, .svg or .webp"),
+        (("-o", "x.csv", "--images", ".", "--sheet", "gone/sheet.png"), "in a folder that is there"),
+    ],
+)
+def test_an_audit_of_labels_is_refused_a_wrong_place_before_the_fits(
+    tmp_path: Path, fake_model: FakeBackbone, more: tuple[str, ...], message: str
+) -> None:
+    embed(dataset(30), fake_model, tmp_path / "store", names=NAMES)
+    for name in ("labels.csv", "cat.png"):
+        (tmp_path / name).write_bytes(b"path,label\na.jpg,cat\n")
+    done = run("audit-labels", "store", *more, code=2, cwd=tmp_path)
+    assert message in done.stderr
+    assert "fit" not in done.stderr
+    assert (tmp_path / "labels.csv").read_bytes() == (tmp_path / "cat.png").read_bytes() == b"path,label\na.jpg,cat\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "labels.csv", "cat.png"}
 
 
 @pytest.mark.slow

@@ -201,11 +201,17 @@ def audit_labels(
     """Which labels are probably wrong, the worst first (cleanlab's confident learning). Prints the table's file."""
     if (sheet is None) != (images is None):
         raise UsageError("--sheet shows --images: give both, or none.")
+    if sheet and (sheet.suffix.lower() not in {".png", ".svg", ".webp"} or sheet.exists() or not sheet.parent.is_dir()):
+        raise UsageError(f"--sheet must be a new .png, .svg or .webp in a folder that is there. Got {sheet} instead.")
     from vilu.datasets.catalog import open_dataset
+    from vilu.files.places import claim_file
+    from vilu.files.tables import table_suffix
     from vilu.predictors.storage import load
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.label_errors import contact_sheet, find_label_errors
 
+    table_suffix(output)
+    claim_file(output, "label errors", overwrite=True)
     found = find_label_errors(EmbeddingStore(store), None if predictor is None else load(predictor), seed=seed)
     found.save(output)
     typer.echo(output)

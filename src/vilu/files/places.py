@@ -19,9 +19,8 @@ from vilu.files.tables import METADATA_KEY, read_table
 
 logger = logging.getLogger("vilu")
 
-Kind = Literal[
-    "scores", "results", "explanation", "monitor report", "monitor state", "page", "study", "ONNX export", "labels"
-]
+Table = Literal["scores", "results", "labels", "label errors"]
+Kind = Literal[Table, "explanation", "monitor report", "monitor state", "page", "study", "ONNX export"]
 """What a file of ours is, in a message."""
 
 KINDS: dict[str, Kind] = {
@@ -33,12 +32,14 @@ KINDS: dict[str, Kind] = {
     "summary": "explanation",
     "monitoring": "monitor report",
     "monitor": "monitor state",
+    "label errors": "label errors",
 }
 """By the "kind" that documents and tables of ours name."""
 
 HEADERS: dict[bytes, Kind] = {
     b"row_id,key,pred,pred_name,label,label_name,uncertainty,failure,reason,score_name": "scores",
     b"method,dataset,split,seed,metric,value,ci_low,ci_high,n,n_failures,accuracy,": "results",
+    b"path,label,suggested,quality,is_error": "label errors",
     b"path,label,answer,failure_probability,stream,probability,predictor,asked": "labels",
 }
 """How our CSVs begin, which name nothing else."""

@@ -18,6 +18,7 @@ from vilu.datasets.images import BadImage, read_image
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, DataError, MissingModelError, UsageError, checked
+from vilu.files.places import claim_file
 from vilu.files.tables import write_table
 from vilu.metrics.counts import Floats
 from vilu.predictors import ViLUPlus
@@ -53,7 +54,8 @@ class LabelErrors:
     is_error: NDArray[np.bool_]
 
     def save(self, path: Path) -> None:
-        """Write a CSV or Parquet table."""
+        """Write a CSV or Parquet table, in place of such a table and of no other file."""
+        claim_file(path, "label errors", overwrite=True)
         text = {"path": self.keys, "label": self.label, "suggested": self.suggested}
         columns = {name: pa.array(values, pa.string()) for name, values in text.items()}
         columns |= {"quality": pa.array(self.quality), "is_error": pa.array(self.is_error)}
