@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.command import run
 from tests.conftest import few
 from tests.triage.conftest import Folder, rows
 from vilu.errors import DataError, UsageError
@@ -152,6 +153,15 @@ def test_labels_become_failures_of_scores(half: Path, begun: Folder, tmp_path: P
         write_labels({scores.ids[0]: "bird"}, tmp_path / "x.parquet", half / "decisions.parquet")
     with pytest.raises(DataError, match="none of the 1 labels is of a row"):
         write_labels({"nobody": "cat"}, tmp_path / "x.parquet", half / "decisions.parquet")
+
+
+def test_failures_of_scores_never_replace_scores(half: Path, begun: Folder, tmp_path: Path) -> None:
+    shutil.copy(half / "decisions.parquet", tmp_path / "scores.parquet")
+    path, name = next(iter(begun[1].items()))
+    (tmp_path / "done.csv").write_text(f"path,label\n{path},{name}\n")
+    words = ("labels", "done.csv", "--scores", "scores.parquet", "-o", "scores.parquet")
+    assert "is there, so it is left alone" in run(*words, code=2, cwd=tmp_path).stderr
+    assert (tmp_path / "scores.parquet").read_bytes() == (half / "decisions.parquet").read_bytes()
 
 
 def test_somebodys_work_is_never_replaced(half: Path, tmp_path: Path) -> None:

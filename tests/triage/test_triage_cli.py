@@ -79,6 +79,10 @@ def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_mo
     run(*arguments, "-o", tmp_path / "two.csv", "--labels", tmp_path / "one.csv")
     assert not {row["path"] for row in first} & {row["path"] for row in rows(tmp_path / "two.csv")}
     run(*arguments, "-o", tmp_path / "one.csv", code=2)
+    same = ("--labels", tmp_path / "two.csv", "--labels", tmp_path / "store" / ".." / "one.csv")
+    lost = run(*arguments, "-o", tmp_path / "one.csv", "--overwrite", *same, code=2)
+    assert "is one of --labels, and its answers would be lost" in lost.stderr
+    assert rows(tmp_path / "one.csv") == first
     run(*arguments, "-o", tmp_path / "one.csv", "--overwrite")
     again = rows(tmp_path / "one.csv")
     assert [row["path"] for row in again] == [row["path"] for row in first]

@@ -106,6 +106,8 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     accepted, of the half of the images (by a hash) of which none may teach; a promise rests on all of them together.
     `vilu triage` does this by itself, and keeps the book.
     """
+    if output.resolve() in {file.resolve() for file in labels or ()}:
+        raise UsageError(f"{output} is one of --labels, and its answers would be lost. Give another file.")
     from vilu.files.places import claim_file, inputs_of
     from vilu.predictors.storage import load
     from vilu.store.reader import EmbeddingStore

@@ -395,7 +395,7 @@ def write_labels(
     Returns how many labels that is.
 
     Raises:
-        UsageError: If the output is of another kind.
+        UsageError: If the output is of another kind, or is there already, but for a CSV of the same labels.
         DataError: If no label is of a row of the scores, or one is no class of theirs.
     """
     if scores is None:
@@ -408,6 +408,8 @@ def write_labels(
         columns["stream"] = pa.array([(streams or {}).get(path) for path in names], pa.string())
         write_new(output, csv_bytes(columns))
         return len(labels)
+    if output.exists():
+        raise UsageError(f"{output} is there, so it is left alone. Give another file, or remove it.")
     outcomes = Outcomes.load(scores)
     ids, names_, said = outcomes.ids, outcomes.class_names, outcomes.prediction
     if ids is None or names_ is None or said is None:
