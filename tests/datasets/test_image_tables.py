@@ -72,6 +72,19 @@ def test_csv_with_one_label_that_is_no_number_has_string_labels(tmp_path):
     assert dataset.class_names == ("10", "9", "NA")
 
 
+@pytest.mark.parametrize("name", ["names.csv", "names.parquet", "numbers.csv"])
+def test_a_picture_that_nobody_can_name_has_an_unknown_label(tmp_path, name):
+    """``vilu labels`` writes (skip)."""
+    labels = ["1", "0", " (skip)"] if name == "numbers.csv" else ["dog", "cat", " (skip)"]
+    lines = [f"{i}.png,{label}\n" for i, label in enumerate(labels)]
+    source, classes = write_csv(tmp_path, "path,label\n" + "".join(lines), name), tmp_path / "classes.txt"
+    classes.write_text("cat\ndog\n")
+    if source.suffix == ".parquet":
+        pq.write_table(pa.table({"path": ["0.png", "1.png", "2.png"], "label": labels}), source)
+    dataset = open_dataset(source, classes=classes)
+    assert (dataset.class_names, [label for _, label in listed(dataset)]) == (("cat", "dog"), [1, 0, None])
+
+
 @pytest.mark.parametrize("bad", ["-1", "2"])
 def test_labels_out_of_range_name_their_row(tmp_path, bad):
     classes = tmp_path / "classes.txt"

@@ -179,7 +179,10 @@ def labels(
         path_option("Write these scores with their failures, for `vilu monitor --late-labels`.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file."""
+    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file.
+
+    `vilu embed` takes (skip) for unknown; tell it which labels are none of the classes: --outside "(outside)".
+    """
     from vilu.triage.review import read_done, write_labels
 
     found, streams = read_done(done)

@@ -34,7 +34,7 @@ from vilu.datasets.base import (
 from vilu.datasets.classes import ClassTable, class_table
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
+from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.files.documents import digest
 from vilu.files.tables import csv_names, require_width
 from vilu.progress import track
@@ -152,9 +152,8 @@ def _without_strays(numbers: pa.Array, n_classes: int, outside: Sequence[str]) -
 
 
 def _encode(column: pa.Array) -> tuple[NDArray[np.int32], list[str]]:
-    """Labels of strings: positions among the distinct ones, sorted; blank is unknown."""
-    text = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
-    encoded = pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text).dictionary_encode()
+    """Labels of strings: positions among the distinct ones, sorted."""
+    encoded = _known(column.cast(pa.large_string())).dictionary_encode()
     names: list[str] = encoded.dictionary.to_pylist()
     order = sorted(range(len(names)), key=names.__getitem__)
     rank = np.empty(len(names) + 1, dtype=np.int32)
@@ -438,11 +437,16 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
 
 
 def _numbers_if_all(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    text = pc.utf8_trim_whitespace(column)
-    filled = pc.if_else(pc.equal(text, ""), pa.scalar(None, text.type), text)
+    filled = _known(column)
     for kind in (pa.int64(), pa.float64()):  # pandas writes whole numbers with gaps as 3.0
         try:
             return filled.cast(kind).cast(pa.int64())
         except pa.ArrowInvalid:
             continue
     return filled
+
+
+def _known(column: pa.Array | pa.ChunkedArray) -> Any:  # noqa: ANN401 - the same kind of array
+    """Labels without outer blanks; null where there is none, or where nobody could name the picture."""
+    text = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.is_in(text, value_set=pa.array(["", NO_NAME], text.type)), pa.scalar(None, text.type), text)

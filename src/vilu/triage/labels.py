@@ -26,13 +26,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vilu.embeddings.source import say_once
-from vilu.errors import DataError, UsageError, nearest
+from vilu.errors import NO_NAME, DataError, UsageError, nearest
 from vilu.files.tables import csv_rows, read_table, write_table
 
 Stream = Literal["given", "fit", "promise"]
 STREAMS: Final = get_args(Stream)
-SKIPPED: Final = "(skip)"
-"""What stands in place of a label of a photo that nobody can name."""
+SKIPPED: Final = NO_NAME
 
 KEYS: Final = ("path", "file", "filename", "image", "key")
 """Columns of a file of labels that may name the photo."""
