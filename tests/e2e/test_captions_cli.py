@@ -99,6 +99,7 @@ def test_a_second_run_of_everything_changes_nothing(work: Path) -> None:
     ("arguments", "code", "message"),
     [
         (("pools", "emb", "linear_probe"), 2, "linear_probe must be fitted first"),
+        (("pools", "emb", "a/head", "b/head"), 2, "folders must differ in their last names. Got a/head, b/head"),
         (("pools", "emb", "mcm", "--sizes", "0,x"), 2, "must be whole numbers from 2"),
         (("pools", "emb", "mcm", "--sizes", "512"), 3, "no pool can be filled: emb has 94 pairs"),
         (

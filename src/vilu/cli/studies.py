@@ -173,6 +173,8 @@ def pools(  # noqa: PLR0913 - one parameter per flag
     """
     from vilu.benchmark.pool_sizes import over_pool_sizes, size_table
 
+    if len({Path(name).name for name in predictors}) < len(predictors):
+        raise UsageError(f"folders must differ in their last names. Got {', '.join(predictors)}. Rename one.")
     read = [store, *(Path(name) for name in predictors if _is_folder(name))]
     settings = {"methods": predictors, "sizes": _sizes(sizes), "draws": draws, "resamples": resamples}
     keep = keeping(output, "results", read, overwrite=overwrite, reading=reading.settings, **settings)
