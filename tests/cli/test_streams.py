@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def test_nobody_reads_stdout() -> None:
     done = subprocess.run(command("list", "metrics"), stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(("words", "code"), [("list metrics", 0), ("-q inspect nowhere", 2), ("frobnicate", 2)])
+def test_stderr_that_is_closed(words: str, code: int) -> None:
+    """Nobody can be told what is wrong; all else is as ever."""
+    line = shlex.join(command(*words.split())) + " 2>&-"
+    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S602
+    assert done.returncode == code
+    assert ("aurc" in done.stdout) == (code == 0)
 
 
 def test_stdout_of_another_encoding() -> None:
