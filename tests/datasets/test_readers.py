@@ -33,7 +33,7 @@ def tree(root: Path, *paths: str) -> Path:
 # Folders
 
 
-def test_class_folders_sorted_by_bytes_with_nested_images(tmp_path):
+def test_class_folders_sorted_by_bytes_with_nested_images(tmp_path, caplog):
     tree(tmp_path, "b/2.png", "b/deep/er/1.JPG", "a_b/x.webp", "Z/é.tif", "a-b/1.png", "empty_one/readme.txt")
     dataset = open_dataset(tmp_path)
     assert dataset.class_names == ("Z", "a-b", "a b", "b", "empty one")
@@ -42,7 +42,7 @@ def test_class_folders_sorted_by_bytes_with_nested_images(tmp_path):
     expected = [("Z/é.tif", 0), ("a-b/1.png", 1), ("a_b/x.webp", 2), ("b/2.png", 3), ("b/deep/er/1.JPG", 3)]
     assert listed(dataset) == expected
     assert all(record.read() == PNG for record in dataset.records(0, 5))
-    assert dataset.ignored == {"not_image": 1}
+    assert (dataset.ignored, caplog.text) == ({"not_image": 1}, "")
     assert dataset.source == str(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_flat_folder_is_unlabelled_and_can_be_given_classes(tmp_path):
     assert open_dataset(tmp_path / "flat", classes=classes).class_names == ("a cat", "a dog")
 
 
-def test_what_is_passed_over_is_counted(tmp_path):
+def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path, caplog):
     root = tree(
         tmp_path, "a/1.png", ".git/x.png", "a/.hidden.png", "a/notes.txt", "b/._1.png", "beside.png", "list.csv"
     )
@@ -74,6 +74,7 @@ def test_what_is_passed_over_is_counted(tmp_path):
         "not_a_file": 2,
         "outside_class": 1,
     }
+    assert "left out 2 not_a_file, 2 linked_folder, 1 outside_class. Put" in caplog.text
     assert dataset.class_names == ("a", "b")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from array import array
 from collections import Counter
@@ -26,6 +27,8 @@ from vilu.datasets.files import (
 )
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.progress import Task, track
+
+logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 OUT_OF_FOLDER = "A link may lead to a file below the folder of images, or below one that --root DIR names."
@@ -101,8 +104,11 @@ class FolderDataset(ListedFiles):
                 self._list_part(part, {name: label for label, name in enumerate(raw or [])}, listing, task)
         self.fingerprint = listing.hexdigest()
         if not self._paths:
-            found = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items()) or "nothing"
+            found = _told(self.ignored)
             raise DataError(f"no image in {root}. Found: {found}. Expected images, or one folder of images per class.")
+        if missed := {reason: n for reason, n in self.ignored.items() if reason not in {"hidden", "not_image"}}:
+            advice = "Put folders in place of links to folders, and every image into the folder of its class."
+            logger.warning("%s: left out %s. %s", root, _told(missed), advice)
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(self._read, path)
@@ -145,9 +151,12 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
             found.append((path, OutsideError(OUT_OF_FOLDER) if status is None else status))
             task.advance(1)
     if len(found) < least:
-        told = ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
-        raise DataError(f"no image in {root}. Found: {told}. Expected photos, in folders of any kind.")
+        raise DataError(f"no image in {root}. Found: {_told(ignored)}. Expected photos, in folders of any kind.")
     return found
+
+
+def _told(ignored: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
 
 
 class PhotoFiles(ListedFiles):
