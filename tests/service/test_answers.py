@@ -22,6 +22,7 @@ from tests.builders.store_fakes import FakeBackbone
 from tests.command import command_line
 from tests.service.conftest import Running, hosted
 from vilu.errors import DataError, UsageError
+from vilu.service.journal import Journal
 from vilu.service.keeper import Bookkeeper
 from vilu.service.limits import read_keys
 from vilu.triage.guard import Guard
@@ -94,6 +95,27 @@ def test_every_row_is_counted_once(predictors: tuple[Path, Path], tmp_path: Path
         assert [one["status"]["rows"] for one in after] == [31, 31]
         assert after[0]["status"]["audit"] == before[0]["status"]["audit"]
         assert [one["answers"] for one in after] == [False, True]  # as it was left
+
+
+def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
+    predictors: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Evidence is the largest along the way: the last rows, all wrong, have their labels before the others."""
+    journal = Journal(tmp_path / "j", predictors[0])
+    kept = journal.monitor.calibration
+    names, said = kept.class_names or (), np.asarray(kept.prediction)
+    rows = np.random.default_rng(0).choice(len(kept), 400)
+    journal.record([f"r{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist())
+    assert journal.promise == "holds"
+    for number in range(399, 369, -1):
+        journal.label({f"r{number}": names[(said[rows[number]] + 1) % len(names)]})
+    journal.label({f"r{number}": names[said[rows[number]]] for number in range(370)})
+    assert journal.promise == "void"
+    again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
+    assert (again.promise, again.status) == ("void", journal.status)
+    with closing(sqlite3.connect(tmp_path / "j" / "rows.sqlite")) as table:
+        table.execute("DROP TABLE labels")  # as older code leaves a journal
+    assert Journal(tmp_path / "j", predictors[0]).status.audit == journal.status.audit
 
 
 def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:

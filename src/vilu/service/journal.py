@@ -42,8 +42,9 @@ CREATE TABLE IF NOT EXISTS rows (
     answer INTEGER NOT NULL,
     uncertainty REAL NOT NULL,
     label INTEGER
-) STRICT
-"""
+) STRICT;
+CREATE TABLE IF NOT EXISTS labels (came INTEGER PRIMARY KEY, n INTEGER NOT NULL UNIQUE) STRICT
+"""  # the second: the order in which labels came, by the number of their row; evidence rests on it
 
 
 def row_id(request: str, place: int, content: bytes) -> str:
@@ -55,7 +56,8 @@ class Journal:
     """The rows that one calibrated predictor has answered, in a file, and what its monitor says of them.
 
     A row is written, and the disk has it, before anybody is told its answer; a row that is there already is left as it
-    is. The monitor takes rows in from the file alone, in their order, so that after any death it has each of them once.
+    is. The monitor takes rows and labels in from the file alone, each in the order in which they came, so that after
+    any death it has each of them once, and says the same of them.
 
     Raises:
         DataError: If the predictor is not calibrated, or the file is damaged.
@@ -70,7 +72,7 @@ class Journal:
             self._rows = sqlite3.connect(folder / ROWS, timeout=PATIENCE, check_same_thread=False, isolation_level=None)
             self._rows.execute("PRAGMA journal_mode = WAL")
             self._rows.execute("PRAGMA synchronous = FULL")
-            self._rows.execute(SCHEMA)
+            self._rows.executescript(SCHEMA)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rows and labels that the saved state has already
             if (folder / STATE).exists():
@@ -126,6 +128,7 @@ class Journal:
             with self._transaction():
                 for key in fresh:
                     self._rows.execute("UPDATE rows SET label = ? WHERE id = ?", (names[labels[key]], key))
+                    self._rows.execute("INSERT INTO labels (n) SELECT n FROM rows WHERE id = ?", (key,))
             for key in fresh:
                 self._audit("id = ?", (key,))
             self.status = self.monitor.status
@@ -157,11 +160,12 @@ class Journal:
             self._last = int(rows[-1][0])
 
     def _audit(self, which: str, values: tuple[str, ...]) -> None:
-        """Let the monitor see labels."""
+        """Let the monitor see labels, in the order in which they came (first those of older code, which kept none)."""
         if self.monitor.audited is None:
             return
         rows = self._rows.execute(
-            f"SELECT n, id, answer, uncertainty, label FROM rows WHERE {which} ORDER BY n",  # noqa: S608 - ours
+            "SELECT n, id, answer, uncertainty, label "  # noqa: S608 - ours
+            f"FROM rows LEFT JOIN labels USING (n) WHERE {which} ORDER BY came, n",
             values,
         ).fetchall()
         if rows:
