@@ -7,8 +7,10 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,6 +22,7 @@ from vilu.decision import record
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.files.documents import read_document
+from vilu.files.tables import write_table
 from vilu.outcomes.outcomes import Outcomes
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.outputs import triage_photos
@@ -230,3 +233,70 @@ def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> N
     assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())
     triage_photos(job, output, overwrite=True)
     assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())
+
+
+def sixty_moved(home: Path) -> tuple[Job, Path, dict[str, str]]:
+    """Photos that were moved."""
+    truth, job = write_photos(home / "photos", 60), job_on(home / "photos")
+    triage_photos(job, home / "out", sort="move")
+    return job, home / "out", truth
+
+
+def test_no_moved_photo_is_lost_where_the_next_move_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, output, truth = sixty_moved(tmp_path)
+    labels = tmp_path / "l.csv"
+    labels.write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in truth.items()), encoding="utf-8")
+    move, moves = shutil.move, list[Path]()
+
+    def stop_later(source: Path, target: Path) -> None:
+        moves.append(target)
+        if len(moves) == 3:
+            raise KeyboardInterrupt
+        move(source, target)
+
+    monkeypatch.setattr(shutil, "move", stop_later)
+    with pytest.raises(KeyboardInterrupt):
+        triage_photos(job, output, [labels], sort="move")
+    assert triage_photos(job, output)[0].startswith("60 photos: ")
+    triage_photos(job, output, sort="move")
+    assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
+
+
+def test_a_new_photo_with_the_name_of_a_moved_one_is_not_passed_over(tmp_path: Path) -> None:
+    job, output, _ = sixty_moved(tmp_path)
+    again = job.photos / "day 0" / "0000.png"
+    again.write_bytes(photo(5, 999))
+    with pytest.raises(DataError, match=r"'day 0/0000.png' was moved to .* Rename the new photo"):
+        triage_photos(job, output)
+    again.rename(again.with_name("new.png"))
+    assert triage_photos(job, output)[0].startswith("61 photos (1 of them new): ")
+
+
+@pytest.mark.parametrize("sort", ["link", "move"])
+def test_photos_whose_flat_names_are_one_are_all_sorted(tmp_path: Path, sort: Literal["link", "move"]) -> None:
+    write_photos(tmp_path / "photos", 30)
+    (tmp_path / "photos" / "day 0__0000.png").write_bytes(photo(1, 5000))
+    content = sorted(path.read_bytes() for path in (tmp_path / "photos").rglob("*.png"))
+    for _ in range(2):
+        triage_photos(job_on(tmp_path / "photos"), tmp_path / "out", sort=sort)
+        assert sorted(path.read_bytes() for path in (tmp_path / "out" / "sorted").rglob("*.png")) == content
+    assert triage_photos(job_on(tmp_path / "photos"), tmp_path / "out")[0].startswith("31 photos: ")
+
+
+def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> None:
+    """It moved the first one and noted that place of both; the second one stayed."""
+    write_photos(tmp_path / "photos", 30)
+    other = tmp_path / "photos" / "day 0__0000.png"
+    job, output = job_on(tmp_path / "photos"), tmp_path / "out"
+    triage_photos(job, output, sort="move")
+    note = pq.read_table(output / "moved.parquet").to_pydict()
+    columns = {"path": [*note["path"], other.name], "place": [*note["place"], "sorted/review/day 0__0000.png"]}
+    write_table(output / "moved.parquet", {name: pa.array(found) for name, found in columns.items()}, {"kind": "moved"})
+    other.write_bytes(photo(1, 5000))
+    with pytest.raises(DataError, match="Rename the new photo"):
+        triage_photos(job, output)
+    other.rename(other.with_name("new.png"))
+    for _ in range(2):
+        triage_photos(job, output, sort="move")
+    assert triage_photos(job, output)[0].startswith("31 photos: ")
+    assert len({path.read_bytes() for path in (output / "sorted").rglob("*.png")}) == 31

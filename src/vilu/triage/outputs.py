@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -75,17 +77,18 @@ def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None
 def sort_photos(root: Path, photos: Path, rows: Sequence[Decision], how: Literal["link", "move"]) -> int:
     """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``; how many photos were put there.
 
-    A photo that is moved is noted with its new place before it goes, so that later runs find it there; nothing is ever
-    overwritten, and of what lies in ``sorted`` only links are removed.
+    A photo that is moved is noted with its new place before it goes, after the place where it is, so that later runs
+    find it; nothing is ever overwritten, and of what lies in ``sorted`` only links are removed.
     """
     home, moved = root / SORTED, moved_photos(root)
-    places = {one.path: home / _place(one) / one.path.replace("/", "__") for one in rows}
+    flat = Counter(_flat(one.path) for one in rows)
+    places = {one.path: home / _place(one) / _flat(one.path, told_apart=flat[_flat(one.path)] > 1) for one in rows}
     with or_refuse(f"sort photos into {home}"):
         for old in home.rglob("*"):
             if old.is_symlink():
                 old.unlink()
         if how == "move":
-            _note(root, {path: target.relative_to(root).as_posix() for path, target in places.items()})
+            _note(root, [*moved.items(), *places.items()])
         for path, target in places.items():
             source = moved.get(path, photos / path)
             make_folder(target.parent)
@@ -98,9 +101,15 @@ def sort_photos(root: Path, photos: Path, rows: Sequence[Decision], how: Literal
     return len(rows)
 
 
-def _note(root: Path, places: Mapping[str, str]) -> None:
-    columns = {"path": pa.array(list(places), pa.string()), "place": pa.array(list(places.values()), pa.string())}
-    write_table(root / MOVED, columns, {"kind": "moved"})
+def _flat(path: str, *, told_apart: bool = False) -> str:
+    """Name of a photo where all lie in one folder: ``a/b.jpg`` and ``a__b.jpg`` are told apart by a hash."""
+    name = path.replace("/", "__")
+    return f"{hashlib.sha256(path.encode()).hexdigest()[:16]}__{name}" if told_apart else name
+
+
+def _note(root: Path, places: Sequence[tuple[str, Path]]) -> None:
+    names = {"path": [path for path, _ in places], "place": [one.relative_to(root).as_posix() for _, one in places]}
+    write_table(root / MOVED, {name: pa.array(found, pa.string()) for name, found in names.items()}, {"kind": "moved"})
 
 
 def _place(one: Decision) -> str:

@@ -13,6 +13,7 @@ from typing import Final, Literal
 import numpy as np
 from pydantic import Field
 
+from vilu.datasets.files import portable_name
 from vilu.datasets.folder import list_photos
 from vilu.decision import record
 from vilu.decision.anytime import level_of
@@ -199,6 +200,11 @@ class Workshop:
         """The photos that are there, but for what this folder itself holds."""
         moved = moved_photos(self.root)
         photos = [*list_photos(self.job.photos, least=0 if moved else 1)]
+        if both := moved.keys() & {portable_name(path) for path, _ in photos}:
+            raise DataError(
+                f"{min(both)!r} was moved to {moved[min(both)]} and is in {self.job.photos} again. "
+                "Rename the new photo; if they are one and the same, remove the one that was moved."
+            )
         photos += [(path, place.stat()) for path, place in moved.items() if place.is_file()]
         inside = self.root.resolve().relative_to(self.job.photos.resolve()) if self._is_inside() else None
         if inside is not None:
