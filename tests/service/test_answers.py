@@ -7,11 +7,13 @@ import json
 import shutil
 import socket
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from vilu.errors import DataError, UsageError
 from vilu.service.journal import Journal
 from vilu.service.keeper import Bookkeeper
 from vilu.service.limits import read_keys
+from vilu.store.pipeline import Decoder
 from vilu.triage.guard import Guard
 
 Photos = Callable[[int], list[bytes]]
@@ -310,3 +313,22 @@ def test_a_fault_of_ours_is_told_and_the_next_request_is_answered(
             assert "fire" not in reply.text
         assert running.post("/v1/answers", files=as_files(photos(2))).status_code == 200
         assert running.get("/v1/monitor").json()["monitors"][0]["status"]["rows"] == 2
+
+
+def test_images_that_nobody_waits_for_any_more_are_not_decoded(
+    predictors: tuple[Path, Path], tmp_path: Path, photos: Callable[[int], list[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode, begun, gate = Decoder.__call__, list[int](), threading.Event()
+
+    def slow(decoder: Decoder, image: Any) -> Any:
+        begun.append(1)
+        assert gate.wait(30)
+        return decode(decoder, image)
+
+    with hosted(predictors[0], tmp_path / "s", answer=1.0) as running:
+        monkeypatch.setattr(Decoder, "__call__", slow)
+        files = [("images", ("a", content)) for content in photos(8)]
+        assert running.post("/v1/answers", files=files).status_code == 503
+        gate.set()
+        assert running.post("/v1/answers", files=files[:1]).status_code == 200
+    assert len(begun) == 2 + 1  # one in each of two decoders, and the last

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilu.errors import DataError, UsageError
+from vilu.files.tables import csv_bytes
 from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels, side_of
+from vilu.triage.review import label_columns
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -63,6 +65,13 @@ def test_files_of_labels(tmp_path: Path, key: str) -> None:
         tmp_path / "l.csv", f"note,{key},label,stream", "x,a.jpg, cat ,fit", "y,b.jpg,,promise", "z,c.jpg,dog,"
     )
     assert read_labels(path) == ({"a.jpg": "cat", "c.jpg": "dog"}, {"a.jpg": "fit"})
+
+
+@pytest.mark.parametrize("name", ["-1.jpg", "+x.png", "@eaDir/a.jpg", "'=1.jpg", "plain.jpg"])
+def test_names_that_a_spreadsheet_would_compute_with_come_back(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "l.csv"
+    path.write_bytes(csv_bytes(label_columns({name: "cat"}, {name: "fit"})))
+    assert read_labels(path) == ({name: "cat"}, {name: "fit"})
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,20 @@ def test_every_answer_is_on_the_disk_at_once_and_can_be_taken_back(
         ReviewSession(open_review(half), kept)
 
 
+def test_answers_that_are_not_shown_again_keep_their_stream(half: Path, tmp_path: Path) -> None:
+    """Photos that were chosen for doubt would else count as drawn at random."""
+    kept = tmp_path / "labels.csv"
+    first = ReviewSession(open_review(half, "review"), kept)
+    for place in range(6):
+        first.answer(place, "dog")
+    before = {row["path"]: row["stream"] for row in rows(kept)}
+    again = ReviewSession(open_review(half, "review", 2), kept)
+    again.answer(0, "cat")
+    assert {row["path"]: row["stream"] for row in rows(kept)} == before
+    assert len(before) == 6
+    assert set(before.values()) <= {"fit", "promise"}
+
+
 def test_the_page_is_for_this_machine_and_its_key(page: tuple[Client, ReviewSession, Path]) -> None:
     client, _, kept = page
     assert client.ask("/")[0] == 200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -219,7 +220,11 @@ def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[str
     with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
         try:
             table = csv.DictReader(file, delimiter=delimiter)
-            return list(table.fieldnames or ()), list(table)
+            rows = [
+                {name: re.sub(_DEFUSED, r"\1", cell) if isinstance(cell, str) else cell for name, cell in row.items()}
+                for row in table
+            ]
+            return list(table.fieldnames or ()), rows
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path} is no CSV file in UTF-8: {error}.") from error
 

@@ -136,7 +136,9 @@ class Engine:
         return replies
 
     def _decode(self, asked: tuple[str, int], content: bytes, reply: Future[Reply]) -> None:
-        """Decode an image, and have a batch run if none is about to."""
+        """Decode an image, and have a batch run if none is about to; nothing where nobody waits any more."""
+        if reply.cancelled():
+            return
         place = next(self._places)
         try:
             row = row_id(*asked, hashlib.sha256(content).digest())

@@ -387,6 +387,13 @@ def _add(found: dict[str, str], source: Path, path: str, label: str | None) -> N
         raise DataError(f"{source}: {path!r} has the labels {found[path]!r} and {label!r}.")
 
 
+def label_columns(labels: Mapping[str, str], streams: Mapping[str, str]) -> dict[str, pa.Array]:
+    """Photos with their labels and streams."""
+    names = sorted(labels)
+    said = {"path": names, "label": [labels[name] for name in names], "stream": [streams.get(name) for name in names]}
+    return {name: pa.array(values, pa.string()) for name, values in said.items()}
+
+
 def write_labels(
     labels: Mapping[str, str], output: Path, scores: Path | None = None, streams: Mapping[str, str] | None = None
 ) -> int:
@@ -400,13 +407,7 @@ def write_labels(
     """
     if scores is None:
         _require_suffix(output, ".csv")
-        names = sorted(labels)
-        columns = {
-            "path": pa.array(names, pa.string()),
-            "label": pa.array([labels[name] for name in names], pa.string()),
-        }
-        columns["stream"] = pa.array([(streams or {}).get(path) for path in names], pa.string())
-        write_new(output, csv_bytes(columns))
+        write_new(output, csv_bytes(label_columns(labels, streams or {})))
         return len(labels)
     if output.exists():
         raise UsageError(f"{output} is there, so it is left alone. Give another file, or remove it.")

@@ -19,15 +19,13 @@ from socket import socket
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
-import pyarrow as pa
-
 from vilu.datasets.files import Bounds
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, UsageError
 from vilu.files.tables import write_table
 from vilu.text import csp_hash
 from vilu.triage.labels import SKIPPED, read_labels
-from vilu.triage.review import Review
+from vilu.triage.review import Review, label_columns
 
 LOOPBACK: Final = "127.0.0.1"
 SIDE: Final = 1600
@@ -53,6 +51,7 @@ class ReviewSession:
     review: Review
     output: Path
     answers: dict[str, str] = field(default_factory=dict)
+    streams: dict[str, str] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -62,7 +61,7 @@ class ReviewSession:
             raise UsageError("there is no photo to look at.")
         self.bounds = Bounds(self.review.photos)
         if self.output.exists():
-            self.answers = read_labels(self.output)[0]
+            self.answers, self.streams = read_labels(self.output)
             known = {one.path for one in self.review.tasks}
             if self.answers and not known & self.answers.keys():
                 raise DataError(f"{self.output} holds labels of other photos. Give another file.")
@@ -82,14 +81,8 @@ class ReviewSession:
             self._save()
 
     def _save(self) -> None:
-        rows = sorted(self.answers.items())
-        streams = {one.path: one.stream for one in self.review.tasks}
-        columns = {
-            "path": pa.array([path for path, _ in rows], pa.string()),
-            "label": pa.array([label for _, label in rows], pa.string()),
-            "stream": pa.array([streams.get(path) for path, _ in rows], pa.string()),
-        }
-        write_table(self.output, columns, {})
+        streams = self.streams | {one.path: one.stream for one in self.review.tasks}  # also of what is not shown now
+        write_table(self.output, label_columns(self.answers, streams), {})
 
     def picture(self, place: int) -> bytes:
         """A photo as WebP, decoded with all that is done against hostile files; BadImage or OSError where it is bad."""
