@@ -36,6 +36,7 @@ steps = 7
 
 def write(folder: Path, text: str, name: str = "study.toml") -> Path:
     (folder / "common.toml").write_text(COMMON)
+    (folder / "listed.toml").write_text("data = [1]")
     (folder / name).write_text(text)
     return folder / name
 
@@ -64,6 +65,13 @@ def test_the_including_file_has_the_last_word(tmp_path: Path) -> None:
         ('include = "common.toml"\n[use]\nviews = []', r"\[use\] can choose data, settings, methods. Got 'views'"),
         ("[use]\ndata = []", r"has \[use\], and no include"),
         ("include = 3", "include must be the name of a file"),
+        ('include = "common.toml"\n[use]\ndata = 5', r"\[use\] hold lists"),
+        ('include = "common.toml"\n[use]\ndata = "two"', r"\[use\] hold lists"),
+        ('include = "common.toml"\n[use]\nmethods = [["mcm"]]', r"common\.toml has no \['mcm'\] in its methods"),
+        ('include = "common.toml"\n[[data]]\nsource = "x"', r"data must be a table, as \[data\.NAME\]\. Got \[\{"),
+        ('include = "common.toml"\nsettings = 3', r"settings must be a table, as \[settings\.NAME\]\. Got 3"),
+        ('include = "listed.toml"', r"listed\.toml: data must be a table, as \[data\.NAME\]\. Got \[1\]"),
+        (f"x = {'[' * 10_000}{']' * 10_000}", r"study\.toml is not TOML"),
         ('include = "common.toml"\nname = "a b"', "name: String should match pattern"),
     ],
 )

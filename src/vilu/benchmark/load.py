@@ -35,14 +35,18 @@ def load_configs(paths: Sequence[Path]) -> list[Config]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except PermissionError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     except OSError as error:
         kind = UsageError if isinstance(error, FileNotFoundError | IsADirectoryError) else StorageError
         raise kind(f"cannot read {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is not TOML: {error}.") from error
+    for table in TABLES:
+        if not isinstance(content.get(table, {}), dict):
+            raise UsageError(f"{path}: {table} must be a table, as [{table}.NAME]. Got {content[table]!r:.80} instead.")
+    return content
 
 
 def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -56,8 +60,8 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
         if use:
             raise UsageError(f"{path.name} has [use], and no include to take from.")
         return content
-    if not isinstance(name, str) or not isinstance(use, dict):
-        raise UsageError(f"{path.name}: include must be the name of a file, and [use] a table.")
+    if not isinstance(name, str) or not isinstance(use, dict) or not all(isinstance(of, list) for of in use.values()):
+        raise UsageError(f'{path.name}: include must be the name of a file, and [use] hold lists, as data = ["x"].')
     other = [table for table in use if table not in TABLES]
     if other:
         raise UsageError(f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {other[0]!r} instead.")
@@ -67,7 +71,7 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
         given = included.get(table, {})
         chosen = use.get(table, list(given))
         for entry in chosen:
-            if entry not in given:
+            if entry not in list(given):  # it may be a list, which no table has
                 hint = nearest(str(entry), given) or f" It has: {', '.join(given)}"
                 raise UsageError(f"{path.name}: {name} has no {entry!r} in its {table}.{hint}")
         merged[table] = {entry: given[entry] for entry in chosen} | content.get(table, {})
