@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 NOTHING = "-"  # what stands where there is no number
 WIDEST = 120  # signs of a cell of an aligned table
 _MARKDOWN = str.maketrans({"\\": r"\\", "|": r"\|", "<": "&lt;", "_": r"\_", "*": r"\*"})
-_CELL = str.maketrans({"|": r"\|"})
 _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash ",
@@ -48,11 +47,6 @@ def latex_rows(lines: Iterable[Sequence[str]]) -> list[str]:
 def in_markdown(text: str) -> str:
     """Text in which Markdown sees no marks."""
     return text.translate(_MARKDOWN)
-
-
-def in_cell(text: str) -> str:
-    """Markdown that ends no cell of a table."""
-    return text.translate(_CELL)
 
 
 def in_latex(text: str) -> str:

@@ -175,7 +175,19 @@ def test_names_from_files_cannot_break_the_layout() -> None:
     odd = ResultTable((replace(ROW, method="a|b\n\x1b[31mc", dataset="d\r\ne"),))
     assert "\x1b" not in str(odd)
     assert str(odd).splitlines()[0].startswith(r"d\r\ne test:")
-    assert r"| a\|b\n\x1b[31mc |" in odd.to_markdown()
+    assert r"| a\|b\\n\\x1b[31mc |" in odd.to_markdown()
+
+
+def test_markdown_has_no_tag_and_no_emphasis_from_names() -> None:
+    note = "<b>no</b> *wrong* answer"
+    odd = ResultTable(
+        (replace(ROW, method="<i>a_b_c", dataset="<img src=x onerror=alert(1)>"), replace(UNDEFINED, why=note))
+    )
+    text = odd.to_markdown()
+    assert "<" not in text
+    assert r"**&lt;img src=x onerror=alert(1)> test: " in text
+    assert r"| &lt;i>a\_b\_c |" in text
+    assert r"&lt;b>no&lt;/b> \*wrong\* answer" in text
 
 
 def test_columns_can_be_chosen() -> None:
@@ -216,6 +228,10 @@ def test_mean_over_seeds() -> None:
     assert row.n == 100
     assert mean.filter(method="mcm").rows == table().filter(method="mcm").rows  # one seed stays as it is
     assert "in brackets: mean of 2 seeds, one standard deviation" in str(mean)
+
+
+def test_a_row_that_is_there_twice_is_one_seed() -> None:
+    assert (table() + table()).mean_over_seeds() == table().mean_over_seeds()
 
 
 def test_a_mean_is_undefined_where_one_seed_is() -> None:

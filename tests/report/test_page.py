@@ -186,6 +186,11 @@ def test_metrics_and_their_intervals_stand_in_the_table(page: str) -> None:
         assert re.search(rf'<td>{value}<span class="interval">\d+\.\d–\d+\.\d</span></td>', page)
 
 
+def test_the_page_says_of_ece_what_its_interval_is(page: str) -> None:
+    assert "stratified by failure; of ECE: 1,000 draws of the noise of its bins, corrected for their bias." in page
+    assert "bootstrap intervals" not in page
+
+
 def test_the_gallery_shows_the_rows_that_it_says() -> None:
     one = outcomes_of()
     choice = by_hindsight(one, 0.05)

@@ -16,7 +16,7 @@ from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, require_schema, table_suffix, write_table
 from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
-from vilu.text import aligned, in_cell, markdown_rows, printable, span
+from vilu.text import aligned, in_markdown, markdown_rows, printable, span
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -144,7 +144,7 @@ class ResultTable:
         """One row per method, data set, split and metric: the mean over seeds, how many being told in ``interval``.
 
         The ends of the interval are the mean less and plus the standard deviation over seeds. A mean is None where
-        the value of one seed is. What has one seed stays as it is.
+        the value of one seed is. What has one seed stays as it is; a row that is there twice counts once.
 
         Examples:
             >>> import vilu
@@ -157,7 +157,7 @@ class ResultTable:
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
         groups: dict[tuple[object, ...], list[ResultRow]] = {}
-        for row in self.rows:
+        for row in dict.fromkeys(self.rows):
             groups.setdefault((row.method, row.dataset, row.split, row.metric, row.convention), []).append(row)
         return ResultTable(tuple(_mean(rows) for rows in groups.values()))
 
@@ -217,9 +217,9 @@ class ResultTable:
         """
         shown, parts = _shown(self.rows, metrics), []
         for title, lines in _parts(self.rows, shown):
-            heading, *body = ([in_cell(cell) for cell in line] for line in lines)
-            parts.append("\n".join([f"**{in_cell(title)}**", "", *markdown_rows(heading, body)]))
-        return "\n\n".join([*parts, "\n".join(f"- {in_cell(note)}" for note in _notes(self.rows, shown))])
+            heading, *body = ([in_markdown(cell) for cell in line] for line in lines)
+            parts.append("\n".join([f"**{in_markdown(title)}**", "", *markdown_rows(heading, body)]))
+        return "\n\n".join([*parts, "\n".join(f"- {in_markdown(note)}" for note in _notes(self.rows, shown))])
 
     @checked
     def save(self, path: str | Path, *, inputs: str | None = None) -> None:
