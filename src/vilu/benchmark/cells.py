@@ -91,9 +91,9 @@ def origin_of(config: Config, cell: Cell) -> Origin:
         case FromOther():
             return replace(few, train=setting.sources, division_seed=_division_seed(config, cell, setting.source))
         case Union():
-            across, seed = setting.across_preprocessing, _division_seed(config, cell, *setting.of)
-            pools = Origin(setting.of, pool_size=setting.train_pool_size)
-            return replace(pools, division_seed=seed, across_preprocessing=across)
+            across, pool_size = setting.across_preprocessing, setting.train_pool_size
+            seed = _division_seed(config, cell, *setting.of)
+            return Origin(setting.of, division_seed=seed, across_preprocessing=across, pool_size=pool_size)
     return few
 
 

@@ -98,12 +98,10 @@ def _steeper(board: Board, claim: Steeper) -> Verdict:
         return _not_tested(claim, what, "the methods have no seed in common")
     slopes = []
     for side in (a, b):
-        both = zip(side, shared, strict=True)
-        points = [replace(point, found={seed: point.found[seed] for seed in seeds}) for point, seeds in both]
+        points = [replace(one, found={s: one.found[s] for s in seeds}) for one, seeds in zip(side, shared, strict=True)]
         x = np.array([point.accuracy for point in points])
         slopes.append(Quantity.slope(x, [point.quantity(claim.metric) for point in points]))
-    difference = slopes[0] - slopes[1]
-    return _rule(board, claim, sign * difference, what + _on_seeds(Mean(a), Mean(b)))
+    return _rule(board, claim, sign * (slopes[0] - slopes[1]), what + _on_seeds(Mean(a), Mean(b)))
 
 
 def _rule(board: Board, claim: AnyClaim, number: Quantity, what: str) -> Verdict:

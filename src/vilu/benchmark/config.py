@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import product
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
@@ -194,8 +193,6 @@ class Config(Section):
         missing = [name for name in RANKED_BY if name not in self.metrics]
         if missing:
             raise ValueError(f"metrics must name {' and '.join(RANKED_BY)}, which rank the methods")
-        for name in self.settings:
-            self._check_setting(name)
         for label, method in self.methods.items():
             require_known(f"method (methods.{label})", [method.method or label], method_names())
             require_known(f"setting (methods.{label})", method.settings or (), self.settings)
@@ -206,10 +203,8 @@ class Config(Section):
                 raise ValueError(f"methods.{label}: {method.method or label} learns nothing from rows without labels")
         require_known("setting (trained)", self.trained.settings or (), self.settings)
         require_known("method (deterministic)", self.deterministic, self.entries)
-        beside = [label for label, method in self.entries.items() if method.unlabelled]
-        for label, name in product(beside, self.settings):
-            if isinstance(self.settings[name], Union) and self.is_run_in(label, name):
-                raise ValueError(f"methods.{label}: unlabelled does not go with settings.{name}, a union: leave it out")
+        for name in self.settings:
+            self._check_setting(name)
         return self
 
     def _check_setting(self, name: str) -> None:
@@ -219,6 +214,9 @@ class Config(Section):
         for data in tested:
             if setting.test_on == "validation" and self.data[data].validation is None:
                 raise ValueError(f"settings.{name} tests on validation rows, and data.{data} names none")
+        beside = [label for label, one in self.entries.items() if one.unlabelled and self.is_run_in(label, name)]
+        if beside and isinstance(setting, Union):
+            raise ValueError(f"methods.{beside[0]}: unlabelled goes with no union. Give its settings without {name}")
         by_class = isinstance(setting, Unseen | Adapt) or not isinstance(setting.budget, str)
         fitted = setting.sources if setting.sources and not isinstance(setting, Adapt) else tested
         pairs = [data for data in fitted if self.data[data].captions]

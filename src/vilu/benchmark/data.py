@@ -141,8 +141,7 @@ class Workbench:
         fit, test = (source.take(rows) for rows in divided(len(source), share, seed))
         common = None if part else overlap(test, fit, (f"the test rows of {data}", "its training rows"))
         if common:
-            said = common.said(f"rows to fit on of {data}")
-            warnings.warn(f"{said} are left out: their pictures are tested on.", stacklevel=2)
+            warnings.warn(f"{common.said('rows to fit on')} of {data} are left out: they are tested on.", stacklevel=2)
             return fit.take(np.flatnonzero(~common.shared))
         return test if part else fit
 
@@ -182,9 +181,8 @@ class Workbench:
         """What a method is fitted on; ``origin`` names some data set."""
         if origin.pool_size is not None:
             sources = [self._whole(data, origin) for data in origin.train]
-            space = sources[0].space
             if origin.across_preprocessing:
-                sources = [across_preprocessing(source, space) for source in sources]
+                sources = [across_preprocessing(source, sources[0].space) for source in sources]
             return PseudoCaptions(sources, origin.pool_size, origin.train)
         source = self._whole(origin.train[0], origin)
         if origin.halves_seed is not None or not isinstance(origin.budget, str):

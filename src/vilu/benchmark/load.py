@@ -36,8 +36,6 @@ def load_configs(paths: Sequence[Path]) -> list[Config]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except PermissionError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error
     except OSError as error:
         kind = UsageError if isinstance(error, FileNotFoundError | IsADirectoryError) else StorageError
         raise kind(f"cannot read {path}: {error.strerror}.") from error

@@ -189,8 +189,7 @@ def counted_intervals(
 
     A resample draws as many correct and as many wrong answers as there are, by multinomials over the scores: with as
     few distinct ones as ``RESAMPLED_GROUPS`` the distribution of the bootstrap over rows. With more, neighbouring
-    scores go together in groups of about equal size, and the ends move by what that does to the metric itself, but not
-    beyond the largest and smallest of its values.
+    scores go together in groups of about equal size, and the ends move by what that does to the metric, in its range.
     """
     group = grouped(counts)
     intervals, kernels = own_intervals(kernels, counts, n_resamples, confidence, seed)
@@ -359,8 +358,7 @@ def paired_bootstrap(
     """
     check_settings(n_resamples, confidence)
     kernel = _kernel(metric, failure, uncertainty_a, uncertainty_b)
-    a = SortedScores(*check_pair(uncertainty_a, failure))
-    b = SortedScores(*check_pair(uncertainty_b, failure))
+    a, b = (SortedScores(*check_pair(scores, failure)) for scores in (uncertainty_a, uncertainty_b))
     observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
     if np.isnan(observed):
         return Difference(observed, observed, observed, observed)

@@ -96,6 +96,7 @@ class Neighbour:
 
 Own = tuple[Identity, NDArray[np.uint64]]
 """What rows are recognised by, and the (B,) hashes of those that are explained."""
+Near = tuple[int, float]  # a training row, and its cosine
 
 
 class TrainingRows:
@@ -116,9 +117,7 @@ class TrainingRows:
         )
         return list(zip(failures, successes, strict=True))
 
-    def _search(
-        self, image: Tensor, own: Own | None, rows: Tensor, n: int, more: int = 1
-    ) -> list[list[tuple[int, float]]]:
+    def _search(self, image: Tensor, own: Own | None, rows: Tensor, n: int, more: int = 1) -> list[list[Near]]:
         """Training rows and cosines, per image; so many ``more`` are looked at: they may be the image itself."""
         cosine, place = nearest_rows(image, Rows(self.train, rows), n + more)
         found = rows[place]
