@@ -54,6 +54,34 @@ def test_read_only_and_reversed_arrays_are_copied() -> None:
     assert torch.equal(Embeddings(EYE[::-1, ::-1], EYE).image, torch.eye(3))
 
 
+@pytest.mark.parametrize(("name", "shape"), [("views", (3, 4, 3)), ("prompts", (3, 2, 3)), ("negatives", (5, 3))])
+def test_columns_of_embeddings_are_brought_to_unit_norm_as_embeddings_are(name: str, shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).normal(size=shape) * 7
+    units = (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
+    with pytest.warns(UserWarning, match=f"{name} rows are not of unit norm"):
+        data = Embeddings(EYE, EYE, columns={name: values.astype(">f8")})
+    np.testing.assert_allclose(data.column(name, torch.arange(3)).numpy(), units, rtol=1e-6)
+    data = Embeddings(EYE, EYE, columns={name: units})
+    assert np.array_equal(data.column(name, torch.arange(3)).numpy(), units)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"features": np.ones((3, 2), complex)}, "features must hold real numbers. Got dtype complex128"),
+        ({"features": np.array([["a"], ["b"], ["c"]])}, "features must hold real numbers. Got dtype <U1"),
+        ({"features": np.array([[None]] * 3)}, "features must hold real numbers. Got dtype object"),
+        ({"features": [[1.0], [1.0, 2.0], [3.0]]}, "column 'features' must be an array of numbers"),
+        ({"views": np.ones((3, 0, 3))}, r"column 'views' must be \(N, V, D\) .*Got shape \(3, 0, 3\)"),
+        ({"views": np.ones((3, 1, 4))}, "column 'views' must be of the width of the embeddings, 3. Got 4"),
+        ({"negatives": np.zeros((2, 3))}, "every negatives row must be finite and of non-zero norm"),
+    ],
+)
+def test_columns_that_are_refused(column: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Embeddings(EYE, EYE, columns=column)
+
+
 def test_bfloat16_and_gradients_come_in_as_plain_float32() -> None:
     image = torch.eye(3, dtype=torch.bfloat16, requires_grad=True)
     data = Embeddings(image, EYE)

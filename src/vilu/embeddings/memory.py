@@ -84,7 +84,7 @@ class Embeddings(EmbeddingSource):
         self.target, self.outside = check_targets(target, len(self.image), len(self.text))
         self.class_names = check_class_names(class_names, len(self.text))
         self.ids = check_ids(ids, len(self.image))
-        self._columns = check_columns(columns, len(self.image), len(self.text))
+        self._columns = check_columns(columns, len(self.image), len(self.text), self.image.shape[1])
         self.columns = frozenset(self._columns)
         kept = self._merge_same()
         if kept is not None:
@@ -172,7 +172,7 @@ class PairEmbeddings(PairSource):
         self.space = space or EmbeddingSpace(self.image.shape[1], float(logit_scale), float(logit_bias))
         self.target = torch.arange(len(self.image)) % self.pool_size
         self.ids = check_ids(ids, len(self.image))
-        self._columns = check_columns(columns, len(self.image), len(self.text))
+        self._columns = check_columns(columns, len(self.image), len(self.text), self.image.shape[1])
         self.columns = frozenset(self._columns)
 
     @cached_property

@@ -425,11 +425,7 @@ def _class_columns(found: Mapping[str, StoredArray], kept: Tensor) -> dict[Class
     for name in get_args(ClassColumn):
         if name not in found:
             continue
-        values = as_matrix(found[name].whole().reshape(-1, *found[name].shape[-1:]), name)
-        if name in {"prompts", "negatives"}:
-            values = require_usable(values, name)
-        values = values.view(found[name].shape)
-        columns[name] = check_columns({name: values}, 0, len(found["text"]))[name]
+        columns[name] = check_columns({name: found[name].whole()}, 0, len(found["text"]))[name]
         if name in TEXT_COLUMNS:
             columns[name] = columns[name][kept]
     return columns
