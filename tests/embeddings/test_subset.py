@@ -47,6 +47,11 @@ def test_taken_of_taken() -> None:
     assert torch.equal(prompts, whole.column("prompts", torch.arange(2))[[2, 0]])
 
 
+def test_a_class_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(DataError, match=r"classes must name each class once. Got \[0, 1, 0\]"):
+        toy_embeddings(n=60).take(ROWS, classes=[0, 1, 0])
+
+
 def test_columns_left_out_are_not_there() -> None:
     part = toy_embeddings(n=60).take(ROWS, columns=("views", "unheard-of"))
     assert part.columns == {"views"}

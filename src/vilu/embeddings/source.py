@@ -390,7 +390,7 @@ class EmbeddingSource(ABC):
 
         Raises:
             UsageError: If the source has captions: its pools are made of all its rows.
-            DataError: If there is no such row or class.
+            DataError: If there is no such row or class, or a class is named twice.
 
         Examples:
             >>> import numpy as np, vilu
@@ -403,6 +403,8 @@ class EmbeddingSource(ABC):
             raise UsageError("image-caption pairs are matched in pools, so some of them are another problem.")
         kept = self.columns if columns is None else self.columns.intersection(columns)
         chosen = None if classes is None else check_places(classes, self.n_candidates, "classes")
+        if chosen is not None and len(chosen.unique()) < len(chosen):
+            raise DataError(f"classes must name each class once. Got {chosen.tolist()!s:.80}. Leave out the repeats.")
         return Taken(self, check_places(rows, len(self), "rows"), chosen, kept)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
