@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -258,6 +259,17 @@ def test_marks_that_cannot_be_made_are_an_error_of_the_store(tmp_path):
     (tmp_path / "attempts").write_bytes(b"")
     with pytest.raises(StorageError, match="attempts"):
         job.process(0)
+
+
+def test_errors_of_the_model_are_not_laid_at_the_door_of_the_marks(tmp_path):
+    class Exhausted(FakeBackbone):
+        def encode_images(self, pixels):
+            raise OSError(errno.ENOMEM, "no memory for the pixels")
+
+    with pytest.raises(OSError, match="no memory for the pixels") as told:
+        run(dataset(5), tmp_path, Exhausted())
+    assert told.value.errno == errno.ENOMEM
+    assert marks(tmp_path) == {}
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])

@@ -17,6 +17,7 @@ from vilu.backbones.base import Backbone
 from vilu.backbones.catalog import load_backbone
 from vilu.datasets.base import SHARD, ImageDataset, ImageRecord
 from vilu.datasets.images import DEFAULT_LIMITS, ImageLimits
+from vilu.errors import StorageError
 from vilu.files.disk import RUN, or_refuse
 from vilu.files.documents import log
 from vilu.progress import Silence, Task
@@ -57,14 +58,17 @@ class Marks:
     def begin(self, part: Part) -> None:
         """Leave one."""
         path = self._root / part.attempts
-        path.parent.mkdir(exist_ok=True)
-        with path.open("ab") as handle:
-            handle.write(b"x")
+        with or_refuse(f"write to {path.parent}"):
+            path.parent.mkdir(exist_ok=True)
+            with path.open("ab") as handle:
+                handle.write(b"x")
         self._set.add(part)
 
     def end(self, part: Part) -> None:
         """Take it away, and with it those of processes that died before this one came through."""
-        (self._root / part.attempts).unlink(missing_ok=True)
+        path = self._root / part.attempts
+        with or_refuse(f"write to {path.parent}"):
+            path.unlink(missing_ok=True)
         self._set.discard(part)
 
     def end_all(self) -> None:
@@ -78,10 +82,9 @@ def marking(root: Path) -> Iterator[Marks]:
     """Marks that are gone after the block, unless the process dies in it."""
     marks = Marks(root)
     try:
-        with or_refuse(f"write to {root / 'attempts'}"):
-            yield marks
+        yield marks
     finally:
-        with suppress(OSError):  # a mark too many costs a retry; the exception under way says more
+        with suppress(StorageError):  # a mark too many costs a retry; the exception under way says more
             marks.end_all()
 
 
