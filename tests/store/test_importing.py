@@ -133,7 +133,7 @@ def test_rows_that_fit_somewhere_are_known_again_by_their_numbers(tmp_path: Path
     assert len(seen) == 30
 
 
-@pytest.mark.parametrize("kind", ["<f2", ">f4", "<f8", ">f8", "<i4"])
+@pytest.mark.parametrize("kind", ["<f2", ">f4", "<f8", ">f8", "<i4", "<i2"])
 def test_numbers_of_any_type(tmp_path: Path, kind: str) -> None:
     values = arrays(image=np.eye(6, dtype=kind)[[0, 1, 2, 3, 4, 5] * 5])
     store = imported(tmp_path, values)

@@ -125,7 +125,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
             EmbeddingSpace(given.width, scale, bias, backbone=model),
             Imported(columns=given.row_shapes, ids=given.ids is not None, source=origin),
             split=split,
-            dtype=dtype or ("float16" if given.image.dtype.itemsize == 2 else "float32"),
+            dtype=dtype or ("float16" if given.image.dtype.str[1:] == "f2" else "float32"),
             part_size=part_size,
         )
         for name, values in given.class_columns.items():
