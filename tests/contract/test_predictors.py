@@ -344,6 +344,16 @@ def test_parameters_out_of_range_are_named() -> None:
     assert (made.epochs, made.hidden, made.patience, made.learning_rate) == (3, (8, 4), None, 0.01)
 
 
+@pytest.mark.parametrize(
+    ("fraction", "error", "what"),
+    [(wrong, UsageError, f"must be .* Got {wrong} instead") for wrong in (-0.1, 1.0, 1.5, np.nan)]
+    + [(0.9999, DataError, "holds all 600 training rows out")],  # of the failures, and of the successes, rounded
+)
+def test_a_share_to_hold_out_leaves_rows_to_learn_from(fraction: float, error: type[Exception], what: str) -> None:
+    with pytest.raises(error, match=f"validation_fraction.* {what}"):
+        vilu.ViLU(epochs=1, hidden=(4,), validation_fraction=fraction).fit(toy_embeddings())
+
+
 def test_embeddings_without_provenance_are_compared_by_their_cosines(
     learned: str, fitted: dict, train: Embeddings
 ) -> None:

@@ -152,6 +152,11 @@ def fit_and_selection(
         chosen = Rows(train.source, rows[part], columns)
         _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
         rows = rows[~torch.isin(torch.arange(len(rows)), part)]
+        if not len(rows):
+            raise DataError(
+                f"a validation_fraction of {fraction} holds all {len(part)} training rows out: none is left to "
+                "learn from. Make it smaller, or give a validation set."
+            )
     is_blind = len(held_failure.unique()) < 2
     return Rows(train.source, rows, columns), None if is_blind else chosen
 

@@ -63,7 +63,7 @@ class HeadPredictor(FailurePredictor):
 
     seed: int = 0
     allow_degenerate: bool = False
-    validation_fraction: float = 0.1
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     hidden: tuple[Count, ...] = HIDDEN
     epochs: Count | None = None
     batch_size: Count | None = None
