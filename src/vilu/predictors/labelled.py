@@ -140,7 +140,7 @@ def class_texts(train: Rows) -> Tensor:
 def fit_and_selection(
     train: Rows, failure: Tensor, validation: EmbeddingSource | None, fraction: float, seed: int
 ) -> tuple[Rows, Rows | None]:
-    """Rows to fit on and rows to select on, held out where there is no validation set; None: it would be blind."""
+    """Rows to fit on, and to select on, held out where there is no validation set; none are where it would be blind."""
     rows, columns = train.index, train.columns
     if validation is not None:
         held_out, held_failure = trainable_rows(validation, "validation", "failure")
@@ -158,7 +158,7 @@ def fit_and_selection(
                 "learn from. Make it smaller, or give a validation set."
             )
     is_blind = len(held_failure.unique()) < 2
-    return Rows(train.source, rows, columns), None if is_blind else chosen
+    return Rows(train.source, train.index if is_blind else rows, columns), None if is_blind else chosen
 
 
 def hold_out(
