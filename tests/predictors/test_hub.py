@@ -189,21 +189,30 @@ def test_a_damaged_predictor_is_not_placed(name: str, change, message: str, pred
     assert names(tmp_path) == {"predictor", "here"}
 
 
+@pytest.mark.parametrize("interrupted", [None, 1, 2])
 def test_a_failed_move_brings_the_old_one_back(
-    predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    interrupted: int | None, predictor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The disk refuses the second move, or a Ctrl-C comes when the first or the second one is done."""
     MCM().fit(toy_embeddings(20)).save(tmp_path / "here")
-    rename = Path.rename
+    rename, places = Path.rename, []
 
-    def refuse(path: Path, target: Path) -> Path:
-        if (path / "predictor.json").exists() and target == tmp_path / "here" and path.name != "old":
+    def move(path: Path, target: Path) -> Path:
+        if tmp_path / "here" not in {path, target} or path.name == "old":
+            return rename(path, target)
+        places.append(target)
+        if len(places) == 2 and interrupted is None:
             raise OSError(28, "No space left on device")
-        return rename(path, target)
+        found = rename(path, target)
+        if len(places) == interrupted:
+            raise KeyboardInterrupt
+        return found
 
-    monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(vilu.errors.StorageError, match="No space left"):
+    monkeypatch.setattr(Path, "rename", move)
+    error, what = (KeyboardInterrupt, None) if interrupted else (vilu.errors.StorageError, "No space left")
+    with pytest.raises(error, match=what):
         pull(str(predictor), tmp_path / "here", overwrite=True)
-    assert vilu.load(tmp_path / "here").name == "mcm"
+    assert vilu.load(tmp_path / "here").name == ("knn_vote" if interrupted == 2 else "mcm")
     assert names(tmp_path) == {"predictor", "here"}
 
 

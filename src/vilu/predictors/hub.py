@@ -119,14 +119,13 @@ def place(staged: Path, target: Path) -> None:
     """Put a finished folder in the place of ``target``; a reader sees the old one, the new one, or briefly none."""
     with or_refuse(f"put the predictor into {target}"), beside(target) as aside:
         old = aside / "old"
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             staged.rename(target)
-        except OSError:
-            if old.exists():
+        finally:  # also after a Ctrl-C
+            if old.exists() and not target.exists():
                 old.rename(target)
-            raise
 
 
 REASONS = {
