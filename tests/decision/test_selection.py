@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from vilu.decision.record import contradiction
 from vilu.decision.selection import select
 from vilu.errors import DataError, InfeasibleError, UsageError
 from vilu.outcomes.outcomes import Outcomes
@@ -47,6 +48,22 @@ def test_false_discoveries_stay_below_the_level() -> None:
         shares.append(np.sum(wrong & accepted) / max(np.sum(accepted), 1))
     error = np.std(shares) / np.sqrt(n_draws)
     assert level / 2 < np.mean(shares) <= level + 3 * error
+
+
+def test_a_million_of_more_rows_are_drawn_from_all_of_them() -> None:
+    """Rows that lie in the order of their classes, of which the last fifth is often wrong: the first are no sample."""
+    n = 1_250_000
+    rng = np.random.default_rng(0)
+    failure = (rng.random(n) < np.where(np.arange(n) < 0.8 * n, 0.01, 0.3)).astype(int)
+    rows = Outcomes(np.arange(n) % 1000 / 1000, failure)
+    rule = select(rows, max_risk=0.1)
+    assert rule.n == 10**6
+    share = failure.mean()
+    assert abs(len(rule.wrong) / rule.n - share) < 4 * np.sqrt(share / rule.n)
+    assert contradiction(rule, rows) is None
+    first = np.sort(rows.uncertainty[: 10**6][failure[: 10**6] == 1]).tolist()
+    assert contradiction(rule.model_copy(update={"wrong": tuple(first)}), rows) is None  # as earlier code chose
+    assert contradiction(rule.model_copy(update={"wrong": tuple(first[1:])}), rows) is not None
 
 
 def test_too_few_rows_to_select_anything() -> None:

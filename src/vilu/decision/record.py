@@ -14,7 +14,7 @@ from pydantic import Field
 from vilu.decision.anytime import log_evidence
 from vilu.decision.calibrate import ALL, OTHER, Certificate, Selector, describe, group_names, interval
 from vilu.decision.label_sets import LabelSets
-from vilu.decision.selection import MAX_ROWS, BatchSelector
+from vilu.decision.selection import MAX_ROWS, BatchSelector, drawn
 from vilu.decision.shares import Strata, bears_out
 from vilu.decision.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
@@ -124,9 +124,11 @@ def contradiction(rule: Rule, rows: Outcomes) -> str | None:
     keep = rows.evaluable
     uncertainty, wrong = rows.uncertainty[keep], rows.failure[keep] == 1
     if isinstance(rule, BatchSelector):
-        scores = np.sort(uncertainty[:MAX_ROWS][wrong[:MAX_ROWS]]).tolist()
-        agree = rule.n == min(len(uncertainty), MAX_ROWS) and list(rule.wrong) == scores
-        return None if agree else f"it has {rule.n} scores, {len(rule.wrong)} of them of wrong answers"
+        agree = (  # earlier code took the first ones
+            rule.n == len(wrong[rows]) and list(rule.wrong) == np.sort(uncertainty[rows][wrong[rows]]).tolist()
+            for rows in (drawn(len(wrong)), slice(MAX_ROWS))
+        )
+        return None if any(agree) else f"it has {rule.n} scores, {len(rule.wrong)} of them of wrong answers"
     certificates = list(rule.certificates.items())
     place = {name: index for index, (name, _) in enumerate(certificates)}
     groups = group_names(rows) if rule.grouped_by else [ALL] * len(rows)

@@ -13,7 +13,7 @@ from vilu.decision.calibrate import evaluable
 from vilu.decision.thresholds import rows_for_mean
 from vilu.errors import InfeasibleError, require_between
 from vilu.files.documents import Model
-from vilu.metrics.counts import Floats, real_vector
+from vilu.metrics.counts import Floats, Ints, real_vector
 from vilu.outcomes.outcomes import Outcomes
 
 MAX_ROWS = 10**6  # of a calibration; more would not move a p-value visibly, and they all stand in ``risk.json``
@@ -69,10 +69,17 @@ class BatchSelector(Model):
         )
 
 
+def drawn(n: int) -> Ints:
+    """Places of the rows of n that a rule is made from: at random, as rows may lie sorted, and the same every time."""
+    # a stream that NumPy promises not to change, of a seed that no one's data were drawn with
+    return np.argsort(np.random.PCG64([MAX_ROWS, n]).random_raw(n))[:MAX_ROWS]
+
+
 def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
-    """Conformal selection from calibration outcomes, of the first million; see ``BatchSelector``."""
+    """Conformal selection from calibration outcomes, at most a million of them; see ``BatchSelector``."""
     require_between("max_risk", max_risk)
-    rows = np.flatnonzero(evaluable(outcomes))[:MAX_ROWS]
+    rows = np.flatnonzero(evaluable(outcomes))
+    rows = rows[drawn(len(rows))]
     fewest = rows_for_mean(max_risk)
     if len(rows) < fewest:
         raise InfeasibleError(
