@@ -33,6 +33,7 @@ from vilu.predictors.vocabulary import Vocabulary
         (Target(min_coverage=0.5, method="selection"), "selection takes a max_risk"),
         (Target(max_risk=2.0), "max_risk must be in"),
         (Target(max_risk=0.1, label_sets="lac", max_miss=1.0), "max_miss must be in"),
+        (Target(max_risk=0.1, max_miss=0.05), r"max_miss \(0.05\) is for label sets"),
     ],
 )
 def test_targets_are_checked_first(target: Target, message: str, tmp_path: Path) -> None:

@@ -372,6 +372,28 @@ def test_groups_by_prediction_are_names() -> None:
         vilu.calibrate(Outcomes([0.1], [0]), max_risk=0.05, groups="prediction")
 
 
+@pytest.mark.parametrize(("n", "percent"), [(100, 55), (200, 56)])
+def test_a_coverage_that_is_reached_to_the_row_is_no_less(n: int, percent: int) -> None:
+    """0.55 * 100 is 55.00000000000001 in floating point."""
+    k = n * percent // 100
+    right = np.arange(n) < k
+    rows = Outcomes(~right, ~right)
+    found = vilu.calibrate(rows, max_risk=0.1, min_coverage=percent / 100)
+    assert found.n_accepted == k
+    assert not vilu.calibrate(rows, max_risk=0.1, min_coverage=(percent + 1) / 100).feasible
+
+
+def test_all_rows_are_all_answers_at_any_stated_shares() -> None:
+    """Weights of the rows add up to n but for rounding."""
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 3, 1000)
+    rows = Outcomes(rng.random(1000), np.zeros(1000), prediction=target, target=target, class_names=["a", "b", "c"])
+    for _ in range(20):
+        shares = dict(zip("abc", rng.dirichlet([5, 5, 5]).tolist(), strict=True))
+        found = vilu.calibrate(rows, max_risk=0.1, class_shares=shares, min_coverage=1.0)
+        assert found.n_accepted == 1000, found
+
+
 def test_coverage_that_the_risk_does_not_allow() -> None:
     u = np.linspace(0, 1, 400)
     outcomes = Outcomes(u, (u > 0.5).astype(int))

@@ -129,6 +129,7 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
     run(*calibrate, *given)  # once more: nothing changes
     assert record.load(predictor) == found
     assert "is calibrated already" in run(*calibrate[:-1], 0.2, *given, code=2).stderr
+    assert "of the other targets none" in run(*calibrate, "--max-miss", 0.2, *given, code=2).stderr
     run("score", predictor, tmp_path / "store", "-o", tmp_path / "scores.parquet")
     scores = Outcomes.load(tmp_path / "scores.parquet")
     wrong = [

@@ -356,7 +356,7 @@ def calibrate(  # noqa: PLR0913, PLR0917 - one parameter per flag
     data = reading.open_both(store)
     if method == "anytime":
         plain = (min_coverage, label_sets, outside_share, class_shares)
-        if max_risk is None or labels is None or any(one is not None for one in plain):
+        if max_risk is None or labels is None or any(one is not None for one in plain) or max_miss != Target.max_miss:
             raise UsageError("anytime takes --labels and a --max-risk, and of the other targets none.")
         record = calibrate_by_labels(
             predictor,

@@ -36,6 +36,8 @@ from vilu.outcomes.outcomes import Outcomes
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""
 
+ROUNDING = 1e-9  # by less a share that is reached may fall short: 55 of 100 are less than 0.55 * 100
+
 Promise = Literal["ltt", "sgr", "crc", "anytime"]
 
 
@@ -290,8 +292,8 @@ def calibrate(
             its risk.
         method: "ltt", "sgr" or "crc"; see ``vilu.decision.thresholds``.
         groups: N names, or "prediction" for the zero-shot answer: a threshold for each with enough rows, the others
-            together; delta is divided among them, so that all promises hold at once. A least coverage alone is that
-            of every group.
+            together, as "(other)", with a group that is called so; delta is divided among them, so that all promises
+            hold at once. A least coverage alone is that of every group.
         outside_share: Share of pictures of none of the classes to be expected, in [0, 1), where it is not that of the
             calibration rows; those that are ``outside`` there stand for them. The promise holds for every smaller share
             of pictures like them, too. "ltt" alone, without groups.
@@ -355,7 +357,7 @@ def _reweighted(
         floor = float(value[point.floor]) if point.floor >= 0 else None
         inside = (rows.uncertainty <= value[point.index]) & (rows.uncertainty > (-np.inf if floor is None else floor))
         coverage = float(strata.weight[inside].sum()) / len(rows)
-        if min_coverage is not None and coverage < min_coverage:
+        if min_coverage is not None and coverage < min_coverage - ROUNDING:
             one = _nothing(len(rows), _too_little(coverage, min_coverage))
         else:
             one = Certificate(
@@ -497,7 +499,7 @@ class _Goal(NamedTuple):
         why = None
         if self.max_risk is None:
             why = next((one.why for one in certificates.values() if one.threshold is None), None)
-        elif 0 < accepted < self.min_coverage * n:
+        elif 0 < accepted < (self.min_coverage - ROUNDING) * n:
             why = _too_little(accepted / n, self.min_coverage)
         if why is None:
             return certificates

@@ -73,6 +73,8 @@ class Target:
             raise UsageError("captions have no classes, so there are no thresholds per class. Leave per_class out.")
         if self.label_sets is not None:
             check_label_sets(predictor, data, self.max_miss)
+        elif self.max_miss != Target.max_miss:
+            raise UsageError(f"max_miss ({self.max_miss}) is for label sets. Ask for label_sets too, or leave it out.")
 
     def rule(self, rows: Outcomes) -> Rule | None:
         """The rule that calibration rows support."""
