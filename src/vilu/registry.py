@@ -157,6 +157,8 @@ def load_plugin(module: str) -> None:
     Raises:
         UsageError: If it cannot be imported.
     """
+    if not module or module.startswith("."):
+        raise UsageError(f"a plugin is called by its whole name, such as package.module. Got {module!r} instead.")
     try:
         importlib.import_module(module)
     except ImportError as error:

@@ -23,7 +23,9 @@ def test_default_names_are_cleaned_and_raw_ones_kept():
     assert class_table(None, None) is None
 
 
-@pytest.mark.parametrize("text", ["zebra\nant\n", "\ufeffzebra\r\nant\r\n\r\n", "zebra\nant", " zebra \nant\n\n  \n"])
+@pytest.mark.parametrize(
+    "text", ["zebra\nant\n", "\ufeffzebra\r\nant\r\n\r\n", "zebra\rant\r", "zebra\nant", " zebra \nant\n\n  \n"]
+)
 def test_names_in_label_order(tmp_path, text):
     file = classes_file(tmp_path, text)
     assert class_table(None, file) == ClassTable(("zebra", "ant"), ("zebra", "ant"))

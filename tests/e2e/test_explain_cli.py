@@ -72,6 +72,8 @@ def test_summaries_with_and_without_labels(work: Path) -> None:
         (["{work}/plus", "{work}/test", "--key", "nobody"], 3, "no row has the key 'nobody'"),
         (["{work}/plus", "{work}/test", "--summary", "--row", "1"], 2, "Leave --train, --key and --row out"),
         (["{work}/plus", "{work}/test", "-o", "{work}/why.txt"], 2, ".json file"),
+        (["{work}/plus", "{work}/test", "--coverage", "0.5"], 2, "--coverage is of --summary"),
+        (["{work}", "{work}/test", "--summary", "--coverage", "1.5"], 2, "coverage must be in (0, 1]"),  # at once
     ],
 )
 def test_errors_say_what_and_how(work: Path, args: list[str], code: int, message: str) -> None:

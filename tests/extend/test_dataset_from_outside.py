@@ -29,6 +29,7 @@ n_classes = 3
 sizes = { train = 18, validation = 6, test = 12 }
 url = "https://example.org/ponds"
 how = "Ask the frog."
+n_bytes = 250_400
 folders = ["ponds/pictures"]
 layout = { kind = "folders", splits = { train = "train", validation = "val", test = "test" } }
 
@@ -107,6 +108,7 @@ def test_they_are_listed_checked_and_opened(root: Path) -> None:
     assert "Meadows, by --dataset meadows" in run("list", "datasets")
     facts = {row["name"]: row for row in json.loads(run("datasets", "list", "--json"))}
     assert list(facts)[-2:] == ["ponds", "meadows"]
+    assert " 250 kB " in run("datasets", "list")
     assert facts["ponds"]["sizes"] == {"train": 18, "validation": 6, "test": 12}
     assert (facts["meadows"]["coop_template"], facts["meadows"]["licence"]) == (
         "a photo of {}, a meadow.",

@@ -286,6 +286,9 @@ def test_what_cannot_be_registered_is_told(stranger) -> None:
     assert "new" not in vilu.PREDICTORS
     with pytest.raises(UsageError, match="the plugin 'nowhere_at_all' cannot be imported"):
         registry.load_plugin("nowhere_at_all")
+    for odd in ("", ".relative"):
+        with pytest.raises(UsageError, match=f"by its whole name, such as package.module. Got '{odd}' instead"):
+            registry.load_plugin(odd)
 
 
 def test_a_learned_tensor_that_is_not_declared_is_told(train: Embeddings) -> None:

@@ -81,7 +81,7 @@ def _dataset_in_brief(entry: KnownDataset) -> dict[str, str]:
 def _size(n_bytes: int | None) -> str:
     if n_bytes is None:
         return "?"
-    unit, name = next((unit, name) for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n_bytes >= unit)
+    unit, name = next((one for one in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if n_bytes >= one[0]), (1e3, "kB"))
     return f"{n_bytes / unit:.3g} {name}"
 
 

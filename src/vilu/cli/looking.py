@@ -12,7 +12,7 @@ from typer import Option
 
 from vilu.cli import console
 from vilu.cli.console import MOST_SEED, Data, Json, JsonFile, Overwrite, Predictor, Reading, next_step, reads
-from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.errors import DataError, ProvenanceError, UsageError, require_between
 from vilu.text import printable
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
     summary: Annotated[
         bool, Option("--summary", help="All rows: which confusions cost the most, which texts to improve.")
     ] = False,
-    coverage: Annotated[float, Option(help="With --summary: share of answers that are accepted.")] = 0.8,
+    coverage: Annotated[float | None, Option(help="With --summary: share of answers that are accepted. [0.8]")] = None,
     *,
     reading: Reading,
     as_json: Json = False,
@@ -58,6 +58,10 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     if output is not None:
         require_json(output)
+    if coverage is not None and not summary:
+        raise UsageError("--coverage is of --summary. Give both, or neither.")
+    coverage = 0.8 if coverage is None else coverage
+    require_between("coverage", coverage, "(0, 1]")
     depth = Depth(candidates, neighbours, background, seed)
     settings = {"summary": summary, "coverage": coverage, "key": key, "row": row, "n": n, "depth": str(depth)}
     read = [predictor, store, *([] if train is None else [train]), *reading.read]
@@ -256,8 +260,8 @@ def report(  # noqa: PLR0913, PLR0917 - one parameter per flag
 
     if output.suffix.lower() not in {".html", ".htm"}:
         raise UsageError(f"the page is an .html file. Got {output} instead.")
-    if split is not None and images is None:
-        raise UsageError("--split is of --images. Give both, or neither.")
+    if images is None and (split is not None or root is not None):
+        raise UsageError("--split and --root are of --images. Give it, too, or leave them out.")
     pictures = None if images is None else open_dataset(images, split=split, root=root)
     scored = sorted(run.glob("*.parquet")) if run.is_dir() else []
     beside = [path for path in (predictor, store) if path is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def class_table(
 def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
     """Left and right columns of a classes file; no left column (None) where it has one name per line.
 
-    A byte order mark, CRLF and blank lines at the end are tolerated.
+    A byte order mark, line ends of any system (CRLF, CR) and blank lines at the end are tolerated.
     """
     try:
         text = read_file(file).decode("utf-8-sig")
@@ -103,7 +104,7 @@ def read_classes(file: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
         raise UsageError(f"cannot read the classes file: {error}. Check --classes.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} must be UTF-8 text: {error}. Save it as UTF-8.") from error
-    rows = [line.removesuffix("\r").split("\t") for line in text.rstrip().split("\n")]
+    rows = [line.split("\t") for line in re.split(r"\r\n?|\n", text.rstrip())]
     for number, row in enumerate(rows, start=1):
         if not all(cell.strip() for cell in row):
             raise DataError(f"{file} line {number}: blank name. Every line is a name, or folder<TAB>name.")
