@@ -168,6 +168,40 @@ def test_an_interrupted_run_goes_on(
     assert triage_photos(job, other)[0].startswith("198 photos")
 
 
+@pytest.mark.parametrize("when", ["before the state is written", "before it is removed", "after it is removed"])
+def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
+    promised: Folder, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    (home, truth), output = promised, promised[0] / "out"
+    job, asked = job_on(home / "photos"), rows(output / "next_labels.csv")
+    vouching = [row["path"] for row in asked if row["stream"] == "promise"]  # with those that teach it is fitted anew
+    (home / "l.csv").write_text("path,label\n" + "".join(f"{path},{truth[path]}\n" for path in vouching))
+    labels, state = [home / "l.csv"], read_document(output / "triage.json", TriageState)
+    for name in ("risk.json", "calibration.parquet"):  # they go when another predictor is saved there
+        (output / "predictor" / name).unlink()
+    shutil.copytree(output / "predictor", output / "candidate")
+    state.model_copy(update={"candidate": state.trial}).write(output / "triage.json")
+    write, remove = TriageState.write, shutil.rmtree
+
+    def write_or_stop(self: TriageState, path: Path) -> None:
+        if when == "before the state is written" and self.candidate is None:
+            raise KeyboardInterrupt
+        write(self, path)
+
+    def remove_or_stop(path: Path) -> None:
+        if when == "after it is removed":
+            remove(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TriageState, "write", write_or_stop)
+        patch.setattr(shutil, "rmtree", remove_or_stop)
+        with pytest.raises(KeyboardInterrupt):
+            triage_photos(job, output, labels)
+    assert "Promised: at most 10.0% wrong" in triage_photos(job, output, labels)[1]
+    assert read_document(output / "triage.json", TriageState).candidate is None
+
+
 def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:
     output = tmp_path / "out"
     triage_photos(job, output)

@@ -352,7 +352,7 @@ class Workshop:
         """From now on this predictor decides."""
         predictor.save(self.folder)
         Vocabulary.of(photos, photos.first.manifest.dtype).save(self.folder)
-        self.state = self.state.model_copy(update={"method": predictor.name, "trial": trial})
+        self.state = self.state.model_copy(update={"method": predictor.name, "trial": trial, "candidate": None})
 
     def _plan(self, outcomes: Outcomes, sides: Sides, n_teach: int, least: float = 0.0) -> Trial:
         """A trial of a predictor that is to accept a share ``least`` of the photos, if anything."""
@@ -402,7 +402,7 @@ class Workshop:
                 "a predictor that more labels taught accepts %.1f %%, before %.1f %%", 100 * share, 100 * before
             )
             self._adopt(predictor, photos, candidate)
-            self.state = self.state.model_copy(update={"candidate": None})
+            self.state.write(self.root / STATE)  # before what it names goes
             shutil.rmtree(self.candidate)
         self._keep_record(predictor, photos, standing)
 
