@@ -202,6 +202,21 @@ def test_a_triage_that_is_killed_while_a_candidate_takes_over_goes_on(
     assert read_document(output / "triage.json", TriageState).candidate is None
 
 
+@pytest.mark.parametrize("vouching", [True, False])
+def test_a_promise_does_not_outlive_the_labels_that_it_rests_on(
+    promised: Folder, caplog: pytest.LogCaptureFixture, vouching: bool
+) -> None:
+    (home, truth), output = promised, promised[0] / "out"
+    ids = set(pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist())
+    some = [path for path in LabelBook.load(output / "labels.parquet").labels if (path in ids) is vouching][:45]
+    wrong = {path: "cat" if truth[path] != "cat" else "dog" for path in some}
+    (home / "l.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in wrong.items()))
+    told = triage_photos(job_on(home / "photos"), output, [home / "l.csv"])
+    assert told[1].startswith("Not promised yet" if vouching else "Promised")
+    assert (": 0 accepted" in told[0]) is vouching
+    assert ("45 labels that the promise rests on have changed" in caplog.text) is vouching
+
+
 def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:
     output = tmp_path / "out"
     triage_photos(job, output)

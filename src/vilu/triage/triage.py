@@ -28,7 +28,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method
-from vilu.predictors.record import PREDICTOR, read_record
+from vilu.predictors.record import PREDICTOR, RISK, read_record
 from vilu.predictors.storage import load
 from vilu.predictors.vocabulary import Vocabulary
 from vilu.triage.choose import to_teach
@@ -226,11 +226,21 @@ class Workshop:
             kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(photos.bad.values()).most_common())
             raise DataError(f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}.")
         book = LabelBook.load(self.root / BOOK)
+        given = [book.entries[path] for path in labels if path in book.entries]
+        self._doubt({one.path for one in given if one.label not in {None, labels[one.path]}})
         changed = book.answer(labels, streams)
         if changed:
             logger.info("%d labels are new, of %d in all", changed, len(book.labels))
             book.save(self.root / BOOK)
         return self.decide(photos, book, n_new)
+
+    def _doubt(self, corrected: set[str]) -> None:
+        """Take a promise back that rests on labels which are others now; the others may show it again."""
+        found = record.load(self.folder) if corrected and record.has_record(self.folder) else None
+        wrong = corrected & {*(() if found is None else record.load_rows(self.folder, found).ids or ())}
+        if wrong:
+            (self.folder / RISK).unlink()  # before the book is saved, so that no kill leaves a promise too much
+            logger.warning("%d labels that the promise rests on have changed: it has to be shown again", len(wrong))
 
     def _clear(self) -> None:
         for name in MADE:
