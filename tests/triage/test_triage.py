@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -215,6 +216,24 @@ def test_a_promise_does_not_outlive_the_labels_that_it_rests_on(
     assert told[1].startswith("Not promised yet" if vouching else "Promised")
     assert (": 0 accepted" in told[0]) is vouching
     assert ("45 labels that the promise rests on have changed" in caplog.text) is vouching
+
+
+@pytest.mark.parametrize("n", [1, None])
+def test_a_promise_holds_for_photos_of_which_none_vouches(promised: Folder, n: int | None) -> None:
+    """One new photo, or whatever is left: to be decided under the promise."""
+    (home, _), output = promised, promised[0] / "out"
+    if n is not None:
+        shutil.rmtree(home / "photos")
+        write_photos(home / "photos", 20, first=1000)
+    files = sorted((home / "photos").rglob("*.png"))
+    vouches, _ = side_of([hashlib.sha256(path.read_bytes()).digest()[:8] for path in files], 0)
+    kept = [path for path, may in zip(files, vouches, strict=True) if not may][:n]
+    for path in set(files) - set(kept):
+        path.unlink()
+    told = triage_photos(job_on(home / "photos"), output)
+    assert told[0].startswith(f"{len(kept)} photos")
+    assert told[1].startswith("Promised: at most 10.0% wrong")
+    assert n or sum(row["decision"] == "accept" for row in rows(output / "decisions.csv")) > 20
 
 
 def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:

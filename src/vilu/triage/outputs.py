@@ -189,17 +189,17 @@ def promise_in_words(found: Triage, max_risk: float, confidence: float) -> str:
         found.standing,
         f"at most {max_risk:.1%} wrong among the accepted, with {confidence:.0%} confidence",
     )
-    if standing is None:
-        few = len(found.book.labels)
-        return (
-            f"Nothing is promised ({goal}): there are {few} labels that could teach or vouch. The photos are ranked by "
-            "what the model alone makes likely."
-        )
     if found.rule is not None:
         return (
             f"Promised: {goal}, at whatever moment one looks. {found.rule.n_wrong} of {found.rule.n_accepted} labels "
             "up to the threshold are wrong. It is a promise about photos like these, drawn as these were."
             f"{scenes_in_words(found)}"
+        )
+    if standing is None:
+        few = len(found.book.labels)
+        return (
+            f"Nothing is promised ({goal}): there are {few} labels that could teach or vouch. The photos are ranked by "
+            "what the model alone makes likely."
         )
     wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
     if len(standing.missing):

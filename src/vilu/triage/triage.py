@@ -323,6 +323,8 @@ class Workshop:
         grown = n >= (GROWN if looked else SOON) * fitted
         if state.method == method and (there / PREDICTOR).is_file() and (method == "vilu_zero" or not grown):
             return self._loaded(there)
+        if promised and not sides.voucher.any():  # no photo can tell which one accepts more
+            return self._loaded(there)
         predictor = self._fitted(photos, teach, method)
         if not promised:
             self._adopt(predictor, photos, None)
