@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import torch as safetensors_torch
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs, variant
@@ -381,6 +384,53 @@ def test_damaged_files_are_refused(learned: str, fitted: dict, tmp_path) -> None
         vilu.load(tmp_path)
     with pytest.raises(DataError, match="no predictor here"):
         vilu.load(tmp_path / "nowhere")
+
+
+SHAPES = {  # of a tensor that is damaged, what its sizes and numbers then are
+    "cut": lambda tensor: tensor[..., :-1].contiguous(),
+    "empty": lambda tensor: tensor[:0],
+    "half": lambda tensor: tensor.half(),
+    "beyond": lambda tensor: tensor + 100,
+    "two": lambda tensor: tensor.repeat(2),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "tensor", "damage", "message"),
+    [
+        ("knn_vote", "bank", "cut", r"float32 of shape \(600, 16\)\. Got torch\.float32 of shape \(600, 15\)"),
+        ("knn_vote", "bank", "half", r"Got torch\.float16 of shape \(600, 16\)"),
+        ("knn_vote", "labels", "cut", r"shape \(600,\)\. Got torch\.int64 of shape \(599,\)"),
+        ("knn_vote", "labels", "beyond", r"from 0 to 4\. Got 100 to 104"),
+        ("trine", "classes", "cut", r"shape \(5, 16\)"),
+        ("knn_distance", "bank", "empty", r"shape \(1, 16\)\. Got torch\.float32 of shape \(0, 16\)"),
+        ("mahalanobis", "means", "cut", r"shape \(5, 16\)"),
+        ("linear_probe", "weight", "cut", r"shape \(5, 16\)"),
+        ("delta_knn", "n_right", "two", r"shape \(\)\. Got torch\.int64 of shape \(2,\)"),
+        ("delta_mds", "wrong_whitener", "cut", r"shape \(16, 16\)"),
+        ("rel_u", "penalty", "cut", r"shape \(5, 5\)"),
+        ("class_gaussians", "groups", "beyond", r"from 0 to 6\. Got 102 to 106"),
+        ("sirc", "slope", "two", r"shape \(\)"),
+        ("bayesvlm", "image_inputs", "cut", r"shape \(16, 16\)"),
+        ("duo", "multipliers", "cut", r"shape \(2,\)"),
+        ("vilu_zero", "outside.weight", "cut", r"shape \(16,\)"),
+        ("stacking", "members.knn_vote.bank", "cut", r"float32 of shape \(600, 16\)"),
+    ],
+)
+def test_tensors_of_other_shapes_are_refused_when_they_are_read(
+    method: str, tensor: str, damage: str, message: str, fitted: dict, tmp_path: Path
+) -> None:
+    """Also where all seals are whole: whoever made the folder could seal it."""
+    fitted[method].save(tmp_path)
+    weights, record = tmp_path / "weights.safetensors", json.loads((tmp_path / "predictor.json").read_text())
+    tensors = safetensors_torch.load_file(weights)
+    tensors[f"state.{tensor}"] = SHAPES[damage](tensors[f"state.{tensor}"])
+    weights.write_bytes(safetensors_torch.save(tensors))
+    sealed = {**record, "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    del sealed["fingerprint"]
+    write_json(tmp_path / "predictor.json", sealed, seal="fingerprint")
+    with pytest.raises(DataError, match=f"weights.safetensors beside it: .*{tensor.split('.', 2)[-1]} of .*{message}"):
+        vilu.load(tmp_path)
 
 
 def with_twins(data: Embeddings) -> dict[str, Any]:

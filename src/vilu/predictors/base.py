@@ -124,6 +124,7 @@ class FailurePredictor(ABC):
     needs_fit: ClassVar[bool] = False
     needs_labels: ClassVar[bool] = True
     uses_unlabelled: ClassVar[bool] = False
+    _forms: ClassVar[str] = ""  # of ``tensors``, which follow from it: see ``record.require_forms``
 
     learned_: dict[str, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
     network_: nn.Module | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -136,6 +137,7 @@ class FailurePredictor(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.needs_fit = cls._learn is not FailurePredictor._learn
+        cls.tensors = tuple(form.partition(":")[0] for form in vars(cls).get("_forms", "").split()) or cls.tensors
         # before the dataclass writes one of its own, and mypy takes no method that is assigned
         cls.__repr__ = vars(cls).get("__repr__", shown)  # type: ignore[method-assign]
 
@@ -328,21 +330,20 @@ class FailurePredictor(ABC):
         if space is not None and not is_constant:
             with torch.device("meta"):  # no numbers are drawn
                 network = self.module(tensors, space)
-        # contiguous, as they are saved: a product may round otherwise in another layout
-        own = {name: tensor.contiguous() for name, tensor in tensors.items() if name in names}
+        own = {name: tensor.contiguous() for name, tensor in tensors.items() if name in names}  # laid out as in a file
         if network is not None:
             weights = {name: tensor for name, tensor in tensors.items() if name not in names}
             network = with_weights(network.to_empty(device="cpu"), weights, self.name).requires_grad_(False)
         elif tensors.keys() != set(names):
             expected = f"a {self.name} holds {', '.join(names)}" if names else f"{self.name} has no weights"
             raise DataError(f"{expected}. The file has {', '.join(sorted(tensors)[:8])}.")
+        record.require_forms(self.name, own, f"{CONSTANT}:d {self._forms}", space.embed_dim if space else 0)
         self.learned_, self.network_, self.space_ = own, network, space
 
     @property
     def constant_(self) -> float | None:
         """The one score of a fit where there was nothing to learn; None for others."""
-        is_constant = self.learns_failure and self.learned_.keys() == {CONSTANT}
-        return float(self.learned_[CONSTANT]) if is_constant else None
+        return float(self.learned_[CONSTANT]) if self.learns_failure and self.learned_.keys() == {CONSTANT} else None
 
     def state(self) -> dict[str, Tensor]:
         """Everything that ``fit`` learned, as tensors on the CPU.
@@ -358,7 +359,7 @@ class FailurePredictor(ABC):
         return {**{name: tensor.cpu() for name, tensor in weights.items()}, **self.learned_}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of ``state``; refuses tensors of the wrong names or shapes.
+        """The inverse of ``state``; refuses tensors of the wrong names, types or shapes.
 
         Examples:
             >>> import numpy as np, torch, vilu
@@ -511,9 +512,7 @@ class FailurePredictor(ABC):
 
     def unseen(self, data: EmbeddingSource, role: str) -> NDArray[np.bool_]:
         """(N,) the rows that were not used to fit; warns of those that were, a DataError above 1 %."""
-        remedy = (
-            "It has learned from them, so nothing measured on them holds for others. Take rows that it has not seen."
-        )
+        remedy = "It learned from them, so nothing measured on them holds for others. Take rows that it has not seen."
         return self.seen(data).others(data, f"{role} rows", f"were used to fit this {self.name}", remedy)
 
     def _check_source(self, data: EmbeddingSource, columns: Sequence[str]) -> None:

@@ -219,9 +219,8 @@ class BayesVLM(FailurePredictor):
     cost: ClassVar[str] = "fit: one pass, O(N D (K + D)); score: three products with the candidates"
     optional_columns: ClassVar[tuple[str, ...]] = ("features", "text_features", "image_projection", "text_projection")
     is_probability: ClassVar[bool] = True
-    tensors: ClassVar[tuple[str, ...]] = (
-        *(f"{side}_{part}" for side in ("image", "text") for part in ("inputs", "outputs", "prior")),
-        "on_features",
+    _forms: ClassVar[str] = (
+        "image_inputs:dEE image_outputs:dD image_prior:d text_inputs:dFF text_outputs:dD text_prior:d on_features:?"
     )
 
     seed: int = 0
@@ -286,7 +285,9 @@ class BayesVLM(FailurePredictor):
             for side in ("image", "text")
         )
         mean, variance = cosine_moments(g, image.variance(phi), h, text.variance(psi))
-        logits = probit(batch.logit_scale * mean + batch.logit_bias, batch.logit_scale**2 * variance)
+        scale, bias = batch.logit_scale, batch.logit_bias
+        # their softmax approximates the expected softmax of Gaussian logits
+        logits = (scale * mean + bias) / (1 + math.pi / 8 * (scale**2 * variance)).sqrt()
         return torch.sigmoid(failure_log_odds(logits, batch))
 
 
@@ -319,8 +320,3 @@ def last_layer(batch: Batch, features: str, projection: str, embedding: Tensor) 
             "features=false)."
         )
     return phi, g
-
-
-def probit(mean: Tensor, variance: Tensor) -> Tensor:
-    """Logits whose softmax approximates the expected softmax of Gaussian logits: mean / sqrt(1 + pi variance / 8)."""
-    return mean / (1 + math.pi / 8 * variance).sqrt()

@@ -64,7 +64,7 @@ class MCMTS(FailurePredictor):
     cost: ClassVar[str] = "fit: about 10 passes over the logits (nll); score: as mcm"
     is_probability: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    tensors: ClassVar[tuple[str, ...]] = ("log_multiplier",)
+    _forms: ClassVar[str] = "log_multiplier:d"
 
     seed: int = 0
     device: str = "auto"
@@ -76,15 +76,8 @@ class MCMTS(FailurePredictor):
         return "class" if self.objective == "nll" else "failure"
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        log_multiplier = 0.0
-        if failure.any():
-            log_multiplier = OBJECTIVES[self.objective](train, len(failure), self.device_)
-        else:
-            warnings.warn(
-                f"only 0 failures among {len(failure)} training rows: they identify no temperature, so {self.name} "
-                "scores as mcm.",
-                stacklevel=7,
-            )
+        is_fitted = identify(failure, f"temperature, so {self.name} scores as mcm")
+        log_multiplier = OBJECTIVES[self.objective](train, len(failure), self.device_) if is_fitted else 0.0
         tensors = {"log_multiplier": torch.tensor(log_multiplier, dtype=torch.float64)}
         return Learnt(tensors, {"multiplier": math.exp(log_multiplier)})
 
@@ -92,6 +85,13 @@ class MCMTS(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         return uncertainty(batch, float(self.learned_["log_multiplier"]))
+
+
+def identify(failure: Tensor, what: str) -> bool:
+    """Whether there are failures, which a temperature is fitted to; said aloud where there are none."""
+    if not failure.any():
+        warnings.warn(f"only 0 failures among {len(failure)} training rows: they identify no {what}.", stacklevel=8)
+    return bool(failure.any())
 
 
 def uncertainty(batch: Batch, log_multiplier: float) -> Tensor:
@@ -245,20 +245,13 @@ class Duo(WithSecondModel):
     cost: ClassVar[str] = "fit: about 20 passes over the logits of both; score: as mcm, twice, and a second model"
     columns: ClassVar[tuple[str, ...]] = ("second_image", "second_text")
     is_probability: ClassVar[bool] = True
-    tensors: ClassVar[tuple[str, ...]] = ("multipliers",)
+    _forms: ClassVar[str] = "multipliers:d2"
 
     device: str = "auto"
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        multipliers = [0.5, 0.5]
-        if failure.any():
-            multipliers = best_multipliers(train, len(failure), self.device_)
-        else:
-            warnings.warn(
-                f"only 0 failures among {len(failure)} training rows: they identify no temperatures, so {self.name} "
-                "takes the mean of the two models' logits.",
-                stacklevel=7,
-            )
+        is_fitted = identify(failure, f"temperatures, so {self.name} takes the mean of the two models' logits")
+        multipliers = best_multipliers(train, len(failure), self.device_) if is_fitted else [0.5, 0.5]
         tensors = {"multipliers": torch.tensor(multipliers, dtype=torch.float64)}
         return Learnt(tensors, {"large": multipliers[0], "small": multipliers[1], **self.second_notes(train.source)})
 
@@ -334,7 +327,7 @@ class RelU(ClosedSet):
     reference: ClassVar[str] = "Dadalto et al., ICLR 2024"
     cost: ClassVar[str] = "fit: one pass; score: K^2 products a row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"logits"})
-    tensors: ClassVar[tuple[str, ...]] = ("penalty", CLASSES)
+    _forms: ClassVar[str] = "penalty:dKK classes:fKD"
     no_captions: ClassVar[str | None] = "its penalty is one of confusing two classes, and captions have no classes"
 
     needs: ClassVar[Needs] = "failure"
@@ -411,7 +404,7 @@ class SIRC(FailurePredictor):
     summary: ClassVar[str] = "zero-shot confidence, overruled where the image is untypical (SIRC, ACCV 2022)"
     reference: ClassVar[str] = "Xia and Bouganis, ACCV 2022"
     cost: ClassVar[str] = "fit: two passes over the images; score: as mcm, with residual D^2 / 2 more"
-    tensors: ClassVar[tuple[str, ...]] = ("shift", "slope")
+    _forms: ClassVar[str] = "shift:d slope:d complement:dDC"
 
     seed: int = 0
     device: str = "auto"
@@ -441,7 +434,7 @@ class SIRC(FailurePredictor):
 
     def tensor_names(self) -> tuple[str, ...]:
         """The directions only where they are looked at."""
-        return (*self.tensors, "complement") if self.typicality == "residual" else self.tensors
+        return self.tensors if self.typicality == "residual" else self.tensors[:2]
 
     def _typicality(self, batch: Batch, learned: dict[str, Tensor]) -> Tensor:
         """(B,) float64 S2."""
@@ -455,18 +448,14 @@ class SIRC(FailurePredictor):
 
     def _score(self, batch: Batch) -> Tensor:
         doubt = DOUBT[self.confidence](log_posterior(batch))
-        shift, slope = (self.tensor(name, doubt.device) for name in self.tensors)
+        shift, slope = (self.tensor(name, doubt.device) for name in self.tensors[:2])
         untypical = slope * (shift - self._typicality(batch, self.learned_))
         return doubt + torch.logaddexp(untypical, torch.zeros_like(untypical))
 
 
-def log_gap_msp(log_p: Tensor) -> Tensor:
-    """(B,) log(1 - max_j p_j), the log of the sum of the other probabilities."""
-    return torch.logsumexp(log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1)
-
-
 DOUBT: dict[str, Callable[[Tensor], Tensor]] = {
-    "msp": log_gap_msp,
+    # log(1 - max_j p_j), the sum of the other probabilities
+    "msp": lambda log_p: torch.logsumexp(log_p.scatter(1, log_p.argmax(dim=-1, keepdim=True), -torch.inf), dim=-1),
     "entropy": lambda log_p: torch.logsumexp(log_p + torch.log(-log_p), dim=-1),  # log H(p)
     "doctor": lambda log_p: torch.logsumexp(log_p + torch.log(-torch.expm1(log_p)), dim=-1),  # log sum_j p_j (1 - p_j)
 }

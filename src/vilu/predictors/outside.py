@@ -144,7 +144,8 @@ class Outside:
     offset: Tensor  # as ``slope``
     notes: Mapping[str, Any] = field(default_factory=dict)  # for people, as plain JSON
 
-    names: ClassVar[tuple[str, ...]] = tuple(f"outside.{x}" for x in ("weight", "bias", "words", "slope", "offset"))
+    forms: ClassVar[str] = "outside.weight:dd outside.bias:d outside.words:d outside.slope:ds outside.offset:ds"
+    names: ClassVar[tuple[str, ...]] = tuple(form.partition(":")[0] for form in forms.split())
 
     @classmethod
     def nothing(cls, **notes: Any) -> Self:  # noqa: ANN401 - plain JSON

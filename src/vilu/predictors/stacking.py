@@ -63,7 +63,7 @@ class Stacking(WithSecondModel):
     closed_set: ClassVar[bool] = True
     is_probability: ClassVar[bool] = True
     learns_failure: ClassVar[bool] = True
-    tensors: ClassVar[tuple[str, ...]] = ("mean", "deviation", "coefficients", "intercept")
+    _forms: ClassVar[str] = "mean:dM deviation:dM coefficients:dM intercept:d1"
 
     seed: int = 0
     allow_degenerate: bool = False
@@ -153,11 +153,9 @@ class Stacking(WithSecondModel):
         members = {} if tensors.keys() == {CONSTANT} else self._new_members()
         groups = {name: {key for key in tensors if key.startswith(prefix(name))} for name in members}
         own = {key: tensor for key, tensor in tensors.items() if key not in set().union(*groups.values())}
-        if members and (own.keys() != set(self.tensors) or len(own["coefficients"]) != len(members)):
-            raise DataError(
-                f"a {self.name} holds {', '.join(self.tensors)} and the state of {', '.join(members)}. "
-                f"The file has {', '.join(sorted(tensors)[:8])}."
-            )
+        n = len(own.get("mean", ()))
+        if members and n != len(members):
+            raise DataError(f"a {self.name} holds {', '.join(self.tensors)} of {', '.join(members)}. The file has {n}.")
         for name, member in members.items():
             member.take({key.removeprefix(prefix(name)): tensors[key] for key in groups[name]}, space)
         super().take(own, space)

@@ -79,7 +79,7 @@ class LinearProbe(ClosedSet):
     reference: ClassVar[str] = "Radford et al., ICML 2021"
     cost: ClassVar[str] = "fit: logistic regression; score: one product with K weights"
     is_probability: ClassVar[bool] = True
-    tensors: ClassVar[tuple[str, ...]] = ("weight", "bias", CLASSES)
+    _forms: ClassVar[str] = "weight:dKD bias:dK classes:fKD"
 
     C: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 100.0
     max_iter: Count = 500
@@ -148,7 +148,7 @@ class TrustVLM(ClosedSet):
     reference: ClassVar[str] = "TrustVLM, arXiv 2505.23745"
     cost: ClassVar[str] = "fit: 16 images a class; score: one product with K prototypes"
     columns: ClassVar[tuple[str, ...]] = ("features",)
-    tensors: ClassVar[tuple[str, ...]] = ("prototypes", CLASSES)
+    _forms: ClassVar[str] = "prototypes:fKF classes:fKD"
 
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     shots: Count = 16

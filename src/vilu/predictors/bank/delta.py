@@ -65,7 +65,7 @@ class DeltaKNN(ClosedSet):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "n_right", CLASSES)
+    _forms: ClassVar[str] = "bank:fND n_right:i classes:fKD"
     needs: ClassVar[Needs] = "failure"
 
     max_bank: Count = 100_000
@@ -144,9 +144,9 @@ class DeltaMDS(ClosedSet):
     reference: ClassVar[str] = "Heng and Soh, ICLR 2026"
     cost: ClassVar[str] = "fit: two passes, D x D; score: 2 D (D + K) a row"
     no_captions: ClassVar[str | None] = NO_CAPTIONS
-    tensors: ClassVar[tuple[str, ...]] = (
-        *(f"{bank}_{part}" for bank in ("right", "wrong") for part in ("means", "counts", "whitener")),
-        CLASSES,
+    _forms: ClassVar[str] = (
+        "right_means:dKD right_counts:iK right_whitener:dDD "
+        "wrong_means:dKD wrong_counts:iK wrong_whitener:dDD classes:fKD"
     )
 
     margin_weight: MarginWeight = 0.0

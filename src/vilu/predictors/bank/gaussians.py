@@ -131,7 +131,7 @@ class Mahalanobis(ClosedSet):
     summary: ClassVar[str] = "Mahalanobis distance to the predicted class (Lee et al. 2018)"
     reference: ClassVar[str] = "Lee et al., NeurIPS 2018"
     cost: ClassVar[str] = "fit: two passes, D x D; score: D^2 a row"
-    tensors: ClassVar[tuple[str, ...]] = ("means", "whitener", CLASSES)
+    _forms: ClassVar[str] = "means:dKD whitener:dDD classes:fKD global_mean:d1D global_whitener:dDD"
 
     relative: bool = False
 
@@ -145,7 +145,7 @@ class Mahalanobis(ClosedSet):
 
     def tensor_names(self) -> tuple[str, ...]:
         """The global ones only where they are subtracted."""
-        return (*self.tensors, "global_mean", "global_whitener") if self.relative else self.tensors
+        return self.tensors if self.relative else self.tensors[:3]
 
     def _score(self, batch: Batch) -> Tensor:
         image = float64(batch.image)
@@ -194,7 +194,7 @@ class ClassDensity(ClosedSet):
     """A method with one Gaussian N_c per class, of images centred and projected on their principal components."""
 
     cost: ClassVar[str] = "fit: four passes, a covariance a class; score: K x 128^2 a row"
-    tensors: ClassVar[tuple[str, ...]] = ("centre", "projection", "means", "whiteners", "log_dets", "groups", CLASSES)
+    _forms: ClassVar[str] = "centre:dD projection:dDR means:dKR whiteners:dGRR log_dets:dG groups:iK<G classes:fKD"
 
     def _densities(
         self, train: Rows, most: int, ridge: float, blocks: Blocks = image_blocks, floor: float = FLOOR
@@ -331,7 +331,7 @@ class ICPE(ClassDensity):
     summary: ClassVar[str] = "zero-shot probability averaged with the density of the predicted class (ICPE, WACV 2026)"
     reference: ClassVar[str] = "ICPE, WACV 2026"
     optional_columns: ClassVar[tuple[str, ...]] = ("features", "image_projection")
-    tensors: ClassVar[tuple[str, ...]] = (*ClassDensity.tensors, "on_features")
+    _forms: ClassVar[str] = f"{ClassDensity._forms} on_features:?"
 
     features: bool = True
     components: Count = 128

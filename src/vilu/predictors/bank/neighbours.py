@@ -27,7 +27,7 @@ class LabelledBank(ClosedSet):
     """A method that keeps training images with their classes."""
 
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
-    tensors: ClassVar[tuple[str, ...]] = ("bank", "labels", CLASSES)
+    _forms: ClassVar[str] = "bank:fND classes:fKD labels:iN<K"
 
     max_bank: Count = 100_000
 
@@ -107,7 +107,7 @@ class KNNDistance(FailurePredictor):
     reference: ClassVar[str] = "Sun et al., ICML 2022"
     cost: ClassVar[str] = "fit: copies the images; score: one product with the bank"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
-    tensors: ClassVar[tuple[str, ...]] = ("bank",)
+    _forms: ClassVar[str] = "bank:fND"
 
     seed: int = 0
     device: str = "auto"

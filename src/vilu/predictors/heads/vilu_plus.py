@@ -125,7 +125,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
     weight_decay: NonNegative = 0.2
     device: str = "auto"
 
-    tensors: ClassVar[tuple[str, ...]] = (POOL, *Outside.names)
+    _forms: ClassVar[str] = f"{POOL}:dP {Outside.forms}"
 
     @property
     def label(self) -> str:

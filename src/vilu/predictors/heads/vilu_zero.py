@@ -18,7 +18,7 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.predictors.bank.classes import ClosedSet
 from vilu.predictors.bank.search import Count, draw_rows
-from vilu.predictors.base import CLASSES, Learnt
+from vilu.predictors.base import Learnt
 from vilu.predictors.games import Game, PoolGame
 from vilu.predictors.labelled import FEW, class_texts, failure_log_odds, with_outside
 from vilu.predictors.nn.attention import Start
@@ -99,7 +99,7 @@ class ViLUZero(SeesOutside, ClosedSet):
     is_probability: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
     optional_columns: ClassVar[tuple[str, ...]] = (NEGATIVES,)
-    tensors: ClassVar[tuple[str, ...]] = ("scale", "centre", "weight", "bias", CLASSES, *Outside.names)
+    _forms: ClassVar[str] = f"scale:d centre:dD weight:dKD bias:dK classes:fKD {Outside.forms}"
 
     share: Annotated[float, Field(ge=0, le=1)] = 0.5
     max_bank: Count = 50_000
