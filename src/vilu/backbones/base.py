@@ -229,9 +229,7 @@ def detach_projection(network: nn.Module, paths: Sequence[str], run: Callable[[]
             continue
         expected = run()
         setattr(owner, name, nn.Identity() if isinstance(found, nn.Linear) else None)
-        features = run()
-        fits = weight.shape == (expected.shape[-1], features.shape[-1])
-        if fits and (features @ weight.T - expected).abs().max() < ROUNDING * expected.abs().max():
+        if _maps(weight, run(), expected):
             return weight
         setattr(owner, name, found)
     return None
@@ -242,3 +240,10 @@ def _matrix(found: object) -> Tensor | None:
     if isinstance(found, nn.Linear):
         return found.weight.detach() if [name for name, _ in found.named_parameters()] == ["weight"] else None
     return found.detach().T if isinstance(found, nn.Parameter) and found.ndim == 2 else None
+
+
+def _maps(weight: Tensor, features: Tensor, expected: Tensor) -> bool:
+    """Whether the probe's embedding is the image of its features."""
+    if features.shape[-1] != weight.shape[1] or expected.shape[-1] != weight.shape[0]:
+        return False
+    return bool((features @ weight.T - expected).abs().max() < ROUNDING * expected.abs().max())

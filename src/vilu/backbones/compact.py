@@ -111,12 +111,7 @@ def copy_by_position(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def load(argument: str, device: torch.device, precision: str) -> DualEncoder:
     """The compact model for pictures of ``argument`` pixels a side ("" for 224)."""
-    if argument and not (argument.isdecimal() and int(argument) in SIZES):
-        raise UsageError(
-            f"the picture size of compact must be a multiple of 32 from 64 to 384, as in compact:128. "
-            f"Got {argument!r} instead."
-        )
-    size = int(argument or DEFAULT_SIZE)
+    size = _parse_size(argument)
     files = _find_files()
     space = EmbeddingSpace(
         embed_dim=EMBED_DIM,
@@ -252,6 +247,15 @@ def imagenet_class_names() -> list[str]:
     """The 1,000 ImageNet-1k class names of CLIP, in the order of the classifier."""
     text = resources.files("vilu").joinpath("assets", "imagenet_class_names.json").read_text(encoding="utf-8")
     return [str(name) for name in json.loads(text)]
+
+
+def _parse_size(argument: str) -> int:
+    if argument and not (argument.isdecimal() and int(argument) in SIZES):
+        raise UsageError(
+            f"the picture size of compact must be a multiple of 32 from 64 to 384, as in compact:128. "
+            f"Got {argument!r} instead."
+        )
+    return int(argument or DEFAULT_SIZE)
 
 
 @cache

@@ -7,8 +7,9 @@ import logging
 import re
 import struct
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from importlib import import_module
 from pickle import UnpicklingError
 from typing import TypeVar
 
@@ -103,7 +104,8 @@ def load_cached_first(load: Callable[[], Loaded], name: str, repository: str) ->
 def _run(load: Callable[[], Loaded], name: str, *, offline: bool) -> Loaded:
     """Load quietly, and turn what can go wrong into our errors."""
     try:
-        with quiet(), _hub_offline() if offline else nullcontext():
+        client = import_module("huggingface_hub.constants") if offline else None  # it reads HF_HUB_OFFLINE only once
+        with quiet(), setting(client, HF_HUB_OFFLINE=True) if client else nullcontext():
             return load()
     except ViLUError:
         raise
@@ -125,15 +127,6 @@ def why_refused(error: Exception) -> str:
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     found = f"it asks for {asked[1]}" if asked else "it is cut short, damaged or something else"
     return f"{found}, and tensors alone are read"
-
-
-@contextmanager
-def _hub_offline() -> Iterator[None]:
-    """As with HF_HUB_OFFLINE=1, which the hub's client reads only once, when it is imported."""
-    from huggingface_hub import constants
-
-    with setting(constants, HF_HUB_OFFLINE=True):
-        yield
 
 
 def _brief(error: BaseException) -> str:

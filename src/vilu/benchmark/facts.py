@@ -54,7 +54,8 @@ def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
     imported = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
-            source = _absolute(node, module, file)
+            package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+            source = resolve_name("." * node.level + (node.module or ""), package) if node.level else str(node.module)
             imported += [source, *(f"{source}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             imported += [alias.name for alias in node.names]
@@ -63,12 +64,6 @@ def _read(module: str, file: Path) -> tuple[str, tuple[str, ...]]:
             part.body = [step for step in part.body if not _is_text(step)] or [ast.Pass()]
     ours = ("vilu.", f"{module.partition('.')[0]}.")
     return digest(ast.unparse(tree)), tuple(name for name in imported if name.startswith(ours))
-
-
-def _absolute(node: ast.ImportFrom, module: str, file: Path) -> str:
-    """The module that names are imported from."""
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    return resolve_name("." * node.level + (node.module or ""), package) if node.level else str(node.module)
 
 
 def _is_text(step: ast.stmt) -> bool:
@@ -108,8 +103,10 @@ def decided_by(bench: Workbench, cell: Cell) -> dict[str, object]:
 
 def code_of(config: Config, cell: Cell) -> str:
     """Hash of the code that decides the result of a cell; one of another hash is of older code."""
-    predictor = predictor_of(config, cell)
-    return code_digest(*predictor.modules, *_modules_of(origin_of(config, cell)), *_outside_metrics(config))
+    origin, predictor = origin_of(config, cell), predictor_of(config, cell)
+    sources = {"vilu.predictors.init": origin.start, "vilu.embeddings.pairs": origin.pool_size}
+    others = [module for module, wanted in sources.items() if wanted is not None]
+    return code_digest(*predictor.modules, *others, *_outside_metrics(config))
 
 
 def _outside_metrics(config: Config) -> list[str]:
@@ -117,12 +114,6 @@ def _outside_metrics(config: Config) -> list[str]:
     kernels = [METRICS[name].kernel for name in config.metrics]
     modules = ((kernel.func if isinstance(kernel, partial) else kernel).__module__ for kernel in kernels)
     return [module for module in modules if not module.startswith("vilu.")]
-
-
-def _modules_of(origin: Origin) -> list[str]:
-    """Where a fit gets its start and its rows from, beside the method."""
-    parts = {"vilu.predictors.init": origin.start, "vilu.embeddings.pairs": origin.pool_size}
-    return [module for module, wanted in parts.items() if wanted is not None]
 
 
 def _division(bench: Workbench, seed: int | None, *data: str) -> dict[str, object]:

@@ -125,7 +125,8 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
     column = table[name].combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if _is_string(column.type):
+    types = pa.types
+    if any(is_kind(column.type) for is_kind in (types.is_string, types.is_large_string, types.is_string_view)):
         labels, raw = _encode(column)
         return _Labels(labels, class_table(raw or None, classes, outside=outside))
     numbers = _whole_numbers(column, f"{source}, column {name!r}")
@@ -210,10 +211,6 @@ def _keys(table: pa.Table, name: str, source: str) -> pa.Array:
         first = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
         raise DataError(f"{source}: column {name!r} must tell rows apart. {first!r} occurs more than once.")
     return keys
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 IMAGE: Final = "image"

@@ -127,8 +127,7 @@ def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcom
             f"these scores were decided on by the calibration {theirs}, the one monitored is {risk}. "
             "Score again with the predictor as it is calibrated now."
         )
-    known = _n_known(outcomes, calibration)
-    if known:
+    if known := _n_known(outcomes, calibration):
         warnings.warn(
             f"{known} of {len(outcomes)} rows are calibration rows, which say nothing about new ones.", stacklevel=3
         )

@@ -361,6 +361,7 @@ class Monitor:
         tests = self._tests()
         audited = None if self.audited is None else Audited.from_audit(self.audited)
         verdict, raised_at, reason, advice = conclude(tests, audited)
+        strangers, stated = self.rates.get("outside"), None if self.rule is None else self.rule.outside_share
         return Status(
             verdict=verdict,
             raised_at=raised_at,
@@ -372,7 +373,7 @@ class Monitor:
             tests=tuple(tests),
             acceptance=self._acceptance(),
             audit=audited,
-            present=self._present(),
+            present=None if strangers is None or stated is None else strangers_in_words(strangers, stated),
         )
 
     def _watch(self, test: Test, values: Floats) -> Watch:
@@ -453,12 +454,6 @@ class Monitor:
         n = self.rows - self.unscored
         since = self.accepted / n if n else None
         return None if self._coverage is None else Acceptance(calibration=self._coverage, since=since, n=n)
-
-    def _present(self) -> str | None:
-        """What labels say of the share of strangers, where one is stated."""
-        if self.rule is None or self.rule.outside_share is None or "outside" not in self.rates:
-            return None
-        return strangers_in_words(self.rates["outside"], self.rule.outside_share)
 
     def _fingerprint(self) -> str:
         """Of everything that decides what the same rows lead to."""

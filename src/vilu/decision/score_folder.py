@@ -240,7 +240,7 @@ def histogram_bytes(histogram: Histogram, outside: Histogram) -> bytes:
 
 def read_histogram(root: Path, receipt: ScoreReceipt) -> tuple[Histogram, Histogram]:
     """The counts of a part, checked against its receipt: of all its rows, and of those of none of the classes."""
-    path, counts = Vouched.of(root, [receipt])(receipt.part.histogram), receipt.counts
+    path, counts = Vouched(root, [receipt])(receipt.part.histogram), receipt.counts
     with vouched():
         table, metadata = read_table(path, ())
     level, ends = metadata.get("level"), metadata.get("ends")
@@ -362,7 +362,7 @@ class ScoreFolder(Reopened):
             StorageError: If a file is damaged.
             DataError: If a file is not such a table, or its rows are not those of the data.
         """
-        files = Vouched.of(self.path, self._receipts)
+        files = Vouched(self.path, self._receipts)
         paths = [files(receipt.part.scores) for receipt in self._receipts]
         with vouched():
             parts = [Outcomes.load(path) for path in paths]

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
 from vilu.files.disk import atomic_write, or_refuse
@@ -93,6 +93,8 @@ def _column_hash(column: pa.ChunkedArray) -> str:
     import pyarrow.compute as pc
 
     content, text = hashlib.sha256(), pa.types.is_string(column.type)
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
     if column.null_count:
         for chunk in column.chunks:
             content.update(chunk.is_null().cast(pa.int8()).to_numpy())
@@ -101,14 +103,8 @@ def _column_hash(column: pa.ChunkedArray) -> str:
         for chunk in column.chunks:
             content.update(pc.binary_length(chunk).to_numpy())
     for chunk in column.chunks:
-        content.update(_text_bytes(chunk) if text else _plain(chunk))
+        content.update(_text_bytes(chunk) if text else chunk.to_numpy())
     return content.hexdigest()
-
-
-def _plain(chunk: pa.Array) -> Any:  # noqa: ANN401 - what hashes take
-    import pyarrow as pa
-
-    return (chunk.cast(pa.int8()) if pa.types.is_boolean(chunk.type) else chunk).to_numpy()
 
 
 def _text_bytes(chunk: pa.Array) -> memoryview:

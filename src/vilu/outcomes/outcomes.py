@@ -241,10 +241,7 @@ class Outcomes:
             object.__setattr__(self, name, column)
         object.__setattr__(self, "class_names", names)
         self._set_outside()
-        for name, kind in KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise DataError(f"{name} must be {kind}. Got {getattr(self, name)!r:.100} instead.")
-        plain_json(dict(self.provenance))
+        self._check_labels()
         self._check_uncertainty()
 
     def _set_outside(self) -> None:
@@ -279,6 +276,12 @@ class Outcomes:
             raise DataError("failure_probability must be there exactly where the uncertainty is.")
         if self.is_probability and len(values) and (values.min() < 0 or values.max() > 1):
             raise DataError(f"a probability must be in [0, 1]. Got {values.min():.6g} to {values.max():.6g} instead.")
+
+    def _check_labels(self) -> None:
+        for name, kind in KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise DataError(f"{name} must be {kind}. Got {getattr(self, name)!r:.100} instead.")
+        plain_json(dict(self.provenance))
 
     def __len__(self) -> int:
         return len(self.failure)

@@ -71,16 +71,12 @@ def copy_files(source: Path, destination: Path, *, links: bool) -> str:
             if path.is_symlink() and not links:
                 raise UsageError(f"{path} is a symbolic link, so it could be anything on this machine. Copy the file.")
             if path.is_file():
-                _copy(path, destination / name, limit)
+                require_size(str(path), path.stat().st_size, limit)
+                with path.open("rb") as given, (destination / name).open("xb") as copy:
+                    shutil.copyfileobj(given, copy)
+                    copy.flush()
+                    os.fsync(copy.fileno())
     return check(destination, source)
-
-
-def _copy(path: Path, target: Path, limit: int) -> None:
-    require_size(str(path), path.stat().st_size, limit)
-    with path.open("rb") as source, target.open("xb") as copy:
-        shutil.copyfileobj(source, copy)
-        copy.flush()
-        os.fsync(copy.fileno())
 
 
 def require_size(name: str, size: int, limit: int) -> None:
@@ -239,7 +235,12 @@ def _download(repository: str, revision: str | None) -> Path:
         if not constants.HF_HUB_OFFLINE:
             _client(repository, "pulled from")
             info = hub.HfApi(library_name="vilu").model_info(repository, revision=revision, files_metadata=True)
-            _require_sizes(repository, {entry.rfilename: entry.size for entry in info.siblings or ()})
+            sizes = {entry.rfilename: entry.size for entry in info.siblings or ()}
+            missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
+            if missing:
+                raise DataError(f"{repository} holds no predictor: it has no {' and no '.join(missing)}.")
+            for name, limit in FILES.items():
+                require_size(f"{name} of {repository}", sizes.get(name) or 0, limit)
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=list(FILES)))
 
 
@@ -256,15 +257,6 @@ def _client(repository: str, doing: str) -> ModuleType:
             "the cache of the hub is pulled with HF_HUB_OFFLINE=1, and a folder (./DIR) serves as a hub."
         )
     return hub
-
-
-def _require_sizes(repository: str, sizes: dict[str, int | None]) -> None:
-    """Refuse before anything is downloaded."""
-    missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
-    if missing:
-        raise DataError(f"{repository} holds no predictor: it has no {' and no '.join(missing)}.")
-    for name, limit in FILES.items():
-        require_size(f"{name} of {repository}", sizes.get(name) or 0, limit)
 
 
 @contextmanager

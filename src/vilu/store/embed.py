@@ -379,7 +379,7 @@ def _bad_shards(ledger: StoreLedger, receipts: Sequence[Receipt]) -> str:
     for part, receipt in zip(ledger.parts, receipts, strict=True):
         if BAD_SHARD.isdisjoint(receipt.errors):
             continue
-        path = Vouched.of(ledger.root, [receipt])(part.errors)
+        path = Vouched(ledger.root, [receipt])(part.errors)
         table = read_columns(path, ERRORS, ["key", "kind", "message"], receipt.n_error)
         found += [f"{row['key']} ({row['message']})" for row in table.to_pylist() if row["kind"] in BAD_SHARD]
     if not found:

@@ -120,10 +120,11 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         given = _read(arrays, dict(keys or {}), class_names, tuple(dict.fromkeys(outside)))
         scale = given.number("logit_scale", logit_scale)
         bias = given.number("logit_bias", logit_bias)
+        shapes = {name: one.shape[1:] for name in get_args(ImageColumn) if (one := given.arrays.get(name)) is not None}
         run = _describe(
             given,
             EmbeddingSpace(given.width, scale, bias, backbone=model),
-            Imported(columns=given.row_shapes, ids=given.ids is not None, source=origin),
+            Imported(columns=shapes, ids=given.ids is not None, source=origin),
             split=split,
             dtype=dtype or ("float16" if given.image.dtype.str[1:] == "f2" else "float32"),
             part_size=part_size,
@@ -165,12 +166,6 @@ class Given:
         """D."""
         return self.image.shape[1]
 
-    @property
-    def row_shapes(self) -> dict[ImageColumn, tuple[int, ...]]:
-        """Of what there is of each row beside its embedding."""
-        names: tuple[ImageColumn, ...] = get_args(ImageColumn)
-        return {name: self.arrays[name].shape[1:] for name in names if name in self.arrays}
-
     def number(self, name: str, given: float | None) -> float:
         """The logit scale or bias: what is given counts, then what the source says."""
         stored = self.arrays.get(name)
@@ -205,7 +200,8 @@ class Given:
             kept[name], found, norms = _usable(name, block)
             status = np.maximum(status, found)
             self.norms += norms
-        keys = self._keys(part)
+        ids, ends = self.ids, (part.start, part.stop)
+        keys = list(map(str, range(*ends))) if ids is None else texts_of(ids.read(*ends), ids.place)
         labels = self.target[part.start : part.stop].tolist()
         for position, key, label, code in zip(range(part.start, part.stop), keys, labels, status, strict=True):
             if code == VALID:
@@ -216,11 +212,6 @@ class Given:
         good = torch.from_numpy(status == VALID)
         content.arrays = {name: [rows[good]] for name, rows in kept.items()}
         return content
-
-    def _keys(self, part: Part) -> list[str]:
-        if self.ids is None:
-            return [str(row) for row in range(part.start, part.stop)]
-        return texts_of(self.ids.read(part.start, part.stop), self.ids.place)
 
 
 def _usable(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:

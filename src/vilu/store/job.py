@@ -53,7 +53,7 @@ class Marks:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._set: set[Part] = set()
+        self.left: set[Part] = set()
 
     def begin(self, part: Part) -> None:
         """Leave one."""
@@ -62,19 +62,14 @@ class Marks:
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as handle:
                 handle.write(b"x")
-        self._set.add(part)
+        self.left.add(part)
 
     def end(self, part: Part) -> None:
         """Take it away, and with it those of processes that died before this one came through."""
         path = self._root / part.attempts
         with or_refuse(f"write to {path.parent}"):
             path.unlink(missing_ok=True)
-        self._set.discard(part)
-
-    def end_all(self) -> None:
-        """Take away what is left."""
-        for part in tuple(self._set):
-            self.end(part)
+        self.left.discard(part)
 
 
 @contextmanager
@@ -85,7 +80,8 @@ def marking(root: Path) -> Iterator[Marks]:
         yield marks
     finally:
         with suppress(StorageError):  # a mark too many costs a retry; the exception under way says more
-            marks.end_all()
+            for part in tuple(marks.left):
+                marks.end(part)
 
 
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:

@@ -26,7 +26,7 @@ from vilu.files.disk import or_refuse
 from vilu.progress import track
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.ledger import Reopened
-from vilu.store.mapped import MappedPairs, MappedParts, default_workers, in_threads
+from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, default_workers, in_threads
 from vilu.store.parts import open_npy, or_damaged
 
 FOLDERS = (("img_emb", "text_emb"), ("images", "texts"))
@@ -248,20 +248,6 @@ def _check(block: tuple[int, NDArray[np.floating]]) -> tuple[int, NDArray[np.uin
     return first, *row_status(torch.from_numpy(rows.astype(rows.dtype.newbyteorder("="))).float())
 
 
-class ChosenNumbers(RowNumbers):
-    """Numbers of some rows; like all row numbers they identify nothing outside their own array."""
-
-    def __init__(self, rows: NDArray[np.int64]) -> None:
-        super().__init__(len(rows))
-        self._rows = rows
-
-    def _of(self, row: int) -> str:
-        return str(self._rows[row])
-
-    def _several(self, rows: range) -> list[str]:
-        return list(map(str, self._rows[rows].tolist()))
-
-
 def _listing(root: Path, shards: list[Shard]) -> str:
     """Hash of names, sizes and times of modification."""
     listing = ListingHash()
@@ -280,12 +266,7 @@ def _open(shard: Shard, name: str) -> NDArray[np.floating]:
 
 
 def _rows_of_fold(root: Path, shards: list[Shard], fold: Fold) -> NDArray[np.int64]:
-    def files() -> Iterator[tuple[Path, int]]:
-        for shard in shards:
-            if shard.metadata is None:
-                raise UsageError(
-                    f"folds are made by caption, and {root} has no metadata with captions. Leave fold out."
-                )
-            yield shard.metadata, shard.shape[0]
-
-    return rows_of_fold(files(), CAPTIONS, fold, sum(shard.shape[0] for shard in shards))
+    files = [(shard.metadata, shard.shape[0]) for shard in shards if shard.metadata is not None]
+    if len(files) < len(shards):
+        raise UsageError(f"folds are made by caption, and {root} has no metadata with captions. Leave fold out.")
+    return rows_of_fold(files, CAPTIONS, fold, sum(n for _, n in files))

@@ -159,7 +159,8 @@ class Ledger(ABC, Generic[P, R]):
         with or_refuse(f"clean {self.root}"):
             for folder in (self.root, *(self.root / name for name in self.folders)):
                 for path in folder.iterdir() if folder.is_dir() else ():
-                    if _in_the_making(path) and is_leftover(path):
+                    match = TEMPORARY.fullmatch(path.name)
+                    if match and OURS.fullmatch(match["name"]) and is_leftover(path):
                         path.unlink(missing_ok=True)
 
     def seal(self, manifest: Document) -> None:
@@ -214,7 +215,7 @@ class Ledger(ABC, Generic[P, R]):
             return ABSENT
         try:
             receipt = self.receipt(part)
-            files = Vouched.of(self.root, [receipt])
+            files = Vouched(self.root, [receipt])
             for name in part.files if deep else ():
                 files(name)
         except ViLUError as error:
@@ -252,11 +253,6 @@ class Ledger(ABC, Generic[P, R]):
         receipt = receipt_of({name: write_hashed(self.root / name, payloads[name]) for name in part.files})
         receipt.write(self.root / part.receipt)
         return receipt
-
-
-def _in_the_making(path: Path) -> bool:
-    match = TEMPORARY.fullmatch(path.name)
-    return match is not None and OURS.fullmatch(match["name"]) is not None
 
 
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
@@ -304,15 +300,9 @@ def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its r
 class Vouched:
     """Files of parts by name: the path of each, once its bytes are those of its receipt (``require_hash_once``)."""
 
-    def __init__(self, root: Path, again: str, sha256: Mapping[str, str]) -> None:
-        self._root, self._again, self._sha256 = root, again, sha256
-
-    @classmethod
-    def of(cls, root: Path, receipts: Iterable[AnyReceipt]) -> Vouched:
-        """Those of some receipts."""
-        found = list(receipts)
-        again = found[0].again if found else ""
-        return cls(root, again, {name: info.sha256 for receipt in found for name, info in receipt.files.items()})
+    def __init__(self, root: Path, receipts: Sequence[AnyReceipt]) -> None:
+        self._root, self._again = root, receipts[0].again if receipts else ""
+        self._sha256 = {name: info.sha256 for receipt in receipts for name, info in receipt.files.items()}
 
     def __call__(self, name: str) -> Path:
         """The path of one; StorageError if it is damaged."""

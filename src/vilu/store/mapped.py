@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers
+from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, RowNumbers
 from vilu.embeddings.pairs import PairSource, Pools, require_full_pools
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -219,6 +219,22 @@ class MappedPairs(PairSource, MappedSource):
 
     def _take(self, name: str, index: Tensor) -> Tensor:
         return self._rows.take(name, index if self._chosen is None else self._chosen[index])
+
+
+class ChosenNumbers(RowNumbers):
+    """Numbers of some rows, or as they were before others were set aside."""
+
+    def __init__(self, numbers: Sequence[str] | NDArray[np.int64]) -> None:
+        super().__init__(len(numbers))
+        self._numbers = numbers
+
+    def _of(self, row: int) -> str:
+        return str(self._numbers[row])
+
+    _several = Identifiers._several
+
+    def __iter__(self) -> Iterator[str]:
+        return map(str, self._numbers)
 
 
 class PartStrings(Identifiers):

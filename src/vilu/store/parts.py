@@ -279,7 +279,9 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
     rows = map_rows(root / TEXT, (len(run.names), run.space.embed_dim), "float32")
     files = {root / TEXT: table.text_file.sha256}
     for name, info in table.columns.items():
-        _check_shape(root, run, name, info)
+        if len(info.shape) != COLUMNS[name][0] or not has_shape(run, name, info.shape):
+            raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
+        map_rows(column_path(root, name), info.shape, "float32")
         files[column_path(root, name)] = info.sha256
     for path, sha256 in files.items():
         require_hash_once(path, sha256, table.again, CLASSES)
@@ -289,12 +291,6 @@ def read_classes(root: Path, run: Run) -> tuple[StoredClasses, Tensor]:
 def column_path(root: Path, name: ClassColumn) -> Path:
     """File of a column of the classes or of the model."""
     return root / "columns" / f"{name}.npy"
-
-
-def _check_shape(root: Path, run: Run, name: ClassColumn, info: ArrayInfo) -> None:
-    if len(info.shape) != COLUMNS[name][0] or not has_shape(run, name, info.shape):
-        raise StorageError(f"{root / CLASSES} is damaged: it says that {name} is of shape {info.shape}.")
-    map_rows(column_path(root, name), info.shape, "float32")
 
 
 def has_shape(run: Run, name: ClassColumn, shape: tuple[int, ...]) -> bool:

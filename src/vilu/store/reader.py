@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.device import as_usual
-from vilu.embeddings.checks import HASH_BYTES, Identity, RowNumbers, hash_names, hash_of_each
+from vilu.embeddings.checks import HASH_BYTES, Identity, hash_names, hash_of_each
 from vilu.embeddings.columns import TEXT_COLUMNS, check_columns
 from vilu.embeddings.pairs import Pools
 from vilu.embeddings.source import EmbeddingSource
@@ -25,7 +25,7 @@ from vilu.store.documents import CAPTION, IMAGE, ClassColumn, Manifest, Run, Sto
 from vilu.store.folds import Fold, rows_of_fold
 from vilu.store.laion import LaionPairs, find_shards
 from vilu.store.ledger import Reopened, Vouched, content_hash
-from vilu.store.mapped import MappedPairs, MappedParts, MappedSource, PartStrings
+from vilu.store.mapped import ChosenNumbers, MappedPairs, MappedParts, MappedSource, PartStrings
 from vilu.store.parts import (
     ERRORS,
     REDO,
@@ -105,7 +105,7 @@ class Sealed(Reopened):
         self.require_seal(content_hash(receipts) == self.manifest.content)
         for count in ("n_in", "n_ok", "n_error"):
             self.require_seal(sum(getattr(receipt, count) for receipt in receipts) == getattr(self.manifest, count))
-        self.files, self.n_errors = Vouched.of(path, receipts), [receipt.n_error for receipt in receipts]
+        self.files, self.n_errors = Vouched(path, receipts), [receipt.n_error for receipt in receipts]
         starts = np.cumsum([0, *(receipt.n_ok for receipt in receipts)], dtype=np.int64)
         self.rows = MappedParts(starts, self.manifest.arrays, partial(_map_part, ledger, starts, self.files))
         for part in self.parts:
@@ -239,7 +239,7 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
         targets = map(self._read_targets, self._sealed.parts)
         labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *targets]))
         self.target, self.outside = labels.clamp(min=UNKNOWN), labels == OUTSIDE
-        self.ids = self._sealed.keys() if self._sealed.named else GivenNumbers(self._sealed.keys())
+        self.ids = self._sealed.keys() if self._sealed.named else ChosenNumbers(self._sealed.keys())
         self._kept = self._merge_same()
 
     def image_rows(self, index: Tensor) -> Tensor:
@@ -268,20 +268,6 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
                 f"there are {self.n_candidates} classes. {REDO}"
             )
         return target
-
-
-class GivenNumbers(RowNumbers):
-    """Numbers that rows had in the arrays that were imported: what could not be used has left gaps."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        super().__init__(len(keys))
-        self._keys = keys
-
-    def _of(self, row: int) -> str:
-        return self._keys[row]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
 
 
 def _read_class_column(root: Path, classes: StoredClasses, name: ClassColumn) -> Tensor:

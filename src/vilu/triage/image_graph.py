@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -163,26 +162,21 @@ def _pictures(n: int, backbone: Backbone) -> Tensor:
 
 def _check(guard: Guard, graph: ImageGraph, content: bytes, trials: list[tuple[Tensor, tuple[Tensor, ...]]]) -> float:
     """The largest difference of a file's uncertainties from torch's; DataError where it says something else."""
-    run, answered, worst = runner(content), [], 0.0
+    run, answered, worst, rule = runner(content), [], 0.0, rule_of(guard)
     for pixels, expected in trials:
         found = dict(zip(graph.outputs, run({PIXELS: pixels}), strict=True))
         uncertainty, answer = (found[name] for name in SAID)
         arrays = tuple(torch.from_numpy(found[name]) for name in graph.arrays)
         for name, mine, theirs in zip(graph.arrays, arrays, expected, strict=True):
             _require_same(name, mine, theirs, torch.finfo(graph.dtype).eps)
-        if ACCEPT in found and (found[ACCEPT] != _accepted(guard, uncertainty, answer)).any():
+        names = [guard.vocabulary.names[place] for place in answer.tolist()]
+        if ACCEPT in found and (found[ACCEPT] != (rule is not None and rule.accept(uncertainty, names))).any():
             raise DataError("the exported graph decides otherwise than the rule. Nothing was written.")
         answered.append((graph.inputs(arrays), uncertainty, answer))
         by_torch, _, clear = reference(guard.predictor, graph.inputs(expected))
         worst = max(worst, float(np.abs(uncertainty - by_torch)[clear].max(initial=0.0)))
     largest_difference(guard.predictor, answered)
     return worst
-
-
-def _accepted(guard: Guard, uncertainty: NDArray[np.float64], answer: NDArray[np.int64]) -> NDArray[np.bool_] | bool:
-    """(N,) what the rule says."""
-    rule = rule_of(guard)
-    return rule is not None and rule.accept(uncertainty, [guard.vocabulary.names[place] for place in answer.tolist()])
 
 
 def _require_same(name: str, found: Tensor, expected: Tensor, step: float) -> None:

@@ -17,7 +17,8 @@ from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import UNKNOWN, DataError, MissingModelError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, UsageError, checked
+from vilu.extras import import_extra
 from vilu.files.places import claim_file
 from vilu.files.tables import write_table
 from vilu.metrics.counts import Floats
@@ -87,14 +88,17 @@ def find_label_errors(
     """
     if source.pool_size is not None:
         raise UsageError("captions have no labels that could be wrong. Give a store of classes.")
-    datalab = _datalab()
+    datalab = import_extra("cleanlab", "labels").Datalab
+    logging.getLogger("cleanlab").setLevel(logging.ERROR)
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
     target = source.target.numpy()[rows]
     present = np.unique(target)
     if len(present) < 2:
         raise DataError(f"labels of two classes at least are needed to tell wrong ones. These have {len(present)}.")
-    posterior = _cross_fitted(source, rows, seed) if predictor is None else _given(source, rows, predictor)
+    if predictor is not None:
+        predictor.unseen(source.take(rows), "audited")  # refuses a predictor that has learned these very labels
+    posterior = _cross_fitted(source, rows, seed) if predictor is None else posterior_of(predictor, source, rows)
     shown = posterior[:, present] / posterior[:, present].sum(axis=1, keepdims=True)
     lab = datalab(data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0)
     lab.find_issues(pred_probs=shown, issue_types={"label": {}})
@@ -112,16 +116,6 @@ def find_label_errors(
     )
 
 
-def _datalab() -> type:
-    try:
-        from cleanlab import Datalab
-    except ImportError as error:
-        raise MissingModelError("wrong labels are found by cleanlab: pip install 'vilu[labels]'") from error
-    logging.getLogger("cleanlab").setLevel(logging.ERROR)
-    found: type = Datalab
-    return found
-
-
 def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -> Floats:
     """(N, K) posterior of rows by predictors that were fitted on the others."""
     fold = np.random.default_rng(seed).permutation(np.arange(len(rows)) % FOLDS)
@@ -133,11 +127,6 @@ def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -
             found[held_out] = posterior_of(predictor, source, rows[held_out])
             task.advance(1)
     return found
-
-
-def _given(source: EmbeddingSource, rows: NDArray[np.int64], predictor: FailurePredictor) -> Floats:
-    predictor.unseen(source.take(rows), "audited")  # refuses a predictor that has learned these very labels
-    return posterior_of(predictor, source, rows)
 
 
 def posterior_of(predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]) -> Floats:

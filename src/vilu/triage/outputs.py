@@ -26,7 +26,7 @@ from vilu.files.disk import locked, make_folder, or_refuse, write_text
 from vilu.files.tables import write_table
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.report.page.build import find_template, render
-from vilu.report.page.gallery import Thumbnail, thumbnails
+from vilu.report.page.gallery import thumbnails
 from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
 from vilu.triage.guard import RunnersUp, runners_up_of
 from vilu.triage.labels import SKIPPED, check_names, match_photos, read_labels
@@ -245,7 +245,8 @@ def write_page(root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[D
         "Accepted, the least trusted first": trusted[:SHOWN],
     }
     wanted = sorted({place[one.path] for shown in sections.values() for one in shown if one.path in place})
-    drawn = _pictures(listing, found, wanted)
+    paths = {found.photos.ids[row] for row in wanted}
+    drawn = thumbnails(found.outcomes, wanted, listing.some(paths)) if wanted else {}
     page = render(
         template,
         title=f"Photos in {job.photos.name}",
@@ -265,11 +266,6 @@ def write_page(root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[D
         max_risk=job.max_risk,
     )
     write_text(root / REPORT, page)
-
-
-def _pictures(listing: PhotoFolder, found: Triage, wanted: Sequence[int]) -> dict[int, Thumbnail]:
-    """Thumbnails of some rows."""
-    return thumbnails(found.outcomes, wanted, listing.some({found.photos.ids[row] for row in wanted})) if wanted else {}
 
 
 class Told(list[str]):

@@ -206,18 +206,18 @@ class Workshop:
                 "Rename the new photo; if they are one and the same, remove the one that was moved."
             )
         photos += [(path, place.stat()) for path, place in moved.items() if place.is_file()]
-        inside = self.root.resolve().relative_to(self.job.photos.resolve()) if self._is_inside() else None
-        if inside is not None:
-            photos = [one for one in photos if not one[0].startswith(f"{inside.as_posix()}/")]
+        root, home = self.root.resolve(), self.job.photos.resolve()
+        if root.is_relative_to(home):
+            photos = [one for one in photos if not one[0].startswith(f"{root.relative_to(home).as_posix()}/")]
         return PhotoFolder(self.job.photos, photos, moved)
-
-    def _is_inside(self) -> bool:
-        return self.root.resolve().is_relative_to(self.job.photos.resolve())
 
     def run(self, labels: dict[str, str], streams: dict[str, str], listing: PhotoFolder) -> Triage:
         """Embed what is new, learn from what labels there are, decide, and ask for the next labels."""
-        if self.overwrite:
-            self._clear()
+        for path in (self.root / name for name in MADE if self.overwrite):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         self.state = self.state.model_copy(update={"photos": str(self.job.photos.absolute())})
         self.state.write(self.root / STATE)
         n_new = self.stores.update(listing, self.job.how)
@@ -241,14 +241,6 @@ class Workshop:
         if wrong:
             (self.folder / RISK).unlink()  # before the book is saved, so that no kill leaves a promise too much
             logger.warning("%d labels that the promise rests on have changed: it has to be shown again", len(wrong))
-
-    def _clear(self) -> None:
-        for name in MADE:
-            path = self.root / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
 
     def decide(self, photos: Photos, book: LabelBook, n_new: int) -> Triage:
         """What the labels in the book lead to, for photos that are embedded."""
@@ -385,20 +377,16 @@ class Workshop:
             found = dataclasses.replace(self._stand(trial, outcomes, sides, state.counted), missing=found.missing)
         else:
             self.state = self.state.model_copy(update={"counted": state.reach})
-        self._try(self._looked(trial, found))
+        if not trial.attempt and found.looks.can_certify(found.outcomes.uncertainty):  # with fewer a look is none
+            self.state = self.state.model_copy(update={"tried": self.state.tried + 1})
+            trial = trial.model_copy(update={"attempt": self.state.tried})
+        self._try(trial)
         return found
 
     def _try(self, trial: Trial) -> None:
         """Note how the trial of the predictor in play stands."""
         place = "trial" if self.state.candidate is None else "candidate"
         self.state = self.state.model_copy(update={place: trial})
-
-    def _looked(self, trial: Trial, standing: PromiseProgress) -> Trial:
-        """A trial with its number, once labels could certify something of it: with fewer a look is none."""
-        if trial.attempt or not standing.looks.can_certify(standing.outcomes.uncertainty):
-            return trial
-        self.state = self.state.model_copy(update={"tried": self.state.tried + 1})
-        return trial.model_copy(update={"attempt": self.state.tried})
 
     def _settle(
         self, predictor: FailurePredictor, photos: Photos, outcomes: Outcomes, standing: PromiseProgress, sides: Sides
@@ -416,18 +404,11 @@ class Workshop:
             self._adopt(predictor, photos, candidate)
             self.state.write(self.root / STATE)  # before what it names goes
             shutil.rmtree(self.candidate)
-        self._keep_record(predictor, photos, standing)
-
-    def _keep_record(self, predictor: FailurePredictor, photos: Photos, standing: PromiseProgress) -> None:
-        """Leave the rule beside the predictor, as ``vilu calibrate`` does.
-
-        What was certified once is certified for ever, so a rule is replaced by one that accepts more alone.
-        """
-        before = self._promised()
-        if not len(standing.rows) or (before is not None and standing.threshold <= (before.threshold or 0.0)):
-            return
-        rule = standing.rule(self.job.max_risk, self.job.confidence)
-        keep_promise(self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name)
+        kept = self._promised()
+        # what was certified once is certified for ever, so a rule is replaced by one that accepts more alone
+        if len(standing.rows) and (kept is None or standing.threshold > (kept.threshold or 0.0)):
+            rule = standing.rule(self.job.max_risk, self.job.confidence)
+            keep_promise(self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name)
 
     def _ask(self, photos: Photos, book: LabelBook, standing: PromiseProgress | None, u: Floats, sides: Sides) -> None:
         """Ask for what is missing; else for labels that vouch, that teach, or where a promise holds, for both."""

@@ -223,10 +223,10 @@ class HeadTrainer:
         train, validation = train.answered(config.device), validation and validation.answered(config.device)
         steps = steps_per_epoch(train, size)
         plan = Plan.of(steps, config.epochs, config.warmup_epochs, config.freeze_epochs)
-        at = self._begin(plan)
+        at, patience = self._begin(plan), math.inf if config.patience is None else config.patience
         with track("train", plan.epochs * plan.steps, "steps") as task:
             task.advance(at.epoch * plan.steps + at.step)
-            while at.epoch < plan.epochs and not self._is_out_of_patience(at):
+            while at.epoch < plan.epochs and at.epoch - 1 - at.history.kept_epoch < patience:
                 if at.epoch >= plan.frozen:
                     self.thaw()
                 self.generator.set_state(at.order)
@@ -255,10 +255,6 @@ class HeadTrainer:
 
     def _save(self, at: Position) -> None:
         self.keeper.save(lambda: pack(at, self.head, self.optimizer, self.stateful))
-
-    def _is_out_of_patience(self, at: Position) -> bool:
-        patience = self.config.patience
-        return patience is not None and at.epoch - 1 - at.history.kept_epoch >= patience
 
     def _epoch(self, batches: Iterator[Batch], plan: Plan, at: Position, task: Task) -> None:
         """The rest of one pass."""

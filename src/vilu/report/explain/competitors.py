@@ -37,20 +37,14 @@ def weights_of(predictor: FailurePredictor) -> Weights:
     Methods with a trained attention: alpha_j = softmax_j(scale (W_Q z_v) . (W_K z_tj)), averaged over the members of an
     ensemble. ``vilu_plus``: the posterior q of its pooled experts. All others: the zero-shot posterior p.
     """
-    attentions = trained_attentions(predictor)
+    heads = predictor.heads if isinstance(predictor, HeadPredictor) and predictor.constant_ is None else []
+    attentions = [head.attention for head in heads if head.attention is not None]
     if attentions:
         members = f", mean of {len(attentions)} members" if len(attentions) > 1 else ""
         return Weights(f"weights of the trained attention{members}", lambda batch: _attention(attentions, batch))
     if isinstance(predictor, ViLUPlus):
         return Weights("posterior of the pooled experts", lambda batch: _pooled(predictor, batch))
     return Weights("zero-shot posterior", lambda batch: log_posterior(batch).exp())
-
-
-def trained_attentions(predictor: FailurePredictor) -> list[CrossAttention]:
-    """The attention of every head of a method; none where it has no head, or one without attention."""
-    if not isinstance(predictor, HeadPredictor) or predictor.constant_ is not None:
-        return []
-    return [head.attention for head in predictor.heads if head.attention is not None]
 
 
 def _pooled(predictor: ViLUPlus, batch: Batch) -> Tensor:
