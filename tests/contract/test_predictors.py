@@ -348,6 +348,24 @@ def test_parameters_out_of_range_are_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "settings", "most"),
+    [
+        ("deep_ensemble", {"members": 1_001, "hidden": (1,)}, "less than or equal to 1000"),
+        ("mc_dropout", {"passes": 10_001}, "less than or equal to 10000"),
+        ("probvlm", {"samples": 10_001}, "less than or equal to 10000"),
+        ("lvu", {"hidden": (1,) * 101}, "at most 100 items"),
+        ("pvu", {"hidden": (1,) * 101}, "at most 100 items"),
+    ],
+)
+def test_no_saved_number_makes_loading_or_scoring_endless(name: str, settings: dict, most: str, tmp_path) -> None:
+    PREDICTORS["mcm_ts"]().fit(toy_embeddings()).save(tmp_path)
+    record = json.loads((tmp_path / "predictor.json").read_bytes())
+    write_json(tmp_path / "predictor.json", {**record, "method": name, "parameters": settings}, seal="fingerprint")
+    with pytest.raises(DataError, match=f"{next(iter(settings))!r} parameter of {name} .*{most}"):
+        vilu.load(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("fraction", "error", "what"),
     [(wrong, UsageError, f"must be .* Got {wrong} instead") for wrong in (-0.1, 1.0, 1.5, np.nan)]
     + [(0.9999, DataError, "holds all 600 training rows out")],  # of the failures, and of the successes, rounded

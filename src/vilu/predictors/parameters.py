@@ -62,7 +62,7 @@ def convert(cls: type[Parametrised], name: str, value: object, *, strict: bool) 
         return cast("object", adapter.validate_python(value, strict=strict))
     except ValidationError as error:
         reason = error.errors()[0]["msg"].replace("Input should be", "must be")
-        raise UsageError(f"the {name!r} parameter of {cls.name} {reason}. Got {value!r} instead.") from error
+        raise UsageError(f"the {name!r} parameter of {cls.name} {reason}. Got {value!r:.200} instead.") from error
 
 
 @cache

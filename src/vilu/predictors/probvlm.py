@@ -164,7 +164,7 @@ class ProbVLM(NetworkPredictor):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     cross_weight: NonNegative = 1e-4
     uncertainty: Literal["aleatoric", "epistemic", "cross_modal"] = "aleatoric"
-    samples: Annotated[int, Field(ge=2)] = 15
+    samples: Annotated[int, Field(ge=2, le=10_000)] = 15
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
         """The adapters."""

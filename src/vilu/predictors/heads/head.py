@@ -30,6 +30,7 @@ Weighting = Literal["batch", "dataset", "ema", "static", "balanced"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Widths = Annotated[tuple[Count, ...], Field(max_length=100)]
 
 
 @dataclasses.dataclass
@@ -64,7 +65,7 @@ class HeadPredictor(FailurePredictor):
     seed: int = 0
     allow_degenerate: bool = False
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    hidden: tuple[Count, ...] = HIDDEN
+    hidden: Widths = HIDDEN
     epochs: Count | None = None
     batch_size: Count | None = None
     learning_rate: Positive = 0.03

@@ -19,7 +19,7 @@ from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.predictors.base import FailurePredictor, Learnt, own_graph
-from vilu.predictors.heads.head import Count, NonNegative, Positive
+from vilu.predictors.heads.head import Count, NonNegative, Positive, Widths
 from vilu.predictors.labelled import Needs
 from vilu.predictors.nn.head import Graph
 from vilu.predictors.nn.train import AdamWConfig, Rows, default_epochs, train_adamw
@@ -103,7 +103,7 @@ class PVU(NetworkPredictor):
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of an MLP; score: 1 MFLOP a row"
     looks_at: ClassVar[frozenset[str]] = frozenset({"image"})
 
-    hidden: tuple[Count, ...] = (512, 512)
+    hidden: Widths = (512, 512)
     loss: Literal["ranking", "mse"] = "ranking"
 
     def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> nn.Module:  # noqa: ARG002
@@ -203,7 +203,7 @@ class LMN(NetworkPredictor):
     reference: ClassVar[str] = "Huang et al., ICLR 2026"
     cost: ClassVar[str] = "fit: 1,400 to 6,000 steps of a small MLP; score: 40 kFLOP a row"
 
-    hidden: tuple[Count, ...] = (16,)
+    hidden: Widths = (16,)
     n_logits: Annotated[int, Field(ge=2)] = 16
     balance: Annotated[float, Field(ge=0, le=1)] = 0.6
     steepness: Positive = 0.05

@@ -147,7 +147,7 @@ class DeepEnsemble(ViLU):
     reference: ClassVar[str] = "Lakshminarayanan et al., NeurIPS 2017"
     cost: ClassVar[str] = "M times that of vilu"
 
-    members: Count = 5
+    members: Annotated[Count, Field(le=1_000)] = 5  # so that no predictor from elsewhere loads without end
 
     graph = head_graph
 
@@ -208,7 +208,7 @@ class MCDropout(ViLU):
     cost: ClassVar[str] = "fit: as vilu; score: M passes of the MLP"
 
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    passes: Count = 20
+    passes: Annotated[Count, Field(le=10_000)] = 20
 
     def game(self) -> Game:
         """None."""
