@@ -47,6 +47,16 @@ def test_a_book_keeps_what_was_asked_and_why(tmp_path: Path) -> None:
     assert len(LabelBook.load(tmp_path / "none.parquet")) == 0
 
 
+def test_a_book_of_older_code_says_nothing_of_pictures(tmp_path: Path) -> None:
+    book = LabelBook()
+    book.answer({"a": "cat"})
+    book.save(tmp_path / "book.parquet")
+    table = pq.read_table(tmp_path / "book.parquet").drop_columns("picture")
+    write_table(tmp_path / "old.parquet", dict(zip(table.column_names, table.columns, strict=True)), {"kind": "labels"})
+    found = LabelBook.load(tmp_path / "old.parquet")
+    assert [found.note_pictures({"a": picture}) for picture in (b"x", b"x", b"y")] == [0, 0, 1]
+
+
 def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
     book = LabelBook()
     book.answer({"a": "cat"})

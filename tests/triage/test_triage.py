@@ -236,6 +236,29 @@ def test_a_promise_holds_for_photos_of_which_none_vouches(promised: Folder, n: i
     assert n or sum(row["decision"] == "accept" for row in rows(output / "decisions.csv")) > 20
 
 
+def test_the_label_of_a_photo_that_has_changed_never_vouches(
+    folder: Folder, job: Job, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Other bytes may put a photo that has taught on the other side, as a tag that is written into it does."""
+    (tmp_path / "l.csv").write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in folder[1].items()))
+    output = tmp_path / "out"
+    triage_photos(job, output, [tmp_path / "l.csv"])
+    files = sorted(folder[0].rglob("*.png"))
+    pictures = [hashlib.sha256(path.read_bytes()).digest()[:8] for path in files]
+    taught = [path for path, may in zip(files, side_of(pictures, 0)[0], strict=True) if not may]
+    for path in taught:
+        path.write_bytes(path.read_bytes() + b"tag")
+    triage_photos(job, output, [tmp_path / "l.csv"])
+    counted = pq.read_table(output / "predictor" / "calibration.parquet")["key"].to_pylist()
+    assert counted
+    assert not set(counted) & {path.relative_to(folder[0]).as_posix() for path in taught}
+    assert f"{len(taught)} photos have changed since their labels were given" in caplog.text
+    other = "cat" if folder[1]["day 0/0000.png"] != "cat" else "dog"
+    book = LabelBook.load(output / "labels.parquet")
+    book.answer({"day 0/0000.png": other})  # a new label is of the new picture
+    assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
+
+
 def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:
     output = tmp_path / "out"
     triage_photos(job, output)

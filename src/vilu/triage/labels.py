@@ -50,10 +50,15 @@ class Entry:
     predictor: str = ""  # fingerprint of the predictor in force when it was asked
     asked: int = 0  # seconds since 1970; 0 where it was not
     answered: int = 0  # the same of the label
+    picture: str = ""  # digest of the picture that it is of; empty where older code noted none
+
+    def is_of_another(self, picture: bytes) -> bool:
+        """Whether the label was given to another picture than this, which has its path now."""
+        return self.picture not in {"", picture.hex()}
 
 
 COLUMNS: Final = {
-    **dict.fromkeys(("path", "label", "stream", "predictor"), pa.string()),
+    **dict.fromkeys(("path", "label", "stream", "predictor", "picture"), pa.string()),
     "probability": pa.float64(),
     **dict.fromkeys(("asked", "answered"), pa.int64()),
 }
@@ -101,9 +106,16 @@ class LabelBook:
             if old is None:
                 old = Entry(path, None, "given" if (streams or {}).get(path, "given") == "given" else "fit")
             if old.label != label:
-                self.entries[path] = replace(old, label=label, answered=now)
+                self.entries[path] = replace(old, label=label, answered=now, picture="")
                 changed += 1
         return changed
+
+    def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
+        """Note of new labels what they are of, by path; how many labels are of another picture than is there now."""
+        for path in pictures.keys() & self.labels.keys():
+            one = self.entries[path]
+            self.entries[path] = replace(one, picture=one.picture or pictures[path].hex())
+        return sum(one.is_of_another(pictures[one.path]) for one in self if one.path in pictures)
 
     def forget(self, which: Callable[[Entry], bool]) -> None:
         """Ask no more for some of what is waiting."""
@@ -131,7 +143,7 @@ class LabelBook:
         if not path.exists():
             return cls()
         table, said = read_table(path, ())
-        if said.get("kind") != "labels" or set(table.column_names) != COLUMNS.keys():
+        if said.get("kind") != "labels" or {*table.column_names, "picture"} != COLUMNS.keys():
             raise DataError(f"{path} is no book of labels of vilu. Give the folder that `vilu triage` made.")
         numbers = {"probability": math.nan}
         rows = [{k: v for k, v in row.items() if v is not None or k == "label"} for row in table.to_pylist()]

@@ -59,17 +59,30 @@ class Sides:
 
     @classmethod
     def of(cls, photos: Photos, book: LabelBook, seed: int) -> Sides:
-        """Of photos whose labels were set; of equal pictures the first one counts."""
-        vouches, order = side_of(photos.pictures, seed)
+        """Of photos whose labels were set; of equal pictures the first one counts.
+
+        One that has changed since its label was given, and may have changed sides with that, vouches for nothing.
+        """
+        pictures = photos.pictures
+        vouches, order = side_of(pictures, seed)
         usable, first = np.zeros((2, len(photos)), np.bool_)
         usable[photos.usable_rows.numpy()] = True
         first[np.unique(order, return_index=True)[1]] = True
         entries = [book.entries.get(path) for path in photos.ids]
+        other = [one is not None and one.is_of_another(now) for one, now in zip(entries, pictures, strict=True)]
         answered = np.array([one is not None and one.label is not None for one in entries], np.bool_)
         skipped = np.array([one is not None and one.label == SKIPPED for one in entries], np.bool_)
         given = np.array([one is not None and one.stream == "given" for one in entries], np.bool_)
         place = (order >> np.uint64(1)).astype(np.int64)
-        return cls(usable & first, vouches, place, answered & ~skipped, answered, skipped, given & answered)
+        return cls(
+            usable & first & ~(vouches & np.array(other, np.bool_)),
+            vouches,
+            place,
+            answered & ~skipped,
+            answered,
+            skipped,
+            given & answered,
+        )
 
     @property
     def voucher(self) -> Mask:

@@ -232,6 +232,8 @@ class Workshop:
         if changed:
             logger.info("%d labels are new, of %d in all", changed, len(book.labels))
             book.save(self.root / BOOK)
+        if n := book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True))):
+            logger.warning("%d photos have changed since their labels were given, which vouch for nothing now", n)
         return self.decide(photos, book, n_new)
 
     def _doubt(self, corrected: set[str]) -> None:
