@@ -64,8 +64,7 @@ class Seen:
                 key.encode(errors="surrogatepass") + content[16 * i : 16 * i + 16] for i, key in enumerate(outcomes.ids)
             )
             hashes = hash_of_each(rows).view(np.int64)
-            first = np.zeros(n, dtype=np.bool_)
-            first[np.unique(hashes, return_index=True)[1]] = True
+            first = np.isin(np.arange(n), np.unique(hashes, return_index=True)[1])
             known = self._holds(hashes)
             if known.any() and not known.all():  # a score that many rows have comes with the same name by chance, too
                 _, place, count = np.unique(numbers[:, :2], axis=0, return_inverse=True, return_counts=True)
@@ -110,10 +109,7 @@ def refuse_sorted(outcomes: Outcomes) -> None:
 
 
 def admit(outcomes: Outcomes, calibration: Outcomes, risk: str | None) -> Outcomes:
-    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's.
-
-    Numbers of rows identify none and are left out.
-    """
+    """Scores of new rows, of the same predictor and candidates; what a CSV leaves out is the calibration's."""
     for name in ("method", "class_names"):
         ours, theirs = getattr(calibration, name), getattr(outcomes, name)
         if None not in (ours, theirs) and ours != theirs:

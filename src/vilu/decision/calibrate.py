@@ -36,8 +36,6 @@ from vilu.outcomes.outcomes import Outcomes
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""
 
-ROUNDING = 1e-9  # by less a share that is reached may fall short: 55 of 100 are less than 0.55 * 100
-
 Promise = Literal["ltt", "sgr", "crc", "anytime"]
 
 
@@ -357,7 +355,7 @@ def _reweighted(
         floor = float(value[point.floor]) if point.floor >= 0 else None
         inside = (rows.uncertainty <= value[point.index]) & (rows.uncertainty > (-np.inf if floor is None else floor))
         coverage = float(strata.weight[inside].sum()) / len(rows)
-        if min_coverage is not None and coverage < min_coverage - ROUNDING:
+        if min_coverage is not None and coverage < min_coverage - 1e-9:  # weights are rounded
             one = _nothing(len(rows), _too_little(coverage, min_coverage))
         else:
             one = Certificate(
@@ -499,7 +497,7 @@ class _Goal(NamedTuple):
         why = None
         if self.max_risk is None:
             why = next((one.why for one in certificates.values() if one.threshold is None), None)
-        elif 0 < accepted < (self.min_coverage - ROUNDING) * n:
+        elif 0 < accepted < (self.min_coverage - 1e-9) * n:  # 55 are less than 0.55 * 100
             why = _too_little(accepted / n, self.min_coverage)
         if why is None:
             return certificates

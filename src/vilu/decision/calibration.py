@@ -125,10 +125,9 @@ def calibrate_predictor(
 def _calibrate(
     folder: Path, data: EmbeddingSource, target: Target, names: tuple[str | None, str | None], *, overwrite: bool
 ) -> Record:
-    dataset, split = names
     predictor = load(folder)
     predictor.calibrator_ = None
-    made_from = predictor_fingerprint(predictor), source_fingerprint(data), dataset, split, target.facts()
+    made_from = predictor_fingerprint(predictor), source_fingerprint(data), *names, target.facts()
     inputs = earlier = digest(made_from)
     dtype = data.manifest.dtype if isinstance(data, EmbeddingStore) else None
     if dtype is None:  # only a store has a hash of all its rows; earlier code did without
@@ -136,7 +135,7 @@ def _calibrate(
     found = None if overwrite else _calibrated(folder, {inputs, earlier})
     if found is None:
         fresh = predictor.unseen(data, "calibration")
-        rows = score_fresh(predictor, data, fresh, dataset=dataset, split=split)
+        rows = score_fresh(predictor, data, fresh, dataset=names[0], split=names[1])
         predictor.calibrate_scores(rows.uncertainty, rows.failure)
         rule = target.rule(rows)
         sets: LabelSets | None = None

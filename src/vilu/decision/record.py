@@ -150,8 +150,7 @@ def contradiction(rule: Rule, rows: Outcomes) -> str | None:
             return f"{describe(one)}{of}"
     if rule.reweighted and not _shares_bear_out(rule, rows.take(keep)):
         return "the risk at the stated shares"
-    lost = int(counted[0][-1])
-    return f"it leaves out {lost} rows" if lost else None
+    return f"it leaves out {counted[0][-1]} rows" if counted[0][-1] else None
 
 
 def _is_borne_out(rule: Selector, one: Certificate) -> bool:
@@ -178,8 +177,7 @@ def _shares_bear_out(rule: Selector, rows: Outcomes) -> bool:
     if one is None or rule.max_risk is None:
         return False
     strata = Strata(rows, rule.outside_share, rule.class_shares)
-    shown = bears_out(rows, strata, interval(one), rule.max_risk, 1 - rule.confidence)
-    return one.threshold is None or shown
+    return one.threshold is None or bears_out(rows, strata, interval(one), rule.max_risk, 1 - rule.confidence)
 
 
 def load_rows(folder: str | Path, record: Record) -> Outcomes:

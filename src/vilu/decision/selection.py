@@ -71,8 +71,7 @@ class BatchSelector(Model):
 
 def drawn(n: int) -> Ints:
     """Places of the rows of n that a rule is made from: at random, as rows may lie sorted, and the same every time."""
-    # a stream that NumPy promises not to change, of a seed that no one's data were drawn with
-    return np.argsort(np.random.PCG64([MAX_ROWS, n]).random_raw(n))[:MAX_ROWS]
+    return np.argsort(np.random.PCG64([MAX_ROWS, n]).random_raw(n))[:MAX_ROWS]  # a stream that NumPy never changes
 
 
 def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
