@@ -21,8 +21,7 @@ UNKNOWN = -1
 OUTSIDE = -2
 """Label, in files and where data come in, of a picture of none of the classes; inside, ``outside`` says so."""
 
-NO_NAME = "(skip)"
-"""What stands in place of a label, in files, of a picture that nobody can name: it is not known."""
+NO_NAME = "(skip)"  # stands in place of a label, in files, of a picture that nobody can name: it is not known
 
 
 class ViLUError(Exception):

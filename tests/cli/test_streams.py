@@ -47,12 +47,14 @@ def test_nobody_reads_stdout() -> None:
 
 
 @pytest.mark.parametrize(("words", "code"), [("list metrics", 0), ("-q inspect nowhere", 2), ("frobnicate", 2)])
-def test_stderr_that_is_closed(words: str, code: int) -> None:
-    """Nobody can be told what is wrong; all else is as ever."""
-    line = shlex.join(command(*words.split())) + " 2>&-"
-    done = subprocess.run(line, shell=True, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S602
-    assert done.returncode == code
-    assert ("aurc" in done.stdout) == (code == 0)
+def test_a_stream_that_is_closed(words: str, code: int) -> None:
+    """Nobody can be told what went there; all else is as ever."""
+    for closed in ("2>&-", ">&-", ">&- 2>&-"):
+        line = f"{shlex.join(command(*words.split()))} {closed}"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, check=False)  # noqa: S602
+        assert done.returncode == code
+        assert ("aurc" in done.stdout) == (code == 0 and closed == "2>&-")
+        assert ("error" in done.stderr.lower()) == (code != 0 and closed == ">&-")
 
 
 def test_stdout_of_another_encoding() -> None:

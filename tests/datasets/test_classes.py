@@ -61,7 +61,7 @@ def test_plain_names_are_matched_with_the_folders(tmp_path):
         ("n01\nant\n", "leaves out classes of the data: 'red_fox'"),
         ("n01\ta\n", "leaves out classes of the data: 'red_fox', 'ant'"),
         ("n01\nant\nred_fox\nred fox\n", "more than once: 'red_fox'"),
-        ("n01\ta\nn01\tb\nant\tc\nred_fox\td\n", "Repeated: 'n01'"),
+        ("n01\ta\nn01\tb\nant\tc\nred_fox\td\n", "more than once: 'n01'"),
         ("n01\t \nant\tx\nred_fox\ty\n", "line 1: blank name"),
         ("n01\n\nant\nred_fox\n", "line 2: blank name"),
         ("n01\tx\nant\n", "line 2: 1 columns"),

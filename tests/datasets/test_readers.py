@@ -74,7 +74,8 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
         "not_a_file": 2,
         "outside_class": 1,
     }
-    assert "left out 2 not_a_file, 2 linked_folder, 1 outside_class. Put" in caplog.text
+    found = ", ".join(f"{n} {reason}" for reason, n in dataset.ignored.items())
+    assert f"{root}: left out {found}. Put folders in place of links" in caplog.text
     assert dataset.class_names == ("a", "b")
 
 

@@ -50,7 +50,8 @@ def entry() -> None:
 
 def main() -> None:
     """The command line of this process; raises SystemExit with the exit code."""
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - closed: 2>&-
+    given = (sys.stdout, sys.stderr)  # None where they are closed (2>&-)
+    sys.stdout, sys.stderr = (one or open(os.devnull, "w", encoding="utf-8") for one in given)  # noqa: PTH123, SIM115
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _again
     with careful_output():

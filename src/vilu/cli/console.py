@@ -93,9 +93,6 @@ class CarefulOutput:
 @contextmanager
 def careful_output() -> Iterator[None]:
     """A block in which ``print`` and ``typer.echo`` write to a ``CarefulOutput``."""
-    if sys.stdout is None:
-        yield
-        return
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # a path is printed as the bytes that it is
     with redirect_stdout(cast("TextIO", CarefulOutput(sys.stdout))):

@@ -99,12 +99,10 @@ def _summary(
     from vilu.report.explain.prompts import prompt_gains
     from vilu.report.explain.risk import risk_map
 
-    outcomes = score(predictor, data)
-    if bool((data.target != UNKNOWN).any()):
-        return risk_map(outcomes, coverage=coverage), prompt_gains(data, seed=seed)
-    if outcomes.outside.any():  # nothing but pictures of none of the classes has a label
-        return risk_map(outcomes, coverage=coverage), None
-    return risk_map(outcomes, strongest_competitor(predictor, data), coverage=coverage), None
+    outcomes, labelled = score(predictor, data), bool((data.target != UNKNOWN).any())
+    known = labelled or outcomes.outside.any()  # or nothing but pictures of none of the classes has a label
+    competitor = None if known else strongest_competitor(predictor, data)
+    return risk_map(outcomes, competitor, coverage=coverage), prompt_gains(data, seed=seed) if labelled else None
 
 
 def monitor(  # noqa: PLR0913, PLR0917 - one parameter per flag

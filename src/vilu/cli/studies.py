@@ -125,8 +125,7 @@ def _print(studies: list[Rendered], *, as_json: bool) -> None:
         found = {study.board.config.name: summarise(study.board).to_dict() for study in studies}
         typer.echo(json.dumps(found, indent=2))
     elif studies:
-        many = len(studies) > 1
-        heading = "=== {} ===\n" if many else ""
+        heading = "=== {} ===\n" if len(studies) > 1 else ""
         parts = [(heading.format(study.board.config.name) + study.text, study.times) for study in studies]
         typer.echo("\n\n".join(filter(None, chain.from_iterable(parts))))
 

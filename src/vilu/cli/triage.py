@@ -150,8 +150,7 @@ def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.review import open_review, write_review
 
     found = open_review(source, which, n_most)
-    if photos is not None:
-        found = dataclasses.replace(found, photos=photos)
+    found = dataclasses.replace(found, photos=photos or found.photos)
     if not found.tasks:
         raise UsageError(f"{source} has nothing to look at ({which}). Choose others with --which.")
     if not serve:
@@ -179,10 +178,7 @@ def labels(
         path_option("Write these scores with their failures, for `vilu monitor --late-labels`.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file.
-
-    `vilu embed` takes (skip) for unknown; tell it which labels are none of the classes: --outside "(outside)".
-    """
+    """Finished tasks as labels for `vilu triage` and `vilu embed`, or as failures of scores. Prints the file."""
     from vilu.triage.review import read_done, write_labels
 
     found, streams = read_done(done)

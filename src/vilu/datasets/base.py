@@ -225,10 +225,8 @@ class WithOutside:
     def records(self, start: int, stop: int) -> Iterator[ImageRecord]:
         """The images at positions start ... stop - 1."""
         for record in self._images.records(start, stop):
-            if record.label is None:
-                yield record
-            else:
-                yield replace(record, label=self._label.get(record.label, OUTSIDE))
+            label = None if record.label is None else self._label.get(record.label, OUTSIDE)
+            yield replace(record, label=label)
 
 
 def parse_split(split: str, available: Collection[str], source: str) -> tuple[str, ...]:

@@ -86,7 +86,6 @@ def class_table(
         _match(raw, known, prompts, file, outside)
         return _default(raw)
     given = dict(zip(keys, prompts, strict=True))
-    _require_distinct(keys)
     _match(raw, {name: name for name in raw}, keys, file, outside)
     return ClassTable(tuple(raw), tuple(given.get(name, clean_name(name)) for name in raw))
 

@@ -103,12 +103,11 @@ class FolderDataset(ListedFiles):
             for part in parts:
                 self._list_part(part, {name: label for label, name in enumerate(raw or [])}, listing, task)
         self.fingerprint = listing.hexdigest()
+        found = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items()) or "nothing"
         if not self._paths:
-            found = _told(self.ignored)
             raise DataError(f"no image in {root}. Found: {found}. Expected images, or one folder of images per class.")
-        if missed := {reason: n for reason, n in self.ignored.items() if reason not in {"hidden", "not_image"}}:
-            advice = "Put folders in place of links to folders, and every image into the folder of its class."
-            logger.warning("%s: left out %s. %s", root, _told(missed), advice)
+        if self.ignored.keys() - {"hidden", "not_image"}:
+            logger.warning("%s: left out %s. Put folders in place of links, images into class folders.", root, found)
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(self._read, path)
@@ -151,12 +150,9 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
             found.append((path, OutsideError(OUT_OF_FOLDER) if status is None else status))
             task.advance(1)
     if len(found) < least:
-        raise DataError(f"no image in {root}. Found: {_told(ignored)}. Expected photos, in folders of any kind.")
+        told = ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
+        raise DataError(f"no image in {root}. Found: {told}. Expected photos, in folders of any kind.")
     return found
-
-
-def _told(ignored: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
 
 
 class PhotoFiles(ListedFiles):

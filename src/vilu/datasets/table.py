@@ -96,9 +96,8 @@ def table_rows(table: pa.Table, source: str, selection: Selection, *, default_ke
     caption = caption_column(table.column_names, table.schema.metadata or {}, selection)
     captions = None if caption is None else bytes_of(table[caption], f"{source}, column {caption!r}")
     (table if caption is None else table.drop_columns([caption])).validate(full=True)
-    listed = _Labels(np.full(len(table), UNKNOWN, dtype=np.int32), None)
-    if caption is None:
-        listed = _labels(table, source, selection)
+    unknown = np.full(len(table), UNKNOWN, dtype=np.int32)
+    listed = _labels(table, source, selection) if caption is None else _Labels(unknown, None)
     rows = selection.rows(table, source, find_column(table.column_names, SPLIT))
     chosen = pa.array(rows)
     name = find_column(table.column_names, KEY) or default_key

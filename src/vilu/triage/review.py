@@ -238,15 +238,13 @@ def _write_fiftyone(review: Review, output: Path, _prefix: str) -> list[Path]:
 
 def _sample(task: ReviewTask) -> dict[str, Any]:
     p = task.failure_probability
-    said: dict[str, object] | None = None
-    if task.answer is not None:
-        said = {
-            "_id": _object_id(f"{MODEL_FIELD} {task.path}"),
-            "_cls": "Classification",
-            "tags": [],
-            "label": task.answer,
-        }
-        said["confidence"] = None if p is None else 1 - p
+    said: dict[str, object] = {
+        "_id": _object_id(f"{MODEL_FIELD} {task.path}"),
+        "_cls": "Classification",
+        "tags": [],
+        "label": task.answer,
+        "confidence": None if p is None else 1 - p,
+    }
     return {
         "_id": _object_id(task.path),
         "filepath": task.path,
@@ -254,7 +252,7 @@ def _sample(task: ReviewTask) -> dict[str, Any]:
         "metadata": None,
         "_media_type": "image",
         "_rand": int(_object_id(task.path)["$oid"][:8], 16) / 2**32,
-        MODEL_FIELD: said,
+        MODEL_FIELD: None if task.answer is None else said,
         TRUTH_FIELD: None,
         "uncertainty": p,
         "decision": "review",
