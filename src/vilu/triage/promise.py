@@ -74,15 +74,8 @@ class Sides:
         skipped = np.array([one is not None and one.label == SKIPPED for one in entries], np.bool_)
         given = np.array([one is not None and one.stream == "given" for one in entries], np.bool_)
         place = (order >> np.uint64(1)).astype(np.int64)
-        return cls(
-            usable & first & ~(vouches & np.array(other, np.bool_)),
-            vouches,
-            place,
-            answered & ~skipped,
-            answered,
-            skipped,
-            given & answered,
-        )
+        usable &= first & ~(vouches & np.array(other, np.bool_))
+        return cls(usable, vouches, place, answered & ~skipped, answered, skipped, given & answered)
 
     @property
     def voucher(self) -> Mask:
