@@ -182,11 +182,12 @@ class Monitor:
         return self.status
 
     @checked
-    def audit(self, outcomes: Outcomes, groups: Sequence[str] | None = None) -> Status:
+    def audit(self, outcomes: Outcomes, groups: Sequence[str] | None = None, *, in_order: bool = False) -> Status:
         """Take in labels that have arrived later, of rows that were monitored before.
 
         A label counts once: of a row that was audited before, known as in ``update``, it is left out. In what order
-        they lie means nothing: they are judged together, after the last of them.
+        they lie means nothing: they are judged together, after the last of them; or, where they came ``in_order``, each
+        by itself.
 
         Warns:
             UserWarning: If some were given before.
@@ -212,8 +213,8 @@ class Monitor:
                 "there is no promise to audit: the rule accepts nothing, judges whole batches, or bounds a mean (crc)."
             )
         outcomes = admit(outcomes, self.calibration, self.risk)
-        rows = np.full(len(outcomes), max(self.rows - 1, 0))  # one moment
-        self._take_labels(outcomes, self._accepted(outcomes, groups), rows)
+        rows = np.full(len(outcomes), max(self.rows - 1, 0))
+        self._take_labels(outcomes, self._accepted(outcomes, groups), rows, slice(0 if in_order else -1, None))
         return self.status
 
     @checked
@@ -425,7 +426,9 @@ class Monitor:
         """(N,) rows with an uncertainty; of a partial calibration, below its largest, where the others are alike."""
         return np.isfinite(outcomes.uncertainty) & (outcomes.uncertainty < self.below)
 
-    def _take_labels(self, outcomes: Outcomes, accepted: NDArray[np.bool_], rows: Ints) -> None:
+    def _take_labels(
+        self, outcomes: Outcomes, accepted: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)
+    ) -> None:
         if self.audited is None or self.audit_test is None:
             return
         counts = accepted | ("outside" in self.rates)  # of a share of strangers every labelled row tells
@@ -437,17 +440,17 @@ class Monitor:
         self.repeated += int(np.count_nonzero(~new))
         self.labelled.add(hashes)
         known = known[new]
-        self._take_rate("outside", outcomes.outside[known], rows[known])
+        self._take_rate("outside", outcomes.outside[known], rows[known], judged)
         known = known[accepted[known]]
         wrong = outcomes.failure[known] == 1
-        self.audit_test = self.audit_test.after(self.audited.path(wrong), rows[known])
+        self.audit_test = self.audit_test.after(self.audited.path(wrong)[judged], rows[known][judged])
         self.audited = self.audited.more(wrong)
 
-    def _take_rate(self, name: TestName, happened: NDArray[np.bool_], rows: Ints) -> None:
-        """Count rows for a rate that is watched, if it is."""
+    def _take_rate(self, name: TestName, happened: NDArray[np.bool_], rows: Ints, judged: slice = slice(None)) -> None:
+        """Count rows for a rate that is watched, if it is; the evidence is judged after some of them."""
         if name in self.rates:
             counts = happened.astype(np.int64)
-            self.rate_tests[name] = self.rate_tests[name].after(self.rates[name].path(counts), rows)
+            self.rate_tests[name] = self.rate_tests[name].after(self.rates[name].path(counts)[judged], rows[judged])
             self.rates[name] = self.rates[name].more(counts)
 
     def _acceptance(self) -> Acceptance | None:

@@ -45,11 +45,9 @@ class Test(Model):
     raised_at: int | None = Field(default=None, ge=0)
 
     def after(self, log_wealth: Floats, rows: Ints) -> Test:
-        """With the evidence after each of some further rows (B,); of rows of one number after the last of them."""
+        """With the evidence after each of some further rows (B,)."""
         if not len(log_wealth):
             return self
-        moments = np.append(np.diff(rows) != 0, True)
-        log_wealth, rows = log_wealth[moments], rows[moments]
         reached = np.flatnonzero(log_wealth >= -math.log(self.level))
         first = int(rows[reached[0]]) if len(reached) else None
         return self.model_copy(

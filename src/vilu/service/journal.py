@@ -169,7 +169,7 @@ class Journal:
             values,
         ).fetchall()
         if rows:
-            self.monitor.audit(self._outcomes(rows))
+            self.monitor.audit(self._outcomes(rows), in_order=True)
 
     def _outcomes(self, rows: Sequence[tuple[int, str, int, float, int | None]]) -> Outcomes:
         answers = np.array([row[2] for row in rows], dtype=np.int64)
