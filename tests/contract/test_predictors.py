@@ -368,7 +368,7 @@ def test_no_saved_number_makes_loading_or_scoring_endless(name: str, settings: d
 @pytest.mark.parametrize(
     ("fraction", "error", "what"),
     [(wrong, UsageError, f"must be .* Got {wrong} instead") for wrong in (-0.1, 1.0, 1.5, np.nan)]
-    + [(0.9999, DataError, "holds all 600 training rows out")],  # of the failures, and of the successes, rounded
+    + [(0.9999, DataError, "holds out all 600 training rows")],  # of the failures, and of the successes, rounded
 )
 def test_a_share_to_hold_out_leaves_rows_to_learn_from(fraction: float, error: type[Exception], what: str) -> None:
     with pytest.raises(error, match=f"validation_fraction.* {what}"):

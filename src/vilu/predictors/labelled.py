@@ -153,10 +153,7 @@ def fit_and_selection(
         _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
         rows = rows[~torch.isin(torch.arange(len(rows)), part)]
         if not len(rows):
-            raise DataError(
-                f"a validation_fraction of {fraction} holds all {len(part)} training rows out: none is left to "
-                "learn from. Make it smaller, or give a validation set."
-            )
+            raise DataError(f"validation_fraction={fraction} holds out all {len(part)} training rows. Make it smaller.")
     is_blind = len(held_failure.unique()) < 2
     return Rows(train.source, train.index if is_blind else rows, columns), None if is_blind else chosen
 

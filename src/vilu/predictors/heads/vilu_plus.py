@@ -160,7 +160,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             folds, parts = cross_fitting(train, failure, validation, self.seed), []
             for rows, held_out in folds[: math.ceil(ENOUGH / len(folds[0][1].index))]:
                 experts = self._fit_experts(rows, kinds, weights, start, experts)
-                parts.append(log_posteriors(experts, held_out, self.device_))
+                parts.extend(log_posteriors(experts, held_out, self.device_))
             log_p, target = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
             weights = torch.from_numpy(fit_pool(log_p, target))
         if experts is None or rows is not train:  # with a validation set they are fitted to all rows
@@ -294,17 +294,12 @@ def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
     others = validation.n_candidates if text is None else int((nearest(text, classes)[0] < SAME_TEXT).sum())
     if others:
         raise DataError(
-            f"experts on the {len(classes)} training classes are weighed on validation rows, and {others} of the "
-            f"{validation.n_candidates} candidates of the validation set are others. Leave those out, or give no "
-            "validation set: a part of the training rows is then held out."
+            f"what knows the {len(classes)} training classes is weighed on the validation rows, and {others} of the "
+            f"{validation.n_candidates} candidates of the validation set are others. Leave those out, or the whole set."
         )
 
 
-def log_posteriors(experts: Experts, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(N, M, K) float64 log probabilities of all experts, and the targets (N,)."""
-    log_p, target = [], []
+def log_posteriors(experts: Experts, rows: Rows, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """(B, M, K) float64 log probabilities of all experts, and the targets (B,), batch by batch."""
     with torch.no_grad():
-        for batch in rows.batches(SCORING_BATCH):
-            log_p.append(experts.log_posteriors(batch.to(device)).cpu())
-            target.append(batch.target)
-    return torch.cat(log_p), torch.cat(target)
+        return [(experts.log_posteriors(one.to(device)).cpu(), one.target) for one in rows.batches(SCORING_BATCH)]
