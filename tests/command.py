@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -14,7 +15,11 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from unittest.mock import patch
 
+import typer
+
 from vilu.cli import main
+
+made_once = functools.cache(typer.main.get_command)  # of 27 functions in 60 ms, which a process does once
 
 
 def run(*args: object, code: int = 0, cwd: Path | None = None) -> CompletedProcess[str]:
@@ -39,6 +44,7 @@ def command_line(*args: object, cwd: Path | None = None) -> CompletedProcess[str
         stack.callback(logger.handlers.__setitem__, slice(None), logger.handlers[:])
         stack.enter_context(warnings.catch_warnings())
         warnings.resetwarnings()  # pytest makes errors of them
+        stack.enter_context(patch.object(typer.main, "get_command", made_once))
         stack.enter_context(patch.object(sys, "argv", ["vilu", *map(str, args)]))
         stack.enter_context(contextlib.chdir(cwd or Path.cwd()))
         stack.enter_context(contextlib.redirect_stdout(out))

@@ -152,7 +152,7 @@ def test_with_the_image_towers_of_real_architectures(model: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("model", "why"),
-    [(FakeBackbone, "one number of pixels alone"), (Untraceable, "")],
+    [(FakeBackbone, "one number of pixels alone"), pytest.param(Untraceable, "", marks=pytest.mark.slow)],
 )
 def test_a_tower_that_cannot_be_written_is_told(
     model: type[FakeBackbone], why: str, begun: Folder, tmp_path: Path
