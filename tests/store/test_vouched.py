@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -226,6 +227,29 @@ def test_a_process_that_was_forked_while_a_thread_hashed_goes_on(root):
         if not child:
             os._exit(0 if len(read_all(root)[0]) == N - 1 else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_was_forked_while_a_thread_opened_a_part_goes_on(root, monkeypatch):
+    store, opened, begun, end = EmbeddingStore(root), np.lib.format.open_memmap, threading.Event(), threading.Event()
+
+    def slow(*args, **kwargs):
+        begun.set()
+        end.wait()
+        return opened(*args, **kwargs)
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(np.lib.format, "open_memmap", slow)
+        pool.submit(store.image_rows, torch.tensor([0]))
+        begun.wait()
+        monkeypatch.setattr(np.lib.format, "open_memmap", opened)
+        child = os.fork()
+        if not child:
+            signal.alarm(10)
+            os._exit(0 if len(store.image_rows(torch.tensor([N - 2]))) == 1 else 1)
+        status = os.waitpid(child, 0)[1]
+        end.set()
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_embedding_again_mends_a_damaged_part_and_says_so(root, caplog):

@@ -281,6 +281,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_unlock_in_child)
 
 
+def alone() -> Lock:
+    """The lock of what one thread does at a time; a forked process finds it open."""
+    return _verifying
+
+
 def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its receipt") -> Path:
     """The path of a file, which ``require_hash`` has let pass in this process.
 
@@ -290,7 +295,7 @@ def require_hash_once(path: Path, sha256: str, again: str, voucher: str = "its r
     with or_refuse(f"read {path}"):
         found = path.stat()
     key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, sha256)
-    with _verifying:
+    with alone():
         if key not in _verified:
             require_hash(path, sha256, again, voucher)
             _verified.add(key)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -73,8 +72,6 @@ def default_workers() -> int:
 
 OPEN_PARTS = 320  # parts of a source that are mapped at a time, each with a file descriptor; a process often has 1024
 
-OPENING = threading.Lock()  # Python 3.11 can fail where two threads read headers (ast.literal_eval, gh-106905)
-
 PAGE, MAX_RESIDENT = 4096, 2**28
 """Bytes that come with every row that is read, at least, and that may stay in memory of all that were."""
 
@@ -134,8 +131,7 @@ class MappedParts:
         if self._touched >= MAX_RESIDENT or (part is None and len(self._mapped) >= OPEN_PARTS):
             self._mapped, self._touched, part = {}, 0, None
         if part is None:
-            with OPENING:
-                part = self._mapped[name, number] = np.asarray(self.open_part(name, number))
+            part = self._mapped[name, number] = np.asarray(self.open_part(name, number))
         return part
 
 

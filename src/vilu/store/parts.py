@@ -39,7 +39,7 @@ from vilu.store.documents import (
     Run,
     StoredClasses,
 )
-from vilu.store.ledger import Ledger, require_hash_once, write_hashed
+from vilu.store.ledger import Ledger, alone, require_hash_once, write_hashed
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,8 @@ def or_damaged(
 
 def open_npy(path: Path, hint: str) -> tuple[NDArray[np.floating], int]:
     """A ``.npy`` file, memory-mapped (nothing but the header is read), and how many bytes follow its header."""
-    with or_damaged(path, hint, UNREADABLE_NPY):
+    # alone: Python 3.11 can fail where two threads read headers (ast.literal_eval, gh-106905)
+    with or_damaged(path, hint, UNREADABLE_NPY), alone():
         rows = np.lib.format.open_memmap(path, mode="r")
         return rows, path.stat().st_size - rows.offset
 
