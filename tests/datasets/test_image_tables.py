@@ -11,9 +11,11 @@ from tests.builders.image_files import (
     listed,
     picture,
 )
+from vilu.datasets.base import FINE, MISSING
 from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.errors import DataError, UsageError
+from vilu.files.tables import csv_bytes
 
 
 def png(i: int) -> bytes:
@@ -70,6 +72,17 @@ def test_csv_numbers_are_labels_named_by_the_classes_file(tmp_path, labels, name
 def test_csv_with_one_label_that_is_no_number_has_string_labels(tmp_path):
     dataset = open_dataset(write_csv(tmp_path, "path,label\na.png,10\nb.png,9\nc.png,NA\n"))
     assert dataset.class_names == ("10", "9", "NA")
+
+
+def test_apostrophes_against_formulas_are_taken_away(tmp_path):
+    """``vilu labels`` and ``vilu review`` write them, so that no spreadsheet runs a name."""
+    (tmp_path / "-1.png").write_bytes(png(1))
+    columns = {"path": ["-1.png", "'b.png"], "label": ["=cat", "@dog"], "day": ["+1", "+1"]}
+    source = tmp_path / "labels.csv"
+    source.write_bytes(csv_bytes({name: pa.array(cells) for name, cells in columns.items()}))
+    dataset = open_dataset(source, where={"day": "+1"})
+    assert (listed(dataset), dataset.class_names) == ([("-1.png", 0), ("'b.png", 1)], ("=cat", "@dog"))
+    assert dataset.faults.kinds.tolist() == [FINE, MISSING]
 
 
 @pytest.mark.parametrize("name", ["names.csv", "names.parquet", "numbers.csv"])

@@ -36,7 +36,7 @@ from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
 from vilu.files.documents import digest
-from vilu.files.tables import csv_names, require_width
+from vilu.files.tables import as_written, csv_names, require_width
 from vilu.progress import track
 
 PATH: Final = ("path", "file", "filename", "image_path", "filepath")
@@ -426,6 +426,7 @@ def _read_csv(source: Path, selection: Selection) -> pa.Table:
         parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(column_types=types, include_columns=wanted),
     )
+    table = as_written(table, [name for name in wanted if name != caption])
     label = find_column(wanted, LABEL)
     if label is None or caption is not None:
         return table

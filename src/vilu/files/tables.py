@@ -130,6 +130,11 @@ def _replaced(table: pa.Table, names: Collection[str] | None, pattern: str, repl
     return table
 
 
+def as_written(table: pa.Table, names: Collection[str]) -> pa.Table:
+    """The table without the apostrophes that ``csv_bytes`` has put before texts in these columns."""
+    return _replaced(table, names, _DEFUSED, r"\1")
+
+
 def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Table, dict[str, object]]:
     """A Parquet or CSV table and its metadata (empty for CSV and for tables of other programs).
 
@@ -272,7 +277,7 @@ def _parse_csv(source: pa.NativeFile, text_columns: Collection[str]) -> pa.Table
             quoted_strings_can_be_null=False,
         ),
     )
-    return _replaced(table, text_columns, _DEFUSED, r"\1")
+    return as_written(table, text_columns)
 
 
 def _metadata(path: str | Path, table: pa.Table, *, marked: bool) -> dict[str, object]:
