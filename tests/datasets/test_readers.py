@@ -17,7 +17,7 @@ from tests.builders.image_files import (
 )
 from vilu.datasets import files
 from vilu.datasets.catalog import DATASETS, open_dataset
-from vilu.datasets.folder import FolderDataset
+from vilu.datasets.folder import FolderDataset, list_photos
 from vilu.errors import DataError, StorageError, UsageError
 
 PNG = encode(picture(size=(8, 8)), "PNG")
@@ -77,6 +77,10 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
     found = ", ".join(f"{n} {reason}" for reason, n in dataset.ignored.items())
     assert f"{root}: left out {found}. Put folders in place of links" in caplog.text
     assert dataset.class_names == ("a", "b")
+    caplog.clear()
+    assert [path for path, _ in list_photos(root)] == ["a/1.png", "a/linked.png", "beside.png"]
+    assert "2 linked_folder" in caplog.text
+    assert caplog.text.endswith("Put folders in place of links.\n")
 
 
 def test_formats_that_are_not_decoded_are_listed_so_that_they_count_as_errors(tmp_path):

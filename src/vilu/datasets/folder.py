@@ -103,11 +103,7 @@ class FolderDataset(ListedFiles):
             for part in parts:
                 self._list_part(part, {name: label for label, name in enumerate(raw or [])}, listing, task)
         self.fingerprint = listing.hexdigest()
-        found = ", ".join(f"{count} {reason}" for reason, count in self.ignored.items()) or "nothing"
-        if not self._paths:
-            raise DataError(f"no image in {root}. Found: {found}. Expected images, or one folder of images per class.")
-        if self.ignored.keys() - {"hidden", "not_image"}:
-            logger.warning("%s: left out %s. Put folders in place of links, images into class folders.", root, found)
+        _tell_of(self.ignored, root, None if self._paths else "images, or one folder of images per class")
 
     def _reader(self, path: str) -> Callable[[], bytes]:
         return partial(self._read, path)
@@ -149,10 +145,18 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
         for path, status in walk_images(root, ignored, Bounds(root)):
             found.append((path, OutsideError(OUT_OF_FOLDER) if status is None else status))
             task.advance(1)
-    if len(found) < least:
-        told = ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
-        raise DataError(f"no image in {root}. Found: {told}. Expected photos, in folders of any kind.")
+    _tell_of(ignored, root, None if len(found) >= least else "photos, in folders of any kind")
     return found
+
+
+def _tell_of(ignored: Counter[str], root: Path, expected: str | None) -> None:
+    """Refuse a folder without what was expected; else warn of what was passed over and may be missed."""
+    found = ", ".join(f"{count} {reason}" for reason, count in ignored.items()) or "nothing"
+    if expected is not None:
+        raise DataError(f"no image in {root}. Found: {found}. Expected {expected}.")
+    if ignored.keys() - {"hidden", "not_image"}:
+        more = ", images into class folders" if ignored["outside_class"] else ""
+        logger.warning("%s: left out %s. Put folders in place of links%s.", root, found, more)
 
 
 class PhotoFiles(ListedFiles):
