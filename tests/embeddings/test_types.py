@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tests.conftest import toy_embeddings
 from vilu.embeddings.memory import Embeddings, PairEmbeddings
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, UsageError
+from vilu.store.importing import import_arrays
 
 EYE = np.eye(3)
 
@@ -65,9 +68,21 @@ def test_columns_of_embeddings_are_brought_to_unit_norm_as_embeddings_are(name: 
     assert np.array_equal(data.column(name, torch.arange(3)).numpy(), units)
 
 
+def test_columns_of_which_more_than_the_direction_counts_are_not_scaled(tmp_path: Path) -> None:
+    features, projection = np.array([[1.0], [3e33], [1e-31]]), np.array([[1e-31, 2e-31], [1.0, 2.0], [3e33, 0.0]])
+    columns = {"features": features, "image_projection": projection}
+    np.savez(
+        tmp_path / "a.npz", image=EYE, text=EYE, class_names=list("abc"), logit_scale=100.0, logit_bias=0.0, **columns
+    )
+    for data in (Embeddings(EYE, EYE, columns=columns), import_arrays(tmp_path / "a.npz", tmp_path / "s")):
+        for name, values in columns.items():
+            assert np.array_equal(data.column(name, torch.arange(3)).numpy(), values.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("column", "message"),
     [
+        ({"features": np.full((3, 2), 1e39)}, "column 'features' has numbers that are not finite"),
         ({"features": np.ones((3, 2), complex)}, "features must hold real numbers. Got dtype complex128"),
         ({"features": np.array([["a"], ["b"], ["c"]])}, "features must hold real numbers. Got dtype <U1"),
         ({"features": np.array([[None]] * 3)}, "features must hold real numbers. Got dtype object"),

@@ -42,16 +42,20 @@ NUMPYS |= {torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torc
 """Types of torch that numpy has."""
 
 
-def as_matrix(values: ArrayLike | Tensor, name: str) -> Tensor:
-    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1."""
+def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> Tensor:
+    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1.
+
+    Rows whose numbers float32 has not are ``scaled`` where only their direction counts; else these become infinite.
+    """
     array = as_array(values, name)
     if array.dtype.kind not in "fiu":
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     if array.ndim != 2 or array.shape[1] == 0:
         raise DataError(f"{name} must be a matrix (rows, width). Got shape {array.shape} instead.")
-    if array.dtype.kind == "f" and array.dtype.itemsize > 4:
+    if scaled and array.dtype.kind == "f" and array.dtype.itemsize > 4:
         array = _within_float32(array, name)
-    array = array.astype(np.float32, copy=not array.flags.writeable)
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=not array.flags.writeable)
     return torch.from_numpy(np.ascontiguousarray(array))
 
 

@@ -70,7 +70,7 @@ def check_columns(
             )
         rows = array.reshape(-1, array.shape[-1])
         if name not in UNIT_NORM:
-            tensor = as_matrix(rows, name)
+            tensor = as_matrix(rows, name, scaled=False)
         elif array.shape[-1] == (width or array.shape[-1]):
             tensor = unit_rows(rows, name)[0] if name in IMAGE_COLUMNS else require_usable(rows, name)
         else:

@@ -216,7 +216,7 @@ class Given:
 
 def _usable(name: str, block: NDArray[Any]) -> tuple[Tensor, NDArray[np.uint8], Norms]:
     """Rows as they are stored, the worst status of each, and what the norms were."""
-    rows = as_matrix(block.reshape(-1, block.shape[-1]), name)
+    rows = as_matrix(block.reshape(-1, block.shape[-1]), name, scaled=name not in ANY_NORM)
     if name in ANY_NORM:
         finite = torch.isfinite(rows).all(dim=1).numpy()
         return rows, np.where(finite, VALID, NONFINITE).astype(np.uint8), Norms()
