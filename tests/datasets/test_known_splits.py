@@ -225,7 +225,7 @@ def test_entries_that_cannot_be_are_refused_by_file_and_number(tmp_path: Path, e
         (b"[" * 100_000, "cannot be read as JSON"),
         (b"[" + b"9" * 5000 + b"]", "cannot be read as JSON"),
         (b"[]", "expected an object of lists; found list"),
-        (b'{"train": [], "train": []}', "a name occurs twice in one object"),
+        (b'{"train": [], "train": []}', "a key stands twice in an object"),
         (b'{"train": {}}', "expected lists named train, val and test; found 'train': dict"),
         (b'{"trian": []}', "found 'trian'"),
         (b'{"train": [["a.jpg", 1, "a"]]}', "labels must be 0 to K - 1, each with images; 0 has none"),
@@ -235,8 +235,9 @@ def test_entries_that_cannot_be_are_refused_by_file_and_number(tmp_path: Path, e
 def test_files_that_are_no_list_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     home = make_tree("dtd", tmp_path, n=12)
     (home / LIST).write_bytes(content)
-    with pytest.raises(DataError, match=f"{LIST}: .*{message}"):
+    with pytest.raises(DataError, match=f"{LIST}: .*{message}") as told:
         open_known("dtd", tmp_path)
+    assert str(told.value).count("Mend it") == 1
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def read_json(
 
 def parse_json(content: bytes) -> dict[str, Any]:
     """A JSON object; a ValueError where it is none, a key stands twice, or a number is none or infinite."""
-    found = json.loads(content.decode(), object_pairs_hook=_each_once, parse_float=_finite, parse_constant=_no_number)
+    found = json.loads(content.decode(), object_pairs_hook=each_once, parse_float=_finite, parse_constant=_no_number)
     if b"\\ud" in content.lower():  # an escaped half of a character would be no text that can be written again
         json.dumps(found, ensure_ascii=False).encode()
     if not isinstance(found, dict):
@@ -138,7 +138,8 @@ def parse_json(content: bytes) -> dict[str, Any]:
     return found
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for ``json.loads``; ValueError where it names something twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key stands twice in an object")

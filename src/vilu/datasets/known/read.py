@@ -19,6 +19,7 @@ from vilu.datasets.files import ListingHash, portable_name, read_file, status_be
 from vilu.datasets.folder import ListedFiles
 from vilu.datasets.known.entry import SHOWN, Count, Place, Request, Survey
 from vilu.errors import DataError
+from vilu.files.documents import each_once
 from vilu.progress import Task, track
 
 Entry = tuple[str, int, stat_result | None]
@@ -211,7 +212,7 @@ class SplitLists:
 def read_json_object(file: Path) -> dict[str, object]:
     """The object in a JSON file, which names nothing twice."""
     try:
-        content = json.loads(read_file(file), object_pairs_hook=_each_once)
+        content = json.loads(read_file(file), object_pairs_hook=each_once)
     except (OSError, ValueError, RecursionError) as error:
         refuse(file, f"cannot be read as JSON: {error}")
     if not isinstance(content, dict):
@@ -226,13 +227,6 @@ def read_lines(file: Path) -> Iterator[str]:
     except (OSError, UnicodeDecodeError) as error:
         refuse(file, error)
     return (line.strip() for line in text.splitlines() if line.strip())
-
-
-def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        raise ValueError("a name occurs twice in one object")
-    return content
 
 
 def refuse(where: object, why: object) -> NoReturn:
@@ -253,8 +247,9 @@ def user_list(place: Place, file: str, images: str) -> Listing | None:
     path = place.find(file)
     if path is None:
         return None
+    lists = read_split_file(path)
     try:
-        return read_split_file(path).listing(place.folder, images, f"{file} of the user", binding=False)
+        return lists.listing(place.folder, images, f"{file} of the user", binding=False)
     except ValueError as error:
         refuse(path, error)
 
