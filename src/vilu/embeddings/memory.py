@@ -6,7 +6,6 @@ Shapes: N rows, K candidate texts, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 import torch
 from numpy.typing import ArrayLike
@@ -174,11 +173,6 @@ class PairEmbeddings(PairSource):
         self.ids = check_ids(ids, len(self.image))
         self._columns = check_columns(columns, len(self.image), len(self.text), self.image.shape[1])
         self.columns = frozenset(self._columns)
-
-    @cached_property
-    def usable_rows(self) -> Tensor:
-        """(N,) all rows, in the order of their pools."""
-        return self._order(torch.arange(len(self.image)))
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows of ``image``."""

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from vilu.device import as_usual
 from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
-from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least, require_one_of
+from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least
 
 Direction = Literal["image_to_text", "text_to_image"]
 
@@ -60,7 +60,6 @@ class Pools:
 
     def __post_init__(self) -> None:
         require_at_least("pool_size", self.size, 1)
-        require_one_of("direction", self.direction, get_args(Direction))
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise UsageError(f"near_duplicates must be a cosine in (0, 1]. Got {self.near_duplicates} instead.")
 
@@ -80,6 +79,11 @@ class PairSource(EmbeddingSource):
 
     class_names = None
     pools: Pools
+
+    @cached_property
+    def usable_rows(self) -> Tensor:
+        """(M,) positions of the usable pairs that fill pools, in the order of the pools."""
+        return self._order(self.pair_rows)
 
     @property
     def pair_rows(self) -> Tensor:
@@ -257,11 +261,6 @@ class PseudoCaptions(PairSource):
         self.target = torch.arange(len(self._row)) % self.pool_size
         n, anonymous = len(self._row), any(isinstance(source.ids, RowNumbers) for source in sources)
         self.ids = RowNumbers(n) if anonymous else PrefixedIds(self, names)
-
-    @cached_property
-    def usable_rows(self) -> Tensor:
-        """(M,) the rows in the order of their pools, without those that fill no last one."""
-        return self._order(torch.arange(len(self._row)))
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) image embeddings, from the sources."""

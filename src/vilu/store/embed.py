@@ -146,7 +146,10 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         ...     print(store.class_names, store.image_rows(torch.arange(3)).tolist())
         ('blue', 'green', 'red') [[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     """
-    _check_settings(batch_size, workers, max_error_rate, on_error)
+    require_at_least("batch_size", batch_size, 1)
+    require_at_least("workers", 1 if workers is None else workers, 1)
+    if not 0 <= max_error_rate <= 1:
+        raise UsageError(f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead.")
     if overwrite and shared:
         raise UsageError("processes that share a store cannot replace it: each would undo the others' work. Remove it.")
     root, strict = Path(output), on_error == "raise"
@@ -225,15 +228,6 @@ def _work(job: EmbedJob, executor: Executor | None, missing: Sequence[Part], don
         for receipt in executor.run(job, parts):
             n_errors += receipt.n_error
             progress.advance(receipt.n_in, f"{n_errors} errors")
-
-
-def _check_settings(batch_size: int, workers: int | None, max_error_rate: float, on_error: str) -> None:
-    require_at_least("batch_size", batch_size, 1)
-    require_at_least("workers", 1 if workers is None else workers, 1)
-    if not 0 <= max_error_rate <= 1:
-        raise UsageError(f"max_error_rate must be a share from 0 to 1. Got {max_error_rate} instead.")
-    if on_error not in {"skip", "raise"}:
-        raise UsageError(f"on_error must be 'skip' or 'raise'. Got {on_error!r} instead.")
 
 
 def _check_candidates(

@@ -124,7 +124,7 @@ def import_arrays(  # noqa: PLR0913 - one keyword per flag of the command
         run = _describe(
             given,
             EmbeddingSpace(given.width, scale, bias, backbone=model),
-            Imported(columns=shapes, ids=given.ids is not None, source=origin),
+            Imported(columns=shapes, ids="ids" in given.arrays, source=origin),
             split=split,
             dtype=dtype or ("float16" if given.image.dtype.str[1:] == "f2" else "float32"),
             part_size=part_size,
@@ -155,11 +155,6 @@ class Given:
     def image(self) -> StoredArray:
         """(N, D) embeddings."""
         return self.arrays["image"]
-
-    @property
-    def ids(self) -> StoredArray | None:
-        """(N,) identifiers."""
-        return self.arrays.get("ids")
 
     @property
     def width(self) -> int:
@@ -200,7 +195,7 @@ class Given:
             kept[name], found, norms = _usable(name, block)
             status = np.maximum(status, found)
             self.norms += norms
-        ids, ends = self.ids, (part.start, part.stop)
+        ids, ends = self.arrays.get("ids"), (part.start, part.stop)
         keys = list(map(str, range(*ends))) if ids is None else texts_of(ids.read(*ends), ids.place)
         labels = self.target[part.start : part.stop].tolist()
         for position, key, label, code in zip(range(part.start, part.stop), keys, labels, status, strict=True):

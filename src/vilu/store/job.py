@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -49,11 +49,19 @@ def forget_attempts(root: Path) -> None:
 
 
 class Marks:
-    """The marks of this process."""
+    """The marks of this process, which are gone after a block with it, unless the process dies in it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self.left: set[Part] = set()
+        self._left: set[Part] = set()
+
+    def __enter__(self) -> Marks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(StorageError):  # a mark too many costs a retry; the exception under way says more
+            for part in tuple(self._left):
+                self.end(part)
 
     def begin(self, part: Part) -> None:
         """Leave one."""
@@ -62,26 +70,14 @@ class Marks:
             path.parent.mkdir(exist_ok=True)
             with path.open("ab") as handle:
                 handle.write(b"x")
-        self.left.add(part)
+        self._left.add(part)
 
     def end(self, part: Part) -> None:
         """Take it away, and with it those of processes that died before this one came through."""
         path = self._root / part.attempts
         with or_refuse(f"write to {path.parent}"):
             path.unlink(missing_ok=True)
-        self.left.discard(part)
-
-
-@contextmanager
-def marking(root: Path) -> Iterator[Marks]:
-    """Marks that are gone after the block, unless the process dies in it."""
-    marks = Marks(root)
-    try:
-        yield marks
-    finally:
-        with suppress(StorageError):  # a mark too many costs a retry; the exception under way says more
-            for part in tuple(marks.left):
-                marks.end(part)
+        self._left.discard(part)
 
 
 def give_up(run: Run, part: Part, dataset: ImageDataset, *, listing: bool) -> PartRows:
@@ -190,7 +186,7 @@ class EmbedJob:
         workers = self.workers or default_workers()
         sources: dict[int, str] = {}
         with (
-            marking(self.root) as marks,
+            Marks(self.root) as marks,
             in_threads(decoder, self._items(parts, marks, sources), workers, self.batch_size + workers) as outcomes,
         ):
             for part in parts:
@@ -214,7 +210,7 @@ class EmbedJob:
             yield END
 
     def _give_up(self, part: Part, deaths: int) -> Receipt:
-        with marking(self.root) as marks:
+        with Marks(self.root) as marks:
             marks.begin(part)
             source = self.ledger.source(part)
             content = give_up(self.run, part, self.dataset, listing=deaths == MAX_ATTEMPTS)

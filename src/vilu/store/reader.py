@@ -134,13 +134,6 @@ class Sealed(Reopened):
         """Keys of some rows, ascending, by default of all."""
         return PartStrings(self.rows.starts, partial(self.metadata, "key"), rows)
 
-    def bad_images(self) -> Iterator[tuple[str, str]]:
-        """Key and kind of every image without a row."""
-        for part, n_error in zip(self.parts, self.n_errors, strict=True):
-            if n_error:
-                table = read_columns(self.files(part.errors), ERRORS, ["key", "kind"], n_error)
-                yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
-
     def identities(self, by: Identity, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
         """(M,) hashes of keys, or of pictures (and captions), each part of the rows read once."""
         order = np.argsort(rows, kind="stable")
@@ -257,7 +250,10 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
 
     def bad_images(self) -> Iterator[tuple[str, str]]:
         """Key of every image that has no row, and what was wrong with it ("truncated", "bomb", ...)."""
-        return self._sealed.bad_images()
+        for part, n_error in zip(self._sealed.parts, self._sealed.n_errors, strict=True):
+            if n_error:
+                table = read_columns(self._sealed.files(part.errors), ERRORS, ["key", "kind"], n_error)
+                yield from zip(table["key"].to_pylist(), table["kind"].to_pylist(), strict=True)
 
     def _read_targets(self, part: Part) -> NDArray[np.int64]:
         labels: pa.Array = self._sealed.metadata("label", part.number)
@@ -295,7 +291,9 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
         if not self.manifest.captions:
             raise DataError(f"{path} has classes and no captions. Open it with vilu.EmbeddingStore.")
         sealed.require_seal(not self.manifest.classes)
-        chosen = None if fold is None else _rows_of_fold(sealed, fold)
+        counts = np.diff(sealed.rows.starts).tolist()
+        files = ((sealed.files(part.metadata), n) for part, n in zip(sealed.parts, counts, strict=True))
+        chosen = None if fold is None else rows_of_fold(files, ("caption",), fold, len(sealed.rows))
         super().__init__(sealed.path, sealed.rows, (IMAGE, CAPTION), self.manifest.space, pools or Pools(), chosen)
         # of the pictures: to a caption that asks for its picture they would tell which one it is
         kept = frozenset(self.manifest.arrays) - {IMAGE, CAPTION}
@@ -305,9 +303,3 @@ class CaptionStore(Reopened, StoredRows, MappedPairs):
     def column(self, name: str, index: Tensor) -> Tensor:
         """Column ``name`` of the images: rows of it, gathered from the parts."""
         return self._take(name, index) if name in self.columns else super().column(name, index)
-
-
-def _rows_of_fold(sealed: Sealed, fold: Fold) -> NDArray[np.int64]:
-    counts = np.diff(sealed.rows.starts).tolist()
-    files = ((sealed.files(part.metadata), n_rows) for part, n_rows in zip(sealed.parts, counts, strict=True))
-    return rows_of_fold(files, ("caption",), fold, len(sealed.rows))
