@@ -34,30 +34,22 @@ def quiet() -> Iterator[None]:
     What loaders only warn of (weights that are missing or do not fit) vilu checks itself and raises.
     """
     root, disabled = logging.getLogger(), logging.root.manager.disable
+    bars = sys.modules.get("transformers.utils.logging")
+    shown = bars is not None and bars.is_progress_bar_enabled()
     handler = logging.NullHandler()  # on a root without any, open_clip's logging.info() would leave one behind
     root.addHandler(handler)
     logging.disable(max(disabled, logging.WARNING))
     try:
-        with warnings.catch_warnings(), _no_progress_bars():
+        if bars is not None and shown:
+            bars.disable_progress_bar()
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(disabled)
-        root.removeHandler(handler)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """Switch off the bars of transformers, if it is imported."""
-    bars = sys.modules.get("transformers.utils.logging")
-    shown = bars is not None and bars.is_progress_bar_enabled()
-    if bars is not None and shown:
-        bars.disable_progress_bar()
-    try:
-        yield
-    finally:
         if bars is not None and shown:
             bars.enable_progress_bar()
+        logging.disable(disabled)
+        root.removeHandler(handler)
 
 
 @contextmanager

@@ -69,7 +69,13 @@ def prompt_texts(backbone: Backbone, names: Sequence[str], templates: Sequence[s
     if not names:
         raise DataError("at least one class name is needed. Got none.")
     check_class_names(names, len(names))
-    _check_templates(templates)
+    if isinstance(templates, str):
+        raise UsageError(f"templates must be a list of templates. Got the text {templates!r} instead.")
+    if not templates:
+        raise UsageError("at least one template is needed, such as 'a photo of a {}.'. Got none.")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise UsageError(f"a template must have exactly one {{}} for the class name. Got {template!r} instead.")
     place = {name: i for i, name in enumerate(dict.fromkeys(names))}  # each once: a batch may round it otherwise
     encode = backbone.encode_prompts if isinstance(backbone, DualEncoder) else backbone.encode_texts
     rows = encode(fill_templates(tuple(place), templates)).view(len(place), len(templates), -1)
@@ -84,16 +90,6 @@ def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[str]:
 def named_templates(given: Sequence[str]) -> tuple[str, ...]:
     """Templates, where the names of sets stand for the templates in them."""
     return tuple(template for name in given for template in TEMPLATES.get(name, (name,)))
-
-
-def _check_templates(templates: Sequence[str]) -> None:
-    if isinstance(templates, str):
-        raise UsageError(f"templates must be a list of templates. Got the text {templates!r} instead.")
-    if not templates:
-        raise UsageError("at least one template is needed, such as 'a photo of a {}.'. Got none.")
-    for template in templates:
-        if template.count("{}") != 1:
-            raise UsageError(f"a template must have exactly one {{}} for the class name. Got {template!r} instead.")
 
 
 def _warn_of_near_duplicates(text: Tensor, names: Sequence[str]) -> None:

@@ -415,8 +415,4 @@ def caption_readers(captions: pa.Array | None, start: int, stop: int) -> Iterato
     """``ImageRecord.caption`` of rows start ... stop - 1 of a column of bytes; None for each where there is none."""
     if captions is None:
         return repeat(None, max(stop - start, 0))
-    return (partial(_read_cell, cell) for cell in captions[start:stop])
-
-
-def _read_cell(cell: pa.Scalar) -> str:
-    return decode_caption(cell.as_py())
+    return (partial(decode_caption, cell.as_py()) for cell in captions[start:stop])

@@ -118,10 +118,7 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
     classes, outside = selection.classes, selection.outside
     name = find_column(table.column_names, LABEL)
     raw = _names_in_schema(table.schema, name, source)
-    if name is None:
-        unknown = np.full(len(table), UNKNOWN, dtype=np.int32)
-        return _Labels(unknown, class_table(raw, classes, by_position=True, outside=outside))
-    column = table[name].combine_chunks()
+    column = pa.nulls(len(table)) if name is None else table[name].combine_chunks()
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     types = pa.types

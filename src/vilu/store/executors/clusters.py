@@ -234,7 +234,9 @@ class _Action:
     def check(self, arrived: int, expected: int) -> None:
         """Make sure that all is well at the end."""
         if self._error is not None:
-            raise StorageError(f"Spark gave up: {_reason(self._error)} Finished parts are kept.") from self._error
+            lines = str(self._error).strip().splitlines() or [type(self._error).__name__]
+            reason = next((line for line in lines if "SparkException" in line), lines[0])  # of a long stack trace
+            raise StorageError(f"Spark gave up: {reason} Finished parts are kept.") from self._error
         if arrived != expected:
             raise StorageError(f"Spark ended with {arrived} receipts for {expected} parts. Finished parts are kept.")
 
@@ -243,12 +245,6 @@ class _Action:
         if self._thread.is_alive():
             self._context.cancelJobGroup(self._group)
             self._thread.join()
-
-
-def _reason(error: Exception) -> str:
-    """The line of Spark's stack trace that says something."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return next((line for line in lines if "SparkException" in line), lines[0])
 
 
 class _Outcomes:

@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from vilu.errors import StorageError, UsageError, ViLUError
+from vilu.errors import StorageError, UsageError, ViLUError, require_at_least
 from vilu.store.documents import Receipt
 from vilu.store.job import EmbedJob
 from vilu.store.mapped import cores
@@ -80,8 +80,7 @@ def _pack(error: Exception) -> bytes:
 
 def check_processes(processes: int | None) -> int | None:
     """The number of processes, or None for the executor's own choice."""
-    if processes is not None and processes < 1:
-        raise UsageError(f"processes must be at least 1. Got {processes} instead.")
+    require_at_least("processes", 1 if processes is None else processes, 1)
     return processes
 
 
