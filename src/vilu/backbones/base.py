@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import StorageError
-from vilu.files.disk import atomic_write, cache_folder, make_folder
+from vilu.files.disk import cache_folder, make_folder, write_bytes
 from vilu.progress import Silence, track
 
 logger = logging.getLogger(__name__)
@@ -186,8 +186,7 @@ def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
     if found.numel() <= MOST_KEPT:
         try:
             make_folder(path.parent)
-            with atomic_write(path) as file:
-                file.write(save({"rows": found}, {"sha256": _hash(found)}))
+            write_bytes(path, save({"rows": found}, {"sha256": _hash(found)}))
         except StorageError as error:
             logger.debug("%s is not kept: %s", path, error)  # the next process makes it again
     return found

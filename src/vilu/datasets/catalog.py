@@ -90,10 +90,8 @@ def open_dataset(  # noqa: PLR0913 - one keyword per flag of the command
     else:
         images = open_known(dataset, source, split=split, raw_names=raw_names, classes=classes, outside=tuple(outside))
     images = WithOutside(images, outside) if outside else images
-    return images if limit is None else _first(images, limit)
-
-
-def _first(images: ImageDataset, limit: int) -> ImageDataset:
+    if limit is None:
+        return images
     require_at_least("--limit", limit, 1)
     if isinstance(images, ShardedDataset):
         raise UsageError("--limit cannot be had of tar files, whose images are not counted before. Give fewer shards.")

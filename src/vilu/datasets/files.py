@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Final
 
-from vilu.errors import StorageError
+from vilu.files.disk import or_refuse
 
 MAX_FILE_BYTES: Final = 64 * 2**20  # larger files are not read at all
 
@@ -169,15 +169,9 @@ def _hidden(entry: os.DirEntry[str]) -> bool:
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Entries of a folder; a folder's name sorts with its slash, so that a walk is in byte order of whole paths."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                entries, key=lambda e: os.fsencode(e.name) + (b"/" if e.is_dir(follow_symlinks=False) else b"")
-            )
-    except OSError as error:
-        raise StorageError(
-            f"cannot list the folder {folder}: {error}. Mend its permissions or leave it out."
-        ) from error
+    hint = "Mend its permissions or leave it out."
+    with or_refuse(f"list the folder {folder}", hint), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda e: os.fsencode(e.name) + (b"/" if e.is_dir(follow_symlinks=False) else b""))
 
 
 class ListingHash:

@@ -20,7 +20,8 @@ from vilu.datasets.classes import class_table
 from vilu.datasets.files import MAX_FILE_BYTES, MISSING, SUFFIXES, ListingHash, portable_name, stays_below, subfolders
 from vilu.datasets.images import MAX_CAPTION_BYTES, BadImage, Kind, Stage, decode_caption
 from vilu.datasets.tar_members import Member, members
-from vilu.errors import OUTSIDE, DataError, StorageError, UsageError
+from vilu.errors import OUTSIDE, DataError, UsageError
+from vilu.files.disk import or_refuse
 
 IMAGES: Final = frozenset(suffix.removeprefix(".") for suffix in SUFFIXES)
 CAPTION: Final = "txt"
@@ -325,11 +326,8 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
 
 
 def _in_folder(folder: Path) -> list[Path] | None:
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
-    except OSError as error:
-        raise StorageError(f"cannot list the folder {folder}: {error}. Mend its permissions.") from error
+    with or_refuse(f"list the folder {folder}", "Mend its permissions."), os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
     shards = sorted((name for name in names if name.lower().endswith(SUFFIX)), key=os.fsencode)
     images = next((name for name in names if name.lower().endswith(SUFFIXES)), None)
     others = [] if not shards else subfolders(folder) if images is None else [images]

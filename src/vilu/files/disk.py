@@ -211,7 +211,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_write(path) as handle:
+        handle.write(content)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write UTF-8 atomically."""
-    with atomic_write(path) as handle:
-        handle.write(text.encode())
+    write_bytes(path, text.encode())

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import LOG, atomic_write, or_refuse
+from vilu.files.disk import LOG, or_refuse, write_bytes
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -212,9 +212,7 @@ def write_json(path: str | os.PathLike[str], value: Mapping[str, object], seal: 
     what = f"cannot write {path}: its content"
     plain = json.loads(plain_json({key: part for key, part in value.items() if key != seal}, what))
     plain[seal] = digest(plain)
-    content = plain_json(plain, what, indent=2) + b"\n"
-    with atomic_write(path) as handle:
-        handle.write(content)
+    write_bytes(path, plain_json(plain, what, indent=2) + b"\n")
     return str(plain[seal])
 
 

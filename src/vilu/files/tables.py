@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError
-from vilu.files.disk import atomic_write, or_refuse
+from vilu.files.disk import or_refuse, write_bytes
 from vilu.files.documents import SCHEMA_VERSION, SEAL, digest, parse_json, plain_json, say_unsealed
 
 if TYPE_CHECKING:
@@ -32,13 +32,8 @@ _DEFUSED = r"^'('*[=+\-@\t\r])"
 
 def write_table(path: str | Path, columns: Mapping[str, pa.Array], metadata: Mapping[str, object]) -> None:
     """Write columns of one length atomically, as Parquet (with the metadata in its schema) or CSV (without)."""
-    if table_suffix(path) == ".parquet":
-        content = parquet_bytes(columns, metadata)
-        with atomic_write(path) as handle:
-            handle.write(content)
-        return
-    with atomic_write(path) as handle:
-        handle.write(csv_bytes(columns))
+    is_parquet = table_suffix(path) == ".parquet"
+    write_bytes(path, parquet_bytes(columns, metadata) if is_parquet else csv_bytes(columns))
 
 
 def csv_bytes(columns: Mapping[str, pa.Array]) -> bytes:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Generic, Protocol, TypeVa
 from pydantic import Field
 
 from vilu.errors import DataError, ProvenanceError, StorageError, UsageError, ViLUError
-from vilu.files.disk import LOG, MANIFEST, RUN, TEMPORARY, atomic_write, file_hash, is_leftover, locked, or_refuse
+from vilu.files.disk import LOG, MANIFEST, RUN, TEMPORARY, file_hash, is_leftover, locked, or_refuse, write_bytes
 from vilu.files.documents import Document, Model, digest, parse_json, read_bounded, read_document
 from vilu.files.places import claim_folder, entries, require_no_others
 from vilu.progress import Silence, track
@@ -257,8 +257,7 @@ class Ledger(ABC, Generic[P, R]):
 
 def write_hashed(path: Path, payload: bytes) -> FileInfo:
     """Write a file atomically; its size and hash are of what was meant to be written."""
-    with atomic_write(path) as handle:
-        handle.write(payload)
+    write_bytes(path, payload)
     return FileInfo(bytes=len(payload), sha256=hashlib.sha256(payload).hexdigest())
 
 

@@ -200,7 +200,5 @@ def _stacked(images: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
 
 def _unit(rows: Tensor, kind: str) -> tuple[Tensor, NDArray[np.uint8]]:
     """Rows (B, D), or (B, V, D) of several views, of unit norm, and the worst status of each image."""
-    if rows.ndim != 3:
-        return unit_rows(rows, kind)
-    each, status = zip(*(unit_rows(view.contiguous(), kind) for view in rows.unbind(1)), strict=True)
-    return torch.stack(each, dim=1), np.maximum.reduce(status)
+    each, status = unit_rows(rows.flatten(0, -2), kind)
+    return each.view(rows.shape), status.reshape(len(rows), -1).max(axis=1)

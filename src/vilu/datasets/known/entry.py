@@ -10,7 +10,8 @@ from typing import Annotated, Final, Protocol, runtime_checkable
 from pydantic import Field, InstanceOf, PositiveInt
 
 from vilu.datasets.base import ImageDataset
-from vilu.errors import DataError, StorageError, UsageError
+from vilu.errors import DataError, UsageError
+from vilu.files.disk import or_refuse
 
 SHOWN: Final = 5  # missing files that are named
 
@@ -179,13 +180,11 @@ def find_place(entry: KnownDataset, root: Path, *, named: bool) -> Place | None:
     """
     if not root.is_dir():
         raise UsageError(f"{root} is no folder. Give the folder that holds the data sets, or a data set's own.")
-    try:
+    with or_refuse(f"look into {root}", "Mend its permissions."):
         for parts in _candidates(entry, root, named):
             folder = root.joinpath(*parts)
             if folder.is_dir() and any(next(folder.glob(mark), None) is not None for mark in entry.marks):
                 return Place(entry, folder, tuple(root.joinpath(*parts[:n]) for n in reversed(range(len(parts)))))
-    except OSError as error:
-        raise StorageError(f"cannot look into {root}: {error.strerror or error}. Mend its permissions.") from error
     return None
 
 
