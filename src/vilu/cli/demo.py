@@ -16,7 +16,7 @@ from vilu.datasets.catalog import open_dataset
 from vilu.datasets.images import decode_image
 from vilu.decision.score import score
 from vilu.errors import DataError, MissingModelError
-from vilu.files.disk import atomic_write, file_hash, make_folder, write_text
+from vilu.files.disk import file_hash, make_folder, write_bytes, write_text
 from vilu.files.documents import digest
 from vilu.files.places import claim_folder, made
 from vilu.metrics import risk_at_coverage
@@ -180,8 +180,7 @@ def write_folder(photos: Path, output: Path, seed: int) -> None:
     for row in chosen.tolist():
         record = records[row]
         name = f"{Path(record.key).stem}.jpg"
-        with atomic_write(folder / name) as handle:
-            handle.write(record.read())
+        write_bytes(folder / name, record.read())
         labels.append(f"{name},{PROMPT_NAMES[record.label or 0]}")
     write_text(output / "classes.txt", "\n".join(PROMPT_NAMES) + "\n")
     write_text(output / "labels.csv", "\n".join(["path,label", *labels[:LABELLED]]) + "\n")

@@ -19,7 +19,7 @@ from vilu.decision.shares import Strata, bears_out
 from vilu.decision.thresholds import tail
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError
-from vilu.files.disk import atomic_write, file_hash
+from vilu.files.disk import file_hash, write_bytes
 from vilu.files.documents import Document, digest, read_document, vouched
 from vilu.files.tables import parquet_bytes
 from vilu.outcomes.outcomes import Outcomes
@@ -87,8 +87,7 @@ def _in_words(found: dict[str, Any]) -> str:
 def save(folder: Path, rows: Outcomes, **fields: object) -> Record:
     """Write the calibration rows, and the record that vouches for them last."""
     content = parquet_bytes(*rows.table())
-    with atomic_write(folder / ROWS) as handle:
-        handle.write(content)
+    write_bytes(folder / ROWS, content)
     record = Record.model_validate({**fields, "rows_sha256": hashlib.sha256(content).hexdigest()})
     record.write(folder / RISK)
     return record

@@ -23,7 +23,7 @@ from vilu.embeddings.source import Batch
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, UsageError
 from vilu.extras import import_extra, quiet
-from vilu.files.disk import atomic_write
+from vilu.files.disk import write_bytes
 from vilu.files.places import claim_file
 from vilu.predictors.base import FailurePredictor, NotExportable
 from vilu.predictors.catalogue import PREDICTORS
@@ -153,8 +153,7 @@ def export_onnx(folder: str | Path, path: str | Path) -> float:
     run = runner(content)
     found = ((trial, *run(trial)) for trial in trials(predictor, SIZES))
     worst = largest_difference(predictor, found)
-    with atomic_write(path) as handle:
-        handle.write(content)
+    write_bytes(path, content)
     return worst
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ProvenanceError, StorageError
-from vilu.files.disk import atomic_write, make_folder, or_refuse
+from vilu.files.disk import make_folder, or_refuse, write_bytes, write_text
 from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, explain, parse_json, plain_json, read_json, write_json
 from vilu.files.places import claim_folder, made
 from vilu.predictors.card import Described, model_card
@@ -71,8 +71,7 @@ def save(predictor: Saved, folder: str | Path) -> str:
     make_folder(path)
     if not (same and "calibrator" in record):
         _drop_calibration(path)
-    with atomic_write(path / WEIGHTS) as handle:
-        handle.write(weights)
+    write_bytes(path / WEIGHTS, weights)
     write_card(path, {**record, FINGERPRINT: digest(record)}, predictor, None)
     return write_json(path / PREDICTOR, record, seal=FINGERPRINT)
 
@@ -205,8 +204,7 @@ def fit_fingerprint(folder: str | Path) -> str:
 
 def write_card(path: Path, record: dict[str, Any], predictor: Saved, risk: dict[str, Any] | None) -> None:
     """The card, with the guarantee of a calibration."""
-    with atomic_write(path / CARD) as handle:
-        handle.write(model_card(record, predictor, risk).encode())
+    write_text(path / CARD, model_card(record, predictor, risk))
 
 
 class _Notes(BaseModel):

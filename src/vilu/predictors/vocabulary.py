@@ -18,7 +18,7 @@ from vilu.embeddings.columns import IMAGE_COLUMNS, check_columns
 from vilu.embeddings.source import EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError
-from vilu.files.disk import atomic_write, or_refuse
+from vilu.files.disk import or_refuse, write_bytes
 from vilu.files.documents import digest, parse_json, plain_json
 from vilu.predictors.record import RECALIBRATE, VOCABULARY, VOCABULARY_KEY
 
@@ -59,8 +59,7 @@ class Vocabulary:
         }
         metadata = {VOCABULARY_KEY: plain_json(said | {"digest": digest(said)}).decode()}
         plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with atomic_write(folder / VOCABULARY) as handle:
-            handle.write(safetensors_torch.save(plain, metadata))
+        write_bytes(folder / VOCABULARY, safetensors_torch.save(plain, metadata))
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vilu.errors import MissingModelError
-from vilu.files.disk import atomic_write
+from vilu.files.disk import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Figure  # noqa: PLC0414 - others take it from here
@@ -79,8 +79,7 @@ def save(figure: Figure, path: Path) -> None:
     drawn, metadata = io.BytesIO(), {".svg": {"Date": None}, ".png": {"Software": None}}
     with house_style():
         figure.savefig(drawn, format=path.suffix.removeprefix("."), dpi=DPI, metadata=metadata.get(path.suffix))
-    with atomic_write(path) as handle:
-        handle.write(adapting(drawn.getvalue()) if path.suffix == ".svg" else drawn.getvalue())
+    write_bytes(path, adapting(drawn.getvalue()) if path.suffix == ".svg" else drawn.getvalue())
 
 
 def adapting(svg: bytes) -> bytes:

@@ -22,7 +22,7 @@ from starlette.requests import ClientDisconnect
 
 from vilu.datasets.images import sniff
 from vilu.errors import DataError, UsageError
-from vilu.files.disk import atomic_write, make_folder
+from vilu.files.disk import make_folder, write_bytes
 from vilu.files.documents import plain_json
 from vilu.service.limits import PROBLEM, WORK, ClientLimits, Gate, Refused, Room, problem
 from vilu.service.measures import Measures
@@ -370,8 +370,7 @@ def _keep(folder: Path, images: Sequence[bytes], replies: Sequence[Reply]) -> No
     for content, reply in zip(images, replies, strict=True):
         if reply.answer.label is not None:
             suffix = (sniff(content) or "bin").lower()
-            with atomic_write(folder / f"{reply.row}.{suffix}") as handle:
-                handle.write(content)
+            write_bytes(folder / f"{reply.row}.{suffix}", content)
 
 
 def _json(value: object) -> Response:

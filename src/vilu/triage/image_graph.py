@@ -13,7 +13,7 @@ from vilu.backbones.base import ROUNDING, Backbone
 from vilu.decision.calibrate import Selector
 from vilu.errors import DataError
 from vilu.extras import import_extra
-from vilu.files.disk import atomic_write
+from vilu.files.disk import write_bytes
 from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, inputs_of
 from vilu.predictors.base import NotExportable
@@ -123,8 +123,7 @@ def export_image_graph(
         why = str(error.__cause__ or error).strip().split("\n")[0]
         raise NotExportable(f"{guard.backbone.space.backbone} cannot be written as ONNX: {why} {ALONE}") from error
     worst = _check(guard, graph, content, trials)
-    with atomic_write(path) as handle:
-        handle.write(content)
+    write_bytes(path, content)
     return worst
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from vilu.decision.score import ACCEPT
 from vilu.decision.shares import OUTSIDE_NAME
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, UsageError
-from vilu.files.disk import atomic_write, make_folder, or_refuse
+from vilu.files.disk import make_folder, or_refuse, write_bytes
 from vilu.files.documents import plain_json, read_document
 from vilu.files.tables import csv_bytes, csv_rows
 from vilu.outcomes.outcomes import Outcomes
@@ -286,8 +286,7 @@ def write_new(path: Path, content: bytes) -> None:
     with or_refuse(f"read {path}"):
         if path.exists() and (not path.is_file() or path.read_bytes() != bytes(content)):
             raise UsageError(f"{path} is there and holds something else, so it is left alone. Give another file.")
-    with atomic_write(path) as handle:
-        handle.write(content)
+    write_bytes(path, content)
 
 
 def read_done(path: Path) -> tuple[dict[str, str], dict[str, str]]:

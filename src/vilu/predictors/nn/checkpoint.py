@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import DataError, ProvenanceError, UsageError
-from vilu.files.disk import LOCK, TEMPORARY, atomic_write, locked, make_folder, or_refuse, write_text
+from vilu.files.disk import LOCK, TEMPORARY, locked, make_folder, or_refuse, write_bytes, write_text
 from vilu.files.documents import digest, read_json, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
@@ -95,8 +95,7 @@ class FolderKeeper(Keeper):
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in found.tensors.items()}
         weights = safetensors_torch.save(tensors)
         make_folder(self.folder)
-        with atomic_write(self.folder / f"{name}.safetensors") as handle:
-            handle.write(weights)
+        write_bytes(self.folder / f"{name}.safetensors", weights)
         record = {
             "schema": SCHEMA,
             "binding": self.binding,
