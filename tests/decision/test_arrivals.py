@@ -98,6 +98,29 @@ def test_names_that_come_every_day_are_other_rows_where_scores_are_tied(calibrat
             assert monitor.update(known).rows == n
 
 
+def test_a_file_that_has_grown_counts_once_where_every_score_is_that_of_several_rows(
+    calibration: vilu.Outcomes, tmp_path: Path
+) -> None:
+    """Names are unique, so that a row whose name came before is an old one: rows, and labels, also from a state."""
+
+    def rounded(rows: vilu.Outcomes) -> vilu.Outcomes:
+        return dataclasses.replace(rows, uncertainty=rows.uncertainty.round(1))
+
+    rows, coarse = rounded(draw(1, 600, labelled=True)), rounded(calibration)
+    whole, parts = monitor_of(coarse), monitor_of(coarse)
+    expected = whole.update(rows)
+    parts.update(rows.take(np.arange(400)))
+    parts = save_and_resume(parts, coarse, tmp_path / "state.parquet")
+    with pytest.warns(UserWarning, match="400 of 600 rows were monitored before"):
+        assert parts.update(rows) == expected
+    with pytest.warns(UserWarning, match="labels were given before"):
+        assert parts.audit(rows).audit == expected.audit
+    late = monitor_of(coarse)
+    late.audit(rows.take(np.arange(400)))
+    with pytest.warns(UserWarning, match="labels were given before"):
+        assert late.audit(rows).audit == expected.audit
+
+
 def joined(one: vilu.Outcomes, other: vilu.Outcomes) -> vilu.Outcomes:
     columns = ("uncertainty", "failure", "prediction", "target", "outside")
     both = {name: (getattr(one, name), getattr(other, name)) for name in columns}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vilu.decision.martingale import grouped, in_blocks, rising
-from vilu.embeddings.checks import hash_of_each
+from vilu.embeddings.checks import hash_names, hash_of_each
 from vilu.errors import UNKNOWN, DataError, ProvenanceError
 from vilu.metrics.counts import Ints
 from vilu.outcomes.outcomes import Outcomes
@@ -21,9 +21,9 @@ FEW_DISTINCT: Final = 16
 
 
 class Seen:
-    """Rows that were taken in, as 64-bit hashes, 8 bytes each, in sorted runs of falling length.
+    """Rows that were taken in, and their names, as 64-bit hashes, 8 bytes each, in sorted runs of falling length.
 
-    Of n rows and as many others one is mistaken with a probability of n^2 / 2^64: at 10^8 rows, one in 2,000.
+    Of n rows one is mistaken for another, or for a name, with a probability of n^2 / 2^64: at 10^8 rows, one in 2,000.
     """
 
     def __init__(self) -> None:
@@ -65,13 +65,14 @@ class Seen:
             )
             hashes = hash_of_each(rows).view(np.int64)
             first = np.isin(np.arange(n), np.unique(hashes, return_index=True)[1])
-            known = self._holds(hashes)
-            if known.any() and not known.all():  # a score that many rows have comes with the same name by chance, too
+            names, known = hash_names(outcomes.ids).view(np.int64), self._holds(hashes)
+            # a score that many rows have comes with the same name by chance, too, where names come with other scores
+            if known.any() and not known.all() and not np.array_equal(self._holds(names), known):
                 _, place, count = np.unique(numbers[:, :2], axis=0, return_inverse=True, return_counts=True)
                 tied = count[place.ravel()] > 1
                 alone, shared = np.bincount(tied, known, minlength=2) / np.bincount(tied, minlength=2).clip(1)
                 known &= ~tied | (10 * alone >= shared)
-            return hashes, first & ~known
+            return np.concatenate([hashes, names]), first & ~known
         if len(np.unique(outcomes.uncertainty)) < FEW_DISTINCT:
             return np.empty(0, np.int64), np.ones(n, dtype=np.bool_)
         whole = hash_of_each([np.ascontiguousarray(numbers[np.lexsort(numbers.T)]).tobytes()]).view(np.int64)
