@@ -20,6 +20,7 @@ from vilu.decision.shares import (
 )
 from vilu.decision.thresholds import (
     METHODS,
+    Point,
     accepted_needed,
     coverage_first,
     rows_for_coverage,
@@ -316,64 +317,24 @@ def calibrate(
     check_target(max_risk, min_coverage, confidence, method)
     check_stated(outside_share, class_shares, max_risk, method, grouped=groups is not None)
     keep = evaluable(outcomes)
-    if max_risk is not None and (outside_share is not None or class_shares is not None):
-        shares = outside_share, None if class_shares is None else dict(class_shares)
-        return _reweighted(outcomes.take(keep), max_risk, min_coverage, confidence, shares)
-    uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
-    goal = _Goal(max_risk, min_coverage, method)
-    members = members_of(_names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest)
-    delta = (1 - confidence) / len(members)
-    certificates = {
-        name: goal.certify(tie_counts(uncertainty[rows], failure[rows]), delta) for name, rows in members.items()
-    }
+    goal, shares = _Goal(max_risk, min_coverage, method), None if class_shares is None else dict(class_shares)
+    if outside_share is not None or shares is not None:
+        certificates = {ALL: goal.certify_shares(outcomes.take(keep), outside_share, shares, 1 - confidence)}
+    else:
+        uncertainty, failure = outcomes.uncertainty[keep], outcomes.failure[keep]
+        members = members_of(_names(outcomes, groups, keep), len(failure), 1 - confidence, goal.fewest)
+        delta = (1 - confidence) / len(members)
+        found = {name: goal.certify(tie_counts(uncertainty[at], failure[at]), delta) for name, at in members.items()}
+        certificates = goal.all_or_none(found)
     return Selector(
         method=method,
         max_risk=max_risk,
         min_coverage=min_coverage,
         confidence=confidence,
         grouped_by=None if groups is None else "prediction" if isinstance(groups, str) else "groups",
-        certificates=goal.all_or_none(certificates),
-    )
-
-
-def _reweighted(
-    rows: Outcomes,
-    max_risk: float,
-    min_coverage: float | None,
-    confidence: float,
-    shares: tuple[float | None, dict[str, float] | None],
-) -> Selector:
-    """``calibrate`` for stated shares."""
-    strata, delta, wrong = Strata(rows, *shares), 1 - confidence, rows.failure == 1
-    require_every_class(rows, shares[1])
-    point = None
-    if not strata.lacking(max_risk, delta):
-        value, point = weighted_learn_then_test(rows.uncertainty, wrong, strata.weight, max_risk, delta)
-    if point is None:
-        one = _nothing(len(rows), *why_nothing(strata, max_risk, delta))
-    else:
-        floor = float(value[point.floor]) if point.floor >= 0 else None
-        inside = (rows.uncertainty <= value[point.index]) & (rows.uncertainty > (-np.inf if floor is None else floor))
-        coverage = float(strata.weight[inside].sum()) / len(rows)
-        if min_coverage is not None and coverage < min_coverage - 1e-9:  # weights are rounded
-            one = _nothing(len(rows), _too_little(coverage, min_coverage))
-        else:
-            one = Certificate(
-                threshold=float(value[point.index]),
-                n=len(rows),
-                n_accepted=int(np.count_nonzero(inside)),
-                n_wrong=int(np.count_nonzero(inside & wrong)),
-                risk_bound=max_risk,
-                floor=floor,
-            )
-    return Selector(
-        method="ltt",
-        max_risk=max_risk,
-        min_coverage=min_coverage,
-        confidence=confidence,
-        certificates={ALL: one},
-        outside_share=shares[0],
-        class_shares=shares[1],
+        certificates=certificates,
+        outside_share=outside_share,
+        class_shares=shares,
     )
 
 
@@ -449,6 +410,19 @@ def members_of(names: list[str] | None, n: int, delta: float, fewest: Callable[[
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
+def _certificate(counts: TieCounts, point: Point) -> Certificate:
+    """What is accepted at a point, of these calibration rows."""
+    inside = slice(point.floor + 1, point.index + 1)
+    return Certificate(
+        threshold=float(counts.value[point.index]),
+        n=int(counts.n),
+        n_accepted=int(counts.size[inside].sum()),
+        n_wrong=int(counts.wrong[inside].sum()),
+        risk_bound=point.risk_bound,
+        floor=float(counts.value[point.floor]) if point.floor >= 0 else None,
+    )
+
+
 def _nothing(n: int, why: str, n_needed: int | None = None) -> Certificate:
     return Certificate(threshold=None, n=n, n_accepted=0, n_wrong=0, risk_bound=None, why=why, n_needed=n_needed)
 
@@ -472,22 +446,29 @@ class _Goal(NamedTuple):
 
     def certify(self, counts: TieCounts, delta: float) -> Certificate:
         """The best threshold, or why there is none."""
-        n = int(counts.n)
         if self.max_risk is not None:
             point = METHODS[self.method](counts, self.max_risk, delta)
         else:
             point = coverage_first(counts, self.min_coverage or 1.0, delta)
+        return _certificate(counts, point) if point else _nothing(int(counts.n), *self._why_nothing(counts, delta))
+
+    def certify_shares(
+        self, rows: Outcomes, outside_share: float | None, class_shares: dict[str, float] | None, delta: float
+    ) -> Certificate:
+        """The same for stated shares."""
+        strata, max_risk, point = Strata(rows, outside_share, class_shares), self.max_risk or 0.0, None
+        require_every_class(rows, class_shares)
+        if not strata.lacking(max_risk, delta):
+            _, point = weighted_learn_then_test(rows.uncertainty, rows.failure == 1, strata.weight, max_risk, delta)
         if point is None:
-            return _nothing(n, *self._why_nothing(counts, delta))
-        inside = slice(point.floor + 1, point.index + 1)
-        return Certificate(
-            threshold=float(counts.value[point.index]),
-            n=n,
-            n_accepted=int(counts.size[inside].sum()),
-            n_wrong=int(counts.wrong[inside].sum()),
-            risk_bound=point.risk_bound,
-            floor=float(counts.value[point.floor]) if point.floor >= 0 else None,
-        )
+            return _nothing(len(rows), *why_nothing(strata, max_risk, delta))
+        one = _certificate(tie_counts(rows.uncertainty, rows.failure), point)
+        floor, threshold = interval(one)
+        accepted = (rows.uncertainty > floor) & (rows.uncertainty <= threshold)
+        coverage = float(strata.weight[accepted].sum()) / len(rows)
+        if self.min_coverage is not None and coverage < self.min_coverage - 1e-9:  # weights are rounded
+            return _nothing(len(rows), _too_little(coverage, self.min_coverage))
+        return one
 
     def all_or_none(self, certificates: dict[str, Certificate]) -> dict[str, Certificate]:
         """The certificates, or none of them where together they fall short of the coverage that was asked for."""
