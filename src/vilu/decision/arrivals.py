@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final, Self
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,6 @@ class Seen:
 
     def __init__(self) -> None:
         self.runs: list[Ints] = []
-
-    @classmethod
-    def of(cls, hashes: Ints) -> Self:
-        """What holds these."""
-        seen = cls()
-        seen.add(hashes)
-        return seen
 
     def __len__(self) -> int:
         return sum(map(len, self.runs))

@@ -149,13 +149,10 @@ def rates_of(rule: Selector | None, calibration: Outcomes, level: float) -> dict
 def _abstained_at_most(rule: Selector, rows: Outcomes, delta: float) -> float:
     strata = Strata(rows, rule.outside_share, rule.class_shares)
     abstained = np.bincount(strata.stratum[~rule.accept(rows.uncertainty)], minlength=len(strata.names))
-    n, share = strata.n.tolist(), strata.share
-    counted = int(np.count_nonzero(share))
-    bounds = np.array(
-        [upper_bound(int(k), m, delta / counted) if m else 1.0 for k, m in zip(abstained, n, strict=True)]
-    )
-    strangers = float(share[-1])
-    within = float(share[:-1] @ bounds[:-1]) / (1 - strangers)
+    each = delta / int(np.count_nonzero(strata.share))
+    bounds = np.array([upper_bound(int(k), int(n), each) for k, n in zip(abstained, strata.n, strict=True)])
+    strangers = float(strata.share[-1])
+    within = float(strata.share[:-1] @ bounds[:-1]) / (1 - strangers)
     return max(within, (1 - strangers) * within + strangers * float(bounds[-1]))
 
 

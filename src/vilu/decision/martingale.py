@@ -123,9 +123,7 @@ class SortedRun:
     def of(cls, values: Floats, counts: Ints) -> SortedRun:
         """The run of values, in any order, that came so often each."""
         distinct, place = np.unique(values, return_inverse=True)
-        total = np.zeros(len(distinct), np.int64)
-        np.add.at(total, place, counts)
-        return cls(distinct, np.cumsum(total))
+        return cls(distinct, np.cumsum(np.bincount(place, counts)).astype(np.int64))
 
     @classmethod
     def merged(cls, runs: Sequence[SortedRun]) -> SortedRun:

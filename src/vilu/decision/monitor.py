@@ -348,13 +348,13 @@ class Monitor:
 
     def _remember(self, state: State, monitored: pa.ChunkedArray, labelled: pa.ChunkedArray) -> None:
         """Take over which rows were taken in; a ValueError says what does not fit."""
-        found = [Seen.of(rows.to_numpy()) for rows in (monitored, labelled) if not rows.null_count]
-        if state.remembered is None:
-            self.forgotten = state.rows
-        elif [len(seen) for seen in found] != list(state.remembered):
-            raise ValueError("it does not hold the rows that were taken in")
-        else:
-            (self.monitored, self.labelled), self.forgotten = found, state.forgotten
+        self.forgotten = state.rows if state.remembered is None else state.forgotten
+        for seen, rows, n in zip(
+            (self.monitored, self.labelled), (monitored, labelled), state.remembered or (0, 0), strict=True
+        ):
+            seen.add(rows.drop_null().to_numpy())
+            if len(rows) != n or len(seen) != n:
+                raise ValueError("it does not hold the rows that were taken in")
 
     @property
     def status(self) -> Status:

@@ -20,7 +20,7 @@ from vilu.decision import record
 from vilu.decision.calibrate import group_names
 from vilu.decision.label_sets import named_sets
 from vilu.decision.record import Record
-from vilu.decision.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScorePart, ScoreRun
+from vilu.decision.score_folder import ScoreFolder, ScoreLedger, ScoreManifest, ScoreRun
 from vilu.device import as_usual
 from vilu.embeddings.checks import STATUS, VALID
 from vilu.embeddings.pairs import PairSource
@@ -337,12 +337,13 @@ def score_parts(
     decider = _checked(decider or Decider(predictor), source)
     predictor.require_fitted()
     decider.require_streaming()
-    order, facts = _Order.of(source), _facts(decider, source, (dataset, split))
+    (usable, rest), facts = _in_order(source), _facts(decider, source, (dataset, split))
+    n = len(usable)
     run = ScoreRun(
         predictor=predictor_fingerprint(predictor),
         source=source_fingerprint(source),
         n_in=len(source),
-        n_candidate=len(order.scored),
+        n_candidate=n,
         rows_per_part=_whole(rows_per_part, source.pool_size),
         **facts,
     )
@@ -357,7 +358,8 @@ def score_parts(
             logger.info("%s is complete: there is nothing to do", folder)
         with track("score", sum(map(len, missing)), "rows") as task:
             for part in missing:
-                rows, scored = order.rows(part)
+                scored = usable[part.start : part.stop]  # all rows of the part, or none
+                rows = scored.numpy() if len(scored) else rest[part.start - n : part.stop - n]
                 outcomes = score_rows(decider, source, facts, rows, scored, task)
                 ledger.write_rows(part, rows, outcomes, int(seen[rows].sum()))
                 task.advance(len(part) - len(scored))
@@ -376,27 +378,14 @@ def _whole(rows_per_part: int, pool_size: int | None) -> int:
     return -(-rows_per_part // SCORING_BATCH) * SCORING_BATCH
 
 
-@dataclass(frozen=True)
-class _Order:
-    """Places of all rows of a source: those that are scored, in the order of scoring, then the others."""
-
-    scored: Tensor
-    rest: Ints
-
-    @classmethod
-    def of(cls, source: EmbeddingSource) -> _Order:
-        rows = source.usable_rows
-        if source.pool_size:
-            rows = rows[: len(rows) // source.pool_size * source.pool_size]
-        left_out = np.ones(len(source), dtype=np.bool_)
-        left_out[rows.numpy()] = False
-        return cls(rows, np.flatnonzero(left_out))
-
-    def rows(self, part: ScorePart) -> tuple[Ints, Tensor]:
-        """Places of the rows of a part, and of those among them that are scored: all or none."""
-        n = len(self.scored)
-        scored = self.scored[part.start : part.stop]
-        return (scored.numpy(), scored) if part.start < n else (self.rest[part.start - n : part.stop - n], scored)
+def _in_order(source: EmbeddingSource) -> tuple[Tensor, Ints]:
+    """Places of the rows that are scored, in the order of scoring, and of the others, which come after them."""
+    scored = source.usable_rows
+    if source.pool_size:
+        scored = scored[: len(scored) // source.pool_size * source.pool_size]
+    left_out = np.ones(len(source), dtype=np.bool_)
+    left_out[scored.numpy()] = False
+    return scored, np.flatnonzero(left_out)
 
 
 SAMPLED = 256  # rows whose embeddings are part of the fingerprint of a source
