@@ -106,14 +106,12 @@ def code_of(config: Config, cell: Cell) -> str:
     origin, predictor = origin_of(config, cell), predictor_of(config, cell)
     sources = {"vilu.predictors.init": origin.start, "vilu.embeddings.pairs": origin.pool_size}
     others = [module for module, wanted in sources.items() if wanted is not None]
-    return code_digest(*predictor.modules, *others, *_outside_metrics(config))
-
-
-def _outside_metrics(config: Config) -> list[str]:
-    """Where metrics that are not ours have their code; that of ours is in ``SHARED``."""
     kernels = [METRICS[name].kernel for name in config.metrics]
     modules = ((kernel.func if isinstance(kernel, partial) else kernel).__module__ for kernel in kernels)
-    return [module for module in modules if not module.startswith("vilu.")]
+    others += [
+        module for module in modules if not module.startswith("vilu.")
+    ]  # the code of our metrics is in ``SHARED``
+    return code_digest(*predictor.modules, *others)
 
 
 def _division(bench: Workbench, seed: int | None, *data: str) -> dict[str, object]:

@@ -153,8 +153,13 @@ def table_sheet(board: Board, view: TableView) -> Sheet:
 def measured_of(board: Board, view: View) -> dict[Key, Mean]:
     """What a view shows by its key: every entrant, then the means that it asks for."""
     entrants = chosen(board, view)
-    single = {} if view.means_only else {key: Mean((entrant,)) for key, entrant in entrants.items()}
-    return single | _means(board, view, entrants)
+    found = {} if view.means_only else {key: Mean((entrant,)) for key, entrant in entrants.items()}
+    for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants) if view.mean else ():
+        places = [(key.method, data, key.setting) for data in view.mean]
+        parts = [board.entrants[place] for place in places if place in board.entrants]
+        if len(parts) == len(places):
+            found[key] = Mean(tuple(parts))
+    return found
 
 
 def chosen(board: Board, view: View) -> dict[Key, Entrant]:
@@ -203,16 +208,6 @@ def published_of(config: Config, key: Key, parts: Sequence[Entrant] = ()) -> Pub
     setting = config.settings[key.setting].published or ""
     method = config.along("method")[key.method].published or key.method
     return find_published(config.study.published, (name, setting, method, key.metric), entry.backbone)
-
-
-def _means(board: Board, view: View, entrants: Iterable[Key]) -> dict[Key, Mean]:
-    means = {}
-    for key in dict.fromkeys(replace(key, data=MEAN) for key in entrants) if view.mean else ():
-        places = [(key.method, data, key.setting) for data in view.mean]
-        parts = [board.entrants[place] for place in places if place in board.entrants]
-        if len(parts) == len(places):
-            means[key] = Mean(tuple(parts))
-    return means
 
 
 def _ranked(shown: Mapping[Key, Shown], measured: Mapping[Key, Mean], compete: Sequence[str]) -> dict[Key, Shown]:

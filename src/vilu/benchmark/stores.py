@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
 
@@ -157,26 +157,19 @@ def _names(entry: Data, images: ImageDataset) -> tuple[str, ...]:
 def open_images(entry: Data, role: Role, data: Path) -> Iterator[ImageDataset]:
     """The pictures of a part: those of its split, or of captions all of them; thinned, then shifted."""
     source = entry.source or "."
-    if source.startswith(PACKAGE):
-        asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
-        with resources.as_file(asset) as path:
-            yield _prepared(entry, role, path)
-    else:
-        yield _prepared(entry, role, data / source)
-
-
-def _prepared(entry: Data, role: Role, path: Path) -> ImageDataset:
-    images = open_dataset(
-        path,
-        split=None if entry.captions else getattr(entry, role),
-        captions=entry.captions and entry.dataset is None,  # a known one has nothing else
-        where=entry.where,
-        dataset=entry.dataset,
-        raw_names=entry.raw_names,
-    )
-    images = thinned(images, entry.limit_of(role), entry.shards)
-    if entry.shift is None:
-        return images
-    if isinstance(images, ShardedDataset):
-        raise UsageError(f"{images.source} is in tar files, whose images cannot be shifted. Leave out shift.")
-    return ShiftedImages(images, entry.shift.kinds, entry.shift.severity)
+    asset = resources.files("vilu").joinpath("assets", source.removeprefix(PACKAGE))
+    with resources.as_file(asset) if source.startswith(PACKAGE) else nullcontext(data / source) as path:
+        images = open_dataset(
+            path,
+            split=None if entry.captions else getattr(entry, role),
+            captions=entry.captions and entry.dataset is None,  # a known one has nothing else
+            where=entry.where,
+            dataset=entry.dataset,
+            raw_names=entry.raw_names,
+        )
+        images = thinned(images, entry.limit_of(role), entry.shards)
+        if entry.shift is not None:
+            if isinstance(images, ShardedDataset):
+                raise UsageError(f"{images.source} is in tar files, whose images cannot be shifted. Leave out shift.")
+            images = ShiftedImages(images, entry.shift.kinds, entry.shift.severity)
+        yield images

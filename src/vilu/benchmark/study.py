@@ -105,7 +105,11 @@ RULINGS = {
 
 def page(config: Config, exhibits: Sequence[Exhibit], verdicts: Sequence[Verdict], figure: Callable[[str], str]) -> str:
     """Markdown of a study, to stand below a heading of level one."""
-    parts = [f"## {config.study.title if config.study else config.name}", *_about(config)]
+    study = config.study
+    parts = [f"## {study.title if study else config.name}"]
+    if study is not None and (study.reproduces or study.protocol):
+        reproduces = f"Reproduces: {study.reproduces}." if study.reproduces else ""
+        parts.append(f"{reproduces} {study.protocol}".strip())
     if verdicts:
         parts += ["What the paper says, and what is found here:", claims_table(config, verdicts)]
     for one in exhibits:
@@ -126,15 +130,6 @@ def all_claims(verdicts: Iterable[Sequence[Verdict]]) -> str:
         if lines:
             parts.append("\n".join([f"{heading} ({len(lines)}):", "", *lines]))
     return "\n\n".join(["## The paper's claims here", *parts, ""]) if parts else ""
-
-
-def _about(config: Config) -> list[str]:
-    """What the study reproduces, how, and the command."""
-    study = config.study
-    if study is None:
-        return []
-    lines = [f"Reproduces: {study.reproduces}." if study.reproduces else "", study.protocol]
-    return [" ".join(filter(None, lines))] if any(lines) else []
 
 
 def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:

@@ -97,7 +97,13 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
     scores = torch.cat(true) if true else torch.empty(0)
     if not len(scores):
         raise DataError(f"none of the {len(data)} calibration rows has a label.")
-    limit = _limit(scores, max_miss)
+    rank = math.ceil(round((len(scores) + 1) * (1 - max_miss), 9))  # (1 - 0.1) * 10 is a little more than 9
+    if rank > len(scores):
+        raise InfeasibleError(
+            f"sets that miss at most {max_miss:.2%} need at least {rows_for_mean(max_miss)} calibration rows. "
+            f"Got {len(scores)}."
+        )
+    limit = float(scores.sort().values[rank - 1])
     sizes = [(scores <= limit).sum(dim=1) for scores, _ in _labelled(predictor, data, method)]
     return LabelSets(
         method=method,
@@ -117,17 +123,6 @@ def check_label_sets(predictor: FailurePredictor, data: EmbeddingSource, max_mis
             "label sets need classes; these are image-caption pairs, each with candidates of its own pool."
         )
     predictor.raw_failure_probability([])
-
-
-def _limit(scores: Tensor, max_miss: float) -> float:
-    n = len(scores)
-    rank = math.ceil(round((n + 1) * (1 - max_miss), 9))  # rounding first: (1 - 0.1) * 10 is a little more than 9
-    if rank > n:
-        needed = rows_for_mean(max_miss)
-        raise InfeasibleError(
-            f"sets that miss at most {max_miss:.2%} need at least {needed} calibration rows. Got {n}."
-        )
-    return float(scores.sort().values[rank - 1])
 
 
 def _labelled(predictor: FailurePredictor, data: EmbeddingSource, method: Kind) -> Iterator[tuple[Tensor, Tensor]]:
