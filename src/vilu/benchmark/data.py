@@ -53,8 +53,7 @@ def draw_share(target: NDArray[np.int64], share: float, seed: int) -> NDArray[np
 
 def held_out(identities: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
     """(N,) whether a row is held out: where the hash that tells it from others, bytes reversed, is below the share."""
-    mask: NDArray[np.bool_] = identities.byteswap() < share * 2.0**64
-    return mask
+    return identities.byteswap() < share * 2.0**64
 
 
 def divided(n: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

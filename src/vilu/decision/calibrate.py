@@ -208,8 +208,7 @@ class Selector(Model):
         """
         scores = real_vector(uncertainty, "uncertainty")
         floors, thresholds = self.limits(len(scores), groups)
-        accepted: NDArray[np.bool_] = (scores > floors) & (scores <= thresholds)
-        return accepted
+        return (scores > floors) & (scores <= thresholds)
 
     def reasons(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> list[str | None]:
         """Per row why it is not accepted, else None.
@@ -223,8 +222,7 @@ class Selector(Model):
         found[~(scores <= thresholds)] = "above_threshold"
         found[scores <= floors] = "below_floor"
         found[thresholds == -np.inf] = "not_certified"
-        reasons: list[str | None] = found.tolist()
-        return reasons
+        return found.tolist()
 
     def __str__(self) -> str:
         lines = [self._promise()]

@@ -59,8 +59,7 @@ def histogram_bets(p: Floats, counts: Floats, weight: float) -> tuple[Floats, Fl
 
 def asleep(start: Floats) -> Floats:
     """(start + 2)^(-1/2): share of the wealth that sleeps on after start number 0, 1, 2, ...; before all it is 1."""
-    found: Floats = 1 / np.sqrt(start + 2)
-    return found
+    return 1 / np.sqrt(start + 2)
 
 
 @dataclass

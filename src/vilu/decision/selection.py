@@ -55,8 +55,7 @@ class BatchSelector(Model):
         m = len(ordered)
         passed = np.flatnonzero(ordered <= self.max_risk * np.arange(1, m + 1) / max(m, 1))
         cut = ordered[passed[-1]] if len(passed) else -np.inf
-        accepted: NDArray[np.bool_] = scored & (p <= cut)
-        return accepted
+        return scored & (p <= cut)
 
     def reasons(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> list[str | None]:
         """Per row why it is not accepted: "not_selected"; else None."""
