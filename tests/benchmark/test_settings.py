@@ -17,6 +17,7 @@ from vilu.benchmark.cells import Cell, needed_parts, origin_of, plan, sharing_a_
 from vilu.benchmark.config import Config
 from vilu.benchmark.data import Workbench, divided, draw_share, held_out
 from vilu.benchmark.facts import decided_by
+from vilu.benchmark.run import run_all
 from vilu.benchmark.stores import find_stores
 from vilu.embeddings.checks import hash_names
 from vilu.embeddings.pairs import Pools, PseudoCaptions
@@ -351,6 +352,14 @@ def test_a_union_of_divided_sets_is_not_fitted_on_what_is_tested_on(data: Path) 
     assert fits[0] != fits[1]
     facts = [decided_by(bench, Cell("lvu", "one", "joint", seed))["train"] for seed in (0, 1)]
     assert [(of["fit_share"], of["division_seed"]) for of in facts] == [([0.5, 0.3, None], 0), ([0.5, 0.3, None], 1)]
+
+
+def test_a_set_that_only_one_of_two_studies_divides_is_refused(data: Path, tmp_path: Path) -> None:
+    whole = made(name="whole", data={"one": {"stores": ONE_SET["stores"]}}, settings=ALL, methods={"mcm": {}})
+    half = made(name="half", data={"one": ONE_SET}, settings=ALL, methods={"mcm": {}})
+    for both in ([whole, half], [half, whole]):
+        with pytest.raises(UsageError, match=r"both have mcm on one.* they differ in fit_share, division_seed"):
+            run_all(both, data, tmp_path / "run")
 
 
 def test_a_picture_that_is_there_twice_is_not_fitted_on_where_it_is_tested_on(tmp_path: Path) -> None:

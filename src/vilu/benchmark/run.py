@@ -320,7 +320,7 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
         for cell in own_results(work.cells):
             facts = decided_by(work.bench, cell)
             other, before = known.setdefault(cell, (work.bench.config.name, facts))
-            differing = [key for key, value in facts.items() if before[key] != value]
+            differing = [key for key in before | facts if before.get(key) != facts.get(key)]
             if differing:
                 raise UsageError(
                     f"{other} and {work.bench.config.name} both have {cell}, and mean different things by it: they "
