@@ -161,16 +161,15 @@ class Workbench:
     def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
         a, b = self.source(data, role_a), self.source(data, role_b)
         mine, theirs = (f"the {'training' if role == 'train' else role} set of {data}" for role in (role_a, role_b))
-        names = mine, theirs
-        a.space.require_match(b.space, mine=names[0], theirs=names[1])
+        a.space.require_match(b.space, mine=mine, theirs=theirs)
         if a.class_names != b.class_names:
             raise ProvenanceError(
-                f"{names[0]} has the classes {a.class_names}, {names[1]} {b.class_names}. Embed both with "
-                "the same names in the same order."
+                f"{mine} has the classes {a.class_names}, {theirs} {b.class_names}. Embed both with the same names in "
+                "the same order."
             )
         if self.config.data[data].captions:
             return  # folds of one store: what they have in common is decided by a hash
-        common = overlap(a, b, names)
+        common = overlap(a, b, (mine, theirs))
         if common is not None:
             then = "a fit leaves them out" if role_b == "validation" else "they are scored all the same"
             where = f"are in its {role_a} part, too"

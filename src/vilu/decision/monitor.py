@@ -473,7 +473,7 @@ class Monitor:
         return digest([content.hexdigest(), rule, self.false_alarm, self.seed, list(self.watches)])
 
 
-SEEN, LABELLED = KINDS = ("rows seen", "labels seen")
+KINDS = ("rows seen", "labels seen")
 """Kinds of hashes in a state."""
 
 

@@ -202,15 +202,9 @@ class ScoreLedger(Ledger[ScorePart, ScoreReceipt]):
     def write_rows(self, part: ScorePart, rows: Ints, outcomes: Outcomes, n_seen: int) -> None:
         """Write what is said of some rows of the source, of which so many were used to fit."""
         known = outcomes.evaluable
-        payloads = {
-            part.scores: parquet_bytes(*outcomes.table(rows)),
-            part.histogram: histogram_bytes(
-                *(
-                    Histogram.of(outcomes.uncertainty[rows], outcomes.failure[rows])
-                    for rows in (known, known & outcomes.outside)
-                )
-            ),
-        }
+        u, failure = outcomes.uncertainty, outcomes.failure
+        histogram = histogram_bytes(*(Histogram.of(u[of], failure[of]) for of in (known, known & outcomes.outside)))
+        payloads = {part.scores: parquet_bytes(*outcomes.table(rows)), part.histogram: histogram}
         counts, run = Counts.of(outcomes, n_seen), self.fingerprint
         self.write(part, payloads, lambda files: ScoreReceipt(fingerprint=run, part=part, counts=counts, files=files))
 
