@@ -29,7 +29,7 @@ from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.outputs import triage_photos
 from vilu.triage.photos import PhotoStores
 from vilu.triage.promise import first_of_scene
-from vilu.triage.triage import Job, TriageState
+from vilu.triage.triage import Job, TriageState, moved_photos
 
 
 def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
@@ -361,6 +361,30 @@ def test_a_new_photo_with_the_name_of_a_moved_one_is_not_passed_over(tmp_path: P
         triage_photos(job, output)
     again.rename(again.with_name("new.png"))
     assert triage_photos(job, output)[0].startswith("61 photos (1 of them new): ")
+
+
+def test_a_moved_photo_is_not_lost_where_another_file_has_its_next_place(tmp_path: Path) -> None:
+    job, output, truth = sixty_moved(tmp_path)
+    path = "day 0/0000.png"
+    before = moved_photos(output)[path]
+    other = output / "sorted" / "accepted" / truth[path] / before.name
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_bytes(photo(1, 777))
+    (tmp_path / "l.csv").write_text(f"path,label\n{path},{truth[path]}\n")
+    for labels in ([tmp_path / "l.csv"], []):
+        assert triage_photos(job, output, labels, sort="move")[0].startswith("60 photos: ")
+        assert moved_photos(output)[path] == before
+    assert other.read_bytes() == photo(1, 777)
+
+
+@pytest.mark.parametrize("sort", ["link", "move"])
+def test_photos_whose_names_are_no_utf8_are_sorted_as_all_others(tmp_path: Path, sort: Literal["link", "move"]) -> None:
+    write_photos(tmp_path / "photos", 20)
+    (tmp_path / "photos" / os.fsdecode(b"\xff.png")).write_bytes(photo(1, 5000))
+    job, output = job_on(tmp_path / "photos"), tmp_path / "out"
+    triage_photos(job, output, sort=sort)
+    assert [path.read_bytes() for path in (output / "sorted").rglob(r"\xff.png")] == [photo(1, 5000)]
+    assert triage_photos(job, output, sort=sort)[0].startswith("21 photos: ")
 
 
 @pytest.mark.parametrize("sort", ["link", "move"])

@@ -31,7 +31,7 @@ from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
 from vilu.triage.guard import RunnersUp, runners_up_of
 from vilu.triage.labels import SKIPPED, check_names, match_photos, read_labels
 from vilu.triage.photos import PhotoFolder
-from vilu.triage.triage import DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop, moved_photos
+from vilu.triage.triage import DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
 
 SHOWN, LINES = 24, 20
 """Photos in a section of the page, and thresholds in its table."""
@@ -74,31 +74,30 @@ def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None
     found.outcomes.save(root / f"{DECISIONS}.parquet")
 
 
-def sort_photos(root: Path, photos: Path, rows: Sequence[Decision], how: Literal["link", "move"]) -> int:
-    """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``; how many photos were put there.
+def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], how: Literal["link", "move"]) -> None:
+    """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
 
     A photo that is moved is noted with its new place before it goes, after the place where it is, so that later runs
-    find it; nothing is ever overwritten, and of what lies in ``sorted`` only links are removed.
+    find it; nothing is ever overwritten, and of what lies in ``sorted`` only links are removed. Where another file has
+    the place of a photo, the photo stays where it is.
     """
-    home, moved = root / SORTED, moved_photos(root)
+    home, moved = root / SORTED, listing.moved
+    sources = {portable_name(path): moved.get(path, listing.root / path) for path, _ in listing.listing}
     flat = Counter(_flat(one.path) for one in rows)
     places = {one.path: home / _place(one) / _flat(one.path, told_apart=flat[_flat(one.path)] > 1) for one in rows}
     with or_refuse(f"sort photos into {home}"):
         for old in home.rglob("*"):
             if old.is_symlink():
                 old.unlink()
+        places = {path: target for path, target in places.items() if not target.exists()}
         if how == "move":
             _note(root, [*moved.items(), *places.items()])
         for path, target in places.items():
-            source = moved.get(path, photos / path)
             make_folder(target.parent)
-            if source == target or target.exists():
-                continue
             if how == "link":
-                target.symlink_to(os.path.relpath(source.resolve(), target.parent.resolve()))
-            elif source.exists():
-                shutil.move(source, target)
-    return len(rows)
+                target.symlink_to(os.path.relpath(sources[path].resolve(), target.parent.resolve()))
+            elif sources[path].exists() and not target.exists():
+                shutil.move(sources[path], target)
 
 
 def _flat(path: str, *, told_apart: bool = False) -> str:
@@ -318,7 +317,7 @@ def triage_photos(
         write_next(output / NEXT, result.asked, rows)
         write_page(output, listing, result, rows, job)
         if sort is not None:
-            sort_photos(output, job.photos, rows, sort)
+            sort_photos(output, listing, rows, sort)
     told = Told(_lines(result, rows, job))
     told.n_asked = len(result.asked)
     return told
