@@ -57,6 +57,12 @@ def test_a_book_of_older_code_says_nothing_of_pictures(tmp_path: Path) -> None:
     assert [found.note_pictures({"a": picture}) for picture in (b"x", b"x", b"y")] == [0, 0, 1]
 
 
+def test_a_skip_is_of_its_picture_alone() -> None:
+    book = LabelBook()
+    book.answer({"a": SKIPPED})
+    assert [book.note_pictures({"a": picture}) for picture in (b"x", b"y")] == [0, 1]
+
+
 def test_a_damaged_book_is_refused(tmp_path: Path) -> None:
     book = LabelBook()
     book.answer({"a": "cat"})

@@ -234,6 +234,7 @@ def test_a_promise_holds_for_photos_of_which_none_vouches(promised: Folder, n: i
     assert told[0].startswith(f"{len(kept)} photos")
     assert told[1].startswith("Promised: at most 10.0% wrong")
     assert n or sum(row["decision"] == "accept" for row in rows(output / "decisions.csv")) > 20
+    assert n or "<td>yes</td></tr>" in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_label_of_a_photo_that_has_changed_never_vouches(

@@ -111,10 +111,9 @@ class LabelBook:
         return changed
 
     def note_pictures(self, pictures: Mapping[str, bytes]) -> int:
-        """Note of new labels what they are of, by path; how many labels are of another picture than is there now."""
-        for path in pictures.keys() & self.labels.keys():
-            one = self.entries[path]
-            self.entries[path] = replace(one, picture=one.picture or pictures[path].hex())
+        """Note what new labels, and skips, are of, by path; how many are of another picture than is there now."""
+        for one in [one for one in self if one.label is not None and one.path in pictures]:
+            self.entries[one.path] = replace(one, picture=one.picture or pictures[one.path].hex())
         return sum(one.is_of_another(pictures[one.path]) for one in self if one.path in pictures)
 
     def forget(self, which: Callable[[Entry], bool]) -> None:

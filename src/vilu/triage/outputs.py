@@ -131,7 +131,7 @@ class Level:
 
 
 def levels_of(found: Triage) -> list[Level]:
-    """Some thresholds of the grid; without one, those of equal parts of the photos, with nothing certified."""
+    """Some thresholds of the grid; without one, those of equal parts of the photos, of which no label counts."""
     free = np.array([path not in found.book.labels for path in found.photos.ids], dtype=np.bool_)
     u = found.in_play.uncertainty[free & np.isfinite(found.in_play.uncertainty)]
     standing, rule = found.standing, found.rule
@@ -142,8 +142,8 @@ def levels_of(found: Triage) -> list[Level]:
     else:
         grid = standing.looks.grid
         wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
-    decides = standing is not None and not found.has_candidate and rule is not None
-    certified = rule.threshold if decides and rule is not None and rule.threshold is not None else -math.inf
+    kept = None if rule is None or found.has_candidate else rule.threshold
+    certified = -math.inf if kept is None else kept
     return [
         Level(
             coverage=float((u <= grid[place]).mean()),
