@@ -118,6 +118,22 @@ def test_what_is_missing_holds_it_up_and_what_is_skipped_counts_as_wrong(begun: 
     assert [failures[row["path"]] for row in asked[-3:]] == [1, 1, 1]
 
 
+def test_answers_that_were_filled_in_and_not_given_are_not_lost(tmp_path: Path) -> None:
+    truth, job, output = write_photos(tmp_path / "photos", 60), job_on(tmp_path / "photos"), tmp_path / "out"
+    triage_photos(job, output)
+    asked = fill_in(output, truth, tmp_path / "filled.csv").rename(output / "next_labels.csv")
+    filled = asked.read_bytes()
+    with pytest.raises(UsageError, match=r"next_labels.csv holds \d+ answers that were not given"):
+        triage_photos(job, output)
+    assert asked.read_bytes() == filled
+    triage_photos(job, output, [asked])
+    asked.write_bytes(filled)  # as a kill before the end leaves it: they are in the book
+    triage_photos(job, output)
+    asked.write_bytes(filled)
+    triage_photos(job, output, overwrite=True)
+    assert not LabelBook.load(output / "labels.parquet").labels
+
+
 def test_run_again_does_only_what_is_new(folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone) -> None:
     output = tmp_path / "out"
     told = triage_photos(job, output)

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -29,9 +29,9 @@ from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
 from vilu.triage.guard import RunnersUp, runners_up_of
-from vilu.triage.labels import SKIPPED, check_names, match_photos, read_labels
+from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels
 from vilu.triage.photos import PhotoFolder
-from vilu.triage.triage import DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
+from vilu.triage.triage import BOOK, DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
 
 SHOWN, LINES = 24, 20
 """Photos in a section of the page, and thresholds in its table."""
@@ -293,7 +293,8 @@ def triage_photos(
         overwrite: Begin anew, whatever was there, labels included; photos that were moved stay where they are.
 
     Raises:
-        UsageError: If a setting cannot be, or is another than in earlier runs.
+        UsageError: If a setting cannot be, or is another than in earlier runs; or if ``next_labels.csv`` holds answers
+            that are not given, which would be lost.
         DataError: If there is no photo, a label is no class, or a file of labels cannot be read.
         BusyError: If another process works in the folder.
         StorageError: If the file system refuses; run again, what is done stays done.
@@ -310,6 +311,8 @@ def triage_photos(
         place = match_photos(found, paths, job.photos, file)
         answers |= {place[name]: label for name, label in found.items() if name in place}
         streams |= {place[name]: stream for name, stream in said.items() if name in place}
+    if (output / NEXT).is_file() and not overwrite:
+        _require_answers(output, answers)
     with locked(make_folder(output), "sorting into", who="triage"):
         result = workshop.run(answers, streams, listing)
         rows = decisions_of(result)
@@ -321,6 +324,17 @@ def triage_photos(
     told = Told(_lines(result, rows, job))
     told.n_asked = len(result.asked)
     return told
+
+
+def _require_answers(output: Path, given: Mapping[str, str]) -> None:
+    """Refuse to ask anew over answers that were filled in where they were asked for, and not given."""
+    known = {one.path for one in LabelBook.load(output / BOOK) if one.label is not None}
+    lost = read_labels(output / NEXT)[0].keys() - given.keys() - known
+    if lost:
+        raise UsageError(
+            f"{output / NEXT} holds {len(lost)} answers that were not given, such as that about {min(lost)!r}, and "
+            f"would be lost. Give them: --labels {output / NEXT}."
+        )
 
 
 def check_job(job: Job) -> None:
