@@ -232,6 +232,7 @@ def test_a_promise_does_not_outlive_the_labels_that_it_rests_on(
     assert told[1].startswith("Not promised yet" if vouching else "Promised")
     assert (": 0 accepted" in told[0]) is vouching
     assert ("45 labels that the promise rests on have changed" in caplog.text) is vouching
+    assert ("at whatever moment one looks" in (output / "predictor" / "README.md").read_text("utf-8")) is not vouching
 
 
 @pytest.mark.parametrize("n", [1, None])

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -141,6 +142,12 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
     assert np.mean(wrong) <= 0.1
     assert "drew from what could be accepted" in run(*calibrate[:3], *given, "--max-risk", 0.1, code=2).stderr
     assert "takes --labels" in run(*calibrate, code=2).stderr
+    other = {path: next(name for name in NAMES if name != truth[path]) for path in truth}
+    for file in given[1::2]:
+        give_labels(cast("Path", file), other, cast("Path", file))
+    done = run(*calibrate, *given, code=4)
+    assert "labels that the promise rests on have changed" in done.stderr
+    assert not record.has_record(predictor), "a promise outlives the labels that it rests on"
 
 
 def test_a_promise_of_every_class_asks_first_where_labels_lack(

@@ -20,7 +20,7 @@ from vilu.files.disk import locked
 from vilu.files.documents import digest
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
-from vilu.predictors.record import VOCABULARY, claim, fit_fingerprint
+from vilu.predictors.record import RISK, VOCABULARY, claim, fit_fingerprint
 from vilu.predictors.rows import candidates_of
 from vilu.predictors.storage import load, write_card
 from vilu.predictors.vocabulary import Vocabulary
@@ -180,6 +180,17 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
         label_sets=label_sets,
         inputs=inputs,
     )
+
+
+def take_back(folder: Path, changed: set[str]) -> bool:
+    """Whether a promise rests on labels, by the keys of their rows, that are others now; it is gone then."""
+    found = record.load(folder) if changed and record.has_record(folder) else None
+    wrong = changed & {*(() if found is None else record.load_rows(folder, found).ids or ())}
+    if wrong:
+        (folder / RISK).unlink()
+        write_card(folder)
+        logger.warning("%d labels that the promise rests on have changed: it has to be shown again", len(wrong))
+    return bool(wrong)
 
 
 def _calibrated(folder: Path, inputs: set[str]) -> Record | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from vilu.decision import record
 from vilu.decision.anytime import flawless_labels
 from vilu.decision.calibrate import ALL, Selector, group_names, members_of
+from vilu.decision.calibration import take_back
 from vilu.decision.record import Record
 from vilu.decision.score import ABSTAIN, ACCEPT, Decider, score_rows
 from vilu.decision.shares import OUTSIDE_NAME
@@ -271,7 +272,8 @@ def calibrate_by_labels(
     Raises:
         UsageError: If the predictor gives no probability, or was calibrated for another goal.
         DataError: If labels that were asked for are missing.
-        InfeasibleError: If nothing is certified yet; nothing is written then.
+        InfeasibleError: If nothing is certified yet; nothing is written then. But a promise that is there, and rests
+            on labels which are others now, is gone.
     """
     with locked(folder, "calibrating", who="calibration"):  # what is there is looked at by one at a time
         predictor = load(folder)
@@ -295,14 +297,22 @@ def calibrate_by_labels(
                 f"promise rests on all of them: fill them in, or write {SKIPPED} where nobody can say."
             )
         rule, u, names = at.rule(found, max_risk, confidence), at.outcomes.uncertainty, group_names(at.outcomes)
-        if before is not None and before.accept(u, names).sum() >= rule.accept(u, names).sum():
+        for one in found.values():
+            at.outcomes.failure[one.rows] = one.outcomes.failure  # of one that nobody could name, too
+        holds = before is not None and not take_back(folder, _changed(folder, at.outcomes))
+        if before is not None and holds and before.accept(u, names).sum() >= rule.accept(u, names).sum():
             return record.load(folder)  # certified once is certified for ever
         if not rule.feasible:
             why = "; ".join(
                 f"{group}: {one.why}" if group else f"{one.why}" for group, one in rule.certificates.items()
             )
             raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {why}.")
-        for one in found.values():
-            at.outcomes.failure[one.rows] = one.outcomes.failure  # of one that nobody could name, too
         rows = at.outcomes.take(np.sort(np.concatenate([one.rows for one in found.values()])))
         return keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)
+
+
+def _changed(folder: Path, outcomes: Outcomes) -> set[str]:
+    """Keys of rows that a promise rests on, and that are other failures now."""
+    rows = record.load_rows(folder, record.load(folder))
+    was, now = (dict(zip(one.ids or (), one.failure.tolist(), strict=True)) for one in (rows, outcomes))
+    return {key for key, failure in was.items() if now.get(key, UNKNOWN) not in {UNKNOWN, failure}}

@@ -18,6 +18,7 @@ from vilu.datasets.folder import list_photos
 from vilu.decision import record
 from vilu.decision.anytime import level_of
 from vilu.decision.calibrate import Selector
+from vilu.decision.calibration import take_back
 from vilu.decision.score import Decider, score_rows
 from vilu.decision.shares import OUTSIDE_NAME
 from vilu.errors import DataError, UsageError
@@ -28,7 +29,7 @@ from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method
-from vilu.predictors.record import PREDICTOR, RISK, read_record
+from vilu.predictors.record import PREDICTOR, read_record
 from vilu.predictors.storage import load
 from vilu.predictors.vocabulary import Vocabulary
 from vilu.triage.choose import to_teach
@@ -227,7 +228,8 @@ class Workshop:
             raise DataError(f"none of the {len(photos.bad)} photos in {self.job.photos} can be read: {kinds}.")
         book = LabelBook.load(self.root / BOOK)
         given = [book.entries[path] for path in labels if path in book.entries]
-        self._doubt({one.path for one in given if one.label not in {None, labels[one.path]}})
+        # before the book is saved, so that no kill leaves a promise too much
+        take_back(self.folder, {one.path for one in given if one.label not in {None, labels[one.path]}})
         changed = book.answer(labels, streams)
         if changed:
             logger.info("%d labels are new, of %d in all", changed, len(book.labels))
@@ -235,14 +237,6 @@ class Workshop:
         if n := book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True))):
             logger.warning("%d photos have changed since their labels were given, which vouch for nothing now", n)
         return self.decide(photos, book, n_new)
-
-    def _doubt(self, corrected: set[str]) -> None:
-        """Take a promise back that rests on labels which are others now; the others may show it again."""
-        found = record.load(self.folder) if corrected and record.has_record(self.folder) else None
-        wrong = corrected & {*(() if found is None else record.load_rows(self.folder, found).ids or ())}
-        if wrong:
-            (self.folder / RISK).unlink()  # before the book is saved, so that no kill leaves a promise too much
-            logger.warning("%d labels that the promise rests on have changed: it has to be shown again", len(wrong))
 
     def decide(self, photos: Photos, book: LabelBook, n_new: int) -> Triage:
         """What the labels in the book lead to, for photos that are embedded."""
