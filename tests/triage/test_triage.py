@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.decision import record
 from vilu.embeddings.memory import Embeddings
-from vilu.errors import DataError, UsageError
+from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.files.documents import read_document
 from vilu.files.tables import write_table
 from vilu.outcomes.outcomes import Outcomes
@@ -433,3 +434,14 @@ def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> N
         triage_photos(job, output, sort="move")
     assert triage_photos(job, output)[0].startswith("31 photos: ")
     assert len({path.read_bytes() for path in (output / "sorted").rglob("*.png")}) == 31
+
+
+def test_what_the_page_needs_is_missed_before_anything_slow(
+    tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_photos(tmp_path / "photos", 5)
+    n = fake_model.n_images
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(MissingModelError, match=r"vilu\[report\]"):
+        triage_photos(job_on(tmp_path / "photos"), tmp_path / "out")
+    assert fake_model.n_images == n

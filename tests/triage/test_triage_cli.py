@@ -21,8 +21,10 @@ from vilu.decision.calibrate import Selector
 from vilu.errors import UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.store.embed import embed
+from vilu.store.reader import EmbeddingStore
+from vilu.triage.ask import labelled
 from vilu.triage.label_errors import LabelErrors
-from vilu.triage.labels import LabelBook
+from vilu.triage.labels import SKIPPED, LabelBook
 
 
 @pytest.fixture
@@ -99,6 +101,17 @@ def uncalibrated(begun: Folder, tmp_path: Path, fake_model: FakeBackbone) -> Pat
     photos = PhotoFiles(home / "photos", list_photos(home / "photos"), NAMES)
     embed(photos, fake_model, tmp_path / "store", names=NAMES)
     return predictor
+
+
+def test_an_empty_cell_takes_no_label_back(tmp_path: Path, fake_model: FakeBackbone) -> None:
+    """Labels may come in a file of their own, before or after the table that asked for them."""
+    embed(dataset(30), fake_model, tmp_path / "store", names=NAMES)
+    store = EmbeddingStore(tmp_path / "store")
+    (tmp_path / "asked.csv").write_text(f"path,label,stream,predictor\n{store.ids[3]},,promise,f00\n")
+    (tmp_path / "plain.csv").write_text(f"path,label\n{store.ids[3]},{SKIPPED}\n")
+    for files in (("asked.csv", "plain.csv"), ("plain.csv", "asked.csv")):
+        entry = labelled(store, [tmp_path / name for name in files])[1].entries[store.ids[3]]
+        assert (entry.label, entry.stream, entry.predictor) == (SKIPPED, "promise", "f00")
 
 
 def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
@@ -222,6 +235,7 @@ def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(tmp_path: Pa
         (("-o", "x.csv", "--images", ".", "--sheet", "cat.png"), "must be a new .png, .svg or .webp"),
         (("-o", "x.csv", "--images", ".", "--sheet", "sheet.txt"), "must be a new .png, .svg or .webp"),
         (("-o", "x.csv", "--images", ".", "--sheet", "gone/sheet.png"), "in a folder that is there"),
+        (("-o", "x.csv", "--images", ".", "--sheet", "sheet.png", "--split", "dawn"), "dawn"),
     ],
 )
 def test_an_audit_of_labels_is_refused_a_wrong_place_before_the_fits(

@@ -213,10 +213,11 @@ def audit_labels(
 
     table_suffix(output)
     claim_file(output, "label errors", overwrite=True)
+    pictures = None if images is None else open_dataset(images, split=split, root=root)
     found = find_label_errors(EmbeddingStore(store), None if predictor is None else load(predictor), seed=seed)
     found.save(output)
     typer.echo(output)
-    if images is not None and sheet is not None:
-        contact_sheet(found, open_dataset(images, split=split, root=root), sheet)
+    if pictures is not None and sheet is not None:
+        contact_sheet(found, pictures, sheet)
         typer.echo(sheet)
     next_step(f"{int(found.is_error.sum()):,} of {len(found.keys):,} labels are probably wrong")

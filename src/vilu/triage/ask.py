@@ -114,7 +114,10 @@ def labelled(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, Labe
     book.answer(known)
     for file in files:
         if asked := asked_before(file, photos.ids):
-            book.entries |= asked
+            before = {one.path: one.label for one in book}  # which no empty cell takes back
+            book.entries |= {
+                path: dataclasses.replace(one, label=one.label or before.get(path)) for path, one in asked.items()
+            }
             continue
         labels, streams = read_labels(file)
         place = match_photos(labels, photos.ids, store.path, file)

@@ -33,6 +33,7 @@ from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, re
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.triage import BOOK, DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
 
+PAGE: Final = "triage.html.jinja"
 SHOWN, LINES = 24, 20
 """Photos in a section of the page, and thresholds in its table."""
 
@@ -232,7 +233,7 @@ def scenes_in_words(found: Triage) -> str:
 
 def write_page(root: Path, listing: PhotoFolder, found: Triage, rows: Sequence[Decision], job: Job) -> None:
     """``report.html``: what was decided, what is promised, and photos worth a look."""
-    template = find_template("triage.html.jinja")
+    template = find_template(PAGE)
     place = {path: row for row, path in enumerate(found.photos.ids)}
     doubt = [one for one in rows if one.decision == REVIEW and one.failure_probability is not None]
     doubt.sort(key=lambda one: -(one.failure_probability or 0.0))
@@ -300,6 +301,7 @@ def triage_photos(
         StorageError: If the file system refuses; run again, what is done stays done.
     """
     check_job(job)
+    find_template(PAGE)  # what the page needs is missed before anything slow
     read = {file: read_labels(file) for file in labels}
     for file, (found, _) in read.items():
         check_names(found, job.how.names, job.of_no_class, file)
