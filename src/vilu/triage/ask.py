@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pyarrow as pa
 
 from vilu.decision import record
 from vilu.decision.anytime import flawless_labels
@@ -32,7 +31,7 @@ from vilu.predictors.storage import load
 from vilu.store.reader import EmbeddingStore
 from vilu.triage.choose import to_teach
 from vilu.triage.guard import RunnersUp
-from vilu.triage.labels import COLUMNS, SKIPPED, Entry, LabelBook, Stream, check_names, match_photos, read_labels
+from vilu.triage.labels import SKIPPED, Entry, LabelBook, Stream, check_names, columns_of, match_photos, read_labels
 from vilu.triage.photos import Photos
 from vilu.triage.promise import ORDER, PLANNED, Mask, PromiseProgress, Sides, Trial, keep_promise, stand
 
@@ -73,19 +72,12 @@ def decision_of(outcomes: Outcomes, row: int, label: str | None, near: RunnersUp
 
 def write_next(path: Path, asked: Sequence[Entry], rows: Sequence[Decision]) -> None:
     """Photos that are asked for, with an empty column to fill in."""
-    said = {one.path: one for one in rows}
+    decided = {one.path: one for one in rows}
+    said = [decided.get(one.path, Decision(one.path, None, None, REVIEW, None)) for one in asked]
     columns = {
-        "path": pa.array([one.path for one in asked], pa.string()),
-        "label": pa.nulls(len(asked), pa.string()),
-        "answer": pa.array([said[one.path].answer if one.path in said else None for one in asked], pa.string()),
-        "failure_probability": pa.array(
-            [said[one.path].failure_probability if one.path in said else None for one in asked], pa.float64()
-        ),
-        "stream": pa.array([one.stream for one in asked], pa.string()),
-        **{
-            name: pa.array([getattr(one, name) for one in asked], COLUMNS[name], from_pandas=True)
-            for name in ("probability", "predictor", "asked")
-        },
+        **columns_of(asked, ("path", "label")),  # none of which has a label
+        **columns_of(said, ("answer", "failure_probability")),
+        **columns_of(asked, ("stream", "probability", "predictor", "asked")),
     }
     write_table(path, columns, {})
 

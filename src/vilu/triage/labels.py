@@ -57,11 +57,21 @@ class Entry:
         return self.picture not in {"", picture.hex()}
 
 
-COLUMNS: Final = {
-    **dict.fromkeys(("path", "label", "stream", "predictor", "picture"), pa.string()),
-    "probability": pa.float64(),
+COLUMNS: Final = ("path", "label", "stream", "predictor", "picture", "probability", "asked", "answered")
+NUMBERS: Final = {
+    **dict.fromkeys(("probability", "failure_probability"), pa.float64()),
     **dict.fromkeys(("asked", "answered"), pa.int64()),
 }
+"""Columns of tables of photos that hold no text."""
+
+
+def columns_of(rows: Iterable[object], names: Iterable[str]) -> dict[str, pa.Array]:
+    """Attributes of rows as the columns of a table; NaN is an empty cell."""
+    found = list(rows)
+    return {
+        name: pa.array([getattr(one, name) for one in found], NUMBERS.get(name, pa.string()), from_pandas=True)
+        for name in names
+    }
 
 
 @dataclass
@@ -126,11 +136,7 @@ class LabelBook:
 
     def save(self, path: Path) -> None:
         """Write the table."""
-        columns = {
-            name: pa.array([getattr(one, name) for one in self], kind, from_pandas=True)
-            for name, kind in COLUMNS.items()
-        }
-        write_table(path, columns, {"kind": "labels"})
+        write_table(path, columns_of(self, COLUMNS), {"kind": "labels"})
 
     @classmethod
     def load(cls, path: Path) -> LabelBook:
@@ -142,7 +148,7 @@ class LabelBook:
         if not path.exists():
             return cls()
         table, said = read_table(path, ())
-        if said.get("kind") != "labels" or {*table.column_names, "picture"} != COLUMNS.keys():
+        if said.get("kind") != "labels" or {*table.column_names, "picture"} != {*COLUMNS}:
             raise DataError(f"{path} is no book of labels of vilu. Give the folder that `vilu triage` made.")
         numbers = {"probability": math.nan}
         rows = [{k: v for k, v in row.items() if v is not None or k == "label"} for row in table.to_pylist()]

@@ -29,7 +29,7 @@ from vilu.report.page.build import find_template, render
 from vilu.report.page.gallery import thumbnails
 from vilu.triage.ask import LABELLED, REVIEW, Decision, decision_of, write_next
 from vilu.triage.guard import RunnersUp, runners_up_of
-from vilu.triage.labels import SKIPPED, LabelBook, check_names, match_photos, read_labels
+from vilu.triage.labels import SKIPPED, LabelBook, check_names, columns_of, match_photos, read_labels
 from vilu.triage.photos import PhotoFolder
 from vilu.triage.triage import BOOK, DECISIONS, MOVED, NEXT, REPORT, SORTED, Job, Triage, Workshop
 
@@ -66,12 +66,8 @@ def runners_up(photos: EmbeddingSource) -> list[RunnersUp]:
 
 def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None:
     """``decisions.csv`` for people, with the runner-up; ``decisions.parquet`` as ``vilu score`` writes it."""
-    text = ("path", "answer", "decision", "reason", "runner_up")
-    columns = {
-        name: pa.array([getattr(one, name) for one in rows], pa.string() if name in text else pa.float64())
-        for name in ("path", "answer", "failure_probability", "decision", "reason", "runner_up")
-    }
-    write_table(root / f"{DECISIONS}.csv", columns, {})
+    names = ("path", "answer", "failure_probability", "decision", "reason", "runner_up")
+    write_table(root / f"{DECISIONS}.csv", columns_of(rows, names), {})
     found.outcomes.save(root / f"{DECISIONS}.parquet")
 
 

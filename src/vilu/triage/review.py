@@ -26,7 +26,7 @@ from vilu.files.disk import make_folder, or_refuse, write_bytes
 from vilu.files.documents import plain_json, read_document
 from vilu.files.tables import csv_bytes, csv_rows
 from vilu.outcomes.outcomes import Outcomes
-from vilu.triage.labels import SKIPPED, STREAMS, read_labels
+from vilu.triage.labels import SKIPPED, STREAMS, columns_of, read_labels
 from vilu.triage.triage import DECISIONS, NEXT, STATE, TriageState
 
 CHOICE, IMAGE = "label", "image"
@@ -185,14 +185,8 @@ def label_config(names: Sequence[str]) -> str:
 
 def _write_csv(review: Review, output: Path, _prefix: str) -> list[Path]:
     _require_suffix(output, ".csv")
-    columns = {
-        "path": pa.array([one.path for one in review.tasks], pa.string()),
-        "label": pa.nulls(len(review.tasks), pa.string()),
-        "answer": pa.array([one.answer for one in review.tasks], pa.string()),
-        "failure_probability": pa.array([one.failure_probability for one in review.tasks], pa.float64()),
-        "runner_up": pa.array([one.runner_up for one in review.tasks], pa.string()),
-        "stream": pa.array([one.stream for one in review.tasks], pa.string()),
-    }
+    columns = columns_of(review.tasks, ("path",)) | {"label": pa.nulls(len(review.tasks), pa.string())}
+    columns |= columns_of(review.tasks, ("answer", "failure_probability", "runner_up", "stream"))
     write_new(output, csv_bytes(columns))
     return [output]
 
