@@ -89,3 +89,19 @@ def rest(n: int, shown: int, what: str) -> list[str]:
 def csp_hash(content: str) -> str:
     """What a Content-Security-Policy calls an inline script or style by."""
     return f"sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}"
+
+
+def page_of(package: str, name: str, images: str) -> tuple[str, str]:
+    """A page from templates, with its style and its script in it, and the policy by which it loads nothing else.
+
+    ``images`` says from where the page may show images.
+    """
+    from importlib import resources  # late: it takes longer than the rest of this module
+
+    folder = resources.files(package).joinpath("templates")
+    style, script, page = (folder.joinpath(f"{name}.{kind}").read_text("utf-8") for kind in ("css", "js", "html"))
+    policy = (
+        f"default-src 'none'; img-src {images} data:; connect-src 'self'; style-src '{csp_hash(style)}'; "
+        f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return page.replace("{{style}}", style).replace("{{script}}", script), policy

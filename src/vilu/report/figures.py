@@ -45,8 +45,7 @@ def score_histograms(outcomes: Mapping[str, Outcomes]) -> Figure:
 
 def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Share of correct answers kept against share of wrong ones kept, at every threshold (positive = correct)."""
-    figure = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
-    (axes,) = figure.axes
+    figure, axes = _line_per_method(outcomes, roc_curve_points, "FPR95 {:.1%}", fpr_at_tpr)
     axes.axhline(0.95, color="#bbbbbb", linewidth=0.8)
     axes.set(
         xlabel="wrong answers accepted (false positive rate)", ylabel="correct answers accepted (true positive rate)"
@@ -57,8 +56,7 @@ def roc_curves(outcomes: Sequence[Outcomes]) -> Figure:
 
 def risk_coverage_curves(outcomes: Sequence[Outcomes]) -> Figure:
     """Error rate among the most trusted answers against the share that is trusted."""
-    figure = _line_per_method(outcomes, risk_coverage_curve, "AURC {:.3f}", aurc)
-    (axes,) = figure.axes
+    figure, axes = _line_per_method(outcomes, risk_coverage_curve, "AURC {:.3f}", aurc)
     axes.set(xlabel="coverage: share of the answers accepted", ylabel="selective risk: error rate among them")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, loc="upper left")
@@ -70,7 +68,7 @@ def _line_per_method(
     curve: Callable[[Floats, Ints], tuple[Floats, Floats]],
     note: str,
     number: Callable[[Floats, Ints], float],
-) -> Figure:
+) -> tuple[Figure, Axes]:
     """``note`` shows a number in the legend; solid for ViLU, dashed for others: readable without colour."""
     figure = new_figure(5.5, 5)
     axes = figure.add_subplot()
@@ -79,7 +77,7 @@ def _line_per_method(
         style = "-" if (one.method or "").startswith("vilu") else "--"
         label = f"{one.method}  ({note.format(number(*pair))})"
         axes.plot(*curve(*pair), color=colour, linestyle=style, label=label)
-    return figure
+    return figure, axes
 
 
 def known(outcomes: Outcomes) -> tuple[Floats, Ints]:

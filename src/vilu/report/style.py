@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vilu.errors import MissingModelError
+from vilu.extras import import_extra
 from vilu.files.disk import write_bytes
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ SETTINGS: Any = {
 
 def require_matplotlib() -> None:
     """Refuse to go on without matplotlib."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise MissingModelError("figures need: pip install 'vilu[report]'") from error
+    import_extra("matplotlib.figure", "report")
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -26,7 +26,7 @@ from vilu.files.disk import make_folder, write_bytes
 from vilu.files.documents import plain_json
 from vilu.service.limits import PROBLEM, WORK, ClientLimits, Gate, Refused, Room, problem
 from vilu.service.measures import Measures
-from vilu.text import csp_hash
+from vilu.text import csp_hash, page_of
 
 if TYPE_CHECKING:
     from vilu.service.engine import Engine, Reply
@@ -167,12 +167,8 @@ class Service:
             )
         for path, route in (("/healthz", self.alive), ("/readyz", self.is_ready), ("/metrics", self.metrics)):
             api.add_api_route(path, route, methods=["GET"], response_model=None)
-        ours: tuple[tuple[str, Callable[..., Any]], ...] = (
-            ("/", _page),
-            ("/docs", _docs),
-            ("/docs/{name}", _docs_file),
-        )
-        for path, show in ours:
+        ours: dict[str, Callable[..., Any]] = {"/": _page, "/docs": _docs, "/docs/{name}": _docs_file}
+        for path, show in ours.items():
             api.add_api_route(path, show, methods=["GET"], include_in_schema=False, response_model=None)
 
     async def answers(self, request: Request) -> Response:
@@ -403,13 +399,7 @@ async def _fault(_: Request, error: Exception) -> Response:
 
 
 async def _page() -> Response:
-    folder = resources.files("vilu.service").joinpath("templates")
-    style, script, page = (folder.joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js", "html"))
-    content = page.replace("{{style}}", style).replace("{{script}}", script)
-    policy = (
-        f"default-src 'none'; img-src blob: data:; connect-src 'self'; style-src '{csp_hash(style)}'; "
-        f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
+    content, policy = page_of("vilu.service", "page", "blob:")
     return Response(content, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": policy})
 
 

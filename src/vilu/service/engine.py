@@ -57,8 +57,8 @@ class Waiting:
 class Served:
     """A predictor that judges every image."""
 
-    def __init__(self, name: str, judge: Judge) -> None:
-        self.name, self.judge = name, judge
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
         self.fingerprint = fit_fingerprint(judge.folder)[:16]
         self.said = judge.decider.record.promise if judge.decider.record is not None else None
 
@@ -81,9 +81,9 @@ class Engine:
 
     def __init__(self, guard: Guard, keeper: Keeps, second: Path | None = None) -> None:
         self.guard, self.keeper = guard, keeper
-        self.served = {NAMES[0]: Served(NAMES[0], guard.judge)}
+        self.served = {NAMES[0]: Served(guard.judge)}
         if second is not None:
-            self.served[NAMES[1]] = Served(NAMES[1], self._beside(second))
+            self.served[NAMES[1]] = Served(self._beside(second))
         self.on_batch: Callable[[int], None] = lambda size: None  # noqa: ARG005 - whoever counts sets it
         self._places = count()
         self._waiting: deque[Waiting] = deque()

@@ -187,13 +187,9 @@ class Journal:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._rows.execute("BEGIN IMMEDIATE")
-        try:
+        with self._rows:  # commits, or rolls back what an exception ends
+            self._rows.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._rows.execute("ROLLBACK")
-            raise
-        self._rows.execute("COMMIT")
 
     @contextmanager
     def _judged(self) -> Iterator[None]:

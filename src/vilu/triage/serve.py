@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib import resources
 from io import BytesIO
 from pathlib import Path
 from socket import socket
@@ -23,7 +22,7 @@ from vilu.datasets.files import Bounds
 from vilu.datasets.images import BadImage, decode_image
 from vilu.errors import DataError, UsageError
 from vilu.files.tables import write_table
-from vilu.text import csp_hash
+from vilu.text import page_of
 from vilu.triage.labels import SKIPPED, read_labels
 from vilu.triage.review import Review, label_columns
 
@@ -145,10 +144,9 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The page, its tasks, a photo."""
-        url = urlsplit(self.path)
-        if not self._allowed(parse_qs(url.query).get("key", [""])[0]):
+        if not self._allowed():
             return
-        kind, _, number = url.path.strip("/").partition("/")
+        kind, _, number = urlsplit(self.path).path.strip("/").partition("/")
         if not kind:
             self._page()
         elif kind == "tasks":
@@ -160,8 +158,7 @@ class PageHandler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """An answer: {"place": 3, "label": "cat"}; null takes it back."""
-        url = urlsplit(self.path)
-        if not self._allowed(parse_qs(url.query).get("key", [""])[0]):
+        if not self._allowed():
             return
         length = self.headers.get("Content-Length", "")
         if not length.isdigit() or int(length) > MAX_BODY:
@@ -175,7 +172,8 @@ class PageHandler(BaseHTTPRequestHandler):
             return
         self._send(HTTPStatus.OK, b"{}", "application/json")
 
-    def _allowed(self, key: str) -> bool:
+    def _allowed(self) -> bool:
+        key = parse_qs(urlsplit(self.path).query).get("key", [""])[0]
         port = self.connection.getsockname()[1]
         host = self.headers.get("Host", "")
         if host not in {f"{LOOPBACK}:{port}", f"localhost:{port}"}:  # a page of elsewhere that points its name here
@@ -187,15 +185,7 @@ class PageHandler(BaseHTTPRequestHandler):
         return True
 
     def _page(self) -> None:
-        folder = resources.files("vilu.triage").joinpath("templates")
-        style, script, page = (
-            folder.joinpath(f"review.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html")
-        )
-        policy = (
-            f"default-src 'none'; img-src 'self' data:; connect-src 'self'; style-src '{csp_hash(style)}'; "
-            f"script-src '{csp_hash(script)}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-        )
-        content = page.replace("{{style}}", style).replace("{{script}}", script)
+        content, policy = page_of("vilu.triage", "review", "'self'")
         self._send(HTTPStatus.OK, content.encode(), "text/html; charset=utf-8", policy)
 
     def _photo(self, place: int) -> None:

@@ -19,7 +19,8 @@ from numpy.typing import ArrayLike
 from vilu.datasets.base import ImageDataset
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
-from vilu.errors import UNKNOWN, MissingModelError, ProvenanceError, UsageError, checked
+from vilu.errors import UNKNOWN, ProvenanceError, UsageError, checked
+from vilu.extras import import_extra
 from vilu.metrics.catalog import METRICS, but_for
 from vilu.metrics.counts import Floats, Ints, check_pair
 from vilu.outcomes.evaluate import evaluate
@@ -155,21 +156,19 @@ def render(template: Template, *, script: str = "", **values: object) -> str:
 
 def find_template(name: str) -> Template:
     """A template with the filters of the pages; MissingModelError without the extra ``report``."""
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingModelError("the page needs: pip install 'vilu[report]'") from error
-    environment = Environment(
-        loader=PackageLoader("vilu.report.page"),
+    jinja2 = import_extra("jinja2", "report")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("vilu.report.page"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
         short=shortened, tip=partial(shortened, most=TOLD), pct=percent, count="{:,}".format, score=score, goal=goal
     )
-    return environment.get_template(name)
+    template: Template = environment.get_template(name)
+    return template
 
 
 def asset(name: str) -> str:
