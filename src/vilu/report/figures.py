@@ -105,7 +105,7 @@ class Photo:
 
 def contact_sheet(trusted: Sequence[Photo], doubted: Sequence[Photo]) -> Figure:
     """The most and the least trusted photos, with the model's words and whether they are right."""
-    columns = max(len(trusted), len(doubted))
+    columns = max(len(trusted), len(doubted), 1)
     figure = new_figure(1.7 * columns, 5.2)
     panels = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for panel, title, photos in zip(panels, ("Most trusted", "Least trusted"), (trusted, doubted), strict=True):

@@ -28,6 +28,7 @@ from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.progress import track
 from vilu.report import figures, style
 from vilu.report.figures import Photo
+from vilu.report.page.gallery import find_pictures
 
 FOLDS: Final = 5
 SHOWN: Final = 8
@@ -151,16 +152,10 @@ def contact_sheet(found: LabelErrors, images: ImageDataset, path: Path) -> None:
     n = min(SHOWN, len(found.keys) // 2)
     places = {found.keys[at]: at for at in (*range(n), *range(len(found.keys) - n, len(found.keys)))}
     photos: dict[int, Photo] = {}
-    with track("looking for pictures", len(places), "images") as task:
-        for record in images.records(0, len(images)):
-            at = places.get(record.key)
-            if at is None:
-                continue
-            with suppress(BadImage):  # its place stays empty
-                image = read_image(record).image
-                photos[at] = Photo(image, found.suggested[at], found.label[at], 1 - float(found.quality[at]))
-            task.advance(1)
-    if not photos:
-        raise DataError(f"{images.source} has none of these images, such as {next(iter(places))!r}.")
+    for record in find_pictures(images, places):
+        at = places[record.key]
+        with suppress(BadImage):  # its place stays empty
+            image = read_image(record).image
+            photos[at] = Photo(image, found.suggested[at], found.label[at], 1 - float(found.quality[at]))
     best, worst = ([photos[at] for at in sorted(photos) if (at >= n) == fits] for fits in (True, False))
     style.save(figures.contact_sheet(best, worst), path)

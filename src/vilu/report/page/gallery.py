@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -87,23 +87,27 @@ def thumbnails(outcomes: Outcomes, rows: Iterable[int], images: ImageDataset) ->
     """Small pictures of some rows; the ids of outcomes are the keys of the data set."""
     if outcomes.ids is None:
         raise DataError("these scores do not say which images they are about (they have no keys). Leave --images out.")
-    wanted = {outcomes.ids[row]: row for row in map(int, rows)}
-    found: dict[int, Thumbnail] = {}
-    with track("looking for pictures", len(wanted), "images") as task:
+    wanted, missing = {outcomes.ids[row]: row for row in map(int, rows)}, Thumbnail(why="not in the data set")
+    found = {record.key: thumbnail(record) for record in find_pictures(images, wanted)}
+    return {row: found.get(key, missing) for key, row in wanted.items()}
+
+
+def find_pictures(images: ImageDataset, wanted: Mapping[str, int]) -> Iterator[ImageRecord]:
+    """The images of a data set with these keys, each once; DataError if there is none of them."""
+    left = {*wanted}
+    with track("looking for pictures", len(left), "images") as task:
         for record in images.records(0, len(images)):
-            row = wanted.get(record.key)
-            if row is not None and row not in found:
-                found[row] = thumbnail(record)
+            if record.key in left:
+                left.remove(record.key)
+                yield record
                 task.advance(1)
-                if len(found) == len(wanted):
-                    break
-    if wanted and not found:
+            if not left:
+                return
+    if left and len(left) == len(wanted):
         raise DataError(
-            f"{images.source} has none of the images that the page shows, such as {next(iter(wanted))!r}. "
-            "Give the data set and the split that were embedded."
+            f"{images.source} has none of the images that are shown, such as {min(left)!r}. Give the data set "
+            "and the split that were embedded."
         )
-    missing = Thumbnail(why="not in the data set")
-    return {row: found.get(row, missing) for row in wanted.values()}
 
 
 def thumbnail(record: ImageRecord) -> Thumbnail:
