@@ -5,10 +5,10 @@ Colours are from the Okabe-Ito palette; lines also differ in dashes and markers.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,20 +44,14 @@ def require_matplotlib() -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure that needs no screen."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    figure: Figure = import_extra("matplotlib.figure", "report").Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
-@contextlib.contextmanager
-def house_style() -> Iterator[None]:
+def house_style() -> AbstractContextManager[None]:
     """What every figure is drawn and saved under."""
-    require_matplotlib()
-    import matplotlib as mpl
-
-    with mpl.rc_context(SETTINGS):
-        yield
+    style: AbstractContextManager[None] = import_extra("matplotlib", "report").rc_context(SETTINGS)
+    return style
 
 
 def looks() -> Iterator[dict[str, Any]]:

@@ -132,15 +132,10 @@ def _cross_fitted(source: EmbeddingSource, rows: NDArray[np.int64], seed: int) -
 
 def posterior_of(predictor: FailurePredictor, source: EmbeddingSource, rows: NDArray[np.int64]) -> Floats:
     """(N, K) the predictor's posterior, or the zero-shot one where it has none."""
-    found = np.empty((len(rows), source.n_candidates))
-    place = np.full(len(source), UNKNOWN)
-    place[rows] = np.arange(len(rows))
-    columns = predictor.columns_to_score
-    for batch in source.batches(SCORING_BATCH, rows=torch.from_numpy(rows), columns=columns):
-        with torch.no_grad():
-            log_p = predictor.log_posterior(batch.to(predictor.device_))
-        found[place[batch.index.numpy(force=True)]] = log_p.exp().numpy(force=True)
-    return found
+    batches = source.batches(SCORING_BATCH, rows=torch.from_numpy(rows), columns=predictor.columns_to_score)
+    with torch.no_grad():
+        found = [predictor.log_posterior(one.to(predictor.device_)).exp().numpy(force=True) for one in batches]
+    return np.concatenate([np.empty((0, source.n_candidates)), *found])
 
 
 def contact_sheet(found: LabelErrors, images: ImageDataset, path: Path) -> None:

@@ -172,7 +172,12 @@ class Triage:
 
 
 class Workshop:
-    """The folder in which one triage lives, and goes on from run to run."""
+    """The folder in which one triage lives, and goes on from run to run.
+
+    Attributes:
+        folder: Where the predictor is.
+        candidate: Where another one is, which is tried beside it.
+    """
 
     def __init__(self, root: Path, job: Job, *, overwrite: bool = False) -> None:
         self.root, self.job = root, job
@@ -196,6 +201,7 @@ class Workshop:
         self.state = found or TriageState(settings=job.settings)
         self.overwrite = overwrite
         self.stores = PhotoStores(root / FOLDER)
+        self.folder, self.candidate = root / PREDICTOR_FOLDER, root / CANDIDATE_FOLDER
 
     def listing(self) -> PhotoFolder:
         """The photos that are there, but for what this folder itself holds."""
@@ -206,7 +212,7 @@ class Workshop:
                 f"{min(both)!r} was moved to {moved[min(both)]} and is in {self.job.photos} again. "
                 "Rename the new photo; if they are one and the same, remove the one that was moved."
             )
-        photos += [(path, place.stat()) for path, place in moved.items() if place.is_file()]
+        photos += [(path, place.stat()) for path, place in moved.items()]
         root, home = self.root.resolve(), self.job.photos.resolve()
         if root.is_relative_to(home):
             photos = [one for one in photos if not one[0].startswith(f"{root.relative_to(home).as_posix()}/")]
@@ -266,16 +272,6 @@ class Workshop:
             n_new=n_new,
             n_fit=0 if self.state.trial is None else self.state.trial.n_fit,
         )
-
-    @property
-    def folder(self) -> Path:
-        """Where the predictor is."""
-        return self.root / PREDICTOR_FOLDER
-
-    @property
-    def candidate(self) -> Path:
-        """Where another one is, which is tried beside it."""
-        return self.root / CANDIDATE_FOLDER
 
     def _scores(self, predictor: FailurePredictor, photos: Photos, decider: Decider | None = None) -> Outcomes:
         decider = decider or Decider(predictor)
