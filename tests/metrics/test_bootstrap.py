@@ -127,6 +127,16 @@ def test_intervals_of_many_scores_stay_within_what_a_metric_can_be(best: str) ->
     assert (found["aupr_failure"].value == 1) == (best == "highest")
 
 
+def test_an_interval_of_many_scores_and_few_failures_reaches_to_both_sides() -> None:
+    """A group of 122 rows holds most of the 200 failures, so that the ends move by more than the resamples spread."""
+    rng = np.random.default_rng(0)
+    failure = np.arange(1_000_000) < 200
+    uncertainty = rng.normal(size=len(failure)) + 4.5 * failure
+    kernels = {"aupr_failure": METRICS["aupr_failure"].kernel}
+    value, low, high = bootstrap_intervals(kernels, uncertainty, failure, n_resamples=100)["aupr_failure"]
+    assert 0.5 < (high - value) / (value - low) < 2
+
+
 def test_paired_difference_of_equal_rankings_is_nothing() -> None:
     u, f = sample()
     assert paired_bootstrap("fpr95", u, np.exp(u), f) == (0.0, 0.0, 0.0, 1.0)

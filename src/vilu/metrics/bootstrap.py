@@ -198,8 +198,8 @@ def counted_intervals(
     draws = values_of(kernels, blocks, n_resamples) if kernels else {}
     for name, kernel in kernels.items():
         value, drawn = float(kernel(counts)), draws[name]
-        reached = min(drawn.min(), value), max(drawn.max(), value)  # none is beyond what the metric can be
-        intervals[name] = Quantity(value, np.clip(drawn + value - float(kernel(group)), *reached)).interval(confidence)
+        can_be = min(drawn.min(), value, 0.0), max(drawn.max(), value, 1.0)  # nearly every metric is within 0 and 1
+        intervals[name] = Quantity(value, np.clip(drawn + value - float(kernel(group)), *can_be)).interval(confidence)
     return intervals
 
 
