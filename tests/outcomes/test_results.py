@@ -232,6 +232,8 @@ def test_mean_over_seeds() -> None:
 
 def test_a_row_that_is_there_twice_is_one_seed() -> None:
     assert (table() + table()).mean_over_seeds() == table().mean_over_seeds()
+    without = ResultTable(tuple(replace(row, ci_low=None, ci_high=None, interval=None) for row in table()))
+    assert (table() + without).mean_over_seeds() == table().mean_over_seeds()
 
 
 def test_a_mean_is_undefined_where_one_seed_is() -> None:

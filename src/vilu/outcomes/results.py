@@ -144,7 +144,8 @@ class ResultTable:
         """One row per method, data set, split and metric: the mean over seeds, how many being told in ``interval``.
 
         The ends of the interval are the mean less and plus the standard deviation over seeds. A mean is None where
-        the value of one seed is. What has one seed stays as it is; a row that is there twice counts once.
+        the value of one seed is. What has one seed stays as it is; a row that is there twice counts once,
+        also where the two have other intervals.
 
         Examples:
             >>> import vilu
@@ -156,10 +157,11 @@ class ResultTable:
             >>> row.value, round(row.ci_low, 3), round(row.ci_high, 3), row.interval
             (0.875, 0.698, 1.052, 'mean of 2 seeds, one standard deviation')
         """
-        groups: dict[tuple[object, ...], list[ResultRow]] = {}
-        for row in dict.fromkeys(self.rows):
-            groups.setdefault((row.method, row.dataset, row.split, row.metric, row.convention), []).append(row)
-        return ResultTable(tuple(_mean(rows) for rows in groups.values()))
+        groups: dict[tuple[object, ...], dict[ResultRow, ResultRow]] = {}
+        for row in self.rows:
+            seeds = groups.setdefault((row.method, row.dataset, row.split, row.metric, row.convention), {})
+            seeds.setdefault(replace(row, ci_low=None, ci_high=None, interval=None), row)
+        return ResultTable(tuple(_mean(list(seeds.values())) for seeds in groups.values()))
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as plain dictionaries, with ``n_outside`` where some have one.
