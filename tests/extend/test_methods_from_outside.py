@@ -14,16 +14,19 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 import vilu
 from tests.builders.bench_fakes import benchmark, config, make_stores
 from tests.contract import test_predictors as contract
 from vilu import registry
 from vilu.embeddings.memory import Embeddings
+from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import FailurePredictor
-from vilu.predictors.base import own_graph
+from vilu.predictors.base import Learnt, own_graph
+from vilu.predictors.nn.train import Rows
 from vilu.predictors.onnx import export_onnx
 from vilu.report.page.build import report_page
 
@@ -289,6 +292,26 @@ def test_what_cannot_be_registered_is_told(stranger) -> None:
     for odd in ("", ".relative"):
         with pytest.raises(UsageError, match=f"by its whole name, such as package.module. Got '{odd}' instead"):
             registry.load_plugin(odd)
+
+
+@dataclasses.dataclass
+class Level(vilu.FailurePredictor):
+    name, summary, reference = "level", "distance to what is the same for all", "nowhere"
+    tensors = ("constant",)  # also what a method that learns from failures calls its one number
+
+    def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
+        return Learnt({"constant": train.source.image_rows(train.index).mean(dim=0)})
+
+    def _score(self, batch: Batch) -> Tensor:
+        return (batch.image - self.learned_["constant"]).norm(dim=1)
+
+
+def test_a_learned_tensor_may_have_any_name(train: Embeddings, test: Embeddings) -> None:
+    fitted = Level().fit(train)
+    other = Level()
+    other.space_ = fitted.space_
+    other.restore(fitted.state())
+    assert (other.predict_uncertainty(test) == fitted.predict_uncertainty(test)).all()
 
 
 def test_a_learned_tensor_that_is_not_declared_is_told(train: Embeddings) -> None:

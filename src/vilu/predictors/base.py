@@ -337,7 +337,8 @@ class FailurePredictor(ABC):
         elif tensors.keys() != set(names):
             expected = f"a {self.name} holds {', '.join(names)}" if names else f"{self.name} has no weights"
             raise DataError(f"{expected}. The file has {', '.join(sorted(tensors)[:8])}.")
-        record.require_forms(self.name, own, f"{CONSTANT}:d {self._forms}", space.embed_dim if space else 0)
+        forms = f"{CONSTANT}:d" if is_constant else self._forms
+        record.require_forms(self.name, own, forms, space.embed_dim if space else 0)
         self.learned_, self.network_, self.space_ = own, network, space
 
     @property
