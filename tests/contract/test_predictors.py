@@ -433,6 +433,7 @@ SHAPES = {  # of a tensor that is damaged, what its sizes and numbers then are
         ("duo", "multipliers", "cut", r"shape \(2,\)"),
         ("vilu_zero", "outside.weight", "cut", r"shape \(16,\)"),
         ("stacking", "members.knn_vote.bank", "cut", r"float32 of shape \(600, 16\)"),
+        ("vilu_plus", "pool", "two", r"each of 3 experts\. Got 6"),
     ],
 )
 def test_tensors_of_other_shapes_are_refused_when_they_are_read(
@@ -449,6 +450,20 @@ def test_tensors_of_other_shapes_are_refused_when_they_are_read(
     write_json(tmp_path / "predictor.json", sealed, seal="fingerprint")
     with pytest.raises(DataError, match=f"weights.safetensors beside it: .*{tensor.split('.', 2)[-1]} of .*{message}"):
         vilu.load(tmp_path)
+
+
+WIDTHLESS = ("mcm_ts", "duo", "sirc")  # their tensors say nothing of the width of the embeddings
+
+
+@pytest.mark.parametrize("name", [name for name in PREDICTORS if PREDICTORS[name].needs_fit and name not in WIDTHLESS])
+def test_tensors_of_another_width_are_refused_when_they_are_read(name: str, fitted: dict) -> None:
+    other = make(name)
+    other.space_ = dataclasses.replace(fitted[name].space_, embed_dim=15)
+    state = fitted[name].state()
+    if name == "vilu_plus":  # as of a fit without words: of those alone the width was looked at
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("outside.")}
+    with pytest.raises(DataError, match=r"of shape \(.*15|do not fit"):
+        other.restore(state)
 
 
 def with_twins(data: Embeddings) -> dict[str, Any]:

@@ -248,17 +248,20 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         outside = self.outcome_of if self.outcome else None
         return PoolGame(lambda batch: self.experts.to(batch.image.device).pooled_parts(batch), outside)
 
-    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:  # noqa: ARG002
+    def module(self, tensors: dict[str, Tensor], space: EmbeddingSpace) -> Experts:
         """The experts, as large as their tensors say."""
         if not tensors.keys() >= {CLASSES, FEATURE_MEAN, POOL}:
             raise DataError(f"a {self.name} holds experts and a pool. The file has {', '.join(sorted(tensors)[:8])}.")
-        n_classes, dim = tensors[CLASSES].shape
+        n_classes, dim = len(tensors[CLASSES]), space.embed_dim
         inputs = ImageInputs(dim, len(tensors[FEATURE_MEAN]))
         companions: dict[str, nn.Module] = {}
         if ADAPTER in tensors:
             companions["adapter"] = Adapter(inputs, n_classes, self.width, self.dropout)
         if BANK in tensors:
             companions["memory"] = Memory(inputs, len(tensors[BANK]), n_classes)
+        n, n_weights = 1 + len(companions), len(tensors[POOL])
+        if n_weights != n:
+            raise DataError(f"{POOL} of {self.name} must have a weight for each of {n} experts. Got {n_weights}.")
         return Experts(SupervisedAttention(inputs, dim, n_classes, self.sharing), companions, tensors[POOL])
 
 
