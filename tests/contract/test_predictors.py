@@ -368,11 +368,18 @@ def test_no_saved_number_makes_loading_or_scoring_endless(name: str, settings: d
 @pytest.mark.parametrize(
     ("fraction", "error", "what"),
     [(wrong, UsageError, f"must be .* Got {wrong} instead") for wrong in (-0.1, 1.0, 1.5, np.nan)]
-    + [(0.9999, DataError, "holds out all 600 training rows")],  # of the failures, and of the successes, rounded
+    + [(0.9999, DataError, "holds out 600 of 600 training rows")],  # of the failures, and of the successes, rounded
 )
 def test_a_share_to_hold_out_leaves_rows_to_learn_from(fraction: float, error: type[Exception], what: str) -> None:
     with pytest.raises(error, match=f"validation_fraction.* {what}"):
         vilu.ViLU(epochs=1, hidden=(4,), validation_fraction=fraction).fit(toy_embeddings())
+
+
+def test_a_share_to_hold_out_leaves_failures_to_learn_from() -> None:
+    wrong, right = (np.flatnonzero(failures(toy_embeddings()) == kind) for kind in (1, 0))
+    few = toy_embeddings().take(np.sort([*wrong[:3], *right]))
+    with pytest.raises(DataError, match="so that no failure or no success is left"), pytest.warns(match="only 3 fail"):
+        vilu.ViLU(epochs=1, hidden=(4,), validation_fraction=0.9).fit(few)
 
 
 def test_embeddings_without_provenance_are_compared_by_their_cosines(

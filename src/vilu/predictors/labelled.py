@@ -151,9 +151,12 @@ def fit_and_selection(
         part = hold_out(failure, fraction, train.source.pool_size, generator, groups)
         chosen = Rows(train.source, rows[part], columns)
         _, held_failure = with_failures(chosen.batches(SCORING_BATCH))  # with captions, in pools of their own
-        rows = rows[~torch.isin(torch.arange(len(rows)), part)]
-        if not len(rows):
-            raise DataError(f"validation_fraction={fraction} holds out all {len(part)} training rows. Make it smaller.")
+        kept = ~torch.isin(torch.arange(len(rows)), part)
+        rows = rows[kept]
+        kinds = 2 if train.source.pool_size is None else 1  # pools have other failures in every pass
+        if len(failure[kept].unique()) < kinds:
+            said = f"validation_fraction={fraction} holds out {len(part)} of {len(failure)} training rows, so that no"
+            raise DataError(f"{said} failure or no success is left to learn from. Make it smaller.")
     is_blind = len(held_failure.unique()) < 2
     return Rows(train.source, train.index if is_blind else rows, columns), None if is_blind else chosen
 
