@@ -439,6 +439,8 @@ SHAPES = {  # of a tensor that is damaged, what its sizes and numbers then are
         ("bayesvlm", "image_inputs", "cut", r"shape \(16, 16\)"),
         ("duo", "multipliers", "cut", r"shape \(2,\)"),
         ("vilu_zero", "outside.weight", "cut", r"shape \(16,\)"),
+        ("vilu_zero", "outside.slope", "empty", r"shape \(1,\)\. Got torch\.float64 of shape \(0,\)"),
+        ("vilu_plus", "outside.offset", "empty", r"shape \(6,\)\. Got torch\.float64 of shape \(0,\)"),
         ("stacking", "members.knn_vote.bank", "cut", r"float32 of shape \(600, 16\)"),
         ("vilu_plus", "pool", "two", r"each of 3 experts\. Got 6"),
     ],

@@ -182,13 +182,15 @@ TYPES = {"f": torch.float32, "d": torch.float64, "i": torch.int64, "?": torch.bo
 def require_forms(method: str, tensors: dict[str, Tensor], forms: str, width: int) -> None:
     """Refuse tensors that are not as ``forms`` says, such as "bank:fND classes:fKD labels:iN<K": name, type and sizes.
 
-    A letter is one size, D the ``width`` of the embeddings; only of a small letter it may be 0. <K: from 0 to K - 1.
+    A letter is one size, D the ``width`` of the embeddings; small letters may be 0, all of them. <K: from 0 to K - 1.
     """
     sizes = {"D": width, "1": 1, "2": 2}
-    for name, kind, letters, bound in (found for found in FORM.findall(forms) if found[0] in tensors):
+    there = [found for found in FORM.findall(forms) if found[0] in tensors]
+    nothing = 0 in next((tensors[name].shape for name, _, letters, _ in there if letters.islower()), ())
+    for name, kind, letters, bound in there:
         tensor, shape = tensors[name], tuple(tensors[name].shape)
         given = zip(letters, shape + (0,) * len(letters), strict=False)
-        expected = tuple(0 if n == 0 and x.islower() else sizes.setdefault(x.upper(), max(n, 1)) for x, n in given)
+        expected = tuple(0 if nothing and x.islower() else sizes.setdefault(x.upper(), max(n, 1)) for x, n in given)
         who = f"{name} of {method} must be"
         if (tensor.dtype, shape) != (TYPES[kind], expected):
             raise DataError(f"{who} {TYPES[kind]} of shape {expected}. Got {tensor.dtype} of shape {shape} instead.")
