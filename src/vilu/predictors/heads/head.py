@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, Self, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import checked
 from vilu.predictors.base import FailurePredictor, Learnt
 from vilu.predictors.games import LOG_ODDS, Game, HeadGame
 from vilu.predictors.labelled import fit_and_selection
@@ -86,24 +85,16 @@ class HeadPredictor(FailurePredictor):
     def loss(self) -> str:
         """A key of ``LOSSES``."""
 
-    @checked
-    def fit(
-        self,
-        train: EmbeddingSource,
-        validation: EmbeddingSource | None = None,
-        *,
-        unlabelled: EmbeddingSource | None = None,
-    ) -> Self:
-        """As ``FailurePredictor.fit``, from the weights of another fit where there are some to start from."""
-        start = self.start_
+    def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
+        """From the weights of another fit where there are some to start from."""
+        start, space = self.start_, train.source.space
         if start is not None and start.space_ is not None:
-            start.space_.require_match(train.space, mine=f"the fitted {self.name} to start from", theirs="the data")
-        super().fit(train, validation, unlabelled=unlabelled)
+            start.space_.require_match(space, mine=f"the fitted {self.name} to start from", theirs="the data")
+        super()._fit_rows(train, validation)
         if start is not None:
             self.seen_ = join(self.seen_, start.seen_)
         if self.constant_ is not None:
             self.notes_ |= self._start_notes()
-        return self
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:
         parts = fit_and_selection(train, failure, validation, self.validation_fraction, self.seed)
