@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import DataError, UsageError, checked, require_at_least
+from vilu.errors import DataError, UsageError, checked, require_at_least, require_one_of
 from vilu.metrics.counts import Floats, TieCounts, ratio, tie_counts
 
 Binning = Literal["width", "mass"]
@@ -89,16 +89,15 @@ def ece_kernel(counts: TieCounts, bins: int = 15, binning: Binning = "width") ->
 
 def _per_bin(counts: TieCounts, bins: int, binning: Binning, *values: Floats) -> list[Floats]:
     """(..., bins) sums of numbers (..., G) over the scores of every bin."""
+    require_one_of("binning", binning, get_args(Binning))
     require_at_least("bins", bins, 1)
     if bins > MAX_BINS:
         raise UsageError(f"bins must be at most {MAX_BINS:,}. Got {bins} instead.")
     if binning == "width":
         inner_edges = np.arange(1, bins) / bins
         of_score = np.broadcast_to(np.searchsorted(inner_edges, counts.value, side="left"), counts.size.shape)
-    elif binning == "mass":
-        of_score = np.minimum((counts.accepted - counts.size) * bins // counts.n[..., None], bins - 1)
     else:
-        raise UsageError(f"binning must be 'width' or 'mass'. Got {binning!r} instead.")
+        of_score = np.minimum((counts.accepted - counts.size) * bins // counts.n[..., None], bins - 1)
     resamples = counts.size.shape[:-1]
     n_resamples = int(np.prod(resamples))
     index = (of_score.reshape(n_resamples, -1) + bins * np.arange(n_resamples)[:, None]).ravel()

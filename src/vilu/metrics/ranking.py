@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import UsageError, checked
+from vilu.errors import checked, require_between, require_one_of
 from vilu.metrics.counts import Floats, Ints, Positive, TieCounts, ratio, tie_counts
 
 Rule = Literal["interpolate", "first", "nearest"]
@@ -121,7 +121,7 @@ def roc_curve_points(
         >>> list(zip(fpr.tolist(), tpr.tolist()))
         [(0.0, 0.0), (0.0, 0.5), (0.5, 0.5), (0.5, 1.0), (1.0, 1.0)]
     """
-    _check_choice("positive", positive, get_args(Positive))
+    require_one_of("positive", positive, get_args(Positive))
     return _roc(tie_counts(uncertainty, failure).towards(positive))
 
 
@@ -135,10 +135,9 @@ def fpr_at_tpr_kernel(
     counts: TieCounts, level: float = 0.95, positive: Positive = "correct", rule: Rule = "interpolate"
 ) -> Floats:
     """False positive rate (...); see ``fpr_at_tpr``."""
-    if not 0 < level <= 1:
-        raise UsageError(f"level must be a true positive rate in (0, 1]. Got {level} instead.")
-    _check_choice("positive", positive, get_args(Positive))
-    _check_choice("rule", rule, get_args(Rule))
+    require_between("level", level, "(0, 1]")
+    require_one_of("positive", positive, get_args(Positive))
+    require_one_of("rule", rule, get_args(Rule))
     fpr, tpr = _roc(counts.towards(positive))
     if rule == "first":
         return _pick(fpr, (tpr < level).sum(-1))
@@ -171,8 +170,3 @@ def _roc(counts: TieCounts) -> tuple[Floats, Floats]:
 def _pick(values: Floats, index: NDArray[np.intp]) -> Floats:
     """Entry (...) of ``values`` (..., M) at ``index`` (...)."""
     return np.take_along_axis(values, np.asarray(index)[..., None], axis=-1)[..., 0]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(map(repr, choices))}. Got {value!r} instead.")

@@ -7,12 +7,12 @@ equal uncertainties the order is unknown, so the number of wrong answers grows t
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vilu.errors import UsageError, checked, require_between
+from vilu.errors import checked, require_between, require_one_of
 from vilu.metrics.counts import Floats, Ints, TieCounts, ratio, tie_counts
 
 Convention = Literal["mean", "trapezoid"]
@@ -138,11 +138,8 @@ def risk_coverage_curve(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Flo
 
 def aurc_kernel(counts: TieCounts, convention: Convention = "mean") -> Floats:
     """AURC (...); see ``aurc``."""
-    if convention == "mean":
-        return _mean_risk(counts)
-    if convention == "trapezoid":
-        return _trapezoid_risk(counts)
-    raise UsageError(f"convention must be 'mean' or 'trapezoid'. Got {convention!r} instead.")
+    require_one_of("convention", convention, get_args(Convention))
+    return _mean_risk(counts) if convention == "mean" else _trapezoid_risk(counts)
 
 
 def excess_aurc_kernel(counts: TieCounts) -> Floats:
