@@ -85,7 +85,7 @@ def test_terms_are_a_value_and_its_derivatives() -> None:
         batch.logits.double() * at[0] + second * at[1], batch.target, reduction="sum"
     )
     value.backward()
-    assert torch.allclose(duo_terms(batch, at.detach()), torch.cat([value.detach()[None], at.grad]), rtol=1e-10)
+    assert torch.allclose(duo_terms(batch, at.tolist()), torch.cat([value.detach()[None], at.grad]), rtol=1e-10)
 
 
 def test_a_second_model_that_says_nothing_leaves_the_fitted_temperature(train: Embeddings, test: Embeddings) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -123,20 +123,24 @@ def most_likely(
 def likelihood_terms(batch: Batch, log_multiplier: float) -> Tensor:
     """(2,) sums over a batch of -log p_target and of its derivative in log m, on the CPU.
 
-    With z = m l, p_target is the mass of the candidates that are right (one, as a rule), and the derivative of
-    log sum_j exp(z_j) over any of them in log m is their mean z_j under p.
+    With z = m l, the derivative in log m is that in a factor 1 of z.
     """
     logits = float64(batch.logits)
     z = (logits - logits.amax(dim=-1, keepdim=True)) * math.exp(log_multiplier)
+    return pooled_terms(batch, z[..., None], [1.0])
+
+
+def pooled_terms(batch: Batch, logits: Tensor, factors: Sequence[float]) -> Tensor:
+    """(1 + M,) sums over a batch of -log p_target and of its derivatives in the M ``factors``, on the CPU.
+
+    p is the softmax of the logits (B, K, M), weighed by the factors and added up; p_target is the mass of the right
+    candidates (one, as a rule). The derivative in one factor is the mean of its logits under p less that over them.
+    """
+    z = logits @ torch.tensor(factors, dtype=logits.dtype, device=logits.device)
     right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
     value = torch.logsumexp(z, dim=-1) - torch.logsumexp(right, dim=-1)
-    slope = mean_logit(z, z) - mean_logit(right, z)
-    return torch.stack([value.sum(), slope.sum()]).cpu()
-
-
-def mean_logit(chosen: Tensor, z: Tensor) -> Tensor:
-    """(B,) mean of z (B, K) under softmax(chosen), where ``chosen`` is z or minus infinity."""
-    return (torch.softmax(chosen, dim=-1) * z).sum(dim=-1)
+    weight = torch.softmax(z, dim=-1) - torch.softmax(right, dim=-1)
+    return torch.cat([value.sum()[None], torch.einsum("bk,bkm->m", weight, logits)]).cpu()
 
 
 def best_calibration(train: Rows, n: int, device: torch.device) -> float:
@@ -269,24 +273,12 @@ def two_logits(batch: Batch) -> Tensor:
 
 def best_multipliers(train: Rows, n: int, device: torch.device) -> list[float]:
     """T_L and T_S of the least mean negative log-likelihood of ``n`` labelled rows."""
-
-    def terms(batch: Batch, at: list[float]) -> Tensor:
-        return duo_terms(batch.to(device), torch.tensor(at, dtype=torch.float64, device=device))
-
-    return most_likely(terms, train, n, [0.5, 0.5], (0.0, math.exp(LIMIT)))
+    return most_likely(lambda batch, at: duo_terms(batch.to(device), at), train, n, [0.5, 0.5], (0.0, math.exp(LIMIT)))
 
 
-def duo_terms(batch: Batch, multipliers: Tensor) -> Tensor:
-    """(3,) sums over a batch of -log p_target and of its derivatives in the ``multipliers`` (2,), on the CPU.
-
-    The derivative in one of them is the mean of its model's logits under p less that over the right candidates.
-    """
-    both = two_logits(batch)
-    z = both @ multipliers
-    right = z.masked_fill(~batch.alike(batch.target).to(z.device), -torch.inf)
-    value = torch.logsumexp(z, dim=-1) - torch.logsumexp(right, dim=-1)
-    weight = torch.softmax(z, dim=-1) - torch.softmax(right, dim=-1)
-    return torch.cat([value.sum()[None], torch.einsum("bk,bkm->m", weight, both)]).cpu()
+def duo_terms(batch: Batch, multipliers: Sequence[float]) -> Tensor:
+    """(3,) ``pooled_terms`` of the two models at T_L and T_S."""
+    return pooled_terms(batch, two_logits(batch), multipliers)
 
 
 MAX_CLASSES = 10_000  # of Rel-U: pairs of so many take 800 MB in float64
