@@ -130,11 +130,8 @@ class Tallied(Protocol):
         """The counts."""
 
 
-TEXT_COLUMNS = (
-    *("key", "pred_name", "label_name", "reason", "score_name"),
-    *("decision", "decision_reason", "label_set"),
-)
 DECISION = ("decision", "decision_reason", "label_set")
+TEXT_COLUMNS = ("key", "pred_name", "label_name", "reason", "score_name", *DECISION)
 OPTIONAL = {
     "prediction": "int64",
     "target": "int64",

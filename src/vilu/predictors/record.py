@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError, StorageError
+from vilu.errors import DataError, ProvenanceError
 from vilu.files.disk import make_folder, or_refuse, write_bytes, write_text
 from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, explain, parse_json, plain_json, read_json, write_json
 from vilu.files.places import claim_folder, made
@@ -262,13 +262,3 @@ def home_of(cls: type) -> dict[str, Any]:
         return {}
     distribution = next(iter(metadata.packages_distributions().get(package, ())), None)
     return {"home": {"distribution": distribution, "module": cls.__module__}}
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file of a predictor's folder."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"the predictor is not complete: {path} does not exist. {REFIT}.") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}.") from error

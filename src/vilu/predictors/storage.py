@@ -15,6 +15,7 @@ from torch import Tensor
 from vilu.device import as_usual
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, ViLUError, checked
+from vilu.files.disk import or_refuse
 from vilu.files.documents import read_json
 from vilu.files.places import claim_folder, inputs_of
 from vilu.predictors import record
@@ -22,7 +23,7 @@ from vilu.predictors.base import FailurePredictor
 from vilu.predictors.catalogue import find_method, method_names
 from vilu.predictors.parameters import build
 from vilu.predictors.probability import read_calibrator
-from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, WEIGHTS, read_bytes, read_record, take_seen
+from vilu.predictors.record import PREDICTOR, RECALIBRATE, REFIT, RISK, WEIGHTS, read_record, take_seen
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,10 @@ def load(folder: str | Path) -> FailurePredictor:
     """
     path = Path(folder)
     found = read_record(path / PREDICTOR)
-    weights = read_bytes(path / WEIGHTS)
+    if not (path / WEIGHTS).is_file():
+        raise DataError(f"the predictor is not complete: {path / WEIGHTS} does not exist. {REFIT}.")
+    with or_refuse(f"read {path / WEIGHTS}"):
+        weights = (path / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != found["weights_sha256"]:
         raise DataError(f"{path / WEIGHTS} is damaged: it is not the file that {PREDICTOR} names. {REFIT}.")
     method = method_of(found, path / PREDICTOR)

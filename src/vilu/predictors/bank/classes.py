@@ -86,6 +86,8 @@ class LinearProbe(ClosedSet):
     max_bank: Count = 100_000
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
+        from sklearn.linear_model import LogisticRegression
+
         kept, _ = draw_rows(train, self.max_bank, self.seed)
         label = labels(kept)
         weight = torch.zeros(train.source.n_candidates, train.source.space.embed_dim, dtype=torch.float64)
@@ -97,19 +99,13 @@ class LinearProbe(ClosedSet):
             fitted = known if len(known) > 2 else known[1:]
             image = gather(kept)
             centre = image.mean(dim=0)
-            weight[fitted], intercept = self._regress(image - centre, label)
-            bias[fitted] = intercept - weight[fitted] @ centre.double()
+            model = LogisticRegression(C=self.C, max_iter=self.max_iter)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="The number of unique classes")  # few images a class are fine
+                model.fit((image - centre).numpy(), label.numpy())
+            weight[fitted] = torch.from_numpy(model.coef_).double()
+            bias[fitted] = torch.from_numpy(model.intercept_).double() - weight[fitted] @ centre.double()
         return Learnt({"weight": weight, "bias": bias, CLASSES: class_texts(train)})
-
-    def _regress(self, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (C, D) and biases (C,), float64."""
-        from sklearn.linear_model import LogisticRegression
-
-        model = LogisticRegression(C=self.C, max_iter=self.max_iter)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The number of unique classes")  # few images a class are fine
-            model.fit(image.numpy(), label.numpy())
-        return torch.from_numpy(model.coef_).double(), torch.from_numpy(model.intercept_).double()
 
     def _score(self, batch: Batch) -> Tensor:
         classes = self.classes_of(batch.text)
