@@ -73,36 +73,22 @@ class Metric:
         return f"[{self.show(low, sign)}, {self.show(high, sign)}]"
 
 
+def _asked(question: Question, metric: Metric, convention: str) -> Metric:
+    """The same metric of another question."""
+    return replace(metric, title=f"{metric.title} {question}", convention=convention, question=question)
+
+
+_AUROC = Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True)
+_FPR95 = Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation")
+_OUTSIDE = "pictures of none of the classes against those of the classes, ties count half"
 _RISKS = {"0.01": "Cov@1%", "0.05": "Cov@5%", "0.1": "Cov@10%"}
 _ENTRIES = {
-    "auroc": Metric("AUROC", auroc_kernel, "ties count half", higher_is_better=True),
-    "fpr95": Metric("FPR95", fpr_at_tpr_kernel, "positive=correct, TPR 0.95, linear interpolation"),
-    "auroc_within": Metric(
-        "AUROC within",
-        auroc_kernel,
-        "pictures of the classes only, ties count half",
-        higher_is_better=True,
-        question="within",
-    ),
-    "fpr95_within": Metric(
-        "FPR95 within",
-        fpr_at_tpr_kernel,
-        "pictures of the classes only, positive=correct, TPR 0.95, linear interpolation",
-        question="within",
-    ),
-    "auroc_outside": Metric(
-        "AUROC outside",
-        auroc_kernel,
-        "pictures of none of the classes against those of the classes, ties count half",
-        higher_is_better=True,
-        question="outside",
-    ),
-    "fpr95_outside": Metric(
-        "FPR95 outside",
-        fpr_at_tpr_kernel,
-        "positive=picture of the classes, TPR 0.95, linear interpolation",
-        question="outside",
-    ),
+    "auroc": _AUROC,
+    "fpr95": _FPR95,
+    "auroc_within": _asked("within", _AUROC, f"pictures of the classes only, {_AUROC.convention}"),
+    "fpr95_within": _asked("within", _FPR95, f"pictures of the classes only, {_FPR95.convention}"),
+    "auroc_outside": _asked("outside", _AUROC, _OUTSIDE),
+    "fpr95_outside": _asked("outside", _FPR95, "positive=picture of the classes, TPR 0.95, linear interpolation"),
     "fpr95_failure": Metric(
         "FPR95-failure",
         partial(fpr_at_tpr_kernel, positive="failure", rule="first"),
