@@ -65,11 +65,6 @@ class Factors:
     def __add__(self, other: Factors) -> Factors:
         return Factors(self.inputs + other.inputs, self.outputs + other.outputs, self.n + other.n)
 
-    def scaled(self, pseudo_count: float) -> tuple[Tensor, Tensor]:
-        """A and B times sqrt(pseudo_count): the pair of them weighs ``pseudo_count`` times the data."""
-        scale = math.sqrt(pseudo_count / self.n)
-        return scale * self.inputs, scale * self.outputs
-
 
 def factors(layer: Layer, candidates: Tensor, scale: float, bias: float, loss: str) -> Factors:
     """What some rows, each against all of ``candidates`` (K, D), add to the factors of their layer.
@@ -114,7 +109,8 @@ class Posterior:
 
 def posterior(found: Factors, squared_norm: float, pseudo_count: float) -> tuple[Posterior, float]:
     """Posterior of a last layer of squared norm ‖P‖², and the prior precision lambda that the evidence chose."""
-    spectra = [torch.linalg.eigh(factor) for factor in found.scaled(pseudo_count)]
+    scale = math.sqrt(pseudo_count / found.n)  # of both, so that the pair of them weighs so many times the data
+    spectra = [torch.linalg.eigh(scale * factor) for factor in (found.inputs, found.outputs)]
     (a, a_vectors), (b, b_vectors) = ((values.clamp_min(0), vectors) for values, vectors in spectra)
     prior = best_prior_precision(a, b, squared_norm)
     inputs = (a_vectors / (a + math.sqrt(prior))) @ a_vectors.T

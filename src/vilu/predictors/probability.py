@@ -64,8 +64,7 @@ class Logistic(_Fitted):
 
     def __call__(self, score: Floats) -> Floats:
         """(N,) probabilities of scores (N,)."""
-        log_odds = FORMS[self.form].features(score) @ np.array(self.weights) + self.intercept
-        return expit(log_odds)
+        return expit(FORMS[self.form].features(score) @ np.array(self.weights) + self.intercept)
 
 
 class Isotonic(_Fitted):

@@ -189,7 +189,8 @@ class ViLUPlus(SeesOutside, FailurePredictor):
         self, rows: Rows, kinds: tuple[str, ...], weights: Tensor, start: Start | None, near: Experts | None
     ) -> Experts:
         n_classes = 0 if rows.source.pool_size else rows.source.n_candidates
-        inputs = ImageInputs(rows.source.space.embed_dim, feature_dim(rows))
+        feature_dim = rows.source.column(FEATURES, rows.index[:1]).shape[1] if FEATURES in rows.columns else 0
+        inputs = ImageInputs(rows.source.space.embed_dim, feature_dim)
         inputs.fit(rows)
         attention = fit_attention(
             inputs,
@@ -284,11 +285,6 @@ class PlusGraph(nn.Module):
         if match is not None and len(self.pool) > 1:
             weights = torch.where(match.known.all(), self.pool, self.alone)
         return torch.sigmoid(failure_log_odds(pool(float64(logits).log_softmax(dim=-1), weights), batch))
-
-
-def feature_dim(rows: Rows) -> int:
-    """F of the column "features", 0 where it is not looked at."""
-    return rows.source.column(FEATURES, rows.index[:1]).shape[1] if FEATURES in rows.columns else 0
 
 
 def require_known_classes(validation: EmbeddingSource, classes: Tensor) -> None:
