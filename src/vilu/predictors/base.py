@@ -325,7 +325,7 @@ class FailurePredictor(ABC):
         if tensors and space is None:
             raise DataError("the saved predictor has weights but no embedding space.")
         is_constant = self.learns_failure and tensors.keys() == {CONSTANT}
-        names = (CONSTANT,) if is_constant else self.tensor_names()
+        names, forms = ((CONSTANT,), f"{CONSTANT}:d") if is_constant else (self.tensor_names(), self._forms)
         network = None
         if space is not None and not is_constant:
             with torch.device("meta"):  # no numbers are drawn
@@ -337,7 +337,6 @@ class FailurePredictor(ABC):
         elif tensors.keys() != set(names):
             expected = f"a {self.name} holds {', '.join(names)}" if names else f"{self.name} has no weights"
             raise DataError(f"{expected}. The file has {', '.join(sorted(tensors)[:8])}.")
-        forms = f"{CONSTANT}:d" if is_constant else self._forms
         record.require_forms(self.name, own, forms, space.embed_dim if space else 0)
         self.learned_, self.network_, self.space_ = own, network, space
 
