@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import checked, require_between, require_one_of
+from vilu.errors import UsageError, checked, require_one_of
 from vilu.metrics.counts import Floats, Ints, Positive, TieCounts, ratio, tie_counts
 
 Rule = Literal["interpolate", "first", "nearest"]
@@ -135,7 +135,8 @@ def fpr_at_tpr_kernel(
     counts: TieCounts, level: float = 0.95, positive: Positive = "correct", rule: Rule = "interpolate"
 ) -> Floats:
     """False positive rate (...); see ``fpr_at_tpr``."""
-    require_between("level", level, "(0, 1]")
+    if not 0 < level <= 1:
+        raise UsageError(f"level must be a true positive rate in (0, 1]. Got {level} instead.")
     require_one_of("positive", positive, get_args(Positive))
     require_one_of("rule", rule, get_args(Rule))
     fpr, tpr = _roc(counts.towards(positive))
@@ -145,8 +146,9 @@ def fpr_at_tpr_kernel(
         return _pick(fpr, np.abs(tpr - level).argmin(-1))
     below = (tpr <= level).sum(-1) - 1
     above = np.minimum(below + 1, tpr.shape[-1] - 1)
-    share = ratio(level - _pick(tpr, below), _pick(tpr, above) - _pick(tpr, below), empty=0.0)
-    return _pick(fpr, below) + share * (_pick(fpr, above) - _pick(fpr, below))
+    (tpr_below, tpr_above), (fpr_below, fpr_above) = ([_pick(x, below), _pick(x, above)] for x in (tpr, fpr))
+    share = ratio(level - tpr_below, tpr_above - tpr_below, empty=0.0)
+    return fpr_below + share * (fpr_above - fpr_below)
 
 
 def aupr_kernel(counts: TieCounts, positive: Positive) -> Floats:
