@@ -63,7 +63,8 @@ def ours(data: PairEmbeddings, device: str = "cpu") -> Callable[[], float]:
     trainer = HeadTrainer(FailureHead(D), bce_loss(FailureWeight("batch", 0.5)), config(len(data), device))
     trainer.thaw()
     rows = Rows(data, torch.arange(len(data)))
-    return lambda: float(trainer._step(next(rows.steps(len(data)))))
+    trainer.begin_steps(rows, len(data))
+    return lambda: float(trainer._step(next(rows.steps(len(data))), 1e-3))
 
 
 class Dense(nn.Module):

@@ -38,8 +38,8 @@ def executed(b: int, k: int) -> list[Shape]:
     h = HIDDEN[0]
     image, tail = [(b, D, h), (h, b, D)], mlp_tail(b)
     if texts_first(b, k, D):
-        texts = [*[(k, D, D)] * 2, *[(k, D, h)] * 2]  # keys, towards the image, values, captions
-        changes = [*[(h, k, D)] * 2, (k, h, D), (k, D, D), *[(D, k, D)] * 2]
+        texts = [(k, D, D), (k, D, h)]  # towards the image, values; keys and captions are trained themselves
+        changes = [(h, k, D), (k, h, D), (k, D, D), (D, k, D), (k, k, D), (k, k, h)]
         rows = [(b, D, k), (k, b, D), *[(b, k, h), (k, b, h)] * 2, (b, h, k)]
         return [*texts, *changes, *rows, *image, *tail]
     if 2 * b < D:
@@ -69,9 +69,11 @@ def training(data: Embeddings, b: int, precision: str, device: str = "cpu") -> C
     trainer.thaw()
     rows, generator = Rows(data, torch.arange(N)).answered(config.device), torch.Generator().manual_seed(0)
 
+    trainer.begin_steps(rows, b)
+
     def run() -> None:
         for batch in rows.steps(b, generator):
-            trainer._step(batch)
+            trainer._step(batch, 1e-3)
 
     return run
 

@@ -269,7 +269,7 @@ def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> Non
     trainer.run(Rows(data, torch.arange(64)), None)
     found = keeper.latest()
     tensors, position = dict(found.tensors), json.loads(json.dumps(found.position))
-    unpack(Checkpoint(position, tensors), trainer.head, trainer.optimizer, ())
+    unpack(Checkpoint(position, tensors), trainer.head, trainer.descent.momenta, ())
     if broken == "missing":
         del tensors["head.first_bias"]
     elif broken == "shape":
@@ -285,7 +285,7 @@ def test_tensors_that_do_not_fit_are_refused(broken: str, tmp_path: Path) -> Non
     else:
         position["history"]["loss"] = [float("nan")]
     with pytest.raises(DataError, match="checkpoint"):
-        unpack(Checkpoint(position, tensors), trainer.head, trainer.optimizer, ())
+        unpack(Checkpoint(position, tensors), trainer.head, trainer.descent.momenta, ())
 
 
 def test_fingerprint_of_rows_sees_what_matters() -> None:

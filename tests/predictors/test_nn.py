@@ -20,6 +20,7 @@ from vilu.errors import DataError, UsageError
 from vilu.predictors.nn.head import ATTENTION, FailureHead
 from vilu.predictors.nn.losses import FailureWeight, adaptive_weight, bce_loss, weighted_bce, weighted_mse
 from vilu.predictors.nn.train import (
+    Descent,
     HeadTrainer,
     Plan,
     Rows,
@@ -197,6 +198,33 @@ def test_a_frozen_attention_does_not_move_at_all() -> None:
     assert torch.equal(head.attention.image, torch.eye(16))
     assert torch.equal(head.attention.text, torch.eye(16))
     assert head.attention.image.grad is None
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(momentum: float, doubled: bool) -> None:
+    """Over two epochs, against steps on all of the matrix; also where one text stands twice."""
+    generator = torch.Generator().manual_seed(0)
+    text, goal = (torch.randn(4, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    text[3] = text[0] if doubled else text[3]
+    start = torch.randn(7, 7, generator=generator, dtype=torch.float64)
+    found = []
+    for is_made in (False, True):
+        matrix, other = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start[:1].clone())
+        descent = Descent(momentum, 0.01)
+        descent.learn([matrix, other])
+        for steps in (6, 3):
+            descent.begin(*((text, [matrix]) if is_made else (text[:0], [])))
+            for step in range(steps):
+                made = descent.made[matrix] if is_made else text @ matrix.T
+                ((made - goal).square().sum() + (made @ other.T).sin().sum()).backward()
+                descent.step(0.02 / (1 + step))
+            descent.end()
+        found.append([matrix, other, *(descent.momenta.values() if momentum else ())])
+    assert not torch.allclose(found[0][0], start, atol=0.1)
+    for direct, by_texts in zip(*found, strict=True):
+        # rounding of float64
+        assert torch.allclose(direct, by_texts, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("epochs", [0, 1])

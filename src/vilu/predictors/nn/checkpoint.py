@@ -28,7 +28,7 @@ from vilu.files.documents import digest, read_json, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
-SCHEMA = 1
+SCHEMA = 2  # 1: without what fixed texts were multiplied to within an epoch
 RECORD = re.compile(r"(\d{8,})\.json")
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
 AGAIN = "Remove it, and run the training again"
@@ -282,9 +282,6 @@ def spread(rows: Tensor, n: int) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, min(n, len(rows)), dtype=torch.float64).long()] if len(rows) else rows
 
 
-BUFFER = "momentum_buffer"
-
-
 class Stateful(Protocol):
     """Something in a loss that remembers earlier batches."""
 
@@ -320,13 +317,12 @@ class Position:
     history: History = field(default_factory=History)
 
 
-def pack(at: Position, head: nn.Module, optimizer: torch.optim.SGD, stateful: Sequence[Stateful]) -> Checkpoint:
-    """Everything that the rest of a training run depends on."""
-    buffers = {str(i): optimizer.state[p].get(BUFFER) for i, p in enumerate(parameters_of(optimizer))}
+def pack(at: Position, head: nn.Module, momenta: Mapping[Tensor, Tensor], stateful: Sequence[Stateful]) -> Checkpoint:
+    """Everything that the rest of a training run depends on; ``momenta`` of each parameter that learns, in order."""
     parts = {
         "head": head.state_dict(),
         "kept": at.kept,
-        "momentum": {name: buffer for name, buffer in buffers.items() if buffer is not None},
+        "momentum": {str(i): momentum for i, momentum in enumerate(momenta.values())},
         "masks": {str(i): generator.get_state() for i, generator in enumerate(generators_of(head))},
         "loop": {"order": at.order, "total": at.total},
         **{f"memory{i}": each.state() for i, each in enumerate(stateful)},
@@ -336,39 +332,34 @@ def pack(at: Position, head: nn.Module, optimizer: torch.optim.SGD, stateful: Se
 
 
 def unpack(
-    checkpoint: Checkpoint, head: nn.Module, optimizer: torch.optim.SGD, stateful: Sequence[Stateful]
+    checkpoint: Checkpoint, head: nn.Module, momenta: Mapping[Tensor, Tensor], stateful: Sequence[Stateful]
 ) -> Position:
-    """The inverse of ``pack``: fill head, optimiser and memories, and say where to go on."""
+    """The inverse of ``pack``: fill head, momenta and memories, and say where to go on."""
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in checkpoint.tensors.items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     weights = head.state_dict()
-    _load("weights", parts.get("head", {}), weights)
+    load("weights", parts.get("head", {}), weights)
     kept = parts.get("kept", {})
     if kept:
-        _load("kept weights", kept, {name: torch.empty_like(tensor) for name, tensor in weights.items()})
+        load("kept weights", kept, {name: torch.empty_like(tensor) for name, tensor in weights.items()})
     device = next(iter(weights.values())).device
-    parameters = parameters_of(optimizer)
-    for name, buffer in parts.get("momentum", {}).items():
-        if not name.isdigit() or int(name) >= len(parameters) or buffer.shape != parameters[int(name)].shape:
-            raise DataError(f"a checkpoint has momentum {name!r} of shape {tuple(buffer.shape)} for no weight here.")
-        optimizer.state[parameters[int(name)]][BUFFER] = buffer.to(device)
+    known = {str(i): momentum for i, momentum in enumerate(momenta.values())}
+    for name, momentum in parts.get("momentum", {}).items():
+        if name not in known or momentum.shape != known[name].shape:
+            raise DataError(f"a checkpoint has momentum {name!r} of shape {tuple(momentum.shape)} for no weight here.")
+        known[name].copy_(momentum)
     masks = {str(i): generator.get_state() for i, generator in enumerate(generators_of(head))}
-    _load("states of masks", parts.get("masks", {}), masks)
+    load("states of masks", parts.get("masks", {}), masks)
     for i, generator in enumerate(generators_of(head)):
         generator.set_state(masks[str(i)])
     for i, each in enumerate(stateful):
         each.restore(parts.get(f"memory{i}", {}))
     loop = {"order": torch.Generator().get_state(), "total": torch.zeros(())}
-    _load("state of the loop", parts.get("loop", {}), loop)
+    load("state of the loop", parts.get("loop", {}), loop)
     total, history = loop["total"].to(device), _history(checkpoint.position)
     return Position(loop["order"], total, *checkpoint.numbers(), kept, history)
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """All parameters that the optimiser knows, in its order."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def generators_of(head: nn.Module) -> list[torch.Generator]:
@@ -376,7 +367,7 @@ def generators_of(head: nn.Module) -> list[torch.Generator]:
     return [module.generator for module in head.modules() if isinstance(module, Dropout)]
 
 
-def _load(what: str, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+def load(what: str, found: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
     """Copy tensors into those of the same names."""
     kinds = [{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} for tensors in (found, into)]
     if kinds[0] != kinds[1]:

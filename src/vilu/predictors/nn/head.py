@@ -6,7 +6,7 @@ import copy
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -65,7 +65,14 @@ class CrossAttention(nn.Module, ABC):
         left, right = self.factors(image, text, logit_scale, after)
         return left @ right
 
-    def factors(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(
+        self,
+        image: Tensor,
+        text: Tensor,
+        logit_scale: float,
+        after: Tensor,
+        made: Mapping[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Two matrices whose product is ``forward``. The weights alpha are computed in float32.
 
         Up to ``TILE_CELLS`` weights are kept for the gradient. Few texts are projected one by one, keys and values
@@ -78,13 +85,14 @@ class CrossAttention(nn.Module, ABC):
             text: (K, D) unit-norm embeddings, without gradient.
             logit_scale: The VLM's own multiplier of the cosine.
             after: (H, D) matrix that is applied to the attended text.
+            made: (K, D) products of the texts with the matrices of keys and values, where they are known.
         """
         with torch.autocast(image.device.type, enabled=False):
             query, key, value, scale = self.projections(logit_scale)
             large = len(image) * len(text) > TILE_CELLS
-            if not large and texts_first(len(image), *text.shape):
-                keys = text @ key.T
-                values = keys if value is key else text @ value.T
+            if made or (not large and texts_first(len(image), *text.shape)):
+                keys = made[key] if made else text @ key.T
+                values = keys if value is key else made[value] if made else text @ value.T
                 return torch.softmax(scale * (image @ (keys @ query).T), dim=-1), values @ after.T
             if large:
                 attended = attend(torch.linalg.multi_dot([image, query.T, key]), text, scale)
@@ -200,7 +208,7 @@ class FoldedAttention(nn.Module):
         self.query = nn.Buffer((scale * (query.double().T @ key.double())).detach().float())
         self.value = nn.Buffer((after.double() @ value.double()).detach().float())
 
-    def factors(self, image: Tensor, text: Tensor, logit_scale: float, after: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def factors(self, image: Tensor, text: Tensor, logit_scale: float, *_: object) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """As of ``CrossAttention``; scale and matrix are those that it was made with."""
         return torch.softmax(image @ self.query @ text.T, dim=-1) @ text, self.value.T
 
@@ -262,6 +270,7 @@ class FailureHead(nn.Module):
         between = [] if dropout is None else [dropout]
         self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(inplace=True), *between, linear)))
         self.attention: CrossAttention | None = ATTENTION[attention](dim) if attention else None
+        self.made: Mapping[Tensor, Tensor] = {}  # what ``text_matrices`` make of texts that stay, in training
 
     def forward(self, batch: Batch) -> Tensor:
         """(B,) failure logits in float32."""
@@ -283,6 +292,11 @@ class FailureHead(nn.Module):
             total = total.addmm_(*(factor.to(total.dtype) for factor in factors))  # in place: no memory but its own
         return total
 
+    def text_matrices(self) -> list[Tensor]:
+        """Those that multiply texts and nothing else."""
+        found = [self.first["caption"]] if "caption" in self.first else []
+        return found + ([] if self.attention is None else list(dict.fromkeys(self.attention.projections(1.0)[1:3])))
+
     def parts(self, batch: Batch) -> dict[str, Tensor]:
         """What each part of z adds to the first hidden layer, (B, H) each, in their order; the bias aside."""
         return {part: left @ right for part, (left, right) in self.factors(batch).items()}
@@ -294,23 +308,25 @@ class FailureHead(nn.Module):
         found = {"image": (batch.image, self.first["image"].T)}
         if self.attention is not None:
             after = self.first["attended"]
-            found["attended"] = self.attention.factors(batch.image, batch.text, batch.logit_scale, after)
+            found["attended"] = self.attention.factors(batch.image, batch.text, batch.logit_scale, after, self.made)
         if "caption" in self.first:
-            found["caption"] = picked(batch.text, batch.prediction, self.first["caption"])
+            weight = self.first["caption"]
+            found["caption"] = picked(batch.text, batch.prediction, weight, self.made.get(weight))
         if "mcm" in self.first:
             found["mcm"] = batch.zero_shot.max_probability[:, None], self.first["mcm"].T
         return found
 
 
-def picked(text: Tensor, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def picked(text: Tensor, rows: Tensor, weight: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Two matrices whose product is ``text[rows] @ weight.T``: each of K texts is projected once where that is cheaper.
 
-    They are then picked by a product with one-hot rows, since the gradient of an indexing is many times slower.
+    They are then picked by a product with one-hot rows, since the gradient of an indexing is many times slower. Where
+    ``text @ weight.T`` is known, it is ``made``.
     """
     # a graph has one form for all sizes
-    if torch.compiler.is_exporting() or len(text) * (1 + len(rows) / text.shape[1]) > len(rows):
+    if made is None and (torch.compiler.is_exporting() or len(text) * (1 + len(rows) / text.shape[1]) > len(rows)):
         return text[rows], weight.T
-    return functional.one_hot(rows, len(text)).to(text.dtype), text @ weight.T
+    return functional.one_hot(rows, len(text)).to(text.dtype), text @ weight.T if made is None else made
 
 
 def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:

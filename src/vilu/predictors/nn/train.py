@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
 
 from vilu.embeddings.similarity import ZeroShot
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
-from vilu.predictors.nn.checkpoint import History, Keeper, Position, Stateful, pack, parameters_of, unpack
-from vilu.predictors.nn.head import FailureHead
+from vilu.predictors.nn.checkpoint import History, Keeper, Position, Stateful, load, pack, unpack
+from vilu.predictors.nn.head import FailureHead, texts_first
 from vilu.predictors.nn.processes import World, current_world
 from vilu.progress import Task, track
 
@@ -180,6 +182,91 @@ def auroc_standard_error(value: float, n_failures: int, n_successes: int) -> flo
     return math.sqrt(max(value * (1 - value) + spread, 0.0) / (n_failures * n_successes))
 
 
+class Descent:
+    """Stochastic gradient descent with momentum, m <- mu m + dW + lambda W, W <- W - rate m.
+
+    In an epoch whose K texts T stay, a matrix W that multiplies nothing else is not moved itself: of it R = T W' is
+    looked at, (K, D), and with dR the derivatives of the loss in R, those in W are dR' T. All steps are linear, so that
+    (W, m) are A (W, m), as they were when the epoch began, and (C, n)' T: A is a 2 x 2 matrix, and steps on C are such
+    as if dR were its gradient, with n for its momentum. W and m are written when the epoch ends.
+
+    Attributes:
+        momenta: m of each parameter that learns.
+        made: R of each matrix of texts that stay.
+        moving: What has a gradient (W or R), what steps move by it (W or C), and its momentum.
+    """
+
+    def __init__(self, momentum: float, weight_decay: float) -> None:
+        self.momentum, self.weight_decay = momentum, weight_decay
+        self.momenta, self.made, self.found = dict[Tensor, Tensor](), dict[Tensor, Tensor](), dict[str, Tensor]()
+
+    def learn(self, parameters: Iterable[Tensor]) -> None:
+        """Move these, too, from the next epoch on."""
+        self.momenta |= {new: torch.zeros_like(new) for new in parameters if new not in self.momenta}
+
+    @torch.no_grad()
+    def begin(self, text: Tensor, matrices: Sequence[Tensor]) -> None:
+        """An epoch, or the rest of one that was restored; ``matrices`` are those of the texts."""
+        self.text, self.gram, self.decay = text, text @ text.T, torch.eye(2, dtype=torch.float64)
+        self.made = {matrix: (text @ matrix.T).requires_grad_(matrix in self.momenta) for matrix in matrices}
+        learned = [matrix for matrix in matrices if matrix in self.momenta]
+        self.start = {matrix: torch.stack([self.made[matrix], text @ self.momenta[matrix].T]) for matrix in learned}
+        self.gained = {matrix: torch.zeros_like(start) for matrix, start in self.start.items()}
+        if self.found:
+            load("steps of an epoch", self.found, self.state())
+            self._make()
+        self.found = {}
+        self.moving = [(p, p, m) for p, m in self.momenta.items() if p not in self.made]
+        self.moving += [(self.made[matrix], *gained) for matrix, gained in self.gained.items()]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Along the gradients, which are taken."""
+        sgd(
+            [moved for _, moved, _ in self.moving],
+            [cast("Tensor", leaf.grad) for leaf, _, _ in self.moving],
+            [momentum for _, _, momentum in self.moving],
+            fused=True,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            lr=rate,
+            dampening=0,
+            nesterov=False,
+            maximize=False,
+        )
+        for leaf, _, _ in self.moving:
+            leaf.grad = None
+        without = [[1 - rate * self.weight_decay, -rate * self.momentum], [self.weight_decay, self.momentum]]
+        self.decay.copy_(torch.tensor(without, dtype=torch.float64) @ self.decay)
+        self._make()
+
+    def _make(self) -> None:
+        """R, by what the steps have gained."""
+        kept, moved = self.decay[0].tolist()
+        for matrix, (start, momentum) in self.start.items():
+            decayed = torch.add(kept * start, momentum, alpha=moved)
+            torch.addmm(decayed, self.gram, self.gained[matrix][0], out=self.made[matrix])
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Write what the epoch gained into the matrices and their momenta."""
+        for matrix, gained in self.gained.items():
+            both = matrix, self.momenta[matrix]
+            decayed = torch.tensordot(self.decay.to(matrix), torch.stack(both), 1)
+            for into, new in zip(both, decayed + gained.mT @ self.text, strict=True):
+                into.copy_(new)
+        self.made, self.start, self.gained = {}, {}, {}
+
+    def state(self) -> dict[str, Tensor]:
+        """In the middle of an epoch: what its steps have gained."""
+        gained = {str(i): each for i, each in enumerate(self.gained.values())}
+        return {**gained, "decay": self.decay} if gained else {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """The inverse of ``state``, for the next epoch that begins."""
+        self.found = state
+
+
 class HeadTrainer:
     """Trains one head in place, alone or as one of several processes, which all do the same steps.
 
@@ -204,13 +291,8 @@ class HeadTrainer:
         for parameter in self.attention:
             parameter.requires_grad_(False)
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.optimizer = torch.optim.SGD(
-            [*head.first.values(), head.first_bias, *head.rest.parameters()],
-            lr=config.learning_rate,
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        self.descent = Descent(config.momentum, config.weight_decay)
+        self.descent.learn([*head.first.values(), head.first_bias, *head.rest.parameters()])
 
     def run(self, train: Rows, validation: Rows | None) -> History:
         """Train, and leave the head with the weights of the epoch that validation chooses (the last, without one).
@@ -230,18 +312,17 @@ class HeadTrainer:
                 if at.epoch >= plan.frozen:
                     self.thaw()
                 self.generator.set_state(at.order)
-                self._epoch(train.steps(size, self.generator, at.step), plan, at, task)
+                self._epoch(train, size, plan, at, task)
                 self._end_epoch(validation, plan, at)
                 self._save(at)
         self.head.load_state_dict(at.kept)
         return at.history
 
     def thaw(self) -> None:
-        """Let the attention learn; until then the optimiser does not know it: no gradient, no decay, no momentum."""
-        if self.attention and not self.attention[0].requires_grad:
-            for parameter in self.attention:
-                parameter.requires_grad_(True)
-            self.optimizer.add_param_group({"params": self.attention})
+        """Let the attention learn; until then the descent does not know it: no gradient, no decay, no momentum."""
+        for parameter in self.attention:
+            parameter.requires_grad_(True)
+        self.descent.learn(self.attention)
 
     def _begin(self, plan: Plan) -> Position:
         """At the start, or where the newest checkpoint says."""
@@ -251,36 +332,45 @@ class HeadTrainer:
         epoch, step = found.numbers()
         if epoch > plan.frozen or (epoch == plan.frozen and step):
             self.thaw()
-        return unpack(found, self.head, self.optimizer, self.stateful)
+        return unpack(found, self.head, self.descent.momenta, [*self.stateful, self.descent])
 
     def _save(self, at: Position) -> None:
-        self.keeper.save(lambda: pack(at, self.head, self.optimizer, self.stateful))
+        self.keeper.save(lambda: pack(at, self.head, self.descent.momenta, [*self.stateful, self.descent]))
 
-    def _epoch(self, batches: Iterator[Batch], plan: Plan, at: Position, task: Task) -> None:
+    def _epoch(self, train: Rows, size: int, plan: Plan, at: Position, task: Task) -> None:
         """The rest of one pass."""
         self.head.train()
-        for batch, rate in zip(batches, plan.rates(at.epoch, at.step), strict=True):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * rate
-            at.total += self._step(batch)
+        self.begin_steps(train, size)
+        batches, rates = train.steps(size, self.generator, at.step), plan.rates(at.epoch, at.step)
+        for batch, rate in zip(batches, rates, strict=True):
+            at.total += self._step(batch, self.config.learning_rate * rate)
             at.step += 1
             task.advance(1)
             if self.keeper.due():
                 self._save(at)
+        self.descent.end()
+        self.head.made = {}
 
-    def _step(self, batch: Batch) -> Tensor:
-        """One step of the optimiser on all rows of a batch, this process's and the others'; returns their mean loss."""
+    def begin_steps(self, train: Rows, size: int) -> None:
+        """Those of an epoch; where all see a few texts, what matrices make of them is trained."""
+        source = train.source
+        stay = source.pool_size is None and texts_first(size, *source.text.shape)
+        text = (source.text if stay else source.text[:0]).to(self.config.device)
+        self.descent.begin(text, self.head.text_matrices() if stay else [])
+        self.head.made = self.descent.made
+
+    def _step(self, batch: Batch, rate: float) -> Tensor:
+        """One step on all rows of a batch, this process's and the others'; returns their mean loss."""
         part = batch.rows(self.world.mine(len(batch.index)))
         moved, share = part.to(self.config.device), len(part.index) / len(batch.index)
         with torch.autocast(self.config.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             logit = self.head(moved)
         mean = self.loss(moved, logit)  # also without rows: it may count over all processes
         loss = mean * share if share else logit.sum()  # a sum of nothing, so that gradients are there, and zero
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         value = loss.detach()
-        self.world.sum_([*(p.grad for p in parameters_of(self.optimizer) if p.grad is not None), value])
-        self.optimizer.step()
+        self.world.sum_([*(cast("Tensor", leaf.grad) for leaf, _, _ in self.descent.moving), value])
+        self.descent.step(rate)
         return value
 
     def _end_epoch(self, validation: Rows | None, plan: Plan, at: Position) -> None:
