@@ -355,7 +355,7 @@ class HeadTrainer:
         """Those of an epoch; where all see a few texts, what matrices make of them is trained."""
         source = train.source
         stay = source.pool_size is None and texts_first(size, *source.text.shape)
-        text = (source.text if stay else source.text[:0]).to(self.config.device)
+        text = source.text.to(self.config.device) if stay else torch.empty(0, 0)
         self.descent.begin(text, self.head.text_matrices() if stay else [])
         self.head.made = self.descent.made
 
