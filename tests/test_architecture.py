@@ -153,6 +153,12 @@ def test_what_users_call_without_an_example_is_found() -> None:
         ("import sys; sys.argv = ['vilu', '--help']; from vilu.cli import main; main()", HEAVY),
         ("import vilu; vilu.ViLU; vilu.EmbeddingStore", HEAVY - {"torch", "pyarrow"}),
         ("import vilu.service.server", HEAVY - {"pyarrow"}),
+        (
+            "import torch, vilu; space = vilu.EmbeddingSpace(embed_dim=4, logit_scale=1.0)\n"
+            "head = vilu.ViLU().module({}, space)\n"
+            "vilu.ViLU().take(head.state_dict(), space)",
+            {"torch._dynamo", "sympy"},  # a second and a half of torch's compiler
+        ),
     ],
 )
 def test_heavy_libraries_are_imported_late(code: str, heavy: set[str]) -> None:

@@ -461,6 +461,17 @@ def test_tensors_of_other_shapes_are_refused_when_they_are_read(
         vilu.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["vilu", "pvu", "vilu_plus"])
+def test_weights_of_another_type_are_refused(name: str, fitted: dict) -> None:
+    other, state = make(name), fitted[name].state()
+    other.space_ = fitted[name].space_
+    weight = next(key for key in fitted[name].network_.state_dict() if key.endswith("weight") or "image" in key)
+    with pytest.raises(DataError, match=rf"{weight}.*torch\.float16"):
+        other.restore({**state, weight: state[weight].half()})
+    other.restore(state)
+    assert other.network_.state_dict()[weight].data_ptr() != fitted[name].network_.state_dict()[weight].data_ptr()
+
+
 WIDTHLESS = ("mcm_ts", "duo", "sirc")  # their tensors say nothing of the width of the embeddings
 
 

@@ -333,7 +333,7 @@ class FailurePredictor(ABC):
         own = {name: tensor.contiguous() for name, tensor in tensors.items() if name in names}  # laid out as in a file
         if network is not None:
             weights = {name: tensor for name, tensor in tensors.items() if name not in names}
-            network = with_weights(network.to_empty(device="cpu"), weights, self.name).requires_grad_(False)
+            network = with_weights(network, weights, self.name).requires_grad_(False)
         elif tensors.keys() != set(names):
             expected = f"a {self.name} holds {', '.join(names)}" if names else f"{self.name} has no weights"
             raise DataError(f"{expected}. The file has {', '.join(sorted(tensors)[:8])}.")

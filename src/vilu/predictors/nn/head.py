@@ -169,8 +169,7 @@ class OfficialAttention(CrossAttention):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.image = nn.Parameter(torch.eye(dim))
-        self.text = nn.Parameter(torch.eye(dim))
+        self.image, self.text = (nn.Parameter(torch.zeros(dim, dim).fill_diagonal_(1)) for _ in range(2))
 
     def projections(self, logit_scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
         """W_v, W_t for keys and values, and the VLM's logit scale."""
@@ -224,6 +223,12 @@ HIDDEN = (512, 256, 128)
 """Hidden widths of the published head (supplement, A.2)."""
 
 
+def normal(n_rows: int, n_columns: int, std: float) -> nn.Parameter:
+    """Numbers of N(0, std^2); none on the meta device, where to draw would import torch's compiler for a second."""
+    weight = torch.empty(n_rows, n_columns)
+    return nn.Parameter(weight if weight.is_meta else weight.normal_(0, std))
+
+
 class FailureHead(nn.Module):
     """Failure logit g of the joint embedding z = (z_v, attended text, z_t̂, MCM), each part but z_v optional.
 
@@ -261,11 +266,11 @@ class FailureHead(nn.Module):
         # He initialisation for inputs of unit norm, whose coordinates have a second moment of 1/D, not of one: torch's
         # default start makes the first activations so small that a run spends most of its steps on growing them.
         std = math.sqrt(2 * dim / sum(widths.values()))
-        self.first = nn.ParameterDict({part: torch.randn(outputs[0], width) * std for part, width in widths.items()})
+        self.first = nn.ParameterDict({part: normal(outputs[0], width, std) for part, width in widths.items()})
         self.first_bias = nn.Parameter(torch.zeros(outputs[0]))
         linears = [nn.Linear(*pair) for pair in itertools.pairwise(outputs)]
         for linear in linears:
-            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            linear.weight = normal(linear.out_features, linear.in_features, math.sqrt(2 / linear.in_features))
             nn.init.zeros_(linear.bias)
         between = [] if dropout is None else [dropout]
         self.rest = nn.Sequential(*(layer for linear in linears for layer in (nn.ReLU(inplace=True), *between, linear)))
@@ -330,13 +335,14 @@ def picked(text: Tensor, rows: Tensor, weight: Tensor, made: Tensor | None = Non
 
 
 def with_weights(network: nn.Module, state: dict[str, Tensor], method: str) -> nn.Module:
-    """The network with saved weights, ready to score; refuses those of other names or shapes."""
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    """The network with a copy of saved weights, ready to score; refuses those of other names, shapes or types."""
+    kinds = ({name: (*t.shape, t.dtype) for name, t in tensors.items()} for tensors in (network.state_dict(), state))
+    expected, found = kinds
     if found != expected:
-        differing = sorted(set(found.items()) ^ set(expected.items()))[:4]
+        differing = sorted({*found.items()} ^ {*expected.items()}, key=str)[:4]
         raise DataError(f"the weights do not fit a {method} with these parameters; they differ in {differing}.")
-    network.load_state_dict(state)
+    copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    network.load_state_dict(copies, assign=True)  # a network on the meta device has no memory to copy into
     return network.eval()
 
 
