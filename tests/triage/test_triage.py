@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -20,6 +21,7 @@ import torch
 from tests.builders.photo_folders import photo, write_photos
 from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
+from vilu.datasets.files import Bounds
 from vilu.decision import record
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, MissingModelError, UsageError
@@ -159,6 +161,33 @@ def test_run_again_does_only_what_is_new(folder: Folder, job: Job, tmp_path: Pat
     assert decided["broken.jpg"]["reason"] == "decode_error"
     assert decided["broken.jpg"]["decision"] == "review"
     assert "broken.jpg" in (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
+    folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network drive that was away for a moment; the file itself is as it was."""
+    read = Bounds.read
+
+    def fails(bounds: Bounds, path: str) -> bytes:
+        if path == "day 0/0000.png":
+            raise OSError(errno.EIO, "Input/output error", path)
+        return read(bounds, path)
+
+    def found(told: str) -> tuple[str, str]:
+        assert triage_photos(job, tmp_path / "out")[0].startswith(told)
+        row = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}["day 0/0000.png"]
+        return row["reason"], row["decision"]
+
+    with monkeypatch.context() as away:
+        away.setattr(Bounds, "read", fails)
+        assert found("200 photos (200 of them new)") == ("read_error", "review")
+        n = fake_model.n_images
+        assert found("200 photos: ") == ("read_error", "review")
+    assert fake_model.n_images == n
+    assert found("200 photos (1 of them new)")[0] != "read_error"
+    assert found("200 photos: ")[0] != "read_error"
+    assert fake_model.n_images == n + 1
 
 
 def test_an_interrupted_run_goes_on(

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -97,14 +98,16 @@ class PhotoStores:
         return {path: (size, time) for path, size, time in zip(*columns, strict=True)}
 
     def update(self, photos: PhotoFolder, how: Embedding) -> int:
-        """Embed what no store has yet; how many photos that was."""
+        """Embed what no store has yet, or could not be read and now can; how many photos that was."""
         now = {portable_name(path): version_of(status) for path, status in photos.listing}
-        done: dict[str, Version] = {}
+        done, unread = dict[str, Version](), set[str]()
         begun = None
         for number in self.numbers():
             listed = self.listed(number)
             if (self.store(number) / MANIFEST).is_file():
                 done |= listed
+                bad = EmbeddingStore(self.store(number)).bad_images()
+                unread = (unread - listed.keys()) | {path for path, kind in bad if kind == "read_error"}
             elif all(now.get(path) == version for path, version in listed.items()):
                 begun = number  # interrupted: it goes on, with the same photos
             else:
@@ -112,6 +115,11 @@ class PhotoStores:
         if begun is not None:
             self._embed(begun, photos, self.listed(begun), how)
             done |= self.listed(begun)
+        again = photos.some(unread)
+        for record in again.records(0, len(again)):
+            with suppress(OSError):
+                record.read()
+                del done[record.key]
         new = {path: version for path, version in now.items() if done.get(path) != version}
         if new:
             number = max(self.numbers(), default=0) + 1
