@@ -31,7 +31,11 @@ def tolerances(text: str) -> list[float]:
     return [max(abs(n) / 5, 3 if d < 2 else 0.05) for n, d in zip(numbers(text), decimals, strict=True)]
 
 
-@pytest.mark.parametrize("name", gallery.NAMES)
+# a server is started three times, which takes a quarter of a minute; tests/service does so anyway
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name == "service" else name for name in gallery.NAMES]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_runs_and_gives_what_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     known = dict(vilu.PREDICTORS)
