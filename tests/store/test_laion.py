@@ -300,9 +300,9 @@ def test_damaged_files(root):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        (errno.EMFILE, "too many open files. Raise the limit on open files: ulimit -n 4096."),
-        (errno.EIO, "input/output error."),
-        (errno.EACCES, "permission denied."),
+        (errno.EMFILE, "Too many open files. Raise the limit on open files: ulimit -n 4096."),
+        (errno.EIO, "Input/output error."),
+        (errno.EACCES, "Permission denied."),
     ],
 )
 def test_what_the_system_refuses_is_no_damage(root, code, message):

@@ -232,7 +232,7 @@ def or_damaged(
     except kinds as error:
         if isinstance(error, OSError) and error.errno in NOT_THE_FILE:
             more = " Raise the limit on open files: ulimit -n 4096." if error.errno == errno.EMFILE else ""
-            raise StorageError(f"cannot read {path}: {os.strerror(error.errno).lower()}.{more}") from error
+            raise StorageError(f"cannot read {path}: {os.strerror(error.errno)}.{more}") from error
         raise fault(f"{path} is {said}: {error}. {hint}") from error
 
 
