@@ -121,9 +121,12 @@ def lines_of(node: ast.stmt) -> range:
 
 def documentation(tree: ast.AST) -> Iterator[tuple[ast.Expr, str]]:
     """The strings that stand as statements."""
-    for node in ast.walk(tree):
+    ahead = [tree]
+    while ahead:
+        node = ahead.pop()
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node, node.value.value
+        ahead += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
 
 
 def example_lines(tree: ast.AST) -> int:
