@@ -163,8 +163,9 @@ def test_run_again_does_only_what_is_new(folder: Folder, job: Job, tmp_path: Pat
     assert "broken.jpg" in (output / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
 def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
-    folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+    is_killed: bool, folder: Folder, job: Job, tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network drive that was away for a moment; the file itself is as it was."""
     read = Bounds.read
@@ -173,6 +174,9 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
         if path == "day 0/0000.png":
             raise OSError(errno.EIO, "Input/output error", path)
         return read(bounds, path)
+
+    def stops(_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
 
     def found(told: str) -> tuple[str, str]:
         assert triage_photos(job, tmp_path / "out")[0].startswith(told)
@@ -185,7 +189,12 @@ def test_a_photo_that_could_not_be_read_is_tried_again_once_it_can(
         n = fake_model.n_images
         assert found("200 photos: ") == ("read_error", "review")
     assert fake_model.n_images == n
-    assert found("200 photos (1 of them new)")[0] != "read_error"
+    if is_killed:
+        with monkeypatch.context() as away:
+            away.setattr(fake_model, "encode_images", stops)
+            with pytest.raises(KeyboardInterrupt):
+                triage_photos(job, tmp_path / "out")
+    assert found(f"200 photos{': ' if is_killed else ' (1 of them new)'}")[0] != "read_error"
     assert found("200 photos: ")[0] != "read_error"
     assert fake_model.n_images == n + 1
 

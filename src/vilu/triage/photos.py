@@ -115,7 +115,7 @@ class PhotoStores:
         if begun is not None:
             self._embed(begun, photos, self.listed(begun), how)
             done |= self.listed(begun)
-        again = photos.some(unread)
+        again = photos.some(unread - (set() if begun is None else self.listed(begun).keys()))
         for record in again.records(0, len(again)):
             with suppress(OSError):
                 record.read()

@@ -28,7 +28,7 @@ from vilu.files.documents import digest, read_json, write_json
 from vilu.predictors.nn.head import Dropout
 from vilu.predictors.nn.processes import World, current_world
 
-SCHEMA = 2  # 1: without what fixed texts were multiplied to within an epoch
+SCHEMA = 2  # 1: without what the steps of an epoch add up for matrices of fixed texts
 RECORD = re.compile(r"(\d{8,})\.json")
 OURS = re.compile(r"\d{8,}\.(json|safetensors)")
 AGAIN = "Remove it, and run the training again"
