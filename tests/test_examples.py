@@ -31,8 +31,9 @@ def tolerances(text: str) -> list[float]:
     return [max(abs(n) / 5, 3 if d < 2 else 0.05) for n, d in zip(numbers(text), decimals, strict=True)]
 
 
-# a server is started three times, which takes a quarter of a minute; tests/service does so anyway
-EACH = [pytest.param(name, marks=pytest.mark.slow) if name == "service" else name for name in gallery.NAMES]
+# a server that is started three times, a triage of 340 photos: tests/service and tests/triage do so anyway, and smaller
+SLOW = {"service", "trust_photos"}
+EACH = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in gallery.NAMES]
 
 
 @pytest.mark.parametrize("name", EACH)

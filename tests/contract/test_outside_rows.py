@@ -18,6 +18,7 @@ from vilu.embeddings.columns import IMAGE_COLUMNS
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError
 from vilu.metrics import auroc
+from vilu.predictors.parameters import parameters
 from vilu.predictors.rows import shots
 
 N_OUTSIDE = 60
@@ -94,7 +95,8 @@ def test_what_learns_failures_learns_that_they_are_wrong(
     name: str, train: Embeddings, more_train: Embeddings, test: Embeddings
 ) -> None:
     held_out = strangers(test, 3)
-    taught, other = make(name).fit(more_train), make(name).fit(train)
+    enough = {"epochs": 12} if "epochs" in parameters(PREDICTORS[name]) else {}
+    taught, other = make(name, **enough).fit(more_train), make(name, **enough).fit(train)
     assert taught.notes_["n_train"] == len(train) + N_OUTSIDE
     assert taught.notes_["n_failures"] == failures(train).sum() + N_OUTSIDE
     is_outside = held_out.outside.numpy()

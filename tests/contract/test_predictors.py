@@ -27,9 +27,10 @@ from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import DataError, NotFittedError, ProvenanceError, UsageError
 from vilu.files.documents import write_json
 from vilu.metrics import auroc
+from vilu.predictors.heads.vilu import DeepEnsemble
 from vilu.predictors.parameters import build, parameters
 
-QUICK = {"hidden": (16, 8), "epochs": 12, "batch_size": 64}
+QUICK = {"hidden": (16, 8), "epochs": 6, "batch_size": 64, "width": 16}
 LABELLED = [name for name, cls in PREDICTORS.items() if cls.needs_fit]
 LEARNED = [name for name in LABELLED if PREDICTORS[name].learns_failure]
 TRAINED = [name for name in LABELLED if {"seed", "epochs"} <= parameters(PREDICTORS[name]).keys()]
@@ -38,7 +39,9 @@ TRAINED = [name for name in LABELLED if {"seed", "epochs"} <= parameters(PREDICT
 def make(name: str, **more: object) -> vilu.FailurePredictor:
     cls = PREDICTORS[name]
     quick = {key: value for key, value in QUICK.items() if key in parameters(cls)}
-    return cls(**quick, **more)
+    if cls is DeepEnsemble:
+        quick["members"] = 2
+    return cls(**{**quick, **more})
 
 
 @pytest.fixture(params=list(PREDICTORS))

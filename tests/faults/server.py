@@ -26,6 +26,7 @@ import vilu.cli
 from tests.faults import plugin  # noqa: F401 - what the plug-in needs is imported once
 from tests.faults.saboteur import Saboteur
 from vilu.benchmark import facts
+from vilu.predictors import PREDICTORS
 
 ALSO = (
     *("torch._dynamo", "sklearn.linear_model", "sklearn.isotonic", "scipy.optimize", "scipy.stats", "threadpoolctl"),
@@ -40,11 +41,10 @@ def import_all() -> None:
     for module in pkgutil.walk_packages(vilu.__path__, "vilu."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-            source = facts._file(module.name)
-            if source is not None:
-                facts._read(module.name, source)  # whose code decides a cell; it does not change between trials
     for name in ALSO:
         importlib.import_module(name)
+    for method in ("mcm", "knn_distance", "lvu"):
+        facts.code_digest(*PREDICTORS[method]().modules)  # of the study in ``bed``; code does not change between trials
     from vilu.decision import score
 
     defaults = inspect.unwrap(score.score_parts).__kwdefaults__

@@ -27,7 +27,7 @@ from vilu.benchmark.sheet import Sheet, to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.submit import take_in
 from vilu.benchmark.views import CurveView, GridView, HistogramView, RankingView, ScatterView
 from vilu.errors import DataError
-from vilu.files.disk import LOG, make_folder, write_text
+from vilu.files.disk import LOG, make_folder, write_bytes, write_text
 from vilu.files.documents import explain, read_json, write_json
 from vilu.files.places import claim_file, claim_folder, inputs_of, made, mark
 from vilu.report.style import require_matplotlib, save
@@ -152,7 +152,8 @@ def claims_table(config: Config, verdicts: Sequence[Verdict]) -> str:
 
 
 FORMATS = {".md": to_markdown, ".tex": to_latex, ".csv": to_csv, ".txt": to_text}
-FIGURE_SUFFIXES = (".png", ".svg")
+FIGURE_SUFFIXES = (".svg", ".png")
+"""In this order one drawing gives the bytes that two would: a PNG before moves the layout of an SVG."""
 
 
 @dataclass(frozen=True)
@@ -190,15 +191,18 @@ def render(board: Board, output: Path) -> Rendered:
     return done
 
 
-def write_document(studies: Sequence[Rendered], document: Path, title: str, intro: str, inputs: str = "") -> None:
-    """One Markdown file of several studies, its figures in a folder of its name beside it."""
+def write_document(
+    studies: Sequence[Rendered], output: Path, document: Path, title: str, intro: str, inputs: str = ""
+) -> None:
+    """One Markdown file of several studies below ``output``, their figures in a folder of its name beside it."""
     figures = make_folder(document.with_suffix(""))
     parts = [f"# {title}", "", *([intro, ""] if intro else []), all_claims([study.verdicts for study in studies])]
     for study in studies:
         name = study.board.config.name
         for one in study.exhibits:
             if one.draw is not None:
-                save(one.draw(), figures / f"{name}-{one.name}.svg")
+                drawn = output / STUDIES / name / "figures" / f"{one.name}.svg"
+                write_bytes(figures / f"{name}-{drawn.name}", drawn.read_bytes())
         parts.append(page(study.board.config, study.exhibits, study.verdicts, f"{figures.name}/{name}-{{}}.svg".format))
     write_text(document, "\n".join(parts) + "\n" + mark("study", inputs))
 
@@ -223,8 +227,9 @@ def _write_exhibit(one: Exhibit, folder: Path) -> None:
             write_text(tables / f"{one.name}{suffix}", written(one.body))
     if one.draw is not None:
         figures = make_folder(folder / "figures")
+        drawn = one.draw()
         for suffix in FIGURE_SUFFIXES:
-            save(one.draw(), figures / f"{one.name}{suffix}")
+            save(drawn, figures / f"{one.name}{suffix}")
 
 
 DEFAULT = RankingView(kind="ranking", name="ranking", title="Every method, best first")
@@ -286,5 +291,5 @@ def render_studies(
     if there:
         logger.info("%s holds these studies already: there is nothing to do", document)
     elif document is not None:
-        write_document(studies, document, title, intro, inputs)
+        write_document(studies, output, document, title, intro, inputs)
     return studies
