@@ -11,15 +11,14 @@ from torch import Tensor
 
 import vilu
 from tests.conftest import toy_columns
+from tests.contract.test_predictors import make
 from tests.embeddings.test_similarity import noisy, unit
 from vilu import PREDICTORS
 from vilu.embeddings import pairs, similarity
 from vilu.embeddings.memory import PairEmbeddings
 from vilu.embeddings.pairs import Pools, first_alike, hard_order, require_full_pools
 from vilu.errors import DataError, UsageError
-from vilu.predictors.parameters import parameters
 
-QUICK = {"hidden": (16, 8), "epochs": 12, "batch_size": 64}
 SCORING = [name for name, cls in PREDICTORS.items() if cls.no_captions is None]
 BOTH = pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 
@@ -246,8 +245,7 @@ def test_every_method_that_takes_captions_scores_pictures_of_equal_ones(
     monkeypatch: pytest.MonkeyPatch, name: str, near: float | None
 ) -> None:
     """Duplicates in both sets; scores are finite and do not depend on the blocks they are made in."""
-    cls = PREDICTORS[name]
-    made = cls(**{key: value for key, value in QUICK.items() if key in parameters(cls)})
+    made = make(name)
     pools = Pools(32, "text_to_image", near_duplicates=near)
     train, test = pool_of(pools, n=256, distinct=150), pool_of(pools, n=64, distinct=40, seed=5)
     assert any(batch.same is not None for batch in test.batches(64))
@@ -299,7 +297,7 @@ def test_pools_come_alone_where_more_than_logits_is_looked_at() -> None:
 def test_a_pool_of_one_caption_has_no_score(method: str) -> None:
     """And says why; the others have theirs."""
     text, image = unit(96, 16, 0), noisy(unit(96, 16, 0), 96, 1)
-    fitted = PREDICTORS[method](**(QUICK if method == "vilu" else {}))
+    fitted = make(method)
     if method == "vilu":
         fitted.fit(PairEmbeddings(image.clone(), text.clone(), Pools(16, seed=None), 2.0))
     text[32:48] = text[32].clone()

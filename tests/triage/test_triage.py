@@ -28,6 +28,7 @@ from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.files.documents import read_document
 from vilu.files.tables import write_table
 from vilu.outcomes.outcomes import Outcomes
+from vilu.report.page.build import find_template
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.outputs import triage_photos
 from vilu.triage.photos import PhotoStores
@@ -477,6 +478,7 @@ def test_two_photos_that_older_code_took_for_one_part_again(tmp_path: Path) -> N
 def test_what_the_page_needs_is_missed_before_anything_slow(
     tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    find_template.cache_clear()
     write_photos(tmp_path / "photos", 5)
     n = fake_model.n_images
     monkeypatch.setitem(sys.modules, "jinja2", None)

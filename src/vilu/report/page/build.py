@@ -7,7 +7,7 @@ import importlib.metadata
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -154,6 +154,7 @@ def render(template: Template, *, script: str = "", **values: object) -> str:
     )
 
 
+@cache
 def find_template(name: str) -> Template:
     """A template with the filters of the pages; MissingModelError without the extra ``report``."""
     jinja2 = import_extra("jinja2", "report")
