@@ -161,7 +161,8 @@ def test_adapting_goes_on_from_another_fit(data: Path, tmp_path: Path) -> None:
         "zero": {"kind": "transfer", "source": "one", "across_preprocessing": True, "data": ["two"]},
         "few": {"kind": "adapt", "source": "one", "budget": 6, "across_preprocessing": True, "data": ["two"]},
     }
-    chosen = made(settings=settings, methods={"mcm": {}, "vilu": {"params": SMALL}, "vilu_plus": {}})
+    small = {"epochs": 2, "width": 8}
+    chosen = made(settings=settings, methods={"mcm": {}, "vilu": {"params": SMALL}, "vilu_plus": {"params": small}})
     report = benchmark(chosen, data, tmp_path)
     bench = bench_of(chosen, data)
     groups = sharing_a_fit(chosen, [cell for cell in plan(chosen) if cell.method == "vilu"])

@@ -21,7 +21,8 @@ from vilu.benchmark.config import Config
 from vilu.benchmark.exhibits import exhibit
 from vilu.benchmark.parts import RANKED_BY
 from vilu.benchmark.pivot import table_sheet
-from vilu.benchmark.result import CellResult, Refusal, Timing
+from vilu.benchmark.ranking import times_table
+from vilu.benchmark.result import CellResult, Refusal, Timing, load_times
 from vilu.benchmark.sheet import to_csv, to_latex, to_markdown, to_text
 from vilu.benchmark.study import claims_table, load_studies, render, render_studies, run_studies
 from vilu.benchmark.views import Better, Steeper, TableView, Trend
@@ -461,8 +462,8 @@ def test_a_moved_run_is_shown_again_without_its_data(run: Path, tmp_path: Path) 
     assert files(moved / "studies") == before
     assert "\none   all      mcm " in (moved / "studies/small/times.txt").read_text()
     (moved / "log.jsonl").unlink()
-    (study, _) = render_studies(moved)
-    assert study.times == ""  # times are lost with the log, and nothing else
+    (one, _) = load_studies(moved)
+    assert times_table(one, load_times(moved, one.results)) == ""  # they are lost with the log, and nothing else
 
 
 def test_a_document_of_all_studies(run: Path, tmp_path: Path) -> None:
