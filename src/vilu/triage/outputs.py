@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -310,7 +310,7 @@ def triage_photos(
         answers |= {place[name]: label for name, label in found.items() if name in place}
         streams |= {place[name]: stream for name, stream in said.items() if name in place}
     if (output / NEXT).is_file() and not overwrite:
-        _require_answers(output, answers)
+        _require_answers(output, {*answers, *(name for found, _ in read.values() for name in found)})
     with locked(make_folder(output), "sorting into", who="triage"):
         result = workshop.run(answers, streams, listing)
         rows = decisions_of(result)
@@ -324,10 +324,10 @@ def triage_photos(
     return told
 
 
-def _require_answers(output: Path, given: Mapping[str, str]) -> None:
-    """Refuse to ask anew over answers that were filled in where they were asked for, and not given."""
+def _require_answers(output: Path, given: Collection[str]) -> None:
+    """Refuse to ask anew over answers that were filled in where they were asked for, and not given, by these names."""
     known = {one.path for one in LabelBook.load(output / BOOK) if one.label is not None}
-    lost = read_labels(output / NEXT)[0].keys() - given.keys() - known
+    lost = {*read_labels(output / NEXT)[0]} - {*given} - known
     if lost:
         raise UsageError(
             f"{output / NEXT} holds {len(lost)} answers that were not given, such as that about {min(lost)!r}, and "
