@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import vilu
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.embeddings.similarity import ZeroShot, zero_shot
+from vilu.embeddings.similarity import TILE_CELLS, ZeroShot, zero_shot
 from vilu.embeddings.source import Batch
 from vilu.errors import DataError, UsageError
 from vilu.predictors.nn.head import ATTENTION, FailureHead
@@ -225,6 +225,13 @@ def test_a_matrix_of_texts_that_stay_moves_as_by_its_own_gradient(momentum: floa
     for direct, by_texts in zip(*found, strict=True):
         # rounding of float64
         assert torch.allclose(direct, by_texts, rtol=0, atol=1e-12)
+
+
+def test_what_matrices_make_of_texts_is_trained_where_no_attention_is_made_in_tiles() -> None:
+    trainer = HeadTrainer(make_head(), bce_loss(FailureWeight("batch", 0.3)), CONFIG)
+    for size, n_made in ((50, 2), (TILE_CELLS, 0)):  # of larger batches the weights would all be there together
+        trainer.begin_steps(Rows(toy_embeddings(), torch.arange(600)), size)
+        assert len(trainer.head.made) == n_made
 
 
 @pytest.mark.parametrize("epochs", [0, 1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
-from vilu.embeddings.similarity import ZeroShot
+from vilu.embeddings.similarity import TILE_CELLS, ZeroShot
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.errors import DataError, UsageError
 from vilu.metrics import auroc
@@ -354,7 +354,8 @@ class HeadTrainer:
     def begin_steps(self, train: Rows, size: int) -> None:
         """Those of an epoch; where all see a few texts, what matrices make of them is trained."""
         source = train.source
-        stay = source.pool_size is None and texts_first(size, *source.text.shape)
+        few = source.pool_size is None and size * len(source.text) <= TILE_CELLS  # of more the attention takes tiles
+        stay = few and texts_first(size, *source.text.shape)
         text = source.text.to(self.config.device) if stay else torch.empty(0, 0)
         self.descent.begin(text, self.head.text_matrices() if stay else [])
         self.head.made = self.descent.made
