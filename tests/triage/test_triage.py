@@ -409,7 +409,8 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(tmp_path: Path, mo
     monkeypatch.setattr(shutil, "move", stop_later)
     with pytest.raises(KeyboardInterrupt):
         triage_photos(job, output, [labels], sort="move")
-    assert triage_photos(job, output)[0].startswith("60 photos: ")
+    for sort in (None, "link", None):  # a link to a photo that was not moved yet is no photo that was moved
+        assert triage_photos(job, output, sort=sort)[0].startswith("60 photos: ")
     triage_photos(job, output, sort="move")
     assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
 
@@ -442,10 +443,14 @@ def test_a_moved_photo_is_not_lost_where_another_file_has_its_next_place(tmp_pat
 def test_photos_whose_names_are_no_utf8_are_sorted_as_all_others(tmp_path: Path, sort: Literal["link", "move"]) -> None:
     write_photos(tmp_path / "photos", 20)
     (tmp_path / "photos" / os.fsdecode(b"\xff.png")).write_bytes(photo(1, 5000))
-    job, output = job_on(tmp_path / "photos"), tmp_path / "out"
+    job, output, link = job_on(tmp_path / "photos"), tmp_path / "out", tmp_path / "photos" / "link.png"
+    link.symlink_to(tmp_path / "elsewhere.png")
+    (tmp_path / "elsewhere.png").write_bytes(photo(1, 5001))
     triage_photos(job, output, sort=sort)
     assert [path.read_bytes() for path in (output / "sorted").rglob(r"\xff.png")] == [photo(1, 5000)]
-    assert triage_photos(job, output, sort=sort)[0].startswith("21 photos: ")
+    for _ in range(2):
+        assert triage_photos(job, output, sort=sort)[0].startswith("22 photos: ")
+    assert link.is_symlink(), "a link among the photos is none that may go"
 
 
 @pytest.mark.parametrize("sort", ["link", "move"])

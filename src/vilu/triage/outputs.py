@@ -76,7 +76,7 @@ def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], how:
 
     A photo that is moved is noted with its new place before it goes, after the place where it is, so that later runs
     find it; nothing is ever overwritten, and of what lies in ``sorted`` only links are removed. Where another file has
-    the place of a photo, the photo stays where it is.
+    the place of a photo, the photo stays where it is, and so does one that is a link itself.
     """
     home, moved = root / SORTED, listing.moved
     sources = {portable_name(path): moved.get(path, listing.root / path) for path, _ in listing.listing}
@@ -88,6 +88,7 @@ def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], how:
                 old.unlink()
         places = {path: target for path, target in places.items() if not target.exists()}
         if how == "move":
+            places = {path: target for path, target in places.items() if not sources[path].is_symlink()}
             _note(root, [*moved.items(), *places.items()])
         for path, target in places.items():
             make_folder(target.parent)

@@ -451,9 +451,10 @@ class Workshop:
 
 
 def moved_photos(root: Path) -> dict[str, Path]:
-    """Path in the folder of photos to where a photo was moved; empty where none was."""
+    """Path in the folder of photos to where a photo was moved, which is no link; empty where none was."""
     if not (root / MOVED).exists():
         return {}
     table, _ = read_table(root / MOVED, ())
-    places = zip(table["path"].to_pylist(), table["place"].to_pylist(), strict=True)
-    return {path: root / place for path, place in places if (root / place).is_file()}
+    places = [root / place for place in table["place"].to_pylist()]
+    found = zip(table["path"].to_pylist(), places, strict=True)
+    return {path: place for path, place in found if place.is_file() and not place.is_symlink()}
