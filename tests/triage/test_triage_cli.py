@@ -158,9 +158,12 @@ def test_the_labels_that_next_asks_for_make_a_promise_of_a_store(
     other = {path: next(name for name in NAMES if name != truth[path]) for path in truth}
     for file in given[1::2]:
         give_labels(cast("Path", file), other, cast("Path", file))
-    done = run(*calibrate, *given, code=4)
-    assert "labels that the promise rests on have changed" in done.stderr
-    assert not record.has_record(predictor), "a promise outlives the labels that it rests on"
+    kept = shutil.copytree(predictor, tmp_path / "kept")
+    for more in ((), ("--overwrite",)):
+        shutil.copytree(kept, predictor, dirs_exist_ok=True)
+        done = run(*calibrate, *given, *more, code=4)
+        assert "labels that the promise rests on have changed" in done.stderr
+        assert not record.has_record(predictor), "a promise outlives the labels that it rests on"
 
 
 def test_a_promise_of_every_class_asks_first_where_labels_lack(

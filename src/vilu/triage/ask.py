@@ -294,10 +294,11 @@ def calibrate_by_labels(
         rule, u, names = at.rule(found, max_risk, confidence), at.outcomes.uncertainty, group_names(at.outcomes)
         for one in found.values():
             at.outcomes.failure[one.rows] = one.outcomes.failure  # of one that nobody could name, too
-        holds = before is not None and not take_back(folder, _changed(folder, at.outcomes))
+        holds = before is not None and not _outlived(folder, at.outcomes)
         if before is not None and holds and before.accept(u, names).sum() >= rule.accept(u, names).sum():
             return record.load(folder)  # certified once is certified for ever
         if not rule.feasible:
+            _outlived(folder, at.outcomes)  # with overwrite; else it was asked before
             why = "; ".join(
                 f"{group}: {one.why}" if group else f"{one.why}" for group, one in rule.certificates.items()
             )
@@ -306,8 +307,11 @@ def calibrate_by_labels(
         return keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)
 
 
-def _changed(folder: Path, outcomes: Outcomes) -> set[str]:
-    """Keys of rows that a promise rests on, and that are other failures now."""
-    rows = record.load_rows(folder, record.load(folder))
+def _outlived(folder: Path, outcomes: Outcomes) -> bool:
+    """Whether a promise from such labels rests on rows that are other failures now; it is gone then."""
+    found = record.load(folder) if record.has_record(folder) else None
+    if found is None or not isinstance(found.rule, Selector) or found.rule.method != "anytime":
+        return False  # another one may be of the rows of another store
+    rows = record.load_rows(folder, found)
     was, now = (dict(zip(one.ids or (), one.failure.tolist(), strict=True)) for one in (rows, outcomes))
-    return {key for key, failure in was.items() if now.get(key, UNKNOWN) not in {UNKNOWN, failure}}
+    return take_back(folder, {key for key, failure in was.items() if now.get(key, UNKNOWN) not in {UNKNOWN, failure}})
