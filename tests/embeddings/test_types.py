@@ -82,7 +82,7 @@ def test_columns_of_which_more_than_the_direction_counts_are_not_scaled(tmp_path
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ({"features": np.full((3, 2), 1e39)}, "column 'features' has numbers that are not finite"),
+        ({"features": np.full((3, 2), 1e39)}, "has numbers that are not finite, or beyond float32"),
         ({"features": np.ones((3, 2), complex)}, "features must hold real numbers. Got dtype complex128"),
         ({"features": np.array([["a"], ["b"], ["c"]])}, "features must hold real numbers. Got dtype <U1"),
         ({"features": np.array([[None]] * 3)}, "features must hold real numbers. Got dtype object"),

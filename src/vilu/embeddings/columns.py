@@ -76,6 +76,6 @@ def check_columns(
         else:
             raise DataError(f"column {name!r} must be of the width of the embeddings, {width}. Got {array.shape[-1]}.")
         if not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"column {name!r} has numbers that are not finite.")
+            raise DataError(f"column {name!r} has numbers that are not finite, or beyond float32 (3.4e38).")
         checked[name] = tensor.view(array.shape)
     return checked
