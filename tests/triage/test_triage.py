@@ -356,9 +356,11 @@ def test_pictures_of_no_class_are_wrong_answers(folder: Folder, changed: Callabl
     decided = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}
     assert {decided[path]["answer"] for path in names[:40]} == {"other"}
     labels.write_text(f"path,label\n{names[50]},(outside)\n", encoding="utf-8")
-    triage_photos(changed(outside=("other",)), tmp_path / "out", [labels])
+    triage_photos(changed(outside=("other",)), tmp_path / "out", [labels], sort="link")
     decided = {row["path"]: row for row in rows(tmp_path / "out" / "decisions.csv")}
     assert decided[names[50]]["answer"] == "(outside)"
+    placed = {path.name for path in (tmp_path / "out" / "sorted" / "outside").iterdir()}
+    assert {path.replace("/", "__") for path in (*names[:40], names[50])} <= placed
 
 
 def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> None:

@@ -71,7 +71,7 @@ def write_decisions(root: Path, found: Triage, rows: Sequence[Decision]) -> None
     found.outcomes.save(root / f"{DECISIONS}.parquet")
 
 
-def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], how: Literal["link", "move"]) -> None:
+def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], job: Job, how: str) -> None:
     """``sorted/accepted/CLASS``, ``sorted/outside`` and ``sorted/review``.
 
     A photo that is moved is noted with its new place before it goes, after the place where it is, so that later runs
@@ -81,7 +81,7 @@ def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], how:
     home, moved = root / SORTED, listing.moved
     sources = {portable_name(path): moved.get(path, listing.root / path) for path, _ in listing.listing}
     flat = Counter(_flat(one.path) for one in rows)
-    places = {one.path: home / _place(one) / _flat(one.path, told_apart=flat[_flat(one.path)] > 1) for one in rows}
+    places = {one.path: home / _place(one, job) / _flat(one.path, told_apart=flat[_flat(one.path)] > 1) for one in rows}
     with or_refuse(f"sort photos into {home}"):
         for old in home.rglob("*"):
             if old.is_symlink():
@@ -109,10 +109,12 @@ def _note(root: Path, places: Sequence[tuple[str, Path]]) -> None:
     write_table(root / MOVED, {name: pa.array(found, pa.string()) for name, found in names.items()}, {"kind": "moved"})
 
 
-def _place(one: Decision) -> str:
+def _place(one: Decision, job: Job) -> str:
+    if one.reason == OUTSIDE_REASON or one.answer in job.of_no_class:
+        return "outside"
     if one.decision in {ACCEPT, LABELLED} and one.answer is not None:
         return f"accepted/{NO_NAME.sub('_', one.answer).strip('. ') or '_'}"
-    return "outside" if one.reason == OUTSIDE_REASON else "review"
+    return "review"
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ def triage_photos(
         write_next(output / NEXT, result.asked, rows)
         write_page(output, listing, result, rows, job)
         if sort is not None:
-            sort_photos(output, listing, rows, sort)
+            sort_photos(output, listing, rows, job, sort)
     told = Told(_lines(result, rows, job))
     told.n_asked = len(result.asked)
     return told
