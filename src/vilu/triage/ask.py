@@ -62,7 +62,7 @@ def decision_of(outcomes: Outcomes, row: int, label: str | None, near: RunnersUp
     p = None if np.isnan(probability[row]) else float(probability[row])
     second = near[0] if near else (None, None)
     if label is not None:
-        return Decision(path, label, p, LABELLED, None)  # whatever the model thinks of other classes
+        return Decision(path, label, None, LABELLED, None)  # whatever the model answers, and how likely that is wrong
     if p is None:
         return Decision(path, None, None, REVIEW, None if outcomes.reason is None else outcomes.reason[row])
     decided = ABSTAIN if outcomes.decision is None else outcomes.decision[row]
