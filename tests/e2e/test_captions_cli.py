@@ -79,6 +79,7 @@ def test_fit_score_evaluate_and_pools(work: Path) -> None:
     assert file["auroc"]["n"] == 80  # five whole pools of the 94 pairs
     assert file["auroc"]["n_unusable"] == 14
     assert {name: row["value"] for name, row in file.items()} == {name: row["value"] for name, row in folder.items()}
+    assert "1 rows explained\n" in run("explain", work / "plus", work / "emb", "-n", 1, *options).stderr  # no --summary
     rows = json.loads(
         run("pools", work / "emb", "mcm", work / "head", "--sizes", "8,32,128", "--resamples", 0, "--json").stdout
     )

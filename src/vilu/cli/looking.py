@@ -82,8 +82,9 @@ def explain(  # noqa: PLR0913, PLR0917 - one parameter per flag
         known = None if train is None else reading.open(train, "train")
         found = explain_rows(fitted, data, known, [*(key or ()), *(row or ())] or None, n=n, depth=depth)
         content, text = found.to_dict(), str(found)
-        more = console.shell("vilu", "explain", predictor, store, "--summary")
-        following = f"{len(found)} rows explained; where the failures are: {more}"
+        following = f"{len(found)} rows explained"
+        if data.pool_size is None:  # of captions there is no summary
+            following += f"; where the failures are: {console.shell('vilu', 'explain', predictor, store, '--summary')}"
     keep(lambda path, inputs: write_said(path, content, inputs))
     typer.echo(json.dumps(content, indent=2, ensure_ascii=False) if as_json else printable(text, "\n"))
     next_step(following)
