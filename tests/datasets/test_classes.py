@@ -58,6 +58,7 @@ def test_plain_names_are_matched_with_the_folders(tmp_path):
     [
         ("n01\nred_fx\nant\n", "does not have: 'red_fx'. Did you mean 'red_fox' for 'red_fx'"),
         ("n01\ta\nred_fx\tb\nant\tc\n", "does not have: 'red_fx'. Did you mean 'red_fox'"),
+        ("n01\nred_fox\nant\nbee\n", "does not have: 'bee'. Leave them out; or, .* make an empty sub-folder for each"),
         ("n01\nant\n", "leaves out classes of the data: 'red_fox'"),
         ("n01\ta\n", "leaves out classes of the data: 'red_fox', 'ant'"),
         ("n01\nant\nred_fox\nred fox\n", "more than once: 'red_fox'"),

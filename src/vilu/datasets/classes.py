@@ -130,7 +130,11 @@ def _match(
     if unknown:
         question = nearest(unknown[0], known)
         hint = question and f"{question[:-1]} for {unknown[0]!r}?"
-        raise DataError(f"{file} names classes that the data does not have: {_listed(unknown)}.{hint}")
+        raise DataError(
+            f"{file} names classes that the data does not have: {_listed(unknown)}.{hint} Leave them "
+            "out; or, if they are classes without an image here, make an empty sub-folder for each, or in a table make "
+            "the labels numbers: places in this file, from 0."
+        )
     counts = Counter(known[name] for name in given)
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
