@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +125,7 @@ def serve_ray(setup: Setup, host: str, port: int, replicas: tuple[int, int], tol
     if port == 0:
         raise UsageError("with --executor ray give a --port other than 0.")
     make_folder(setup.state)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
     with locked(setup.state, "serving with the state in"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False, ignore_reinit_error=True)
         try:
