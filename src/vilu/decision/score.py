@@ -68,8 +68,8 @@ class Decider:
         """Refuse a rule that needs all rows at once."""
         if self.record is not None and self.record.rule is not None and self.record.rule.needs_batch:
             raise UsageError(
-                "conformal selection judges all rows of a batch together, and a folder of scores is written part by "
-                "part. Give a .parquet or .csv file, or calibrate with --method ltt."
+                "conformal selection judges all rows of a batch together: there is no decision about one image, nor in "
+                "a folder of scores, written part by part. Score into a file, or calibrate with --method ltt."
             )
 
     def label_sets(self, batch: Batch, uncertainty: Floats, class_names: tuple[str, ...] | None) -> list[str] | None:
@@ -119,8 +119,9 @@ def score(
     """Uncertainty, zero-shot answer and (where labels are known) failure of every row.
 
     Rows that cannot be scored keep their place, with a NaN uncertainty and a reason: "nonfinite" or "zero_norm"
-    embedding, or "k<2" (one candidate). Of a calibrated predictor the probability of failure is there, too, and with
-    a ``decider`` (what ``vilu calibrate`` has left beside the predictor) whether to accept each answer.
+    embedding, "k<2" (one candidate), or "short_pool" (pairs that fill no last pool). Of a calibrated predictor the
+    probability of failure is there, too, and with a ``decider`` (what ``vilu calibrate`` has left beside the
+    predictor) whether to accept each answer.
 
     Warns:
         UserWarning: If rows of ``data`` were used to fit the predictor: metrics on them say nothing.
@@ -315,9 +316,9 @@ def score_parts(
     Raises:
         DataError: If there is no row.
         NotFittedError: If the predictor needs ``fit`` first.
-        ProvenanceError: If the data come from another embedding space.
-        UsageError: If the folder holds another run or something else, or ``rows_per_part`` is less than 1, or the
-            rule needs all rows at once.
+        ProvenanceError: If the data come from another embedding space, or the folder holds the scores of another run.
+        UsageError: If the folder holds something else, or ``rows_per_part`` is less than 1, or the rule needs all
+            rows at once.
         BusyError: If another process scores into it.
         StorageError: If the file system refuses.
 
