@@ -117,8 +117,8 @@ def embed(  # noqa: PLR0913 - one keyword per flag of the command
         The store; None if it is shared and parts of other processes are still missing.
 
     Raises:
-        UsageError: If an argument cannot be, or ``output`` holds something else than a store, or a store of other
-            inputs, which the message names.
+        UsageError: If an argument cannot be, or ``output`` holds something else than a store.
+        ProvenanceError: If ``output`` holds a store of other inputs, which the message names.
         DataError: If the data do not fit the names, or too many images failed, or a shard is bad.
         StorageError: If the file system refuses; finished parts are intact.
         BusyError: If another process embeds into ``output``.
