@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -188,6 +189,23 @@ def test_a_place_is_new_or_the_same_again_or_refused(name: str, here: Path, tmp_
     assert tree(tmp_path) == second
     command(place, "--overwrite")
     assert tree(tmp_path) == first  # the same inputs, the same bytes
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate s.parquet -o {}/e.txt",
+        "monitor calibrated c.parquet -o {}/told.json --state {}/state.txt",
+        "next train --predictor fitted -o {}/next.parquet",
+    ],
+)
+def test_a_file_of_another_kind_is_refused_before_the_work(
+    words: str, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vilu.outcomes.evaluate.evaluate", None)
+    said = run(*words.format(tmp_path, tmp_path).split(), code=2).stderr
+    assert re.search(r"vilu keeps .* in a \..* file\. Got '", said)
+    assert not tree(tmp_path)
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "benchmark"])

@@ -105,7 +105,7 @@ def test_folders_and_files_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_other_suffixes_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"\.parquet or a \.csv file. Got 'a.xlsx'"):
+    with pytest.raises(UsageError, match=r"\.parquet or \.csv file. Got 'a.xlsx'"):
         Outcomes([0.1], [0]).save(tmp_path / "a.xlsx")
     with pytest.raises(UsageError, match="Got 'a'"):
         Outcomes.load(tmp_path / "a")

@@ -234,7 +234,7 @@ def test_an_audit_of_labels_replaces_such_a_table_and_no_other_file(tmp_path: Pa
     ("more", "message"),
     [
         (("-o", "labels.csv"), "labels.csv is there and holds no label errors of vilu, so it is left alone"),
-        (("-o", "errors.txt"), "a table is a .parquet or a .csv file. Got 'errors.txt'"),
+        (("-o", "errors.txt"), "in a .parquet or .csv file. Got 'errors.txt'"),
         (("-o", "x.csv", "--images", ".", "--sheet", "cat.png"), "must be a new .png, .svg or .webp"),
         (("-o", "x.csv", "--images", ".", "--sheet", "sheet.txt"), "must be a new .png, .svg or .webp"),
         (("-o", "x.csv", "--images", ".", "--sheet", "gone/sheet.png"), "in a folder that is there"),

@@ -206,12 +206,10 @@ def audit_labels(
         raise UsageError(f"--sheet must be a new .png, .svg or .webp in a folder that is there. Got {sheet} instead.")
     from vilu.datasets.catalog import open_dataset
     from vilu.files.places import claim_file
-    from vilu.files.tables import table_suffix
     from vilu.predictors.storage import load
     from vilu.store.reader import EmbeddingStore
     from vilu.triage.label_errors import contact_sheet, find_label_errors
 
-    table_suffix(output)
     claim_file(output, "label errors", overwrite=True)
     pictures = None if images is None else open_dataset(images, split=split, root=root)
     found = find_label_errors(EmbeddingStore(store), None if predictor is None else load(predictor), seed=seed)

@@ -239,7 +239,6 @@ class Monitor:
         """
         import pyarrow as pa
 
-        _require_parquet(path)
         claim_file(path, "monitor state", overwrite=True)
         tables = {name: watch.reference.table() for name, watch in self.watches.items()}
         kept = [pa.table({"test": [name] * len(n), "value": v, "count": n}) for name, (v, n) in tables.items()]

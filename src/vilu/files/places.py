@@ -44,6 +44,15 @@ HEADERS: dict[bytes, Kind] = {
 }
 """How our CSVs begin, which name nothing else."""
 
+SUFFIXES: dict[Kind, tuple[str, ...]] = {
+    "results": (".json", ".parquet", ".csv"),
+    "labels": (".csv",),
+    "label errors": (".parquet", ".csv"),
+    "scores": (".parquet", ".csv"),
+    "monitor state": (".parquet",),
+}
+"""Ends of the names of files, of kinds that have some."""
+
 INPUTS = "inputs"  # key of the digest of what a file was made from
 TEXTS: dict[bytes, Kind] = {b"page": "page", b"study": "study", b"results": "results"}
 MARK = re.compile(rb"<!-- made by vilu: (page|study|results) ([0-9a-f]*) -->\n\Z")  # last line of a text of ours
@@ -77,10 +86,12 @@ def claim_file(path: str | os.PathLike[str], kind: Kind, inputs: str | None = No
     Without ``inputs`` (their digest) nobody compares; with ``overwrite`` any file of its kind is made anew.
 
     Raises:
-        UsageError: If another file is there, or no folder for it.
+        UsageError: If another file is there, or no folder for it, or its name does not end as one of this kind.
         StorageError: If the folder cannot be written to, or the file not be read.
     """
     target = Path(path)
+    if target.suffix.lower() not in (suffixes := SUFFIXES.get(kind, (target.suffix.lower(),))):
+        raise UsageError(f"vilu keeps {kind} in a {' or '.join(suffixes)} file. Got {target.name!r} instead.")
     if os.path.lexists(target):
         found = made(target)
         if found is None or found[0] != kind:

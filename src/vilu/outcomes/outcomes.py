@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked
 from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, said_of
-from vilu.files.tables import read_column, read_table, table_suffix, write_table
+from vilu.files.tables import read_column, read_table, write_table
 from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.catalog import Metric
 from vilu.metrics.counts import real_vector
@@ -355,7 +355,6 @@ class Outcomes:
             1,"b.jpg",0,,,,0.9,,,"mine"
             <BLANKLINE>
         """
-        table_suffix(path)
         claim_file(path, "scores", overwrite=True)
         columns, metadata = self.table()
         write_table(path, columns, {**metadata, **said_of(inputs)})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from vilu.errors import DataError, StorageError, UsageError, checked, found
 from vilu.files.documents import SCHEMA_VERSION, read_json, write_json
 from vilu.files.places import claim_file, said_of
-from vilu.files.tables import read_column, read_table, require_schema, table_suffix, write_table
+from vilu.files.tables import read_column, read_table, require_schema, write_table
 from vilu.metrics.bootstrap import OwnInterval
 from vilu.metrics.catalog import DEFAULT_METRICS, METRICS, Metric, but_for, evaluated_metrics, get_metric
 from vilu.text import aligned, in_markdown, markdown_rows, printable, span
@@ -243,8 +243,6 @@ class ResultTable:
             >>> [(row["metric"], row["value"], row["ci_low"]) for row in kept["rows"]]
             [('auroc', 1.0, 1.0)]
         """
-        if Path(path).suffix.lower() != ".json":
-            table_suffix(path)
         claim_file(path, "results", overwrite=True)
         self.write(path, inputs)
 
