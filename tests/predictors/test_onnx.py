@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from vilu.predictors import (
 )
 from vilu.predictors.heads.vilu import MCDropout
 from vilu.predictors.nn.head import Graph
-from vilu.predictors.onnx import GraphBatch, export_onnx
+from vilu.predictors.onnx import GraphBatch, export_onnx, reference, trials
 from vilu.predictors.parameters import parameters
 
 HEAD = {"hidden": (32, 16), "epochs": 4}
@@ -60,6 +61,14 @@ def candidates(data: Embeddings) -> dict[str, torch.Tensor]:
         "many": torch.cat([foreign, data.text]),
         "twice": torch.cat([data.text.flip(0), data.text, data.text]),
     }
+
+
+def test_the_check_says_nothing_of_its_own_random_rows() -> None:
+    predictor = MCM().fit(toy_embeddings())
+    predictor.similarity_ = (0.3, 0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference(predictor, next(trials(predictor, ((9, 5),))))
 
 
 @pytest.mark.parametrize("name", few(PREDICTORS, 2))

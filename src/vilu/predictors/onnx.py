@@ -254,7 +254,8 @@ def reference(predictor: FailurePredictor, trial: Trial) -> tuple[NDArray[Any], 
     """Uncertainty and answer (N,) by the predictor itself, and whether the answer is clear."""
     image, text, columns = trial["image"], trial["text"], {name: trial[name] for name in predictor.columns_to_score}
     source = Embeddings(image, text, space=predictor.space_, columns=columns)
-    found = list(predictor.scored(source))
+    with quiet():  # which may say that random rows are unlike those of the training
+        found = list(predictor.scored(source))
     uncertainty = np.concatenate([scores for _, scores in found])
     prediction = np.concatenate([batch.prediction.numpy(force=True) for batch, _ in found])
     first, second = (image @ text.unique(dim=0).T).topk(2, dim=1).values.unbind(dim=1)
