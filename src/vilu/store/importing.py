@@ -257,9 +257,10 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     called = {name: keys.get(name, name) for name in NAMES}
     lacking = next((called[name] for name in ("image", "text") if called[name] not in arrays.names), absent)
     if lacking is not None:
+        ours = next(name for name, key in called.items() if key == lacking)
         raise DataError(
             f"{arrays.path} has no array {lacking!r}; it has {', '.join(map(repr, arrays.names[:20])) or 'none'}. If "
-            "it is there by another name, say so: --key text=NAME."
+            f"it is there by another name, say so: --key {ours}=NAME."
         )
     used = {name: key for name, key in called.items() if key in arrays.names}
     unused = sorted(set(arrays.names) - set(used.values()))
