@@ -374,7 +374,7 @@ def test_a_link_or_a_name_does_not_lead_elsewhere(tmp_path: Path) -> None:
     save(tmp_path / "other", arrays())
     with pytest.raises(DataError, match=r"no array '\.\./other/text'"):
         imported(tmp_path, arrays(), "folder", keys={"text": "../other/text"})
-    with pytest.raises(DataError, match="no array 'lables'.* say so: --key target=NAME"):
+    with pytest.raises(DataError, match=r"no array 'lables'.* say so: --key target=NAME"):
         imported(tmp_path, arrays(), "folder", keys={"target": "lables"})
 
 

@@ -96,6 +96,7 @@ def test_names_that_a_spreadsheet_would_compute_with_come_back(tmp_path: Path, n
         (["name,label", "a,b"], "must have the columns path"),
         (["path,label", "a,cat", "a,dog"], "line 3: 'a' has the labels 'cat' and 'dog'"),
         (["path,label", ",cat"], "line 2: it names no photo"),
+        (["path,label", "a,cat", '"b,dog', "c,cat"], "whose quotes are all closed"),
     ],
 )
 def test_files_that_cannot_be(tmp_path: Path, lines: list[str], message: str) -> None:

@@ -215,14 +215,14 @@ def csv_rows(path: Path, delimiter: str = ",") -> tuple[list[str], list[dict[str
     """
     with or_refuse(f"read {path}"), path.open(encoding="utf-8-sig", newline="") as file:
         try:
-            table = csv.DictReader(file, delimiter=delimiter)
+            table = csv.DictReader(file, delimiter=delimiter, strict=True)  # else an open quote takes all that follows
             rows = [
                 {name: re.sub(_DEFUSED, r"\1", cell) if isinstance(cell, str) else cell for name, cell in row.items()}
                 for row in table
             ]
             return list(table.fieldnames or ()), rows
         except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} is no CSV file in UTF-8: {error}.") from error
+            raise DataError(f"{path} is no CSV file in UTF-8 whose quotes are all closed: {error}.") from error
 
 
 def csv_names(path: str | Path, delimiter: str = ",") -> list[str]:
