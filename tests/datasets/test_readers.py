@@ -79,6 +79,8 @@ def test_what_is_passed_over_is_counted_and_what_may_be_missed_is_told(tmp_path,
     assert dataset.class_names == ("a", "b")
     caplog.clear()
     assert [path for path, _ in list_photos(root)] == ["a/1.png", "a/linked.png", "beside.png"]
+    with pytest.raises(UsageError, match=r"beside\.png is no folder"):
+        list_photos(root / "beside.png")
     assert "2 linked_folder" in caplog.text
     assert caplog.text.endswith("Put folders in place of links.\n")
 

@@ -136,9 +136,12 @@ def list_photos(root: Path, *, least: int = 1) -> list[Listed]:
     """All images below a folder, at any depth, in the byte order of their paths, whatever its folders are called.
 
     Raises:
+        UsageError: If it is no folder.
         DataError: If there are fewer than ``least``.
         StorageError: If a folder cannot be listed.
     """
+    if not root.is_dir():
+        raise UsageError(f"{root} is no folder. Give the folder that the photos are in.")
     ignored: Counter[str] = Counter()
     with track(f"listing {root.name}", None, "images") as task:
         found: list[Listed] = []
