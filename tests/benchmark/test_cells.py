@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.builders.bench_fakes import config, make_stores
+from tests.builders.bench_fakes import config, make_store, make_stores
 from tests.conftest import toy_embeddings
 from vilu.benchmark.cells import Cell, origin_of, plan, scored_set_of, sharing_a_fit
 from vilu.benchmark.data import Workbench, across_preprocessing, class_halves, draw_rows, of_classes
@@ -204,11 +204,14 @@ def test_a_limit_keeps_evenly_spaced_rows(folders: dict[Part, Path]) -> None:
     assert some.fingerprint("one", "train") != whole.fingerprint("one", "train")
 
 
-def test_parts_that_do_not_belong_together(folders: dict[Part, Path]) -> None:
+def test_parts_that_do_not_belong_together(folders: dict[Part, Path], tmp_path: Path) -> None:
     bench = Workbench(config(), {**folders, ("one", "test"): folders["one", "train"]})
     with pytest.raises(DataError, match=r"120 of 120 test rows of one are in its train part, too"):
         bench.check()
     bench = Workbench(config(), {**folders, ("one", "test"): folders["two", "test"]})
     with pytest.raises(ProvenanceError, match=r"preprocess: '8x8' \(the training set of one\)"):
         bench.check()
+    bare = make_store(tmp_path / "bare", 20, 5_000, labelled=False)
+    with pytest.raises(DataError, match="the test set of one has no labels, so nothing can be measured on it"):
+        Workbench(config(), {**folders, ("one", "test"): bare}).check()
     Workbench(config(), folders).check()

@@ -18,12 +18,14 @@ from vilu.store.embed import embed
 WORDS = ("cat", "dog", "car", "cup", "hat", "sea")
 
 
-def make_store(folder: Path, n: int, first: int, *, k: int = 5, preprocess: str = "8x8", words: int = 0) -> Path:
+def make_store(
+    folder: Path, n: int, first: int, *, k: int = 5, preprocess: str = "8x8", words: int = 0, labelled: bool = True
+) -> Path:
     """A store of n random pictures; pictures of different numbers differ, and so do their keys."""
     labels = np.random.default_rng(first).integers(k, size=n).tolist()
     images = FakeDataset(
         [picture(first + i) for i in range(n)],
-        labels,
+        labels if labelled else [None] * n,
         [f"img/{first + i:06d}.png" for i in range(n)],
         class_names=tuple(f"n{i}" for i in range(k)),
     )

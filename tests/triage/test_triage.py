@@ -366,7 +366,8 @@ def test_pictures_of_no_class_are_wrong_answers(folder: Folder, changed: Callabl
 
 def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> None:
     (home, truth), output = promised, promised[0] / "out"
-    job = job_on(home / "photos")
+    job, asked = job_on(home / "photos"), rows(output / "next_labels.csv")
+    assert {row["stream"] for row in asked} == {"fit", "promise"}
     triage_photos(job, output, sort="link")
     placed = list((output / "sorted").rglob("*.png"))
     assert len(placed) == 400
@@ -385,6 +386,7 @@ def test_links_and_moved_photos(promised: Folder, fake_model: FakeBackbone) -> N
     for sort in ("move", None):  # they are still the photos of this triage, and nothing is lost
         assert triage_photos(job, output, sort=sort)[0].startswith("400 photos: ")
     assert fake_model.n_images == n
+    assert rows(output / "next_labels.csv") == asked  # none of them has a label yet
     assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())
     triage_photos(job, output, overwrite=True)
     assert sorted(path.read_bytes() for path in (output / "sorted").rglob("*.png")) == sorted(content.values())

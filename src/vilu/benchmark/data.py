@@ -149,6 +149,8 @@ class Workbench:
         parts = needed_parts(self.config, plan(self.config))
         for data in self.config.data:
             roles = [role for role in ROLES if (data, role) in parts]
+            if "test" in roles and not self.config.data[data].captions:
+                self._require_labels(data)
             for name, setting in self.config.settings.items():
                 if isinstance(setting, Unseen) and self.config.is_tested_on(name, data):
                     class_halves(self.source(data, "test").n_candidates, 0)
@@ -157,6 +159,13 @@ class Workbench:
             for number, mine in enumerate(roles):
                 for other in roles[:number]:
                     self._check_pair(data, other, mine)
+
+    def _require_labels(self, data: str) -> None:
+        test = self.source(data, "test")
+        if not ((test.target != UNKNOWN) | test.outside).any():
+            raise DataError(
+                f"the test set of {data} has no labels, so nothing can be measured on it. Embed labelled images."
+            )
 
     def _check_pair(self, data: str, role_a: Role, role_b: Role) -> None:
         a, b = self.source(data, role_a), self.source(data, role_b)

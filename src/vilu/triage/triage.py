@@ -403,11 +403,12 @@ class Workshop:
             keep_promise(self.folder, predictor, photos, standing.outcomes, rule, self.job.photos.name)
 
     def _ask(self, photos: Photos, book: LabelBook, standing: PromiseProgress | None, u: Floats, sides: Sides) -> None:
-        """Ask for what is missing; else for labels that vouch, that teach, or where a promise holds, for both."""
+        """Ask for what is missing; else for labels that vouch, or teach; for both where a promise holds."""
         there = self.folder if self.state.candidate is None else self.candidate
         name, n = str(read_record(there / PREDICTOR)["weights_sha256"])[:16], self.job.n_next
         lacking = [] if standing is None else [photos.ids[row] for row in standing.missing.tolist()]
-        book.forget(lambda one: one.path not in lacking and (bool(lacking) or one.predictor != name))
+        alone = bool(lacking) and self._promised() is None
+        book.forget(lambda one: one.path not in lacking and (alone or one.predictor != name))
         if not lacking and standing is not None:
             n_vouch = self._how_many_vouch(standing, int((sides.teacher & sides.labelled).sum()), n)
             lacking = [photos.ids[row] for row in self._draw_on(standing, u, sides, n_vouch)]
