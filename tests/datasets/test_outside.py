@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,6 +59,9 @@ def test_a_folder(tmp_path: Path) -> None:
     assert labels(images) == [0, 0, -2, -2, 1, 1]
     assert open_dataset(folder(tmp_path), outside=["moth", "sea lion"]).class_names == ("cat",)
     assert labels(open_dataset(folder(tmp_path), outside=["moth"], limit=3)) == [0, 0, -2]
+    for copy in ({"outside": ["moth"]}, {"limit": 3}, {"outside": ["moth"], "limit": 3}):  # as executors send it
+        images = open_dataset(folder(tmp_path), **copy)
+        assert labels(pickle.loads(pickle.dumps(images))) == labels(images)
 
 
 def test_a_classes_file_may_leave_them_out(tmp_path: Path) -> None:

@@ -161,9 +161,13 @@ class Chosen:
         self._images, self._positions = images, positions
         if isinstance(images, ShardedDataset):  # only then is this one too
             self.shard_fingerprint = images.shard_fingerprint
-        if (faults := getattr(images, "faults", None)) is not None:
-            self.faults = faults.of(positions)
         self.outside: tuple[str, ...] = getattr(images, "outside", ())
+
+    @property
+    def faults(self) -> Faults | None:
+        """Those of the whole that are of these; made when asked for, since other processes take no functions."""
+        faults: Faults | None = getattr(self._images, "faults", None)
+        return faults and faults.of(self._positions)
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -216,8 +220,12 @@ class WithOutside:
         self._images, self._label = images, {label: place for place, label in enumerate(kept)}
         if isinstance(images, ShardedDataset):  # only then is this one too
             self.shard_fingerprint = images.shard_fingerprint
-        if (faults := getattr(images, "faults", None)) is not None:
-            self.faults = faults
+
+    @property
+    def faults(self) -> Faults | None:
+        """What cannot be read, as far as the whole's listing shows it."""
+        faults: Faults | None = getattr(self._images, "faults", None)
+        return faults
 
     def __len__(self) -> int:
         return len(self._images)
