@@ -101,7 +101,7 @@ def by_hand_fallback(labels: list[list[int]], starts, whole: float, risk: float,
         level += tested.get(place, 0.0)
         if place in tested and stats.binom.cdf(wrong - all(rows), accepted - 1, risk) > level:
             level = 0.0  # the row at which a sequence begins is no trial
-        certified = place + 1 if place in tested and level else certified
+        certified = place if place in tested and level else certified
         if level and (wrong >= accepted or stats.binom.cdf(wrong, accepted, risk) > level):
             level = 0.0
         certified = place + 1 if level else certified
@@ -140,14 +140,27 @@ def test_few_rows_have_one_sequence_at_full_level() -> None:
     assert learn_then_test(counts([(1, 0)] * 59), 0.05, 0.05) is None  # 60 are needed: the last is no random row
     assert learn_then_test(counts([(1, 0)] * 60), 0.05, 0.05).index == 59
     assert learn_then_test(counts([(1, 0)] * 58 + [(0, 1)] + [(1, 0)] * 6), 0.05, 0.05) is None
-    # 59 are right: where the 60th is, R is shown, whatever the label of that row; with it, no laxer threshold is
+    # 59 are right: below the 60th R is shown, whatever the label of that row; with it, no laxer threshold is
     last_wrong = counts([(1, 0)] * 59 + [(0, 1)] + [(1, 0)] * 5)
-    assert learn_then_test(last_wrong, 0.05, 0.05).index == 59
+    assert learn_then_test(last_wrong, 0.05, 0.05).index == 58
     rows = Outcomes(np.arange(65), np.r_[np.zeros(59), 1, np.zeros(5)])
     rule = vilu.calibrate(rows, max_risk=0.05)
-    assert (rule.n_accepted, rule.n_wrong) == (60, 1)
+    assert (rule.n_accepted, rule.n_wrong) == (59, 0)
+    assert contradiction(rule, rows) is None
+    one = rule.certificates[""].model_copy(update={"threshold": 59.0, "n_accepted": 60, "n_wrong": 1})
+    rule = rule.model_copy(update={"certificates": {"": one}})  # as earlier code gave it
     assert contradiction(rule, rows) is None
     assert contradiction(rule, Outcomes(np.arange(65), np.r_[np.zeros(58), 1, 1, np.zeros(5)])) is not None
+
+
+@pytest.mark.parametrize(("risk", "n"), [(0.05, 60), (0.01, 300), (0.2, 15), (0.5, 6)])
+def test_a_score_that_many_rows_have_is_not_certified_by_the_only_row_that_has_it_here(risk: float, n: int) -> None:
+    """Two scores, one right and one wrong, and all rows together just above the target: exact, over all counts."""
+    broken = 0.0
+    for wrong in range(1, n):
+        found = learn_then_test(counts([(n - wrong, 0), (0, wrong)]), risk, 0.05)
+        broken += stats.binom.pmf(wrong, n, 1.0001 * risk) * (found is not None and found.index == 1)
+    assert broken <= 0.05
 
 
 def test_a_tied_block_is_accepted_or_left_out() -> None:

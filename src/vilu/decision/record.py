@@ -164,7 +164,7 @@ def _is_borne_out(rule: Selector, one: Certificate) -> bool:
         return one.risk_bound == rule.max_risk and shown_by_labels
     if rule.reweighted:
         return one.risk_bound == rule.max_risk  # and ``_shares_bear_out``
-    aside = min(one.n_wrong, 1)  # the row at the threshold may be no trial, as in ``learn_then_test``
+    aside = min(one.n_wrong, 1)  # the row at the threshold may be no trial, as in ``coverage_first`` and older code
     shown = float(tail(np.array(one.n_wrong - aside), np.array(one.n_accepted - aside), one.risk_bound))
     delta = (1 - rule.confidence) / len(rule.certificates) * (1 + 1e-6)
     return one.risk_bound >= 1 or (shown <= delta and one.risk_bound <= (rule.max_risk or 1))

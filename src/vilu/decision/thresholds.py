@@ -132,7 +132,8 @@ def learn_then_test(counts: TieCounts, max_risk: float, delta: float) -> Point |
     before a range are wrong, and these numbers say in which range a sequence meets its first true H_t, and its level
     there, which bounds the probability to reject the last H_t before the range, as the sequence must. Where it begins
     in a range, the row at t is no random one: of the m - 1 others, given t, Bin(m - 1, max_risk) are wrong, or more. So
-    there these alone are tested, and to go on all m as well. A level that was handed on has met none, so the levels
+    there these alone are tested, and to go on all m as well; what they show by themselves ends before t, for t may be a
+    score that many rows have, all of them wrong. A level that was handed on has met none, so the levels
     that meet one add up to delta at most. Given a floor, the rows above it are independent draws; floors share delta.
     Scores with ties are simulated in the tests. Other places were tried: ``benchmarks/thresholds.py``.
 
@@ -181,7 +182,7 @@ def _fallback(
         own = accepted[begin] - before[0] == wrong[begin] - before[1]  # the row at t is wrong if all of this score are
         if tail(wrong[begin] - own, accepted[begin] - 1, max_risk) <= level:
             kept = _first_kept(wrong, accepted, max_risk, level, begin, end)
-            best = max(kept - 1, begin)
+            best = kept - 1  # before t itself, where that is shown without the row at t alone
         carried = level if kept == end else 0.0
     return None if best is None else Point(floor + 1 + best, max_risk, floor)
 
