@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 
 import numpy as np
@@ -166,6 +167,22 @@ def test_a_score_that_many_rows_have_is_not_certified_by_the_only_row_that_has_i
 def test_a_tied_block_is_accepted_or_left_out() -> None:
     assert learn_then_test(counts([(100, 0), (200, 100)]), 0.05, 0.05).index == 0
     assert learn_then_test(counts([(100, 60)]), 0.05, 0.05) is None
+
+
+@given(st.floats(1e-9, 1))
+def test_a_bound_is_never_rounded_to_the_side_that_promises_more(share: float) -> None:
+    above, below = (float(thresholds.percent(share, 2, to)[:-1]) / 100 for to in (math.ceil, math.floor))
+    assert share - 1e-4 - 1e-9 <= below <= share + 1e-9
+    assert share - 1e-9 <= above <= min(share + 1e-4, 2 * share) + 1e-9
+
+
+def test_a_promise_in_words_is_the_promise() -> None:
+    rows = Outcomes(np.arange(7000), np.zeros(7000))
+    told = [str(vilu.calibrate(rows, max_risk=risk, confidence=0.999)) for risk in (0.05, 0.001)]
+    assert all("with confidence 99.9% at most" in one for one in told)
+    assert [one.split("at most ")[1].split()[0] for one in told] == ["5.00%", "0.10%"]
+    sgr = vilu.calibrate(rows, max_risk=0.05, method="sgr", confidence=0.97)
+    assert sgr.risk_bound * 100 <= float(str(sgr).split("at most ")[1].split("%")[0])
 
 
 def test_a_good_model_is_accepted_as_a_whole_whatever_the_order() -> None:

@@ -391,6 +391,8 @@ def _store_with_classes(data: EmbeddingSource) -> EmbeddingStore:
 
 
 def _summary(record: Record, calibrator: Calibrator | None) -> str:
+    from vilu.decision.thresholds import percent
+
     lines = []
     if calibrator is not None:
         tried = ", ".join(f"{name} {loss:.4f}" for name, loss in calibrator.log_loss.items())
@@ -399,8 +401,8 @@ def _summary(record: Record, calibrator: Calibrator | None) -> str:
         lines.append(f"decision: {record.rule}")
     if (sets := record.label_sets) is not None:
         lines.append(
-            f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most {sets.max_miss:.1%} miss the "
-            f"right one ({sets.empirical_miss:.1%} of {sets.n} calibration rows)"
+            f"label sets: {sets.method}, on average {sets.mean_size:.2f} labels; at most "
+            f"{percent(sets.max_miss, 1)} miss the right one ({sets.empirical_miss:.1%} of {sets.n} calibration rows)"
         )
     return "\n".join(lines)
 

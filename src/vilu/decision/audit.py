@@ -24,7 +24,7 @@ from scipy import optimize, special
 
 from vilu.decision.calibrate import Selector
 from vilu.decision.shares import Strata
-from vilu.decision.thresholds import some_enough, upper_bound
+from vilu.decision.thresholds import percent, some_enough, upper_bound
 from vilu.metrics.counts import Floats, Ints
 from vilu.outcomes.outcomes import Outcomes
 
@@ -159,6 +159,7 @@ def _abstained_at_most(rule: Selector, rows: Outcomes, delta: float) -> float:
 def strangers_in_words(audit: Audit, stated: float) -> str:
     """The share of strangers among the labelled rows, with bounds that hold at all times together."""
     return (
-        f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share {audit.lower:.2%} to "
-        f"{audit.upper:.2%}, each bound with confidence {1 - audit.delta:.2%}; stated: at most {stated:.2%})"
+        f"{audit.wrong} of {audit.n} labelled rows are of none of the classes (share "
+        f"{percent(audit.lower, 2, math.floor)} to {percent(audit.upper)}, each bound with confidence "
+        f"{percent(1 - audit.delta, 2, math.floor)}; stated: at most {percent(stated, 2, math.floor)})"
     )

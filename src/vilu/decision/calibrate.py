@@ -23,6 +23,8 @@ from vilu.decision.thresholds import (
     Point,
     accepted_needed,
     coverage_first,
+    exactly,
+    percent,
     rows_for_coverage,
     rows_for_mean,
     rows_without_error,
@@ -234,7 +236,7 @@ class Selector(Model):
         bound = self.risk_bound
         if bound is None:
             return "nothing is accepted"
-        sure = f"with confidence {self.confidence:.0%}" if self.method != "crc" else "on average"
+        sure = f"with confidence {exactly(self.confidence)}" if self.method != "crc" else "on average"
         what = "of all answers are accepted and wrong" if self.method == "crc" else "of the accepted answers are wrong"
         found = f"{self.n_wrong} wrong of {self.n_accepted} accepted, of {self.n} calibration rows"
         found += ", whose shares are others" if self.reweighted else ""
@@ -243,7 +245,7 @@ class Selector(Model):
         but = ", and abstains from the most trusted, which are too often wrong" if floors else ""
         shares = f" {in_words(self.outside_share, self.class_shares)}" if self.reweighted else ""
         of = " of the calibration rows" if self.reweighted or self.method == "anytime" else ""
-        return f"accepts {self.coverage:.1%}{of}{but}; {sure} at most {bound:.2%} {what}{shares} ({found})"
+        return f"accepts {self.coverage:.1%}{of}{but}; {sure} at most {percent(bound)} {what}{shares} ({found})"
 
 
 def describe(certificate: Certificate) -> str:

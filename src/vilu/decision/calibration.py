@@ -14,6 +14,7 @@ from vilu.decision.label_sets import Kind, LabelSets, check_label_sets, fit_labe
 from vilu.decision.record import Record, Rule
 from vilu.decision.score import predictor_fingerprint, score_fresh, source_fingerprint
 from vilu.decision.selection import select
+from vilu.decision.thresholds import exactly, percent
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import InfeasibleError, UsageError, ViLUError
 from vilu.files.disk import locked
@@ -218,10 +219,10 @@ def _infeasible(selector: Selector) -> str:
         needed = "" if one.n_needed is None else f" At least {one.n_needed:,} calibration rows are needed."
         reasons.append(f"{name + ': ' if name else ''}{one.why}.{needed}")
     more = f" And {len(selector.certificates) - SAID} more groups." if len(selector.certificates) > SAID else ""
-    goal = "" if selector.max_risk is None else f"a risk of at most {selector.max_risk:.2%} "
+    goal = "" if selector.max_risk is None else f"a risk of at most {percent(selector.max_risk)} "
     goal += "" if selector.min_coverage is None else f"at a coverage of at least {selector.min_coverage:.1%} "
     return (
-        f"{goal}cannot be promised with confidence {selector.confidence:.0%}: {' '.join(reasons)}{more} Nothing was "
-        "written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or --min-coverage), or "
-        "take a predictor that ranks better."
+        f"{goal}cannot be promised with confidence {exactly(selector.confidence)}: {' '.join(reasons)}{more} Nothing "
+        "was written. Add calibration rows, ask for less (a larger --max-risk, a lower --confidence or "
+        "--min-coverage), or take a predictor that ranks better."
     )

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from vilu.decision.calibrate import evaluable
-from vilu.decision.thresholds import rows_for_mean
+from vilu.decision.thresholds import percent, rows_for_mean
 from vilu.errors import InfeasibleError, require_between
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints, real_vector
@@ -63,7 +63,7 @@ class BatchSelector(Model):
 
     def __str__(self) -> str:
         return (
-            f"accepts what it can of a batch, of which on average at most {self.max_risk:.2%} are wrong "
+            f"accepts what it can of a batch, of which on average at most {percent(self.max_risk)} are wrong "
             f"({len(self.wrong)} wrong of {self.n} calibration rows)"
         )
 
@@ -81,8 +81,8 @@ def select(outcomes: Outcomes, *, max_risk: float) -> BatchSelector:
     fewest = rows_for_mean(max_risk)
     if len(rows) < fewest:
         raise InfeasibleError(
-            f"with {len(rows)} calibration rows no answer can be selected at a risk of {max_risk:.2%}: no p-value is "
-            f"below 1 / {len(rows) + 1}. At least {fewest} rows are needed."
+            f"with {len(rows)} calibration rows no answer can be selected at a risk of {percent(max_risk)}: no p-value "
+            f"is below 1 / {len(rows) + 1}. At least {fewest} rows are needed."
         )
     wrong = np.sort(outcomes.uncertainty[rows][outcomes.failure[rows] == 1])
     return BatchSelector(max_risk=max_risk, n=len(rows), wrong=tuple(wrong.tolist()))

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from vilu.decision.thresholds import FLOOR_SHARE, FLOORS, Point, some_enough
+from vilu.decision.thresholds import FLOOR_SHARE, FLOORS, Point, percent, some_enough
 from vilu.errors import DataError, UsageError, require_between
 from vilu.files.tables import csv_rows
 from vilu.metrics.counts import Floats, Ints
@@ -243,7 +243,7 @@ def in_words(outside_share: float | None, class_shares: Mapping[str, float] | No
     """For which shares a promise holds."""
     told = []
     if outside_share is not None:
-        told.append(f"for up to {outside_share:.1%} of strangers like those shown")
+        told.append(f"for up to {percent(outside_share, 1, math.floor)} of strangers like those shown")
     if class_shares is not None:
         told.append(f"at the stated shares of {len(class_shares)} classes")
     return " and ".join(told)

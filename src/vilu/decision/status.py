@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from vilu.decision.audit import Audit, AuditVerdict, TestName
+from vilu.decision.thresholds import percent
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints
 
@@ -87,9 +88,10 @@ class Audited(Model):
 
     def __str__(self) -> str:
         found = f"{self.wrong} of {self.n} audited accepted answers are wrong"
-        bounds = f"rate {self.lower:.2%} to {self.upper:.2%}, each bound with confidence {self.confidence:.2%}"
+        ends = f"{percent(self.lower, 2, math.floor)} to {percent(self.upper)}"
+        bounds = f"rate {ends}, each bound with confidence {percent(self.confidence, 2, math.floor)}"
         more = "" if not self.n_needed else f"; about {self.n_needed} more would tell"
-        return f"{self.verdict}: {found} ({bounds}; promised: at most {self.promise:.2%}){more}"
+        return f"{self.verdict}: {found} ({bounds}; promised: at most {percent(self.promise)}){more}"
 
 
 class Status(Model):

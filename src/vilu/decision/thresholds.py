@@ -42,6 +42,18 @@ def lower_bound(hits: int, n: int, delta: float) -> float:
     return float(special.betaincinv(hits, n - hits + 1, delta)) if hits else 0.0
 
 
+def percent(share: float, decimals: int = 2, rounded: Callable[[float], int] = math.ceil) -> str:
+    """A bound in per cent, never rounded to the side that would promise more; a small one has more decimals."""
+    decimals = max(decimals, 1 - math.floor(math.log10(100 * share))) if share > 0 else decimals
+    unit = 10 ** (decimals + 2)
+    return f"{rounded(round(share * unit, 6)) / unit:.{decimals}%}"
+
+
+def exactly(confidence: float) -> str:
+    """A confidence in per cent: 99.9 % is not 100 %."""
+    return f"{100 * confidence:.10g}%"
+
+
 def rows_without_error(risk: float, delta: float) -> int:
     """Smallest m with (1 - risk)^m <= delta: so many accepted answers, none of them wrong, certify the risk."""
     if risk >= 1:

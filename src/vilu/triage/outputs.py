@@ -19,6 +19,7 @@ import pyarrow as pa
 from vilu.datasets.files import portable_name
 from vilu.decision.anytime import log_evidence
 from vilu.decision.score import ACCEPT, OUTSIDE_REASON
+from vilu.decision.thresholds import exactly, percent
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError, checked, require_between
@@ -186,7 +187,7 @@ def promise_in_words(found: Triage, max_risk: float, confidence: float) -> str:
     """Where the promise stands, in a sentence or two."""
     standing, goal = (
         found.standing,
-        f"at most {max_risk:.1%} wrong among the accepted, with {confidence:.0%} confidence",
+        f"at most {percent(max_risk, 1)} wrong among the accepted, with {exactly(confidence)} confidence",
     )
     if found.rule is not None:
         return (

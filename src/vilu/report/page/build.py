@@ -17,6 +17,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from vilu.datasets.base import ImageDataset
+from vilu.decision.thresholds import percent as bound
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UNKNOWN, ProvenanceError, UsageError, checked
@@ -165,9 +166,8 @@ def find_template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(
-        short=shortened, tip=partial(shortened, most=TOLD), pct=percent, count="{:,}".format, score=score, goal=goal
-    )
+    environment.filters.update(short=shortened, tip=partial(shortened, most=TOLD), pct=percent, bound=bound)
+    environment.filters.update(count="{:,}".format, score=score, goal=goal)
     template: Template = environment.get_template(name)
     return template
 
