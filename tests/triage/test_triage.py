@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from tests.builders.store_fakes import FakeBackbone
 from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.datasets.files import Bounds
 from vilu.decision import record
+from vilu.decision.anytime import Looks
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.files.documents import read_document
@@ -30,7 +32,7 @@ from vilu.files.tables import write_table
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
-from vilu.triage.outputs import triage_photos
+from vilu.triage.outputs import levels_of, triage_photos
 from vilu.triage.photos import PhotoStores
 from vilu.triage.promise import first_of_scene
 from vilu.triage.triage import Job, TriageState, moved_photos
@@ -59,6 +61,21 @@ def test_from_photos_to_a_promise_that_is_kept(begun: Folder) -> None:
         "nearly like another one with a label, as in bursts and films. With one label a scene they show nothing" in page
     )
     assert "<script" not in page
+
+
+def test_the_most_trusted_alone_are_promised_only_where_labels_show_it() -> None:
+    """Half of the first eighth are wrong, nothing behind: the threshold of all is certified, a stricter one is not."""
+    u = (np.arange(640) + 0.5) / 640
+    wrong = ((u < 1 / 8) & (np.arange(640) % 16 == 0)).astype(int) + ((u < 1 / 64) & (np.arange(640) % 2 == 1))
+    looks = Looks(np.arange(1, 65) / 64, 0.05, 0.05)
+    assert looks.certified(u, wrong) == 63
+    standing = SimpleNamespace(looks=looks, outcomes=Outcomes(u, wrong))
+    photos, book = SimpleNamespace(ids=[f"{i}" for i in range(640)]), SimpleNamespace(labels={})
+    found = SimpleNamespace(photos=photos, book=book, in_play=standing.outcomes, standing=standing, has_candidate=False)
+    found.rule = SimpleNamespace(threshold=1.0)
+    levels = levels_of(found)
+    assert [one.certified for one in levels] == [one.bound is not None and one.bound <= 0.05 for one in levels]
+    assert [levels[0].certified, levels[-1].certified] == [False, True]
 
 
 def test_of_a_scene_one_label_counts() -> None:

@@ -140,9 +140,12 @@ def levels_of(found: Triage) -> list[Level]:
         return []
     if standing is None:
         grid, wrong, accepted = np.quantile(u, np.arange(1, 11) / 10), *np.zeros((2, 10), np.int64)
+        shown = wrong == 0
     else:
         grid = standing.looks.grid
         wrong, accepted = standing.looks.counts(standing.outcomes.uncertainty, standing.outcomes.failure)
+        # what is promised of all up to the threshold in force need not be so of the most trusted alone
+        shown = log_evidence(wrong, accepted, standing.looks.max_risk) >= -math.log(standing.looks.delta)
     kept = None if rule is None or found.has_candidate else rule.threshold
     certified = -math.inf if kept is None else kept
     return [
@@ -155,7 +158,7 @@ def levels_of(found: Triage) -> list[Level]:
             if standing is None
             else least_risk(int(wrong[place]), int(accepted[place]), standing.looks.delta),
             expected=float(u[u <= grid[place]].mean()) if (u <= grid[place]).any() else 0.0,
-            certified=bool(grid[place] <= certified),
+            certified=bool(grid[place] <= certified and (shown[place] or grid[place] == certified)),
         )
         for place in np.unique(np.linspace(0, len(grid) - 1, LINES).round().astype(int)).tolist()
     ]
