@@ -137,6 +137,14 @@ def test_an_interval_of_many_scores_and_few_failures_reaches_to_both_sides() -> 
     assert 0.5 < (high - value) / (value - low) < 2
 
 
+def test_many_rows_with_few_distinct_scores_are_not_drawn_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their counts are: a time that does not grow with the rows, and the same distribution (test_histogram)."""
+    monkeypatch.delattr("vilu.metrics.bootstrap.resampled_rows")
+    u, f = sample(10_000)
+    value, low, high = bootstrap_interval("auroc", u.round(1), f, n_resamples=50)
+    assert low < value == auroc(u.round(1), f) < high
+
+
 def test_paired_difference_of_equal_rankings_is_nothing() -> None:
     u, f = sample()
     assert paired_bootstrap("fpr95", u, np.exp(u), f) == (0.0, 0.0, 0.0, 1.0)
@@ -236,7 +244,8 @@ def test_long_work_says_how_far_it_is() -> None:
     with reporting(Watcher()):
         bootstrap_interval("auroc", u, f, n_resamples=500)
         Histogram.of(u, f).intervals({"auroc": METRICS["auroc"].kernel}, n_resamples=500, confidence=0.9, seed=0)
-    assert sum(steps) == 1000
+        paired_bootstrap("auroc", u, -u, f, n_resamples=500)
+    assert sum(steps) == 1500
     assert len(steps) >= 10  # not all at once at the end
 
 

@@ -22,7 +22,7 @@ from vilu.metrics.counts import Floats, Ints, TieCounts, check_pair, tie_counts
 from vilu.progress import track
 
 MAX_RESAMPLES = 1_000_000  # more do not change an interval
-RESAMPLED_GROUPS = 2**13  # of more distinct scores, groups of neighbours are resampled
+RESAMPLED_GROUPS = 2**13  # more rows are resampled by counts; of more distinct scores, groups of neighbours are
 CELLS = 2**18  # counts held at a time: two megabytes per temporary array, about what a cache holds
 
 
@@ -172,7 +172,7 @@ def bootstrap_intervals(
     """Intervals of several metrics from the same resamples; see ``bootstrap_interval``."""
     check_settings(n_resamples, confidence)
     counts = tie_counts(uncertainty, failure)
-    if len(counts.value) > RESAMPLED_GROUPS:
+    if counts.n > RESAMPLED_GROUPS:  # the same distribution, in a time that does not grow with the rows
         return counted_intervals(kernels, counts, n_resamples, confidence, seed)
     scores = SortedScores(*check_pair(uncertainty, failure))
     own, others = own_intervals(kernels, counts, n_resamples, confidence, seed)
@@ -362,8 +362,12 @@ def paired_bootstrap(
     observed = float((kernel(a.observed()) - kernel(b.observed()))[0])
     if np.isnan(observed):
         return Difference(observed, observed, observed, observed)
-    blocks = resampled_rows(a, n_resamples, seed)
-    differences = np.concatenate([kernel(a.counts(*rows)) - kernel(b.counts(*rows)) for rows in blocks])
+    found = []
+    with track("bootstrap", n_resamples, "resamples") as task:
+        for rows in resampled_rows(a, n_resamples, seed):
+            found.append(kernel(a.counts(*rows)) - kernel(b.counts(*rows)))
+            task.advance(len(found[-1]))
+    differences = np.concatenate(found)
     if isinstance(kernel, OwnInterval):  # resampling adds its bias once more, to both, but not the same
         differences += observed - differences.mean()
     return Quantity(observed, differences).difference(confidence)
