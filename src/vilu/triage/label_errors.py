@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vilu.datasets.base import ImageDataset
 from vilu.datasets.images import BadImage, read_image
 from vilu.device import as_usual
-from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.source import EmbeddingSource, TakenIds
 from vilu.errors import UNKNOWN, DataError, UsageError, checked
 from vilu.extras import import_extra
 from vilu.files.places import claim_file
@@ -109,7 +109,7 @@ def find_label_errors(
     names = source.class_names or tuple(f"class {i}" for i in range(source.n_candidates))
     suggested = present[shown.argmax(axis=1)]
     return LabelErrors(
-        keys=[source.ids[row] for row in rows[order].tolist()],
+        keys=list(TakenIds(source.ids, torch.from_numpy(rows[order]))),  # a store reads them part by part
         label=[names[i] for i in target[order].tolist()],
         suggested=[names[i] for i in suggested[order].tolist()],
         quality=quality[order],
