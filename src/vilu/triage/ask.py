@@ -136,7 +136,8 @@ def picked(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
             "makes a promise. The other methods take rows that were picked at random from all."
         )
     chosen = {one.path for one in book if one.stream == "fit"}
-    rows = [row for row, path in enumerate(photos.ids) if path in book.labels and path not in chosen]
+    wanted = book.labels.keys() - chosen
+    rows = [row for row, path in enumerate(photos.ids) if path in wanted]
     if not rows:
         raise DataError(f"no label is of a row that was picked at random: all {len(chosen)} were asked for to teach.")
     return photos.take(rows)

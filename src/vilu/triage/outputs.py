@@ -133,7 +133,8 @@ class Level:
 
 def levels_of(found: Triage) -> list[Level]:
     """Some thresholds of the grid; without one, those of equal parts of the photos, of which no label counts."""
-    free = np.array([path not in found.book.labels for path in found.photos.ids], dtype=np.bool_)
+    known = found.book.labels  # made anew whenever it is asked for
+    free = np.array([path not in known for path in found.photos.ids], dtype=np.bool_)
     u = found.in_play.uncertainty[free & np.isfinite(found.in_play.uncertainty)]
     standing, rule = found.standing, found.rule
     if not len(u):
