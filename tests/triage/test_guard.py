@@ -15,7 +15,7 @@ from tests.builders.photo_folders import photo
 from tests.builders.store_fakes import NAMES, FakeBackbone
 from tests.triage.conftest import Folder, rows
 from vilu.datasets.folder import PhotoFiles, list_photos
-from vilu.decision.score import Decider, score
+from vilu.decision.score import Decider, score, score_rows
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.outcomes.outcomes import Outcomes
@@ -95,6 +95,21 @@ def test_a_bad_image_is_an_answer_with_a_reason(predictor: Path, tmp_path: Path)
     ]
     assert answers[2].label is not None
     assert {answer.decision for answer in answers if answer.label is None} == {"abstain"}
+
+
+def test_who_asks_in_the_midst_of_another_changes_no_answer(predictor: Path, monkeypatch) -> None:
+    """What another thread does between two lines of the first one."""
+    guard, photos = Guard(predictor, workers=1), [photo(n, n) for n in range(5)]
+    expected, others = guard(photos[:3]), iter([photos[3:]])
+
+    def interrupted(*args, **kwargs) -> Outcomes:
+        for images in others:
+            guard(images)
+        return score_rows(*args, **kwargs)
+
+    monkeypatch.setattr("vilu.triage.guard.score_rows", interrupted)
+    assert guard(photos[:3]) == expected
+    assert next(others, None) is None
 
 
 def test_a_stream_is_answered_as_it_comes(predictor: Path) -> None:

@@ -79,19 +79,13 @@ class Answer:
 class Arrived(EmbeddingSource):
     """Embeddings of images that have just been read, against the candidates of a predictor."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, arrays: Mapping[str, Tensor], keys: Sequence[str]) -> None:
         self.space, self.text, self.class_names = vocabulary.space, vocabulary.text, vocabulary.names
-        self._columns: dict[str, Tensor] = dict(vocabulary.columns)
-        self.take_in({IMAGE: torch.empty(0, vocabulary.space.embed_dim)}, [])
-
-    def take_in(self, arrays: dict[str, Tensor], keys: Sequence[str]) -> None:
-        """Hold these rows in place of those before."""
         self.image, self.ids = arrays[IMAGE], list(keys)
-        self._columns |= {name: rows for name, rows in arrays.items() if name in IMAGE_COLUMNS}
+        images = {name: rows for name, rows in arrays.items() if name in IMAGE_COLUMNS}
+        self._columns = {**vocabulary.columns, **images}
         self.columns = frozenset(self._columns)
         self.target = torch.full((len(self.image),), UNKNOWN)
-        for name in ("status", "outside", "usable_rows"):  # they are of the rows before
-            self.__dict__.pop(name, None)
 
     def image_rows(self, index: Tensor) -> Tensor:
         """(B, D) rows."""
@@ -101,7 +95,7 @@ class Arrived(EmbeddingSource):
 class Judge:
     """What a predictor says of embeddings that have just been made: answers, decisions, scores.
 
-    The folder holds the predictor and what its answers are chosen from. One thread at a time.
+    The folder holds the predictor and what its answers are chosen from. Any number of threads may ask at once.
 
     Raises:
         DataError: If the folder holds no predictor, or not its candidates.
@@ -114,9 +108,9 @@ class Judge:
         self.decider = Decider.of_folder(self.predictor, folder)
         self.decider.require_streaming()
         self.vocabulary = Vocabulary.load(folder)
-        self._source = Arrived(self.vocabulary)
         if self.decider.record is not None:
-            self.decider.record.require_candidates(self._source)
+            nothing = {IMAGE: torch.empty(0, self.vocabulary.space.embed_dim)}
+            self.decider.record.require_candidates(Arrived(self.vocabulary, nothing, []))
         fitted, here = self.predictor.space_, self.vocabulary.space
         if fitted is not None:
             fitted.require_match(here, mine=f"the predictor in {folder}", theirs="its candidates")
@@ -131,15 +125,15 @@ class Judge:
     @as_usual()
     def judge(self, arrays: Mapping[str, Tensor], keys: Sequence[str]) -> tuple[list[Answer], Outcomes]:
         """Answers about embeddings (B, D) with what else the predictor needs of an image, and the scores in columns."""
-        self._source.take_in({name: arrays[name].float() for name in self.arrays}, keys)
+        source = Arrived(self.vocabulary, {name: arrays[name].float() for name in self.arrays}, keys)
         facts = {"is_probability": self.predictor.is_probability, "provenance": self.decider.provenance}
-        outcomes = score_rows(self.decider, self._source, facts, task=Silence())
+        outcomes = score_rows(self.decider, source, facts, task=Silence())
         names = self.vocabulary.names
-        near = [row for batch in self._source.batches(len(keys)) for row in runners_up_of(batch, names)]
-        return [self._answer(outcomes, row, near[row]) for row in range(len(keys))], outcomes
+        near = [row for batch in source.batches(len(keys)) for row in runners_up_of(batch, names)]
+        return [self._answer(key, outcomes, row, near[row]) for row, key in enumerate(keys)], outcomes
 
-    def _answer(self, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
-        key, u = self._source.ids[row], float(outcomes.uncertainty[row])
+    def _answer(self, key: str, outcomes: Outcomes, row: int, runners_up: RunnersUp) -> Answer:
+        u = float(outcomes.uncertainty[row])
         if math.isnan(u):
             return self.refused(key, None if outcomes.reason is None else outcomes.reason[row])
         probability = outcomes.failure_probability
@@ -163,7 +157,7 @@ class Guard:
     fingerprints. Images are decoded in threads and embedded in batches, in memory that does not grow with their number;
     their numbers are those of ``vilu embed`` and ``vilu score``, but for the order of sums in batches of another size.
     A bad image is an answer with a reason. Where a rule judges whole batches (``--method selection``) there is no
-    decision about one image, so that is refused.
+    decision about one image, so that is refused. Any number of threads may ask one guard at once.
 
     Args:
         predictor: The folder.
