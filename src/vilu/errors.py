@@ -111,7 +111,8 @@ LARGEST_SEED = 2**63 - 1
 def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which refuses arguments of other types than it is annotated with, before it begins.
 
-    Numbers may be numpy's; True is no number and "1" is none; arrays are the function's own to check.
+    Numbers may be numpy's, or of an array of no dimension, and come as Python's; True is no number and "1" is none;
+    arrays are the function's own to check.
 
     Raises:
         UsageError: With what was found and what was expected; of a number of arguments that cannot be, TypeError.
@@ -120,11 +121,13 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = shape.bind(*args, **kwargs).arguments
+        bound = shape.bind(*args, **kwargs)
+        given = bound.arguments
         for name, hint in _hints(function).items():
             if name in given:
                 _check(name, given[name], hint, given)
-        return function(*args, **kwargs)
+                given[name] = _plain(given[name], hint)
+        return function(*bound.args, **bound.kwargs)
 
     return call
 
@@ -168,6 +171,13 @@ def _is_number(value: Any) -> bool:  # noqa: ANN401 - any argument
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
         value = value.item()
     return isinstance(value, Real) and not _is_bool(value)
+
+
+def _plain(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
+    """A number or text of numpy's or torch's as Python's, where one is asked for: it is written to JSON, or hashed."""
+    if getattr(value, "shape", None) != () or not {int, float, bool, str} & {hint, *get_args(hint)}:
+        return value
+    return (value.detach() if hasattr(value, "detach") else value).item()
 
 
 def _fits(value: object, hint: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -286,3 +287,17 @@ def test_what_the_sentence_says(call: Callable[[], object], message: str) -> Non
 def test_a_wrong_number_of_arguments_is_pythons_own_error() -> None:
     with pytest.raises(TypeError, match="missing a required argument: 'data'"):
         vilu.score(vilu.MCM())  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint8])
+def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Path) -> None:
+    """Those of a loop over an array: a pool of np.int64(16) was one of 1, since that is its ``size``."""
+    image, scores = toy_pairs(n=64).image, vilu.Outcomes(np.linspace(0, 1, 100), np.arange(100) % 2, seed=number(3))
+    assert vilu.Embeddings.pairs(image, image, pool_size=number(16)).n_candidates == 16
+    assert vilu.PseudoCaptions([toy_pairs(n=64)], number(16)).pool_size == 16
+    space = vilu.EmbeddingSpace(number(4), torch.nn.Parameter(torch.tensor(8.0)))  # as a model holds it
+    assert space.fingerprint == vilu.EmbeddingSpace(4, 8.0).fingerprint
+    vilu.Monitor(scores, false_alarm=np.float32(0.05), seed=number(3)).save(tmp_path / "state.parquet")
+    assert vilu.calibrate(scores, max_risk=np.array(0.5)).max_risk == 0.5
+    table = vilu.evaluate(replace(scores, is_probability=np.bool_(True)), metrics=["brier"], n_resamples=number(0))
+    assert table.filter(seed=number(3)).value("brier", n=number(100)) == pytest.approx(1 / 3, abs=0.01)

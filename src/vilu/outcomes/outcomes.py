@@ -276,8 +276,11 @@ class Outcomes:
 
     def _check_labels(self) -> None:
         for name, kind in KINDS.items():
-            if not isinstance(getattr(self, name), kind):
-                raise DataError(f"{name} must be {kind}. Got {getattr(self, name)!r:.100} instead.")
+            value = getattr(self, name)
+            value = value.item() if isinstance(value, np.generic) else value
+            if not isinstance(value, kind):
+                raise DataError(f"{name} must be {kind}. Got {value!r:.100} instead.")
+            object.__setattr__(self, name, value)
         plain_json(dict(self.provenance))
 
     def __len__(self) -> int:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Self
@@ -114,7 +115,7 @@ class ResultTable:
         if unknown:
             raise UsageError(f"a result has no field {unknown[0]!r}. There are: {', '.join(COLUMNS)}.")
         for name, want in fields.items():
-            if not isinstance(want, str | int | float | None):
+            if not isinstance(want, str | Real | None):  # numpy's, too
                 raise UsageError(f"{name} must be a text, a number or None. Got {found(want)} instead.")
         fits = (row for row in self.rows if all(getattr(row, name) == want for name, want in fields.items()))
         return ResultTable(tuple(fits))
