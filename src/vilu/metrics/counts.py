@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import DataError
+from vilu.errors import OUTSIDE, UNKNOWN, DataError
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -96,7 +96,7 @@ def check_pair(uncertainty: ArrayLike, failure: ArrayLike) -> tuple[Floats, NDAr
     return scores, failures == 1
 
 
-def require_same_length(scores: Floats, failures: Floats) -> None:
+def require_same_length(scores: Floats, failures: NDArray[Any]) -> None:
     """Refuse uncertainties and failures of different numbers of rows."""
     if len(scores) != len(failures):
         raise DataError(
@@ -107,6 +107,19 @@ def require_same_length(scores: Floats, failures: Floats) -> None:
 def real_vector(values: ArrayLike, name: str) -> Floats:
     """A vector of real numbers as float64, a copy."""
     return _real(values, name).astype(np.float64)
+
+
+def check_codes(values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN) -> NDArray[np.int64]:
+    """Whole numbers (N,) from ``first`` to ``last`` (None: no upper bound)."""
+    numbers = real_vector(values, name)
+    top = np.inf if last is None else last
+    bad = np.flatnonzero(~((numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))))
+    if len(bad):
+        lowest = f"{UNKNOWN} (unknown)" if first == UNKNOWN else f"{OUTSIDE} (none of the classes), {UNKNOWN} (unknown)"
+        raise DataError(
+            f"{name} must hold whole numbers from {lowest} to {top:g}. Got {numbers[bad[0]]:g} in row {bad[0]} instead."
+        )
+    return numbers.astype(np.int64)
 
 
 def _real(values: ArrayLike, name: str) -> NDArray[Any]:

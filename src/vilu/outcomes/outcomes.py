@@ -17,24 +17,11 @@ from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, write_table
 from vilu.metrics.bootstrap import ScoredRows
 from vilu.metrics.catalog import Metric
-from vilu.metrics.counts import real_vector
+from vilu.metrics.counts import check_codes, real_vector
 from vilu.metrics.histogram import Histogram
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-
-def check_codes(values: ArrayLike, name: str, last: int | None, first: int = UNKNOWN) -> NDArray[np.int64]:
-    """Whole numbers (N,) from ``first`` to ``last`` (None: no upper bound)."""
-    numbers = real_vector(values, name)
-    top = np.inf if last is None else last
-    bad = np.flatnonzero(~((numbers >= first) & (numbers <= top) & (numbers == np.rint(numbers))))
-    if len(bad):
-        lowest = f"{UNKNOWN} (unknown)" if first == UNKNOWN else f"{OUTSIDE} (none of the classes), {UNKNOWN} (unknown)"
-        raise DataError(
-            f"{name} must hold whole numbers from {lowest} to {top:g}. Got {numbers[bad[0]]:g} in row {bad[0]} instead."
-        )
-    return numbers.astype(np.int64)
 
 
 def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -295,13 +282,20 @@ class Outcomes:
     def take(self, rows: ArrayLike) -> Self:
         """Some rows, by their places or by a mask (N,), in the order of the places.
 
+        Raises:
+            DataError: If there is no such row, or the mask is of another length.
+
         Examples:
             >>> import vilu
             >>> outcomes = vilu.Outcomes([0.1, 0.9, 0.4], [0, 1, 1], ids=["a.jpg", "b.jpg", "c.jpg"])
             >>> outcomes.take(outcomes.failure == 1).ids
             ('b.jpg', 'c.jpg')
         """
-        chosen = np.arange(len(self))[np.asarray(rows)]
+        places, n = np.asarray(rows), len(self)
+        try:
+            chosen = np.arange(n)[places if places.size else places.astype(np.int64)]
+        except IndexError as error:
+            raise DataError(f"rows must be a list of places from 0 to {n - 1}, or {n} Booleans: {error}.") from error
         columns = {name: getattr(self, name) for name in ("uncertainty", "failure", "outside", *OPTIONAL)}
         taken: dict[str, Any] = {
             name: column[chosen] if isinstance(column, np.ndarray) else [column[row] for row in chosen.tolist()]
