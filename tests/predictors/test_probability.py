@@ -261,3 +261,9 @@ def test_unusable_rows_have_no_probability(calibration: Embeddings) -> None:
     broken = Embeddings(image, calibration.text, calibration.target, logit_scale=20.0)
     probability = vilu.MCM().calibrate(broken).predict_failure_probability(broken)
     assert np.flatnonzero(np.isnan(probability)).tolist() == [3]
+
+
+@pytest.mark.parametrize("failure", [[0.1, 0.3], [0.0, np.nan], [0, 2]])  # scores in place of failures come first
+def test_failures_to_calibrate_on_are_failures(failure: list[float]) -> None:
+    with pytest.raises(DataError, match="failure must hold whole numbers from -1"):
+        vilu.Margin().calibrate_scores([0, 1], failure)

@@ -22,7 +22,7 @@ from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.source import log_posterior as zero_shot_log_posterior
 from vilu.embeddings.space import EmbeddingSpace
 from vilu.errors import UNKNOWN, DataError, NotFittedError, UsageError, checked
-from vilu.metrics.counts import real_vector, require_same_length
+from vilu.metrics.counts import check_codes, real_vector, require_same_length
 from vilu.predictors import record
 from vilu.predictors.games import PLAYER_OF_LOOK, Game, NoAttribution, SingleGame
 from vilu.predictors.labelled import Needs, degenerate_rate, disjoint, require_comparable, trainable_rows, warn_few
@@ -609,7 +609,7 @@ class FailurePredictor(ABC):
         """As ``calibrate``, from uncertainties (N,) of this predictor and failures (N,); unknown ones are left out.
 
         Raises:
-            DataError: If no row has both.
+            DataError: If no row has both, or a failure is not 1, 0, or -1 where it is unknown.
 
         Examples:
             >>> import vilu
@@ -617,13 +617,13 @@ class FailurePredictor(ABC):
             >>> margin.failure_probability([-3.0, 0.0]).round(2)
             array([0.  , 0.83])
         """
-        scores, failures = real_vector(uncertainty, "uncertainty"), real_vector(failure, "failure")
+        scores, failures = real_vector(uncertainty, "uncertainty"), check_codes(failure, "failure", 1)
         require_same_length(scores, failures)
         known = np.isfinite(scores) & (failures != UNKNOWN)
         if not known.any():
             raise DataError(f"none of the {len(scores)} calibration rows has an uncertainty and a known failure.")
         score = self._calibration_score(scores[known])
-        self.calibrator_ = fit_calibrator(score, failures[known].astype(np.int64), is_log_odds=self.is_probability)
+        self.calibrator_ = fit_calibrator(score, failures[known], is_log_odds=self.is_probability)
         return self
 
     def _calibration_score(self, uncertainty: NDArray[np.float64]) -> NDArray[np.float64]:
