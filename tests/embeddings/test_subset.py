@@ -6,6 +6,7 @@ import torch
 
 from tests.conftest import in_memory, toy_embeddings, toy_pairs, variant
 from vilu.embeddings.checks import RowNumbers
+from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, UsageError
 from vilu.predictors import PREDICTORS
 
@@ -86,3 +87,10 @@ def test_methods_cannot_tell_a_subset_from_a_copy(name: str) -> None:
 def test_pairs_have_no_subset() -> None:
     with pytest.raises(UsageError, match="pools"):
         toy_pairs().take(ROWS)
+
+
+@pytest.mark.parametrize("rows", [[1, 0, 0, 0], [True, False], [2, 3], np.ones((4, 1), bool)])  # ~1 is -2: all stayed
+def test_rows_to_leave_out_are_a_mask_of_all_of_them(rows: list[int]) -> None:
+    for source in (Embeddings(np.eye(4), np.eye(4)), Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)):
+        with pytest.raises(DataError, match="rows must be one Boolean for each of the 4 rows"):
+            source.without(np.array(rows))

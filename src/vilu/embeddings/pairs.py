@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.device import as_usual
-from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
+from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers, check_mask
 from vilu.embeddings.similarity import first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
 from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least
@@ -170,6 +170,9 @@ class PairSource(EmbeddingSource):
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
         """The source with pools of the other rows; what is left out, or fills no last pool, is "short_pool".
 
+        Raises:
+            DataError: If ``rows`` is no mask (N,), or what is left fills no pool.
+
         Examples:
             >>> import numpy as np, vilu
             >>> data = vilu.Embeddings.pairs(np.eye(6), np.eye(6), pool_size=2)
@@ -177,9 +180,10 @@ class PairSource(EmbeddingSource):
             >>> [batch.index.tolist() for batch in fewer.batches(2)]  # pools are whole, so one more row has to go
             [[0, 2], [3, 4]]
         """
-        if not rows.any():
+        gone = check_mask(rows, len(self))
+        if not gone.any():
             return self
-        kept = self.pair_rows[torch.from_numpy(~rows)[self.pair_rows]]
+        kept = self.pair_rows[torch.from_numpy(~gone)[self.pair_rows]]
         require_full_pools(len(kept), self.pools.size, "what is left")
         found, status = copy.copy(self), np.full(len(self), SHORT_POOL, np.uint8)
         found.usable_rows = self._order(kept)

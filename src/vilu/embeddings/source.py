@@ -15,7 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, check_places, hash_names, hash_rows
+from vilu.embeddings.checks import (
+    VALID,
+    Identifiers,
+    Identity,
+    RowNumbers,
+    check_mask,
+    check_places,
+    hash_names,
+    hash_rows,
+)
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
@@ -408,8 +417,13 @@ class EmbeddingSource(ABC):
         return Taken(self, check_places(rows, len(self), "rows"), chosen, kept)
 
     def without(self, rows: NDArray[np.bool_]) -> EmbeddingSource:
-        """The source without some rows (N,) bool."""
-        return self.take(np.flatnonzero(~rows)) if rows.any() else self
+        """The source without some rows (N,) bool.
+
+        Raises:
+            DataError: If ``rows`` is no such mask.
+        """
+        gone = check_mask(rows, len(self))
+        return self.take(np.flatnonzero(~gone)) if gone.any() else self
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """The rows in a random order for one pass of training.
