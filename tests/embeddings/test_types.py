@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,19 @@ def test_read_only_and_reversed_arrays_are_copied() -> None:
     frozen.flags.writeable = False
     assert torch.equal(Embeddings(frozen, EYE).image, torch.eye(3))
     assert torch.equal(Embeddings(EYE[::-1, ::-1], EYE).image, torch.eye(3))
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_an_array_that_is_filled_anew_changes_nothing(kind: Callable[..., Any]) -> None:
+    """As a buffer for the embeddings of one set after another."""
+    image, text, negatives, ids = *(kind(EYE.astype(np.float32)) for _ in range(3)), ["a", "b", "c"]
+    data = Embeddings(image, text, ids=ids, columns={"negatives": negatives})
+    for buffer in (image, text, negatives):
+        buffer[:] = 0
+    ids[0] = "z"
+    kept = data.image, data.text, data.column("negatives", torch.arange(3))
+    assert all(torch.equal(rows, torch.eye(3)) for rows in kept)
+    assert list(data.ids) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("name", "shape"), [("views", (3, 4, 3)), ("prompts", (3, 2, 3)), ("negatives", (5, 3))])

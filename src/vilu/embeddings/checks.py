@@ -43,7 +43,7 @@ NUMPYS |= {torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torc
 
 
 def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> Tensor:
-    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1.
+    """(N, D) float32 on the CPU, of any float or integer type, byte order and memory layout; D is at least 1. A copy.
 
     Rows whose numbers float32 has not are ``scaled`` where only their direction counts; else these become infinite.
     """
@@ -55,8 +55,7 @@ def as_matrix(values: ArrayLike | Tensor, name: str, *, scaled: bool = True) -> 
     if scaled and array.dtype.kind == "f" and array.dtype.itemsize > 4:
         array = _within_float32(array, name)
     with np.errstate(over="ignore"):
-        array = array.astype(np.float32, copy=not array.flags.writeable)
-    return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(array.astype(np.float32, order="C"))
 
 
 def _within_float32(array: NDArray[Any], name: str) -> NDArray[Any]:
@@ -202,7 +201,7 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
         return RowNumbers(n_rows)
     if len(ids) != n_rows:
         raise DataError(f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead.")
-    return ids
+    return tuple(ids) if isinstance(ids, list) else ids
 
 
 class Identifiers(Sequence[str]):

@@ -36,8 +36,8 @@ class Embeddings(EmbeddingSource):
         space: Full identity of the space, when known; then ``logit_scale`` and ``logit_bias`` are taken from it.
         columns: What some methods need beside the embeddings, by name (``vilu.embeddings.columns``).
 
-    Rows are brought to unit norm (said once as a warning if they were not). An image row with NaN, infinity or zero
-    norm is kept but marked in ``status``: it is never trained on, and its uncertainty is NaN.
+    What is given is copied. Rows are brought to unit norm (said once as a warning if they were not). An image row with
+    NaN, infinity or zero norm is kept but marked in ``status``: it is never trained on, and its uncertainty is NaN.
 
     Classes whose texts are equal, to the last bit or by name, are one answer: they become one candidate, the first of
     them, and K, names and targets are those of the candidates that are left (``candidate_of``), which is logged.
