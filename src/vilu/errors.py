@@ -103,6 +103,12 @@ def require_one_of(name: str, value: str, choices: Iterable[str]) -> None:
         raise UsageError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead.")
 
 
+def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argument
+    """Refuse an array of numpy some numbers of which are masked: what lies below the mask would be taken for them."""
+    if type(values).__name__ == "MaskedArray" and values.mask.any():  # without numpy
+        raise DataError(f"{name} has {values.mask.sum()} numbers that are masked. Leave those rows out, or fill them.")
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 LARGEST_SEED = 2**63 - 1

@@ -17,7 +17,7 @@ import torch
 import vilu
 from tests.builders.store_fakes import FakeBackbone
 from tests.conftest import toy_embeddings, toy_pairs
-from vilu.errors import UsageError, ViLUError
+from vilu.errors import DataError, UsageError, ViLUError
 from vilu.predictors.parameters import check_parameters, parameters
 from vilu.predictors.vocabulary import Vocabulary
 
@@ -301,3 +301,13 @@ def test_numbers_of_numpy_are_numbers(number: Callable[[int], Any], tmp_path: Pa
     assert vilu.calibrate(scores, max_risk=np.array(0.5)).max_risk == 0.5
     table = vilu.evaluate(replace(scores, is_probability=np.bool_(True)), metrics=["brier"], n_resamples=number(0))
     assert table.filter(seed=number(3)).value("brier", n=number(100)) == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_what_is_masked_is_not_taken_for_a_number() -> None:
+    masked, bare = np.ma.array(np.eye(2), mask=np.eye(2) == 1), np.ma.array(np.eye(2))
+    assert len(vilu.Embeddings(bare, bare, bare[0].astype(int))) == len(vilu.Outcomes(bare[0], bare[0]))
+    for call in (vilu.metrics.auroc, vilu.Outcomes, vilu.Embeddings):
+        for arguments in ((masked, bare), (bare, masked)):
+            odd = [one if call is vilu.Embeddings else one[0] for one in arguments]
+            with pytest.raises(DataError, match="numbers that are masked. Leave those rows out, or fill them"):
+                call(*odd)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from vilu.errors import DataError
+from vilu.errors import DataError, refuse_masked
 
 VALID, NONFINITE, ZERO_NORM, SHORT_POOL = 0, 1, 2, 3
 STATUS = ("valid", "nonfinite", "zero_norm", "short_pool")
@@ -28,6 +28,7 @@ SAFE_VALUES = 1e-30, 1e30  # between these the largest number of a row keeps its
 
 def as_array(values: ArrayLike | Tensor, name: str) -> NDArray[np.generic]:
     """An array on the CPU, of what numpy takes or torch holds; of types that numpy lacks as float32."""
+    refuse_masked(values, name)
     try:
         if not isinstance(values, Tensor):
             return np.asarray(values)

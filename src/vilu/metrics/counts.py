@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, refuse_masked
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -129,6 +129,7 @@ def _real(values: ArrayLike, name: str) -> NDArray[Any]:
         raise DataError(f"{name} must be a vector of numbers on the CPU: {error}") from error
     if array.ndim != 1:
         raise DataError(f"{name} must be a vector (rows,). Got shape {array.shape} instead.")
+    refuse_masked(values, name)
     if array.size and array.dtype.kind not in "biuf":
         raise DataError(f"{name} must hold real numbers. Got dtype {array.dtype} instead.")
     return array
