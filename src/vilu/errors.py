@@ -109,6 +109,13 @@ def refuse_masked(values: Any, name: str) -> None:  # noqa: ANN401 - any argumen
         raise DataError(f"{name} has {values.mask.sum()} numbers that are masked. Leave those rows out, or fill them.")
 
 
+def require_mask(name: str, mask: Any, n: int) -> Any:  # noqa: ANN401 - arrays, without numpy
+    """The array (N,), if it is Boolean."""
+    if mask.dtype != bool or mask.shape != (n,):
+        raise DataError(f"{name} must have one Boolean per row ({n}). Got {mask.dtype} {mask.shape} instead.")
+    return mask
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 LARGEST_SEED = 2**63 - 1

@@ -92,5 +92,5 @@ def test_pairs_have_no_subset() -> None:
 @pytest.mark.parametrize("rows", [[1, 0, 0, 0], [True, False], [2, 3], np.ones((4, 1), bool)])  # ~1 is -2: all stayed
 def test_rows_to_leave_out_are_a_mask_of_all_of_them(rows: list[int]) -> None:
     for source in (Embeddings(np.eye(4), np.eye(4)), Embeddings.pairs(np.eye(4), np.eye(4), pool_size=2)):
-        with pytest.raises(DataError, match="rows must be one Boolean for each of the 4 rows"):
+        with pytest.raises(DataError, match=r"rows must have one Boolean per row \(4\)"):
             source.without(np.array(rows))

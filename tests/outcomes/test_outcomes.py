@@ -288,8 +288,8 @@ def test_what_the_label_of_none_of_the_classes_looks_like(tmp_path: Path) -> Non
         ({"failure": [0, 0], "target": [0, -2]}, "failure must be 1 where the target is -2. Got 0 in row 1"),
         ({"failure": [0, -1], "target": [0, -2]}, "Got -1 in row 1"),
         ({"target": [0, 1], "outside": [False, True]}, "row 1 cannot be of none of the classes .* and of class 1"),
-        ({"outside": [True]}, r"one Boolean per uncertainty \(2\). Got bool \(1,\)"),
-        ({"outside": [0, 1]}, r"one Boolean per uncertainty \(2\). Got int64 \(2,\)"),
+        ({"outside": [True]}, r"one Boolean per row \(2\). Got bool \(1,\)"),
+        ({"outside": [0, 1]}, r"one Boolean per row \(2\). Got int64 \(2,\)"),
         ({"target": [0, -3]}, r"from -2 \(none of the classes\), -1 \(unknown\) to inf. Got -3 in row 1"),
     ],
 )

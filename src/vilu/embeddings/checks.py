@@ -172,17 +172,6 @@ def check_places(values: ArrayLike | Tensor, n: int, name: str) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
 
 
-def check_mask(values: ArrayLike | Tensor, n: int) -> NDArray[np.bool_]:
-    """(N,) bool, which of the rows."""
-    mask = as_array(values, "rows")
-    if mask.dtype != np.bool_ or mask.shape != (n,):
-        raise DataError(
-            f"rows must be one Boolean for each of the {n} rows. Got {mask.dtype} of shape {mask.shape} instead; "
-            f"of places np.isin(np.arange({n}), places) is such a mask."
-        )
-    return mask
-
-
 def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[str, ...] | None:
     """The K names as a tuple, none blank; names may repeat where the texts do (``source.first_same``)."""
     if names is None:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vilu.device import as_usual
-from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers, check_mask
+from vilu.embeddings.checks import SHORT_POOL, VALID, Identifiers, Identity, RowNumbers
 from vilu.embeddings.similarity import first_equal, row_keys
 from vilu.embeddings.source import Batch, Candidates, EmbeddingSource, PooledBatch
-from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least
+from vilu.errors import UNKNOWN, DataError, UsageError, checked, checked_fields, require_at_least, require_mask
 
 Direction = Literal["image_to_text", "text_to_image"]
 
@@ -180,7 +180,7 @@ class PairSource(EmbeddingSource):
             >>> [batch.index.tolist() for batch in fewer.batches(2)]  # pools are whole, so one more row has to go
             [[0, 2], [3, 4]]
         """
-        gone = check_mask(rows, len(self))
+        gone = require_mask("rows", np.asarray(rows), len(self))
         if not gone.any():
             return self
         kept = self.pair_rows[torch.from_numpy(~gone)[self.pair_rows]]

@@ -15,20 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vilu.embeddings.checks import (
-    VALID,
-    Identifiers,
-    Identity,
-    RowNumbers,
-    check_mask,
-    check_places,
-    hash_names,
-    hash_rows,
-)
+from vilu.embeddings.checks import VALID, Identifiers, Identity, RowNumbers, check_places, hash_names, hash_rows
 from vilu.embeddings.columns import HOW, IMAGE_COLUMNS, TEXT_COLUMNS
 from vilu.embeddings.similarity import Others, ZeroShot, first_equal, float64, row_blocks, zero_shot
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import UNKNOWN, DataError, UsageError, checked
+from vilu.errors import UNKNOWN, DataError, UsageError, checked, require_mask
 
 HASHED_ROWS = 2**14  # rows whose embeddings are hashed together
 SAME_TEXT = 0.999  # cosine from which on two texts are the same class; rounding to float16 moves it by less than 1e-6
@@ -422,7 +413,7 @@ class EmbeddingSource(ABC):
         Raises:
             DataError: If ``rows`` is no such mask.
         """
-        gone = check_mask(rows, len(self))
+        gone = require_mask("rows", np.asarray(rows), len(self))
         return self.take(np.flatnonzero(~gone)) if gone.any() else self
 
     def shuffled(self, rows: Tensor, generator: torch.Generator) -> Tensor:

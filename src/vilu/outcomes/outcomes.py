@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, checked, require_mask
 from vilu.files.documents import plain_json
 from vilu.files.places import claim_file, said_of
 from vilu.files.tables import read_column, read_table, write_table
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 
 def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bool_]:
     """(N,) bool, which rows are of none of the classes: they have no target (N,)."""
-    outside = np.array(values)
-    if outside.dtype != np.bool_ or outside.shape != target.shape:
-        found = f"{outside.dtype} {outside.shape}"
-        raise DataError(f"outside must have one Boolean per uncertainty ({len(target)}). Got {found} instead.")
+    outside: NDArray[np.bool_] = require_mask("outside", np.array(values), len(target))
     both = np.flatnonzero(outside & (target >= 0))
     if len(both):
         raise DataError(f"row {both[0]} cannot be of none of the classes (outside) and of class {target[both[0]]}.")
