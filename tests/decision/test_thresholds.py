@@ -365,8 +365,9 @@ def test_groups_share_delta_and_the_small_are_together() -> None:
     assert selector.accept([0.3] * 4, names).tolist() == expected
     with pytest.raises(UsageError, match="threshold per group"):
         _ = selector.threshold
-    with pytest.raises(UsageError, match="needs the group of each"):
-        selector.accept(u)
+    for numbers in (None, range(len(u)), np.zeros(len(u), int)):  # a number would have the threshold of the others
+        with pytest.raises(UsageError, match="needs the group of each"):
+            selector.accept(u, numbers)
 
 
 def test_groups_of_their_own_have_enough_rows_for_their_share_of_delta() -> None:

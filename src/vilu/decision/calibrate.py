@@ -172,6 +172,9 @@ class Selector(Model):
 
         Groups without their own have those of "(other)".
 
+        Raises:
+            UsageError: As ``accept``.
+
         Examples:
             >>> import numpy as np, vilu
             >>> day, night = np.linspace(0, 1, 100), np.linspace(0, 1, 100)
@@ -183,8 +186,8 @@ class Selector(Model):
         """
         if self.grouped_by is None:
             groups = [ALL] * n
-        elif groups is None or len(groups) != n:
-            raise UsageError(f"this selector has a threshold per group and needs the group of each of the {n} rows.")
+        elif groups is None or len(groups) != n or not all(isinstance(name, str) for name in groups):
+            raise UsageError(f"with a threshold per group this selector needs the group of each of {n} rows, as text.")
         ends = {name: interval(one) for name, one in self.certificates.items()}
         other = ends.get(OTHER, (-np.inf, -np.inf))
         found = np.array([ends.get(name, other) for name in groups], dtype=np.float64).reshape(n, 2)
@@ -198,7 +201,7 @@ class Selector(Model):
             groups: N names of groups, where the selector has them.
 
         Raises:
-            UsageError: If groups are needed and not given.
+            UsageError: If groups are needed and not given, or are no texts.
             DataError: If ``uncertainty`` is no vector of numbers.
 
         Examples:
@@ -216,7 +219,7 @@ class Selector(Model):
         """Per row why it is not accepted, else None.
 
         "above_threshold", "below_floor" (answers trusted as much are too often wrong), or "not_certified" (its group
-        accepts nothing).
+        accepts nothing). Errors are those of ``accept``.
         """
         scores = real_vector(uncertainty, "uncertainty")
         floors, thresholds = self.limits(len(scores), groups)
