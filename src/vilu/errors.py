@@ -138,8 +138,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
         given = bound.arguments
         for name, hint in _hints(function).items():
             if name in given:
-                _check(name, given[name], hint, given)
                 given[name] = _plain(given[name], hint)
+                _check(name, given[name], hint, given)
         return function(*bound.args, **bound.kwargs)
 
     return call
@@ -179,15 +179,11 @@ def _is_bool(value: object) -> bool:
     return type(value).__name__ in {"bool", "bool_"}  # numpy's, too, without numpy
 
 
-def _is_number(value: Any) -> bool:  # noqa: ANN401 - any argument
-    """Also an array of no dimension, which is how a model holds its logit scale."""
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()
-    return isinstance(value, Real) and not _is_bool(value)
-
-
 def _plain(value: Any, hint: object) -> Any:  # noqa: ANN401 - any argument
-    """A number or text of numpy's or torch's as Python's, where one is asked for: it is written to JSON, or hashed."""
+    """A number or text of numpy's or torch's as Python's, where one is asked for: it is written to JSON, or hashed.
+
+    Also of an array of no dimension, which is how a model holds its logit scale.
+    """
     if getattr(value, "shape", None) != () or not {int, float, bool, str} & {hint, *get_args(hint)}:
         return value
     return (value.detach() if hasattr(value, "detach") else value).item()
@@ -254,7 +250,7 @@ RULES: dict[object, tuple[Callable[[object, Any], bool], Callable[[Any], str]]] 
         lambda inner: f"one of {', '.join(map(repr, inner))}" if len(inner) > 2 else " or ".join(map(repr, inner)),
     ),
     int: (lambda value, _: isinstance(value, Integral) and not _is_bool(value), lambda _: "a whole number"),
-    float: (lambda value, _: _is_number(value), lambda _: "a number"),
+    float: (lambda value, _: isinstance(value, Real) and not _is_bool(value), lambda _: "a number"),
     bool: (lambda value, _: _is_bool(value), lambda _: "True or False"),
     str: (lambda value, _: isinstance(value, str), lambda _: "a text"),
     NoneType: (lambda value, _: value is None, lambda _: "None"),
