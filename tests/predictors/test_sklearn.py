@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from sklearn.base import clone
@@ -45,3 +47,12 @@ def test_what_sklearn_cannot_do_it_is_told_in_a_sentence() -> None:
             use()
     with pytest.raises(UsageError, match="mcm has no parameter 'sed'"):
         vilu.MCM().set_params(sed=1)
+
+
+def test_a_fit_that_its_parameters_no_longer_fit_is_not_saved(tmp_path: Path) -> None:
+    """It would be written, and called damaged by whoever loads it."""
+    predictor = vilu.PREDICTORS["sirc"]().fit(toy_embeddings(n=120, k=3)).set_params(typicality="residual")
+    with pytest.raises(UsageError, match="parameters were set after the fit"):
+        predictor.save(tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+    predictor.set_params(typicality="norm1").save(tmp_path / "p")

@@ -373,7 +373,7 @@ class FailurePredictor(ABC):
 
     @checked
     def save(self, folder: str | Path) -> str:
-        """Write to a folder and return the fingerprint (see ``vilu.predictors.storage``).
+        """Write to a folder and return the fingerprint; a UsageError where parameters were set that do not fit the fit.
 
         Examples:
             >>> import tempfile, vilu

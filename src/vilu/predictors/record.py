@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vilu.embeddings.checks import Identity
 from vilu.embeddings.space import EmbeddingSpace
-from vilu.errors import DataError, ProvenanceError
+from vilu.errors import DataError, ProvenanceError, UsageError
 from vilu.files.disk import make_folder, or_refuse, write_bytes, write_text
 from vilu.files.documents import MAX_DOCUMENT_BYTES, digest, explain, parse_json, plain_json, read_json, write_json
 from vilu.files.places import claim_folder, made
@@ -53,6 +53,9 @@ class Saved(Parametrised, Described, Protocol):
     def state(self) -> dict[str, Tensor]:
         """Everything learned."""
 
+    def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
+        """Hold what was learned."""
+
 
 def save(predictor: Saved, folder: str | Path) -> str:
     """Write a predictor to a folder and return its fingerprint.
@@ -60,7 +63,14 @@ def save(predictor: Saved, folder: str | Path) -> str:
     Weights go first and ``predictor.json``, which holds their hash, last: a folder torn by a crash is refused. The card
     between them says nothing of a calibration: what lies in the folder was made for another fit (``write_card``), and
     goes with that fit. Files that are not a predictor's are never touched.
+
+    Raises:
+        UsageError: If the parameters are no longer those of the fit, so that the file could not be loaded.
     """
+    try:
+        dataclasses.replace(predictor).take(predictor.state(), predictor.space_)
+    except DataError as error:
+        raise UsageError(f"parameters were set after the fit that do not fit it: {error} Fit again.") from error
     tensors = {f"state.{name}": tensor.contiguous() for name, tensor in predictor.state().items()}
     tensors |= seen_tensors(predictor)
     weights = safetensors_torch.save(tensors)
