@@ -167,6 +167,7 @@ class PairSource(EmbeddingSource):
             found.append(PooledBatch(image[part], pools, target, mine, *scale, outside=self.outside[mine]))
         return found
 
+    @as_usual()
     def without(self, rows: NDArray[np.bool_]) -> PairSource:
         """The source with pools of the other rows; what is left out, or fills no last pool, is "short_pool".
 

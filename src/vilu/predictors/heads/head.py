@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from vilu.device import as_usual
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -145,6 +146,7 @@ class HeadPredictor(FailurePredictor):
         logits = [head(batch).cpu().double() for head in self.heads]  # some devices have no float64
         return torch.stack([torch.sigmoid(logit) for logit in logits]).mean(dim=0)
 
+    @as_usual()
     def _log_weight(self) -> float:
         """Log w, w that of the training set's error rate: weighted BCE is least at the odds w p / (1 - p)."""
         n, n_failures = self.notes_.get("n_train"), self.notes_.get("n_failures")
