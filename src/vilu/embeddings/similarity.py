@@ -205,10 +205,12 @@ def row_keys(rows: Tensor) -> Tensor:
 def rows_at(rows: Tensor, index: Tensor) -> Tensor:
     """The rows (B, ...) at the positions ``index`` (B,) of rows (N, ...): a view where they follow one another."""
     n = len(index)
-    if n and int(index[-1]) - int(index[0]) == n - 1 and bool((index.diff() == 1).all()):
-        start = int(index[0])
-        return rows[start : start + n] if start >= 0 else rows[index]
-    return rows[index]
+    if not n or int(index.min()) < 0:
+        return rows[index]
+    start = int(index[0])
+    if int(index[-1]) - start == n - 1 and bool((index.diff() == 1).all()):
+        return rows[start : start + n]
+    return rows.index_select(0, index)  # takes a third of the time of rows[index]
 
 
 def cached_rows(n_candidates: int) -> int:
