@@ -65,11 +65,17 @@ def test_two_bins_by_hand() -> None:
     p = np.repeat([0.2, 0.7], 5000)
     failure = np.concatenate([np.arange(5000) % 5 < 2, np.arange(5000) % 5 < 2]).astype(int)  # 0.4 in both
     low, high = BinnedError(bins=2).interval(tie_counts(p, failure), 20_000, 0.95, 0)
-    # of x = (failure - p) 1[bin]: E x^2 is that of the data, above the calibrated p (1 - p)
+    # of x = (failure - p) 1[bin]: the variance is that of the data, above the calibrated p (1 - p)
     squares = np.array([0.4 * 0.8**2 + 0.6 * 0.2**2, 0.4 * 0.3**2 + 0.6 * 0.7**2]) / 2
-    error = np.sqrt(((np.maximum(squares, np.array([0.16, 0.21]) / 2) - np.array([0.1, 0.15]) ** 2) / 10_000).sum())
+    error = np.sqrt((np.maximum(squares - np.array([0.1, 0.15]) ** 2, np.array([0.16, 0.21]) / 2) / 10_000).sum())
     # a 97.5 % quantile of 20,000 draws has a standard error of 0.019 standard deviations
     assert [low, high] == pytest.approx([0.25 - 1.96 * error, 0.25 + 1.96 * error], abs=0.1 * error)
+
+
+@pytest.mark.parametrize(("p", "failure"), [([0.3], [1]), ([0.5], [0]), ([0.5, 0.5], [1, 1])])
+def test_what_a_calibrated_predictor_often_sees_of_one_or_two_rows_holds_zero(p, failure) -> None:
+    """Rows that are all off by the same amount have no spread of their own; at calibration there is one."""
+    assert BinnedError().interval(tie_counts(p, failure), 1000, 0.95, 0)[0] == 0
 
 
 def test_a_difference_of_two_is_around_its_estimate() -> None:

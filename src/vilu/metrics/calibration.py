@@ -138,7 +138,7 @@ class BinnedError:
         squares = counts.wrong * (1 - p) ** 2 + counts.correct * p**2
         sums = (counts.wrong - p * counts.size, squares, counts.size * p * (1 - p))
         gap, found, calibrated = (one / n for one in _per_bin(counts, self.bins, self.binning, *sums))
-        deviation = np.sqrt(np.maximum(np.maximum(found, calibrated) - gap**2, 0) / n)
+        deviation = np.sqrt(np.maximum(np.maximum(found - gap**2, calibrated), 0) / n)  # calibrated, the mean gap is 0
         noise = deviation * np.random.default_rng(seed).standard_normal((n_resamples, self.bins))
         error, tail = np.abs(gap).sum(), (1 - confidence) / 2
         clear = np.where(np.abs(gap) < CLEAR * deviation, 0.0, gap)
