@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
@@ -14,14 +15,17 @@ import pytest
 from tests.builders.photo_folders import write_photos
 from tests.builders.store_fakes import NAMES, FakeBackbone, dataset
 from tests.command import command_line, run
+from tests.conftest import toy_embeddings
 from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.decision import record
 from vilu.decision.calibrate import Selector
 from vilu.errors import UsageError
 from vilu.outcomes.outcomes import Outcomes
+from vilu.predictors import PREDICTORS
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
+from vilu.triage import label_errors
 from vilu.triage.ask import labelled
 from vilu.triage.label_errors import LabelErrors
 from vilu.triage.labels import SKIPPED, LabelBook
@@ -252,6 +256,21 @@ def test_an_audit_of_labels_is_refused_a_wrong_place_before_the_fits(
     assert "fit" not in done.stderr
     assert (tmp_path / "labels.csv").read_bytes() == (tmp_path / "cat.png").read_bytes() == b"path,label\na.jpg,cat\n"
     assert {path.name for path in tmp_path.iterdir()} == {"store", "labels.csv", "cat.png"}
+
+
+def test_a_label_that_a_predictor_was_fitted_on_is_not_judged_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = toy_embeddings(n=300)
+    predictor, judged = PREDICTORS["knn_distance"]().fit(data.take(range(52))), list[int]()
+
+    class Datalab:
+        def __init__(self, data: dict[str, list[int]], **_: object) -> None:
+            judged.extend(data["label"])
+            raise InterruptedError
+
+    monkeypatch.setattr(label_errors, "import_extra", lambda *_: SimpleNamespace(Datalab=Datalab))
+    with pytest.warns(UserWarning, match="2 of 250 audited rows .* they are left out"), pytest.raises(InterruptedError):
+        label_errors.find_label_errors(data.take(range(50, 300)), predictor)
+    assert judged == data.target[52:].tolist()
 
 
 @pytest.mark.slow

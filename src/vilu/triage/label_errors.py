@@ -77,7 +77,7 @@ def find_label_errors(
 
     Args:
         source: Rows with labels; those of none of the classes are left out.
-        predictor: Whose posterior is taken; by default cross-fitted.
+        predictor: Whose posterior is taken; by default cross-fitted. A few rows that it was fitted on are left out.
         seed: Of the folds and the fits.
 
     Raises:
@@ -93,12 +93,12 @@ def find_label_errors(
     logging.getLogger("cleanlab").setLevel(logging.ERROR)
     rows = source.usable_rows.numpy()
     rows = rows[source.target.numpy()[rows] != UNKNOWN]
+    if predictor is not None:  # one that has learned these very labels is refused, a few of them are left out
+        rows = rows[predictor.unseen(source.take(rows), "audited")]
     target = source.target.numpy()[rows]
     present = np.unique(target)
     if len(present) < 2:
         raise DataError(f"labels of two classes at least are needed to tell wrong ones. These have {len(present)}.")
-    if predictor is not None:
-        predictor.unseen(source.take(rows), "audited")  # refuses a predictor that has learned these very labels
     posterior = _cross_fitted(source, rows, seed) if predictor is None else posterior_of(predictor, source, rows)
     shown = posterior[:, present] / posterior[:, present].sum(axis=1, keepdims=True)
     lab = datalab(data={"label": np.searchsorted(present, target).tolist()}, label_name="label", verbosity=0)
