@@ -204,7 +204,7 @@ def test_a_promise_of_every_class_asks_first_where_labels_lack(
 def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     begun: Folder, tmp_path: Path, fake_model: FakeBackbone
 ) -> None:
-    """But for those that the predictor was fitted on: more than a few of them are refused."""
+    """But for those that the predictor was fitted on: more than a few of them are refused. What is skipped is told."""
     home, truth = begun
     shutil.copytree(home / "out" / "predictor", tmp_path / "predictor")
     labels = {path: name for path, name in truth.items() if int(path[-8:-4]) % 3 == 0}
@@ -216,8 +216,10 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     assert "were used to fit this vilu_plus" in seen.stderr
     book = LabelBook.load(home / "out" / "labels.parquet").labels
     fresh = [line for line in (tmp_path / "some.csv").read_text().splitlines(True) if line.split(",")[0] not in book]
-    (tmp_path / "some.csv").write_text("".join(fresh))
-    run(*calibrate, "--max-risk", 0.2, "--overwrite")
+    skipped = next(path for path in truth if path not in book and path not in labels)
+    (tmp_path / "some.csv").write_text("".join([*fresh, f"{skipped},{SKIPPED}\n"]))
+    done = run(*calibrate, "--max-risk", 0.2, "--overwrite")
+    assert f"1 of {len(fresh)} picked rows have the label {SKIPPED} and are left out" in done.stderr
     found = record.load(tmp_path / "predictor")
     assert found.n == len(fresh) - 1
     assert found.rule is not None

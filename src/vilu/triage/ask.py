@@ -19,7 +19,7 @@ from vilu.decision.record import Record
 from vilu.decision.score import ABSTAIN, ACCEPT, Decider, score_rows
 from vilu.decision.shares import OUTSIDE_NAME
 from vilu.device import as_usual
-from vilu.embeddings.source import EmbeddingSource
+from vilu.embeddings.source import EmbeddingSource, say_once
 from vilu.errors import UNKNOWN, DataError, InfeasibleError, UsageError, checked
 from vilu.files.disk import locked
 from vilu.files.documents import digest
@@ -123,7 +123,7 @@ def labelled(store: EmbeddingStore, files: Sequence[Path]) -> tuple[Photos, Labe
 
 
 def picked(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
-    """The rows of a store that labels of random picks are of; those that were chosen to teach are left out.
+    """The rows of a store that labels of random picks are of, without those that were chosen to teach or skipped.
 
     Raises:
         UsageError: If labels were drawn to vouch, which are of what could be accepted alone.
@@ -140,6 +140,11 @@ def picked(store: EmbeddingStore, files: Sequence[Path]) -> EmbeddingSource:
     rows = [row for row, path in enumerate(photos.ids) if path in wanted]
     if not rows:
         raise DataError(f"no label is of a row that was picked at random: all {len(chosen)} were asked for to teach.")
+    if skipped := sum(one.label == SKIPPED and one.stream == "given" for one in book):
+        say_once(
+            f"{skipped} of {skipped + len(rows)} picked rows have the label {SKIPPED} and are left out: what is "
+            f"promised is of pictures that somebody can name. With {OUTSIDE_NAME} they count as answered wrong."
+        )
     return photos.take(rows)
 
 
@@ -300,9 +305,7 @@ def calibrate_by_labels(
             return record.load(folder)  # certified once is certified for ever
         if not rule.feasible:
             _outlived(folder, at.outcomes)  # with overwrite; else it was asked before
-            why = "; ".join(
-                f"{group}: {one.why}" if group else f"{one.why}" for group, one in rule.certificates.items()
-            )
+            why = "; ".join(f"{group}: {one.why}".removeprefix(": ") for group, one in rule.certificates.items())
             raise InfeasibleError(f"a risk of at most {max_risk:.2%} is not shown: {why}.")
         rows = at.outcomes.take(np.sort(np.concatenate([one.rows for one in found.values()])))
         return keep_promise(folder, predictor, at.photos, rows, rule, store.path.name)
