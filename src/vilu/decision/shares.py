@@ -168,8 +168,8 @@ def weighted_learn_then_test(
     and so is the mean over eight bets: P[E(t) >= 1 / delta] <= delta (Markov). All t are looked at together, and the
     laxest is taken: with compensation exp(b sum E[Z_i(t)]), which is at least 1 wherever R(t) >= max_risk, E is a
     martingale in t where the numbers of rows are Poisson's, so that sup E over all such t keeps the bound, too (Ville).
-    For fixed numbers every single t is proved, and all of them together are simulated (``benchmarks.guarantees``):
-    what is certified wrongly stays far below delta, since the product is conservative. As in ``learn_then_test``
+    For fixed numbers every single t is proved, and all of them together are simulated (``benchmarks.shares``):
+    what is certified wrongly stays below delta, since the product is conservative. As in ``learn_then_test``
     thresholds above floors have 0.01 of delta each. Takes no stratum's bound by itself, hence no union over strata.
 
     Source: Angelopoulos et al., Learn then Test (2021), for the frame; Waudby-Smith & Ramdas, Estimating means of
