@@ -20,13 +20,13 @@ from tests.triage.conftest import Folder, fill_in, give_labels, rows
 from vilu.datasets.folder import PhotoFiles, list_photos
 from vilu.decision import record
 from vilu.decision.calibrate import Selector
-from vilu.errors import UsageError
+from vilu.errors import DataError, UsageError
 from vilu.outcomes.outcomes import Outcomes
 from vilu.predictors import PREDICTORS
 from vilu.store.embed import embed
 from vilu.store.reader import EmbeddingStore, Sealed
 from vilu.triage import label_errors
-from vilu.triage.ask import labelled
+from vilu.triage.ask import calibrate_by_labels, labelled
 from vilu.triage.label_errors import LabelErrors
 from vilu.triage.labels import SKIPPED, LabelBook
 
@@ -224,6 +224,20 @@ def test_labels_of_a_random_pick_calibrate_a_store_without_any(
     assert found.n == len(fresh) - 1
     assert found.rule is not None
     assert found.rule.n_wrong <= 0.2 * found.rule.n_accepted
+
+
+def test_a_fit_of_which_a_sample_of_the_rows_is_known_is_not_vouched_for_by_the_others(
+    tmp_path: Path, fake_model: FakeBackbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed(dataset(60), fake_model, tmp_path / "store", names=NAMES)
+    store = EmbeddingStore(tmp_path / "store")
+    PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "whole")
+    with pytest.raises(DataError, match="has seen all rows of"):
+        calibrate_by_labels(tmp_path / "whole", store, [], max_risk=0.9)
+    monkeypatch.setattr("vilu.predictors.rows.SIZE", 10)
+    PREDICTORS["mcm_ts"]().fit(store).save(tmp_path / "sample")
+    with pytest.raises(DataError, match=r"vouching rows .* were used to fit this mcm_ts .*, more than 1%"):
+        calibrate_by_labels(tmp_path / "sample", store, [], max_risk=0.9)
 
 
 @pytest.mark.parametrize("name", ["errors.csv", "errors.parquet"])

@@ -178,11 +178,12 @@ class Standpoint:
         *,
         per_class: bool,
     ) -> Standpoint:
-        """Of a store and the tables that were asked for; what the predictor was fitted on vouches for nothing."""
+        """Of a store and tables that were asked for. What the fit has seen vouches for nothing, or is refused."""
         photos, book = labelled(store, files)
         outcomes = score_rows(Decider(predictor), photos, {"is_probability": predictor.is_probability})
         sides = Sides.of(photos, book, seed)
-        sides = dataclasses.replace(sides, vouches=sides.vouches & ~predictor.seen(photos).shared)
+        fresh = ~seen.shared if (seen := predictor.seen(photos)).whole else predictor.unseen(photos, "vouching")
+        sides = dataclasses.replace(sides, vouches=sides.vouches & fresh)
         rows, delta = np.flatnonzero(sides.voucher if predictor.is_probability else []), 1 - CONFIDENCE
         names = np.array(group_names(outcomes), dtype=object)[rows].tolist() if per_class else None
         groups, draws = members_of(names, len(rows), delta, partial(flawless_labels, max_risk)), {}
@@ -272,7 +273,7 @@ def calibrate_by_labels(
 
     Raises:
         UsageError: If the predictor gives no probability, or was calibrated for another goal.
-        DataError: If labels that were asked for are missing.
+        DataError: If labels that were asked for are missing, or a fit on these rows was too large to know them all.
         InfeasibleError: If nothing is certified yet; nothing is written then. But a promise that is there, and rests
             on labels which are others now, is gone.
     """

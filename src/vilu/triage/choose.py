@@ -42,8 +42,7 @@ def to_teach(source: EmbeddingSource, rows: Ints, uncertainty: Floats, n: int, s
     weight = weight / max(float(weight.max()), 1e-12) + 1e-3
     centres = KMeans(n, n_init=1, max_iter=ITERATIONS, random_state=seed).fit(image, sample_weight=weight)
     distance = centres.transform(image)
-    chosen = np.empty(n, dtype=np.int64)
-    free = np.ones(len(rows), dtype=np.bool_)
+    chosen, free = np.empty(n, dtype=np.int64), np.ones(len(rows), dtype=np.bool_)
     for cluster in range(n):
         place = int(np.where(free, distance[:, cluster], np.inf).argmin())
         chosen[cluster], free[place] = place, False
