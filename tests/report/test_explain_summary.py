@@ -75,6 +75,7 @@ def test_without_labels_failures_are_expected_ones(test: Embeddings) -> None:
             np.average(scored.uncertainty[mine], weights=scored.uncertainty[mine]), rel=1e-9
         )
     assert "competitor" in str(found)
+    assert f"{found.risk:.2%} are expected to be wrong." in str(found)
 
 
 def test_some_labels_count_and_the_rest_is_left_out() -> None:

@@ -53,11 +53,11 @@ class RiskMap(Findings):
     n_left_out: int  # rows without score, or without label where others have one
 
     def __str__(self) -> str:
-        kind = "failures" if self.labelled else "expected failures"
+        kind, are = ("failures", "are") if self.labelled else ("expected failures", "are expected to be")
         left_out = f"; {self.n_left_out:,} rows without score or label left out" if self.n_left_out else ""
         head = (
             f"{self.failures:,.1f} {kind} in {self.n:,} answers{left_out}. Of the {self.coverage:.0%} most trusted "
-            f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} are wrong."
+            f"(uncertainty up to {self.threshold:.4g}) {self.risk:.2%} {are} wrong."
         )
         other = "true" if self.labelled else "competitor"
         heading = ("answered", other, kind, "of all", "mean uncertainty", "accepted", "accepted risk")
