@@ -188,7 +188,8 @@ def test_the_promise_is_for_the_classes_as_they_are_stated() -> None:
         ({"outside_share": 0.1, "max_risk": 0.1, "method": "sgr"}, "stated shares take a max_risk"),
         ({"outside_share": 0.1, "max_risk": 0.1, "groups": "prediction"}, "stated shares take a max_risk"),
         ({"class_shares": {"cat": 0.5}, "max_risk": 0.1}, "must add up to 1"),
-        ({"class_shares": {"cat": 1.5, "cup": -0.5}, "max_risk": 0.1}, "share of 'cat' must be in"),
+        ({"class_shares": {"cat": 1.5, "cup": -0.5}, "max_risk": 0.1}, "share of 'cat' must be a number in"),
+        ({"class_shares": {"cat": "0.5", "cup": 0.5}, "max_risk": 0.1}, "share of 'cat' must be a number in .*'0.5'"),
         ({"class_shares": {"cow": 1.0}, "max_risk": 0.1}, "none of the 3 classes"),
     ],
 )

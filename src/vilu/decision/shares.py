@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,9 +59,9 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
     if outside_share is not None:
         require_between("outside_share", outside_share, "[0, 1)")
     if class_shares is not None:
-        for name, share in class_shares.items():
-            if not 0 <= share <= 1:
-                raise UsageError(f"the share of {name!r} must be in [0, 1]. Got {share} instead.")
+        for name, share in dict[str, Any](class_shares).items():
+            if not isinstance(share, int | float | np.number) or not 0 <= share <= 1:
+                raise UsageError(f"the share of {name!r} must be a number in [0, 1]. Got {share!r} instead.")
         total = sum(class_shares.values())
         if abs(total - 1) > SUM_TOLERANCE:
             raise UsageError(
