@@ -426,11 +426,11 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(tmp_path: Path, mo
     labels.write_text("path,label\n" + "".join(f"{path},{name}\n" for path, name in truth.items()), encoding="utf-8")
     move, moves = shutil.move, list[Path]()
 
-    def stop_later(source: Path, target: Path) -> None:
+    def stop_later(source: Path, target: Path, copy: Callable[..., None]) -> None:
         moves.append(target)
         if len(moves) == 3:
             raise KeyboardInterrupt
-        move(source, target)
+        move(source, target, copy)
 
     monkeypatch.setattr(shutil, "move", stop_later)
     with pytest.raises(KeyboardInterrupt):
@@ -439,6 +439,32 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(tmp_path: Path, mo
         assert triage_photos(job, output, sort=sort)[0].startswith("60 photos: ")
     triage_photos(job, output, sort="move")
     assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
+
+
+def test_a_move_to_another_disk_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It left half of a photo where it was to lie, and the same command refused to go on."""
+    write_photos(tmp_path / "photos", 24)
+    job, output, copystat, copied = job_on(tmp_path / "photos"), tmp_path / "out", shutil.copystat, list[str]()
+    sizes = {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in job.photos.rglob("*.png")}
+
+    def other_disk(*_: object) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def stop_later(source: str, target: str, **more: bool) -> None:
+        copied.append(source)
+        if len(copied) == 3:
+            raise KeyboardInterrupt
+        copystat(source, target, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", other_disk)
+        patch.setattr(shutil, "copystat", stop_later)
+        with pytest.raises(KeyboardInterrupt):
+            triage_photos(job, output, sort="move")
+        assert len([path for path in (output / "sorted").rglob("*") if path.is_file()]) == 2
+        assert triage_photos(job, output, sort="move")[0].startswith("24 photos: ")
+    moved = [(path.stat().st_size, path.stat().st_mtime_ns) for path in (output / "sorted").rglob("*.png")]
+    assert sorted(moved) == sorted(sizes.values())
 
 
 def test_a_new_photo_with_the_name_of_a_moved_one_is_not_passed_over(tmp_path: Path) -> None:

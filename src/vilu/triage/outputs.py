@@ -23,7 +23,7 @@ from vilu.decision.thresholds import exactly, percent
 from vilu.device import as_usual
 from vilu.embeddings.source import EmbeddingSource
 from vilu.errors import UsageError, checked, require_between
-from vilu.files.disk import locked, make_folder, or_refuse, write_text
+from vilu.files.disk import atomic_write, locked, make_folder, or_refuse, write_text
 from vilu.files.tables import write_table
 from vilu.predictors.nn.train import SCORING_BATCH
 from vilu.report.page.build import find_template, render
@@ -96,7 +96,15 @@ def sort_photos(root: Path, listing: PhotoFolder, rows: Sequence[Decision], job:
             if how == "link":
                 target.symlink_to(os.path.relpath(sources[path].resolve(), target.parent.resolve()))
             elif sources[path].exists() and not target.exists():
-                shutil.move(sources[path], target)
+                shutil.move(sources[path], target, _copy)
+
+
+def _copy(source: str | Path, target: str | Path) -> None:
+    """To another disk: no kill leaves half of a photo where it is to lie; by its time it is known as the same one."""
+    with atomic_write(target) as copy:
+        copy.write(Path(source).read_bytes())
+        copy.flush()
+        shutil.copystat(source, copy.name)
 
 
 def _flat(path: str, *, told_apart: bool = False) -> str:
@@ -169,8 +177,7 @@ def least_risk(wrong: int, accepted: int, delta: float) -> float | None:
     """The least risk, in steps of 0.001, that so many labels show at one threshold, at whatever moment one looks."""
     if not accepted:
         return None
-    evidence = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS])
-    shown = evidence >= -np.log(delta)
+    shown = np.array([float(log_evidence(wrong, accepted, risk)) for risk in RISKS]) >= -np.log(delta)
     return float(RISKS[int(np.argmax(shown))]) if shown.any() else None
 
 
@@ -335,8 +342,7 @@ def triage_photos(
 def _require_answers(output: Path, given: Collection[str]) -> None:
     """Refuse to ask anew over answers that were filled in where they were asked for, and not given, by these names."""
     known = {one.path for one in LabelBook.load(output / BOOK) if one.label is not None}
-    lost = {*read_labels(output / NEXT)[0]} - {*given} - known
-    if lost:
+    if lost := {*read_labels(output / NEXT)[0]} - {*given} - known:
         raise UsageError(
             f"{output / NEXT} holds {len(lost)} answers that were not given, such as that about {min(lost)!r}, and "
             f"would be lost. Give them: --labels {output / NEXT}."
