@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -25,6 +26,7 @@ from tests.triage.conftest import Folder, fill_in, job_on, rows
 from vilu.datasets.files import Bounds
 from vilu.decision import record
 from vilu.decision.anytime import Looks
+from vilu.decision.shares import OUTSIDE_NAME
 from vilu.embeddings.memory import Embeddings
 from vilu.errors import DataError, MissingModelError, UsageError
 from vilu.files.documents import read_document
@@ -439,6 +441,15 @@ def test_no_moved_photo_is_lost_where_the_next_move_is_killed(tmp_path: Path, mo
         assert triage_photos(job, output, sort=sort)[0].startswith("60 photos: ")
     triage_photos(job, output, sort="move")
     assert len(list((output / "sorted" / "accepted").rglob("*.png"))) == 60
+
+
+@pytest.mark.parametrize("word", [OUTSIDE_NAME, SKIPPED])
+def test_a_class_that_is_called_as_a_word_of_the_labels_is_refused(word: str, tmp_path: Path) -> None:
+    """Its labels were taken for those of photos of no class, and a right answer for a wrong one."""
+    job = job_on(tmp_path)
+    job = dataclasses.replace(job, how=dataclasses.replace(job.how, names=("cat", word)))
+    with pytest.raises(UsageError, match="is one of the classes, and as a label says that a photo has none"):
+        triage_photos(job, tmp_path / "out")
 
 
 def test_a_move_to_another_disk_that_is_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -356,11 +356,8 @@ def check_job(job: Job) -> None:
     names = job.how.names
     if len(set(names)) < 2:
         raise UsageError(f"there must be two classes at least to choose from. Got {len(names)}: {', '.join(names)}.")
-    both = sorted(set(job.outside) & set(names))
-    if both:
-        raise UsageError(
-            f"{both[0]!r} is one of the classes, so it cannot stand for none of them. Leave one of them out."
-        )
+    if both := sorted({*job.of_no_class, SKIPPED} & {*names}):
+        raise UsageError(f"{both[0]!r} is one of the classes, and as a label says that a photo has none. Rename one.")
 
 
 def _lines(found: Triage, rows: Sequence[Decision], job: Job) -> list[str]:
