@@ -19,6 +19,7 @@ from tests.conftest import toy_embeddings
 from vilu.cli.app import app
 from vilu.decision.calibration import Target, calibrate_predictor
 from vilu.errors import DataError, MissingModelError, UsageError
+from vilu.files.disk import host_hash
 from vilu.files.documents import digest
 from vilu.predictors import MCM, KNNVote
 from vilu.predictors import hub as folders
@@ -214,6 +215,22 @@ def test_a_failed_move_brings_the_old_one_back(
         pull(str(predictor), tmp_path / "here", overwrite=True)
     assert vilu.load(tmp_path / "here").name == ("knn_vote" if interrupted == 2 else "mcm")
     assert names(tmp_path) == {"predictor", "here"}
+
+
+def test_what_kills_left_of_a_copy_goes_with_the_next_one_that_ends_well(predictor: Path, tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    ours, others = (
+        tmp_path / "there" / f".{name}.{host_hash()}.{pid}.0123abcd.tmp"
+        for name, pid in (("mine", ended.pid), ("mine", os.getpid()))
+    )
+    for folder in (ours, others):
+        (folder / "old").mkdir(parents=True)
+    with pytest.raises(UsageError):
+        pull(str(tmp_path / "nowhere"), tmp_path / "there" / "mine")
+    assert ours.is_dir()  # it may hold what was to be replaced
+    pull(str(predictor), tmp_path / "there" / "mine")
+    assert names(tmp_path / "there") == {"mine", others.name}
 
 
 def test_links_do_not_leave(predictor: Path, tmp_path: Path) -> None:

@@ -44,9 +44,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
-        for leftover in _unfinished(target.parent.absolute()).pop(target.name, ()):
-            if is_leftover(leftover):
-                leftover.unlink(missing_ok=True)
+        for leftover in filter(is_leftover, unfinished(target.parent.absolute()).pop(target.name, ())):
+            leftover.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
                 yield handle
@@ -59,8 +58,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @lru_cache(maxsize=1024)
-def _unfinished(folder: Path) -> dict[str, list[Path]]:
-    """Files in the making, by the name that they are to have, when this process first wrote into a folder.
+def unfinished(folder: Path) -> dict[str, list[Path]]:
+    """Files and folders in the making, by the name that they are to have, when this process first wrote into a folder.
 
     Looked up once: a folder of a hundred thousand parts takes a while to list.
     """

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from vilu.errors import DataError, MissingModelError, ProvenanceError, StorageError, UsageError, ViLUError
 from vilu.extras import hub_reachable, import_extra, quiet
-from vilu.files.disk import file_hash, host_hash, make_folder, or_refuse
+from vilu.files.disk import file_hash, host_hash, is_leftover, make_folder, or_refuse, unfinished
 from vilu.files.documents import MAX_DOCUMENT_BYTES, read_json
 from vilu.files.places import claim_folder
 from vilu.predictors.card import HUB_ID
@@ -50,11 +50,12 @@ FILES = {
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """An empty folder next to ``target``, on the same file system; it is gone after the block."""
-    make_folder(target.parent)
+    """An empty folder next to ``target``, gone after the block; where all went well with what kills left of others."""
     folder = make_folder(target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"))
     try:
         yield folder
+        for leftover in filter(is_leftover, unfinished(target.parent.absolute()).pop(target.name, ())):
+            shutil.rmtree(leftover, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
