@@ -93,6 +93,10 @@ def test_next_for_a_store_and_a_predictor(begun: Folder, tmp_path: Path, fake_mo
     run(*arguments, "-o", tmp_path / "one.csv", "--overwrite")
     again = rows(tmp_path / "one.csv")
     assert [row["path"] for row in again] == [row["path"] for row in first]
+    known = "".join(f"{path},{NAMES[0]}\n" for path in EmbeddingStore(tmp_path / "store").ids)
+    (tmp_path / "known.csv").write_text(f"path,label\n{known}")
+    done = run(*arguments, "-o", tmp_path / "none.csv", "--labels", tmp_path / "known.csv")
+    assert "0 images are asked for; every image that could help has a label, or was asked for before" in done.stderr
 
 
 @pytest.fixture

@@ -114,14 +114,14 @@ def next_(  # noqa: PLR0913, PLR0917 - one parameter per flag
     from vilu.triage.ask import next_of_store, write_next
 
     chosen = {"n": n_next, "max_risk": max_risk, "seed": seed, **({"per_class": True} if per_class else {})}
-    inputs = inputs_of(store, predictor, *(labels or ()), **chosen)
-    claim_file(output, "labels", inputs, overwrite=overwrite)
+    claim_file(output, "labels", inputs_of(store, predictor, *(labels or ()), **chosen), overwrite=overwrite)
     asked, rows = next_of_store(
         EmbeddingStore(store), load(predictor), labels or (), n_next, max_risk, seed, per_class=per_class
     )
     write_next(output, asked, rows)
     typer.echo(output)
-    next_step(f"{len(asked):,} images are asked for; fill in the column label")
+    none = "every image that could help has a label, or was asked for before" if n_next else "-n is 0"
+    next_step(f"{len(asked):,} images are asked for; {'fill in the column label' if asked else none}")
 
 
 def review(  # noqa: PLR0913, PLR0917 - one parameter per flag
