@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import vilu
-from vilu.decision.arrivals import Seen, refuse_sorted
+from vilu.decision.arrivals import Seen, admit, refuse_sorted
 from vilu.decision.martingale import grouped, in_blocks, rising
 from vilu.errors import DataError
 from vilu.files.tables import read_table, write_table
@@ -210,6 +211,21 @@ def test_a_state_that_lost_rows_is_damaged(calibration: vilu.Outcomes, tmp_path:
     write_table(path, {name: table[name].slice(0, len(table) - 1) for name in table.column_names}, metadata)
     with pytest.raises(DataError, match="does not hold the rows that were taken in"):
         monitor_of(calibration).resume(path)
+
+
+def test_a_few_rows_are_looked_up_among_many_calibration_rows_without_a_copy_of_them() -> None:
+    rng, n = np.random.default_rng(0), 30_000
+    uncertainty = rng.random(n)
+    calibration = vilu.Outcomes(uncertainty, np.zeros(n), ids=[f"photo {i}" for i in range(n)])
+    names, scores = ["photo 7", "photo 8", "new"], [uncertainty[7], 0.5, uncertainty[9]]
+    rows = vilu.Outcomes(scores, [-1, -1, -1], ids=names)
+    tracemalloc.start()
+    try:
+        with pytest.warns(UserWarning, match="^1 of 3 rows are calibration rows"):
+            admit(rows, calibration, None)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_memory_is_eight_bytes_a_row() -> None:

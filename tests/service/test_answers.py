@@ -121,6 +121,26 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
     assert Journal(tmp_path / "j", predictors[0]).status.audit == journal.status.audit
 
 
+def test_labels_of_a_request_are_taken_in_together(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows wait for labels: 256 of them held the lock for seconds. The evidence is that of one after the other."""
+    together, alone = Journal(tmp_path / "a", predictors[0]), Journal(tmp_path / "b", predictors[0])
+    kept, audits = together.monitor.calibration, list[int]()
+    names, said = kept.class_names or (), np.asarray(kept.prediction)
+    labels = {f"r{i}": names[(said[i] + (i % 5 == 0)) % len(names)] for i in range(100)}
+    for journal in (together, alone):
+        journal.record([f"r{i}" for i in range(100)], said[:100].tolist(), kept.uncertainty[:100].tolist())
+        journal.label({"r99": labels["r99"]})
+    for key, label in labels.items():
+        alone.label({key: label})
+    audit = together.monitor.audit
+    monkeypatch.setattr(together.monitor, "audit", lambda rows, **how: (audits.append(len(rows)), audit(rows, **how)))
+    assert together.label(labels) == (99, [])
+    assert audits == [99]
+    assert together.status == alone.status
+
+
 def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:
     secret = "secret-name"  # noqa: S105 - no password
     with hosted(predictors[0], tmp_path / "s") as running:

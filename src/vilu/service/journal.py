@@ -125,12 +125,12 @@ class Journal:
                 key: self._rows.execute("SELECT label FROM rows WHERE id = ?", (key,)).fetchone() for key in labels
             }
             fresh = [key for key, row in found.items() if row == (None,)]
+            (before,) = self._rows.execute("SELECT COALESCE(MAX(came), 0) FROM labels").fetchone()
             with self._transaction():
                 for key in fresh:
                     self._rows.execute("UPDATE rows SET label = ? WHERE id = ?", (names[labels[key]], key))
                     self._rows.execute("INSERT INTO labels (n) SELECT n FROM rows WHERE id = ?", (key,))
-            for key in fresh:
-                self._audit("id = ?", (key,))
+            self._audit("came > ?", (before,))
             self.status = self.monitor.status
         return len(fresh), [key for key, row in found.items() if row is None]
 
@@ -159,7 +159,7 @@ class Journal:
             self.monitor.update(self._outcomes(rows), in_order=True)
             self._last = int(rows[-1][0])
 
-    def _audit(self, which: str, values: tuple[str, ...]) -> None:
+    def _audit(self, which: str, values: tuple[int, ...]) -> None:
         """Let the monitor see labels, in the order in which they came (first those of older code, which kept none)."""
         if self.monitor.audited is None:
             return
