@@ -23,7 +23,8 @@ from tests.builders.photo_folders import KINDS, truth_of
 from tests.builders.store_fakes import FakeBackbone
 from tests.command import command_line
 from tests.service.conftest import Running, hosted
-from vilu.errors import DataError, UsageError
+from vilu.decision.monitor import Monitor
+from vilu.errors import DataError, StorageError, UsageError
 from vilu.service.journal import Journal
 from vilu.service.keeper import Bookkeeper
 from vilu.service.limits import read_keys
@@ -114,6 +115,9 @@ def test_a_void_promise_is_void_after_a_kill_in_whatever_order_labels_came(
         journal.label({f"r{number}": names[(said[rows[number]] + 1) % len(names)]})
     journal.label({f"r{number}": names[said[rows[number]]] for number in range(370)})
     assert journal.promise == "void"
+    journal.record([f"s{i}" for i in range(400)], said[rows].tolist(), kept.uncertainty[rows].tolist())
+    journal._saving.result()  # of the alarm, which the labels raised at row 399, not at the last one
+    assert journal.status.raised_at == 399
     again = Journal(tmp_path / "j", predictors[0])  # beside one that never got to save
     assert (again.promise, again.status) == ("void", journal.status)
     with closing(sqlite3.connect(tmp_path / "j" / "rows.sqlite")) as table:
@@ -139,6 +143,42 @@ def test_labels_of_a_request_are_taken_in_together(
     assert together.label(labels) == (99, [])
     assert audits == [99]
     assert together.status == alone.status
+
+
+def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It took a second at 500,000 rows; and of a disk without room for it, rows that were recorded were a fault."""
+    monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 10)
+    journal = Journal(tmp_path / "j", predictors[0])
+    kept, save, may_write, written = journal.monitor.calibration, Monitor.save, threading.Event(), list[int]()
+    said, state = np.asarray(kept.prediction), tmp_path / "j" / "monitor.parquet"
+
+    def slow(monitor: Monitor, path: Path) -> None:
+        assert may_write.wait(20)
+        written.append(monitor.rows)
+        if monitor.rows == 10:
+            raise StorageError("no room.")
+        save(monitor, path)
+
+    def record(first: int, last: int) -> None:
+        ids = [f"r{number}" for number in range(first, last)]
+        journal.record(ids, said[first:last].tolist(), kept.uncertainty[first:last].tolist())
+
+    monkeypatch.setattr(Monitor, "save", slow)
+    record(0, 10)
+    record(10, 30)  # while the first ones are being written
+    may_write.set()
+    journal._saving.result()
+    assert "no room. Until the monitor's state can be saved" in caplog.text
+    assert not state.exists()
+    record(30, 40)
+    journal._saving.result()
+    record(40, 45)  # a kill
+    assert written == [10, 40]
+    again = Monitor.of_folder(predictors[0]).resume(state)
+    assert again.rows == 40
+    assert Journal(tmp_path / "j", predictors[0]).status == journal.status
 
 
 def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:

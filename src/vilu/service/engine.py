@@ -45,13 +45,9 @@ class Waiting:
     """A decoded image that waits for the model."""
 
     row: str
+    position: int  # among all images of this service
     item: Decoded | ErrorRow
     reply: Future[Reply]
-
-    @property
-    def position(self) -> int:
-        """Its number among all images of this service."""
-        return self.item.row.position if isinstance(self.item, Decoded) else self.item.position
 
 
 class Served:
@@ -148,7 +144,7 @@ class Engine:
             return
         assert item is not None  # noqa: S101 - which END alone becomes
         with self._lock:
-            self._waiting.append(Waiting(row, item, reply))
+            self._waiting.append(Waiting(row, place, item, reply))
             if not self._scheduled:
                 self._scheduled = True
                 self._model.submit(self._batch)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 import math
 import sqlite3
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal
@@ -17,16 +20,18 @@ import numpy as np
 
 from vilu.decision.monitor import Monitor
 from vilu.decision.shares import OUTSIDE_NAME
-from vilu.errors import OUTSIDE, UNKNOWN, DataError, StorageError
+from vilu.errors import OUTSIDE, UNKNOWN, DataError, StorageError, ViLUError
 from vilu.files.disk import make_folder
 from vilu.outcomes.outcomes import Outcomes
+
+logger = logging.getLogger(__name__)
 
 ROWS, STATE = "rows.sqlite", "monitor.parquet"
 BLOCK: Final = 50_000
 """Rows that are read and taken in together."""
 
 SAVE_EVERY: Final = 20_000
-"""Rows after which the monitor's state is saved: what a start reads again at most, after a kill."""
+"""Rows after which the monitor's state is saved: about what a start reads again at most, after a kill."""
 
 PATIENCE: Final = 30.0
 """Seconds that another process may hold the file."""
@@ -35,6 +40,7 @@ PromiseState = Literal["holds", "void", "none"]
 """Of a promise: no alarm so far, an alarm was raised, or nothing was promised."""
 
 SCHEMA: Final = """
+PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;
 CREATE TABLE IF NOT EXISTS rows (
     n INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
@@ -67,19 +73,17 @@ class Journal:
     def __init__(self, folder: Path, predictor: Path, *, false_alarm: float = 0.05) -> None:
         self.folder = make_folder(folder)
         self.monitor = Monitor.of_folder(predictor, false_alarm=false_alarm)
-        self._lock = threading.Lock()
+        self._lock, self._writer = threading.Lock(), ThreadPoolExecutor(1, thread_name_prefix="vilu-save")
+        self._saving: Future[None] = self._writer.submit(lambda: None)
         with self._judged():
             self._rows = sqlite3.connect(folder / ROWS, timeout=PATIENCE, check_same_thread=False, isolation_level=None)
-            self._rows.execute("PRAGMA journal_mode = WAL")
-            self._rows.execute("PRAGMA synchronous = FULL")
             self._rows.executescript(SCHEMA)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of rows and labels that the saved state has already
             if (folder / STATE).exists():
                 self.monitor.resume(folder / STATE)
             with self._lock, self._judged():
-                self._last = self._nth(self.monitor.rows)
-                self._saved = self.monitor.rows
+                self._last, self._saved = self._nth(self.monitor.rows), self.monitor.rows
                 self._catch_up()
                 self._audit("label IS NOT NULL", ())
         self.status = self.monitor.status
@@ -98,14 +102,11 @@ class Journal:
         columns = zip(ids, answers, uncertainty, strict=True)
         rows = [(key, answer, u, now) for key, answer, u in columns if math.isfinite(u)]
         with self._lock, self._judged():
+            one = "INSERT OR IGNORE INTO rows (id, answer, uncertainty, time) VALUES (?, ?, ?, ?)"
             with self._transaction():
-                self._rows.executemany(
-                    "INSERT OR IGNORE INTO rows (id, answer, uncertainty, time) VALUES (?, ?, ?, ?)", rows
-                )
+                self._rows.executemany(one, rows)
             self._catch_up()
-            self.status = self.monitor.status
-            if self.monitor.rows - self._saved >= SAVE_EVERY:
-                self._save()
+            self._tell()
 
     def label(self, labels: Mapping[str, str]) -> tuple[int, list[str]]:
         """Note what rows really show, each once; how many were new, and the ids of which no row is known.
@@ -117,32 +118,43 @@ class Journal:
         names[OUTSIDE_NAME] = OUTSIDE
         strange = sorted(set(labels.values()) - names.keys())
         if strange:
-            raise DataError(
-                f"{len(strange)} labels are no class and not {OUTSIDE_NAME}: {', '.join(strange[:5])!r:.200}."
-            )
+            named = f"{', '.join(strange[:5])!r:.200}"
+            raise DataError(f"{len(strange)} labels are no class and not {OUTSIDE_NAME}: {named}.")
         with self._lock, self._judged():
-            found = {
-                key: self._rows.execute("SELECT label FROM rows WHERE id = ?", (key,)).fetchone() for key in labels
-            }
+            one = "SELECT label FROM rows WHERE id = ?"
+            found = {key: self._rows.execute(one, (key,)).fetchone() for key in labels}
             fresh = [key for key, row in found.items() if row == (None,)]
             (before,) = self._rows.execute("SELECT COALESCE(MAX(came), 0) FROM labels").fetchone()
             with self._transaction():
-                for key in fresh:
-                    self._rows.execute("UPDATE rows SET label = ? WHERE id = ?", (names[labels[key]], key))
-                    self._rows.execute("INSERT INTO labels (n) SELECT n FROM rows WHERE id = ?", (key,))
+                told = [(names[labels[key]], key) for key in fresh]
+                self._rows.executemany("UPDATE rows SET label = ? WHERE id = ?", told)
+                self._rows.executemany("INSERT INTO labels (n) SELECT n FROM rows WHERE id = ?", zip(fresh))
             self._audit("came > ?", (before,))
-            self.status = self.monitor.status
+            self._tell()
         return len(fresh), [key for key, row in found.items() if row is None]
 
     def close(self) -> None:
         """Save the monitor, and let go of the file."""
         with self._lock, self._judged():
-            self._save()
+            self._writer.shutdown()
+            self.monitor.save(self.folder / STATE)
             self._rows.close()
 
-    def _save(self) -> None:
-        self.monitor.save(self.folder / STATE)
-        self._saved = self.monitor.rows
+    def _tell(self) -> None:
+        """Say what the monitor says now, and have it saved now and then."""
+        before, self.status = self.status.verdict, self.monitor.status
+        due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
+        if due or self.status.verdict != before:  # labels that a start reads again would raise an alarm at the last row
+            self._saved, calibration = self.monitor.rows, self.monitor.calibration
+            now = copy.deepcopy(self.monitor, {id(calibration): calibration})  # a hundredth of the time to write it
+            self._saving = self._writer.submit(self._save, now)
+
+    def _save(self, monitor: Monitor) -> None:
+        """Write a state while others answer, whom a full disk does not concern: their rows are in the file."""
+        try:
+            monitor.save(self.folder / STATE)
+        except ViLUError as error:
+            logger.warning("%s Until the monitor's state can be saved, a start reads more rows again.", error)
 
     def _nth(self, n: int) -> int:
         """Number of the n-th row in the order of arrival."""
@@ -198,6 +210,5 @@ class Journal:
         except sqlite3.OperationalError as error:
             raise StorageError(f"cannot use {self.folder / ROWS}: {error}.") from error
         except sqlite3.DatabaseError as error:
-            raise DataError(
-                f"{self.folder / ROWS} is damaged ({error}). Restore it, or serve with a new --state."
-            ) from error
+            advice = "Restore it, or serve with a new --state."
+            raise DataError(f"{self.folder / ROWS} is damaged ({error}). {advice}") from error

@@ -8,7 +8,7 @@ import queue
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from vilu.decision.status import Status
 from vilu.errors import UsageError, ViLUError
@@ -46,28 +46,23 @@ class RemoteKeeper:
 
     def record(self, ids: Sequence[str], said: Mapping[str, Scores]) -> Kept:
         """As ``Bookkeeper``."""
-        found: Kept = self._ask("record", ids, said)
-        return found
+        return cast("Kept", self._ask("record", ids, said))
 
     def kept(self) -> Kept:
         """As ``Bookkeeper``."""
-        found: Kept = self._ask("kept")
-        return found
+        return cast("Kept", self._ask("kept"))
 
     def label(self, labels: Mapping[str, str]) -> dict[str, tuple[int, list[str]]]:
         """As ``Bookkeeper``."""
-        found: dict[str, tuple[int, list[str]]] = self._ask("label", labels)
-        return found
+        return cast("dict[str, tuple[int, list[str]]]", self._ask("label", labels))
 
     def statuses(self) -> dict[str, Status]:
         """As ``Bookkeeper``."""
-        found: dict[str, Status] = self._ask("statuses")
-        return found
+        return cast("dict[str, Status]", self._ask("statuses"))
 
     def switch(self, name: str) -> Kept:
         """As ``Bookkeeper``."""
-        found: Kept = self._ask("switch", name)
-        return found
+        return cast("Kept", self._ask("switch", name))
 
     def close(self) -> None:
         """As ``Bookkeeper``."""
