@@ -139,12 +139,14 @@ class Journal:
             self._writer.shutdown()
             self.monitor.save(self.folder / STATE)
             self._rows.close()
+            self._saving.result()
 
     def _tell(self) -> None:
         """Say what the monitor says now, and have it saved now and then."""
         before, self.status = self.status.verdict, self.monitor.status
         due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
         if due or self.status.verdict != before:  # labels that a start reads again would raise an alarm at the last row
+            self._saving.result()  # a fault that is not the disk's is raised here, not lost
             self._saved, calibration = self.monitor.rows, self.monitor.calibration
             now = copy.deepcopy(self.monitor, {id(calibration): calibration})  # a hundredth of the time to write it
             self._saving = self._writer.submit(self._save, now)
