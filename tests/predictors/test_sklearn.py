@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
 
 import vilu
 from tests.conftest import toy_embeddings
+from tests.contract.test_predictors import everything_set
 from vilu.errors import NotFittedError, UsageError
 from vilu.predictors.parameters import parameters
 
@@ -56,3 +58,13 @@ def test_a_fit_that_its_parameters_no_longer_fit_is_not_saved(tmp_path: Path) ->
         predictor.save(tmp_path / "p")
     assert not (tmp_path / "p").exists()
     predictor.set_params(typicality="norm1").save(tmp_path / "p")
+
+
+def test_a_fit_is_saved_whatever_is_set_in_torch(tmp_path: Path) -> None:
+    """A network that was made anew in the caller's float64 counted as one that the parameters do not fit."""
+    predictor = vilu.PREDICTORS["pvu"](hidden=(4,), epochs=1).fit(toy_embeddings(n=120, k=3))
+    expected = predictor.save(tmp_path / "plain")
+    with everything_set():
+        assert predictor.save(tmp_path / "set") == expected
+        predictor.restore(predictor.state())
+    assert {weight.dtype for weight in predictor.state().values()} == {torch.float32}

@@ -320,6 +320,8 @@ class FailurePredictor(ABC):
             warn_few(failure, self.name)
         return self._learn(train, failure, validation)
 
+    @as_usual()
+    @as_usual()
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """Hold what was learned."""
         if tensors and space is None:
