@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vilu
 from tests.conftest import toy_columns
-from tests.contract.test_predictors import make
+from tests.contract.test_predictors import everything_set, make
 from tests.embeddings.test_similarity import noisy, unit
 from vilu import PREDICTORS
 from vilu.embeddings import pairs, similarity
@@ -306,3 +306,24 @@ def test_a_pool_of_one_caption_has_no_score(method: str) -> None:
         outcomes = vilu.score(fitted, PairEmbeddings(image, text, Pools(16, seed=None), 2.0))
     assert np.flatnonzero(np.isnan(outcomes.uncertainty)).tolist() == list(range(32, 48))
     assert [reason for reason in outcomes.reason or () if reason] == ["k<2"] * 16
+
+
+@BOTH
+@pytest.mark.parametrize("hard", [False, True])
+def test_batches_do_not_depend_on_what_is_set_in_torch(direction: str, hard: bool) -> None:
+    text = unit(64, 8, 0)
+    image, ids = noisy(text, 64), [f"picture {i}" for i in range(40)]
+    classes = vilu.Embeddings(noisy(text, 40), text[:5], np.arange(40) % 5, ids=ids)
+
+    def made() -> list[object]:
+        chosen = Pools(8, direction, hard=hard, near_duplicates=0.4)  # type: ignore[arg-type]
+        near, plain = vilu.Embeddings.pairs(image, text, chosen), vilu.Embeddings.pairs(image, text, 8)
+        found = [*near.batches(8), *near.without(np.arange(64) == 5).steps(8), *plain.many(32)]
+        both, part = vilu.PseudoCaptions([near, classes], 8, ["a", "b"]), classes.take([3, 1, 2], [4, 1])
+        found += [*both.many(32), *part.batches(2), *vilu.TwoModels(classes, classes).batches(32)]
+        numbers = [(one.index, one.target, one.image, one.text, one.prediction, one.failure) for one in found]
+        return [tensor.tolist() for batch in numbers for tensor in batch]
+
+    expected = made()
+    with everything_set():
+        assert made() == expected

@@ -88,7 +88,7 @@ class PairSource(EmbeddingSource):
     @property
     def pair_rows(self) -> Tensor:
         """(M,) int64 positions of the usable pairs, ascending, whether or not they fill a pool."""
-        return torch.arange(len(self))
+        return torch.arange(len(self), device="cpu")
 
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class PairSource(EmbeddingSource):
 
     def of_classes(self, index: Tensor) -> Tensor:
         """(B,) bool: whether a caption is the text of a class, which many images have, and not of an image alone."""
-        return torch.zeros(len(index), dtype=torch.bool)
+        return torch.zeros(len(index), dtype=torch.bool, device="cpu")
 
     @property
     def n_candidates(self) -> int:
@@ -114,6 +114,7 @@ class PairSource(EmbeddingSource):
     def _content(self, index: Tensor) -> Tensor:
         return torch.cat([self.picture_rows(index), self.caption_rows(index)], dim=1)
 
+    @as_usual()
     def candidates(self, index: Tensor) -> Candidates:
         """The captions of the rows themselves, or their images.
 
@@ -146,6 +147,7 @@ class PairSource(EmbeddingSource):
         for batches in self._made(self._pooled, whole.split(n) if len(whole) else ()):
             yield from batches
 
+    @as_usual()
     def _pooled(self, index: Tensor) -> list[Batch]:
         """Batches of pools that follow one another, of those whose rows differ."""
         shape = (-1, self.pools.size)
@@ -205,6 +207,7 @@ class PairSource(EmbeddingSource):
         rows = rows[: len(rows) // self.pools.size * self.pools.size]
         return self._alike(rows, generator) if self.pools.hard else rows
 
+    @as_usual()
     def _alike(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         blocks = rows.split(max(HARD_ROWS // self.pools.size, 1) * self.pools.size)
         return torch.cat([block[hard_order(self.caption_rows(block), self.pools.size, generator)] for block in blocks])
@@ -256,8 +259,7 @@ class PseudoCaptions(PairSource):
         check_sources(sources, names)
         self.sources = tuple(sources)
         self.pools = Pools(pools) if isinstance(pools, int) else pools
-        self.pool_size = self.pools.size
-        self.space = sources[0].space
+        self.pool_size, self.space = self.pools.size, sources[0].space
         chosen = [labelled_rows(source) for source in sources]
         self._row = torch.cat(chosen)
         self._source = torch.repeat_interleave(torch.tensor([len(rows) for rows in chosen]))
@@ -269,7 +271,7 @@ class PseudoCaptions(PairSource):
 
     def picture_rows(self, index: Tensor) -> Tensor:
         """(B, D) image embeddings, from the sources."""
-        found = torch.empty(len(index), self.space.embed_dim)
+        found = self._text.new_empty(len(index), self.space.embed_dim)
         for i, source in enumerate(self.sources):
             here, rows = self._of_source(i, index)
             found[here] = source.picture_rows(rows) if isinstance(source, PairSource) else source.image_rows(rows)
@@ -294,7 +296,7 @@ class PseudoCaptions(PairSource):
         """Those of the sources; a picture of a class is recognised without its caption, which others share."""
         if by == "names":
             return super().identities(by, rows)
-        index = torch.arange(len(self)) if rows is None else torch.from_numpy(rows)
+        index = torch.arange(len(self), device="cpu") if rows is None else torch.from_numpy(rows)
         found = np.empty(len(index), np.uint64)
         for i, source in enumerate(self.sources):
             here, own = self._of_source(i, index)

@@ -160,7 +160,7 @@ class Batch:
             >>> batch.alike(torch.tensor([1, 2])).int().tolist()
             [[1, 1, 0], [0, 0, 1]]
         """
-        same = (torch.arange(len(self.text)) if self.same is None else self.same).to(answer.device)
+        same = torch.arange(len(self.text), device=answer.device) if self.same is None else self.same.to(answer.device)
         return same == same[answer][:, None]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -338,7 +338,7 @@ class EmbeddingSource(ABC):
     @cached_property
     def outside(self) -> Tensor:
         """(N,) bool, which rows are known to be of none of the candidates; their target is -1, their answer wrong."""
-        return torch.zeros(1, dtype=torch.bool).expand(len(self))
+        return torch.zeros(1, dtype=torch.bool, device="cpu").expand(len(self))
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -366,7 +366,7 @@ class EmbeddingSource(ABC):
         """
         if by == "names":
             return hash_names(self.ids if rows is None else (self.ids[row] for row in rows.tolist()))
-        index = torch.arange(len(self)) if rows is None else torch.from_numpy(rows)
+        index = torch.arange(len(self), device="cpu") if rows is None else torch.from_numpy(rows)
         return np.concatenate([hash_rows(self._content(block)) for block in index.split(HASHED_ROWS)])
 
     def _content(self, index: Tensor) -> Tensor:
@@ -426,7 +426,7 @@ class EmbeddingSource(ABC):
             >>> rows.sort().values.tolist()
             [0, 1, 2, 3]
         """
-        return rows[torch.randperm(len(rows), generator=generator)]
+        return rows[torch.randperm(len(rows), generator=generator, device="cpu")]
 
     def batches(self, size: int, *, rows: Tensor | None = None, columns: Sequence[str] = ()) -> Iterator[Batch]:
         """Batches of at most ``size`` of the ``rows`` (by default all usable ones), in order, with named ``columns``.
@@ -515,13 +515,12 @@ class Taken(EmbeddingSource):
         self._source, self._rows, self._classes = source, rows, classes
         self.space, self.class_names, self.columns = source.space, source.class_names, columns
         self.target, self.status = source.target[rows], source.status[rows.numpy()]
-        self.second = source.second
-        self.outside = source.outside[rows]
+        self.second, self.outside = source.second, source.outside[rows]
         self.text = source.candidates(rows[:0]).text
         self.ids = RowNumbers(len(rows)) if isinstance(source.ids, RowNumbers) else TakenIds(source.ids, rows)
         if classes is not None:
-            position = torch.full((len(self.text) + 1,), UNKNOWN)
-            position[classes] = torch.arange(len(classes))  # the last entry stays: it is where -1 points
+            position = classes.new_full((len(self.text) + 1,), UNKNOWN)
+            position[classes] = torch.arange(len(classes), device="cpu")  # the last entry stays: it is where -1 points
             self.target, self.text = position[self.target], self.text[classes]
             self.class_names = self.class_names and tuple(self.class_names[i] for i in classes.tolist())
 

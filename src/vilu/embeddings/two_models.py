@@ -59,7 +59,7 @@ class TwoModels(Taken):
         if first.pool_size is not None or second.pool_size is not None:
             raise UsageError("a second model is for classes: image-caption pairs are matched in pools of one model.")
         _require_same_candidates(first, second)
-        super().__init__(first, torch.arange(len(first)), None, first.columns | SECOND)
+        super().__init__(first, torch.arange(len(first), device="cpu"), None, first.columns | SECOND)
         self.first, self.second, self._place = first, second, torch.from_numpy(places(first, second))
         self.ids, self.candidate_of = first.ids, first.candidate_of
         self.status = np.where(first.status == VALID, second.status[self._place.numpy()], first.status)
