@@ -6,10 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
+import torch
 
-from vilu.device import KEPT_BY, resolve_device
+from vilu.device import KEPT_BY, as_usual, resolve_device
 from vilu.errors import UsageError
 
 BLOCKS = """
@@ -51,6 +54,29 @@ def test_threads_do_not_spin_for_long(given: dict[str, str], spins: str) -> None
         check=True,
     )
     assert f"GOMP_SPINCOUNT = '{spins}'" in told.stderr
+
+
+def test_threads_leave_the_callers_default_type_as_it_was() -> None:
+    """It is of the whole process: who began last, and found ours, must not give that back; nor who ends first, his."""
+    inside, leave = Event(), Event()
+
+    def other() -> torch.dtype:
+        with as_usual():
+            inside.set()
+            assert leave.wait(10)
+            return torch.get_default_dtype()
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with as_usual():
+                told = pool.submit(other)
+                assert inside.wait(10)
+            leave.set()
+            assert told.result() is torch.float32
+        assert torch.get_default_dtype() is torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize(

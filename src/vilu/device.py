@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import sys
+import threading
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import TypeVar
@@ -51,6 +52,9 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2 * KEPT_BYTES)  # M_TRIM_THRESHOLD
 
 
+LOCK, BEFORE = threading.Lock(), list[torch.dtype]()  # the default types that open blocks have found
+
+
 @contextmanager
 def as_usual() -> Iterator[None]:
     """A block, or a function, in which torch has gradients, float32, the CPU and no autocast by default.
@@ -59,20 +63,21 @@ def as_usual() -> Iterator[None]:
     is made in inference mode can never be trained on.
     """
     keep_freed_memory()
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(mode=False))
-        stack.enter_context(torch.enable_grad())
+    with ExitStack() as stack, torch.inference_mode(mode=False), torch.enable_grad():
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for kind in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        torch.set_default_dtype(torch.float32)
+        with LOCK:  # the type is of all threads: the first block sets it, the last one to end gives back what was
+            BEFORE.append(torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
-            torch.set_default_dtype(dtype)
+            with LOCK:
+                dtype = BEFORE.pop()
+                torch.set_default_dtype(torch.float32 if BEFORE else dtype)
 
 
 def each_as_usual(items: Generator[Item, None, None]) -> Iterator[Item]:

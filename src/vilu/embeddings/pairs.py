@@ -144,8 +144,7 @@ class PairSource(EmbeddingSource):
             return
         rows = self.usable_rows if rows is None else rows
         whole = rows[: len(rows) // self.pools.size * self.pools.size]
-        for batches in self._made(self._pooled, whole.split(n) if len(whole) else ()):
-            yield from batches
+        yield from itertools.chain.from_iterable(self._made(self._pooled, whole.split(n) if len(whole) else ()))
 
     @as_usual()
     def _pooled(self, index: Tensor) -> list[Batch]:

@@ -321,7 +321,6 @@ class FailurePredictor(ABC):
         return self._learn(train, failure, validation)
 
     @as_usual()
-    @as_usual()
     def take(self, tensors: dict[str, Tensor], space: EmbeddingSpace | None) -> None:
         """Hold what was learned."""
         if tensors and space is None:

@@ -178,8 +178,7 @@ class MappedPairs(PairSource, MappedSource):
         pools: Pools,
         chosen: NDArray[np.int64] | None,
     ) -> None:
-        self.path, self.space, self.pools = path, space, pools
-        self.pool_size = pools.size
+        self.path, self.space, self.pools, self.pool_size = path, space, pools, pools.size
         self._rows, self._arrays = rows, arrays
         self._chosen = None if chosen is None else torch.from_numpy(chosen)
         # a target is a candidate of a pool, so only batches know it; one number stands for all rows

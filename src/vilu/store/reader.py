@@ -218,13 +218,11 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     @checked
     @as_usual()
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self._sealed = Sealed(self.path)
+        self.path, self._sealed = Path(path), Sealed(Path(path))
         self.manifest, self.seal = self._sealed.manifest, self._sealed.seal
         if self.manifest.captions:
             raise DataError(f"{path} has captions and no classes. Open it with vilu.open_source, which takes both.")
-        self.space = self.manifest.space
-        self.class_names = self.manifest.names
+        self.space, self.class_names = self.manifest.space, self.manifest.names
         self._classes, self.text = read_classes(self.path, self.manifest)
         self._sealed.require_seal(self._classes.hash == self.manifest.classes)
         self._class_column = cache(partial(_read_class_column, self.path, self._classes))
