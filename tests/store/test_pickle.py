@@ -92,6 +92,21 @@ def test_views_of_a_store_pickle_too(tmp_path):
     assert len(list(found.ids)) == 40
 
 
+@pytest.mark.parametrize("make", [captions, shards])
+def test_rows_that_were_left_out_stay_out(make, tmp_path):
+    """Where it is sent to, in a copy, among others, and where more are left out."""
+    store = make(tmp_path / "s")
+    first, last = np.arange(len(store)) == 3, np.arange(len(store)) == 5
+    fewer = store.without(first)
+    for other in (pickle.loads(pickle.dumps(fewer)), copy.copy(fewer), copy.deepcopy(copy.deepcopy(fewer))):
+        assert torch.equal(other.usable_rows, fewer.usable_rows)
+        require_equal(scores(other), scores(fewer))
+    none = fewer.without(last)
+    assert torch.equal(none.pair_rows, store.without(first | last).pair_rows)
+    assert torch.equal(none.usable_rows, store.without(first | last).usable_rows)
+    assert len(PseudoCaptions([none], 2)) == len(store) - 2
+
+
 def test_a_spawned_process_reads_it_and_looks_for_damage_itself(tmp_path):
     sources = {name: make(tmp_path / name) for name, make in SOURCES.items()}
     expected = {name: scores(source) for name, source in sources.items()}

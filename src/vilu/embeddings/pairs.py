@@ -79,6 +79,7 @@ class PairSource(EmbeddingSource):
 
     class_names = None
     pools: Pools
+    _left: Tensor | None = None  # (M,) pairs that ``without`` has left, ascending; None: nothing was left out
 
     @cached_property
     def usable_rows(self) -> Tensor:
@@ -88,7 +89,7 @@ class PairSource(EmbeddingSource):
     @property
     def pair_rows(self) -> Tensor:
         """(M,) int64 positions of the usable pairs, ascending, whether or not they fill a pool."""
-        return torch.arange(len(self), device="cpu")
+        return torch.arange(len(self), device="cpu") if self._left is None else self._left
 
     @abstractmethod
     def picture_rows(self, index: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class PairSource(EmbeddingSource):
         kept = self.pair_rows[torch.from_numpy(~gone)[self.pair_rows]]
         require_full_pools(len(kept), self.pools.size, "what is left")
         found, status = copy.copy(self), np.full(len(self), SHORT_POOL, np.uint8)
-        found.usable_rows = self._order(kept)
+        found._left, found.usable_rows = kept, self._order(kept)
         status[found.usable_rows.numpy()] = VALID
         found.status = np.where(np.isin(self.status, (VALID, SHORT_POOL)), status, self.status)
         return found
@@ -256,8 +257,7 @@ class PseudoCaptions(PairSource):
     ) -> None:
         names = [str(i) for i in range(len(sources))] if names is None else list(names)
         check_sources(sources, names)
-        self.sources = tuple(sources)
-        self.pools = Pools(pools) if isinstance(pools, int) else pools
+        self.sources, self.pools = tuple(sources), Pools(pools) if isinstance(pools, int) else pools
         self.pool_size, self.space = self.pools.size, sources[0].space
         chosen = [labelled_rows(source) for source in sources]
         self._row = torch.cat(chosen)

@@ -326,8 +326,9 @@ class Reopened:
     seal: str
     options: Mapping[str, object] = {}
 
-    def __reduce__(self) -> tuple[Callable[..., Reopened], tuple[object, ...]]:
-        return reopen, (type(self), self.path.absolute(), dict(self.options), self.seal)
+    def __reduce__(self) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
+        own = {name: vars(self)[name] for name in ("_left", "usable_rows", "status")} if "_left" in vars(self) else None
+        return reopen, (type(self), self.path.absolute(), dict(self.options), self.seal), own  # of ``without``
 
 
 def reopen(kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str) -> Reopened:

@@ -179,8 +179,7 @@ class MappedPairs(PairSource, MappedSource):
         chosen: NDArray[np.int64] | None,
     ) -> None:
         self.path, self.space, self.pools, self.pool_size = path, space, pools, pools.size
-        self._rows, self._arrays = rows, arrays
-        self._chosen = None if chosen is None else torch.from_numpy(chosen)
+        self._rows, self._arrays, self._chosen = rows, arrays, None if chosen is None else torch.from_numpy(chosen)
         # a target is a candidate of a pool, so only batches know it; one number stands for all rows
         self.target = torch.tensor(UNKNOWN).expand(len(rows if chosen is None else chosen))
 
@@ -202,7 +201,7 @@ class MappedPairs(PairSource, MappedSource):
     @property
     def pair_rows(self) -> Tensor:
         """(M,) positions of the usable rows, ascending."""
-        return torch.from_numpy(np.flatnonzero(self._row_status == VALID))
+        return torch.from_numpy(np.flatnonzero(self._row_status == VALID)) if self._left is None else self._left
 
     @cached_property
     def status(self) -> NDArray[np.uint8]:
