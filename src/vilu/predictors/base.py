@@ -300,8 +300,7 @@ class FailurePredictor(ABC):
         return self
 
     def _fit_rows(self, train: Rows, validation: EmbeddingSource | None) -> None:
-        source = train.source
-        validation = None if validation is None else disjoint(source, validation)
+        source, validation = train.source, None if validation is None else disjoint(train.source, validation)
         rows, failure = trainable_rows(source, "training", self.needs)
         found = self.learn(dataclasses.replace(train, index=rows), failure, validation)
         self.take(found.tensors, source.space)
