@@ -81,11 +81,9 @@ class Towers:
 def _read(transformers: ModuleType, origin: Path | str, name: str) -> tuple[Towers, str]:
     """Model, processor and the tokenizer's identity, or an error where transformers would only warn."""
     model, report = transformers.AutoModel.from_pretrained(origin, dtype=torch.float32, output_loading_info=True)
-    unfilled = sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"])))
-    if unfilled:
+    if unfilled := sorted(map(str, (*report["missing_keys"], *report["mismatched_keys"]))):
         raise ProvenanceError(f"{name} has no weights for {len(unfilled)} tensors, the first is {unfilled[0]}.")
-    absent = [member for member in MEMBERS if not hasattr(model, member)]
-    if absent:
+    if absent := [member for member in MEMBERS if not hasattr(model, member)]:
         raise UsageError(
             f"{name} is a {type(model).__name__}, which has no {', '.join(absent)}; a dual encoder was expected, "
             "such as CLIP or SigLIP."

@@ -190,8 +190,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         require_known("metric", self.metrics, METRICS)
-        missing = [name for name in RANKED_BY if name not in self.metrics]
-        if missing:
+        if any(name not in self.metrics for name in RANKED_BY):
             raise ValueError(f"metrics must name {' and '.join(RANKED_BY)}, which rank the methods")
         for label, method in self.methods.items():
             require_known(f"method (methods.{label})", [method.method or label], method_names())
@@ -225,8 +224,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_presentation(self) -> Self:
-        twice = [name for name, count in Counter(view.name for view in self.views).items() if count > 1]
-        if twice:
+        if twice := [name for name, count in Counter(view.name for view in self.views).items() if count > 1]:
             raise ValueError(f"two views are called {twice[0]}, and would be one file")
         for one in (*self.views, *self.claims):
             one.check(self)

@@ -31,8 +31,7 @@ def code_digest(*modules: str) -> str:
 
     Of a module outside vilu, what it imports from its own package counts as well.
     """
-    lost = [name for name in modules if _file(name) is None]
-    if lost:
+    if lost := [name for name in modules if _file(name) is None]:
         raise UsageError(
             f"{lost[0]} has no source file, so nothing would tell when its code changes. Put it in a file."
         )

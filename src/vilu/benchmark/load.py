@@ -27,8 +27,7 @@ def load_config(path: Path) -> Config:
 def load_configs(paths: Sequence[Path]) -> list[Config]:
     """Several files."""
     configs = [load_config(path) for path in paths]
-    twice = [name for name, count in Counter(config.name for config in configs).items() if count > 1]
-    if twice:
+    if twice := [name for name, count in Counter(config.name for config in configs).items() if count > 1]:
         raise UsageError(f"two benchmarks are called {twice[0]!r}. Give one another name, as name = ... in its file.")
     return configs
 
@@ -60,8 +59,7 @@ def _with_included(content: dict[str, Any], path: Path) -> dict[str, Any]:
         return content
     if not isinstance(name, str) or not isinstance(use, dict) or not all(isinstance(of, list) for of in use.values()):
         raise UsageError(f'{path.name}: include must be the name of a file, and [use] hold lists, as data = ["x"].')
-    other = [table for table in use if table not in TABLES]
-    if other:
+    if other := [table for table in use if table not in TABLES]:
         raise UsageError(f"{path.name}: [use] can choose {', '.join(TABLES)}. Got {other[0]!r} instead.")
     included = _read(path.parent / name)
     merged = included | content

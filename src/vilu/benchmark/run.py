@@ -295,8 +295,7 @@ class _Work:
         missing = [cell for cell in mine if cell not in found]
         if not missing:
             logger.info("%s: all cells are there: there is nothing to do", self.bench.config.name)
-        stale = sum((output / cell.path).is_file() for cell in missing)
-        if stale:
+        if stale := sum((output / cell.path).is_file() for cell in missing):
             name = self.bench.config.name
             logger.info("%s: %d cells are of older code, or other data or parameters: again", name, stale)
         run_cells(crew, number, sharing_a_fit(self.bench.config, missing), output, len(found))
@@ -320,8 +319,7 @@ def refuse_contradictions(works: Sequence[_Work]) -> None:
         for cell in own_results(work.cells):
             facts = decided_by(work.bench, cell)
             other, before = known.setdefault(cell, (work.bench.config.name, facts))
-            differing = [key for key in before | facts if before.get(key) != facts.get(key)]
-            if differing:
+            if differing := [key for key in before | facts if before.get(key) != facts.get(key)]:
                 raise UsageError(
                     f"{other} and {work.bench.config.name} both have {cell}, and mean different things by it: they "
                     f"differ in {', '.join(differing)}. Give one of them another name, or each an output of its own."

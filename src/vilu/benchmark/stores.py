@@ -83,8 +83,7 @@ def is_complete(folder: Path) -> bool:
 def require_stores(config: Config, parts: Iterable[Part], data: Path, output: Path) -> dict[Part, Path]:
     """The same; refuses to go on where embeddings are missing."""
     folders = find_stores(config, parts, data, output)
-    missing = [f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)]
-    if missing:
+    if missing := [f"{name} ({role})" for (name, role), folder in folders.items() if not is_complete(folder)]:
         raise UsageError(
             f"a share of the cells needs embeddings that are there; {len(missing)} sets are not, the first is "
             f"{missing[0]}. Make them all with --embed-only, once."

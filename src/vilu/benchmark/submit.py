@@ -171,8 +171,7 @@ def _wrong_facts(board: Board, theirs: CellResult, beside: Cell) -> str | None:
         return "its fingerprint is not that of what it says decided it"
     if theirs.test_rows != ours.test_rows:
         return "it was tested on other rows. Embed or import the same data"
-    differing = [key for key in SAME_DATA if facts.get(key) != ours.decided_by.get(key)]
-    if differing:
+    if differing := [key for key in SAME_DATA if facts.get(key) != ours.decided_by.get(key)]:
         return f"it differs in {', '.join(differing)}"
     there = (board.results[cell.run] for cell in board.cells if (cell.data, cell.setting, cell.seed) == place)
     fits, train = [one.decided_by["train"] for one in there if one.decided_by.get("train")], facts.get("train")

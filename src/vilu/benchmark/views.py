@@ -134,8 +134,7 @@ class TableView(View):
     def _check_fields(self) -> Self:
         for names in (self.rows, self.columns, self.compete):
             require_known("field", names, FIELDS)
-        twice = [name for name, count in Counter((*self.rows, *self.columns)).items() if count > 1]
-        if twice:
+        if twice := [name for name, count in Counter((*self.rows, *self.columns)).items() if count > 1]:
             raise ValueError(f"{twice[0]} is both in the rows and in the columns")
         return self
 

@@ -28,11 +28,9 @@ class ClassTable:
                 f"{len(self.names)} names."
             )
         for what, names in (("class", self.folders), ("prompt", self.names)):
-            blank = [i for i, name in enumerate(names) if not name.strip()]
-            if blank:
+            if blank := [i for i, name in enumerate(names) if not name.strip()]:
                 raise DataError(f"{what} names must not be blank. Class {blank[0]} (counting from 0) is.")
-            not_text = [portable_name(name) for name in names if not _is_text(name)]
-            if not_text:
+            if not_text := [portable_name(name) for name in names if not _is_text(name)]:
                 raise DataError(f"{what} names must be UTF-8 text. Rename: {_listed(not_text)}.")
         if self.folders != self.names:  # else they are of labels that count
             _require_distinct(self.folders)
@@ -126,8 +124,7 @@ def _match(
     raw: Sequence[str], known: dict[str, str], given: Sequence[str], file: Path, outside: Collection[str]
 ) -> None:
     """Refuse a file whose names are not exactly those of the data, each written once; but for those outside."""
-    unknown = [name for name in given if name not in known]
-    if unknown:
+    if unknown := [name for name in given if name not in known]:
         question = nearest(unknown[0], known)
         hint = question and f"{question[:-1]} for {unknown[0]!r}?"
         raise DataError(
@@ -136,8 +133,7 @@ def _match(
             "the labels numbers: places in this file, from 0."
         )
     counts = Counter(known[name] for name in given)
-    repeated = [name for name, count in counts.items() if count > 1]
-    if repeated:
+    if repeated := [name for name, count in counts.items() if count > 1]:
         raise DataError(f"{file} names classes more than once: {_listed(repeated)}.")
     missing = [name for name in raw if name not in counts and {name, clean_name(name)}.isdisjoint(outside)]
     if missing:
@@ -148,8 +144,7 @@ def _match(
 
 
 def _require_distinct(names: Sequence[str]) -> None:
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"class names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them.")
 
 

@@ -41,8 +41,7 @@ class Sample:
 
     def image(self) -> Member:
         """The member that holds the image."""
-        unsafe = [member.name for member in self.members.values() if not stays_below(member.name)]
-        if unsafe:
+        if unsafe := [member.name for member in self.members.values() if not stays_below(member.name)]:
             raise BadImage("open", "bad_path", f"{unsafe[0]!r}: a name must be relative and must not climb")
         if self.fault is not None:
             raise BadImage("open", self.fault, FAULTS[self.fault])
@@ -282,8 +281,7 @@ def find_shards(source: str | Path) -> list[Path] | None:
     if exists or "{" not in text:
         return [path] if exists and path.suffix.lower() == SUFFIX else None
     paths = [Path(name) for name in expand_braces(text)]
-    missing = [name for name in paths if not name.exists()]
-    if missing:
+    if missing := [name for name in paths if not name.exists()]:
         raise UsageError(
             f"{text} names {len(paths)} shards; {len(missing)} are not there, the first is {missing[0]}. "
             "Mend the pattern or download them."

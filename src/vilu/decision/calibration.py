@@ -186,8 +186,7 @@ def keep_record(  # noqa: PLR0913 - all that a record is made of
 def take_back(folder: Path, changed: set[str]) -> bool:
     """Whether a promise rests on labels, by the keys of their rows, that are others now; it is gone then."""
     found = record.load(folder) if changed and record.has_record(folder) else None
-    wrong = changed & {*(() if found is None else record.load_rows(folder, found).ids or ())}
-    if wrong:
+    if wrong := changed & {*(() if found is None else record.load_rows(folder, found).ids or ())}:
         (folder / RISK).unlink()
         write_card(folder)
         logger.warning("%d labels that the promise rests on have changed: it has to be shown again", len(wrong))

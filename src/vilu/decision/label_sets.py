@@ -86,8 +86,7 @@ def fit_label_sets(predictor: FailurePredictor, data: EmbeddingSource, *, max_mi
     """Label sets from those calibration rows that the predictor's ``fit`` has not seen."""
     check_label_sets(predictor, data, max_miss)
     data = data.without(~predictor.unseen(data, "calibration"))
-    n_outside = int(data.outside.sum())
-    if n_outside:
+    if n_outside := int(data.outside.sum()):
         warnings.warn(
             f"label sets leave out {n_outside} of {len(data)} calibration rows, which are of none of the classes: no "
             "set holds their label, so the sets promise something of pictures of the classes only.",

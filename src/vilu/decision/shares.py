@@ -73,8 +73,7 @@ def check_shares(outside_share: float | None, class_shares: Mapping[str, float] 
 def require_every_class(rows: Outcomes, class_shares: Mapping[str, float] | None) -> None:
     """Refuse stated shares that leave a class of the rows out: a share of 0 is to be stated, too."""
     names = () if class_shares is None else rows.class_names or ()
-    missing = [name for name in names if class_shares is not None and name not in class_shares]
-    if missing:
+    if missing := [name for name in names if class_shares is not None and name not in class_shares]:
         raise UsageError(
             f"no share is stated of {len(missing)} of the {len(names)} classes: {', '.join(map(repr, missing))}. State "
             "the share of every class, 0 where none of its pictures is to be expected."

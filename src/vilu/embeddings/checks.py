@@ -179,8 +179,7 @@ def check_class_names(names: Sequence[str] | None, n_candidates: int) -> tuple[s
     names = tuple(str(name) for name in names)
     if len(names) != n_candidates:
         raise DataError(f"class_names must have one name per text row ({n_candidates}). Got {len(names)} instead.")
-    blank = [i for i, name in enumerate(names) if not name.strip()]
-    if blank:
+    if blank := [i for i, name in enumerate(names) if not name.strip()]:
         raise DataError(f"class names must not be blank. Name {blank[0]} is.")
     return names
 

@@ -495,8 +495,7 @@ def first_same(text: Tensor, names: Sequence[str] | None) -> Tensor:
     places: dict[str, int] = {}
     place = torch.tensor([places.setdefault(name, i) for i, name in enumerate(names)])
     cosine = (text * text[place]).sum(dim=1)
-    wrong = sorted({names[i] for i in (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()})
-    if wrong:
+    if wrong := sorted({names[i] for i in (cosine < SAME_TEXT).nonzero().squeeze(1).tolist()}):
         listed = ", ".join(map(repr, wrong))
         raise DataError(
             f"classes of one name must have one text. Different texts: {listed:.200}. Rename them, or give both the "

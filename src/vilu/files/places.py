@@ -182,8 +182,7 @@ def content_of(path: Path) -> object:
             said = _metadata(path) if path.suffix.lower() == ".parquet" else None
         return (said or {}).get(SEAL) or file_hash(path)
     documents = ["predictor.json", "risk.json", RUN, MANIFEST]
-    found = [[name, _said(path / name)] for name in documents if (path / name).is_file()]
-    if found:
+    if found := [[name, _said(path / name)] for name in documents if (path / name).is_file()]:
         return found
     with or_refuse(f"read {path}"):
         files = sorted(file for file in path.rglob("*") if file.is_file())

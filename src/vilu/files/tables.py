@@ -159,8 +159,7 @@ def read_table(path: str | Path, text_columns: Collection[str]) -> tuple[pa.Tabl
         except (pa.ArrowException, csv.Error, OSError, ValueError) as error:
             raise DataError(f"{path} is not a readable {suffix[1:]} table: {error}") from error
     require_width(path, len(names))
-    repeated = {name for name in names if names.count(name) > 1}
-    if repeated:
+    if repeated := {name for name in names if names.count(name) > 1}:
         raise DataError(f"{path} must have distinct columns. Repeated: {', '.join(sorted(repeated))}.")
     return table, _metadata(path, table, marked=marked)
 

@@ -419,8 +419,7 @@ class Outcomes:
             ([0.1, 0.9], [0, 1])
         """
         table, metadata = read_table(path, TEXT_COLUMNS)
-        missing = [name for name in ("uncertainty", "failure") if name not in table.column_names]
-        if missing:
+        if missing := [name for name in ("uncertainty", "failure") if name not in table.column_names]:
             raise DataError(
                 f"{path} must have the columns uncertainty and failure. Missing: {', '.join(missing)}; "
                 f"it has {', '.join(table.column_names):.200}."

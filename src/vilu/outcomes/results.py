@@ -111,8 +111,7 @@ class ResultTable:
             >>> len(table), len(table.filter(method="a")), len(table.filter(method="a", metric="auroc", seed=2))
             (12, 6, 1)
         """
-        unknown = [name for name in fields if name not in COLUMNS]
-        if unknown:
+        if unknown := [name for name in fields if name not in COLUMNS]:
             raise UsageError(f"a result has no field {unknown[0]!r}. There are: {', '.join(COLUMNS)}.")
         for name, want in fields.items():
             if not isinstance(want, str | Real | None):  # numpy's, too

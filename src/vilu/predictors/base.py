@@ -453,8 +453,7 @@ class FailurePredictor(ABC):
                 continue
             with torch.no_grad():
                 score = self.score_batch(batch).cpu().double().numpy()
-            broken = int(np.count_nonzero(~np.isfinite(score)))
-            if broken:
+            if broken := int(np.count_nonzero(~np.isfinite(score))):
                 raise DataError(
                     f"{self.name} gave {broken} scores that are not finite: its weights are damaged. Refit it."
                 )

@@ -17,8 +17,7 @@ def add_predictor(cls: object) -> bool:
     if not (isinstance(cls, type) and issubclass(cls, FailurePredictor)):
         return False
     where = f"{cls.__module__}.{cls.__qualname__}"
-    missing = [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]
-    if missing:
+    if missing := [key for key in ("name", "summary", "reference") if not getattr(cls, key, None)]:
         raise UsageError(f"the method {where} has no {' and no '.join(missing)}. Set it as a class attribute.")
     if PREDICTORS.here.get(cls.name, cls) is not cls:
         raise UsageError(f"there is a method {cls.name!r} already, {PREDICTORS[cls.name].__name__}. Rename {where}.")
@@ -26,8 +25,7 @@ def add_predictor(cls: object) -> bool:
         raise UsageError(f"the method {where} must be a dataclass, so that its parameters are known. Decorate it.")
     if inspect.isabstract(cls):
         raise UsageError(f"the method {where} lacks {', '.join(sorted(cls.__abstractmethods__))}. Define it.")
-    without = [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory]
-    if without:
+    if without := [f.name for f in dataclasses.fields(cls) if f.init and f.default is f.default_factory]:
         raise UsageError(f"the method {where} needs a default for {', '.join(without)}: `vilu fit` gives none.")
     PREDICTORS[cls.name] = cls
     return True

@@ -237,8 +237,7 @@ def _download(repository: str, revision: str | None) -> Path:
             _client(repository, "pulled from")
             info = hub.HfApi(library_name="vilu").model_info(repository, revision=revision, files_metadata=True)
             sizes = {entry.rfilename: entry.size for entry in info.siblings or ()}
-            missing = [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]
-            if missing:
+            if missing := [name for name in (PREDICTOR, WEIGHTS) if name not in sizes]:
                 raise DataError(f"{repository} holds no predictor: it has no {' and no '.join(missing)}.")
             for name, limit in FILES.items():
                 require_size(f"{name} of {repository}", sizes.get(name) or 0, limit)

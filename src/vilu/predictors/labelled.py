@@ -74,8 +74,7 @@ def trainable_rows(source: EmbeddingSource, role: str, needs: Needs = "class") -
         )
     if not known.any():
         raise DataError(f"none of the {len(source)} {role} rows has a label.")
-    left_out = len(source) - short - int(known.sum())
-    if left_out:
+    if left_out := len(source) - short - int(known.sum()):
         strangers = int(outside.sum()) if needs == "class" else 0
         of_none = f", {strangers} of none of the classes" if strangers else ""
         what = "where classes are told apart " if strangers else ""  # strangers may teach what is outside

@@ -116,8 +116,7 @@ class Journal:
         """
         names = {name: place for place, name in enumerate(self.monitor.calibration.class_names or ())}
         names[OUTSIDE_NAME] = OUTSIDE
-        strange = sorted(set(labels.values()) - names.keys())
-        if strange:
+        if strange := sorted(set(labels.values()) - names.keys()):
             named = f"{', '.join(strange[:5])!r:.200}"
             raise DataError(f"{len(strange)} labels are no class and not {OUTSIDE_NAME}: {named}.")
         with self._lock, self._judged():

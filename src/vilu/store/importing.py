@@ -250,8 +250,7 @@ def _read(arrays: Arrays, keys: dict[str, str], class_names: Sequence[str] | Non
 
 def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
     """The arrays that are there, by our names."""
-    unknown = sorted(keys.keys() - set(NAMES))
-    if unknown:
+    if unknown := sorted(keys.keys() - set(NAMES)):
         raise UsageError(f"there is no array {unknown[0]!r} to be called otherwise. Known: {', '.join(NAMES)}.")
     absent = next((name for name in keys.values() if name not in arrays.names), None)
     called = {name: keys.get(name, name) for name in NAMES}
@@ -263,8 +262,7 @@ def _open(arrays: Arrays, keys: dict[str, str]) -> dict[str, StoredArray]:
             f"it is there by another name, say so: --key {ours}=NAME."
         )
     used = {name: key for name, key in called.items() if key in arrays.names}
-    unused = sorted(set(arrays.names) - set(used.values()))
-    if unused:
+    if unused := sorted(set(arrays.names) - set(used.values())):
         logger.info("not imported: %s (those that are, by other names too: --key NAME=KEY)", ", ".join(unused))
     for name, key in used.items():
         if name not in {"target", "ids"}:  # which grow with the rows and nothing else

@@ -173,6 +173,5 @@ def _array_problems(path: Path, name: str, shape: tuple[int, ...], dtype: str) -
             good, virtue = torch.isfinite(block), "finite"
         else:
             good, virtue = (torch.linalg.vector_norm(block, dim=-1) - 1).abs() <= NORM_TOLERANCE, "of unit norm"
-        bad = int((~good.reshape(len(block), -1).all(dim=1)).sum())
-        if bad:
+        if bad := int((~good.reshape(len(block), -1).all(dim=1)).sum()):
             yield f"{path} has {bad} rows from {start} to {start + len(block) - 1} that are not {virtue}."

@@ -127,8 +127,7 @@ class Encoder:
     def _encode(self, batch: Sequence[Decoded | ErrorRow], content: PartRows) -> int:
         """Add what becomes of some images; their number."""
         bad = [outcome for outcome in batch if isinstance(outcome, ErrorRow)]
-        good = [outcome for outcome in batch if isinstance(outcome, Decoded)]
-        if good:
+        if good := [outcome for outcome in batch if isinstance(outcome, Decoded)]:
             arrays, status = self._run_model(good)
             usable, number_format = torch.from_numpy(status == VALID), getattr(torch, self.dtype)
             for name, rows in arrays.items():

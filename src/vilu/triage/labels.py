@@ -245,8 +245,7 @@ def _match(name: str, known: set[str], by_name: Mapping[str, list[str]], root: P
 def check_names(labels: Mapping[str, str], names: Sequence[str], outside: Sequence[str], source: Path) -> None:
     """Refuse labels that are neither a class, nor one of those that are outside, nor a skipped photo."""
     known = {*names, *outside, SKIPPED}
-    unknown = sorted({label for label in labels.values() if label not in known})
-    if unknown:
+    if unknown := sorted({label for label in labels.values() if label not in known}):
         of = [path for path, label in labels.items() if label == unknown[0]]
         raise DataError(
             f"{source}: {unknown[0]!r} (of {of[0]}"

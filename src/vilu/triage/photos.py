@@ -120,8 +120,7 @@ class PhotoStores:
             with suppress(OSError):
                 record.read()
                 del done[record.key]
-        new = {path: version for path, version in now.items() if done.get(path) != version}
-        if new:
+        if new := {path: version for path, version in now.items() if done.get(path) != version}:
             number = max(self.numbers(), default=0) + 1
             make_folder(self.root)
             columns = {"path": pa.array(list(new), pa.string())}

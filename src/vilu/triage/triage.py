@@ -182,15 +182,14 @@ class Workshop:
     def __init__(self, root: Path, job: Job, *, overwrite: bool = False) -> None:
         self.root, self.job = root, job
         found = read_document(root / STATE, TriageState) if (root / STATE).is_file() and not overwrite else None
-        if found is not None:
-            apart = [name for name, value in job.settings.items() if found.settings.get(name) != value]
-            if apart:
-                raise UsageError(
-                    f"{root} was begun with other settings: "
-                    + "; ".join(f"{name} {found.settings.get(name)!r}, now {job.settings[name]!r}" for name in apart)
-                    + ". A promise is stated before its labels are looked at, and goes for one question. Give a new "
-                    "folder, or --overwrite to begin anew, labels included."
-                )
+        before = job.settings if found is None else found.settings
+        if apart := [name for name, value in job.settings.items() if before.get(name) != value]:
+            raise UsageError(
+                f"{root} was begun with other settings: "
+                + "; ".join(f"{name} {before.get(name)!r}, now {job.settings[name]!r}" for name in apart)
+                + ". A promise is stated before its labels are looked at, and goes for one question. Give a new "
+                "folder, or --overwrite to begin anew, labels included."
+            )
         claim_folder(
             root,
             "triage",
@@ -236,8 +235,7 @@ class Workshop:
         given = [book.entries[path] for path in labels if path in book.entries]
         # before the book is saved, so that no kill leaves a promise too much
         take_back(self.folder, {one.path for one in given if one.label not in {None, labels[one.path]}})
-        changed = book.answer(labels, streams)
-        if changed:
+        if changed := book.answer(labels, streams):
             logger.info("%d labels are new, of %d in all", changed, len(book.labels))
             book.save(self.root / BOOK)
         if n := book.note_pictures(dict(zip(photos.ids, photos.pictures, strict=True))):

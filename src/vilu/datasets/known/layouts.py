@@ -184,8 +184,7 @@ class CifarReader:
     def _count(self, place: Place, split: str) -> Count:
         expected = place.entry.sizes[split]
         names = (*self.layout.splits[split], self.layout.meta)
-        missing = tuple(name for name in names if not (place.folder / name).is_file())
-        if missing:
+        if missing := tuple(name for name in names if not (place.folder / name).is_file()):
             return Count(0, expected, missing=missing)
         try:
             found = len(self.open(place, Request(split)))

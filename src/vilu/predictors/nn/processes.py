@@ -143,8 +143,7 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) from torchrun's variables; (0, 1, 0) where there are none."""
     if not environment.keys() & {"RANK", "WORLD_SIZE"}:
         return 0, 1, 0
-    missing = [name for name in VARIABLES if not environment.get(name)]
-    if missing:
+    if missing := [name for name in VARIABLES if not environment.get(name)]:
         raise UsageError(
             f"{', '.join(missing)} not set, but {', '.join(name for name in VARIABLES if environment.get(name))} set: "
             "start all processes with torchrun, which sets them all, or unset RANK and WORLD_SIZE."

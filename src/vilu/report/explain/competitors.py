@@ -38,8 +38,7 @@ def weights_of(predictor: FailurePredictor) -> Weights:
     ensemble. ``vilu_plus``: the posterior q of its pooled experts. All others: the zero-shot posterior p.
     """
     heads = predictor.heads if isinstance(predictor, HeadPredictor) and predictor.constant_ is None else []
-    attentions = [head.attention for head in heads if head.attention is not None]
-    if attentions:
+    if attentions := [head.attention for head in heads if head.attention is not None]:
         members = f", mean of {len(attentions)} members" if len(attentions) > 1 else ""
         return Weights(f"weights of the trained attention{members}", lambda batch: _attention(attentions, batch))
     if isinstance(predictor, ViLUPlus):

@@ -142,8 +142,7 @@ def choose_main(outcomes: Sequence[Outcomes], main: str | None) -> Outcomes:
     names = [one.method or "" for one in outcomes]
     if not names:
         raise UsageError("a page needs at least one set of outcomes. Got none.")
-    repeated = [name for name, count in Counter(names).items() if count > 1 or not name]
-    if repeated:
+    if repeated := [name for name, count in Counter(names).items() if count > 1 or not name]:
         raise UsageError(
             f"every method of a page needs a name of its own. Several, or one without, are {repeated[0]!r}."
         )
