@@ -12,6 +12,8 @@ from threading import Event
 import pytest
 import torch
 
+import vilu
+from tests.conftest import toy_embeddings
 from vilu.device import KEPT_BY, as_usual, resolve_device
 from vilu.errors import UsageError
 
@@ -77,6 +79,20 @@ def test_threads_leave_the_callers_default_type_as_it_was() -> None:
         assert torch.get_default_dtype() is torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("method", "times"), [("lvu", 16), ("pvu", 8), ("vilu_plus", 2)])
+def test_fits_in_threads_are_those_of_the_seed(method: str, times: int) -> None:
+    """torch's own generator is of the whole process: two networks were made of one stream of numbers, half of each."""
+    data = toy_embeddings(n=400, k=3)
+
+    def fitted(_: int) -> list[float]:
+        return vilu.PREDICTORS[method](epochs=1, seed=3).fit(data).predict_uncertainty(data).tolist()
+
+    alone, before = fitted(0), torch.get_rng_state()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(fitted, range(times))) == [alone] * times
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def keep_freed_memory() -> None:
 
 
 LOCK, BEFORE = threading.Lock(), list[torch.dtype]()  # the default types that open blocks have found
+SEEDED = threading.Lock()
 
 
 @contextmanager
@@ -78,6 +79,17 @@ def as_usual() -> Iterator[None]:
             with LOCK:
                 dtype = BEFORE.pop()
                 torch.set_default_dtype(torch.float32 if BEFORE else dtype)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """A block in which torch's own generator begins at this seed, and is left as it was.
+
+    The whole process has one, so blocks of several threads come one after the other.
+    """
+    with SEEDED, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def each_as_usual(items: Generator[Item, None, None]) -> Iterator[Item]:

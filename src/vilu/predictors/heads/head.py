@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from vilu.device import as_usual
+from vilu.device import as_usual, seeded
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -113,8 +113,7 @@ class HeadPredictor(FailurePredictor):
 
     def _first_head(self, space: EmbeddingSpace) -> FailureHead:
         """What training begins with: a new head of the seed, or fitted weights."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             head = cast("FailureHead", self.module({}, space))
         if self.start_ is not None:
             with_weights(head, self.start_.state(), self.name)

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.device import seeded
 from vilu.embeddings.similarity import float64
 from vilu.embeddings.source import Batch, EmbeddingSource, log_posterior
 from vilu.embeddings.space import EmbeddingSpace
@@ -52,8 +53,7 @@ class NetworkPredictor(FailurePredictor):
         return default_epochs(steps)
 
     def _learn(self, train: Rows, failure: Tensor, validation: EmbeddingSource | None) -> Learnt:  # noqa: ARG002
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             network = cast("nn.Module", self.module({}, train.source.space))
         history = train_adamw(network, self._loss, train, self._settings(AdamWConfig), self._length)
         weights = {name: tensor.cpu() for name, tensor in network.state_dict().items()}

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vilu.device import seeded
 from vilu.embeddings.similarity import float64, nearest
 from vilu.embeddings.source import SAME_TEXT, Batch, EmbeddingSource
 from vilu.embeddings.space import EmbeddingSpace
@@ -212,8 +213,7 @@ class ViLUPlus(SeesOutside, FailurePredictor):
             return functional.cross_entropy(attention.offset(batch) + residual, batch.target)
 
         size = self.batch_size or 2 * default_batch(len(rows.index))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             adapter = Adapter(attention.inputs, len(attention.classes), self.width, self.dropout)
             train_adamw(adapter, loss, rows, self._settings(AdamWConfig, batch_size=size), few_epochs)
         return adapter.eval()
