@@ -348,6 +348,18 @@ def test_groups_that_the_caller_gave(calibration: vilu.Outcomes) -> None:
     assert status.acceptance.since == rule.accept(rows.uncertainty, groups[:200]).mean()
 
 
+def test_groups_of_rows_some_of_which_were_monitored_before(calibration: vilu.Outcomes) -> None:
+    """In an array, too; and there is one for every row that is given, not for the new ones alone."""
+    groups = np.array(["even" if i % 2 else "odd" for i in range(len(calibration))])
+    monitor = vilu.Monitor(calibration, vilu.calibrate(calibration, max_risk=0.1, groups=groups), groups=groups)
+    rows = dataclasses.replace(draw(np.random.default_rng(13), 200), ids=[f"{i}.jpg" for i in range(200)])
+    monitor.update(rows.take(np.arange(150)), groups[:150])
+    with pytest.raises(UsageError, match="the group of each of 200 rows"):
+        monitor.update(rows, groups[:201])
+    with pytest.warns(UserWarning, match="150 of 200 rows were monitored before"):
+        assert monitor.update(rows, groups[:200]).rows == 200
+
+
 def test_mapie_agrees_on_clear_cases(calibration: vilu.Outcomes, rule: vilu.Selector, tmp_path: Path) -> None:
     """An independent implementation on the same rows: neither alarms without a change, both soon after a large one."""
     rng = np.random.default_rng(14)

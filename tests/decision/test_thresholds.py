@@ -365,8 +365,10 @@ def test_groups_share_delta_and_the_small_are_together() -> None:
     assert selector.accept([0.3] * 4, names).tolist() == expected
     with pytest.raises(UsageError, match="threshold per group"):
         _ = selector.threshold
-    for numbers in (None, range(len(u)), np.zeros(len(u), int)):  # a number would have the threshold of the others
-        with pytest.raises(UsageError, match="needs the group of each"):
+    with pytest.raises(UsageError, match="needs the group of each"):
+        selector.accept(u)
+    for numbers in (range(len(u)), np.zeros(len(u), int)):  # a number would have the threshold of the others
+        with pytest.raises(DataError, match="groups must hold texts"):
             selector.accept(u, numbers)
 
 
@@ -394,6 +396,22 @@ def test_a_least_coverage_is_that_of_all_groups_together() -> None:
     alone = vilu.calibrate(Outcomes(rng.random(1000), np.zeros(1000)), min_coverage=0.8, groups=many)
     assert set(alone.certificates) == {"big", "(other)"}
     assert min(one.coverage for one in alone.certificates.values()) >= 0.8
+
+
+@pytest.mark.parametrize("none", [None, math.nan, 3])
+def test_a_group_that_is_no_text_is_refused_wherever_it_stands(none: object) -> None:
+    outcomes = Outcomes(np.arange(400), np.zeros(400))
+    with pytest.raises(DataError, match="in row 250"):
+        vilu.calibrate(outcomes, max_risk=0.05, groups=["a", "b"] * 125 + [none] * 150)
+
+
+def test_groups_without_an_order_and_letters_of_a_word_are_none() -> None:
+    rule = vilu.calibrate(Outcomes(np.arange(400), np.zeros(400)), max_risk=0.05, groups=["a", "b"] * 200)
+    for groups in ({"a", "b"}, {"a": "b", "b": "a"}, "ab"):
+        for ask in (rule.accept, rule.reasons):
+            with pytest.raises(DataError, match="groups must be a list of texts"):
+                ask([0.1, 0.2], groups)
+    assert rule.accept([0.1, 500], (name for name in "ab")).tolist() == [True, False]
 
 
 def test_groups_by_prediction_are_names() -> None:

@@ -78,6 +78,8 @@ def test_repr_does_not_spell_out_the_rows() -> None:
         ({"reason": None}, "the first is row 1"),
         ({"reason": [None, "", None, None]}, "the first is row 1"),
         ({"reason": [None, 5, None, None]}, "reason must hold texts. Got 5 in row 1"),
+        ({"ids": {"a", "b", "c", "d"}}, "ids must be a list of texts. Got set"),
+        ({"class_names": {"cat": 0, "dog": 1}}, "class_names must be a list of texts. Got dict"),
         ({"reason": "nonfinite"}, "reason must be a list of texts. Got str"),
         ({"failure": [0, 1, -2, 1]}, r"failure must hold whole numbers from -1 \(unknown\) to 1. Got -2 in row 2"),
         ({"failure": [0, 1, 0.5, 1]}, "Got 0.5 in row 2"),

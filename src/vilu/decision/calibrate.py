@@ -34,7 +34,7 @@ from vilu.decision.thresholds import (
 from vilu.errors import DataError, UsageError, checked, require_between, require_one_of
 from vilu.files.documents import Model
 from vilu.metrics.counts import Floats, Ints, TieCounts, real_vector, tie_counts
-from vilu.outcomes.outcomes import Outcomes
+from vilu.outcomes.outcomes import Outcomes, check_texts
 
 ALL, OTHER = "", "(other)"
 """Names of the group of all rows, and of the group of what has too few calibration rows for a group of its own."""
@@ -184,13 +184,12 @@ class Selector(Model):
             >>> thresholds.round(2).tolist()
             [0.93, 0.61]
         """
-        if self.grouped_by is None:
-            groups = [ALL] * n
-        elif groups is None or len(groups) != n or not all(isinstance(name, str) for name in groups):
+        names = [ALL] * n if self.grouped_by is None else check_texts(groups, "groups")
+        if names is None or len(names) != n:
             raise UsageError(f"with a threshold per group this selector needs the group of each of {n} rows, as text.")
         ends = {name: interval(one) for name, one in self.certificates.items()}
         other = ends.get(OTHER, (-np.inf, -np.inf))
-        found = np.array([ends.get(name, other) for name in groups], dtype=np.float64).reshape(n, 2)
+        found = np.array([ends.get(name, other) for name in names], dtype=np.float64).reshape(n, 2)
         return found[:, 0], found[:, 1]
 
     def accept(self, uncertainty: ArrayLike, groups: Sequence[str] | None = None) -> NDArray[np.bool_]:
@@ -201,8 +200,8 @@ class Selector(Model):
             groups: N names of groups, where the selector has them.
 
         Raises:
-            UsageError: If groups are needed and not given, or are no texts.
-            DataError: If ``uncertainty`` is no vector of numbers.
+            UsageError: If groups are needed, and there is not one for every row.
+            DataError: If ``uncertainty`` is no vector of numbers, or ``groups`` no list of texts.
 
         Examples:
             >>> import numpy as np, vilu
@@ -378,7 +377,7 @@ def _names(outcomes: Outcomes, groups: Sequence[str] | None, keep: NDArray[np.bo
     """Group of every row that is kept."""
     if groups is None:
         return None
-    names = group_names(outcomes) if isinstance(groups, str) else list(groups)
+    names = group_names(outcomes) if isinstance(groups, str) else check_texts(groups, "groups") or ()
     if len(names) != len(outcomes):
         raise DataError(f"groups must name one group per row ({len(outcomes)}). Got {len(names)} instead.")
     return [name for name, kept in zip(names, keep.tolist(), strict=True) if kept]

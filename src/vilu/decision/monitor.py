@@ -6,7 +6,6 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -159,14 +158,14 @@ class Monitor:
             ('holds', 300)
         """
         outcomes = admit(outcomes, self.calibration, self.risk)
+        accepted = self._accepted(outcomes, groups)
         hashes, new = self.monitored.new(outcomes)
         if not new.all():
             told = f"{np.count_nonzero(~new)} of {len(new)} rows were monitored before and are not counted again."
             warnings.warn(told, stacklevel=2)
-            outcomes, groups = outcomes.take(new), groups and list(compress(groups, new))
+            outcomes, accepted = outcomes.take(new), accepted[new]
         if not in_order:
             refuse_sorted(outcomes)
-        accepted = self._accepted(outcomes, groups)
         scored, watched = np.isfinite(outcomes.uncertainty), self._watched(outcomes)
         rows = self.rows + np.arange(len(outcomes))
         for name, column in self._columns(outcomes, accepted).items():

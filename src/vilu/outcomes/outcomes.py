@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,13 +33,11 @@ def check_outside(values: ArrayLike, target: NDArray[np.int64]) -> NDArray[np.bo
     return outside
 
 
-def check_texts(
-    values: Sequence[str | None] | None, name: str, *, optional: bool = False
-) -> tuple[str | None, ...] | None:
+def check_texts(values: Sequence[str | None] | None, name: str, *, optional: bool = False) -> tuple[Any, ...] | None:
     """Texts, each of which may be None where that is optional."""
     if values is None:
         return None
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, str | Set | Mapping) or not isinstance(values, Iterable):  # a set has no order
         raise DataError(f"{name} must be a list of texts. Got {type(values).__name__} instead.")
     texts = tuple(values)
     plain = {str, type(None)} if optional else {str}
