@@ -287,10 +287,13 @@ class Outcomes:
             ('b.jpg', 'c.jpg')
         """
         places, n = np.asarray(rows), len(self)
+        wrong = f"rows must be a list of places from 0 to {n - 1}, or {n} Booleans"
         try:
             chosen = np.arange(n)[places if places.size else places.astype(np.int64)]
         except IndexError as error:
-            raise DataError(f"rows must be a list of places from 0 to {n - 1}, or {n} Booleans: {error}.") from error
+            raise DataError(f"{wrong}: {error}.") from error
+        if (places < 0).any():  # -1 is what is not known, not the last row
+            raise DataError(f"{wrong}. Got {places.min()} instead.")
         columns = {name: getattr(self, name) for name in ("uncertainty", "failure", "outside", *OPTIONAL)}
         taken: dict[str, Any] = {
             name: column[chosen] if isinstance(column, np.ndarray) else [column[row] for row in chosen.tolist()]
