@@ -69,6 +69,20 @@ def test_csv_numbers_are_labels_named_by_the_classes_file(tmp_path, labels, name
         open_dataset(source)
 
 
+@pytest.mark.parametrize("names", ["1\n2\n3\n", "02\n00\n01\n"])
+def test_a_number_that_could_be_a_name_or_a_place_is_refused(tmp_path, names):
+    """Labels 1 and 2 were taken for the classes "2" and "3"."""
+    (tmp_path / "t.csv").write_text("path,label\na.png,1\nb.png,2\n")
+    (tmp_path / "c.txt").write_text(names)
+    with pytest.raises(DataError, match="Is a label a name, or a line of the classes file"):
+        open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt")
+    (tmp_path / "c.txt").write_text("".join(f"{i}\t{name}\n" for i, name in enumerate(names.split())))
+    assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(names.split())
+    (tmp_path / "t.csv").write_text("path,label\na.png,\nb.png,\n")  # no label, nothing to mistake
+    (tmp_path / "c.txt").write_text(names)
+    assert open_dataset(tmp_path / "t.csv", classes=tmp_path / "c.txt").class_names == tuple(names.split())
+
+
 def test_csv_with_one_label_that_is_no_number_has_string_labels(tmp_path):
     dataset = open_dataset(write_csv(tmp_path, "path,label\na.png,10\nb.png,9\nc.png,NA\n"))
     assert dataset.class_names == ("10", "9", "NA")

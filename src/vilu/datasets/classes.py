@@ -32,8 +32,9 @@ class ClassTable:
                 raise DataError(f"{what} names must not be blank. Class {blank[0]} (counting from 0) is.")
             if not_text := [portable_name(name) for name in names if not _is_text(name)]:
                 raise DataError(f"{what} names must be UTF-8 text. Rename: {_listed(not_text)}.")
-        if self.folders != self.names:  # else they are of labels that count
-            _require_distinct(self.folders)
+        counts = Counter(self.folders if self.folders != self.names else ())  # else they are of labels that count
+        if repeated := [name for name, count in counts.items() if count > 1]:
+            raise DataError(f"class names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them.")
 
 
 @overload
@@ -143,11 +144,6 @@ def _match(
         )
 
 
-def _require_distinct(names: Sequence[str]) -> None:
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"class names must be distinct. Repeated: {_listed(repeated)}. Merge or rename them.")
-
-
 def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) -> None:
     if len(raw) != len(names):
         raise DataError(f"{file} must have one name per class of the data ({len(raw)}). Got {len(names)} instead.")
@@ -156,6 +152,16 @@ def _require_same_order(raw: Sequence[str], names: Sequence[str], file: Path) ->
         raise DataError(
             f"{file} has the data's class names in another order (class {first} is {raw[first]!r} in the data). "
             "Names for whole-number labels go in label order."
+        )
+
+
+def refuse_numbers(classes: ClassTable, source: str) -> None:
+    """Refuse classes whose names are numbers, others than their places, where labels are: these could be either."""
+    names = classes.names
+    if classes.folders == names and all(map(str.isdecimal, names)) and [*map(int, names)] != [*range(len(names))]:
+        raise DataError(
+            f"{source}: labels are numbers, and so are the classes ({_listed(names)}). Is a label a name, or a line of "
+            "the classes file, counted from 0? Make the labels such places, and write number<TAB>name in that file."
         )
 
 

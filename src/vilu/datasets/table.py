@@ -31,7 +31,7 @@ from vilu.datasets.base import (
     fault_of,
     is_binary,
 )
-from vilu.datasets.classes import ClassTable, class_table
+from vilu.datasets.classes import ClassTable, class_table, refuse_numbers
 from vilu.datasets.files import Bounds, ListingHash
 from vilu.datasets.images import caption_readers
 from vilu.errors import NO_NAME, OUTSIDE, UNKNOWN, DataError, StorageError, UsageError
@@ -134,6 +134,8 @@ def _labels(table: pa.Table, source: str, selection: Selection) -> _Labels:
             f"{source}: column {name!r} holds numbers, and nothing says which classes they mean. "
             "Give the names in label order with --classes FILE, or store them in the schema metadata."
         )
+    if raw is None and numbers.null_count < len(numbers):
+        refuse_numbers(table_of_classes, source)
     numbers, strays = _without_strays(numbers, len(table_of_classes.names), outside)
     _require_in_range(numbers, len(table_of_classes.names), source)
     labels = pc.fill_null(numbers, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
