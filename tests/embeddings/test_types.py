@@ -52,6 +52,14 @@ def test_any_number_type_and_byte_order(dtype: object) -> None:
     assert torch.equal(Embeddings(EYE.astype(dtype), EYE).image, torch.eye(3))
 
 
+def test_identifiers_in_an_array_are_copied() -> None:
+    names = np.array(["a.jpg", "b.jpg", "c.jpg"])
+    sources = [Embeddings(np.eye(3), np.eye(3), ids=names), PairEmbeddings(np.eye(3), np.eye(3), 3, ids=names)]
+    names[0] = "other"
+    for source in sources:
+        assert list(source.ids) == ["a.jpg", "b.jpg", "c.jpg"]
+
+
 def test_read_only_and_reversed_arrays_are_copied() -> None:
     frozen = EYE.astype(np.float32)
     frozen.flags.writeable = False

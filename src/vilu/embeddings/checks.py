@@ -190,7 +190,7 @@ def check_ids(ids: Sequence[str] | None, n_rows: int) -> Sequence[str]:
         return RowNumbers(n_rows)
     if len(ids) != n_rows:
         raise DataError(f"ids must have one entry per image row ({n_rows}). Got {len(ids)} instead.")
-    return tuple(ids) if isinstance(ids, list) else ids
+    return tuple(ids) if isinstance(ids, list | np.ndarray) else ids
 
 
 class Identifiers(Sequence[str]):
