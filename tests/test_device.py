@@ -14,7 +14,7 @@ import torch
 
 import vilu
 from tests.conftest import toy_embeddings
-from vilu.device import KEPT_BY, as_usual, resolve_device
+from vilu.device import KEPT_BY, as_usual, resolve_device, seeded
 from vilu.errors import UsageError
 
 BLOCKS = """
@@ -79,6 +79,16 @@ def test_threads_leave_the_callers_default_type_as_it_was() -> None:
         assert torch.get_default_dtype() is torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_seed_within_a_seed_leaves_the_outer_one_as_it_was() -> None:
+    with seeded(1):
+        expected = torch.rand(4).tolist()
+    with seeded(1):
+        found = torch.rand(2).tolist()
+        with seeded(2):
+            torch.rand(3)
+        assert found + torch.rand(2).tolist() == expected
 
 
 @pytest.mark.parametrize(("method", "times"), [("lvu", 16), ("pvu", 8), ("vilu_plus", 2)])

@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
 
 
 LOCK, BEFORE = threading.Lock(), list[torch.dtype]()  # the default types that open blocks have found
-SEEDED = threading.Lock()
+SEEDED = threading.RLock()
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def as_usual() -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """A block in which torch's own generator begins at this seed, and is left as it was.
 
-    The whole process has one, so blocks of several threads come one after the other.
+    The whole process has one, so blocks of several threads come one after the other. A block within a block is fine.
     """
     with SEEDED, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
