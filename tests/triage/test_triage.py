@@ -28,11 +28,12 @@ from vilu.decision import record
 from vilu.decision.anytime import Looks
 from vilu.decision.shares import OUTSIDE_NAME
 from vilu.embeddings.memory import Embeddings
-from vilu.errors import DataError, MissingModelError, UsageError
+from vilu.errors import DataError, MissingModelError, ProvenanceError, UsageError
 from vilu.files.documents import read_document
 from vilu.files.tables import write_table
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
+from vilu.store.job import BackboneSpec
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.outputs import levels_of, triage_photos
 from vilu.triage.photos import PhotoStores
@@ -342,6 +343,20 @@ def test_the_label_of_a_photo_that_has_changed_never_vouches(
     book = LabelBook.load(output / "labels.parquet")
     book.answer({"day 0/0000.png": other})  # a new label is of the new picture
     assert book.note_pictures({"day 0/0000.png": b"now"}) == 0
+
+
+def test_another_model_is_refused_before_it_embeds_and_the_first_one_goes_on(
+    job: Job, folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triage_photos(job, tmp_path / "out")
+    write_photos(folder[0], 3, 200)
+    other = FakeBackbone(preprocess="9x9")
+    with monkeypatch.context() as patch:
+        patch.setattr(BackboneSpec, "load", lambda self: other)
+        with pytest.raises(ProvenanceError, match="the model of this run"):
+            triage_photos(job, tmp_path / "out")
+    assert not other.batches
+    assert triage_photos(job, tmp_path / "out")[0].startswith("203 photos")
 
 
 def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:

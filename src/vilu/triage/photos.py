@@ -131,9 +131,13 @@ class PhotoStores:
         return len(new)
 
     def _embed(self, number: int, photos: PhotoFolder, chosen: Collection[str], how: Embedding) -> None:
+        model = how.backbone.load()
+        for done in [self.store(one) for one in self.numbers() if (self.store(one) / MANIFEST).is_file()][:1]:
+            # a store of another model, once made, would be in the way of all later runs
+            EmbeddingStore(done).space.require_match(model.space, mine=str(done), theirs="the model of this run")
         embed(
             photos.some(chosen, how.names),
-            how.backbone,
+            model,
             self.store(number),
             names=how.names,
             templates=how.templates,
