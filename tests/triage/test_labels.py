@@ -107,16 +107,29 @@ def test_files_that_cannot_be(tmp_path: Path, lines: list[str], message: str) ->
 def test_photos_are_found_by_path_by_full_path_and_by_a_name_that_is_unique(tmp_path: Path) -> None:
     photos = ["x/1.jpg", "y/1.jpg", "y/2.jpg"]
     names = ["x/1.jpg", "./y/1.jpg", str(tmp_path / "y" / "2.jpg"), "2.jpg"]
-    assert list(match_photos(names, photos, tmp_path, tmp_path).values()) == [
+    assert list(match_photos(dict.fromkeys(names, "cat"), photos, tmp_path, tmp_path).values()) == [
         "x/1.jpg",
         "y/1.jpg",
         "y/2.jpg",
         "y/2.jpg",
     ]
     with pytest.raises(UsageError, match="the name of 2 photos"):
-        match_photos(["1.jpg"], photos, tmp_path, tmp_path)
+        match_photos({"1.jpg": "cat"}, photos, tmp_path, tmp_path)
     with pytest.raises(DataError, match=r"names no photo .* Did you mean 'y/2.jpg'"):
-        match_photos(["y/3.jpg"], photos, tmp_path, tmp_path)
+        match_photos({"y/3.jpg": "cat"}, photos, tmp_path, tmp_path)
+
+
+def test_a_photo_under_two_names_has_one_label(tmp_path: Path) -> None:
+    names = {"x/1.jpg": "cat", "./x/1.jpg": "cat", "1.jpg": "dog"}
+    with pytest.raises(DataError, match=r"'x/1.jpg' has the labels 'cat' and, as '1.jpg', 'dog'"):
+        match_photos(names, ["x/1.jpg"], tmp_path, tmp_path)
+
+
+def test_full_paths_through_a_link_are_found(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (link := tmp_path / "link").symlink_to(tmp_path / "photos")
+    names = {str(root / "1.jpg"): "cat" for root in (link, tmp_path / "photos")}
+    assert match_photos(names, ["1.jpg"], link, tmp_path) == dict.fromkeys(names, "1.jpg")
 
 
 def test_a_label_that_is_no_class_is_refused_with_the_nearest(tmp_path: Path) -> None:

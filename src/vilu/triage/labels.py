@@ -197,20 +197,22 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
     return labels, streams
 
 
-def match_photos(named: Iterable[str], photos: Sequence[str], root: Path, source: Path) -> dict[str, str]:
+def match_photos(labels: Mapping[str, str], photos: Sequence[str], root: Path, source: Path) -> dict[str, str]:
     """Name in a file of labels to photo: by its path below the folder, its full path, or a name that only one has.
 
     Raises:
-        DataError: If none of them is a photo of the folder.
+        DataError: If none of them is a photo of the folder, or two with two labels are one photo.
     """
     known, by_name = set(photos), dict[str, list[str]]()
     for photo in photos:
         by_name.setdefault(photo.rpartition("/")[2], []).append(photo)
-    found, missing = {}, []
-    for name in named:
-        match = _match(name, known, by_name, root.resolve())
+    found, missing, first = {}, [], dict[str, str]()
+    for name in labels:
+        match = _match(name, known, by_name, (root.absolute(), root.resolve()))
         if match is None:
             missing.append(name)
+        elif (label := labels[first.setdefault(match, name)]) != labels[name]:
+            raise DataError(f"{source}: {match!r} has the labels {label!r} and, as {name!r}, {labels[name]!r}.")
         else:
             found[name] = match
     if missing and not found:
@@ -228,12 +230,12 @@ def match_photos(named: Iterable[str], photos: Sequence[str], root: Path, source
     return found
 
 
-def _match(name: str, known: set[str], by_name: Mapping[str, list[str]], root: Path) -> str | None:
+def _match(name: str, known: set[str], by_name: Mapping[str, list[str]], roots: Iterable[Path]) -> str | None:
     plain = name.removeprefix("./")
     if plain in known:
         return plain
     path = Path(name)
-    if path.is_absolute() and path.is_relative_to(root):
+    if root := next((one for one in roots if path.is_relative_to(one)), None):  # a link to it, and where it leads
         below = path.relative_to(root).as_posix()
         return below if below in known else None
     same = by_name.get(plain, ())
