@@ -83,7 +83,7 @@ def test_files_of_labels(tmp_path: Path, key: str) -> None:
     assert read_labels(path) == ({"a.jpg": "cat", "c.jpg": "dog"}, {"a.jpg": "fit"})
 
 
-@pytest.mark.parametrize("name", ["-1.jpg", "+x.png", "@eaDir/a.jpg", "'=1.jpg", "plain.jpg"])
+@pytest.mark.parametrize("name", ["-1.jpg", "+x.png", "@eaDir/a.jpg", "'=1.jpg", " day/a.jpg", "\n1.jpg", "plain.jpg"])
 def test_names_that_a_spreadsheet_would_compute_with_come_back(tmp_path: Path, name: str) -> None:
     path = tmp_path / "l.csv"
     path.write_bytes(csv_bytes(label_columns({name: "cat"}, {name: "fit"})))

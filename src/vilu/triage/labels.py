@@ -182,10 +182,11 @@ def read_labels(path: Path) -> tuple[dict[str, str], dict[str, str]]:
             f"{path} must have the columns path (or {', '.join(KEYS[1:])}) and label. It has "
             f"{', '.join(columns) or 'none'}."
         )
+    exact = str if "stream" in columns else str.strip  # tables of ours: " a.jpg" and "a.jpg" are two photos
     labels: dict[str, str] = {}
     streams: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
-        name, label = ((row[column] or "").strip() for column in (key, "label"))
+        name, label = exact(row[key] or ""), (row["label"] or "").strip()
         if not name:
             raise DataError(f"{path} line {number}: it names no photo in the column {key!r}.")
         if not label:
