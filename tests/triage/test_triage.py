@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -9,10 +10,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ from vilu.files.tables import write_table
 from vilu.outcomes.outcomes import Outcomes
 from vilu.report.page.build import find_template
 from vilu.store.job import BackboneSpec
+from vilu.triage import outputs
 from vilu.triage.labels import SKIPPED, LabelBook, side_of
 from vilu.triage.outputs import levels_of, triage_photos
 from vilu.triage.photos import PhotoStores
@@ -357,6 +359,24 @@ def test_another_model_is_refused_before_it_embeds_and_the_first_one_goes_on(
             triage_photos(job, tmp_path / "out")
     assert not other.batches
     assert triage_photos(job, tmp_path / "out")[0].startswith("203 photos")
+
+
+def test_a_run_that_ends_while_another_lists_its_photos_is_not_forgotten(
+    job: Job, changed: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, locked = tmp_path / "out", outputs.locked
+
+    @contextlib.contextmanager
+    def late(*args: Any, **settings: Any) -> Iterator[None]:
+        monkeypatch.setattr(outputs, "locked", locked)
+        triage_photos(job, output)
+        with locked(*args, **settings):
+            yield
+
+    monkeypatch.setattr(outputs, "locked", late)
+    with pytest.raises(UsageError, match=r"begun with other settings: max_risk 0.1, now 0.2"):
+        triage_photos(changed(max_risk=0.2), output)
+    assert read_document(output / "triage.json", TriageState).settings == job.settings
 
 
 def test_a_promise_is_stated_before_looking(job: Job, changed: Callable[..., Job], tmp_path: Path) -> None:

@@ -316,8 +316,7 @@ def triage_photos(
     read = {file: read_labels(file) for file in labels}
     for file, (found, _) in read.items():
         check_names(found, job.how.names, job.of_no_class, file)
-    workshop = Workshop(output, job, overwrite=overwrite)
-    listing = workshop.listing()
+    listing = Workshop(output, job, overwrite=overwrite).listing()
     paths = [portable_name(path) for path, _ in listing.listing]
     answers, streams = dict[str, str](), dict[str, str]()
     for file, (found, said) in read.items():
@@ -327,7 +326,8 @@ def triage_photos(
     if (output / NEXT).is_file() and not overwrite:
         _require_answers(output, {*answers, *(name for found, _ in read.values() for name in found)})
     with locked(make_folder(output), "sorting into", who="triage"):
-        result = workshop.run(answers, streams, listing)
+        # as the folder is now: another run may have ended since
+        result = Workshop(output, job, overwrite=overwrite).run(answers, streams, listing)
         rows = decisions_of(result)
         write_decisions(output, result, rows)
         write_next(output / NEXT, result.asked, rows)
