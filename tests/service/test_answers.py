@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from io import BytesIO
 from pathlib import Path
@@ -179,6 +179,35 @@ def test_rows_do_not_wait_for_the_state_to_be_written_and_do_without(
     again = Monitor.of_folder(predictors[0]).resume(state)
     assert again.rows == 40
     assert Journal(tmp_path / "j", predictors[0]).status == journal.status
+
+
+def test_a_fault_of_the_thread_that_saves_is_told_once_and_then_it_saves_again(
+    predictors: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A moment without memory, and every request after it failed until a restart, though its rows were recorded."""
+    monkeypatch.setattr("vilu.service.journal.SAVE_EVERY", 10)
+    journal = Journal(tmp_path / "j", predictors[0])
+    kept, save, faults = journal.monitor.calibration, Monitor.save, [MemoryError("one moment")]
+    said = np.asarray(kept.prediction)
+
+    def saved(monitor: Monitor, path: Path) -> None:
+        if faults:
+            raise faults.pop()
+        save(monitor, path)
+
+    def record(first: int) -> None:
+        rows = slice(first, first + 10)
+        wait([journal._saving], 20)
+        journal.record([f"r{n}" for n in range(100)[rows]], said[rows].tolist(), kept.uncertainty[rows].tolist())
+
+    monkeypatch.setattr(Monitor, "save", saved)
+    record(0)
+    with pytest.raises(MemoryError, match="one moment"):
+        record(10)
+    record(20)
+    wait([journal._saving], 20)
+    assert Monitor.of_folder(predictors[0]).resume(tmp_path / "j" / "monitor.parquet").rows == 30
+    journal.close()
 
 
 def test_nothing_that_is_sent_is_kept(predictors: tuple[Path, Path], tmp_path: Path, photos: Photos) -> None:

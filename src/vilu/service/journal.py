@@ -145,10 +145,10 @@ class Journal:
         before, self.status = self.status.verdict, self.monitor.status
         due = self.monitor.rows - self._saved >= SAVE_EVERY and self._saving.done()
         if due or self.status.verdict != before:  # labels that a start reads again would raise an alarm at the last row
-            self._saving.result()  # a fault that is not the disk's is raised here, not lost
             self._saved, calibration = self.monitor.rows, self.monitor.calibration
             now = copy.deepcopy(self.monitor, {id(calibration): calibration})  # a hundredth of the time to write it
-            self._saving = self._writer.submit(self._save, now)
+            last, self._saving = self._saving, self._writer.submit(self._save, now)
+            last.result()  # a fault that is not the disk's is raised here, once, not lost
 
     def _save(self, monitor: Monitor) -> None:
         """Write a state while others answer, whom a full disk does not concern: their rows are in the file."""
