@@ -7,7 +7,8 @@ import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
+from multiprocessing import get_context
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import vilu
 from tests.conftest import toy_embeddings
 from vilu.device import KEPT_BY, as_usual, resolve_device, seeded
 from vilu.errors import UsageError
+from vilu.predictors.nn.head import FailureHead
 
 BLOCKS = """
 import resource, torch
@@ -81,16 +83,6 @@ def test_threads_leave_the_callers_default_type_as_it_was() -> None:
         torch.set_default_dtype(torch.float32)
 
 
-def test_a_seed_within_a_seed_leaves_the_outer_one_as_it_was() -> None:
-    with seeded(1):
-        expected = torch.rand(4).tolist()
-    with seeded(1):
-        found = torch.rand(2).tolist()
-        with seeded(2):
-            torch.rand(3)
-        assert found + torch.rand(2).tolist() == expected
-
-
 @pytest.mark.parametrize(("method", "times"), [("lvu", 16), ("pvu", 8), ("vilu_plus", 2)])
 def test_fits_in_threads_are_those_of_the_seed(method: str, times: int) -> None:
     """torch's own generator is of the whole process: two networks were made of one stream of numbers, half of each."""
@@ -103,6 +95,55 @@ def test_fits_in_threads_are_those_of_the_seed(method: str, times: int) -> None:
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(fitted, range(times))) == [alone] * times
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_method_may_fit_another_one_for_its_network() -> None:
+    """It waited for itself, for ever."""
+    data, found = toy_embeddings(n=400, k=3), list[list[float]]()
+
+    class Teacher(vilu.LVU):
+        def module(self, tensors: dict[str, torch.Tensor], space: vilu.EmbeddingSpace) -> FailureHead:
+            vilu.LVU(epochs=1, seed=5).fit(data)
+            return super().module(tensors, space)
+
+    def fitted(kind: type[vilu.LVU]) -> None:
+        found.append(kind(epochs=1, seed=3).fit(data).predict_uncertainty(data).tolist())
+
+    fit = Thread(target=fitted, args=(Teacher,), daemon=True)
+    fit.start()
+    fit.join(20)
+    assert not fit.is_alive()
+    fitted(vilu.LVU)
+    assert found[0] == found[1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_a_fit_that_stayed_behind() -> None:
+    """A thread that made a network while another forked held the lock in the child for ever."""
+    inside, leave = Event(), Event()
+
+    def other() -> None:
+        with seeded(0):
+            inside.set()
+            assert leave.wait(20)
+
+    with ThreadPoolExecutor(1) as threads:
+        told = threads.submit(other)
+        assert inside.wait(10)
+        child = get_context("fork").Process(target=_seeded_once)
+        child.start()
+        child.join(10)
+        leave.set()
+        told.result()
+    ended = child.exitcode
+    child.kill()
+    assert ended == 0
+
+
+def _seeded_once() -> None:
+    with seeded(0):
+        pass
 
 
 @pytest.mark.parametrize(

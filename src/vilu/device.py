@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import TypeVar
 
 import torch
@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
 
 
 LOCK, BEFORE = threading.Lock(), list[torch.dtype]()  # the default types that open blocks have found
-SEEDED = threading.RLock()
+SEEDED = dict[int, AbstractContextManager[object]]()  # of every process its own: threads that hold one are not forked
 
 
 @contextmanager
@@ -85,9 +85,9 @@ def as_usual() -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """A block in which torch's own generator begins at this seed, and is left as it was.
 
-    The whole process has one, so blocks of several threads come one after the other. A block within a block is fine.
+    The whole process has one, so blocks of several threads come one after the other; a block may hold another one.
     """
-    with SEEDED, torch.random.fork_rng(devices=[]):
+    with SEEDED.setdefault(os.getpid(), threading.RLock()), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
