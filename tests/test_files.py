@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from vilu.errors import DataError, StorageError, ViLUError
-from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse
+from vilu.files.disk import STALE, TEMPORARY, atomic_write, host_hash, is_leftover, or_refuse, write_bytes
 from vilu.files.documents import digest, log, read_json, read_log, write_json
 from vilu.files.places import content_of
 from vilu.files.tables import read_table, table_digest, write_table
@@ -107,6 +107,16 @@ def test_a_folder_that_cannot_be_synced_is_no_failure_but_an_io_error_is(
     else:
         write_json(tmp_path / "a.json", {"a": 1})
     assert len(synced) == 2
+
+
+@pytest.mark.parametrize("name", ["a" * 250, "猫" * 85], ids=["bytes", "characters"])
+def test_the_longest_names_are_written(tmp_path: Path, name: str, dead_pid: int) -> None:
+    """255 bytes may be a name; with what tells a file in the making apart it was too long."""
+    short = os.fsencode(name)[:220].decode("utf-8", "ignore")
+    leftover = make(tmp_path / f".{short}.{host_hash()}.{dead_pid}.0123abcd.tmp")
+    write_bytes(tmp_path / name, b"1")
+    assert (tmp_path / name).read_bytes() == b"1"
+    assert not leftover.exists()
 
 
 def test_json_round_trip_is_readable(tmp_path: Path) -> None:

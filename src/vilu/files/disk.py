@@ -42,9 +42,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     exception or a crash ``path`` is what it was before. What crashes left of earlier tries at ``path`` is removed.
     """
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    name = os.fsencode(target.name)[:220].decode("utf-8", "ignore")  # with what comes after it, still no name too long
+    temporary = target.with_name(f".{name}.{host_hash()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with or_refuse(f"write {target}", "Give a folder that exists, is writable and has room."):
-        for leftover in filter(is_leftover, unfinished(target.parent.absolute()).pop(target.name, ())):
+        for leftover in filter(is_leftover, unfinished(target.parent.absolute()).pop(name, ())):
             leftover.unlink(missing_ok=True)
         try:
             with temporary.open("xb") as handle:
