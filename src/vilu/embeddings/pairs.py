@@ -257,7 +257,8 @@ class PseudoCaptions(PairSource):
     ) -> None:
         names = [str(i) for i in range(len(sources))] if names is None else list(names)
         check_sources(sources, names)
-        self.sources, self.pools = tuple(sources), Pools(pools) if isinstance(pools, int) else pools
+        self.sources = tuple(sources)
+        self.pools = Pools(pools) if isinstance(pools, int) else pools
         self.pool_size, self.space = self.pools.size, sources[0].space
         chosen = [labelled_rows(source) for source in sources]
         self._row = torch.cat(chosen)

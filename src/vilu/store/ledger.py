@@ -327,8 +327,9 @@ class Reopened:
     options: Mapping[str, object] = {}
 
     def __reduce__(self) -> tuple[Callable[..., Reopened], tuple[object, ...], dict[str, object] | None]:
+        # what ``without`` has set is in no file
         own = {name: vars(self)[name] for name in ("_left", "usable_rows", "status")} if "_left" in vars(self) else None
-        return reopen, (type(self), self.path.absolute(), dict(self.options), self.seal), own  # of ``without``
+        return reopen, (type(self), self.path.absolute(), dict(self.options), self.seal), own
 
 
 def reopen(kind: Callable[..., Reopened], path: Path, options: Mapping[str, object], seal: str) -> Reopened:

@@ -179,7 +179,8 @@ class MappedPairs(PairSource, MappedSource):
         chosen: NDArray[np.int64] | None,
     ) -> None:
         self.path, self.space, self.pools, self.pool_size = path, space, pools, pools.size
-        self._rows, self._arrays, self._chosen = rows, arrays, None if chosen is None else torch.from_numpy(chosen)
+        self._rows, self._arrays = rows, arrays
+        self._chosen = None if chosen is None else torch.from_numpy(chosen)
         # a target is a candidate of a pool, so only batches know it; one number stands for all rows
         self.target = torch.tensor(UNKNOWN).expand(len(rows if chosen is None else chosen))
 

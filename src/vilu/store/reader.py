@@ -218,7 +218,8 @@ class EmbeddingStore(Reopened, StoredRows, MappedSource):
     @checked
     @as_usual()
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path, self._sealed = Path(path), Sealed(Path(path))
+        self.path = Path(path)
+        self._sealed = Sealed(self.path)
         self.manifest, self.seal = self._sealed.manifest, self._sealed.seal
         if self.manifest.captions:
             raise DataError(f"{path} has captions and no classes. Open it with vilu.open_source, which takes both.")
